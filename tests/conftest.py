@@ -1,0 +1,32 @@
+"""Fixtures shared by all tests; the tiny models themselves are in ``models.py``."""
+
+import os
+
+import pytest
+
+# Read when huggingface_hub is first imported: a test that would reach for the network fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny():
+    """``models.tiny``: builds a tiny model by name."""
+    import models
+
+    return models.tiny
+
+
+@pytest.fixture
+def batch():
+    """``models.batch``: makes a batch for a tiny model by name."""
+    import models
+
+    return models.batch
