@@ -1,0 +1,1 @@
+"""The ``peftkit`` command: thin commands over the library."""

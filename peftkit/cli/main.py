@@ -1,0 +1,39 @@
+"""``peftkit``: options common to all commands, and the commands by name.
+
+Commands import what they need when they run, so that ``peftkit --help`` answers at once.
+"""
+
+from typing import Annotated
+
+import typer
+
+from peftkit import __version__
+from peftkit.cli.demo import demo
+from peftkit.cli.errors import OneLineErrors
+
+app = typer.Typer(
+    name="peftkit",
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peftkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune pretrained Hugging Face models on one machine."""
