@@ -1,0 +1,48 @@
+"""Argument checks shared by the public functions. They cost well under a microsecond a tensor, so they always run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.low_rank import LoRA
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast wants ``x`` in, or ``None`` where autocast is off or leaves ``x`` alone."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64 or not x.is_floating_point():
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def check_weight(x: Tensor, weight: Tensor, name: str) -> None:
+    """Raise ``ValueError`` unless ``weight`` is a frozen ``[N, K]`` for ``x [..., K]``."""
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)} and x {tuple(x.shape)}; {name} must be [N, K] for x [..., K]"
+        )
+    if weight.requires_grad:
+        raise ValueError(
+            f"{name} requires a gradient, and this op gives it none; freeze it with requires_grad_(False)"
+        )
+
+
+def check_lora(lora: LoRA, weight: Tensor, name: str) -> None:
+    """Raise ``ValueError`` unless the factors of ``lora`` fit ``weight [N, K]``."""
+    (N, K), A, B = weight.shape, lora.A, lora.B
+    if (
+        A.dim() != 2
+        or B.dim() != 2
+        or A.shape[1] != K
+        or B.shape[0] != N
+        or A.shape[0] != B.shape[1]
+    ):
+        raise ValueError(
+            f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} do not fit a weight {(N, K)}; "
+            f"they must be [R, {K}] and [{N}, R]"
+        )
+    if A.dtype != B.dtype:
+        raise ValueError(
+            f"{name}: A is {A.dtype} and B is {B.dtype}; keep both factors in one dtype"
+        )

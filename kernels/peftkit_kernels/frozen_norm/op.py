@@ -1,0 +1,73 @@
+"""The public functions: checks and choice of backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.frozen_norm.reference import layer_norm_reference, rms_norm_reference
+from peftkit_kernels.frozen_norm.torch_impl import FrozenLayerNorm, FrozenRMSNorm
+
+
+def frozen_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    round_first: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """``y = x · rsqrt(mean(x²) + eps) · (offset + weight)`` with a frozen weight; keeps x and one number a row.
+
+    Args:
+        x: ``[..., K]``.
+        weight: ``[K]``, frozen.
+        eps: Added to the mean square.
+        offset: 0 for Llama's norm, 1 for Gemma's.
+        round_first: Round the normalised value to the dtype of ``x`` before the weight (Llama) or not (Gemma).
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Raises:
+        ValueError: The weight does not fit or requires a gradient, or the backend cannot run.
+
+    Source: Zhang and Sennrich, 2019, arXiv:1910.07467.
+    """
+    _check(x, weight)
+    if choose_backend("frozen_rms_norm", backend) == "reference":
+        return rms_norm_reference(x, weight, eps, offset=offset, round_first=round_first)
+    return FrozenRMSNorm.apply(x, weight, eps, offset, round_first)
+
+
+def frozen_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, backend: Backend = "auto"
+) -> Tensor:
+    """``y = (x - mean) · rsqrt(var + eps) · weight + bias`` with frozen weight and bias; keeps x and two numbers a row.
+
+    Args:
+        x: ``[..., K]``.
+        weight: ``[K]``, frozen.
+        bias: ``[K]``, frozen, or ``None``.
+        eps: Added to the variance.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Raises:
+        ValueError: The weight does not fit or requires a gradient, or the backend cannot run.
+
+    Source: Ba et al., 2016, arXiv:1607.06450.
+    """
+    _check(x, weight)
+    if choose_backend("frozen_layer_norm", backend) == "reference":
+        return layer_norm_reference(x, weight, bias, eps)
+    return FrozenLayerNorm.apply(x, weight, bias, eps)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} and x {tuple(x.shape)}; weight must be [{x.shape[-1]}]"
+        )
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires a gradient, and a frozen norm gives it none; freeze it or use nn.RMSNorm"
+        )

@@ -1,0 +1,64 @@
+"""The frozen norms from torch ops: x and one number a row (LayerNorm: two) are all that is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peftkit_kernels import native
+
+
+class FrozenRMSNorm(torch.autograd.Function):
+    """With ``r = rsqrt(mean(x²) + eps)`` and ``u = dy ∘ (offset + w)``: ``dx = r (u - x r² mean(u ∘ x))``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
+    ) -> Tensor:
+        if native.takes(x, weight):
+            y, rstd = native.rms_norm(x, weight, eps, offset)
+        else:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+            normed = wide * rstd
+            if round_first:
+                y = normed.to(x.dtype) * (offset + weight if offset else weight)
+            else:
+                y = normed.mul_(offset + weight.to(wide.dtype)).to(x.dtype)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        dy = dy.contiguous()
+        if native.takes(x, weight, dy):
+            return native.rms_norm_backward(dy, x, weight, rstd, ctx.offset), None, None, None, None
+        wide = x.to(rstd.dtype)
+        u = dy.to(rstd.dtype) * (ctx.offset + weight.to(rstd.dtype))
+        correction = (u * wide).mean(-1, keepdim=True) * rstd.square()
+        return u.sub_(wide * correction).mul_(rstd).to(x.dtype), None, None, None, None
+
+
+class FrozenLayerNorm(torch.autograd.Function):
+    """With ``n = (x - mean) r`` and ``u = dy ∘ w``: ``dx = r (u - mean(u) - n mean(u ∘ n))``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dy.contiguous(), x, (x.shape[-1],), mean, rstd, weight, None, [True, False, False]
+        )
+        return dx, None, None, None

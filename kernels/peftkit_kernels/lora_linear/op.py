@@ -1,0 +1,46 @@
+"""The public function: checks, autocast, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.checks import autocast_dtype, check_lora, check_weight
+from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.lora_linear.reference import lora_linear_reference
+from peftkit_kernels.lora_linear.torch_impl import LoRALinear
+from peftkit_kernels.low_rank import LoRA
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA, *, backend: Backend = "auto"
+) -> Tensor:
+    """A frozen linear with a low-rank update: ``y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``.
+
+    Kept for backward: ``x`` where A is trained and ``s = drop(x) Aᵀ`` (``[M, R]``) where B is. The mask is drawn again
+    from its seed. Under autocast ``x`` and the weights are cast to its dtype first, as ``nn.Linear`` does.
+
+    Args:
+        x: ``[..., K]``.
+        weight: ``[N, K]``, frozen, any strides (``Conv1D`` passes its transpose).
+        bias: ``[N]`` or ``None``.
+        lora: The adapter; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, the weight requires a gradient, or the backend cannot run.
+
+    Source: Hu et al., 2021, arXiv:2106.09685.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linear(x.to(dtype), weight, bias, lora, backend=backend)
+    check_weight(x, weight, "weight")
+    check_lora(lora, weight, "lora")
+    if choose_backend("lora_linear", backend) == "reference":
+        return lora_linear_reference(x, weight, bias, lora)
+    return LoRALinear.apply(x, weight, bias, lora.A, lora.B, lora.numbers())

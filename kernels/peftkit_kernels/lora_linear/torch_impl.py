@@ -1,0 +1,83 @@
+"""``lora_linear`` from torch ops: large products by the BLAS, rank-r passes around them, only x and s kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peftkit_kernels import low_rank
+from peftkit_kernels.dropout import apply_dropout
+from peftkit_kernels.gemm import matmul_nn, matmul_nt
+from peftkit_kernels.low_rank import LoRA
+
+
+def project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor | None, lora: LoRA | None
+) -> Tensor:
+    """``x Wᵀ + bias + scale · s Bᵀ`` for rows ``x [M, K]`` and ``s [M, R]``."""
+    y = matmul_nt(x, weight.to(x.dtype))
+    if bias is not None:
+        y.add_(bias.to(x.dtype))
+    return y if lora is None or s is None else low_rank.expand_(y, s, lora.B, lora.scale)
+
+
+def unflatten(y: Tensor, shape: torch.Size) -> Tensor:
+    """``y [M, N]`` as ``[*shape[:-1], N]``, without autograd taking it for a view.
+
+    A view returned by an autograd function could not be changed in place, and models do that.
+    """
+    return torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
+
+
+def add_update_grad(dx: Tensor, ds: Tensor, lora: LoRA) -> Tensor:
+    """``dx += drop'(ds A)``: the adapter's part of the input gradient, masked as the forward was."""
+    if lora.p == 0.0:
+        return low_rank.expand_(dx, ds, lora.A.t(), 1.0)
+    return dx.add_(apply_dropout(torch.mm(ds, lora.A.to(ds.dtype)), lora.p, lora.seed))
+
+
+class LoRALinear(torch.autograd.Function):
+    """With ``s = drop(x) Aᵀ`` and ``ds = scale · dy B``:
+
+    ``dB = scale · dyᵀ s``, ``dA = dsᵀ drop(x)``, ``dx = dy W + mask ∘ (ds A)``, ``dbias = Σ dy``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        numbers: tuple[float, float, int],
+    ) -> Tensor:
+        lora = LoRA(A, B, *numbers)
+        rows = x.reshape(-1, x.shape[-1])
+        s = low_rank.shrink(rows, A, lora.p, lora.seed)
+        y = project(rows, weight, bias, s, lora)
+        _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_A else None, weight, A, B, s if needs_B else None)
+        ctx.numbers, ctx.shape = numbers, x.shape
+        return unflatten(y, x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, s = ctx.saved_tensors
+        lora = LoRA(A, B, *ctx.numbers)
+        needs_x, _, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
+        dy = dy.reshape(-1, dy.shape[-1])
+        dB = low_rank.grad_B(dy, s, lora.scale, B.dtype) if needs_B else None
+        dbias = dy.sum(0) if needs_bias else None
+        dx = dA = None
+        if needs_x or needs_A:
+            ds = low_rank.grad_s(dy, B, lora.scale)
+            if needs_A:
+                dA = low_rank.grad_A(ds, x.reshape(-1, x.shape[-1]), A.dtype, lora.p, lora.seed)
+            if needs_x:
+                dx = add_update_grad(matmul_nn(dy, weight.to(dy.dtype)), ds, lora).view(ctx.shape)
+        return dx, None, dbias, dA, dB, None

@@ -1,0 +1,57 @@
+"""The public function: checks, autocast, choice of backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.checks import autocast_dtype, check_lora, check_weight
+from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.lora_qkv.reference import lora_qkv_reference
+from peftkit_kernels.lora_qkv.torch_impl import Call, LoRAQKV
+from peftkit_kernels.low_rank import LoRA
+
+
+def lora_qkv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    loras: Sequence[LoRA | None],
+    *,
+    backend: Backend = "auto",
+) -> tuple[Tensor, ...]:
+    """Several frozen linears of one input, each with its low-rank update: ``yᵢ = x Wᵢᵀ + biasᵢ + scaleᵢ · drop(x) Aᵢᵀ Bᵢᵀ``.
+
+    ``x`` is kept once for all of them, the shrinks and the dA's without dropout are one product each, and the input
+    gradient is accumulated in one buffer.
+
+    Args:
+        x: ``[..., K]``.
+        weights: ``[Nᵢ, K]`` a projection, frozen.
+        biases: ``[Nᵢ]`` or ``None`` a projection.
+        loras: The adapter or ``None`` a projection.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[..., Nᵢ]`` a projection.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, a weight requires a gradient, or the backend cannot run.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_qkv(x.to(dtype), weights, biases, loras, backend=backend)
+    for i, (weight, lora) in enumerate(zip(weights, loras, strict=True)):
+        check_weight(x, weight, f"weights[{i}]")
+        if lora is not None:
+            check_lora(lora, weight, f"loras[{i}]")
+    if choose_backend("lora_qkv", backend) == "reference":
+        return lora_qkv_reference(x, weights, biases, loras)
+    factors = [
+        (None, None, None) if lora is None else (lora.A, lora.B, lora.numbers()) for lora in loras
+    ]
+    As, Bs, numbers = zip(*factors, strict=True)
+    return LoRAQKV.apply(Call(numbers), x, *weights, *biases, *As, *Bs)

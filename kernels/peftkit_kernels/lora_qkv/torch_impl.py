@@ -1,0 +1,136 @@
+"""``lora_qkv`` from torch ops: one shrink and one dA pass for all projections, one dx accumulated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peftkit_kernels import low_rank
+from peftkit_kernels.gemm import addmm_nn, matmul_nn
+from peftkit_kernels.lora_linear.torch_impl import add_update_grad, project, unflatten
+from peftkit_kernels.low_rank import LoRA
+
+Numbers = tuple[float, float, int]
+
+
+class Call(NamedTuple):
+    """What an autograd function gets besides tensors: (scale, p, seed) a projection, ``None`` where it has no adapter."""
+
+    numbers: tuple[Numbers | None, ...]
+
+
+def shared_shrink(x: Tensor, loras: Sequence[LoRA | None]) -> list[Tensor | None]:
+    """``drop(x) Aᵀ`` of every adapter; adapters without dropout share one product over the concatenated A's."""
+    s: list[Tensor | None] = [None] * len(loras)
+    shared = [(i, lora) for i, lora in enumerate(loras) if lora is not None and lora.p == 0.0]
+    if shared:
+        joint = low_rank.shrink(x, torch.cat([lora.A for _, lora in shared]))
+        for (i, _), part in zip(
+            shared, joint.split([lora.A.shape[0] for _, lora in shared], dim=1), strict=True
+        ):
+            s[i] = part
+    for i, lora in enumerate(loras):
+        if lora is not None and lora.p > 0.0:
+            s[i] = low_rank.shrink(x, lora.A, lora.p, lora.seed)
+    return s
+
+
+def shared_grads(
+    dx: Tensor | None, x: Tensor | None, ds: Sequence[Tensor | None], loras: Sequence[LoRA | None]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Add every adapter's update to ``dx`` and form every dA; adapters without dropout share one product each.
+
+    Args:
+        dx: ``[M, K]``, changed in place; ``None`` where the input needs no gradient.
+        x: ``[M, K]``; ``None`` where no A needs a gradient.
+        ds: ``[M, R]`` an adapter, already scaled.
+        loras: The adapters.
+    """
+    dA: list[Tensor | None] = [None] * len(loras)
+    shared = [
+        i
+        for i, lora in enumerate(loras)
+        if lora is not None and ds[i] is not None and lora.p == 0.0
+    ]
+    if shared:
+        adapters = [loras[i] for i in shared]
+        joint = torch.cat([ds[i] for i in shared], dim=1)
+        if dx is not None:
+            low_rank.expand_(dx, joint, torch.cat([lora.A for lora in adapters]).t(), 1.0)
+        if x is not None:
+            grads = low_rank.grad_A(joint, x, adapters[0].A.dtype)
+            for i, part in zip(
+                shared, grads.split([lora.A.shape[0] for lora in adapters]), strict=True
+            ):
+                dA[i] = part
+    for i, lora in enumerate(loras):
+        if lora is None or ds[i] is None or lora.p == 0.0:
+            continue
+        if dx is not None:
+            dx = add_update_grad(dx, ds[i], lora)
+        if x is not None:
+            dA[i] = low_rank.grad_A(ds[i], x, lora.A.dtype, lora.p, lora.seed)
+    return dx, dA
+
+
+class LoRAQKV(torch.autograd.Function):
+    """The chain rule of ``lora_linear`` a projection; ``dx`` is the sum over the projections.
+
+    Tensors come flat: ``x``, then weights, biases, A's and B's of all projections (``None`` where there is none).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        count = len(call.numbers)
+        weights, biases, As, Bs = (tensors[i * count : (i + 1) * count] for i in range(4))
+        loras = make_loras(As, Bs, call.numbers)
+        rows = x.reshape(-1, x.shape[-1])
+        s = shared_shrink(rows, loras)
+        ys = [project(rows, *parts) for parts in zip(weights, biases, s, loras, strict=True)]
+        needs = ctx.needs_input_grad[2:]
+        ctx.save_for_backward(
+            x if any(needs[2 * count : 3 * count]) else None, *weights, *As, *Bs, *s
+        )
+        ctx.call, ctx.shape = call, x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(unflatten(y, x.shape) for y in ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        count = len(ctx.call.numbers)
+        weights, As, Bs, ss = (saved[i * count : (i + 1) * count] for i in range(4))
+        loras = make_loras(As, Bs, ctx.call.numbers)
+        needs = ctx.needs_input_grad[2:]
+        rows = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dx = None
+        dbias, dB, ds = ([None] * count for _ in range(3))
+        for i, dy in enumerate(rows):
+            if dy is None:
+                continue
+            if needs[count + i]:
+                dbias[i] = dy.sum(0)
+            if loras[i] is not None:
+                ds[i] = low_rank.grad_s(dy, Bs[i], loras[i].scale)
+                if needs[3 * count + i]:
+                    dB[i] = low_rank.grad_B(dy, ss[i], loras[i].scale, Bs[i].dtype)
+            if ctx.needs_input_grad[1]:
+                weight = weights[i].to(dy.dtype)
+                dx = matmul_nn(dy, weight) if dx is None else addmm_nn(dx, dy, weight)
+        dx, dA = shared_grads(dx, None if x is None else x.reshape(-1, x.shape[-1]), ds, loras)
+        return (None, None if dx is None else dx.view(ctx.shape), *[None] * count, *dbias, *dA, *dB)
+
+
+def make_loras(
+    As: Sequence[Tensor | None], Bs: Sequence[Tensor | None], numbers: Sequence[Numbers | None]
+) -> list[LoRA | None]:
+    """Put flat tensors and numbers back together."""
+    return [
+        LoRA(A, B, *values) if A is not None and B is not None and values is not None else None
+        for A, B, values in zip(As, Bs, numbers, strict=True)
+    ]

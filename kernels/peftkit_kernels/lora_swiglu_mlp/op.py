@@ -1,0 +1,74 @@
+"""The public function: checks, autocast, choice of backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.checks import autocast_dtype, check_lora, check_weight
+from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.lora_swiglu_mlp.activation import ACTIVATIONS
+from peftkit_kernels.lora_swiglu_mlp.reference import lora_swiglu_mlp_reference
+from peftkit_kernels.lora_swiglu_mlp.torch_impl import Call, LoRASwiGLUMLP
+from peftkit_kernels.low_rank import LoRA
+
+
+def lora_swiglu_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    loras: Sequence[LoRA | None],
+    act: str = "silu",
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """A gated MLP with low-rank updates: ``y = down(act(gate(x)) ∘ up(x))``, each linear as in ``lora_linear``.
+
+    Kept for backward: ``x``, ``e = gate(x)`` and ``g = up(x)`` (``[M, F]`` each) and the rank-r projections.
+
+    Args:
+        x: ``[..., D]``.
+        weights: Gate ``[F, D]``, up ``[F, D]``, down ``[D, F]``, frozen.
+        biases: One or ``None`` a linear, same order.
+        loras: One or ``None`` a linear, same order.
+        act: One of ``ACTIVATIONS``.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[..., D]``.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, a weight requires a gradient, ``act`` is unknown, or the backend
+            cannot run.
+
+    Source: Shazeer, 2020, arXiv:2002.05202 (gated MLPs).
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act={act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_swiglu_mlp(x.to(dtype), weights, biases, loras, act, backend=backend)
+    for name, source, i in (("gate", x, 0), ("up", x, 1)):
+        check_weight(source, weights[i], f"weights[{i}] ({name})")
+    if weights[1].shape != weights[0].shape or weights[2].shape[1] != weights[0].shape[0]:
+        raise ValueError(
+            f"weights: gate {tuple(weights[0].shape)}, up {tuple(weights[1].shape)} and down {tuple(weights[2].shape)} "
+            "do not form an MLP; they must be [F, D], [F, D] and [D, F]"
+        )
+    if weights[2].requires_grad:
+        raise ValueError(
+            "weights[2] (down) requires a gradient, and this op gives it none; freeze it"
+        )
+    for i, lora in enumerate(loras):
+        if lora is not None:
+            check_lora(lora, weights[i], f"loras[{i}]")
+    if choose_backend("lora_swiglu_mlp", backend) == "reference":
+        return lora_swiglu_mlp_reference(x, weights, biases, loras, act)
+    factors = [
+        (None, None, None) if lora is None else (lora.A, lora.B, lora.numbers()) for lora in loras
+    ]
+    As, Bs, numbers = zip(*factors, strict=True)
+    return LoRASwiGLUMLP.apply(Call(numbers, act), x, *weights, *biases, *As, *Bs)

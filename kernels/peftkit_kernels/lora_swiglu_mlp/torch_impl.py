@@ -1,0 +1,93 @@
+"""``lora_swiglu_mlp`` from torch ops: keeps x, e, g and the rank-r projections; ``act(e)`` and ``h`` are made again."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peftkit_kernels import low_rank
+from peftkit_kernels.gemm import addmm_nn, matmul_nn
+from peftkit_kernels.lora_linear.torch_impl import add_update_grad, project, unflatten
+from peftkit_kernels.lora_qkv.torch_impl import Numbers, make_loras, shared_grads, shared_shrink
+from peftkit_kernels.lora_swiglu_mlp.activation import gate, gate_backward
+
+
+class Call(NamedTuple):
+    """What the autograd function gets besides tensors."""
+
+    numbers: tuple[Numbers | None, ...]
+    act: str
+
+
+class LoRASwiGLUMLP(torch.autograd.Function):
+    """With ``e = gate(x)``, ``g = up(x)``, ``h = act(e) ∘ g``:
+
+    ``dh = dy Wd + mask ∘ (dsd Ad)``, ``dg = dh ∘ act(e)``, ``de = dh ∘ g ∘ act'(e)``, and the chain rule of
+    ``lora_linear`` for each of the three linears.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        weights, biases, As, Bs = (tensors[i * 3 : i * 3 + 3] for i in range(4))
+        loras = make_loras(As, Bs, call.numbers)
+        rows = x.reshape(-1, x.shape[-1])
+        s_gate, s_up = shared_shrink(rows, loras[:2])
+        e = project(rows, weights[0], biases[0], s_gate, loras[0])
+        g = project(rows, weights[1], biases[1], s_up, loras[1])
+        h = gate(e, g, call.act)
+        (s_down,) = shared_shrink(h, loras[2:])
+        y = project(h, weights[2], biases[2], s_down, loras[2])
+        needs = ctx.needs_input_grad[2:]
+        ctx.save_for_backward(
+            x if needs[6] or needs[7] else None, e, g, *weights, *As, *Bs, s_gate, s_up, s_down
+        )
+        ctx.call, ctx.shape = call, x.shape
+        return unflatten(y, x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, e, g, *saved = ctx.saved_tensors
+        weights, As, Bs, s = (saved[i * 3 : i * 3 + 3] for i in range(4))
+        loras = make_loras(As, Bs, ctx.call.numbers)
+        needs = ctx.needs_input_grad[2:]
+        dbias, dA, dB, ds = ([None] * 3 for _ in range(4))
+
+        def reach(i: int, grad: Tensor) -> None:
+            """The gradients of linear ``i`` that need only what arrives at its output."""
+            if needs[3 + i]:
+                dbias[i] = grad.sum(0)
+            if loras[i] is not None:
+                ds[i] = low_rank.grad_s(grad, Bs[i], loras[i].scale)
+                if needs[9 + i]:
+                    dB[i] = low_rank.grad_B(grad, s[i], loras[i].scale, Bs[i].dtype)
+
+        dy = dy.reshape(-1, dy.shape[-1])
+        reach(2, dy)
+        dh = matmul_nn(dy, weights[2].to(dy.dtype))
+        if loras[2] is not None:
+            dh = add_update_grad(dh, ds[2], loras[2])
+        de, dg, h = gate_backward(dh, e, g, ctx.call.act)
+        if needs[8]:
+            dA[2] = low_rank.grad_A(ds[2], h, As[2].dtype, loras[2].p, loras[2].seed)
+        del h
+        reach(0, de)
+        reach(1, dg)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = addmm_nn(matmul_nn(de, weights[0].to(de.dtype)), dg, weights[1].to(dg.dtype))
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        dx, dA[:2] = shared_grads(dx, rows, ds[:2], loras[:2])
+        return (
+            None,
+            None if dx is None else dx.view(ctx.shape),
+            None,
+            None,
+            None,
+            *dbias,
+            *dA,
+            *dB,
+        )

@@ -1,0 +1,1 @@
+"""Fused forwards over PEFT's own LoRA layers."""

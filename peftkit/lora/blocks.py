@@ -1,0 +1,247 @@
+"""Fusing across modules: linears that share an input (q/k/v), and gated MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.lora.layers import Frozen, FusedLinear, frozen_part
+from peftkit.lora.swap import swap_in
+from peftkit_kernels.lora_qkv import lora_qkv
+from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp
+from peftkit_kernels.lora_swiglu_mlp.activation import activate
+from peftkit_kernels.low_rank import LoRA
+
+_SHARED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
+"""Names of sibling linears that attention modules call on one input, in the order they are called."""
+
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_GATED_JOINT = ("gate_up_proj", "down_proj")
+
+
+class SharedInput:
+    """Sibling LoRA linears called one after the other on the same tensor.
+
+    The first call computes all of them and keeps the others' outputs until they are asked for with the same input. A member
+    that comes with another input (cross-attention: the query has its own) leaves the group to those after it.
+    """
+
+    def __init__(self, members: list[FusedLinear]):
+        self.members = members
+        self._input: Tensor | None = None
+        self._key: tuple[int, bool] = (0, False)
+        self._outputs: dict[int, Tensor] = {}
+
+    def take(self, member: FusedLinear, x: Tensor) -> Tensor | None:
+        """``member(x)`` if the group has it or can compute it, else ``None``."""
+        if torch.compiler.is_compiling() or len(self.members) < 2:
+            return None
+        key = (0 if x.is_inference() else x._version, torch.is_grad_enabled())
+        if member is not self.members[0]:
+            if self._input is None:
+                return None
+            if self._input is x and self._key == key:
+                return self._pop(member)
+            self.members = self.members[1:]
+            self._forget()
+            if member is not self.members[0]:
+                return None
+        self._forget()
+        parts = [part.frozen_linear(x) for part in self.members]
+        if any(part is None for part in parts):
+            return None
+        outputs = lora_qkv(x, *zip(*parts, strict=True))
+        self._input, self._key = x, key
+        self._outputs = {id(m): y for m, y in zip(self.members[1:], outputs[1:], strict=True)}
+        return outputs[0]
+
+    def _pop(self, member: FusedLinear) -> Tensor | None:
+        y = self._outputs.pop(id(member), None)
+        if not self._outputs:
+            self._forget()
+        return y
+
+    def _forget(self) -> None:
+        self._input = None
+        self._outputs = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        from copy import deepcopy
+
+        return SharedInput([deepcopy(member, memo) for member in self.members])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"members": self.members, "_input": None, "_key": (0, False), "_outputs": {}}
+
+
+class FusedGatedMLP(nn.Module):
+    """The forward of a gated MLP as one ``lora_swiglu_mlp``; mixed into the module's own class."""
+
+    peftkit_method = "gated MLP"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``down(act(gate(x)) ∘ up(x))`` for ``x [..., hidden_size]``."""
+        parts = None if torch.compiler.is_compiling() else gated_parts(self, x)
+        if parts is None:
+            return super().forward(x)
+        weights, biases, loras = zip(*parts, strict=True)
+        return lora_swiglu_mlp(x, weights, biases, loras, self._peftkit_act)
+
+    def peftkit_verdict(self) -> tuple[str, str]:
+        """The path a forward takes in the present state, and the reason where it is the module's own."""
+        for name in _names(self) or ():
+            part = getattr(self, name)
+            if isinstance(part, FusedLinear) and part.peftkit_verdict()[1]:
+                return "peft", f"{name}: {part.peftkit_verdict()[1]}"
+        return "fused:torch", ""
+
+
+def group_shared_inputs(model: nn.Module) -> int:
+    """Let fused LoRA siblings that share an input by their names be computed together; returns the number of groups."""
+    count = 0
+    for parent in model.modules():
+        for names in _SHARED:
+            members = [
+                m for m in (parent._modules.get(n) for n in names) if isinstance(m, FusedLinear)
+            ]
+            if len(members) > 1 and len({m.in_features for m in members}) == 1:
+                group = SharedInput(members)
+                for member in members:
+                    member.__dict__["_peftkit_group"] = group
+                count += 1
+    return count
+
+
+def fuse_gated_mlps(model: nn.Module) -> int:
+    """Fuse every gated MLP whose own output the fused formula reproduces; returns their number."""
+    count = 0
+    verdicts: dict[Any, str | None] = {}
+    for module in model.modules():
+        if isinstance(module, FusedGatedMLP) or _names(module) is None:
+            continue
+        settings = tuple(
+            sorted(
+                (k, v) for k, v in module.__dict__.items() if isinstance(v, (int, float, str, bool))
+            )
+        )
+        kind = (
+            type(module),
+            settings,
+            repr(_act_fn(module)),
+            tuple(type(c) for c in module.children()),
+        )
+        if kind not in verdicts:
+            verdicts[kind] = _verified_activation(module)
+        act = verdicts[kind]
+        if act is not None:
+            swap_in(module, FusedGatedMLP)
+            module.__dict__["_peftkit_act"] = act
+            count += 1
+    return count
+
+
+def gated_parts(module: nn.Module, x: Tensor) -> list[Frozen] | None:
+    """Gate, up and down of a gated MLP as tensors; a joint gate and up projection is cut in two."""
+    names = _names(module)
+    parts = [frozen_part(module._modules[name], x) for name in names or ()]
+    if not parts or any(part is None for part in parts):
+        return None
+    if len(parts) == 3:
+        return parts
+    joint, down = parts
+    size = joint.weight.shape[0] // 2
+    if joint.lora is not None and joint.lora.p > 0.0:
+        return None  # both halves see one dropout mask, which two projections would draw twice
+    return [_rows(joint, slice(0, size)), _rows(joint, slice(size, None)), down]
+
+
+def _rows(part: Frozen, rows: slice) -> Frozen:
+    lora = part.lora
+    return Frozen(
+        part.weight[rows],
+        None if part.bias is None else part.bias[rows],
+        None if lora is None else LoRA(lora.A, lora.B[rows], lora.scale),
+    )
+
+
+def _names(module: nn.Module) -> tuple[str, ...] | None:
+    children = module._modules
+    if not callable(_act_fn(module)):
+        return None
+    for names in (_GATED, _GATED_JOINT):
+        if all(_is_linear(children.get(name)) for name in names):
+            return names
+    return None
+
+
+def _act_fn(module: nn.Module) -> Any:
+    return getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    return type(module) is nn.Linear or isinstance(module, FusedLinear)
+
+
+def _verified_activation(module: nn.Module) -> str | None:
+    """The activation with which the fused formula gives this module's own output, or ``None``."""
+    weight = _first_weight(module)
+    if weight.device.type == "meta":
+        return None
+    act = _activation_name(_act_fn(module), weight.device)
+    if act is None:
+        return None
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            x = probe_input((2, weight.shape[1]), weight)
+            parts = gated_parts(module, x)
+            if parts is None:
+                return None
+            weights, biases, loras = zip(*parts, strict=True)
+            own = module(x)
+            return (
+                act
+                if same_up_to_rounding(lora_swiglu_mlp(x, weights, biases, loras, act), own)
+                else None
+            )
+    finally:
+        module.train(training)
+
+
+def _first_weight(module: nn.Module) -> Tensor:
+    first = next(module.children())
+    return getattr(first, "base_layer", first).weight
+
+
+def _activation_name(act_fn: Any, device: torch.device) -> str | None:
+    grid = torch.linspace(-6, 6, 97, device=device)
+    with torch.no_grad():
+        value = act_fn(grid)
+        errors = {act: (activate(grid, act) - value).abs().max().item() for act in ACTIVATIONS}
+    best = min(errors, key=lambda act: errors[act])
+    return best if errors[best] <= 8 * torch.finfo(torch.float32).eps else None
+
+
+def probe_input(shape: Iterable[int], like: Tensor) -> Tensor:
+    """A fixed random tensor that leaves torch's generators alone."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
+
+
+def same_up_to_rounding(a: Tensor, b: Tensor) -> bool:
+    """Whether two results of one formula in one dtype differ by no more than their roundings could make them."""
+    limit = 32 * torch.finfo(b.dtype).eps * b.double().abs().max()
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and bool((a.double() - b.double()).abs().max() <= limit)
+    )

@@ -1,0 +1,172 @@
+"""The front door: ``wrap``, ``accelerate`` and ``restore``."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from peftkit.contract import ContractError, check_targets
+from peftkit.lora.blocks import FusedGatedMLP, fuse_gated_mlps, group_shared_inputs
+from peftkit.lora.eligibility import obstacle
+from peftkit.lora.layers import fuse_layer, restore_layer
+from peftkit.lora.swap import swap_out
+from peftkit.loss import install_logit_free, remove_logit_free
+from peftkit.norms import FusedNorm, fuse_norms
+from peftkit.targets import all_linear
+from peftkit.versions import warn_if_newer_than_tested
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+def wrap(
+    model: nn.Module,
+    *configs: PeftConfig,
+    adapter_name: str = "default",
+    strict: bool = False,
+    logit_free: bool = True,
+) -> PeftModel:
+    """Put an adapter on a pretrained model and fuse what can be fused.
+
+    Args:
+        model: A pretrained transformers model (any ``nn.Module`` that PEFT takes).
+        configs: One ``peft.PeftConfig``; none means LoRA with r=16 and lora_alpha=32 on every linear layer of the
+            backbone. A LoRA config without ``target_modules``, or with ``"all-linear"``, gets those layers too.
+        adapter_name: Name of the adapter.
+        strict: Raise where a layer cannot be fused, instead of running PEFT's own forward there.
+        logit_free: Compute the training loss of a causal language model without forming its logits.
+
+    Returns:
+        A genuine ``peft.PeftModel``.
+
+    Raises:
+        ContractError: An entry of ``target_modules`` matches nothing, or ``strict`` and a layer is not fused.
+        ValueError: More than one config, or a model that is wrapped already.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if len(configs) > 1:
+        raise ValueError(
+            f"wrap takes one config for now, not {len(configs)}; add further adapters by add_adapter"
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model is a PeftModel already; add an adapter by model.add_adapter, or call accelerate(model)"
+        )
+    config = configs[0] if configs else LoraConfig(r=16, lora_alpha=32, task_type=_task_type(model))
+    if (
+        isinstance(config, LoraConfig)
+        and config.target_modules in (None, "all-linear")
+        and not config.target_parameters
+    ):
+        config = copy.copy(config)
+        config.target_modules = all_linear(model).names
+    check_targets(model, config)
+    return accelerate(
+        get_peft_model(model, config, adapter_name=adapter_name),
+        strict=strict,
+        logit_free=logit_free,
+    )
+
+
+def accelerate(model: nn.Module, strict: bool = False, logit_free: bool = True) -> nn.Module:
+    """Fuse the LoRA layers, gated MLPs and frozen norms a model has, and those of adapters added to it later.
+
+    Calling it again is harmless and picks up what is new. ``restore`` undoes it.
+
+    Args:
+        model: A ``PeftModel``, or a transformers model after ``add_adapter``; changed in place.
+        strict: Raise where an adapter layer cannot be fused, instead of running PEFT's own forward there.
+        logit_free: Compute the training loss of a causal language model without forming its logits.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ContractError: ``strict`` and an adapter layer is not fused; the model is left as it was.
+    """
+    warn_if_newer_than_tested()
+    if strict:
+        _require_all_fusable(model)
+    _fuse(model)
+    for owner, method in _injectors(model):
+        owner.__dict__.setdefault(method, _FuseAfter(owner, method, model))
+    if logit_free:
+        install_logit_free(model)
+    else:
+        remove_logit_free(model)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``accelerate``: every module has the class and attributes it had before.
+
+    Args:
+        model: What was passed to ``accelerate`` or came from ``wrap``; changed in place.
+
+    Returns:
+        ``model``.
+    """
+    remove_logit_free(model)
+    for owner, method in _injectors(model):
+        owner.__dict__.pop(method, None)
+    for module in model.modules():
+        restore_layer(module)
+        if isinstance(module, (FusedGatedMLP, FusedNorm)):
+            swap_out(module)
+    return model
+
+
+class _FuseAfter:
+    """Stands in for a method that injects adapters: runs it, then fuses what it brought."""
+
+    def __init__(self, owner: nn.Module, method: str, model: nn.Module):
+        self.owner, self.method, self.model = owner, method, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+        _fuse(self.model)
+        return result
+
+
+def _injectors(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The objects and methods through which PEFT or transformers inject adapters into this model."""
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PeftModel):
+        return [(model.base_model, "inject_adapter")]
+    return [(model, "add_adapter")] if isinstance(model, PreTrainedModel) else []
+
+
+def _fuse(model: nn.Module) -> None:
+    for module in model.modules():
+        fuse_layer(module)
+    group_shared_inputs(model)
+    fuse_gated_mlps(model)
+    fuse_norms(model)
+
+
+def _require_all_fusable(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    reasons = {
+        name: obstacle(m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+    }
+    unfused = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+    if unfused:
+        shown = "\n  ".join(unfused[:8])
+        raise ContractError(
+            f"strict=True, and {len(unfused)} of {len(reasons)} adapter layers cannot be fused:\n  {shown}\n"
+            "pass strict=False to run PEFT's own forward there"
+        )
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's task type for a model whose class name tells it; Whisper and the like need none."""
+    name = type(model).__name__
+    if name.endswith("ForCausalLM") or name.endswith("LMHeadModel"):
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if name.endswith("ForSequenceClassification") else None
