@@ -55,12 +55,12 @@ def grad_s(dy: Tensor, B: Tensor, scale: float) -> Tensor:
     return torch.mm(dy, B.to(dy.dtype)).mul_(scale)
 
 
-def grad_B(dy: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def grad_b(dy: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale · dyᵀ s``, ``[N, R]``."""
     return _tall(dy, s, dtype).mul_(scale).to(dtype)
 
 
-def grad_A(ds: Tensor, x: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Tensor:
+def grad_a(ds: Tensor, x: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Tensor:
     """``dsᵀ drop(x)``, ``[R, K]``."""
     return _tall(ds, apply_dropout(x, p, seed), dtype).to(dtype)
 

@@ -71,13 +71,13 @@ class LoRALinear(torch.autograd.Function):
         lora = LoRA(A, B, *ctx.numbers)
         needs_x, _, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1])
-        dB = low_rank.grad_B(dy, s, lora.scale, B.dtype) if needs_B else None
+        dB = low_rank.grad_b(dy, s, lora.scale, B.dtype) if needs_B else None
         dbias = dy.sum(0) if needs_bias else None
         dx = dA = None
         if needs_x or needs_A:
             ds = low_rank.grad_s(dy, B, lora.scale)
             if needs_A:
-                dA = low_rank.grad_A(ds, x.reshape(-1, x.shape[-1]), A.dtype, lora.p, lora.seed)
+                dA = low_rank.grad_a(ds, x.reshape(-1, x.shape[-1]), A.dtype, lora.p, lora.seed)
             if needs_x:
                 dx = add_update_grad(matmul_nn(dy, weight.to(dy.dtype)), ds, lora).view(ctx.shape)
         return dx, None, dbias, dA, dB, None

@@ -62,7 +62,7 @@ def shared_grads(
         if dx is not None:
             low_rank.expand_(dx, joint, torch.cat([lora.A for lora in adapters]).t(), 1.0)
         if x is not None:
-            grads = low_rank.grad_A(joint, x, adapters[0].A.dtype)
+            grads = low_rank.grad_a(joint, x, adapters[0].A.dtype)
             for i, part in zip(
                 shared, grads.split([lora.A.shape[0] for lora in adapters]), strict=True
             ):
@@ -73,7 +73,7 @@ def shared_grads(
         if dx is not None:
             dx = add_update_grad(dx, ds[i], lora)
         if x is not None:
-            dA[i] = low_rank.grad_A(ds[i], x, lora.A.dtype, lora.p, lora.seed)
+            dA[i] = low_rank.grad_a(ds[i], x, lora.A.dtype, lora.p, lora.seed)
     return dx, dA
 
 
@@ -118,7 +118,7 @@ class LoRAQKV(torch.autograd.Function):
             if loras[i] is not None:
                 ds[i] = low_rank.grad_s(dy, Bs[i], loras[i].scale)
                 if needs[3 * count + i]:
-                    dB[i] = low_rank.grad_B(dy, ss[i], loras[i].scale, Bs[i].dtype)
+                    dB[i] = low_rank.grad_b(dy, ss[i], loras[i].scale, Bs[i].dtype)
             if ctx.needs_input_grad[1]:
                 weight = weights[i].to(dy.dtype)
                 dx = matmul_nn(dy, weight) if dx is None else addmm_nn(dx, dy, weight)

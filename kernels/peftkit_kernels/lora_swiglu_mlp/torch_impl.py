@@ -63,7 +63,7 @@ class LoRASwiGLUMLP(torch.autograd.Function):
             if loras[i] is not None:
                 ds[i] = low_rank.grad_s(grad, Bs[i], loras[i].scale)
                 if needs[9 + i]:
-                    dB[i] = low_rank.grad_B(grad, s[i], loras[i].scale, Bs[i].dtype)
+                    dB[i] = low_rank.grad_b(grad, s[i], loras[i].scale, Bs[i].dtype)
 
         dy = dy.reshape(-1, dy.shape[-1])
         reach(2, dy)
@@ -72,7 +72,7 @@ class LoRASwiGLUMLP(torch.autograd.Function):
             dh = add_update_grad(dh, ds[2], loras[2])
         de, dg, h = gate_backward(dh, e, g, ctx.call.act)
         if needs[8]:
-            dA[2] = low_rank.grad_A(ds[2], h, As[2].dtype, loras[2].p, loras[2].seed)
+            dA[2] = low_rank.grad_a(ds[2], h, As[2].dtype, loras[2].p, loras[2].seed)
         del h
         reach(0, de)
         reach(1, dg)
