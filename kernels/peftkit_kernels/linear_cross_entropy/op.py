@@ -1,0 +1,168 @@
+"""The public function: checks, autocast, the shift, choice of backend."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.checks import autocast_dtype, check_lora
+from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.linear_cross_entropy.reference import RowLoss, linear_cross_entropy_reference
+from peftkit_kernels.linear_cross_entropy.torch_impl import linear_cross_entropy_torch
+from peftkit_kernels.low_rank import LoRA
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    shift: bool = False,
+    num_items: Tensor | int | None = None,
+    chunk: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Cross entropy of the output head ``z = h Wᵀ + bias + scale · h Aᵀ Bᵀ`` that never holds ``z`` for all rows.
+
+    Rows are taken in chunks. The gradients are made in the forward, while the chunk of logits is there, so nothing is
+    recomputed and what is kept for backward is ``dhidden`` (``[M, D]``) and the gradients of the trained parameters of
+    the head: ``float32[V, D]`` for a trained ``weight``, ``float32[R, D]`` and ``float32[V, R]`` for ``lora``. Only
+    ``reduction="none"`` with trained parameters computes the logits a second time, in backward.
+
+    Args:
+        hidden: ``[..., D]``.
+        weight: ``[V, D]``, trained or frozen.
+        target: ``Int64[...]``, one per row of ``hidden``, in [0, V) or ``ignore_index``.
+        bias: ``[V]`` or ``None``.
+        lora: Adapter on the head, without dropout; float32 factors on a 16-bit ``hidden`` are cast.
+        ignore_index: Rows with this target have loss and gradient 0 and are not counted; with none left the loss is 0.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one loss a row, 0 where ignored).
+        softcap: The logits become ``softcap · tanh(z / softcap)``.
+        label_smoothing: Share of the target spread evenly over the vocabulary, in [0, 1).
+        z_loss: Weight of the squared log-partition of each row.
+        logit_scale: Factor on the logits, applied before ``softcap``.
+        shift: Pair ``hidden[..., t, :]`` with ``target[..., t + 1]``; the last position of a sequence is ignored.
+        num_items: Divisor of the mean in place of the number of counted rows (gradient accumulation).
+        chunk: Rows at a time; chosen by the sizes when ``None``.
+        compute_dtype: Dtype of the products with the head; that of ``hidden`` (of autocast where on) when ``None``.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        A float32 number (float64 for float64), or ``[...]`` of them for ``reduction="none"``.
+
+    Raises:
+        ValueError: Shapes, dtypes, an option or (on the CPU) a target is out of range, or the backend cannot run. On a
+            GPU a target out of range fails as a device-side assertion, so that nothing has to wait for the check.
+    """
+    dtype = compute_dtype or autocast_dtype(hidden) or hidden.dtype
+    check_shapes(hidden, weight, target, bias, lora)
+    check_options(reduction, softcap, label_smoothing, num_items, chunk)
+    if shift:
+        target = torch.nn.functional.pad(target[..., 1:], (0, 1), value=ignore_index)
+    if not torch.compiler.is_compiling():
+        check_target(target, weight.shape[0], ignore_index)
+    row_loss = RowLoss(logit_scale, softcap, label_smoothing, z_loss)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if choose_backend("linear_cross_entropy", backend) == "reference":
+            return linear_cross_entropy_reference(
+                hidden,
+                weight,
+                target,
+                bias=bias,
+                lora=lora,
+                row_loss=row_loss,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                num_items=num_items,
+                compute_dtype=dtype,
+            )
+        losses = linear_cross_entropy_torch(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            target.reshape(-1),
+            bias=bias,
+            lora=lora,
+            row_loss=row_loss,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            num_items=num_items,
+            chunk=chunk,
+            compute_dtype=dtype,
+        )
+    return losses.reshape(target.shape) if reduction == "none" else losses
+
+
+def check_shapes(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, lora: LoRA | None
+) -> None:
+    """Raise ``ValueError`` unless the tensors fit each other."""
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} and hidden {tuple(hidden.shape)}; "
+            "weight must be [V, D] for hidden [..., D]"
+        )
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)} and hidden {tuple(hidden.shape)}; "
+            f"one target a row means {tuple(hidden.shape[:-1])}"
+        )
+    if target.dtype is not torch.int64:
+        raise ValueError(
+            f"target is {target.dtype}; class indices must be torch.int64: target.long()"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{weight.shape[0]}]")
+    if lora is not None:
+        check_lora(lora, weight, "lora")
+        if lora.p:
+            raise ValueError(
+                f"lora.p={lora.p}: dropout on the output head is not supported; use p=0"
+            )
+
+
+def check_options(
+    reduction: str,
+    softcap: float | None,
+    label_smoothing: float,
+    num_items: Tensor | int | None,
+    chunk: int | None,
+) -> None:
+    """Raise ``ValueError`` for an option out of range."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(
+            f"reduction={reduction!r} is unknown; use one of {', '.join(get_args(Reduction))}"
+        )
+    if num_items is not None and reduction != "mean":
+        raise ValueError(
+            f"num_items divides the mean and reduction is {reduction!r}; leave one of them out"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be positive; None is no cap")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1 row; None chooses it")
+
+
+def check_target(target: Tensor, V: int, ignore_index: int) -> None:
+    """Raise unless every target is a class or ``ignore_index``; on a GPU the device asserts it instead."""
+    outside = ((target < 0) | (target >= V)) & (target != ignore_index)
+    if target.device.type != "cpu":
+        torch.ops.aten._assert_async.msg(~outside.any(), f"target outside [0, {V})")
+    elif outside.any():
+        raise ValueError(
+            f"target holds {target[outside][0].item()}, outside [0, {V}); ignored rows must hold {ignore_index}"
+        )
