@@ -1,0 +1,17 @@
+"""The one error of promise 3: something would have failed silently."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+class ContractError(ValueError):
+    """A fine-tuning run would have gone wrong without a word; the message names the thing and a way out."""
+
+
+def listing(names: Collection[str], shown: int = 5) -> str:
+    """The first few names on lines of their own, and how many more there are."""
+    lines = [f"  {name}" for name in list(names)[:shown]]
+    if len(names) > shown:
+        lines.append(f"  ... and {len(names) - shown} more")
+    return "\n".join(lines)

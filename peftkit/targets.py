@@ -1,0 +1,323 @@
+"""Which modules "all-linear" means: every linear-like layer of the backbone, and the reasons for what is left out.
+
+PEFT's own "all-linear" depends on the architecture: on mixtures of experts it adds the router, drops shared experts and
+doubles ranks. Ours means the same everywhere, and says what it left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+HEAD = "output head; list it in modules_to_save to train it"
+ROUTER = "router or gate of a mixture of experts"
+STACKED = "experts are stored as {ndim}-D parameters; pass target_parameters"
+PACKED = (
+    "experts are stored packed ({dtype}); load the model unquantised and pass target_parameters"
+)
+ATTENTION = (
+    "nn.MultiheadAttention multiplies by this weight itself, so a layer around it would never run"
+)
+GROUPED = "a block-diagonal linear: one low-rank pair over all of its groups does not fit"
+MAMBA = "Mamba's fused scan multiplies by this weight itself; PEFT refuses it"
+CONVOLUTION = "a convolution, not a linear layer; name it in target_modules to adapt it"
+REWRITTEN = (
+    "PEFT takes a module of this name for the experts here; its weight can be reached through target_parameters, by LoRA "
+    "without dropout on an unquantised model"
+)
+
+_MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_HEAD_NAMES = {"classifier", "score", "qa_outputs", "classification_head", "lm_head", "proj_out"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What "all-linear" means for one model.
+
+    Attributes:
+        names: For PEFT's ``target_modules``: the shortest suffixes that match the chosen modules and nothing else; a
+            regular expression where no list can be that exact.
+        parameters: For PEFT's ``target_parameters``: weights of linear layers that cannot be reached through
+            ``target_modules``, because PEFT rewrites their names to those of the experts. Empty for most models.
+        modules: Full names of all chosen modules, those of ``parameters`` included.
+        left_out: Reason by full name, for every linear-like module and expert parameter that was not chosen.
+    """
+
+    names: list[str] | str
+    parameters: list[str]
+    modules: tuple[str, ...]
+    left_out: dict[str, str]
+
+
+def all_linear(model: nn.Module) -> Selection:
+    """Select every linear-like layer of the backbone: never the output head, never a router.
+
+    Args:
+        model: A base model, or one that already carries adapters (then its original layers are selected).
+    """
+    modules = dict(base_modules(model))
+    model = modules[""]
+    left_out = _experts_and_routers(modules)
+    heads = _heads(model, modules)
+    mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES
+
+    chosen = []
+    for name, module in modules.items():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            left_out[name] = CONVOLUTION
+        if not name or not is_linear_like(module) or name in left_out:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        if not heads.isdisjoint([name, *_ancestors(name)]):
+            left_out[name] = HEAD
+        elif isinstance(modules.get(parent), nn.MultiheadAttention):
+            left_out[name] = ATTENTION
+        elif getattr(module, "n_groups", 1) > 1:
+            left_out[name] = GROUPED
+        elif mamba and leaf == "out_proj":
+            left_out[name] = MAMBA
+        else:
+            chosen.append(name)
+
+    rewritten = _names_peft_rewrites(model, {name.rpartition(".")[2] for name in chosen})
+    direct = {name for name in chosen if name.rpartition(".")[2] not in rewritten}
+    indirect = set()
+    for name in chosen:
+        if name in direct:
+            continue
+        weight = modules[name]._parameters.get("weight")
+        if weight is not None and weight.is_floating_point():
+            indirect.add(f"{name}.weight")
+        else:
+            left_out[name] = REWRITTEN
+    parameters = {f"{name}.{own}" for name, module in modules.items() for own in module._parameters}
+    return Selection(
+        names=_shortest_entries(direct, set(modules) - direct),
+        parameters=_shortest_suffixes(indirect, parameters - indirect),
+        modules=tuple(name for name in chosen if name not in left_out),
+        left_out=left_out,
+    )
+
+
+def fill_targets(model: nn.Module, config: Any) -> Selection | None:
+    """Write our "all-linear" into a config that leaves its targets open.
+
+    Open means ``target_modules="all-linear"``, or a LoRA config that names no modules and no parameters. The config is
+    changed in place.
+
+    Returns:
+        What was selected, or ``None`` if the config names its own targets.
+    """
+    if not hasattr(config, "target_modules"):
+        return None
+    targets = config.target_modules
+    wanted = isinstance(targets, str) and targets.lower() == "all-linear"
+    unsaid = targets is None and not getattr(config, "target_parameters", None)
+    if not wanted and not (unsaid and config.peft_type == "LORA"):
+        return None
+    selection = all_linear(model)
+    bare_weights = config.peft_type == "LORA" and not config.lora_dropout
+    if selection.parameters and not bare_weights:
+        lost = {
+            name: REWRITTEN
+            for name in selection.modules
+            if any(_has_suffix(f"{name}.weight", entry) for entry in selection.parameters)
+        }
+        kept = tuple(name for name in selection.modules if name not in lost)
+        selection = Selection(selection.names, [], kept, {**selection.left_out, **lost})
+    config.target_modules = selection.names
+    if selection.parameters:
+        config.target_parameters = [*(config.target_parameters or []), *selection.parameters]
+    return selection
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the model below any adapters, under the names they have without adapters."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = _without_adapters(module)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        for child_name, child in module.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return walk(model, "")
+
+
+def _without_adapters(module: nn.Module) -> nn.Module:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        inner = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
+        if inner not in module._modules:
+            break
+        module = module._modules[inner]
+    return module
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether the module multiplies its input by one matrix: ``nn.Linear``, transformers' ``Conv1D``, quantised linears."""
+    if isinstance(module, nn.Linear):
+        return True
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return True
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if not all(isinstance(size, int) for size in sizes) or len(module._modules) > 0:
+        return False
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return any(hasattr(module, name) for name in ("qweight", "W_q", "weight_packed"))
+    return getattr(weight, "ndim", 0) <= 2
+
+
+def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """Names of the modules that turn the backbone's output into logits, and of everything else outside the backbone."""
+    heads: set[str] = set()
+    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in embeddings:
+            heads.add(name)
+        if hasattr(
+            module, "get_output_embeddings"
+        ):  # also the language model inside a larger model
+            head = module.get_output_embeddings()
+            head = _without_adapters(head) if isinstance(head, nn.Module) else head
+            heads |= {other for other, candidate in modules.items() if candidate is head}
+
+    backbone = getattr(model, "base_model", None)
+    inside = next((name for name, module in modules.items() if module is backbone), "")
+    if inside:
+        around = {"", inside, *_ancestors(inside)}
+        heads |= {name for name in modules if not (name in around or name.startswith(f"{inside}."))}
+    elif re.search(r"For[A-Z]", type(model).__name__):
+        heads |= {name for name in modules if name in _HEAD_NAMES}
+    return heads
+
+
+def _ancestors(name: str) -> list[str]:
+    """``"a.b.c"`` gives ``["a.b", "a"]``."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
+def suffixes(name: str) -> list[str]:
+    """``"a.b.c"`` gives ``["c", "b.c", "a.b.c"]``: the entries by which PEFT matches a module of that name."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+
+
+def _experts_and_routers(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Reasons for the parts of mixture-of-experts blocks that "all-linear" does not adapt.
+
+    A block is whatever holds a container of experts: a child called ``experts``, or one whose class says so.
+    """
+    left_out: dict[str, str] = {}
+    names = list(modules)
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        if leaf != "experts" and not type(module).__name__.endswith("Experts"):
+            continue
+        inside = {name, *_below(names, name)}
+        for inner in inside:
+            if not is_linear_like(modules[inner]):
+                left_out |= _stacked_weights(inner, modules[inner])
+        count = _count_experts(module)
+        for other in _below(names, parent):
+            beside = other.removeprefix(f"{parent}.") if parent else other
+            if other not in inside and _is_router(beside, modules[other], count):
+                left_out[other] = ROUTER
+    return left_out
+
+
+def _below(names: list[str], parent: str) -> Iterator[str]:
+    """The names inside ``parent``; ``names`` lists every module before its children."""
+    prefix = f"{parent}." if parent else ""
+    inside = itertools.islice(names, names.index(parent) + 1, None)
+    return itertools.takewhile(lambda name: name.startswith(prefix), inside)
+
+
+def _stacked_weights(name: str, module: nn.Module) -> dict[str, str]:
+    reasons = {}
+    for own, weight in module._parameters.items():
+        if weight is None or weight.ndim < 2 or own.endswith("bias"):
+            continue
+        packed = PACKED.format(dtype=str(weight.dtype).removeprefix("torch."))
+        stacked = STACKED.format(ndim=weight.ndim)
+        reasons[f"{name}.{own}"] = stacked if weight.is_floating_point() else packed
+    return reasons
+
+
+def _count_experts(container: nn.Module) -> int | None:
+    if isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+        return len(container)
+    stacked = [p.shape[0] for p in container.parameters() if p.ndim == 3]
+    return stacked[0] if stacked else getattr(container, "num_experts", None)
+
+
+def _is_router(beside: str, module: nn.Module, experts: int | None) -> bool:
+    """Whether a module next to the experts chooses among them; ``beside`` is its name within the block."""
+    weight = module._parameters.get("weight")
+    if not is_linear_like(module) and (weight is None or weight.ndim != 2):
+        return False
+    if isinstance(module, nn.Embedding):
+        return False
+    first, *rest = beside.split(".")
+    if "router" in first or re.fullmatch(r"(shared_experts?_)?(gate|gating)", first):
+        return True
+    rows = getattr(module, "out_features", weight.shape[0] if weight is not None else None)
+    return not rest and experts is not None and rows == experts
+
+
+def _names_peft_rewrites(model: nn.Module, leaves: set[str]) -> set[str]:
+    """Module names that PEFT turns into expert parameters for this architecture, wherever they stand.
+
+    Checkpoints of transformers 4 had one linear a expert; PEFT therefore reads ``gate_proj`` in ``target_modules`` as the
+    experts' ``gate_up_proj``, even where ``shared_expert.gate_proj`` was meant.
+    """
+    return {leaf for leaf in leaves if peft_rewrite(model, [leaf])[0] != {leaf}}
+
+
+def peft_rewrite(model: nn.Module, entries: Iterable[str]) -> tuple[set[str], set[str]]:
+    """The ``target_modules`` and added ``target_parameters`` that PEFT makes of ``entries`` for this architecture."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    entries = set(entries)
+    config = LoraConfig(target_modules=set(entries))
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:
+        # Only one of two projections that PEFT fuses was named: rewritten, but not alone.
+        return set(), set()
+    return set(config.target_modules or ()), set(config.target_parameters or ())
+
+
+def _shortest_entries(chosen: set[str], others: set[str]) -> list[str] | str:
+    entries = _shortest_suffixes(chosen, others)
+    if any(_has_suffix(other, entry) for entry in entries for other in others):
+        return "|".join(re.escape(name) for name in sorted(chosen))
+    return entries
+
+
+def _shortest_suffixes(chosen: set[str], others: set[str]) -> list[str]:
+    """The shortest suffix of each chosen name that no other name ends with; the whole name failing that."""
+    taken = {suffix for other in others for suffix in suffixes(other)}
+    found = {next((s for s in suffixes(name) if s not in taken), name) for name in chosen}
+    # What ends in another entry is already matched by it.
+    return sorted(s for s in found if found.isdisjoint(suffixes(s)[:-1]))
+
+
+def _has_suffix(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
