@@ -21,8 +21,8 @@ def activate(e: Tensor, act: str) -> Tensor:
 
 def gate(e: Tensor, g: Tensor, act: str) -> Tensor:
     """``act(e) ∘ g`` as a new tensor; ``e`` and ``g`` are ``[M, F]``, contiguous."""
-    if native.takes(e, g):
-        return native.gate(e, g, ACTIVATIONS.index(act))
+    if act in native.GATES and native.takes(e, g):
+        return native.gate(e, g, act)
     return activate(e, act).mul_(g)
 
 
@@ -35,8 +35,8 @@ def gate_backward(dh: Tensor, e: Tensor, g: Tensor, act: str) -> tuple[Tensor, T
         g: ``[M, F]``, kept.
         act: One of ``ACTIVATIONS``.
     """
-    if native.takes(dh, e, g):
-        return native.gate_backward(dh, e, g, ACTIVATIONS.index(act))
+    if act in native.GATES and native.takes(dh, e, g):
+        return native.gate_backward(dh, e, g, act)
     a = activate(e, act)
     de = dh * g
     if act == "silu":
