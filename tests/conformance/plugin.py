@@ -1,0 +1,106 @@
+"""pytest plugin for PEFT's own test suite: keeps its LoRA tests, can fuse every layer they create.
+
+Loaded by ``run.py`` with ``-p plugin``. Two environment variables steer it:
+``PEFTKIT_CONFORMANCE_MODE`` is ``stock`` or ``fused``, ``PEFTKIT_CONFORMANCE_OUT`` the JSON file that
+receives ``{"outcomes": {test: outcome}, "fused_layers": number}``.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+_LORA = re.compile(r"(?<![A-Za-z])LoraConfig")
+
+# Test modules that are about LoRA, or about machinery LoRA uses, without naming it in their test ids.
+_WHOLE_MODULES = {
+    "test_arrow.py",
+    "test_auto.py",
+    "test_bdlora.py",
+    "test_helpers.py",
+    "test_hub_features.py",
+    "test_incremental_pca.py",
+    "test_initialization.py",
+    "test_integrations.py",
+    "test_lora_conversion.py",
+    "test_lora_ga.py",
+    "test_lora_intruders.py",
+    "test_lora_variants.py",
+    "test_lorafa.py",
+    "test_loraplus.py",
+    "test_low_level_api.py",
+    "test_mapping.py",
+    "test_mixed.py",
+    "test_other.py",
+    "test_riemannian_lora.py",
+    "test_target_parameters.py",
+    "test_torch_compile.py",
+    "test_trainable_tokens.py",
+    "test_tuners_utils.py",
+    "test_velora.py",
+    "test_xlora.py",
+}
+
+_outcomes = pytest.StashKey[dict[str, str]]()
+_fused = pytest.StashKey[Counter]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the tests off the network and, in mode ``fused``, fuse each LoRA layer at its creation."""
+    from tests import testing_utils
+
+    # It would go online once for each model id; what the tests need is in the fake cache.
+    testing_utils.hub_online_once = lambda model_id: contextlib.nullcontext()
+    config.stash[_outcomes] = {}
+    config.stash[_fused] = Counter()
+    if os.environ["PEFTKIT_CONFORMANCE_MODE"] == "fused":
+        _fuse_at_creation(config.stash[_fused])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what has nothing to do with LoRA."""
+    kept, dropped = [], []
+    for item in items:
+        about_lora = item.path.name in _WHOLE_MODULES or _LORA.search(item.nodeid)
+        (kept if about_lora else dropped).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Note each test's outcome: the first phase that did not simply pass decides."""
+    report = yield
+    outcomes = item.config.stash[_outcomes]
+    if outcomes.get(report.nodeid, "passed") == "passed":
+        broken_outside = report.failed and report.when != "call"
+        outcomes[report.nodeid] = "error" if broken_outside else report.outcome
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the outcomes."""
+    result = {
+        "outcomes": session.config.stash[_outcomes],
+        "fused_layers": session.config.stash[_fused]["layers"],
+    }
+    Path(os.environ["PEFTKIT_CONFORMANCE_OUT"]).write_text(json.dumps(result, indent=1))
+
+
+def _fuse_at_creation(fused: Counter) -> None:
+    from peft.tuners.lora import LoraModel
+
+    from peftkit.lora.layers import fuse_layer
+
+    create = LoraModel._create_new_module
+
+    def create_fused(*args, **kwargs):
+        module = create(*args, **kwargs)
+        fused["layers"] += fuse_layer(module)
+        return module
+
+    LoraModel._create_new_module = staticmethod(create_fused)

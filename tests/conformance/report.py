@@ -1,0 +1,136 @@
+"""Compare the outcomes of two runs of PEFT's tests, and write the comparison down."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from known import KNOWN
+
+
+@dataclass
+class Results:
+    """What one run left: ``outcomes`` by test id, and how many layers were fused in it."""
+
+    outcomes: dict[str, str]
+    fused_layers: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs side by side."""
+
+    stock: Results
+    fused: Results
+    regressions: list[str]
+    """Tests that pass with stock layers and not with fused ones, for no known reason."""
+    explained: list[str]
+    """The same, with a reason in ``known.py``."""
+    gained: list[str]
+    """Tests that pass with fused layers only."""
+
+    def summary(self) -> str:
+        """Say in a few lines how the runs differ, each unexplained test by name."""
+        lines = [
+            f"{mode}: {_counts(results.outcomes)}"
+            for mode, results in (("stock", self.stock), ("fused", self.fused))
+        ]
+        lines.append(f"layers fused: {self.fused.fused_layers}")
+        lines.append(f"pass with stock layers only: {len(self.regressions)} unexplained")
+        lines += [f"  {test}: {self.fused.outcomes.get(test)}" for test in self.regressions]
+        lines += [f"  {test}: known, {KNOWN[test]}" for test in self.explained]
+        return "\n".join(lines)
+
+
+def compare(stock: Results, fused: Results) -> Comparison:
+    """Find the tests whose outcome depends on the layers.
+
+    Raises:
+        ValueError: One run has no outcomes, or the fused run fused nothing: there is no comparison.
+    """
+    if not stock.outcomes or not fused.outcomes:
+        raise ValueError("no outcomes to compare; run both modes first")
+    if fused.fused_layers == 0:
+        raise ValueError("the fused run fused no layer, so it says nothing about fused layers")
+    lost = sorted(
+        test
+        for test, outcome in stock.outcomes.items()
+        if outcome == "passed" and fused.outcomes.get(test) != "passed"
+    )
+    gained = sorted(
+        test
+        for test, outcome in fused.outcomes.items()
+        if outcome == "passed" and stock.outcomes.get(test) != "passed"
+    )
+    return Comparison(
+        stock=stock,
+        fused=fused,
+        regressions=[test for test in lost if test not in KNOWN],
+        explained=[test for test in lost if test in KNOWN],
+        gained=gained,
+    )
+
+
+def write(path: Path, comparison: Comparison, versions: dict[str, str]) -> None:
+    """Write the comparison as Markdown, replacing ``path`` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(_markdown(comparison, versions))
+    unfinished.replace(path)
+
+
+def _markdown(comparison: Comparison, versions: dict[str, str]) -> str:
+    stock, fused = comparison.stock.outcomes, comparison.fused.outcomes
+    columns = ("passed", "failed", "error", "skipped")
+    rows = [
+        f"| {mode} | " + " | ".join(str(Counter(outcomes.values())[c]) for c in columns) + " |"
+        for mode, outcomes in (("stock", stock), ("fused", fused))
+    ]
+    differences = [f"- `{test}`: {KNOWN[test]}" for test in comparison.explained]
+    differences += [f"- `{test}`: not explained" for test in comparison.regressions]
+    gained = [f"- `{test}`" for test in comparison.gained]
+    return "\n".join(
+        [
+            "# PEFT's own tests on fused layers",
+            "",
+            "Written by `make conformance` (tests/conformance/README.md says what it runs): the LoRA tests of PEFT's own suite,",
+            "once with PEFT's layers and once with every layer fused where peftkit can fuse it.",
+            "",
+            "With " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ":",
+            "",
+            "| layers | " + " | ".join(columns) + " |",
+            "|---|" + "---|" * len(columns),
+            *rows,
+            "",
+            f"Layers fused during the fused run: {comparison.fused.fused_layers:,}.",
+            "",
+            "## Passing with stock layers, not with fused ones",
+            "",
+            *(differences or ["None."]),
+            "",
+            "## Passing with fused layers only",
+            "",
+            *(gained or ["None."]),
+            "",
+            "## Failing with stock layers too",
+            "",
+            "These say nothing about fused layers. Most need files of the Hugging Face hub that the offline stand-in lacks.",
+            "",
+            *_by_module(stock),
+            "",
+        ]
+    )
+
+
+def _by_module(outcomes: dict[str, str]) -> list[str]:
+    failing = Counter(
+        test.partition("::")[0]
+        for test, outcome in outcomes.items()
+        if outcome in {"failed", "error"}
+    )
+    return [f"- `{module}`: {count}" for module, count in sorted(failing.items())] or ["None."]
+
+
+def _counts(outcomes: dict[str, str]) -> str:
+    return ", ".join(
+        f"{count} {name}" for name, count in sorted(Counter(outcomes.values()).items())
+    )

@@ -1,0 +1,168 @@
+"""Run PEFT's own LoRA tests with stock and with fused layers, and compare them test by test.
+
+    python tests/conformance/run.py
+
+README.md beside this file says what is run and how to run parts of it. Exits with status 1 when a
+test passes with stock layers and not with fused ones, unless ``known.py`` gives a reason.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import fake_hub
+import report
+
+HERE = Path(__file__).resolve().parent
+MODES = ("stock", "fused")
+PYTEST_RAN = (0, 1, 5)  # all passed, some failed, none selected
+NEEDS_MORE_THAN_TINY_MODELS = {
+    "test_common_gpu.py",
+    "test_gpu_examples.py",
+    "test_vision_models.py",
+}
+
+
+def main() -> int:
+    arguments = _parse_arguments()
+    work = arguments.work.resolve()
+    tests = fetch_tests(work)
+    hub = work / "hub"
+    fake_hub.build(hub)
+
+    names = arguments.modules or _modules_about_lora(tests)
+    runs = [(mode, name) for name in names for mode in arguments.modes.split(",")]
+    if arguments.compare_only:
+        runs = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for line in pool.map(lambda run: run_module(work, hub, tests, *run), runs):
+            print(line, flush=True)
+    if arguments.modules or arguments.modes != ",".join(MODES):
+        return 0  # a part of the suite: nothing to compare yet
+
+    results = {mode: _read_results(_results(work, mode)) for mode in MODES}
+    comparison = report.compare(results["stock"], results["fused"])
+    report.write(arguments.report, comparison, _versions())
+    print(f"\nwritten: {arguments.report}\n{comparison.summary()}")
+    return 1 if comparison.regressions else 0
+
+
+def fetch_tests(work: Path) -> Path:
+    """Download the sdist of the installed PEFT, which contains its tests, and unpack those.
+
+    Returns:
+        The folder that holds ``tests``; it is reused while the PEFT version stays the same.
+    """
+    name = f"peft-{version('peft')}"
+    target = work / name
+    if target.exists():
+        return target
+    work.mkdir(parents=True, exist_ok=True)
+    requirement = name.replace("-", "==")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "peft"]
+    subprocess.run([*pip, "--dest", str(work), requirement], check=True)
+
+    unfinished = work / "unpacking"
+    with tarfile.open(work / f"{name}.tar.gz") as archive:
+        members = [m for m in archive.getmembers() if m.name.startswith(f"{name}/tests/")]
+        archive.extractall(unfinished, members=members, filter="data")
+    (unfinished / name / "tests" / "__init__.py").touch()
+    # An ini file of its own: pytest would otherwise walk up and take this project's settings.
+    (unfinished / name / "pytest.ini").write_text("[pytest]\n")
+    (unfinished / name).rename(target)
+    unfinished.rmdir()
+    return target
+
+
+def run_module(work: Path, hub: Path, tests: Path, mode: str, name: str) -> str:
+    """Run one test module in a process of its own and keep its outcomes.
+
+    Args:
+        work: Folder for results and logs.
+        hub: Used as ``HF_HOME``.
+        tests: Folder that holds PEFT's ``tests``.
+        mode: ``stock`` or ``fused``.
+        name: File name of the module.
+
+    Returns:
+        One line for a person: mode, module, seconds and pytest's closing line.
+    """
+    folder = _results(work, mode)
+    folder.mkdir(parents=True, exist_ok=True)
+    result, log = folder / f"{name}.json", folder / f"{name}.log"
+    result.unlink(missing_ok=True)
+    unfinished = result.with_suffix(".unfinished")
+    environment = {
+        **os.environ,
+        "PEFTKIT_CONFORMANCE_MODE": mode,
+        "PEFTKIT_CONFORMANCE_OUT": str(unfinished),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
+        "HF_HOME": str(hub),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # the models are tiny, and modules run side by side
+    }
+    options = ["-p", "plugin", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short", "--no-header"]
+    command = [sys.executable, "-m", "pytest", f"tests/{name}", *options]
+    start = time.perf_counter()
+    with log.open("w") as output:
+        done = subprocess.run(
+            command, cwd=tests, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    closing_line = log.read_text().rstrip().rpartition("\n")[2].strip("= ")
+    if done.returncode not in PYTEST_RAN or not unfinished.exists():
+        raise RuntimeError(f"pytest ended with status {done.returncode} on {name}; see {log}")
+    unfinished.rename(result)
+    return f"{mode} {name} {time.perf_counter() - start:.0f} s: {closing_line}"
+
+
+def _modules_about_lora(tests: Path) -> list[str]:
+    """Every test module that mentions LoRA, the largest first so that no worker idles at the end."""
+    modules = [
+        path for path in (tests / "tests").glob("test_*.py") if "LoraConfig" in path.read_text()
+    ]
+    modules.sort(key=lambda path: -path.stat().st_size)
+    return [path.name for path in modules if path.name not in NEEDS_MORE_THAN_TINY_MODELS]
+
+
+def _read_results(folder: Path) -> report.Results:
+    """Merge what the modules of one mode have left in ``folder``."""
+    merged = report.Results({}, 0)
+    for path in sorted(folder.glob("*.json")):
+        one = json.loads(path.read_text())
+        merged.outcomes.update(one["outcomes"])
+        merged.fused_layers += one["fused_layers"]
+    return merged
+
+
+def _results(work: Path, mode: str) -> Path:
+    return work / "results" / mode
+
+
+def _versions() -> dict[str, str]:
+    names = ("peft", "transformers", "torch", "peftkit")
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {**{name: version(name) for name in names}, "Python": python}
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", help="only these test modules, e.g. test_other.py")
+    parser.add_argument("--modes", default=",".join(MODES), help="stock, fused, or both (default)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="modules run side by side")
+    parser.add_argument("--compare-only", action="store_true", help="compare the results there are")
+    parser.add_argument("--work", type=Path, default=Path(".conformance"), help="scratch folder")
+    parser.add_argument("--report", type=Path, default=Path("docs/conformance.md"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
