@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peftkit_kernels import low_rank
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
@@ -189,8 +188,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = _LinearCrossEntropy._grads(ctx, dloss)
+        if torch.is_grad_enabled():
+            # create_graph=True. once_differentiable would pass the gradients off as constants where dloss is one.
+            grads = _DifferentiableOnce.apply(dloss.new_empty(0, requires_grad=True), *grads)
+        return *grads, None, None, None
+
+    @staticmethod
+    def _grads(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.deferred is not None:
             hidden, *tensors, target = ctx.saved_tensors
             plan, needs_hidden, wanted = ctx.deferred
@@ -208,7 +215,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i, grad in enumerate(dhead):
             if grad is not None:
                 dhead[i] = (grad if factor is None else grad * factor).to(ctx.dtypes[1 + i])
-        return dhidden, *dhead, None, None, None
+        return dhidden, *dhead
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """Passes gradients on and raises where somebody differentiates them."""
+
+    @staticmethod
+    def forward(ctx: Any, connect: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "linear_cross_entropy has no second derivative; use backend='reference', or logit_free=False for a model"
+        )
 
 
 def _scaled(
@@ -287,10 +308,8 @@ def _sweep(
     for start in range(0, hidden.shape[0], plan.chunk):
         chunk = slice(start, start + plan.chunk)
         h = hidden[chunk].to(plan.dtype)
-        z = _logits(h, weight)
+        z = _logits(h, weight, bias)
         s = None if A is None else low_rank.shrink(h, A)
-        if bias is not None:
-            z.add_(bias.to(z.dtype))
         if lora is not None and s is not None:
             low_rank.expand_(z, s, lora.B, lora.scale)
         skip = None if ignored is None else ignored[chunk]
@@ -322,14 +341,24 @@ def _sweep(
     return losses, (dhidden, dweight, dbias, dA, dB)
 
 
-def _logits(h: Tensor, weight: Tensor) -> Tensor:
-    """``h Wᵀ`` in the dtype of ``h``; a weight of another dtype is cast a tile at a time."""
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``h Wᵀ + bias`` in the dtype of ``h``; a weight of another dtype is cast a tile at a time."""
     if weight.dtype == h.dtype:
-        return matmul_nt(h, weight)
+        return _linear(h, weight, bias)
     z = h.new_empty(h.shape[0], weight.shape[0])
     for tile in _tiles(*weight.shape):
-        z[:, tile] = matmul_nt(h, weight[tile].to(h.dtype))
+        z[:, tile] = _linear(h, weight[tile].to(h.dtype), None if bias is None else bias[tile])
     return z
+
+
+def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return matmul_nt(h, weight)
+    bias = bias.to(h.dtype)
+    if h.dtype.itemsize < 4:
+        # The sum with the bias is rounded once inside this product, and twice by adding afterwards.
+        return torch.nn.functional.linear(h, weight, bias)
+    return matmul_nt(h, weight).add_(bias)
 
 
 def _hidden_grad(dz: Tensor, weight: Tensor) -> Tensor:

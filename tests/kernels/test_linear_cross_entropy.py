@@ -1,0 +1,440 @@
+"""The logit-free loss against its definition in float64, and what it may allocate and keep."""
+
+import itertools
+
+import pytest
+import torch
+from peftkit_kernels.linear_cross_entropy import (
+    RowLoss,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+from peftkit_kernels.linear_cross_entropy.torch_impl import choose_chunk, xent_rows_
+from peftkit_kernels.low_rank import LoRA
+from torch.utils._python_dispatch import TorchDispatchMode
+
+IGNORE = -100
+NAMES = ("hidden", "weight", "bias", "A", "B")
+OPTIONS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "lora": {"lora": True},
+    "softcap": {"softcap": 3.0},
+    "smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 0.05},
+    "scale": {"logit_scale": 0.3},
+    "shift": {"shift": True},
+    "num_items": {"num_items": 20},
+    "one_row_chunks": {"chunk": 1},
+    "uneven_chunks": {"chunk": 5, "lora": True},
+    "everything": {
+        "bias": True,
+        "lora": True,
+        "softcap": 3.0,
+        "label_smoothing": 0.1,
+        "z_loss": 0.05,
+        "logit_scale": 0.7,
+        "shift": True,
+        "chunk": 4,
+    },
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs(
+    dtype=torch.float64, shape=(3, 21), V=53, D=24, R=3, *, factors=None, grad=NAMES, seed=3
+):
+    """Tensors by name, rounded to ``dtype`` (the factors to ``factors``), and targets with some rows ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"hidden": (*shape, D), "weight": (V, D), "bias": (V,), "A": (R, D), "B": (V, R)}
+    tensors = {}
+    for name, size in sizes.items():
+        values = torch.randn(size, generator=generator, dtype=torch.float64)
+        values = values.to(factors or dtype if name in "AB" else dtype)
+        tensors[name] = values.requires_grad_(name in grad)
+    target = torch.randint(0, V, shape, generator=generator)
+    target.view(-1)[::4] = IGNORE
+    return tensors, target
+
+
+def loss_and_grads(tensors, target, *, dtype=None, backend="torch", **options):
+    """The loss and every gradient by name; in ``dtype``, with the same values, where that is given."""
+    leaves = {
+        name: t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad)
+        for name, t in tensors.items()
+    }
+    bias = leaves["bias"] if options.pop("bias", False) else None
+    lora = LoRA(leaves["A"], leaves["B"], 0.5) if options.pop("lora", False) else None
+    loss = linear_cross_entropy(
+        leaves["hidden"], leaves["weight"], target, bias=bias, lora=lora, backend=backend, **options
+    )
+    # A different weight for each row, so that a wrong factor in backward shows.
+    (loss * torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape)).sum().backward()
+    return {
+        "loss": loss.detach(),
+        **{name: t.grad for name, t in leaves.items() if t.grad is not None},
+    }
+
+
+def assert_no_worse_than(actual, plain, truth, dtype):
+    """Error against float64 within twice that of plain torch computing in ``dtype``, and one rounding.
+
+    In float64, where plain torch is the truth itself, within 1e-10 of the size of the result.
+    """
+    rounding = 1e-10 if dtype is torch.float64 else torch.finfo(dtype).eps
+    allowed = 2 * (plain.double() - truth).abs().max() + rounding * truth.abs().max()
+    assert truth.abs().max() > 10 * allowed, "inputs too small: a wrong result would pass"
+    assert (actual.double() - truth).abs().max() <= allowed
+
+
+def assert_matches(tensors, target, **options):
+    truth = loss_and_grads(
+        tensors, target, dtype=torch.float64, backend="reference", **options.copy()
+    )
+    plain = loss_and_grads(tensors, target, backend="reference", **options.copy())
+    actual = loss_and_grads(tensors, target, **options.copy())
+    assert actual.keys() == truth.keys()
+    for name, value in actual.items():
+        assert value.dtype == plain[name].dtype, name
+        assert_no_worse_than(value, plain[name], truth[name], tensors["hidden"].dtype)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reference_is_torchs_cross_entropy(reduction, smoothing):
+    tensors, target = inputs()
+    hidden, weight = tensors["hidden"], tensors["weight"]
+    ours = linear_cross_entropy_reference(
+        hidden, weight, target, reduction=reduction, row_loss=RowLoss(label_smoothing=smoothing)
+    )
+    torchs = torch.nn.functional.cross_entropy(
+        (hidden @ weight.T).flatten(0, 1),
+        target.flatten(),
+        reduction=reduction,
+        label_smoothing=smoothing,
+    )
+    torch.testing.assert_close(ours, torchs.view_as(ours), rtol=1e-10, atol=0.0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_pass_gradcheck(backend, reduction):
+    tensors, target = inputs(shape=(5,), V=7, D=4, R=2)
+
+    def loss(hidden, weight, bias, A, B):
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            lora=LoRA(A, B, 0.5),
+            softcap=3.0,
+            label_smoothing=0.1,
+            z_loss=0.05,
+            logit_scale=0.7,
+            reduction=reduction,
+            chunk=2,
+            backend=backend,
+        )
+
+    assert torch.autograd.gradcheck(loss, tuple(tensors.values()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_matches_the_definition(option, reduction, dtype):
+    options = dict(OPTIONS[option])
+    if reduction != "mean":
+        options.pop("num_items", None)
+    assert_matches(*inputs(dtype), reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float32_factors_on_a_16_bit_head(dtype, reduction):
+    tensors, target = inputs(dtype, factors=torch.float32)
+    assert_matches(tensors, target, lora=True, reduction=reduction)
+    grads = loss_and_grads(tensors, target, lora=True, reduction=reduction)
+    assert grads["A"].dtype == grads["B"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("M", [1, 3, 17, 65])
+def test_any_number_of_rows(M):
+    tensors, target = inputs(torch.float32, shape=(M,), V=101, D=7, R=1)
+    target[0] = 5
+    assert_matches(tensors, target, bias=True, lora=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_rows(reduction):
+    tensors, target = inputs(torch.float32, shape=(0,))
+    result = loss_and_grads(tensors, target, bias=True, lora=True, reduction=reduction)
+    assert result.pop("loss").sum() == 0
+    assert result.keys() == set(NAMES)
+    for name, grad in result.items():
+        assert grad.shape == tensors[name].shape
+        assert not grad.any(), name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_no_counted_row_is_zero_and_not_nan(backend, reduction):
+    tensors, target = inputs(torch.float32)
+    result = loss_and_grads(
+        tensors,
+        torch.full_like(target, IGNORE),
+        bias=True,
+        lora=True,
+        reduction=reduction,
+        backend=backend,
+    )
+    assert len(result) == 6
+    for name, value in result.items():
+        assert torch.equal(value, torch.zeros_like(value)), name
+
+
+def test_a_single_row_without_leading_axis():
+    tensors, _ = inputs(shape=())
+    loss = linear_cross_entropy(tensors["hidden"], tensors["weight"], torch.tensor(4))
+    expected = torch.nn.functional.cross_entropy(
+        tensors["weight"] @ tensors["hidden"], torch.tensor(4)
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0.0)
+
+
+def test_strided_hidden_and_weight():
+    tensors, target = inputs(torch.float32)
+    strided = {
+        **tensors,
+        "hidden": tensors["hidden"].detach().mT.contiguous().mT.requires_grad_(),
+        "weight": tensors["weight"].detach().T.contiguous().T.requires_grad_(),
+    }
+    assert not strided["hidden"].is_contiguous()
+    assert_matches(strided, target, lora=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_each_subset_of_trained_tensors(reduction):
+    every = loss_and_grads(*inputs(), bias=True, lora=True, reduction=reduction)
+    for size in range(1, 6):
+        for subset in itertools.combinations(NAMES, size):
+            some = loss_and_grads(*inputs(grad=subset), bias=True, lora=True, reduction=reduction)
+            assert some.keys() == {"loss", *subset}
+            for name, value in some.items():
+                torch.testing.assert_close(value, every[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_spoils_itself_only(bad):
+    tensors, target = inputs(torch.float32, shape=(9,), grad=("hidden",))
+    with torch.no_grad():
+        tensors["hidden"][2, 1] = bad
+    result = loss_and_grads(tensors, target, reduction="none")
+    broken = torch.arange(9) == 2
+    assert torch.equal(~result["loss"].isfinite(), broken)
+    assert torch.equal(~result["hidden"].isfinite().all(1), broken)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_rows_of_a_chunk(dtype):
+    """On a GPU ignored rows are computed and masked; the pass itself runs anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(6, 31, generator=generator, dtype=torch.float64).to(dtype)
+    z[4] = float("nan")
+    target = torch.randint(0, 31, (6,), generator=generator)
+    ignored = torch.tensor([False, True, False, False, True, False])
+    row_loss = RowLoss(0.7, 3.0, 0.1, 0.05)
+
+    kept = z[~ignored].clone()
+    kept_loss, kept_lse = xent_rows_(kept, target[~ignored], row_loss, ignored=None, want_grad=True)
+    loss, lse = xent_rows_(z, target, row_loss, ignored=ignored, want_grad=True)
+    assert torch.equal(loss[~ignored], kept_loss)
+    assert torch.equal(lse[~ignored], kept_lse)
+    assert torch.equal(z[~ignored], kept)
+    assert not loss[ignored].any()
+    assert not z[ignored].any()
+
+
+def test_float32_products_for_a_16_bit_head():
+    """Logits that are never rounded to 16 bits give the loss to float32 accuracy."""
+    tensors, target = inputs(torch.bfloat16)
+    truth = loss_and_grads(tensors, target, dtype=torch.float64, backend="reference", lora=True)
+    options = {"compute_dtype": torch.float32, "lora": True}
+    plain = loss_and_grads(tensors, target, backend="reference", **options.copy())
+    actual = loss_and_grads(tensors, target, **options.copy())
+    for name, value in actual.items():
+        assert_no_worse_than(value, plain[name], truth[name], value.dtype)
+    assert (actual["loss"] - truth["loss"]).abs() < torch.finfo(torch.bfloat16).eps / 1000
+
+
+def test_autocast_computes_in_its_dtype():
+    tensors, target = inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = loss_and_grads(tensors, target, bias=True, lora=True)
+    explicit = loss_and_grads(tensors, target, bias=True, lora=True, compute_dtype=torch.bfloat16)
+    for name, value in cast.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, explicit[name]), name
+
+
+def test_without_gradients_the_loss_is_the_same():
+    tensors, target = inputs(torch.float32)
+    options = {"softcap": 3.0, "label_smoothing": 0.1}
+    with_grad = linear_cross_entropy(tensors["hidden"], tensors["weight"], target, **options)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            loss = linear_cross_entropy(tensors["hidden"], tensors["weight"], target, **options)
+        assert not loss.requires_grad
+        assert torch.equal(loss, with_grad)
+
+
+def test_compiled_without_graph_break():
+    tensors, target = inputs(grad=("hidden", "A", "B"))
+
+    def loss(tensors):
+        lora = LoRA(tensors["A"], tensors["B"], 0.5)
+        return linear_cross_entropy(
+            tensors["hidden"], tensors["weight"], target, lora=lora, shift=True
+        )
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(loss(tensors), [tensors[n] for n in ("hidden", "A", "B")])
+    actual = torch.autograd.grad(compiled(tensors), [tensors[n] for n in ("hidden", "A", "B")])
+    torch.testing.assert_close(compiled(tensors), loss(tensors), rtol=1e-10, atol=0.0)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
+
+
+class _LargestResult(TorchDispatchMode):
+    """The number of elements of the largest tensor any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_never_more_than_one_chunk_of_logits(dtype, reduction):
+    M, V, chunk = 64, 211, 8
+    tensors, target = inputs(dtype, shape=(M,), V=V, D=6, grad=("hidden", "A", "B"))
+    options = {"lora": True, "softcap": 3.0, "label_smoothing": 0.1, "reduction": reduction}
+    with _LargestResult() as largest:
+        loss_and_grads(tensors, target, chunk=chunk, **options.copy())
+    assert largest.numel == chunk * V
+    with _LargestResult() as largest:
+        loss_and_grads(tensors, target, backend="reference", **options.copy())
+    assert largest.numel == M * V, "the reference should have been seen to form all logits"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keeps_the_hidden_gradient_only(dtype):
+    M, D = 40, 12
+    tensors, target = inputs(dtype, shape=(M,), D=D, grad=("hidden",))
+    target.clamp_(min=0)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks:
+        loss = linear_cross_entropy(tensors["hidden"], tensors["weight"], target)
+    # The gradient, and the number the sum is divided by.
+    assert sorted(t.numel() for t in kept) == [1, M * D]
+    assert sum(t.nbytes for t in kept) - loss.element_size() == M * D * dtype.itemsize
+
+
+def test_ignored_rows_are_not_multiplied():
+    tensors, target = inputs(torch.float32, shape=(64,), grad=("hidden",))
+    target[:48] = IGNORE
+    target[48:] = 1
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        loss_and_grads(tensors, target)
+    assert counter.get_total_flops() == 4 * 16 * 53 * 24
+
+
+@pytest.mark.parametrize("weight_of_loss", [1.0, "trained"])
+def test_second_derivative_raises(weight_of_loss):
+    """Also where only the gradient's own dependence on the hidden states is asked for."""
+    tensors, target = inputs()
+    loss = linear_cross_entropy(tensors["hidden"], tensors["weight"], target)
+    if weight_of_loss == "trained":
+        loss = loss * torch.tensor(2.0, requires_grad=True)
+    (grad,) = torch.autograd.grad(loss, tensors["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_two_backward_passes_and_two_runs_give_the_same_bits(reduction):
+    tensors, target = inputs(torch.float32, shape=(65,), V=307)
+    leaves = list(tensors.values())
+    runs = []
+    for _ in range(2):
+        loss = linear_cross_entropy(
+            tensors["hidden"],
+            tensors["weight"],
+            target,
+            bias=tensors["bias"],
+            lora=LoRA(tensors["A"], tensors["B"], 0.5),
+            chunk=16,
+            reduction=reduction,
+        ).sum()
+        for _ in range(2):
+            grads = torch.autograd.grad(loss, leaves, retain_graph=True)
+            runs.append((loss.detach(), *grads))
+    for run in runs[1:]:
+        for first, other in zip(runs[0], run, strict=True):
+            assert torch.equal(first, other)
+
+
+def test_num_items_may_be_a_tensor():
+    tensors, target = inputs()
+    expected = linear_cross_entropy(tensors["hidden"], tensors["weight"], target, num_items=7)
+    for count in (torch.tensor(7), torch.tensor(7.0)):
+        loss = linear_cross_entropy(tensors["hidden"], tensors["weight"], target, num_items=count)
+        assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("M", "V", "itemsize", "cpu", "expected"),
+    [
+        (512, 49152, 4, True, 128),
+        (510, 49152, 4, True, 170),
+        (100, 49152, 4, True, 100),
+        (4096, 2**24, 4, True, 16),
+        (0, 49152, 4, True, 1),
+        (8192, 49152, 2, False, 2048),
+        (8192, 2**20, 4, False, 256),
+    ],
+)
+def test_chunk_follows_from_the_sizes(M, V, itemsize, cpu, expected):
+    assert choose_chunk(M, V, itemsize=itemsize, cpu=cpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(53, 23)}, r"weight has shape \(53, 23\)"),
+        ({"target": torch.zeros(3, 20, dtype=torch.long)}, r"target has shape \(3, 20\)"),
+        ({"target": torch.zeros(3, 21, dtype=torch.int32)}, r"target is torch.int32"),
+        ({"target": torch.full((3, 21), 53)}, r"target holds 53, outside \[0, 53\)"),
+        ({"target": torch.full((3, 21), -1)}, r"target holds -1"),
+        ({"bias": torch.zeros(54)}, r"bias has shape \(54,\)"),
+        ({"lora": LoRA(torch.zeros(3, 24), torch.zeros(53, 4), 1.0)}, r"lora: A \(3, 24\)"),
+        ({"lora": LoRA(torch.zeros(3, 24), torch.zeros(53, 3), 1.0, 0.1)}, r"lora.p=0.1"),
+        ({"reduction": "max"}, r"reduction='max'"),
+        ({"reduction": "sum", "num_items": 3}, r"num_items divides the mean"),
+        ({"softcap": 0.0}, r"softcap=0.0"),
+        ({"label_smoothing": 1.0}, r"label_smoothing=1.0"),
+        ({"chunk": 0}, r"chunk=0"),
+        ({"backend": "triton"}, r"backend='triton'"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    tensors, target = inputs()
+    arguments = {"hidden": tensors["hidden"], "weight": tensors["weight"], "target": target}
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**{**arguments, **change})
