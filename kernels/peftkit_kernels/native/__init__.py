@@ -31,9 +31,15 @@ _SIGNATURES = {
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether these tensors can go through the native passes: contiguous float32 on the CPU, and a library to call."""
+    """Whether these tensors can go through the native passes: contiguous float32 on the CPU, and a library to call.
+
+    Autograd does not see the passes, so tensors it is recording are left to torch, and so are subclasses without memory.
+    """
+    recording = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor.dtype is not torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return False
+        if (recording and tensor.requires_grad) or type(tensor) not in (Tensor, torch.nn.Parameter):
             return False
     return not torch.compiler.is_compiling() and _library() is not None
 

@@ -1,0 +1,383 @@
+"""``lora_linear``: every output and gradient within its running-error bound, and what it keeps, refuses and survives."""
+
+import pytest
+import torch
+from lora_cases import (
+    DTYPES,
+    LAYOUTS,
+    MIXED,
+    Linear,
+    Shape,
+    draw,
+    explicit,
+    gradients,
+    input_grad,
+    subsets,
+)
+from torch.utils.checkpoint import checkpoint
+
+from peftkit_kernels.lora_linear import lora_linear
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.testing import Bound, assert_no_worse_than, kept_for_backward
+
+N = 29
+TRAINED = ("x", "bias", "A", "B")
+
+
+def make(**options):
+    """``x`` and the projection of a case."""
+    case = Shape(**options)
+    return case.input(), case.projection(N, case.x[-1])
+
+
+def run(x, part, dy=None, **options):
+    """The output and every gradient by name."""
+    y = lora_linear(x, part.weight, part.bias, part.lora, **options)
+    results = {"y": y.detach()}
+    leaves = {"x": x, **part.tensors()}
+    if y.requires_grad:
+        results |= gradients(y, output_grad(y) if dy is None else dy, leaves)
+    return results
+
+
+def output_grad(y, layout="contiguous"):
+    return draw(tuple(y.shape), y.dtype, torch.Generator().manual_seed(1), layout)
+
+
+def bounds(x, part, dy):
+    """The bound of each result of ``run``, in the shape of that result."""
+    linear = Linear(Bound.of(x.reshape(-1, x.shape[-1])), part, x.dtype)
+    y, rows = linear.forward(), Bound.of(dy.reshape(-1, N))
+    grads = linear.backward(rows)
+    dx = input_grad([linear], [rows])
+    return {"y": y.reshape(*dy.shape), **grads, "x": dx.reshape(*x.shape)}
+
+
+def check(x, part, dy_layout="contiguous", **options):
+    """Run one case and compare all of it; returns the names of what was compared."""
+    dy = output_grad(x.new_empty(*x.shape[:-1], N), dy_layout)
+    results = run(x, part, dy, **options)
+    expected = bounds(x, part, dy)
+    for name, value in results.items():
+        expected[name].check(value, name)
+    return set(results)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize(
+    ("dtype", "factors"), [*((d, None) for d in DTYPES), *MIXED], ids=lambda d: str(d)[6:]
+)
+def test_within_the_error_bound(dtype, factors, bias, p):
+    x, part = make(x=(17, 33), dtype=dtype, factors=factors, bias=bias, p=p)
+    names = {"y", "x", "A", "B"} | ({"bias"} if bias else set())
+    assert check(x, part) == names
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16, 24])
+@pytest.mark.parametrize("rows", [0, 1, 3, 17, 65, 300])
+def test_any_number_of_rows_and_rank(rows, rank):
+    for dtype, factors in ((torch.float32, None), (torch.bfloat16, torch.float32)):
+        assert len(check(*make(x=(rows, 31), rank=rank, dtype=dtype, factors=factors))) == 5
+
+
+@pytest.mark.parametrize("K", [1, 7, 64, 301])
+def test_any_width(K):
+    assert len(check(*make(x=(17, K)))) == 5
+
+
+def test_sizes_that_take_the_library_of_the_processor():
+    x, part = make(x=(64, 257), rank=8)
+    assert len(check(x, part)) == 5
+
+
+@pytest.mark.parametrize("shape", [(33,), (2, 33), (2, 3, 33), (2, 3, 2, 33), (2, 0, 33)], ids=str)
+def test_leading_axes(shape):
+    x, part = make(x=shape)
+    results = run(x, part)
+    assert results["y"].shape == (*shape[:-1], N)
+    assert results["x"].shape == shape
+    assert len(check(x, part)) == 5
+
+
+@pytest.mark.parametrize("dy_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_and_offsets(dtype, layout, dy_layout):
+    x, part = make(x=(17, 33), dtype=dtype, layout=layout, p=0.1)
+    assert x.is_contiguous() == (layout == "contiguous")
+    assert len(check(x, part, dy_layout)) == 5
+
+
+@pytest.mark.parametrize("rows", [5, 65])
+@pytest.mark.parametrize("layout", ["transposed", "wide_rows"])
+def test_strided_weight(layout, rows):
+    x, part = make(x=(rows, 64), weight_layout=layout)
+    part.weight = part.weight.T.contiguous().T if layout == "transposed" else part.weight
+    assert len(check(x, part)) == 5
+
+
+@pytest.mark.parametrize("scale", [0.0, -3.0, 1e-3])
+def test_scale(scale):
+    results = run(*make(scale=scale))
+    assert len(check(*make(scale=scale))) == 5
+    if scale == 0.0:
+        assert not results["A"].any()
+        assert not results["B"].any()
+
+
+@pytest.mark.parametrize("trained", subsets(TRAINED), ids="-".join)
+def test_each_subset_of_trained_tensors(trained):
+    for p in (0.0, 0.1):
+        x, part = make(trained=trained, p=p)
+        results = run(x, part)
+        assert results.keys() == {"y", *trained}
+        every = run(*make(p=p))
+        for name, value in results.items():
+            assert torch.equal(value, every[name]), name
+        assert check(x, part) == {"y", *trained}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_factors_keep_float32_gradients(dtype):
+    x, part = make(x=(300, 33), dtype=dtype, factors=torch.float32)
+    grads = run(x, part)
+    assert grads["A"].dtype == grads["B"].dtype == torch.float32
+    assert grads["x"].dtype == grads["bias"].dtype == dtype
+    coarse = grads["B"].to(dtype).float()
+    assert not torch.equal(coarse, grads["B"]), "rounded to 16 bits on the way"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_worse_than_autograd(dtype):
+    x, part = make(x=(65, 33), dtype=dtype, scale=2.0, p=0.1)
+    wide = run(*in_float64(x, part), backend="reference")
+    plain, actual = run(x, part, backend="reference"), run(x, part)
+    for name, value in actual.items():
+        assert_no_worse_than(value, plain[name], wide[name], name)
+
+
+def in_float64(x, part):
+    def cast(t):
+        return t.detach().double().requires_grad_(t.requires_grad)
+
+    lora = LoRA(cast(part.lora.A), cast(part.lora.B), *part.lora.numbers())
+    return cast(x), type(part)(cast(part.weight), cast(part.bias), lora)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_reference_is_the_formula(p):
+    x, part = make(x=(3, 5), rank=2, dtype=torch.float64, p=p)
+    leaves = {"x": x, **part.tensors()}
+    y = explicit(x, part)
+    expected = {"y": y, **gradients(y, output_grad(y), leaves)}
+    actual = run(x, part, backend="reference")
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-13, atol=1e-14)
+
+    def op(x, bias, A, B):
+        return lora_linear(x, part.weight, bias, LoRA(A, B, 0.7, p, 5), backend="reference")
+
+    assert torch.autograd.gradcheck(op, (x, part.bias, part.lora.A, part.lora.B))
+
+
+def test_dropout_of_everything_leaves_the_frozen_linear():
+    x, part = make(p=1.0)
+    results = run(x, part)
+    expected = torch.nn.functional.linear(x, part.weight, part.bias)
+    torch.testing.assert_close(results["y"], expected)
+    assert not results["A"].any()
+    assert not results["B"].any()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("trained", subsets(TRAINED), ids="-".join)
+def test_keeps_what_the_readme_says(trained, p):
+    x, part = make(x=(17, 33), trained=trained, p=p)
+    with kept_for_backward(*part.tensors().values()) as kept:
+        y = lora_linear(x, part.weight, part.bias, part.lora)
+    M, K, R = 17, 33, part.lora.A.shape[0]
+    assert y.requires_grad
+    assert kept.total_bytes == 4 * (M * K * ("A" in trained) + M * R * ("B" in trained))
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non_reentrant"])
+def test_checkpointing_draws_nothing_again(reentrant):
+    x, part = make(p=0.5)
+
+    def call(x):
+        return lora_linear(x, part.weight, part.bias, part.lora)
+
+    leaves = {"x": x, **part.tensors()}
+    plain = run(x, part)
+    y = checkpoint(call, x, use_reentrant=reentrant)
+    y.backward(output_grad(y))
+    assert torch.equal(y, plain["y"])
+    for name in TRAINED:
+        assert torch.equal(leaves[name].grad, plain[name]), name
+
+
+def test_without_gradients_the_output_is_the_same():
+    x, part = make(p=0.1)
+    expected = run(x, part)["y"]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = lora_linear(x, part.weight, part.bias, part.lora)
+        assert not y.requires_grad
+        assert torch.equal(y, expected)
+    with torch.inference_mode():
+        y = lora_linear(x.clone(), part.weight, part.bias, part.lora)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_x_and_weights(dtype):
+    x, part = make(x=(17, 33), p=0.1)
+    with torch.autocast("cpu", dtype=dtype):
+        results = run(x, part)
+    assert results["y"].dtype == dtype
+    low = type(part)(part.weight.to(dtype), part.bias.detach().to(dtype), part.lora)
+    expected = run(x.detach().to(dtype).requires_grad_(), low)
+    for name in ("y", "A", "B"):
+        assert torch.equal(results[name], expected[name]), name
+    for name in TRAINED:
+        assert results[name].dtype == torch.float32
+    assert torch.equal(results["x"], expected["x"].float())
+
+
+def test_autocast_leaves_float64_alone():
+    x, part = make(dtype=torch.float64)
+    expected = run(x, part)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = run(x, part)
+    for name, value in results.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_same_inputs_give_the_same_bits():
+    x, part = make(x=(65, 64), p=0.1)
+    first = run(x, part)
+    y = lora_linear(x, part.weight, part.bias, part.lora)
+    leaves = {"x": x, **part.tensors()}
+    for _ in range(2):
+        wanted = [leaves[name] for name in TRAINED]
+        grads = torch.autograd.grad(y, wanted, output_grad(y), retain_graph=True)
+        for name, grad in zip(TRAINED, grads, strict=True):
+            assert torch.equal(grad, first[name]), name
+
+
+def test_outputs_may_be_changed_in_place():
+    x, part = make()
+    expected = run(x, part, output_grad(x.new_empty(*x.shape[:-1], N)) * 2)
+    y = lora_linear(x, part.weight, part.bias, part.lora)
+    y += 1.0
+    y *= 2.0
+    results = gradients(y, output_grad(y), {"x": x, **part.tensors()})
+    for name, value in results.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_inputs_are_left_alone():
+    x, part = make(p=0.1)
+    tensors = {"x": x, **part.tensors()}
+    before = {name: t.detach().clone() for name, t in tensors.items()}
+    dy = output_grad(x.new_empty(*x.shape[:-1], N))
+    dy_before = dy.clone()
+    run(x, part, dy)
+    assert torch.equal(dy, dy_before)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_second_derivative_raises():
+    x, part = make()
+    y = lora_linear(x, part.weight, part.bias, part.lora)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    plain = lora_linear(x, part.weight, part.bias, part.lora, backend="reference")
+    (expected,) = torch.autograd.grad(plain.square().sum(), x)
+    torch.testing.assert_close(dx.detach(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_changing_a_kept_tensor_is_noticed():
+    x, part = make()
+    y = lora_linear(x.clone(), part.weight, part.bias, part.lora)
+    with torch.no_grad():
+        part.lora.B.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_spoils_itself_only(bad):
+    x, part = make(x=(9, 33), trained=("x",), p=0.1)
+    with torch.no_grad():
+        x[2, 1] = bad
+    y = run(x, part)["y"]
+    assert torch.equal(y.isfinite().all(1), torch.arange(9) != 2)
+
+
+def test_one_tensor_in_two_places():
+    x, _ = make(x=(5, 12))
+    square = draw((12, 12), torch.float32, torch.Generator().manual_seed(2)).requires_grad_()
+    weight = torch.zeros(12, 12)
+
+    def grad(backend):
+        y = lora_linear(x, weight, None, LoRA(square, square, 0.5), backend=backend)
+        return torch.autograd.grad(y.square().sum(), square)[0]
+
+    torch.testing.assert_close(grad("torch"), grad("reference"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("factors", [None, torch.float32], ids=["same", "float32_factors"])
+def test_compiled_without_graph_break(factors):
+    dtype = torch.float64 if factors is None else torch.bfloat16
+    x, part = make(dtype=dtype, factors=factors)
+
+    def call(x, part):
+        return lora_linear(x, part.weight, part.bias, part.lora)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    y, expected = compiled(x, part), run(x, part, backend="reference")
+    results = {"y": y.detach(), **gradients(y, output_grad(y), {"x": x, **part.tensors()})}
+    for name, value in results.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def change(**tensors):
+    x, part = make()
+    A, B = tensors.get("A", part.lora.A), tensors.get("B", part.lora.B)
+    weight = tensors.get("weight", part.weight)
+    return tensors.get("x", x), weight, part.bias, LoRA(A, B, 1.0, tensors.get("p", 0.0), 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.zeros(3, 32)}, r"weight has shape \(29, 33\) and x \(3, 32\); .* must be"),
+        ({"x": torch.zeros(())}, r"weight has shape \(29, 33\) and x \(\)"),
+        ({"weight": torch.zeros(29)}, r"weight has shape \(29,\)"),
+        (
+            {"weight": torch.zeros(29, 33, requires_grad=True)},
+            r"weight requires a gradient.*requires_grad_\(False\)",
+        ),
+        ({"A": torch.zeros(4, 32)}, r"lora: A \(4, 32\) .* must be \[R, 33\] and \[29, R\]"),
+        ({"A": torch.zeros(5, 33)}, r"lora: A \(5, 33\) and B \(29, 4\)"),
+        ({"B": torch.zeros(28, 4)}, r"B \(28, 4\)"),
+        ({"A": torch.zeros(4, 33).double()}, r"A is torch.float64 and B is torch.float32; keep"),
+        ({"p": 1.5}, r"p=1.5 is not a probability; pass"),
+        ({"p": -0.1}, r"p=-0.1"),
+    ],
+)
+def test_errors_name_the_argument(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lora_linear(*change(**arguments))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_backend_that_cannot_run_is_refused(backend):
+    with pytest.raises(ValueError, match=f"backend='{backend}'.*use"):
+        lora_linear(*change(), backend=backend)
