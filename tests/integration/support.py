@@ -1,0 +1,188 @@
+"""What the integration tests share: data, trainers that record losses, counting of fused calls, child processes."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import models
+import peft
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import peftkit
+
+LOSS_TOLERANCE = 1e-5
+"""How far 20 optimiser steps may take the losses of a fused model from those of stock PEFT."""
+
+FUSED_OPS = (
+    "peftkit.lora.layers.lora_linear",
+    "peftkit.lora.blocks.lora_qkv",
+    "peftkit.lora.blocks.lora_swiglu_mlp",
+    "peftkit.norms.frozen_rms_norm",
+    "peftkit.norms.frozen_layer_norm",
+    "peftkit.loss.install.linear_cross_entropy",
+)
+
+LLAMA_FORWARD = Counter(
+    lora_qkv=2, lora_linear=2, lora_swiglu_mlp=2, frozen_rms_norm=5, linear_cross_entropy=1
+)
+"""Fused calls in one forward of the tiny Llama with labels: per layer q/k/v, o, the MLP and two norms; one last norm."""
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def fused_calls() -> Iterator[Counter[str]]:
+    """Count the calls of every fused op, by its name, and those of stock PEFT's own forward, as ``"peft"``."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    patches = []
+    for path in FUSED_OPS:
+        module, name = path.rsplit(".", 1)
+        original = getattr(import_module(module), name)
+        patches.append(mock.patch(path, counted(name, original)))
+    stock = peft.tuners.lora.layer.Linear
+    patches.append(mock.patch.object(stock, "forward", counted("peft", stock.forward)))
+    for patch in patches:
+        patch.start()
+    try:
+        yield calls
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def times(calls: Counter[str], count: int) -> Counter[str]:
+    """``calls`` of one forward as those of ``count`` forwards."""
+    return Counter({name: number * count for name, number in calls.items()})
+
+
+def adapter_config(**changes: Any) -> peft.LoraConfig:
+    """LoRA on all linears of a tiny Llama, with a B that is not zero, so that a wrong B gradient or scale shows at once."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": targets,
+        "init_lora_weights": False,
+        "task_type": "CAUSAL_LM",
+    }
+    return peft.LoraConfig(**settings | changes)
+
+
+def tiny_peft(*, fused: bool, base: nn.Module | None = None, **changes: Any) -> peft.PeftModel:
+    """The tiny Llama with the same adapter each time, through ``peftkit.wrap`` or plain PEFT."""
+    base = models.tiny("llama") if base is None else base
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        if fused:
+            return peftkit.wrap(base, adapter_config(**changes), strict=True)
+        return peft.get_peft_model(base, adapter_config(**changes))
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Examples for the tiny Llama, ``Int64[12]`` each, with ends of different lengths ignored by mask and labels."""
+    examples = []
+    for index in range(-(-count // models.BATCH_SIZE)):
+        data = models.batch("llama", seed=1000 * seed + index)
+        for row in range(models.BATCH_SIZE):
+            example = {name: tensor[row].clone() for name, tensor in data.items()}
+            example["labels"][: 2 * (index % 4)] = -100
+            examples.append(example)
+    return examples[:count]
+
+
+class RecordingTrainer(hf.Trainer):
+    """A Trainer that keeps the loss of every micro-batch as it was computed, unrounded and not averaged."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.losses: list[float] = []
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, recorded."""
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
+
+
+def arguments(folder: Path, **changes: Any) -> hf.TrainingArguments:
+    """Training arguments for a few quiet steps on the CPU."""
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 20,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+    }
+    return hf.TrainingArguments(**settings | changes)
+
+
+def trainer(model: nn.Module, folder: Path, **changes: Any) -> RecordingTrainer:
+    """A recording Trainer over 16 examples; ``changes`` go to ``TrainingArguments``, or to the Trainer where it knows them."""
+    own = {name: changes.pop(name) for name in ("compute_metrics",) if name in changes}
+    return RecordingTrainer(
+        model,
+        arguments(folder, **changes),
+        train_dataset=rows(16),
+        eval_dataset=rows(6, seed=1),
+        **own,
+    )
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trainable parameters by name."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest absolute difference between two sets of tensors with equal names."""
+    assert a.keys() == b.keys()
+    assert a
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def run_python(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a fresh interpreter with one thread and no network, from the project's root.
+
+    Args:
+        arguments: After ``python``.
+        check: Fail with the child's output where it does not end with 0.
+    """
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT / "tests"),
+    }
+    command = [sys.executable, *map(str, arguments)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    if check:
+        assert result.returncode == 0, (
+            f"{command} ended with {result.returncode}:\n{result.stderr[-4000:]}"
+        )
+    return result

@@ -1,0 +1,70 @@
+"""A 4-bit bitsandbytes base under ``wrap``: its linears run PEFT's forward and say so; norms and loss are fused still."""
+
+from collections import Counter
+
+import models
+import peft
+import pytest
+import torch
+import transformers as hf
+from integration.support import (
+    LOSS_TOLERANCE,
+    adapter_config,
+    adapter_tensors,
+    fused_calls,
+    largest_difference,
+    times,
+    tiny_peft,
+    trainer,
+)
+
+import peftkit
+
+NORMS_AND_LOSS = Counter(frozen_rms_norm=5, linear_cross_entropy=1)
+
+
+@pytest.fixture
+def quantized(tmp_path):
+    """Load the tiny Llama with NF4 linears, ready for training."""
+    models.tiny("llama").save_pretrained(tmp_path / "base")
+
+    def load():
+        settings = hf.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        model = hf.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=settings, dtype=torch.float32
+        )
+        return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+    return load
+
+
+def test_losses_equal_those_of_stock_peft(quantized, tmp_path):
+    stock = trainer(tiny_peft(fused=False, base=quantized()), tmp_path, max_steps=10)
+    stock.train()
+    with pytest.raises(peftkit.ContractError, match=r"14 of 14 .*\n.*Linear4bit"):
+        tiny_peft(fused=True, base=quantized())
+    torch.manual_seed(1)
+    model = peftkit.wrap(quantized(), adapter_config())
+    start = adapter_tensors(model)
+    fused = trainer(model, tmp_path, max_steps=10)
+    with fused_calls() as calls:
+        fused.train()
+
+    assert calls == times(NORMS_AND_LOSS, 10)
+    assert fused.losses == pytest.approx(stock.losses, rel=0, abs=LOSS_TOLERANCE)
+    assert largest_difference(adapter_tensors(model), start) > 5e-3
+
+
+def test_default_config_adapts_every_4_bit_linear_and_explains_it(quantized):
+    model = peftkit.wrap(quantized())
+    layers = {layer.name: layer for layer in peftkit.explain(model).layers}
+    adapted = [layer for name, layer in layers.items() if name.endswith("_proj")]
+    assert len(adapted) == 14
+    assert {layer.path for layer in adapted} == {"peft"}
+    assert all("Linear4bit" in layer.reason for layer in adapted)
+    norms = [layer for name, layer in layers.items() if name.endswith("norm")]
+    assert len(norms) == 5
+    assert {layer.path for layer in norms} == {"fused:torch"}
+    assert not any("lm_head" in name for name in layers)

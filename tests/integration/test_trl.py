@@ -1,0 +1,121 @@
+"""TRL's SFTTrainer over a wrapped model: its own loss, its checkpointing and packing, and every layer fused."""
+
+from collections import Counter
+
+import datasets
+import models
+import pytest
+import tokenizers
+import transformers as hf
+import trl
+from integration.support import (
+    LOSS_TOLERANCE,
+    adapter_config,
+    fused_calls,
+    times,
+    tiny_peft,
+)
+
+import peftkit
+
+TEXTS = [
+    "the cat sat on the mat",
+    "a dog ran over the green hill to the river",
+    "the river runs to the sea",
+    "two birds sat on the old wall and sang",
+    "the old dog sat",
+    "a green bird ran over the wall to the cat",
+]
+
+# The name that every supported version of transformers knows, and that SFTConfig itself sets.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+
+BLOCKS = Counter(lora_qkv=2, lora_linear=2, lora_swiglu_mlp=2, frozen_rms_norm=4)
+"""Fused calls of both layers of the tiny Llama; the last norm comes to it. TRL computes the loss with its own head."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A word tokenizer for ``TEXTS``, with the special tokens of the tiny Llama."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    backend.train_from_iterator(TEXTS, tokenizers.trainers.WordLevelTrainer(special_tokens=special))
+    assert backend.get_vocab_size() <= models.VOCAB_SIZE
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+class RecordingSFTTrainer(trl.SFTTrainer):
+    """Keeps the loss of every step as it was computed."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.losses: list[float] = []
+
+    def training_step(self, *args, **kwargs):
+        """One micro-batch, recorded."""
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
+
+
+def sft(model, tokenizer, folder, peft_config=None, **changes) -> RecordingSFTTrainer:
+    """An SFTTrainer with its defaults, gradient checkpointing among them, for 20 quiet steps on the CPU."""
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 20,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+        "max_length": 32,
+    }
+    return RecordingSFTTrainer(
+        model,
+        args=trl.SFTConfig(**settings | changes),
+        train_dataset=datasets.Dataset.from_dict({"text": TEXTS}),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+SETTINGS = {
+    "defaults": ({}, 2),
+    "no checkpointing": ({"gradient_checkpointing": False}, 1),
+    "packing": ({"packing": True}, 2),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_losses_equal_those_of_stock_peft(setting, tokenizer, tmp_path):
+    changes, passes = SETTINGS[setting]
+    stock = sft(tiny_peft(fused=False), tokenizer, tmp_path, **changes)
+    stock.train()
+    fused = sft(tiny_peft(fused=True), tokenizer, tmp_path, **changes)
+    assert fused.args.gradient_checkpointing == (passes == 2)
+    with fused_calls() as calls:
+        fused.train()
+
+    assert calls == times(BLOCKS, 20 * passes) + Counter(frozen_rms_norm=20)
+    assert fused.losses == pytest.approx(stock.losses, rel=0, abs=LOSS_TOLERANCE)
+    assert fused.losses[-1] < 0.9 * fused.losses[0]
+
+
+def test_model_that_trl_gave_its_adapter_can_be_accelerated(tokenizer, tmp_path):
+    run = sft(models.tiny("llama"), tokenizer, tmp_path, peft_config=adapter_config(), max_steps=2)
+    peftkit.accelerate(run.model, strict=True)
+    with fused_calls() as calls:
+        run.train()
+
+    assert calls == times(BLOCKS, 4) + Counter(frozen_rms_norm=2)
