@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from peftkit.attention import FusedAttention, fuse_attention
 from peftkit.contract import ContractError, check_targets
 from peftkit.lora.blocks import FusedGatedMLP, fuse_gated_mlps, group_shared_inputs
 from peftkit.lora.eligibility import obstacle
@@ -14,7 +15,7 @@ from peftkit.lora.layers import fuse_layer, restore_layer
 from peftkit.lora.swap import swap_out
 from peftkit.loss import install_logit_free, remove_logit_free
 from peftkit.norms import FusedNorm, fuse_norms
-from peftkit.targets import all_linear
+from peftkit.targets import fill_targets
 from peftkit.versions import warn_if_newer_than_tested
 
 if TYPE_CHECKING:
@@ -56,13 +57,8 @@ def wrap(
             "model is a PeftModel already; add an adapter by model.add_adapter, or call accelerate(model)"
         )
     config = configs[0] if configs else LoraConfig(r=16, lora_alpha=32, task_type=_task_type(model))
-    if (
-        isinstance(config, LoraConfig)
-        and config.target_modules in (None, "all-linear")
-        and not config.target_parameters
-    ):
-        config = copy.copy(config)
-        config.target_modules = all_linear(model).names
+    config = copy.copy(config)
+    fill_targets(model, config)
     check_targets(model, config)
     return accelerate(
         get_peft_model(model, config, adapter_name=adapter_name),
@@ -114,7 +110,7 @@ def restore(model: nn.Module) -> nn.Module:
         owner.__dict__.pop(method, None)
     for module in model.modules():
         restore_layer(module)
-        if isinstance(module, (FusedGatedMLP, FusedNorm)):
+        if isinstance(module, (FusedGatedMLP, FusedNorm, FusedAttention)):
             swap_out(module)
     return model
 
@@ -147,6 +143,7 @@ def _fuse(model: nn.Module) -> None:
     group_shared_inputs(model)
     fuse_gated_mlps(model)
     fuse_norms(model)
+    fuse_attention(model)
 
 
 def _require_all_fusable(model: nn.Module) -> None:

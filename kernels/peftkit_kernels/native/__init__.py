@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,34 @@ _SIGNATURES = {
     "pk_rms_norm": (*[_POINTER] * 4, _INT64, _INT64, _FLOAT, _FLOAT, _INT),
     "pk_rms_norm_backward": (*[_POINTER] * 5, _INT64, _INT64, _FLOAT, _INT),
     "pk_cross_entropy": (*[_POINTER] * 4, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, _INT),
+    "pk_attention": (_POINTER,) * 6,
+    "pk_attention_backward": (_POINTER,) * 10,
     "pk_dropout": (*[_POINTER] * 2, _INT64, _INT64, _INT64, _FLOAT, _INT64, _INT),
 }
+_FALLIBLE = ("pk_attention", "pk_attention_backward")
+
+
+class _Tensor4(ctypes.Structure):
+    """A ``[batch, head, position, feature]`` tensor whose features are contiguous."""
+
+    _fields_ = (("data", _POINTER), ("batch", _INT64), ("head", _INT64), ("position", _INT64))
+
+
+class _Problem(ctypes.Structure):
+    """The sizes and switches of one attention call, as ``attention.c`` reads them."""
+
+    _fields_ = (
+        *(
+            (name, _INT64)
+            for name in ("batches", "heads", "key_heads", "queries", "keys", "features")
+        ),
+        ("scale", _FLOAT),
+        ("causal", _INT),
+        ("threads", _INT),
+        ("mask", _POINTER),
+        ("mask_batch", _INT64),
+        ("mask_query", _INT64),
+    )
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -37,7 +64,11 @@ def takes(*tensors: Tensor) -> bool:
     """
     recording = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if (
+            tensor.dtype is not torch.float32
+            or tensor.device.type != "cpu"
+            or not tensor.is_contiguous()
+        ):
             return False
         if (recording and tensor.requires_grad) or type(tensor) not in (Tensor, torch.nn.Parameter):
             return False
@@ -91,7 +122,18 @@ def cross_entropy_(
         grad_scale: Factor on the gradient.
     """
     loss, lse = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
-    _call("pk_cross_entropy", z, target, loss, lse, z.shape[0], z.shape[1], smoothing, z_loss, grad_scale)
+    _call(
+        "pk_cross_entropy",
+        z,
+        target,
+        loss,
+        lse,
+        z.shape[0],
+        z.shape[1],
+        smoothing,
+        z_loss,
+        grad_scale,
+    )
     return loss, lse
 
 
@@ -100,6 +142,67 @@ def dropout(x: Tensor, threshold: int, scale: float, seed: int) -> Tensor:
     y = torch.empty_like(x)
     _call("pk_dropout", x, y, x.shape[0], x.shape[1], threshold, scale, seed)
     return y
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale q kᵀ) v`` and the log-sum-exp of every row of scores.
+
+    Args:
+        q: ``[B, H, S, D]``, features contiguous, ``D`` a multiple of 32.
+        k: ``[B, H_kv, T, D]``; ``H`` is a multiple of ``H_kv``.
+        v: As ``k``.
+        scale: Factor on the scores.
+        causal: Query ``i`` sees keys up to ``i``.
+        mask: ``Bool[B, 1, S, T]``, true where a query may see a key; keys contiguous.
+
+    Returns:
+        ``[B, S, H, D]``, contiguous (a query that sees nothing gives 0), and ``[B, H, S]``.
+    """
+    B, H, S, D = q.shape
+    out, lse = q.new_empty(B, S, H, D), q.new_empty(B, H, S)
+    problem = _problem(q, k, scale, causal, mask)
+    tensors = [_tensor4(t) for t in (q, k, v, out.transpose(1, 2))]
+    _run("pk_attention", problem, *tensors, lse.data_ptr())
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)`` of ``attention``, in the layouts of ``q``, ``k`` and ``v``; ``dout`` and ``out`` are ``[B, S, H, D]``."""
+    grads = [torch.empty_like(t) for t in (q, k, v)]
+    problem = _problem(q, k, scale, causal, mask)
+    before = [_tensor4(t) for t in (dout.transpose(1, 2), q, k, v, out.transpose(1, 2))]
+    _run("pk_attention_backward", problem, *before, lse.data_ptr(), *map(_tensor4, grads))
+    return grads[0], grads[1], grads[2]
+
+
+def _tensor4(t: Tensor) -> _Tensor4:
+    return _Tensor4(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
+
+
+def _problem(q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | None) -> _Problem:
+    B, H, S, D = q.shape
+    strides = (None, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0), mask.stride(2))
+    return _Problem(
+        B, H, k.shape[1], S, k.shape[2], D, scale, causal, torch.get_num_threads(), *strides
+    )
+
+
+def _run(name: str, *arguments: Any) -> None:
+    by_address = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
+    if getattr(_library(), name)(*by_address):
+        raise MemoryError(f"{name}: no memory for its work space (about 100 KiB a thread)")
 
 
 def _call(name: str, *arguments: Tensor | float) -> None:
@@ -114,5 +217,6 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes = arguments
+        function.restype = _INT if name in _FALLIBLE else None
     return library

@@ -1,4 +1,4 @@
-"""Compile ``cpu.c`` for the processor at hand, once, into the user's cache; no compiler is a reason, not an error."""
+"""Compile the C sources of this folder for the processor at hand, once, into the user's cache; no compiler is a reason, not an error."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("cpu.c")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_FOLDER = Path(__file__).parent
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+)
 _TIMEOUT_SECONDS = 60
 
 
@@ -46,8 +53,11 @@ def _fingerprint(compiler: str | None) -> str:
     """What the machine code depends on: the source, the flags and the instructions of this processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    cpu = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
-    facts = [_SOURCE.read_text(), *_FLAGS, platform.machine(), *cpu]
+    cpu = sorted(
+        {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}
+    )
+    sources = [path.read_text() for path in sorted(_FOLDER.glob("*.[ch]"))]
+    facts = [*sources, *_FLAGS, platform.machine(), *cpu]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
@@ -57,11 +67,16 @@ def _compile(compiler: str, library: Path) -> str | None:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
-            command = [compiler, *_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(built), "-lm"]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+            sources = map(str, sorted(_FOLDER.glob("*.c")))
+            command = [compiler, *_FLAGS, "-shared", "-fPIC", *sources, "-o", str(built), "-lm"]
+            result = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
+            )
             if result.returncode != 0:
-                return f"{compiler} failed on {_SOURCE.name}: {result.stderr.strip().splitlines()[-1:] or 'no message'}"
-            os.replace(built, library)
+                return (
+                    f"{compiler} failed: {result.stderr.strip().splitlines()[-1:] or 'no message'}"
+                )
+            built.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{_SOURCE.name} could not be compiled into {library.parent}: {error}"
+        return f"the native passes could not be compiled into {library.parent}: {error}"
     return None

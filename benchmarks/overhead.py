@@ -1,0 +1,125 @@
+"""What peftkit costs besides arithmetic: seconds to import, seconds to wrap, microseconds of Python a layer.
+
+    python benchmarks/overhead.py
+
+Each figure stands beside stock PEFT's, taken in turn in the same process; the import is timed in fresh ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+LAYERS = 32
+REPEATS = 5
+CALLS = 2000
+
+
+def main() -> None:
+    """Measure and print, one line a figure."""
+    print(f"import peftkit: {import_seconds():.3f} s (best of {REPEATS}, fresh processes)")
+    stock, fused = wrap_seconds()
+    print(
+        f"wrap, {LAYERS} layers: {fused:.2f} s, PEFT's injection alone {stock:.2f} s, "
+        f"difference {fused - stock:.2f} s (best of {REPEATS})"
+    )
+    for mode, seconds in forward_seconds().items():
+        ratio = seconds["peftkit"] / seconds["peft"]
+        print(
+            f"one tiny LoRA linear, {mode}: {seconds['peftkit'] * 1e6:.1f} us, "
+            f"PEFT {seconds['peft'] * 1e6:.1f} us, ratio {ratio:.2f}"
+        )
+
+
+def import_seconds() -> float:
+    """Seconds that ``import peftkit`` takes in a fresh interpreter."""
+    code = "import time; t = time.perf_counter(); import peftkit; print(time.perf_counter() - t)"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(REPEATS)
+    ]
+    return min(float(run.stdout) for run in runs)
+
+
+def wrap_seconds() -> tuple[float, float]:
+    """Seconds of PEFT's injection and of ``wrap`` on a model of ``LAYERS`` layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from peftkit import wrap
+    from peftkit.targets import all_linear
+
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=1024,
+    )
+    model = LlamaForCausalLM(config)
+    targets = all_linear(model).names
+    stock, fused = [], []
+    for _ in range(REPEATS):
+        model = LlamaForCausalLM(config)
+        stock.append(
+            timed(
+                lambda model=model: get_peft_model(model, LoraConfig(r=16, target_modules=targets))
+            )
+        )
+        model = LlamaForCausalLM(config)
+        fused.append(
+            timed(lambda model=model: wrap(model, LoraConfig(r=16, target_modules=targets)))
+        )
+    return min(stock), min(fused)
+
+
+def forward_seconds() -> dict[str, dict[str, float]]:
+    """Seconds a forward, and a forward and backward, of one LoRA linear too small to compute anything."""
+    from peft import LoraConfig, get_peft_model
+
+    from peftkit import accelerate
+
+    def layer(fuse: bool) -> nn.Module:
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"])
+        )
+        return (accelerate(model) if fuse else model).base_model.model[0]
+
+    x = torch.randn(2, 8, requires_grad=True)
+    layers = {"peft": layer(False), "peftkit": layer(True)}
+
+    def forward(module: nn.Module) -> Any:
+        return module(x)
+
+    def step(module: nn.Module) -> Any:
+        return module(x).sum().backward()
+
+    result = {}
+    for mode, run in (("forward", forward), ("forward and backward", step)):
+        seconds: dict[str, list[float]] = {name: [] for name in layers}
+        for _ in range(REPEATS):
+            for name, module in layers.items():
+                seconds[name].append(
+                    timed(lambda m=module, run=run: [run(m) for _ in range(CALLS)]) / CALLS
+                )
+        result[mode] = {name: statistics.median(values) for name, values in seconds.items()}
+    return result
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

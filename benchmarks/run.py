@@ -1,0 +1,166 @@
+"""The benchmark suite: methods against stock PEFT and full fine-tuning, interleaved, one process a run.
+
+    python benchmarks/run.py training                      # both cases, all providers
+    python benchmarks/run.py training --case smollm2 --providers peftkit peft full floor --rounds 3
+    python benchmarks/run.py overhead                      # import, wrapping and Python time a layer
+
+A speed is printed only where the losses agree with those of stock PEFT on the same batches. Results go to
+``benchmarks/results/`` as JSON and, as a table, into the README between its benchmark marks (``--update-readme``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+CASE_NAMES = ("smollm2", "llama-1b-cut")
+PROVIDERS = ("floor", "peftkit", "peft", "full", "peftkit-checkpointed", "peft-checkpointed")
+LOSS_TOLERANCE = 1e-5
+"""Largest relative difference from stock PEFT's losses; the steps are the same up to float32 rounding."""
+
+
+def main() -> int:
+    """Parse the command line and run one benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("training", help="steps of fine-tuning: time and memory")
+    training.add_argument("--case", choices=CASE_NAMES, action="append", help="default: all")
+    training.add_argument(
+        "--providers", nargs="+", default=list(PROVIDERS), help="also: peft-compiled"
+    )
+    training.add_argument("--rounds", type=int, default=3, help="runs of each provider, in turn")
+    training.add_argument("--steps", type=int, default=4, help="timed steps a run")
+    training.add_argument("--update-readme", action="store_true")
+    commands.add_parser("overhead", help="import, wrapping and Python time a layer")
+    arguments = parser.parse_args()
+    if arguments.command == "overhead":
+        return subprocess.run([sys.executable, str(HERE / "overhead.py")], check=False).returncode
+    tables = []
+    for case in arguments.case or CASE_NAMES:
+        result = measure(case, arguments.providers, arguments.rounds, arguments.steps)
+        path = HERE / "results" / f"training-{case}.json"
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.replace(path)
+        tables.append(table(result))
+        print(tables[-1], flush=True)
+    if arguments.update_readme:
+        update_readme("\n\n".join(tables))
+    return 0
+
+
+def measure(case: str, providers: list[str], rounds: int, steps: int) -> dict[str, Any]:
+    """Run every provider ``rounds`` times in turn; keeps the round with the best median step of each."""
+    runs: dict[str, list[dict[str, Any]]] = {provider: [] for provider in providers}
+    for number in range(rounds):
+        for provider in providers:
+            print(
+                f"{case}: round {number + 1} of {rounds}, {provider}", file=sys.stderr, flush=True
+            )
+            runs[provider].append(run_once(case, provider, steps))
+    check_losses(runs)
+    return {"case": case, "environment": environment(), "runs": runs}
+
+
+def run_once(case: str, provider: str, steps: int) -> dict[str, Any]:
+    """One run in a fresh process."""
+    command = [sys.executable, str(HERE / "training.py"), "--case", case, "--provider", provider]
+    result = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SystemExit(f"{case}, {provider} failed:\n{result.stderr}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Stop where a provider's losses are not those of stock PEFT; full fine-tuning shares only the first."""
+    if "peft" not in runs:
+        raise SystemExit("providers must contain peft: every speed is checked against its losses")
+    expected = runs["peft"][0]["losses"]
+    for provider, results in runs.items():
+        for result in results:
+            losses = result.get("losses", [])[: 1 if provider == "full" else None]
+            for step, (loss, wanted) in enumerate(zip(losses, expected, strict=False)):
+                if not abs(loss - wanted) <= LOSS_TOLERANCE * abs(wanted):
+                    raise SystemExit(
+                        f"{provider}: loss {loss} at step {step}, stock PEFT has {wanted}; no speed printed"
+                    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """The case as a Markdown table, each figure beside its ratio to stock PEFT."""
+    best = {
+        p: min(r, key=lambda run: run.get("step_seconds", 0)) for p, r in result["runs"].items()
+    }
+    stock = best["peft"]
+    lines = [
+        f"**{result['case']}** ({result['environment']['cpu']}, {result['environment']['threads']} threads)",
+        "",
+        "| method | step (s) | / PEFT | first step (s) | tokens/s | peak growth (MiB) | / PEFT | trained parameters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for provider, run in best.items():
+        if provider == "floor":
+            continue
+        step, peak = run["step_seconds"], run["peak_bytes"]
+        lines.append(
+            f"| {provider} | {step:.2f} | {step / stock['step_seconds']:.2f} | {run['first_seconds']:.2f} | "
+            f"{run['tokens_per_second']:.0f} | {peak / 2**20:.0f} | {peak / stock['peak_bytes']:.2f} | "
+            f"{run['trainable']:,} |"
+        )
+    if "floor" in best and "peftkit" in best:
+        floors = {
+            name: min(run[f"{name}_seconds"] for run in result["runs"]["floor"])
+            for name in ("torch", "chosen")
+        }
+        step = best["peftkit"]["step_seconds"]
+        lines += [
+            "",
+            f"Frozen products of a step alone: {floors['torch']:.2f} s by torch.mm (peftkit's step is "
+            f"{step / floors['torch']:.2f} x that), {floors['chosen']:.2f} s by the routine peftkit chooses "
+            f"({step / floors['chosen']:.2f} x).",
+        ]
+    if "full" in best and "peftkit" in best:
+        ratio = best["peftkit"]["step_seconds"] / best["full"]["step_seconds"]
+        lines.append(f"peftkit's step is {ratio:.2f} x that of full fine-tuning.")
+    return "\n".join(lines)
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [
+        line.split(":")[1].strip()
+        for line in cpuinfo.read_text().splitlines()
+        if "model name" in line
+    ]
+    packages = ("torch", "transformers", "peft", "peftkit")
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
+        **{package: version(package) for package in packages},
+    }
+
+
+def update_readme(text: str) -> None:
+    """Put the tables between the benchmark marks of the README."""
+    begin, end = "<!-- benchmark -->", "<!-- /benchmark -->"
+    page = README.read_text()
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"README.md lacks the marks {begin} and {end}")
+    README.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

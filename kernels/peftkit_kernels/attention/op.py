@@ -1,0 +1,90 @@
+"""The public function: checks and choice between the native passes and the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels import native
+from peftkit_kernels.attention.reference import attention_reference
+from peftkit_kernels.attention.torch_impl import Attention
+from peftkit_kernels.dispatch import Backend, choose_backend
+
+HEAD_SIZE_MULTIPLE = 32
+"""Head sizes the native passes take are multiples of this: two vectors of AVX-512."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """``softmax(scale q kᵀ) v`` over the keys a query may see, without the scores ever being stored.
+
+    Keys and values of grouped-query heads are read in place, never repeated. Kept for backward: q, k, v, the output and
+    one number a query and head.
+
+    Args:
+        q: ``[B, H, S, D]``.
+        k: ``[B, H_kv, T, D]``; ``H`` is a multiple of ``H_kv``.
+        v: As ``k``.
+        scale: Factor on the scores, mostly ``D ** -0.5``.
+        causal: Query ``i`` sees keys up to ``i``; needs ``S == T``.
+        mask: ``Bool[B, 1, S, T]``, true where a query may see a key; a query that sees nothing gives 0.
+        backend: ``"auto"`` takes the native passes where ``native_obstacle`` gives no reason against them, else
+            ``"reference"``.
+
+    Returns:
+        ``[B, S, H, D]``.
+
+    Raises:
+        ValueError: Shapes do not fit, or ``backend="torch"`` where the native passes cannot run.
+
+    Source: Dao et al., 2022, arXiv:2205.14135 (online softmax in blocks, recomputation in backward).
+    """
+    B, H, S, D = q.shape
+    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D or H % k.shape[1]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; they must be [B, H, S, D] and "
+            "twice [B, H_kv, T, D] with H a multiple of H_kv"
+        )
+    if causal and k.shape[2] != S:
+        raise ValueError(
+            f"causal=True with {S} queries and {k.shape[2]} keys is ambiguous; pass a mask instead"
+        )
+    if mask is not None and (mask.dtype is not torch.bool or mask.shape != (B, 1, S, k.shape[2])):
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}; it must be bool {(B, 1, S, k.shape[2])}"
+        )
+    obstacle = native_obstacle(q, k, v, mask)
+    choice = choose_backend("attention", backend)
+    if backend == "torch" and obstacle:
+        raise ValueError(f"backend='torch': {obstacle}; use backend='auto'")
+    if choice == "reference" or obstacle:
+        return attention_reference(q, k, v, scale, causal=causal, mask=mask)
+    return Attention.apply(q, k, v, mask, scale, causal)
+
+
+def native_obstacle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
+    """Why the native passes cannot take these tensors, as a sentence, or ``None``."""
+    if torch.compiler.is_compiling():
+        return "the native passes cannot be compiled into a graph"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+            return f"{name} is {tensor.dtype} on {tensor.device}, not float32 on the CPU"
+        if tensor.stride(3) != 1 or tensor.numel() == 0:
+            return f"the features of {name} are not contiguous, or it is empty"
+    if q.shape[3] % HEAD_SIZE_MULTIPLE:
+        return f"the head size {q.shape[3]} is no multiple of {HEAD_SIZE_MULTIPLE}"
+    if k.shape != v.shape:
+        return f"k {tuple(k.shape)} and v {tuple(v.shape)} differ in shape"
+    if mask is not None and (
+        mask.dtype is not torch.bool or mask.shape[1] != 1 or mask.stride(3) != 1
+    ):
+        return "the mask is not boolean, or one a head, or its keys are not contiguous"
+    return native.obstacle()

@@ -1,0 +1,35 @@
+"""``attention`` by the native passes: keeps q, k, v, the output and one number a row of scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peftkit_kernels import native
+
+
+class Attention(torch.autograd.Function):
+    """With ``P = softmax(scale q kᵀ)`` and ``dS = P ∘ (dout vᵀ - rowsum(dout ∘ out))``:
+
+    ``dv = Pᵀ dout``, ``dk = scale dSᵀ q``, ``dq = scale dS k``; P is made again from the kept log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> Tensor:
+        out, lse = native.attention(q, k, v, scale, causal, mask)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.scale, ctx.causal = scale, causal
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        dout = dout.contiguous()
+        grads = native.attention_backward(dout, q, k, v, out, lse, ctx.scale, ctx.causal, mask)
+        return *grads, None, None, None
