@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,17 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64 or not x.is_floating_point():
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def check_counts(
+    weights: Sequence[object], biases: Sequence[object], loras: Sequence[object]
+) -> None:
+    """Raise ``ValueError`` unless every linear has its entry in all three lists."""
+    if not len(weights) == len(biases) == len(loras):
+        raise ValueError(
+            f"there are {len(weights)} weights, {len(biases)} biases and {len(loras)} loras; pass one a linear, "
+            "or None where it has no bias or no adapter"
+        )
 
 
 def check_weight(x: Tensor, weight: Tensor, name: str) -> None:

@@ -88,9 +88,8 @@ class Bound:
     @staticmethod
     def cat(bounds: Sequence[Bound], dim: int) -> Bound:
         """Several bounds joined along one axis."""
-        value, error = (
-            torch.cat(parts, dim) for parts in zip(*((b.value, b.error) for b in bounds))
-        )
+        value = torch.cat([bound.value for bound in bounds], dim)
+        error = torch.cat([bound.error for bound in bounds], dim)
         return Bound(value, error, bounds[0].unit)
 
     def reshape(self, *shape: int) -> Bound:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftkit_kernels.checks import autocast_dtype, check_lora, check_weight
+from peftkit_kernels.checks import autocast_dtype, check_counts, check_lora, check_weight
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.lora_swiglu_mlp.activation import ACTIVATIONS
 from peftkit_kernels.lora_swiglu_mlp.reference import lora_swiglu_mlp_reference
@@ -51,8 +51,13 @@ def lora_swiglu_mlp(
     if dtype is not None:
         with torch.autocast(x.device.type, enabled=False):
             return lora_swiglu_mlp(x.to(dtype), weights, biases, loras, act, backend=backend)
-    for name, source, i in (("gate", x, 0), ("up", x, 1)):
-        check_weight(source, weights[i], f"weights[{i}] ({name})")
+    check_counts(weights, biases, loras)
+    if len(weights) != 3:
+        raise ValueError(
+            f"there are {len(weights)} weights; a gated MLP has three: gate, up and down"
+        )
+    for i, name in enumerate(("gate", "up")):
+        check_weight(x, weights[i], f"weights[{i}] ({name})")
     if weights[1].shape != weights[0].shape or weights[2].shape[1] != weights[0].shape[0]:
         raise ValueError(
             f"weights: gate {tuple(weights[0].shape)}, up {tuple(weights[1].shape)} and down {tuple(weights[2].shape)} "

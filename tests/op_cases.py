@@ -1,0 +1,115 @@
+"""One small case of every op, built alike, for what all of them promise."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from lora_cases import Shape, draw
+
+from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
+from peftkit_kernels.lora_linear import lora_linear
+from peftkit_kernels.lora_qkv import lora_qkv
+from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
+
+WIDTH, INNER = 33, 21
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op applied to tensors by name; all but the weights require a gradient."""
+
+    leaves: dict[str, torch.Tensor]
+    apply: Callable
+
+    def outputs(self, **options):
+        """What the op returns, as a tuple."""
+        outputs = self.apply(self.leaves, **options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    @property
+    def trained(self):
+        """The tensors that require a gradient, by name."""
+        return {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
+
+    def run(self, **options):
+        """Every output and gradient by name."""
+        return self.gradients(self.outputs(**options))
+
+    def gradients(self, outputs):
+        """``outputs`` and the gradients of a fixed weighted sum of them, by name."""
+        trained = self.trained
+        grads = torch.autograd.grad(outputs, list(trained.values()), weights(outputs))
+        values = {f"output{i}": y.detach() for i, y in enumerate(outputs)}
+        return values | dict(zip(trained, grads, strict=True))
+
+    def to(self, dtype, names=None):
+        """The same case with the named tensors (default: all) cast."""
+
+        def cast(name, leaf):
+            if names is not None and name not in names:
+                return leaf
+            return leaf.detach().to(dtype).requires_grad_(leaf.requires_grad)
+
+        return replace(self, leaves={name: cast(name, leaf) for name, leaf in self.leaves.items()})
+
+
+def weights(outputs):
+    """A gradient for every output, different in each element."""
+    generator = torch.Generator().manual_seed(1)
+    return [draw(tuple(y.shape), y.dtype, generator) for y in outputs]
+
+
+def _parts(leaves, loras, suffix):
+    lora = replace(loras[suffix], A=leaves["A" + suffix], B=leaves["B" + suffix])
+    return leaves["weight" + suffix], leaves["bias" + suffix], lora
+
+
+def _case(shape, sizes, op):
+    x = shape.input()
+    projections = {suffix: shape.projection(*size, suffix) for suffix, size in sizes.items()}
+    loras = {suffix: part.lora for suffix, part in projections.items()}
+    leaves = {"x": x}
+    for suffix, part in projections.items():
+        leaves |= {name + suffix: tensor for name, tensor in part.tensors().items()}
+
+    def apply(leaves, **options):
+        parts = [_parts(leaves, loras, suffix) for suffix in sizes]
+        return op(leaves["x"], *zip(*parts, strict=True), **options)
+
+    return Case(leaves, apply)
+
+
+def _linear(x, weights, biases, loras, **options):
+    return lora_linear(x, weights[0], biases[0], loras[0], **options)
+
+
+def _norm(shape, op, names):
+    x = shape.input()
+    affine = {name: draw((shape.x[-1],), shape.dtype, shape.generator) for name in names}
+
+    def apply(leaves, **options):
+        return op(*leaves.values(), 1e-5, **options)
+
+    return Case({"x": x, **affine}, apply)
+
+
+def _rms(x, weight, eps, **options):
+    return frozen_rms_norm(x, weight, eps, offset=1.0, **options)
+
+
+_QKV = {"_q": (40, WIDTH), "_k": (12, WIDTH), "_v": (7, WIDTH)}
+_MLP = {"_gate": (INNER, WIDTH), "_up": (INNER, WIDTH), "_down": (WIDTH, INNER)}
+_BUILDERS = {
+    "lora_linear": lambda shape: _case(shape, {"": (29, WIDTH)}, _linear),
+    "lora_qkv": lambda shape: _case(shape, _QKV, lora_qkv),
+    "lora_swiglu_mlp": lambda shape: _case(shape, _MLP, lora_swiglu_mlp),
+    "frozen_rms_norm": lambda shape: _norm(shape, _rms, ["weight"]),
+    "frozen_layer_norm": lambda shape: _norm(shape, frozen_layer_norm, ["weight", "bias"]),
+}
+NAMES = tuple(_BUILDERS)
+LORA_NAMES = NAMES[:3]
+
+
+def build(name, leading=(3, 5), **options):
+    """The case of an op; options as ``lora_cases.Shape``."""
+    return _BUILDERS[name](Shape(x=(*leading, WIDTH), **options))
