@@ -29,6 +29,14 @@ def check_counts(
         )
 
 
+def check_bias(bias: Tensor | None, weight: Tensor, name: str) -> None:
+    """Raise ``ValueError`` unless ``bias`` is ``[N]`` for ``weight [N, K]``, or ``None``."""
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name} has shape {tuple(bias.shape)}; a weight {tuple(weight.shape)} takes [{weight.shape[0]}]"
+        )
+
+
 def check_weight(x: Tensor, weight: Tensor, name: str) -> None:
     """Raise ``ValueError`` unless ``weight`` is a frozen ``[N, K]`` for ``x [..., K]``."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:

@@ -217,7 +217,8 @@ def change(**tensors):
     x, part = make()
     A, B = tensors.get("A", part.lora.A), tensors.get("B", part.lora.B)
     weight = tensors.get("weight", part.weight)
-    return tensors.get("x", x), weight, part.bias, LoRA(A, B, 1.0, tensors.get("p", 0.0), 3)
+    bias = tensors.get("bias", part.bias)
+    return tensors.get("x", x), weight, bias, LoRA(A, B, 1.0, tensors.get("p", 0.0), 3)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +231,8 @@ def change(**tensors):
             {"weight": torch.zeros(29, 33, requires_grad=True)},
             r"weight requires a gradient.*requires_grad_\(False\)",
         ),
+        ({"bias": torch.zeros(28)}, r"bias has shape \(28,\); .* takes \[29\]"),
+        ({"bias": torch.zeros(1)}, r"bias has shape \(1,\)"),
         ({"A": torch.zeros(4, 32)}, r"lora: A \(4, 32\) .* must be \[R, 33\] and \[29, R\]"),
         ({"A": torch.zeros(5, 33)}, r"lora: A \(5, 33\) and B \(29, 4\)"),
         ({"B": torch.zeros(28, 4)}, r"B \(28, 4\)"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkit_kernels.checks import autocast_dtype, check_lora, check_weight
+from peftkit_kernels.checks import autocast_dtype, check_bias, check_lora, check_weight
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.lora_linear.reference import lora_linear_reference
 from peftkit_kernels.lora_linear.torch_impl import LoRALinear
@@ -40,6 +40,7 @@ def lora_linear(
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(x.to(dtype), weight, bias, lora, backend=backend)
     check_weight(x, weight, "weight")
+    check_bias(bias, weight, "bias")
     check_lora(lora, weight, "lora")
     if choose_backend("lora_linear", backend) == "reference":
         return lora_linear_reference(x, weight, bias, lora)

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftkit_kernels.checks import autocast_dtype, check_counts, check_lora, check_weight
+from peftkit_kernels.checks import (
+    autocast_dtype,
+    check_bias,
+    check_counts,
+    check_lora,
+    check_weight,
+)
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.lora_qkv.reference import lora_qkv_reference
 from peftkit_kernels.lora_qkv.torch_impl import Call, LoRAQKV
@@ -45,8 +51,9 @@ def lora_qkv(
         with torch.autocast(x.device.type, enabled=False):
             return lora_qkv(x.to(dtype), weights, biases, loras, backend=backend)
     check_counts(weights, biases, loras)
-    for i, (weight, lora) in enumerate(zip(weights, loras, strict=True)):
+    for i, (weight, bias, lora) in enumerate(zip(weights, biases, loras, strict=True)):
         check_weight(x, weight, f"weights[{i}]")
+        check_bias(bias, weight, f"biases[{i}]")
         if lora is not None:
             check_lora(lora, weight, f"loras[{i}]")
     if choose_backend("lora_qkv", backend) == "reference":

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftkit_kernels.checks import autocast_dtype, check_counts, check_lora, check_weight
+from peftkit_kernels.checks import (
+    autocast_dtype,
+    check_bias,
+    check_counts,
+    check_lora,
+    check_weight,
+)
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.lora_swiglu_mlp.activation import ACTIVATIONS
 from peftkit_kernels.lora_swiglu_mlp.reference import lora_swiglu_mlp_reference
@@ -58,18 +64,20 @@ def lora_swiglu_mlp(
         )
     for i, name in enumerate(("gate", "up")):
         check_weight(x, weights[i], f"weights[{i}] ({name})")
-    if weights[1].shape != weights[0].shape or weights[2].shape[1] != weights[0].shape[0]:
+    gate, up, down = weights
+    if up.shape != gate.shape or down.dim() != 2 or down.shape[1] != gate.shape[0]:
         raise ValueError(
-            f"weights: gate {tuple(weights[0].shape)}, up {tuple(weights[1].shape)} and down {tuple(weights[2].shape)} "
+            f"weights: gate {tuple(gate.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} "
             "do not form an MLP; they must be [F, D], [F, D] and [D, F]"
         )
-    if weights[2].requires_grad:
+    if down.requires_grad:
         raise ValueError(
             "weights[2] (down) requires a gradient, and this op gives it none; freeze it"
         )
-    for i, lora in enumerate(loras):
+    for i, (weight, bias, lora) in enumerate(zip(weights, biases, loras, strict=True)):
+        check_bias(bias, weight, f"biases[{i}]")
         if lora is not None:
-            check_lora(lora, weights[i], f"loras[{i}]")
+            check_lora(lora, weight, f"loras[{i}]")
     if choose_backend("lora_swiglu_mlp", backend) == "reference":
         return lora_swiglu_mlp_reference(x, weights, biases, loras, act)
     factors = [

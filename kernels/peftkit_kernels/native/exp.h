@@ -7,7 +7,7 @@
 #include <string.h>
 
 /* e^x: range reduction to |r| <= ln2/2 and a degree-6 polynomial (error below 2 units in the last place);
- * 0 below the smallest normal result, NaN for NaN. */
+ * 0 below the smallest normal result, infinity above the largest, NaN for NaN. */
 static inline float exp_f32(float x) {
   float bounded = x < -87.33654f ? -87.33654f : (x > 88.72283f ? 88.72283f : x);
   float n = rintf(bounded * 1.44269504f);
@@ -27,7 +27,7 @@ static inline float exp_f32(float x) {
   memcpy(&scale0, &bits0, 4);
   memcpy(&scale1, &bits1, 4);
   float y = p * scale0 * scale1;
-  return x < -87.33654f ? 0.0f : y;
+  return x < -87.33654f ? 0.0f : (x > 88.72283f ? INFINITY : y);
 }
 
 #endif
