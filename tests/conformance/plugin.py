@@ -1,18 +1,22 @@
 """pytest plugin for PEFT's own test suite: keeps its LoRA tests, can fuse every layer they create.
 
 Loaded by ``run.py`` with ``-p plugin``. Two environment variables steer it:
-``PEFTKIT_CONFORMANCE_MODE`` is ``stock`` or ``fused``, ``PEFTKIT_CONFORMANCE_OUT`` the JSON file that
-receives ``{"outcomes": {test: outcome}, "fused_layers": number}``.
+``PEFTKIT_CONFORMANCE_OUT`` names the JSON file that receives
+``{"outcomes": {test: outcome}, "fused_layers": number}``, and ``PEFTKIT_CONFORMANCE_MODE`` is ``stock``,
+``fused``, or ``fused-torch-blas``: fused with the matrix products that PyTorch itself would have used.
 """
 
 import contextlib
 import json
 import os
+import random
 import re
 from collections import Counter
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 
 _LORA = re.compile(r"(?<![A-Za-z])LoraConfig")
 
@@ -57,8 +61,11 @@ def pytest_configure(config: pytest.Config) -> None:
     testing_utils.hub_online_once = lambda model_id: contextlib.nullcontext()
     config.stash[_outcomes] = {}
     config.stash[_fused] = Counter()
-    if os.environ["PEFTKIT_CONFORMANCE_MODE"] == "fused":
+    mode = os.environ["PEFTKIT_CONFORMANCE_MODE"]
+    if mode.startswith("fused"):
         _fuse_at_creation(config.stash[_fused])
+    if mode == "fused-torch-blas":
+        _multiply_as_torch_does()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -69,6 +76,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if about_lora else dropped).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed every test, so that both modes see the same weights and data."""
+    random.seed(0)
+    numpy.random.seed(0)  # noqa: NPY002 - PEFT's tests draw from the global generator
+    torch.manual_seed(0)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -104,3 +119,10 @@ def _fuse_at_creation(fused: Counter) -> None:
         return module
 
     LoraModel._create_new_module = staticmethod(create_fused)
+
+
+def _multiply_as_torch_does() -> None:
+    from peftkit_kernels import gemm
+
+    assert callable(gemm.prefers_onednn)
+    gemm.prefers_onednn = lambda: False

@@ -6,6 +6,11 @@ from pathlib import Path
 
 from known import KNOWN
 
+_ROUNDING = (
+    "asks for less error than the rounding of oneDNN's matrix product, which peftkit uses on this processor; "
+    "passes with fused layers and PyTorch's own matrix product"
+)
+
 
 @dataclass
 class Results:
@@ -25,6 +30,8 @@ class Comparison:
     """Tests that pass with stock layers and not with fused ones, for no known reason."""
     explained: list[str]
     """The same, with a reason in ``known.py``."""
+    rounding: list[str]
+    """The same, where only the rounding of the matrix product differs: they pass with torch's own."""
     gained: list[str]
     """Tests that pass with fused layers only."""
 
@@ -38,11 +45,19 @@ class Comparison:
         lines.append(f"pass with stock layers only: {len(self.regressions)} unexplained")
         lines += [f"  {test}: {self.fused.outcomes.get(test)}" for test in self.regressions]
         lines += [f"  {test}: known, {KNOWN[test]}" for test in self.explained]
+        lines += [f"  {test}: rounding of the matrix product" for test in self.rounding]
         return "\n".join(lines)
 
 
-def compare(stock: Results, fused: Results) -> Comparison:
+def compare(stock: Results, fused: Results, torch_blas: Results | None = None) -> Comparison:
     """Find the tests whose outcome depends on the layers.
+
+    Args:
+        stock: PEFT's own layers.
+        fused: Fused layers.
+        torch_blas: Fused layers that multiply with the BLAS PyTorch was built with, run on the tests
+            lost otherwise. One that passes here asks for less rounding error than oneDNN's matrix
+            product has, and fusing is not what makes it fail.
 
     Raises:
         ValueError: One run has no outcomes, or the fused run fused nothing: there is no comparison.
@@ -61,11 +76,14 @@ def compare(stock: Results, fused: Results) -> Comparison:
         for test, outcome in fused.outcomes.items()
         if outcome == "passed" and stock.outcomes.get(test) != "passed"
     )
+    again = torch_blas.outcomes if torch_blas else {}
+    rounding = [test for test in lost if test not in KNOWN and again.get(test) == "passed"]
     return Comparison(
         stock=stock,
         fused=fused,
-        regressions=[test for test in lost if test not in KNOWN],
+        regressions=[test for test in lost if test not in KNOWN and test not in rounding],
         explained=[test for test in lost if test in KNOWN],
+        rounding=rounding,
         gained=gained,
     )
 
@@ -86,6 +104,7 @@ def _markdown(comparison: Comparison, versions: dict[str, str]) -> str:
         for mode, outcomes in (("stock", stock), ("fused", fused))
     ]
     differences = [f"- `{test}`: {KNOWN[test]}" for test in comparison.explained]
+    differences += [f"- `{test}`: {_ROUNDING}" for test in comparison.rounding]
     differences += [f"- `{test}`: not explained" for test in comparison.regressions]
     gained = [f"- `{test}`" for test in comparison.gained]
     return "\n".join(

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import report
 
 HERE = Path(__file__).resolve().parent
 MODES = ("stock", "fused")
+TORCH_BLAS = "fused-torch-blas"
 PYTEST_RAN = (0, 1, 5)  # all passed, some failed, none selected
 NEEDS_MORE_THAN_TINY_MODELS = {
     "test_common_gpu.py",
@@ -41,14 +43,18 @@ def main() -> int:
     runs = [(mode, name) for name in names for mode in arguments.modes.split(",")]
     if arguments.compare_only:
         runs = []
+    suite = Suite(work, hub, tests)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for line in pool.map(lambda run: run_module(work, hub, tests, *run), runs):
+        for line in pool.map(lambda run: suite.run(*run, [f"tests/{run[1]}"]), runs):
             print(line, flush=True)
     if arguments.modules or arguments.modes != ",".join(MODES):
         return 0  # a part of the suite: nothing to compare yet
 
-    results = {mode: _read_results(_results(work, mode)) for mode in MODES}
-    comparison = report.compare(results["stock"], results["fused"])
+    stock, fused = suite.results("stock"), suite.results("fused")
+    comparison = report.compare(stock, fused)
+    if comparison.regressions:
+        print(suite.run(TORCH_BLAS, "lost", comparison.regressions), flush=True)
+        comparison = report.compare(stock, fused, suite.results(TORCH_BLAS))
     report.write(arguments.report, comparison, _versions())
     print(f"\nwritten: {arguments.report}\n{comparison.summary()}")
     return 1 if comparison.regressions else 0
@@ -81,47 +87,68 @@ def fetch_tests(work: Path) -> Path:
     return target
 
 
-def run_module(work: Path, hub: Path, tests: Path, mode: str, name: str) -> str:
-    """Run one test module in a process of its own and keep its outcomes.
+@dataclass(frozen=True)
+class Suite:
+    """PEFT's tests, and where they run."""
 
-    Args:
-        work: Folder for results and logs.
-        hub: Used as ``HF_HOME``.
-        tests: Folder that holds PEFT's ``tests``.
-        mode: ``stock`` or ``fused``.
-        name: File name of the module.
+    work: Path
+    """Folder for outcomes and logs."""
+    hub: Path
+    """Used as ``HF_HOME``."""
+    tests: Path
+    """Folder that holds PEFT's ``tests``."""
 
-    Returns:
-        One line for a person: mode, module, seconds and pytest's closing line.
-    """
-    folder = _results(work, mode)
-    folder.mkdir(parents=True, exist_ok=True)
-    result, log = folder / f"{name}.json", folder / f"{name}.log"
-    result.unlink(missing_ok=True)
-    unfinished = result.with_suffix(".unfinished")
-    environment = {
-        **os.environ,
-        "PEFTKIT_CONFORMANCE_MODE": mode,
-        "PEFTKIT_CONFORMANCE_OUT": str(unfinished),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
-        "HF_HOME": str(hub),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",  # the models are tiny, and modules run side by side
-    }
-    options = ["-p", "plugin", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short", "--no-header"]
-    command = [sys.executable, "-m", "pytest", f"tests/{name}", *options]
-    start = time.perf_counter()
-    with log.open("w") as output:
-        done = subprocess.run(
-            command, cwd=tests, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-    closing_line = log.read_text().rstrip().rpartition("\n")[2].strip("= ")
-    if done.returncode not in PYTEST_RAN or not unfinished.exists():
-        raise RuntimeError(f"pytest ended with status {done.returncode} on {name}; see {log}")
-    unfinished.rename(result)
-    return f"{mode} {name} {time.perf_counter() - start:.0f} s: {closing_line}"
+    def run(self, mode: str, name: str, targets: list[str]) -> str:
+        """Run ``targets``, as pytest takes them, in a process of their own and keep the outcomes.
+
+        Args:
+            mode: ``stock``, ``fused`` or ``fused-torch-blas``.
+            name: Of the files that keep outcomes and log.
+            targets: Test modules or test ids.
+
+        Returns:
+            One line for a person: mode, name, seconds and pytest's closing line.
+        """
+        folder = self._folder(mode)
+        folder.mkdir(parents=True, exist_ok=True)
+        result, log = folder / f"{name}.json", folder / f"{name}.log"
+        result.unlink(missing_ok=True)
+        unfinished = result.with_suffix(".unfinished")
+        environment = {
+            **os.environ,
+            "PEFTKIT_CONFORMANCE_MODE": mode,
+            "PEFTKIT_CONFORMANCE_OUT": str(unfinished),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
+            "HF_HOME": str(self.hub),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",  # the models are tiny, and modules run side by side
+        }
+        options = ["-p", "plugin", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short"]
+        command = [sys.executable, "-m", "pytest", *options, *targets]
+        start = time.perf_counter()
+        with log.open("w") as output:
+            done = subprocess.run(
+                command, cwd=self.tests, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+        closing_line = log.read_text().rstrip().rpartition("\n")[2].strip("= ")
+        if done.returncode not in PYTEST_RAN or not unfinished.exists():
+            raise RuntimeError(f"pytest ended with status {done.returncode} on {name}; see {log}")
+        unfinished.rename(result)
+        return f"{mode} {name} {time.perf_counter() - start:.0f} s: {closing_line}"
+
+    def results(self, mode: str) -> report.Results:
+        """Merge what the runs of one mode have left."""
+        merged = report.Results({}, 0)
+        for path in sorted(self._folder(mode).glob("*.json")):
+            one = json.loads(path.read_text())
+            merged.outcomes.update(one["outcomes"])
+            merged.fused_layers += one["fused_layers"]
+        return merged
+
+    def _folder(self, mode: str) -> Path:
+        return self.work / "results" / mode
 
 
 def _modules_about_lora(tests: Path) -> list[str]:
@@ -131,20 +158,6 @@ def _modules_about_lora(tests: Path) -> list[str]:
     ]
     modules.sort(key=lambda path: -path.stat().st_size)
     return [path.name for path in modules if path.name not in NEEDS_MORE_THAN_TINY_MODELS]
-
-
-def _read_results(folder: Path) -> report.Results:
-    """Merge what the modules of one mode have left in ``folder``."""
-    merged = report.Results({}, 0)
-    for path in sorted(folder.glob("*.json")):
-        one = json.loads(path.read_text())
-        merged.outcomes.update(one["outcomes"])
-        merged.fused_layers += one["fused_layers"]
-    return merged
-
-
-def _results(work: Path, mode: str) -> Path:
-    return work / "results" / mode
 
 
 def _versions() -> dict[str, str]:

@@ -34,6 +34,13 @@ def test_known_difference_is_explained_and_no_regression(report, monkeypatch):
     assert "compares a class path" in comparison.summary()
 
 
+def test_lost_test_that_passes_with_torchs_product_is_rounding(report):
+    stock = results(report, a="passed", b="passed")
+    fused = results(report, 1, a="failed", b="failed")
+    comparison = report.compare(stock, fused, results(report, 1, a="passed", b="failed"))
+    assert (comparison.rounding, comparison.regressions) == (["a"], ["b"])
+
+
 def test_empty_runs_are_refused(report):
     with pytest.raises(ValueError, match="run both modes first"):
         report.compare(results(report), results(report, 1, a="passed"))
