@@ -163,7 +163,7 @@ def _without_adapters(module: nn.Module) -> nn.Module:
         inner = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
         if inner not in module._modules:
             break
-        module = module._modules[inner]
+        module = module.get_submodule(inner)
     return module
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,17 +49,12 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 
     seen: set[int] = set()
     for layer, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            foreign = "original_module."
-        elif isinstance(module, BaseTunerLayer):
-            foreign = "base_layer."
-        elif layer == "prompt_encoder":
-            foreign = None
-        else:
+        wrapper = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if not wrapper and layer != "prompt_encoder":
             continue
-        for own, tensor in module.named_parameters():
-            inside_other = foreign is not None and own.startswith(foreign)
-            if not inside_other and id(tensor) not in seen:
+        for own, tensor in model.get_submodule(layer).named_parameters():
+            original = {"base_layer", "original_module"} & {*own.split(".")}
+            if not original and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield layer, own, tensor
 
@@ -67,11 +63,12 @@ def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The PEFT tuner layers of a model by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    modules = dict(model.named_modules())
+    return {name: modules[name] for name in modules if isinstance(modules[name], BaseTunerLayer)}
 
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that a forward uses, as PEFT's or transformers' model reports them."""
-    active = model.active_adapters
+    active: Any = model.active_adapters
     active = active() if callable(active) else active
     return [active] if isinstance(active, str) else list(active)

@@ -98,7 +98,10 @@ def why_no_gradient(
     handles = []
     for name, layer in tuner_layers(model).items():
         seen[name] = _Seen()
-        handles.append(layer.register_forward_hook(_record(seen[name]), with_kwargs=True))
+        # First of all hooks: what others make of the output is then seen in its gradient.
+        handles.append(
+            layer.register_forward_hook(_record(seen[name]), with_kwargs=True, prepend=True)
+        )
     try:
         step()
     finally:

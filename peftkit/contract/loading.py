@@ -205,9 +205,8 @@ def _dry_injection(
     config = copy.deepcopy(config)
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = (
-            True  # shapes are the same, and PiSSA and the like would decompose weights
-        )
+        # Shapes are the same, and PiSSA and the like would decompose weights.
+        vars(config)["init_lora_weights"] = True
     skeleton: Any = _without_weights(model)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -231,7 +230,7 @@ def _without_weights(model: nn.Module) -> nn.Module:
         empty = torch.Tensor._make_subclass(
             type(parameter), parameter.detach().to("meta"), parameter.requires_grad
         )
-        empty.__dict__.update(parameter.__dict__)
+        vars(empty).update(vars(parameter))
         memo[id(parameter)] = empty
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")

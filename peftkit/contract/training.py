@@ -63,13 +63,13 @@ class CheckReport:
             ("adapter tensors", f"{self.tensors}, {self.trainable} of them trainable"),
         ]
         if self.loss is not None:
-            smallest = min(self.grad_norms, key=self.grad_norms.__getitem__)
-            largest = max(self.grad_norms, key=self.grad_norms.__getitem__)
-            rows += [
-                ("loss", f"{self.loss:.6g}"),
-                ("smallest gradient norm", f"{self.grad_norms[smallest]:.3g} ({smallest})"),
-                ("largest gradient norm", f"{self.grad_norms[largest]:.3g} ({largest})"),
-            ]
+            norms = {name: norm for name, norm in self.grad_norms.items() if norm > 0.0}
+            rows.append(("loss", f"{self.loss:.6g}"))
+            for what, pick in (("smallest", min), ("largest", max)) if norms else ():
+                name = pick(norms, key=norms.__getitem__)
+                rows.append((f"{what} gradient norm", f"{norms[name]:.3g} ({name})"))
+            zeros = len(self.grad_norms) - len(norms)
+            rows.append(("zero gradients", f"{zeros}, as they should be"))
         return rows + [("note", note) for note in self.notes]
 
 

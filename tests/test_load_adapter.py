@@ -1,0 +1,220 @@
+"""A checkpoint that does not fit is refused, and the model stays what it was, bit for bit; one that fits loads."""
+
+import json
+import re
+import shutil
+
+import models
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
+from safetensors.torch import load_file, save_file
+
+from peftkit import ContractError, check, load_adapter, wrap
+
+_QV = {"target_modules": ["q_proj", "v_proj"]}
+_V = "base_model.model.model.layers.1.self_attn.v_proj"
+
+
+def _wrapped(**settings):
+    return get_peft_model(models.tiny("llama"), LoraConfig(**{**_QV, **settings}))
+
+
+def _layer(model) -> Linear:
+    return model.get_submodule(_V)
+
+
+def _raises(*parts: str):
+    return pytest.raises(ContractError, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of a tiny Llama, with factors that are not zero."""
+    _wrapped(init_lora_weights=False).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def _rewrite(folder, change) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def _fingerprint(model) -> dict:
+    """Everything a failed load must not touch."""
+    return {
+        "classes": {n: type(m) for n, m in model.named_modules()},
+        "identity": {n: id(m) for n, m in model.named_modules()},
+        "attributes": {n: sorted(m.__dict__) for n, m in model.named_modules()},
+        "training": {n: m.training for n, m in model.named_modules()},
+        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
+        "parameters": {n: id(p) for n, p in model.named_parameters()},
+        "config": model.config.to_dict(),
+        "adapters": sorted(getattr(model, "peft_config", {})),
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+def _copy_tensors(model) -> dict:
+    return {n: t.clone() for n, t in model.state_dict().items()}
+
+
+_KEY = f"{_V}.lora_A.weight"
+_DAMAGE = {
+    "missing": (lambda t: t.pop(_KEY), ("1 of 8 keys are missing", _KEY)),
+    "unexpected": (
+        lambda t: t.update({_KEY.replace("v_proj", "o_proj"): t[_KEY].clone()}),
+        ("1 keys are left over", _KEY.replace("v_proj", "o_proj")),
+    ),
+    "shape": (
+        lambda t: t.update({_KEY: torch.ones(4, 32)}),
+        (f"{_KEY}: [4, 32] in the checkpoint, [8, 32] in the model",),
+    ),
+    "nan": (lambda t: t[_KEY].fill_(float("nan")), ("hold NaN or infinite values", _KEY)),
+}
+
+
+@pytest.mark.parametrize("kind", ["base", "peft", "fused"])
+@pytest.mark.parametrize("damage", _DAMAGE)
+def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(saved, damage, kind):
+    change, parts = _DAMAGE[damage]
+    _rewrite(saved, change)
+    build = {
+        "base": lambda: models.tiny("llama"),
+        "peft": lambda: _wrapped(target_modules=["q_proj"]),
+        "fused": lambda: wrap(models.tiny("llama")),
+    }
+    model = build[kind]()
+    before, tensors = _fingerprint(model), _copy_tensors(model)
+    with _raises(*parts):
+        load_adapter(model, saved, "second")
+    assert _fingerprint(model) == before
+    after = model.state_dict()
+    assert after.keys() == tensors.keys()
+    assert all(torch.equal(after[n], tensors[n]) for n in tensors)
+
+
+def test_many_keys_are_counted_and_the_first_shown(saved):
+    _rewrite(saved, lambda t: [t.pop(k) for k in list(t)[:7]])
+    with _raises("7 of 8 keys are missing", "... and 2 more"):
+        load_adapter(models.tiny("llama"), saved)
+
+
+def test_a_checkpoint_of_another_model(saved):
+    with _raises("cannot be applied to GPT2LMHeadModel", "q_proj"):
+        load_adapter(models.tiny("gpt2"), saved)
+
+
+def test_a_checkpoint_of_another_size(saved):
+    import transformers as hf
+
+    wider = hf.LlamaForCausalLM(hf.LlamaConfig(**{**models._DECODER, "hidden_size": 64}))
+    with _raises("tensors have the wrong shape", "[8, 32] in the checkpoint, [8, 64] in the model"):
+        load_adapter(wider, saved)
+
+
+def test_a_folder_that_does_not_exist(tmp_path):
+    with _raises("is not a folder", "snapshot_download"):
+        load_adapter(models.tiny("llama"), tmp_path / "nothing")
+
+
+def test_a_missing_config(saved):
+    (saved / "adapter_config.json").unlink()
+    with _raises("adapter_config.json does not exist", "adapter_model.safetensors"):
+        load_adapter(models.tiny("llama"), saved)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_config_that_is_no_config(saved, content):
+    (saved / "adapter_config.json").write_text(content)
+    with _raises("adapter_config.json is not a PEFT config"):
+        load_adapter(models.tiny("llama"), saved)
+
+
+def test_an_unknown_peft_type(saved):
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "LORRA"}))
+    with _raises("peft_type='LORRA' is unknown", "LORA"):
+        load_adapter(models.tiny("llama"), saved)
+
+
+def test_missing_weights(saved):
+    (saved / "adapter_model.safetensors").unlink()
+    with _raises("holds neither adapter_model.safetensors nor adapter_model.bin"):
+        load_adapter(models.tiny("llama"), saved)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_damaged_weights(saved, name):
+    content = (saved / "adapter_model.safetensors").read_bytes()
+    (saved / "adapter_model.safetensors").unlink()
+    (saved / name).write_bytes(content[: len(content) // 2])
+    with _raises(f"{name} cannot be read", "damaged or incomplete"):
+        load_adapter(models.tiny("llama"), saved)
+
+
+def test_a_name_that_is_taken(saved):
+    with _raises("adapter_name='default' is already in the model", "delete_adapter"):
+        load_adapter(_wrapped(), saved)
+
+
+@pytest.mark.parametrize("name", ["", "a.b"])
+def test_a_name_that_pytorch_would_refuse(saved, name):
+    with _raises(f"adapter_name={name!r}"):
+        load_adapter(models.tiny("llama"), saved, name)
+
+
+def test_a_base_model_that_still_carries_layers(saved):
+    with _raises("already carries adapter layers but is not a PeftModel"):
+        load_adapter(_wrapped().get_base_model(), saved)
+
+
+@pytest.mark.parametrize("accelerate", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("binary", [False, True], ids=["safetensors", "bin"])
+def test_a_sound_checkpoint_loads(saved, accelerate, binary):
+    tensors = load_file(saved / "adapter_model.safetensors")
+    if binary:
+        torch.save(tensors, saved / "adapter_model.bin")
+        (saved / "adapter_model.safetensors").unlink()
+    model = load_adapter(models.tiny("llama"), saved, is_trainable=True, accelerate=accelerate)
+    loaded = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[n], tensors[n]) for n in tensors)
+    assert hasattr(_layer(model), "peftkit_verdict") == accelerate
+    assert check(model, models.batch("llama")).trainable == 8
+
+
+def test_a_second_adapter_loads_next_to_the_first(saved):
+    model = wrap(models.tiny("llama"))
+    load_adapter(model, saved, "second")
+    assert sorted(model.peft_config) == ["default", "second"]
+    assert model.active_adapters == ["default"]
+    tensors = load_file(saved / "adapter_model.safetensors")
+    assert torch.equal(_layer(model).lora_A["second"].weight, tensors[_KEY])
+
+
+def test_saved_heads_and_embeddings_are_part_of_a_checkpoint(tmp_path):
+    model = get_peft_model(
+        models.tiny("bert"), LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
+    )
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.fill_(0.25)
+    model.save_pretrained(tmp_path)
+    again = load_adapter(models.tiny("bert"), tmp_path, accelerate=False)
+    assert bool((again.base_model.model.classifier.modules_to_save["default"].weight == 0.25).all())
+
+    shutil.rmtree(tmp_path)
+    model = get_peft_model(
+        models.tiny("llama"), LoraConfig(target_modules=["q_proj", "embed_tokens"])
+    )
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) > 6
+    assert (
+        check(
+            load_adapter(models.tiny("llama"), tmp_path, is_trainable=True, accelerate=False)
+        ).tensors
+        == 6
+    )
