@@ -8,7 +8,7 @@ import models
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from causal import pair
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -18,12 +18,7 @@ from peftkit_kernels.linear_cross_entropy import RowLoss
 
 def model_pair(dtype=torch.float64):
     """A tiny Llama with LoRA on a layer and on the head, twice, the second one logit-free."""
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    stock = get_peft_model(models.tiny("llama", dtype=dtype), config)
-    ours = copy.deepcopy(stock)
-    assert install_logit_free(ours) is None
-    return stock, ours
+    return pair(dtype=dtype, target_modules=["q_proj", "lm_head"])
 
 
 @pytest.fixture

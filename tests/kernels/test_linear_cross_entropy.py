@@ -4,17 +4,16 @@ import itertools
 
 import pytest
 import torch
+from cross_entropy_cases import DTYPES, IGNORE, NAMES, inputs, loss_and_grads
+
 from peftkit_kernels.linear_cross_entropy import (
     RowLoss,
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
-from peftkit_kernels.linear_cross_entropy.torch_impl import choose_chunk, xent_rows_
+from peftkit_kernels.linear_cross_entropy.torch_impl import xent_rows_
 from peftkit_kernels.low_rank import LoRA
-from torch.utils._python_dispatch import TorchDispatchMode
 
-IGNORE = -100
-NAMES = ("hidden", "weight", "bias", "A", "B")
 OPTIONS = {
     "plain": {},
     "bias": {"bias": True},
@@ -38,42 +37,6 @@ OPTIONS = {
         "chunk": 4,
     },
 }
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def inputs(
-    dtype=torch.float64, shape=(3, 21), V=53, D=24, R=3, *, factors=None, grad=NAMES, seed=3
-):
-    """Tensors by name, rounded to ``dtype`` (the factors to ``factors``), and targets with some rows ignored."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {"hidden": (*shape, D), "weight": (V, D), "bias": (V,), "A": (R, D), "B": (V, R)}
-    tensors = {}
-    for name, size in sizes.items():
-        values = torch.randn(size, generator=generator, dtype=torch.float64)
-        values = values.to(factors or dtype if name in "AB" else dtype)
-        tensors[name] = values.requires_grad_(name in grad)
-    target = torch.randint(0, V, shape, generator=generator)
-    target.view(-1)[::4] = IGNORE
-    return tensors, target
-
-
-def loss_and_grads(tensors, target, *, dtype=None, backend="torch", **options):
-    """The loss and every gradient by name; in ``dtype``, with the same values, where that is given."""
-    leaves = {
-        name: t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad)
-        for name, t in tensors.items()
-    }
-    bias = leaves["bias"] if options.pop("bias", False) else None
-    lora = LoRA(leaves["A"], leaves["B"], 0.5) if options.pop("lora", False) else None
-    loss = linear_cross_entropy(
-        leaves["hidden"], leaves["weight"], target, bias=bias, lora=lora, backend=backend, **options
-    )
-    # A different weight for each row, so that a wrong factor in backward shows.
-    (loss * torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape)).sum().backward()
-    return {
-        "loss": loss.detach(),
-        **{name: t.grad for name, t in leaves.items() if t.grad is not None},
-    }
 
 
 def assert_no_worse_than(actual, plain, truth, dtype):
@@ -305,56 +268,6 @@ def test_compiled_without_graph_break():
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
 
 
-class _LargestResult(TorchDispatchMode):
-    """The number of elements of the largest tensor any operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_never_more_than_one_chunk_of_logits(dtype, reduction):
-    M, V, chunk = 64, 211, 8
-    tensors, target = inputs(dtype, shape=(M,), V=V, D=6, grad=("hidden", "A", "B"))
-    options = {"lora": True, "softcap": 3.0, "label_smoothing": 0.1, "reduction": reduction}
-    with _LargestResult() as largest:
-        loss_and_grads(tensors, target, chunk=chunk, **options.copy())
-    assert largest.numel == chunk * V
-    with _LargestResult() as largest:
-        loss_and_grads(tensors, target, backend="reference", **options.copy())
-    assert largest.numel == M * V, "the reference should have been seen to form all logits"
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_keeps_the_hidden_gradient_only(dtype):
-    M, D = 40, 12
-    tensors, target = inputs(dtype, shape=(M,), D=D, grad=("hidden",))
-    target.clamp_(min=0)
-    kept = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
-    with hooks:
-        loss = linear_cross_entropy(tensors["hidden"], tensors["weight"], target)
-    # The gradient, and the number the sum is divided by.
-    assert sorted(t.numel() for t in kept) == [1, M * D]
-    assert sum(t.nbytes for t in kept) - loss.element_size() == M * D * dtype.itemsize
-
-
-def test_ignored_rows_are_not_multiplied():
-    tensors, target = inputs(torch.float32, shape=(64,), grad=("hidden",))
-    target[:48] = IGNORE
-    target[48:] = 1
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        loss_and_grads(tensors, target)
-    assert counter.get_total_flops() == 4 * 16 * 53 * 24
-
-
 @pytest.mark.parametrize("weight_of_loss", [1.0, "trained"])
 def test_second_derivative_raises(weight_of_loss):
     """Also where only the gradient's own dependence on the hidden states is asked for."""
@@ -396,22 +309,6 @@ def test_num_items_may_be_a_tensor():
     for count in (torch.tensor(7), torch.tensor(7.0)):
         loss = linear_cross_entropy(tensors["hidden"], tensors["weight"], target, num_items=count)
         assert torch.equal(loss, expected)
-
-
-@pytest.mark.parametrize(
-    ("M", "V", "itemsize", "cpu", "expected"),
-    [
-        (512, 49152, 4, True, 128),
-        (510, 49152, 4, True, 170),
-        (100, 49152, 4, True, 100),
-        (4096, 2**24, 4, True, 16),
-        (0, 49152, 4, True, 1),
-        (8192, 49152, 2, False, 2048),
-        (8192, 2**20, 4, False, 256),
-    ],
-)
-def test_chunk_follows_from_the_sizes(M, V, itemsize, cpu, expected):
-    assert choose_chunk(M, V, itemsize=itemsize, cpu=cpu) == expected
 
 
 @pytest.mark.parametrize(

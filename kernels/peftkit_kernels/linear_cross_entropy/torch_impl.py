@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit_kernels import low_rank
+from peftkit_kernels import low_rank, native
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.linear_cross_entropy.reference import RowLoss, mean_divisor, wide_dtype
 from peftkit_kernels.low_rank import LoRA
@@ -125,6 +125,9 @@ def _xent_wide_rows_(
     slope = None
     if row_loss.logit_scale != 1.0:
         z.mul_(row_loss.logit_scale)
+    if cap is None and native.takes(z):
+        counted = target if ignored is None else target.masked_fill(ignored, -1)
+        return native.cross_entropy_(z, counted, smoothing, row_loss.z_loss, row_loss.logit_scale)
     if cap is not None:
         z.div_(cap).tanh_()
         slope = 1 - z * z if want_grad else None

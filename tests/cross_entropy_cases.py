@@ -1,0 +1,59 @@
+"""Inputs, results and measurements shared by the tests of the logit-free loss."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftkit_kernels.linear_cross_entropy import linear_cross_entropy
+from peftkit_kernels.low_rank import LoRA
+
+IGNORE = -100
+NAMES = ("hidden", "weight", "bias", "A", "B")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs(
+    dtype=torch.float64, shape=(3, 21), V=53, D=24, R=3, *, factors=None, grad=NAMES, seed=3
+):
+    """Tensors by name, rounded to ``dtype`` (the factors to ``factors``), and targets with some rows ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"hidden": (*shape, D), "weight": (V, D), "bias": (V,), "A": (R, D), "B": (V, R)}
+    tensors = {}
+    for name, size in sizes.items():
+        values = torch.randn(size, generator=generator, dtype=torch.float64)
+        values = values.to(factors or dtype if name in "AB" else dtype)
+        tensors[name] = values.requires_grad_(name in grad)
+    target = torch.randint(0, V, shape, generator=generator)
+    target.view(-1)[::4] = IGNORE
+    return tensors, target
+
+
+def loss_and_grads(tensors, target, *, dtype=None, backend="torch", **options):
+    """The loss and every gradient by name; in ``dtype``, with the same values, where that is given."""
+    leaves = {
+        name: t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad)
+        for name, t in tensors.items()
+    }
+    bias = leaves["bias"] if options.pop("bias", False) else None
+    lora = LoRA(leaves["A"], leaves["B"], 0.5) if options.pop("lora", False) else None
+    loss = linear_cross_entropy(
+        leaves["hidden"], leaves["weight"], target, bias=bias, lora=lora, backend=backend, **options
+    )
+    # A different weight for each row, so that a wrong factor in backward shows.
+    (loss * torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape)).sum().backward()
+    return {
+        "loss": loss.detach(),
+        **{name: t.grad for name, t in leaves.items() if t.grad is not None},
+    }
+
+
+class LargestResult(TorchDispatchMode):
+    """The number of elements of the largest tensor any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+                self.numel = max(self.numel, tensor.numel())
+        return result
