@@ -12,6 +12,8 @@ import torch
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 
+_BACKENDS = get_args(Backend)
+
 
 def triton_obstacle(op: str) -> str | None:
     """Why ``op`` cannot run on Triton here, as a sentence, or ``None`` when it can."""
@@ -27,10 +29,8 @@ def choose_backend(op: str, backend: Backend) -> Literal["reference", "torch"]:
     Raises:
         ValueError: ``backend`` is unknown, or is ``"triton"`` where that cannot run.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(
-            f"backend={backend!r} is unknown; use one of {', '.join(get_args(Backend))}"
-        )
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(_BACKENDS)}")
     if backend == "triton":
         raise ValueError(f"backend='triton': {triton_obstacle(op)}; use backend='auto'")
     if backend == "auto":

@@ -40,29 +40,39 @@ class LoRA:
         return self.scale, self.p, self.seed
 
 
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, without the microsecond that costs where there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
+def rows(t: Tensor) -> Tensor:
+    """``t`` with its leading axes flattened: ``[M, last]``."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
 def shrink(x: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     """``drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``x``."""
-    return torch.mm(apply_dropout(x, p, seed), A.to(x.dtype).t())
+    return torch.mm(apply_dropout(x, p, seed), cast(A, x.dtype).t())
 
 
 def expand_(y: Tensor, s: Tensor, B: Tensor, scale: float) -> Tensor:
     """``y += scale · s Bᵀ`` in place."""
-    return y.addmm_(s, B.to(y.dtype).t(), alpha=scale)
+    return y.addmm_(s, cast(B, y.dtype).t(), alpha=scale)
 
 
 def grad_s(dy: Tensor, B: Tensor, scale: float) -> Tensor:
     """``scale · dy B``, ``[M, R]``: the gradient that reaches the adapter's bottleneck."""
-    return torch.mm(dy, B.to(dy.dtype)).mul_(scale)
+    return torch.mm(dy, cast(B, dy.dtype)).mul_(scale)
 
 
 def grad_b(dy: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale · dyᵀ s``, ``[N, R]``."""
-    return _tall(dy, s, dtype).mul_(scale).to(dtype)
+    return cast(_tall(dy, s, dtype).mul_(scale), dtype)
 
 
 def grad_a(ds: Tensor, x: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Tensor:
     """``dsᵀ drop(x)``, ``[R, K]``."""
-    return _tall(ds, apply_dropout(x, p, seed), dtype).to(dtype)
+    return cast(_tall(ds, apply_dropout(x, p, seed), dtype), dtype)
 
 
 def _tall(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

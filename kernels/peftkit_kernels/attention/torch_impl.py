@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peftkit_kernels import native
+from peftkit_kernels.autograd import once_differentiable
 
 
 class Attention(torch.autograd.Function):

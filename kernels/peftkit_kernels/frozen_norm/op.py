@@ -52,22 +52,24 @@ def frozen_layer_norm(
         backend: ``"auto"``, ``"torch"`` or ``"reference"``.
 
     Raises:
-        ValueError: The weight does not fit or requires a gradient, or the backend cannot run.
+        ValueError: Weight or bias do not fit or require a gradient, or the backend cannot run.
 
     Source: Ba et al., 2016, arXiv:1607.06450.
     """
     _check(x, weight)
+    if bias is not None:
+        _check(x, bias, "bias")
     if choose_backend("frozen_layer_norm", backend) == "reference":
         return layer_norm_reference(x, weight, bias, eps)
     return FrozenLayerNorm.apply(x, weight, bias, eps)
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
-    if weight.shape != x.shape[-1:]:
+def _check(x: Tensor, parameter: Tensor, name: str = "weight") -> None:
+    if x.dim() < 1 or parameter.shape != x.shape[-1:]:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)} and x {tuple(x.shape)}; weight must be [{x.shape[-1]}]"
+            f"{name} has shape {tuple(parameter.shape)} and x {tuple(x.shape)}; {name} must be [K] for x [..., K]"
         )
-    if weight.requires_grad:
+    if parameter.requires_grad:
         raise ValueError(
-            "weight requires a gradient, and a frozen norm gives it none; freeze it or use nn.RMSNorm"
+            f"{name} requires a gradient, and a frozen norm gives it none; freeze it or use the norm of torch.nn"
         )

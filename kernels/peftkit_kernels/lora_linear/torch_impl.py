@@ -6,21 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peftkit_kernels import low_rank
+from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.dropout import apply_dropout
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.low_rank import LoRA, cast, rows
 
 
 def project(
     x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor | None, lora: LoRA | None
 ) -> Tensor:
     """``x Wᵀ + bias + scale · s Bᵀ`` for rows ``x [M, K]`` and ``s [M, R]``."""
-    y = matmul_nt(x, weight.to(x.dtype))
+    y = matmul_nt(x, cast(weight, x.dtype))
     if bias is not None:
-        y.add_(bias.to(x.dtype))
+        y.add_(cast(bias, x.dtype))
     return y if lora is None or s is None else low_rank.expand_(y, s, lora.B, lora.scale)
 
 
@@ -29,6 +29,8 @@ def unflatten(y: Tensor, shape: torch.Size) -> Tensor:
 
     A view returned by an autograd function could not be changed in place, and models do that.
     """
+    if len(shape) == 2:
+        return y
     return torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
 
@@ -36,7 +38,7 @@ def add_update_grad(dx: Tensor, ds: Tensor, lora: LoRA) -> Tensor:
     """``dx += drop'(ds A)``: the adapter's part of the input gradient, masked as the forward was."""
     if lora.p == 0.0:
         return low_rank.expand_(dx, ds, lora.A.t(), 1.0)
-    return dx.add_(apply_dropout(torch.mm(ds, lora.A.to(ds.dtype)), lora.p, lora.seed))
+    return dx.add_(apply_dropout(torch.mm(ds, cast(lora.A, ds.dtype)), lora.p, lora.seed))
 
 
 class LoRALinear(torch.autograd.Function):
@@ -56,9 +58,9 @@ class LoRALinear(torch.autograd.Function):
         numbers: tuple[float, float, int],
     ) -> Tensor:
         lora = LoRA(A, B, *numbers)
-        rows = x.reshape(-1, x.shape[-1])
-        s = low_rank.shrink(rows, A, lora.p, lora.seed)
-        y = project(rows, weight, bias, s, lora)
+        flat = rows(x)
+        s = low_rank.shrink(flat, A, lora.p, lora.seed)
+        y = project(flat, weight, bias, s, lora)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_A else None, weight, A, B, s if needs_B else None)
         ctx.numbers, ctx.shape = numbers, x.shape
@@ -70,14 +72,16 @@ class LoRALinear(torch.autograd.Function):
         x, weight, A, B, s = ctx.saved_tensors
         lora = LoRA(A, B, *ctx.numbers)
         needs_x, _, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
-        dy = dy.reshape(-1, dy.shape[-1])
+        dy = rows(dy)
         dB = low_rank.grad_b(dy, s, lora.scale, B.dtype) if needs_B else None
         dbias = dy.sum(0) if needs_bias else None
         dx = dA = None
         if needs_x or needs_A:
             ds = low_rank.grad_s(dy, B, lora.scale)
             if needs_A:
-                dA = low_rank.grad_a(ds, x.reshape(-1, x.shape[-1]), A.dtype, lora.p, lora.seed)
+                dA = low_rank.grad_a(ds, rows(x), A.dtype, lora.p, lora.seed)
             if needs_x:
-                dx = add_update_grad(matmul_nn(dy, weight.to(dy.dtype)), ds, lora).view(ctx.shape)
+                dx = add_update_grad(matmul_nn(dy, cast(weight, dy.dtype)), ds, lora).view(
+                    ctx.shape
+                )
         return dx, None, dbias, dA, dB, None

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peftkit_kernels import low_rank
+from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.gemm import addmm_nn, matmul_nn
 from peftkit_kernels.lora_linear.torch_impl import add_update_grad, project, unflatten
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.low_rank import LoRA, cast, rows
 
 Numbers = tuple[float, float, int]
 
@@ -88,9 +88,9 @@ class LoRAQKV(torch.autograd.Function):
         count = len(call.numbers)
         weights, biases, As, Bs = (tensors[i * count : (i + 1) * count] for i in range(4))
         loras = make_loras(As, Bs, call.numbers)
-        rows = x.reshape(-1, x.shape[-1])
-        s = shared_shrink(rows, loras)
-        ys = [project(rows, *parts) for parts in zip(weights, biases, s, loras, strict=True)]
+        flat = rows(x)
+        s = shared_shrink(flat, loras)
+        ys = [project(flat, *parts) for parts in zip(weights, biases, s, loras, strict=True)]
         needs = ctx.needs_input_grad[2:]
         ctx.save_for_backward(
             x if any(needs[2 * count : 3 * count]) else None, *weights, *As, *Bs, *s
@@ -107,10 +107,10 @@ class LoRAQKV(torch.autograd.Function):
         weights, As, Bs, ss = (saved[i * count : (i + 1) * count] for i in range(4))
         loras = make_loras(As, Bs, ctx.call.numbers)
         needs = ctx.needs_input_grad[2:]
-        rows = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        flat = [None if dy is None else rows(dy) for dy in dys]
         dx = None
         dbias, dB, ds = ([None] * count for _ in range(3))
-        for i, dy in enumerate(rows):
+        for i, dy in enumerate(flat):
             if dy is None:
                 continue
             if needs[count + i]:
@@ -120,9 +120,9 @@ class LoRAQKV(torch.autograd.Function):
                 if needs[3 * count + i]:
                     dB[i] = low_rank.grad_b(dy, ss[i], loras[i].scale, Bs[i].dtype)
             if ctx.needs_input_grad[1]:
-                weight = weights[i].to(dy.dtype)
+                weight = cast(weights[i], dy.dtype)
                 dx = matmul_nn(dy, weight) if dx is None else addmm_nn(dx, dy, weight)
-        dx, dA = shared_grads(dx, None if x is None else x.reshape(-1, x.shape[-1]), ds, loras)
+        dx, dA = shared_grads(dx, None if x is None else rows(x), ds, loras)
         return (None, None if dx is None else dx.view(ctx.shape), *[None] * count, *dbias, *dA, *dB)
 
 

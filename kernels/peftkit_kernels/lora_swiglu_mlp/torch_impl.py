@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peftkit_kernels import low_rank
+from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.gemm import addmm_nn, matmul_nn
 from peftkit_kernels.lora_linear.torch_impl import add_update_grad, project, unflatten
 from peftkit_kernels.lora_qkv.torch_impl import Numbers, make_loras, shared_grads, shared_shrink
 from peftkit_kernels.lora_swiglu_mlp.activation import gate, gate_backward
+from peftkit_kernels.low_rank import cast, rows
 
 
 class Call(NamedTuple):
@@ -33,10 +34,10 @@ class LoRASwiGLUMLP(torch.autograd.Function):
     def forward(ctx: Any, call: Call, x: Tensor, *tensors: Tensor | None) -> Tensor:
         weights, biases, As, Bs = (tensors[i * 3 : i * 3 + 3] for i in range(4))
         loras = make_loras(As, Bs, call.numbers)
-        rows = x.reshape(-1, x.shape[-1])
-        s_gate, s_up = shared_shrink(rows, loras[:2])
-        e = project(rows, weights[0], biases[0], s_gate, loras[0])
-        g = project(rows, weights[1], biases[1], s_up, loras[1])
+        flat = rows(x)
+        s_gate, s_up = shared_shrink(flat, loras[:2])
+        e = project(flat, weights[0], biases[0], s_gate, loras[0])
+        g = project(flat, weights[1], biases[1], s_up, loras[1])
         h = gate(e, g, call.act)
         (s_down,) = shared_shrink(h, loras[2:])
         y = project(h, weights[2], biases[2], s_down, loras[2])
@@ -65,9 +66,9 @@ class LoRASwiGLUMLP(torch.autograd.Function):
                 if needs[9 + i]:
                     dB[i] = low_rank.grad_b(grad, s[i], loras[i].scale, Bs[i].dtype)
 
-        dy = dy.reshape(-1, dy.shape[-1])
+        dy = rows(dy)
         reach(2, dy)
-        dh = matmul_nn(dy, weights[2].to(dy.dtype))
+        dh = matmul_nn(dy, cast(weights[2], dy.dtype))
         if loras[2] is not None:
             dh = add_update_grad(dh, ds[2], loras[2])
         de, dg, h = gate_backward(dh, e, g, ctx.call.act)
@@ -78,9 +79,9 @@ class LoRASwiGLUMLP(torch.autograd.Function):
         reach(1, dg)
         dx = None
         if ctx.needs_input_grad[1]:
-            dx = addmm_nn(matmul_nn(de, weights[0].to(de.dtype)), dg, weights[1].to(dg.dtype))
-        rows = None if x is None else x.reshape(-1, x.shape[-1])
-        dx, dA[:2] = shared_grads(dx, rows, ds[:2], loras[:2])
+            dx = addmm_nn(matmul_nn(de, cast(weights[0], de.dtype)), dg, cast(weights[1], dg.dtype))
+        flat = None if x is None else rows(x)
+        dx, dA[:2] = shared_grads(dx, flat, ds[:2], loras[:2])
         return (
             None,
             None if dx is None else dx.view(ctx.shape),
