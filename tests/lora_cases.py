@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from peftkit_kernels.dropout import dropout_mask, keep_scale
 from peftkit_kernels.low_rank import LoRA
@@ -186,3 +187,28 @@ def explicit(x, part):
     if lora.p:
         dropped = x * dropout_mask(*x.shape, lora.p, lora.seed) * keep_scale(lora.p)
     return y + lora.scale * (dropped @ lora.A.T @ lora.B.T)
+
+
+def activation(e, act):
+    """``act(e)``, as in a transformer's gated MLP."""
+    if act == "silu":
+        return F.silu(e)
+    return F.gelu(e, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def derivative(e, act):
+    """``act'(e)``."""
+    leaf = e.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(activation(leaf, act).sum(), leaf)[0]
+
+
+def activation_and_slope(e, act, ulps=8.0):
+    """Bounds on ``act(e)`` and ``act'(e)``, each evaluated with an error of ``ulps`` of what cancels on the way."""
+
+    def terms(v):
+        return 1 + v.abs() * (1 + 0.15 * v.square())
+
+    # the largest first derivatives of the three are 1.10 and 1.13, the second 0.5 and 0.8
+    value = e.map(lambda v: activation(v, act), 1.13, ulps, terms)
+    return value, e.map(lambda v: derivative(v, act), 0.8, ulps, terms)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lora_cases import (
     DTYPES,
     LAYOUTS,
     MIXED,
     Linear,
     Shape,
+    activation,
+    activation_and_slope,
     draw,
     explicit,
     gradients,
@@ -23,11 +24,6 @@ from peftkit_kernels.testing import Bound, assert_no_worse_than, kept_for_backwa
 INNER = 21
 LINEARS = ("_gate", "_up", "_down")
 NAMES = tuple(name + linear for linear in LINEARS for name in ("bias", "A", "B"))
-ULPS = 8.0
-"""Error allowed to one evaluation of an activation, in units of its intermediate results."""
-
-SLOPES = {"silu": (1.1, 0.5), "gelu": (1.13, 0.8), "gelu_tanh": (1.13, 0.8)}
-"""Bounds on the first and second derivative of each activation."""
 
 
 def make(p=(0.0, 0.0, 0.0), adapted=LINEARS, biased=LINEARS, **options):
@@ -62,37 +58,19 @@ def run(x, parts, dy, act="silu", **options):
     return {"y": y.detach(), **gradients(y, dy, named(x, parts))}
 
 
-def activation(e, act):
-    if act == "silu":
-        return F.silu(e)
-    return F.gelu(e, approximate="tanh" if act == "gelu_tanh" else "none")
-
-
-def derivative(e, act):
-    leaf = e.detach().requires_grad_()
-    with torch.enable_grad():
-        return torch.autograd.grad(activation(leaf, act).sum(), leaf)[0]
-
-
-def terms(e):
-    """Size of what cancels inside an activation or its derivative."""
-    return 1 + e.abs() * (1 + 0.15 * e.square())
-
-
 def bounds(x, parts, dy, act):
     """The bound of each result of ``run``."""
     dtype = x.dtype
     gate, up = (Linear(Bound.of(x.reshape(-1, x.shape[-1])), part, dtype) for part in parts[:2])
     e, g = gate.forward(), up.forward()
-    first, second = SLOPES[act]
-    a = e.map(lambda v: activation(v, act), first, ULPS, terms).round(dtype)
+    a, slope = activation_and_slope(e, act)
+    a = a.round(dtype)
     down = Linear((a * g).round(dtype), parts[2], dtype)
     expected = {"y": down.forward()}
 
     dy = Bound.of(dy.reshape(-1, dy.shape[-1]))
     expected |= {f"{name}_down": grad for name, grad in down.backward(dy).items()}
     dh = input_grad([down], [dy])
-    slope = e.map(lambda v: derivative(v, act), second, ULPS, terms)
     de, dg = ((dh * g).round(dtype) * slope).round(dtype), (dh * a).round(dtype)
     for linear, grad, suffix in ((gate, de, "_gate"), (up, dg, "_up")):
         expected |= {name + suffix: value for name, value in linear.backward(grad).items()}

@@ -1,0 +1,258 @@
+"""The native passes against float64 and against the torch ops they stand in for, and how the library is built."""
+
+import shutil
+import stat
+
+import op_cases
+import pytest
+import torch
+import torch.nn.functional as F
+from lora_cases import activation, activation_and_slope
+
+from peftkit_kernels import native
+from peftkit_kernels.frozen_norm import rms_norm_reference
+from peftkit_kernels.native import build
+from peftkit_kernels.testing import Bound, assert_no_worse_than
+
+needs_library = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+SHAPES = [(1, 1), (1, 7), (3, 64), (17, 1001), (65, 33)]
+
+
+def tensors(*shapes, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) * scale for shape in shapes]
+
+
+@needs_library
+@pytest.mark.parametrize("act", native.GATES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gate_and_its_gradient(shape, act):
+    dh, e, g = tensors(shape, shape, shape, scale=2.0)
+    h = native.gate(e, g, act)
+    de, dg, again = native.gate_backward(dh.clone(), e, g, act)
+    assert torch.equal(h, again)
+    dh, g = Bound.of(dh), Bound.of(g)
+    value, slope = activation_and_slope(Bound.of(e), act)
+    (value * g).check(h, "h")
+    (dh * g * slope).check(de, "de")
+    (dh * value).check(dg, "dg")
+
+
+@needs_library
+@pytest.mark.parametrize("act", native.GATES)
+def test_activations_over_their_whole_range(act):
+    e = torch.cat([torch.linspace(-110, 110, 20001), torch.tensor([0.0, -0.0, 1e-30, -1e-30])])
+    # nothing cancels; below the smallest normal numbers, where these are too small to matter, no digit is promised
+    bound = Bound.of(e).map(lambda v: activation(v, act), 1.13, 8.0)
+    bound.error += 1e-25
+    bound.check(native.gate(e, torch.ones_like(e), act))
+    bad = torch.tensor([torch.nan, torch.inf])
+    assert native.gate(bad, torch.ones(2), act).isfinite().logical_not().all()
+
+
+@needs_library
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_norm_and_its_gradient(shape, offset):
+    x, dy, weight = tensors(shape, shape, shape[-1:])
+
+    def by_autograd(dtype):
+        leaf = x.to(dtype).requires_grad_()
+        y = rms_norm_reference(leaf, weight.to(dtype), 1e-2, offset=offset)
+        return y.detach(), torch.autograd.grad(y, leaf, dy.to(dtype))[0]
+
+    y, rstd = native.rms_norm(x, weight, 1e-2, offset)
+    dx = native.rms_norm_backward(dy, x, weight, rstd, offset)
+    assert rstd.shape == (shape[0], 1)
+    for name, *values in zip(
+        ("y", "dx"), (y, dx), by_autograd(torch.float32), by_autograd(torch.float64), strict=True
+    ):
+        assert_no_worse_than(*values, name)
+
+
+@needs_library
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.05)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 64), (17, 1001)], ids=str)
+def test_cross_entropy_and_its_gradient(shape, smoothing, z_loss):
+    (z,) = tensors(shape, scale=4.0)
+    target = torch.arange(shape[0]) * 7 % shape[1]
+    target[0] = -100 if shape[0] > 1 else 0
+
+    def by_autograd(dtype):
+        leaf = z.to(dtype).requires_grad_()
+        lse = leaf.logsumexp(1)
+        loss = F.cross_entropy(leaf, target, reduction="none", label_smoothing=smoothing)
+        counted = target >= 0
+        rows = (loss + z_loss * lse.square()) * counted
+        dz = torch.autograd.grad(rows.sum() * 0.5, leaf)[0]
+        return rows.detach(), (lse * counted).detach(), dz
+
+    values = z.clone()
+    loss, lse = native.cross_entropy_(values, target, smoothing, z_loss, 0.5)
+    plain, truth = by_autograd(torch.float32), by_autograd(torch.float64)
+    for name, *triple in zip(("loss", "lse", "dz"), (loss, lse, values), plain, truth, strict=True):
+        if triple[2].abs().max() > 1e-6:  # one class: the loss is nothing but rounding
+            assert_no_worse_than(*triple, name)
+
+
+@needs_library
+def test_bits_do_not_depend_on_the_number_of_threads():
+    x, dy, weight = tensors((64, 1001), (64, 1001), (1001,))
+
+    def results(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        y, rstd = native.rms_norm(x, weight, 1e-5, 0.0)
+        values = (
+            *native.gate_backward(dy.clone(), x, y, "silu"),
+            native.rms_norm_backward(dy, x, weight, rstd, 0.0),
+            native.dropout(x, 6554, 1.1, 2**40),
+        )
+        torch.set_num_threads(before)
+        return y, *values
+
+    for one, three in zip(results(1), results(3), strict=True):
+        assert torch.equal(one, three)
+
+
+@needs_library
+def test_what_the_passes_do_not_take():
+    x = torch.zeros(4, 6)
+    assert native.takes(x, torch.nn.Parameter(x, requires_grad=False))
+    assert not native.takes(x, x.double())
+    assert not native.takes(x.t())
+    assert not native.takes(x.to("meta"))
+    leaf = x.clone().requires_grad_()
+    assert not native.takes(leaf)
+    with torch.no_grad():
+        assert native.takes(leaf)
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert not native.takes(mode.from_tensor(x))
+
+
+@pytest.mark.parametrize("name", op_cases.NAMES)
+def test_ops_agree_with_and_without_the_passes(name, monkeypatch):
+    options = {"p": 0.3} if name in op_cases.LORA_NAMES else {}
+    case = op_cases.build(name, leading=(65,), **options)
+    truth, plain = case.to(torch.float64).run(backend="reference"), case.run(backend="reference")
+    with_passes = case.run()
+    monkeypatch.setattr(native, "_library", lambda: None)
+    without = case.run()
+    assert with_passes.keys() == without.keys()
+    for key, value in without.items():
+        assert_no_worse_than(value, plain[key], truth[key], key)
+        assert_no_worse_than(with_passes[key], plain[key], truth[key], key)
+
+
+class Builder:
+    """``build.load`` in an empty cache folder, with a compiler of one's own."""
+
+    def __init__(self, tmp_path, monkeypatch):
+        self.cache, self.bin = tmp_path / "cache", tmp_path / "bin"
+        self.patch, self.found = monkeypatch, shutil.which("cc") or shutil.which("gcc")
+        self.bin.mkdir()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(self.cache))
+        monkeypatch.delenv("PEFTKIT_NATIVE", raising=False)
+        monkeypatch.setattr(build.platform, "system", lambda: "Linux")
+        self.only(None)
+
+    def only(self, compiler):
+        """Make ``compiler`` the one that is found."""
+        self.patch.setattr(build.shutil, "which", lambda name: compiler if name == "gcc" else None)
+
+    def script(self, text):
+        """Make a shell script the compiler; in it ``$all`` are its arguments, ``$out`` the file to write."""
+        path = self.bin / "gcc"
+        path.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nout="$2"\n' + text + "\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        self.only(str(path))
+
+    def load(self):
+        """The library and the sentence, not remembered."""
+        return build.load.__wrapped__()
+
+    @property
+    def files(self):
+        """Everything in the cache folder."""
+        return sorted(self.cache.rglob("*")) if self.cache.exists() else []
+
+
+@pytest.fixture
+def builder(tmp_path, monkeypatch):
+    return Builder(tmp_path, monkeypatch)
+
+
+def test_no_compiler_is_a_sentence(builder):
+    assert builder.load() == (None, "no C compiler (cc, gcc or clang) is on the PATH")
+
+
+def test_switched_off_and_other_systems_are_sentences(builder, monkeypatch):
+    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
+    assert builder.load() == (None, "the native passes are built on Linux only, not on Darwin")
+    monkeypatch.setenv("PEFTKIT_NATIVE", "0")
+    assert builder.load() == (None, "the native passes are switched off (PEFTKIT_NATIVE=0)")
+
+
+def test_a_broken_compiler_is_a_sentence_and_leaves_nothing(builder):
+    builder.script('echo half > "$out"; echo "no space left" >&2; exit 1')
+    library, reason = builder.load()
+    assert library is None
+    assert "gcc failed" in reason
+    assert "no space left" in reason
+    assert builder.files == [builder.cache / "peftkit"]
+
+
+def test_a_compiler_that_says_nothing_is_a_sentence(builder):
+    builder.script("exit 3")
+    assert builder.load()[1].endswith("gcc failed: no message")
+
+
+def test_a_compiler_that_hangs_is_a_sentence_and_leaves_nothing(builder, monkeypatch):
+    monkeypatch.setattr(build, "_TIMEOUT_SECONDS", 0.3)
+    builder.script('echo half > "$out"; exec sleep 20')
+    library, reason = builder.load()
+    assert library is None
+    assert "could not be compiled" in reason
+    assert "timed out" in reason
+    assert builder.files == [builder.cache / "peftkit"]
+
+
+def test_a_cache_folder_that_cannot_be_written_is_a_sentence(builder):
+    builder.script("exit 0")
+    builder.cache.write_text("a file where the folder should be")
+    library, reason = builder.load()
+    assert library is None
+    assert "could not be compiled into" in reason
+
+
+def test_something_that_is_no_library_is_a_sentence(builder):
+    builder.script('echo nonsense > "$out"')
+    library, reason = builder.load()
+    assert library is None
+    assert "cannot be loaded" in reason
+
+
+@needs_library
+def test_the_library_appears_whole_and_is_found_again(builder):
+    seen = builder.bin.parent / "seen"
+    look = f'ls "{builder.cache}/peftkit" >> "{seen}"'
+    builder.script(f"eval {builder.found} $all\n{look}")
+    assert builder.load()[0] is not None
+    assert seen.read_text().strip(), "the compiler has not been called"
+    assert ".so" not in seen.read_text(), "a library that is not finished could have been loaded"
+    builder.only(None)
+    library, path = builder.load()
+    assert library is not None, path
+    assert [str(file) for file in builder.files if file.is_file()] == [path]
+
+
+def test_without_a_library_everything_runs(monkeypatch):
+    monkeypatch.setattr(build, "load", lambda: (None, "there is no compiler"))
+    native._library.cache_clear()
+    try:
+        assert native.obstacle() == "there is no compiler"
+        assert not native.takes(torch.zeros(3))
+        for name in op_cases.NAMES:
+            assert op_cases.build(name).run()["x"].isfinite().all()
+    finally:
+        native._library.cache_clear()
