@@ -39,7 +39,7 @@ conformance: $(VENV)/.conformance
 	$(BIN)/python tests/conformance/run.py $(ARGS)
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/run.py $(or $(ARGS),training)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .conformance
