@@ -1,5 +1,6 @@
 """A checkpoint that does not fit is refused, and the model stays what it was, bit for bit; one that fits loads."""
 
+import copy
 import json
 import re
 import shutil
@@ -7,7 +8,18 @@ import shutil
 import models
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 
@@ -218,3 +230,33 @@ def test_saved_heads_and_embeddings_are_part_of_a_checkpoint(tmp_path):
         ).tensors
         == 6
     )
+
+
+_METHODS = {
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "dora": LoraConfig(target_modules=["q_proj"], use_dora=True),
+    "embedding": LoraConfig(target_modules=["embed_tokens"]),
+    "tokens": LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4]),
+    "parameters": LoraConfig(target_modules=[], target_parameters=["q_proj.weight"]),
+    "loha": LoHaConfig(target_modules=["q_proj"]),
+    "lokr": LoKrConfig(target_modules=["q_proj"]),
+    "vera": VeraConfig(target_modules=["q_proj"], r=4),
+    "oft": OFTConfig(target_modules=["q_proj"], oft_block_size=8, use_cayley_neumann=False),
+    "adalora": AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.parametrize("method", _METHODS)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_other_methods_pass_and_load(method, tmp_path):
+    model = get_peft_model(models.tiny("llama"), copy.deepcopy(_METHODS[method]))
+    batch = models.batch("llama")
+    batch["input_ids"][0, :2] = torch.tensor([3, 4])
+    report = check(model, batch)
+    assert report.trainable == sum(p.requires_grad for p in model.parameters())
+    assert report.notes == ()
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(models.tiny("llama"), tmp_path, accelerate=False)
+    assert torch.equal(loaded(**batch).loss, model.eval()(**batch).loss)
