@@ -163,7 +163,9 @@ class Builder:
     def script(self, text):
         """Make a shell script the compiler; in it ``$all`` are its arguments, ``$out`` the file to write."""
         path = self.bin / "gcc"
-        path.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nout="$2"\n' + text + "\n")
+        path.write_text(
+            '#!/bin/sh\nall="$*"\nwhile [ "$1" != -o ]; do shift; done\nout="$2"\n' + text
+        )
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         self.only(str(path))
 
@@ -237,7 +239,8 @@ def test_the_library_appears_whole_and_is_found_again(builder):
     seen = builder.bin.parent / "seen"
     look = f'ls "{builder.cache}/peftkit" >> "{seen}"'
     builder.script(f"eval {builder.found} $all\n{look}")
-    assert builder.load()[0] is not None
+    library, reason = builder.load()
+    assert library is not None, reason
     assert seen.read_text().strip(), "the compiler has not been called"
     assert ".so" not in seen.read_text(), "a library that is not finished could have been loaded"
     builder.only(None)
