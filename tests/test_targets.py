@@ -262,10 +262,12 @@ def test_peft_adapts_exactly_the_selection(case):
     assert adapted == chosen
 
 
-def test_a_head_inside_the_backbone_is_known_by_what_the_model_says():
-    model = models.tiny("t5")
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    assert all_linear(model).left_out == _LM_HEAD
+def test_the_head_of_a_language_model_inside_another_module():
+    outer = nn.Module()
+    outer.language = models.tiny("llama")
+    selection = all_linear(outer)
+    assert selection.left_out == {"language.lm_head": HEAD}
+    assert set(selection.modules) == {f"language.{name}" for name in _LLAMA}
 
 
 def test_entries_are_as_short_as_they_can_be():
