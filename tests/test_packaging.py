@@ -58,14 +58,14 @@ def test_unknown_name_is_an_attribute_error():
         _ = peftkit.warp
 
 
-@pytest.mark.parametrize("name", ["wrap", "explain"])
-def test_function_is_not_hidden_by_the_module_of_its_name(name):
-    code = f"""
+def test_functions_are_not_hidden_by_the_modules_of_their_names():
+    code = """
 import importlib, types
-module = importlib.import_module("peftkit.{name}")
-import peftkit
-assert isinstance(module, types.ModuleType)
-assert peftkit.{name} is module.{name}, peftkit.{name}
+for name in ("wrap", "explain"):
+    module = importlib.import_module(f"peftkit.{name}")
+    import peftkit
+    assert isinstance(module, types.ModuleType)
+    assert getattr(peftkit, name) is getattr(module, name), name
 """
     python(code)
 
