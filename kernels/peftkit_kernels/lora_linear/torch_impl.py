@@ -18,9 +18,8 @@ def project(
     x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor | None, lora: LoRA | None
 ) -> Tensor:
     """``x Wᵀ + bias + scale · s Bᵀ`` for rows ``x [M, K]`` and ``s [M, R]``."""
-    y = matmul_nt(x, cast(weight, x.dtype))
-    if bias is not None:
-        y.add_(cast(bias, x.dtype))
+    bias = None if bias is None else cast(bias, x.dtype)
+    y = matmul_nt(x, cast(weight, x.dtype), bias)
     return y if lora is None or s is None else low_rank.expand_(y, s, lora.B, lora.scale)
 
 
