@@ -122,9 +122,10 @@ class Linear:
 
     def forward(self) -> Bound:
         """The output."""
-        y = (self.x @ self.weight.T).round(self.dtype)
+        y = self.x @ self.weight.T
         if self.part.bias is not None:
-            y = (y + Bound.of(self.part.bias)).round(self.dtype)
+            y = Bound.of(self.part.bias).addmm(self.x, self.weight.T)
+        y = y.round(self.dtype)
         if self.part.lora is None:
             return y
         self.s = (self.drop(self.x) @ self.A.T).round(self.dtype)

@@ -39,6 +39,9 @@ def test_within_the_error_bound(library, size, dtype, layout):
     product = Bound.of(x) @ Bound.of(w).T
     product.round(dtype).check(gemm.matmul_nt(x, w), "matmul_nt")
     product.round(dtype).check(gemm.matmul_nn(x, w.t()), "matmul_nn")
+    bias = y[:1].sum(0)
+    biased = Bound.of(bias).addmm(Bound.of(x), Bound.of(w).T).round(dtype)
+    biased.check(gemm.matmul_nt(x, w, bias), "matmul_nt with a bias")
     total = Bound.of(y).addmm(Bound.of(x), Bound.of(w).T).round(dtype)
     total.check(gemm.addmm_nt(y.clone(), x, w), "addmm_nt")
     total.check(gemm.addmm_nn(y.clone(), x, w.t()), "addmm_nn")
