@@ -1,0 +1,144 @@
+"""Stock PEFT and fused models with the same weights, what one step of each gives, and which ops ran."""
+
+import copy
+from collections import Counter
+from contextlib import contextmanager
+
+import models
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
+
+from peftkit import accelerate
+from peftkit.targets import all_linear
+from peftkit_kernels.frozen_norm.torch_impl import FrozenLayerNorm, FrozenRMSNorm
+from peftkit_kernels.lora_linear.torch_impl import LoRALinear
+from peftkit_kernels.lora_qkv.torch_impl import LoRAQKV
+from peftkit_kernels.lora_swiglu_mlp.torch_impl import LoRASwiGLUMLP
+
+OPS = (LoRALinear, LoRAQKV, LoRASwiGLUMLP, FrozenRMSNorm, FrozenLayerNorm)
+
+
+def stock(name, dtype=torch.float32, model_dropout=0.0, **config):
+    """Tiny model ``name`` with PEFT's LoRA on every linear layer; no factor is zero."""
+    return adapted(models.tiny(name, dtype=dtype, dropout=model_dropout), **config)
+
+
+def adapted(model, **config):
+    """A model with PEFT's LoRA, as ``stock``."""
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": all_linear(model).names} | config
+    model = get_peft_model(model, LoraConfig(**settings))
+    fill_factors(model)
+    return model.train()
+
+
+def fill_factors(model, seed=0):
+    """Give every LoRA parameter a seeded value, so that nothing hides behind a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.copy_(values * 0.2)
+
+
+def pair(name, dtype=torch.float32, logit_free=True, **config):
+    """A stock model and its fused twin."""
+    plain = stock(name, dtype, **config)
+    return plain, accelerate(copy.deepcopy(plain), logit_free=logit_free)
+
+
+def inputs(name, dtype=torch.float32, seed=0):
+    """A batch with labels, its pixels in ``dtype``."""
+    batch = models.batch(name, seed)
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def step(model, batch, loss_of=None):
+    """The loss and every gradient by name, of one forward and backward."""
+    model.zero_grad()
+    loss = model(**batch).loss if loss_of is None else loss_of(model, batch)
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert grads.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    return {"loss": loss.detach()} | grads
+
+
+def loss_from_logits(model, batch):
+    """A causal model's loss in the dtype of its logits; transformers' own rounds them to float32."""
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def in_float64(model):
+    """The same model with the same weights, in float64."""
+    return copy.deepcopy(model).double()
+
+
+def assert_equal(actual, expected):
+    """The same names and bits."""
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def assert_close(actual, expected, rtol):
+    """Every value within ``rtol`` of the largest element of the expected one, which is not zero."""
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        size = expected[name].abs().max()
+        assert size > 0, f"{name} is zero, so a missing gradient would pass"
+        error = (value - expected[name]).abs().max() / size
+        assert error <= rtol, f"{name}: {error:.3g} of its largest element off"
+
+
+def assert_as_good(plain, fused, name, dtype=torch.float32, batches=4):
+    """Over several batches, ``fused`` is about as near to float64 as ``plain``: at most twice the error in all.
+
+    One value is a few correlated numbers, where plain torch may be lucky; it may be four times as far off, and a rounding
+    to ``dtype``, in which both compute.
+
+    Args:
+        plain: The stock model.
+        fused: Its fused twin, or a function that takes its place in ``step``.
+        name: Whose ``inputs`` to use.
+        dtype: Of the computation; 16-bit runs float32 models under autocast.
+        batches: Number of batches.
+    """
+    truth, squares = in_float64(plain), {}
+    loss_of = loss_from_logits if name in models.CAUSAL_NAMES else None
+    storage = next(p.dtype for n, p in plain.named_parameters() if "lora_" not in n)
+    for seed in range(batches):
+        exact = step(truth, inputs(name, torch.float64, seed), loss_of)
+        with torch.autocast("cpu", dtype=dtype, enabled=storage != dtype):
+            computed = [step(model, inputs(name, storage, seed)) for model in (fused, plain)]
+        for key, value in exact.items():
+            assert computed[0][key].dtype == computed[1][key].dtype, key
+            off = [(values[key].double() - value).norm() / value.norm() for values in computed]
+            squares.setdefault(key, []).append(torch.stack(off).square())
+    errors = {key: torch.stack(values).mean(0).sqrt() for key, values in squares.items()}
+    for key, (error, allowed) in errors.items():
+        limit = 4 * allowed + torch.finfo(dtype).eps
+        assert limit < 1, f"{key}: plain torch is {allowed:.3g} off; a missing gradient would pass"
+        assert error <= limit, f"{key}: {error:.3g} off, plain torch {allowed:.3g}"
+    error, allowed = torch.stack(list(errors.values())).square().mean(0).sqrt()
+    assert error <= 2 * allowed, f"{error:.3g} off in all, plain torch {allowed:.3g}"
+
+
+@contextmanager
+def counted(monkeypatch):
+    """Count the calls of every op, and of PEFT's own LoRA forward."""
+    calls = Counter()
+
+    def counting(key, function):
+        def call(*args, **kwargs):
+            calls[key] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for op in OPS:
+            patch.setattr(op, "forward", staticmethod(counting(op.__name__, op.forward)))
+        patch.setattr(Linear, "forward", counting("peft", Linear.forward))
+        yield calls
