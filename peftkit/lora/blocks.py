@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,14 +38,15 @@ class SharedInput:
     def __init__(self, members: list[FusedLinear]):
         self.members = members
         self._input: Tensor | None = None
-        self._key: tuple[int, bool] = (0, False)
-        self._outputs: dict[int, Tensor] = {}
+        self._key: tuple[Any, ...] = ()
+        self._outputs: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}
 
     def take(self, member: FusedLinear, x: Tensor) -> Tensor | None:
         """``member(x)`` if the group has it or can compute it, else ``None``."""
-        if torch.compiler.is_compiling() or len(self.members) < 2:
+        # inference tensors have no version that would tell of a change in place
+        if torch.compiler.is_compiling() or len(self.members) < 2 or x.is_inference():
             return None
-        key = (0 if x.is_inference() else x._version, torch.is_grad_enabled())
+        key = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
         if member is not self.members[0]:
             if self._input is None:
                 return None
@@ -60,26 +62,39 @@ class SharedInput:
             return None
         outputs = lora_qkv(x, *zip(*parts, strict=True))
         self._input, self._key = x, key
-        self._outputs = {id(m): y for m, y in zip(self.members[1:], outputs[1:], strict=True)}
+        self._outputs = {
+            id(m): (y, _state(m)) for m, y in zip(self.members[1:], outputs[1:], strict=True)
+        }
         return outputs[0]
 
     def _pop(self, member: FusedLinear) -> Tensor | None:
-        y = self._outputs.pop(id(member), None)
+        y, state = self._outputs.pop(id(member), (None, None))
         if not self._outputs:
             self._forget()
-        return y
+        return y if y is None or state == _state(member) else None
 
     def _forget(self) -> None:
         self._input = None
         self._outputs = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
-        from copy import deepcopy
-
-        return SharedInput([deepcopy(member, memo) for member in self.members])
+        # entered before the members are copied, each of which leads back here
+        group = memo[id(self)] = SharedInput([])
+        group.members = [copy.deepcopy(member, memo) for member in self.members]
+        return group
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "_input": None, "_key": (0, False), "_outputs": {}}
+        return {"members": self.members, "_input": None, "_key": (), "_outputs": {}}
+
+
+def _state(member: FusedLinear) -> tuple[Any, ...]:
+    """What an output depends on besides the input: an optimiser step or another adapter makes it stale."""
+    plan = member.__dict__.get("_peftkit_plan")
+    if plan is None or plan.base is None:
+        return ()
+    A, B = plan.A._parameters["weight"], plan.B._parameters["weight"]
+    versions = () if A.is_inference() or B.is_inference() else (A._version, B._version)
+    return id(A), id(B), versions, member.scaling[plan.name], member.training
 
 
 class FusedGatedMLP(nn.Module):

@@ -93,6 +93,11 @@ class FusedLinear(Linear):
         reason = obstacle(self)
         return ("peft", reason) if reason else ("fused:torch", "")
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle by a function: this class goes by the name of PEFT's."""
+        state = {key: value for key, value in self.__dict__.items() if key != "_peftkit_plan"}
+        return _new_layer, (), state
+
     def _is_open(self, plan: _Plan) -> bool:
         """The part of the verdict that anyone may change by an assignment, looked at in every forward."""
         state = self.__dict__
@@ -128,16 +133,20 @@ class FusedLinear(Linear):
         )
 
 
+def _new_layer() -> FusedLinear:
+    return FusedLinear.__new__(FusedLinear)
+
+
 def _dropping_plan(method: str) -> Any:
     """PEFT's method, after which the layer looks again at what it may do."""
 
     @functools.wraps(getattr(Linear, method))
     def call(self: FusedLinear, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__.pop("_peftkit_plan", None)
+        vars(self).pop("_peftkit_plan", None)
         try:
             return getattr(super(FusedLinear, self), method)(*args, **kwargs)
         finally:
-            self.__dict__.pop("_peftkit_plan", None)
+            vars(self).pop("_peftkit_plan", None)
 
     return call
 
@@ -193,6 +202,6 @@ def fuse_layer(module: nn.Module) -> bool:
 def restore_layer(module: nn.Module) -> None:
     """Make a fused layer PEFT's own again."""
     if type(module) is FusedLinear:
-        module.__class__ = Linear
-        for key in ("_peftkit_plan", "_peftkit_group"):
-            module.__dict__.pop(key, None)
+        vars(module).pop("_peftkit_plan", None)
+        vars(module).pop("_peftkit_group", None)
+        module.__class__ = Linear  # pyright: ignore[reportAttributeAccessIssue] - its base class
