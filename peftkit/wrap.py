@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -20,6 +20,8 @@ from peftkit.versions import warn_if_newer_than_tested
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def wrap(
@@ -67,7 +69,7 @@ def wrap(
     )
 
 
-def accelerate(model: nn.Module, strict: bool = False, logit_free: bool = True) -> nn.Module:
+def accelerate(model: Model, strict: bool = False, logit_free: bool = True) -> Model:
     """Fuse the LoRA layers, gated MLPs and frozen norms a model has, and those of adapters added to it later.
 
     Calling it again is harmless and picks up what is new. ``restore`` undoes it.
@@ -96,7 +98,7 @@ def accelerate(model: nn.Module, strict: bool = False, logit_free: bool = True) 
     return model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: Model) -> Model:
     """Undo ``accelerate``: every module has the class and attributes it had before.
 
     Args:

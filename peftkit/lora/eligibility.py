@@ -6,6 +6,8 @@ The answer changes only through calls that the fused classes override, so they c
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -18,7 +20,7 @@ def obstacle(layer: nn.Module) -> str | None:
     return class_obstacle(layer) or state_obstacle(layer) or base_obstacle(layer)
 
 
-def class_obstacle(layer: nn.Module) -> str | None:
+def class_obstacle(layer: Any) -> str | None:
     """What no later call can change: the class of the layer and of what it wraps."""
     from peft.tuners.lora.layer import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -39,7 +41,7 @@ def class_obstacle(layer: nn.Module) -> str | None:
     return None
 
 
-def state_obstacle(layer: nn.Module) -> str | None:
+def state_obstacle(layer: Any) -> str | None:
     """What PEFT's own methods change: adapters, their variants, merging."""
     if layer._disable_adapters:
         return "adapters are disabled"
@@ -65,7 +67,7 @@ def state_obstacle(layer: nn.Module) -> str | None:
     return None
 
 
-def base_obstacle(layer: nn.Module) -> str | None:
+def base_obstacle(layer: Any) -> str | None:
     """What anyone can change at any time: hooks, offloading, gradients of the base weight."""
     base = layer.base_layer
     if base._parameters.get("weight") is None:

@@ -28,7 +28,8 @@ def swap_in(module: nn.Module, mixin: type) -> None:
 
 def swap_out(module: nn.Module) -> None:
     """Undo ``swap_in`` and remove what the fused forward kept on the module."""
-    module.__class__ = type(module)._peftkit_swap[1]
+    cls: Any = type(module)
+    module.__class__ = cls._peftkit_swap[1]
     for key in [key for key in module.__dict__ if key.startswith("_peftkit_")]:
         del module.__dict__[key]
 
@@ -40,4 +41,5 @@ def _rebuild(mixin: type, base: type[nn.Module]) -> nn.Module:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     # a class made at run time cannot be found by its name; name the two it is made of instead
-    return _rebuild, type(self)._peftkit_swap, self.__dict__
+    cls: Any = type(self)
+    return _rebuild, cls._peftkit_swap, self.__dict__
