@@ -1,0 +1,134 @@
+"""A short run of one method on the batches the demo trains on, in a process of its own.
+
+``python -m peftkit.demo.compare METHOD OUT RESULT`` with METHOD one of ``peftkit``, ``peft``, ``full``. Each method gets the same
+model, batches, optimiser and dtype; memory counts from the loaded model, before anything of the method exists.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftkit.demo.files import read_json, write_json
+from peftkit.demo.settings import Folder, Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+METHODS = ("peftkit", "peft", "full")
+_WARM_UP_STEPS = 2
+
+
+def measure_in_process(method: str, folder: Folder) -> dict[str, Any]:
+    """Run ``measure`` in a fresh process on the run in ``folder``.
+
+    Raises:
+        RuntimeError: It failed; the message carries its error output.
+    """
+    result = folder.phase(f"run-{method}")
+    command = [sys.executable, "-m", "peftkit.demo.compare", method, str(folder.path), str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"the {method} run failed with status {done.returncode}:\n{done.stderr.strip()}"
+        )
+    return read_json(result)
+
+
+def measure(method: str, folder: Folder, settings: Settings) -> dict[str, Any]:
+    """Train a few steps.
+
+    Returns:
+        ``step_seconds`` (median), ``tokens_per_second`` (padding not counted), ``peak_bytes`` above the loaded model,
+        ``trainable`` parameters, and the ``losses`` of all steps, which show that the methods did the same work.
+    """
+    import torch
+
+    from peftkit.demo.dataset import collate
+    from peftkit.demo.generator import make_examples
+    from peftkit.demo.memory import PeakMemory
+    from peftkit.demo.model import device, load_model, load_tokenizer
+    from peftkit.demo.train import training_rows
+
+    model, tokenizer = load_model(folder.base), load_tokenizer(folder.base)
+    examples = make_examples("train", settings.train_pairs, settings.seed)
+    rows = training_rows(examples, tokenizer, settings)
+    memory = PeakMemory(device())
+    held = memory.reset()
+
+    torch.manual_seed(settings.seed)
+    model = _with_method(method, model, settings)
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    rate = settings.learning_rate if method != "full" else settings.learning_rate / 100
+    optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0)
+    seconds, speeds, losses = [], [], []
+    size = settings.batch_size
+    for step in range(min(_WARM_UP_STEPS + settings.compare_steps, settings.steps)):
+        batch_rows = rows[step * size : (step + 1) * size]
+        began = time.perf_counter()
+        batch = collate(batch_rows, tokenizer.pad_token_id)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - began)
+        speeds.append(sum(len(row["input_ids"]) for row in batch_rows) / seconds[-1])
+    timed = slice(_WARM_UP_STEPS, None) if len(seconds) > _WARM_UP_STEPS else slice(None)
+    return {
+        "step_seconds": statistics.median(seconds[timed]),
+        "tokens_per_second": statistics.median(speeds[timed]),
+        "peak_bytes": memory.peak() - held,
+        "trainable": sum(p.numel() for p in trainable),
+        "losses": losses,
+    }
+
+
+def _with_method(method: str, model: nn.Module, settings: Settings) -> nn.Module:
+    if method == "full":
+        return model
+    if method == "peftkit":
+        return adapted(model, settings)
+    if method == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=settings.lora_r,
+                lora_alpha=settings.lora_alpha,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            ),
+        )
+    raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
+
+
+def adapted(model: nn.Module, settings: Settings) -> Any:
+    """``model`` wrapped by peftkit, as the demo trains it."""
+    from peft import LoraConfig
+
+    from peftkit import wrap
+
+    return wrap(
+        model,
+        LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, task_type="CAUSAL_LM"),
+    )
+
+
+def main(method: str, out: Path, result: Path) -> None:
+    """Measure with the settings of the run in ``out``."""
+    folder = Folder(out)
+    settings = Settings(**read_json(out / "run.json")["settings"])
+    write_json(result, measure(method, folder, settings))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,46 @@
+"""What a run ran on: the facts without which its numbers mean nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+
+def describe_environment() -> dict[str, str | int]:
+    """Processor, cores, threads, device, system and the versions that matter."""
+    import torch
+
+    from peftkit import __version__
+    from peftkit.demo.model import device
+
+    on_gpu = device() == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "torch_threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "peftkit": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "peft": version("peft"),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,216 @@
+"""Greedy decoding of many requests at once, and how many records come out exactly right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftkit.demo.dataset import prompt_of
+from peftkit.demo.generator import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How predictions compare with the records that were asked for, all as fractions of 1.
+
+    Attributes:
+        exact_match: Predictions whose parsed JSON equals the record, key for key and value for value.
+        valid_json: Predictions that are a JSON object and nothing else.
+        fields: Leaves of the records (``when.date``, ``items.0.count``) that the prediction has with the same value.
+        by_intent: ``exact_match`` per intent.
+    """
+
+    exact_match: float
+    valid_json: float
+    fields: float
+    by_intent: dict[str, float]
+
+
+def longest_answer(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest answer with its end of sequence: the bound for decoding."""
+    encoded = tokenizer([e.answer for e in examples], add_special_tokens=False)["input_ids"]
+    return max(map(len, encoded)) + 1
+
+
+def decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 100,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The texts of ``decode_tokens``, without special tokens."""
+    answers = decode_tokens(
+        model,
+        tokenizer,
+        requests,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+@torch.inference_mode()
+def decode_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 100,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Continue each request greedily until the end of sequence or ``max_new_tokens``.
+
+    Requests are decoded in batches of similar length, padded on the left. Rows that have ended leave the batch and the
+    key-value cache, so a batch costs what its rows need, not what its longest row needs.
+
+    Args:
+        model: A causal language model; put in evaluation mode meanwhile.
+        tokenizer: Its tokenizer.
+        requests: English requests, without the prompt around them.
+        max_new_tokens: Bound for each answer, the end of sequence included.
+        batch_size: Rows decoded at once.
+        on_progress: Called after each token with the number of requests finished so far.
+
+    Returns:
+        The tokens of each answer without the end of sequence, in the order of ``requests``.
+    """
+    was_training = model.training
+    model.eval()
+    prompts = [
+        tokenizer(prompt_of(request), add_special_tokens=False)["input_ids"] for request in requests
+    ]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    finished = 0
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        for running in _decode_batch(model, tokenizer, prompts, rows, answers, max_new_tokens):
+            if on_progress is not None:
+                on_progress(finished + len(rows) - running)
+        finished += len(rows)
+    model.train(was_training)
+    return answers
+
+
+def _decode_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    rows: list[int],
+    answers: list[list[int]],
+    max_new_tokens: int,
+) -> Iterator[int]:
+    """Append to ``answers[row]`` until every row has ended; yields the number of rows still running after each token."""
+    device = model.device
+    longest = max(len(prompts[row]) for row in rows)
+    padding = [longest - len(prompts[row]) for row in rows]
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    tokens = torch.tensor(
+        [[pad] * p + prompts[row] for p, row in zip(padding, rows, strict=True)], device=device
+    )
+    lengths = torch.tensor([len(prompts[row]) for row in rows], device=device)
+    mask = torch.arange(longest, device=device) >= torch.tensor(padding, device=device)[:, None]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    running = torch.tensor(rows)
+    cache = None
+    for _ in range(max_new_tokens):
+        out = model(
+            input_ids=tokens,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        chosen = out.logits[:, -1].argmax(-1)  # [rows]
+        for row, token in zip(running.tolist(), chosen.tolist(), strict=True):
+            if token != eos:
+                answers[row].append(token)
+        keep = (chosen != eos).nonzero().flatten()
+        yield len(keep)
+        if len(keep) == 0:
+            return
+        if len(keep) < len(chosen):
+            cache.batch_select_indices(keep)
+            chosen, mask, lengths = chosen[keep], mask[keep], lengths[keep]
+            running = running[keep.cpu()]
+        tokens, positions = chosen[:, None], lengths[:, None]
+        lengths = lengths + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+
+def parse(text: str) -> dict[str, Any] | None:
+    """The JSON object that ``text`` is, or None if it is anything else."""
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def score(examples: Sequence[Example], predictions: Sequence[str]) -> Score:
+    """Compare predictions with the records of ``examples``, in the same order.
+
+    Raises:
+        ValueError: There are not as many predictions as examples, or none.
+    """
+    if len(examples) != len(predictions) or not examples:
+        raise ValueError(
+            f"score needs one prediction per example, got {len(predictions)} for {len(examples)}"
+        )
+    hits: dict[str, list[bool]] = {}
+    valid = right_fields = all_fields = 0
+    for example, prediction in zip(examples, predictions, strict=True):
+        record = parse(prediction)
+        valid += record is not None
+        hits.setdefault(example.intent, []).append(same_json(record, example.record))
+        wanted = dict(_leaves(example.record))
+        found = dict(_leaves(record)) if record is not None else {}
+        all_fields += len(wanted)
+        right_fields += sum(
+            path in found and same_json(found[path], v) for path, v in wanted.items()
+        )
+    return Score(
+        exact_match=sum(map(sum, hits.values())) / len(examples),
+        valid_json=valid / len(examples),
+        fields=right_fields / all_fields,
+        by_intent={name: sum(hits[name]) / len(hits[name]) for name in sorted(hits)},
+    )
+
+
+def same_json(left: Any, right: Any) -> bool:
+    """JSON equality: 5 and 5.0 are the same number, but true is not 1."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(same_json(left[k], right[k]) for k in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same_json, left, right))
+    return isinstance(left, bool) == isinstance(right, bool) and left == right
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    children = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    empty = True
+    for key, child in children:
+        empty = False
+        yield from _leaves(child, f"{path}.{key}" if path else str(key))
+    if empty:
+        yield path, value

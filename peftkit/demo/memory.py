@@ -1,0 +1,66 @@
+"""How much memory a process holds now and held at most."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_PROC = Path("/proc/self")
+
+
+class PeakMemory:
+    """Memory now, and the most since ``reset``, in bytes: of the GPU where the model is on one, else of the process.
+
+    On Linux the resident set is read from ``/proc``. Elsewhere the high-water mark of the process cannot be reset: ``peak``
+    is then that of the whole process life, which is the same thing as long as training is what needs most.
+    """
+
+    def __init__(self, device: str):
+        self._on_gpu = device == "cuda"
+
+    def now(self) -> int:
+        """Bytes held now."""
+        if self._on_gpu:
+            import torch
+
+            return torch.cuda.memory_allocated()
+        if (_PROC / "status").is_file():
+            return _status("VmRSS")
+        import psutil
+
+        return psutil.Process().memory_info().rss
+
+    def reset(self) -> int:
+        """Start a new high-water mark; returns the bytes held now."""
+        if self._on_gpu:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+        elif (_PROC / "clear_refs").exists():
+            (_PROC / "clear_refs").write_text("5")  # documented in proc(5): resets VmHWM
+        return self.now()
+
+    def peak(self) -> int:
+        """The most bytes held since ``reset``."""
+        if self._on_gpu:
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        if (_PROC / "status").is_file():
+            return _status("VmHWM")
+        if sys.platform == "win32":
+            import psutil
+
+            return psutil.Process().memory_info().peak_wset
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+def _status(field: str) -> int:
+    for line in (_PROC / "status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")

@@ -1,0 +1,95 @@
+"""Loads an adapter with plain PEFT, merges it, and says whether both still do what peftkit trained.
+
+A script for a process of its own, which never imports peftkit: ``python plain_proof.py DATA RESULT``. DATA is a
+safetensors file with what peftkit computed (see ``proof.py``); RESULT becomes JSON.
+
+Agreement of logits is judged against the same plain PEFT model in float64: what is compared may be off by twice what plain
+PEFT in float32 is off, plus one rounding. Agreement of texts is equality.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+
+def main(data: Path, result: Path) -> None:
+    """Compare and write ``{"plain": {...}, "merged": {...}, "tokens": int}``; each has agreement of texts and logits."""
+    with safe_open(data, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        paths = file.metadata()
+    rows, scored, fused = tensors["rows"], tensors["scored"].bool(), tensors["logits"]
+    expected = tensors["generated"]
+
+    base = AutoModelForCausalLM.from_pretrained(
+        paths["base"], dtype=torch.float32, local_files_only=True
+    )
+    plain = PeftModel.from_pretrained(base, paths["adapter"]).eval()
+    truth = logits_of(copy.deepcopy(plain).double(), rows, scored)
+    plain_logits = logits_of(plain, rows, scored)
+    plain_texts = generate(plain, tensors, expected)
+    merged = plain.merge_and_unload()
+    merged_logits = logits_of(merged, rows, scored)
+    merged_texts = generate(merged, tensors, expected)
+
+    outcome = {
+        "plain": compare(fused, plain_logits, truth) | plain_texts,
+        "merged": compare(merged_logits, plain_logits, truth) | merged_texts,
+        "prompts": len(expected),
+        "scored_tokens": int(scored.sum()),
+        "peftkit_imported": any(name.split(".")[0] == "peftkit" for name in sys.modules),
+    }
+    partial = result.with_name(result.name + ".partial")
+    partial.write_text(json.dumps(outcome), encoding="utf-8")
+    partial.replace(result)
+
+
+@torch.inference_mode()
+def logits_of(model: torch.nn.Module, rows: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """``Float[scored tokens, V]`` of ``rows``, which are padded on the right."""
+    return torch.cat(
+        [model(input_ids=row[None]).logits[0, keep] for row, keep in zip(rows, scored, strict=True)]
+    )
+
+
+def generate(
+    model: PeftModel, tensors: dict[str, torch.Tensor], expected: torch.Tensor
+) -> dict[str, int]:
+    """Decode the prompts by transformers' own ``generate``; counts the rows that equal ``expected``."""
+    prompts, mask, pad = tensors["prompts"], tensors["prompt_mask"], int(tensors["pad"])
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=prompts,
+            attention_mask=mask,
+            max_new_tokens=expected.shape[1],
+            do_sample=False,
+            eos_token_id=int(tensors["eos"]),
+            pad_token_id=pad,
+        )[:, prompts.shape[1] :]
+    out = torch.nn.functional.pad(out, (0, expected.shape[1] - out.shape[1]), value=pad)
+    return {"same_texts": int((out == expected).all(dim=1).sum())}
+
+
+def compare(
+    actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor
+) -> dict[str, float | bool]:
+    """Largest errors against ``truth``, and whether that of ``actual`` is no worse than ``plain``'s allows."""
+    error = float((actual.double() - truth).abs().max())
+    plain_error = float((plain.double() - truth).abs().max())
+    allowed = 2 * plain_error + torch.finfo(torch.float32).eps * float(truth.abs().max())
+    return {
+        "logit_error": error,
+        "plain_logit_error": plain_error,
+        "logits_agree": error <= allowed,
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,126 @@
+"""Proves in a fresh process that plain PEFT loads the adapter, and that the merged model agrees."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftkit.demo.dataset import encode, prompt_of
+from peftkit.demo.evaluate import decode_tokens
+from peftkit.demo.files import read_json
+from peftkit.demo.generator import Example
+from peftkit.demo.settings import Folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+_SCORED_PROMPTS = 8
+
+
+def prove(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    folder: Folder,
+    *,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Hand tokens, logits and decoded answers of ``model`` to a process that knows plain PEFT only.
+
+    Args:
+        model: The trained model, whose adapter lies in ``folder.adapter``.
+        tokenizer: Its tokenizer.
+        examples: Held-out requests to agree on.
+        folder: The run, for the base model and the adapter.
+        max_new_tokens: The bound of the evaluation.
+
+    Returns:
+        What ``plain_proof.py`` wrote, with ``plain_peft_agrees`` and ``merged_agrees``.
+    """
+    from safetensors.torch import save_file
+
+    tensors = _evidence(model, tokenizer, examples, max_new_tokens)
+    paths = {"base": str(folder.base.resolve()), "adapter": str(folder.adapter.resolve())}
+    with tempfile.TemporaryDirectory() as temporary:
+        data, result = Path(temporary) / "data.safetensors", Path(temporary) / "result.json"
+        save_file(tensors, data, metadata=paths)
+        run_python(Path(__file__).with_name("plain_proof.py"), [str(data), str(result)])
+        outcome = read_json(result)
+
+    def agrees(which: str) -> bool:
+        seen = outcome[which]
+        return seen["logits_agree"] and seen["same_texts"] == outcome["prompts"]
+
+    return outcome | {
+        "plain_peft_agrees": agrees("plain") and not outcome["peftkit_imported"],
+        "merged_agrees": agrees("merged"),
+    }
+
+
+def _evidence(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+) -> dict[str, torch.Tensor]:
+    """What the other process needs: prompts and what was decoded from them, and logits over whole answers."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    requests = [example.request for example in examples]
+    prompts = [tokenizer(prompt_of(r), add_special_tokens=False)["input_ids"] for r in requests]
+    generated = decode_tokens(model, tokenizer, requests, max_new_tokens=max_new_tokens)
+    longest = max(map(len, prompts))
+    length = min(max(map(len, generated)) + 1, max_new_tokens)
+    ended = [[*tokens, eos] if len(tokens) < max_new_tokens else tokens for tokens in generated]
+
+    rows = [encode(example, tokenizer) for example in examples[:_SCORED_PROMPTS]]
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in rows])
+    answered = torch.tensor(
+        [
+            [label != -100 for label in row["labels"]] + [False] * (width - len(row["labels"]))
+            for row in rows
+        ]
+    )
+    scored = answered.roll(-1, dims=1)  # the position before a token predicts it
+    with torch.inference_mode():
+        model.eval()
+        logits = torch.cat(
+            [
+                model(input_ids=row[None].to(model.device)).logits[0].cpu()[keep]
+                for row, keep in zip(ids, scored, strict=True)
+            ]
+        )
+    return {
+        "rows": ids,
+        "scored": scored.to(torch.uint8),
+        "logits": logits.float().contiguous(),
+        "prompts": torch.tensor([[pad] * (longest - len(p)) + p for p in prompts]),
+        "prompt_mask": torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+        "generated": torch.tensor([(t + [pad] * length)[:length] for t in ended]),
+        "pad": torch.tensor(pad),
+        "eos": torch.tensor(eos),
+    }
+
+
+def run_python(script: Path, arguments: Sequence[str]) -> None:
+    """Run a script of this folder in a fresh interpreter, with this folder off ``sys.path``.
+
+    Run by its path, its siblings would hide other packages from it.
+
+    Raises:
+        RuntimeError: It failed; the message carries its error output.
+    """
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"{script.name} failed with status {done.returncode}:\n{done.stderr.strip()}"
+        )

@@ -1,0 +1,251 @@
+"""The report of a run: what it says, and how that reads as Markdown, as a page, and on the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from peftkit.demo.evaluate import parse, same_json
+from peftkit.demo.files import write_text
+from peftkit.demo.page import to_html
+from peftkit.demo.plots import draw
+from peftkit.demo.sections import Section, Table
+
+_TITLES = {"peftkit": "peftkit", "peft": "plain PEFT", "full": "full fine-tuning"}
+_SHOWN_SAMPLES = 6
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write ``report.md`` (with its plots in ``plots/``) and the self-contained ``report.html``."""
+    sections = build(report)
+    plots = draw(report)
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, svg in plots.items():
+        write_text(folder / "plots" / f"{name}.svg", svg)
+    write_text(folder / "report.md", to_markdown(sections))
+    write_text(folder / "report.html", to_html(_headline(report), sections, plots))
+
+
+def print_report(report: dict[str, Any], console: Console, folder: Path) -> None:
+    """Print the tables of the report; the samples and plots are in the files."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    for section in build(report):
+        if not section.on_terminal:
+            continue
+        console.print(f"\n[bold]{section.title}[/]")
+        for text in section.paragraphs:
+            console.print(text, highlight=False, markup=False)
+        for table in section.tables:
+            shown = RichTable()
+            for i, head in enumerate(table.head):
+                shown.add_column(head, justify="left" if i == 0 or table.prose else "right")
+            for row in table.rows:
+                shown.add_row(*map(Text, row))
+            console.print(shown)
+    console.print(f"\nreport: {folder / 'report.html'}, {folder / 'report.md'}", highlight=False)
+    console.print(f"adapter: {folder / 'adapter'}", highlight=False)
+
+
+def build(report: dict[str, Any]) -> list[Section]:
+    """The sections of the report, in order."""
+    sections = [_result(report), _proof(report), _training(report), _methods(report)]
+    return [*sections, _samples(report), _environment(report), _commands()]
+
+
+def _headline(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures at the top of the page, as (number, what it is)."""
+    match = report["exact_match"]
+    agree = report["plain_peft_agrees"] and report["merged_agrees"]
+    return [
+        (_percent(match["base"]), "exact before"),
+        (_percent(match["tuned"]), "exact after"),
+        (_duration(report["seconds"]), "in all, evaluation included"),
+        ("yes" if agree else "NO", "plain PEFT and the merged model agree"),
+    ]
+
+
+def _result(report: dict[str, Any]) -> Section:
+    base, tuned = report["scores"]["base"], report["scores"]["tuned"]
+    settings = report["settings"]
+    rows = [
+        [title, _percent(base[key]), _percent(tuned[key])]
+        for title, key in (
+            ("exact match", "exact_match"),
+            ("fields right", "fields"),
+            ("valid JSON", "valid_json"),
+        )
+    ]
+    intents = [
+        [intent, _percent(base["by_intent"][intent]), _percent(tuned["by_intent"][intent])]
+        for intent in tuned["by_intent"]
+    ]
+    text = (
+        f"SmolLM2-135M-Instruct, before and after LoRA, on {settings['held_out_pairs']} held-out requests whose sentence "
+        "patterns and values (names, places, things, dates, numbers) never occur in training. An answer counts if it parses "
+        "to exactly the wanted JSON record. The base model is given the same prompt; it cannot know the schema, so its "
+        "figure is where training starts, not a judgement of it."
+    )
+    head = ["", "before", "after"]
+    return Section(
+        "Result", [text], [Table(head, rows), Table(["intent", *head[1:]], intents)], "exact_match"
+    )
+
+
+def _proof(report: dict[str, Any]) -> Section:
+    proof = report["proof"]
+    rows = []
+    for title, key, verdict in (
+        ("plain PEFT, fresh process", "plain", report["plain_peft_agrees"]),
+        ("merged model", "merged", report["merged_agrees"]),
+    ):
+        seen = proof[key]
+        texts = f"{seen['same_texts']} of {proof['prompts']}"
+        errors = f"{seen['logit_error']:.1e} ({seen['plain_logit_error']:.1e})"
+        rows.append([title, texts, errors, "agrees" if verdict else "DISAGREES"])
+    text = (
+        "The saved adapter, loaded in a fresh process by PEFT without peftkit, and then merged into the base model. Texts are "
+        "decoded by transformers' generate. The logit error is the largest distance from plain PEFT in float64 over "
+        f"{proof['scored_tokens']} tokens; in brackets that of plain PEFT in float32. Up to twice that counts as agreement. "
+        "The line of plain PEFT shows the error of peftkit's own logits."
+    )
+    head = ["", "same texts", "logit error (plain PEFT)", "verdict"]
+    return Section("Is it still PEFT?", [text], [Table(head, rows)])
+
+
+def _training(report: dict[str, Any]) -> Section:
+    training, settings = report["training"], report["settings"]
+    steps = training["steps"]
+    tokens = sum(step["tokens"] for step in steps)
+    seconds = report["seconds_by_phase"]
+    seen = settings["steps"] * settings["batch_size"]
+    text = (
+        f"LoRA r={settings['lora_r']}, lora_alpha={settings['lora_alpha']} on every linear layer: "
+        f"{training['trainable']:,} of {training['total']:,} parameters "
+        f"({100 * training['fused_fraction']:.0f} % of the adapter layers fused). {settings['steps']} steps of "
+        f"{settings['batch_size']} requests, {tokens:,} tokens: {seen:,} draws from {settings['train_pairs']:,} training "
+        f"requests. Loss {steps[0]['loss']:.3f} at the first step, {_last_losses(steps):.3f} over the last ten."
+    )
+    names = {
+        "startup": "imports",
+        "unpack": "unpacking the weights",
+        "base": "evaluation before",
+        "training": "training",
+        "tuned": "evaluation after",
+        "proof": "proof",
+    }
+    rows = [[names[name], f"{value:.1f}"] for name, value in seconds.items()]
+    rows.append(["in all", f"{report['seconds']:.1f}"])
+    return Section("Training", [text], [Table(["phase", "seconds"], rows)], "loss")
+
+
+def _last_losses(steps: Sequence[dict[str, float]]) -> float:
+    last = [step["loss"] for step in steps[-10:]]
+    return sum(last) / len(last)
+
+
+def _methods(report: dict[str, Any]) -> Section:
+    runs, settings = report["runs"], report["settings"]
+    rows = [
+        [
+            _TITLES[name],
+            f"{run['step_seconds']:.2f}",
+            f"{run['tokens_per_second']:.0f}",
+            f"{run['peak_bytes'] / 2**20:,.0f}",
+            f"{run['trainable']:,}",
+        ]
+        for name, run in runs.items()
+    ]
+    if len(runs) > 1:
+        text = (
+            f"{settings['compare_steps']} steps of each method after two untimed ones, on the same batches in the same order, "
+            "each in a process of its own, one after the other; medians. Memory is the most the process held above the "
+            "loaded model."
+        )
+    else:
+        text = "From the training run itself; the comparison was left out."
+    head = ["method", "seconds a step", "tokens/s", "peak memory, MiB", "trainable"]
+    plot = "methods" if len(runs) > 1 else None
+    return Section("Methods side by side", [text], [Table(head, rows)], plot)
+
+
+def _samples(report: dict[str, Any]) -> Section:
+    def right(sample: dict[str, str]) -> bool:
+        return same_json(parse(sample["tuned"]), json.loads(sample["wanted"]))
+
+    samples = report["samples"]
+    wrong = [sample for sample in samples if not right(sample)]
+    texts = [
+        f"The first {_SHOWN_SAMPLES} held-out requests, then all that the tuned model got wrong ({len(wrong)})."
+    ]
+    head = ["request", "before", "after", "wanted"]
+    rows = [
+        [
+            sample["request"],
+            _clip(sample["base"]),
+            sample["tuned"],
+            "✓" if right(sample) else sample["wanted"],
+        ]
+        for sample in [
+            *samples[:_SHOWN_SAMPLES],
+            *(s for s in wrong if s not in samples[:_SHOWN_SAMPLES]),
+        ]
+    ]
+    return Section("Samples", texts, [Table(head, rows, prose=True)], on_terminal=False)
+
+
+def _clip(text: str, length: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _environment(report: dict[str, Any]) -> Section:
+    rows = [[name.replace("_", " "), str(value)] for name, value in report["environment"].items()]
+    return Section("Environment", [], [Table(["", ""], rows, prose=True)], on_terminal=False)
+
+
+def _commands() -> Section:
+    text = (
+        "`make demo` or `peftkit demo` makes this report; `--resume` goes on after Ctrl-C, `--no-compare` leaves out plain PEFT "
+        "and full fine-tuning, `--json FILE` writes the figures as data. The adapter in `adapter/` is plain PEFT: "
+        '`AutoPeftModelForCausalLM.from_pretrained("adapter")`.'
+    )
+    return Section("Commands", [text], [], on_terminal=False)
+
+
+def to_markdown(sections: Sequence[Section]) -> str:
+    """The report as Markdown; plots are links into ``plots/``."""
+    parts = ["# peftkit demo: English requests to JSON records"]
+    for section in sections:
+        parts.append(f"## {section.title}")
+        parts += section.paragraphs
+        parts += [_markdown_table(table) for table in section.tables]
+        if section.plot:
+            parts.append(f"![{section.title}](plots/{section.plot}.svg)")
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = [":--" if i == 0 or table.prose else "--:" for i in range(len(table.head))]
+    code = table.prose and len(table.head) > 2  # samples: JSON must not be read as markup
+    rows = [
+        [row[0], *(f"`{c}`" if code and c != "✓" else c for c in row[1:])] for row in table.rows
+    ]
+    return "\n".join([line(table.head), line(rule), *map(line, rows)])
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
