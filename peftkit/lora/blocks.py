@@ -94,7 +94,7 @@ def _state(member: FusedLinear) -> tuple[Any, ...]:
         return ()
     A, B = plan.A._parameters["weight"], plan.B._parameters["weight"]
     versions = () if A.is_inference() or B.is_inference() else (A._version, B._version)
-    return id(A), id(B), versions, member.scaling[plan.name], member.training
+    return id(A), id(B), versions, member.scaling[plan.name], plan.dropout.training
 
 
 class FusedGatedMLP(nn.Module):
@@ -166,8 +166,9 @@ def fuse_gated_mlps(model: nn.Module) -> int:
 def gated_parts(module: nn.Module, x: Tensor) -> list[Frozen] | None:
     """Gate, up and down of a gated MLP as tensors; a joint gate and up projection is cut in two."""
     names = _names(module)
-    parts = [frozen_part(module._modules[name], x) for name in names or ()]
-    if not parts or any(part is None for part in parts):
+    verdicts = [frozen_part(module._modules[name], x) for name in names or ()]
+    parts = [part for part in verdicts if part is not None]
+    if not parts or len(parts) < len(verdicts):
         return None
     if len(parts) == 3:
         return parts
@@ -233,7 +234,7 @@ def _verified_activation(module: nn.Module) -> str | None:
 
 
 def _first_weight(module: nn.Module) -> Tensor:
-    first = next(module.children())
+    first: Any = next(module.children())
     return getattr(first, "base_layer", first).weight
 
 
