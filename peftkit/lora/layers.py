@@ -70,7 +70,7 @@ class FusedLinear(Linear):
         """The tensors of this forward, dropout seed drawn, or ``None`` where PEFT's own forward has to run."""
         state = self.__dict__
         plan = state.get("_peftkit_plan")
-        if plan is None or plan.active != state["_active_adapter"]:
+        if plan is None or not self._is_current(plan):
             plan = state["_peftkit_plan"] = self._make_plan()
         if plan.base is None or not self._is_open(plan):
             return None
@@ -82,7 +82,8 @@ class FusedLinear(Linear):
             or A.dtype is not B.dtype
         ):
             return None
-        p = plan.dropout.p if self.training and isinstance(plan.dropout, nn.Dropout) else 0.0
+        dropout = plan.dropout
+        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         if p and torch.compiler.is_compiling():
             return None  # a seed is a Python number, which would break the graph
         lora = LoRA(A, B, self.scaling[plan.name], p, draw_seed() if p else 0)
@@ -97,6 +98,20 @@ class FusedLinear(Linear):
         """Pickle by a function: this class goes by the name of PEFT's."""
         state = {key: value for key, value in self.__dict__.items() if key != "_peftkit_plan"}
         return _new_layer, (), state
+
+    def _is_current(self, plan: _Plan) -> bool:
+        """Whether the plan still names the active adapter and the modules that are here now."""
+        if plan.active != self.__dict__["_active_adapter"]:
+            return False
+        if plan.base is None:
+            return True
+        modules, name = self._modules, plan.name
+        return (
+            modules["base_layer"] is plan.base
+            and modules["lora_A"]._modules.get(name) is plan.A
+            and modules["lora_B"]._modules.get(name) is plan.B
+            and modules["lora_dropout"]._modules.get(name) is plan.dropout
+        )
 
     def _is_open(self, plan: _Plan) -> bool:
         """The part of the verdict that anyone may change by an assignment, looked at in every forward."""
