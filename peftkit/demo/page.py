@@ -28,7 +28,7 @@ th:first-child, td:first-child, .prose th, .prose td { text-align: left; }
 .prose td { overflow-wrap: anywhere; }
 code { font: .85em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--fill); padding: .1em .3em;
   border-radius: 4px; }
-img { max-width: 100%; margin-top: .5rem; }
+img { width: 100%; max-width: 58rem; margin-top: .5rem; }
 """
 
 

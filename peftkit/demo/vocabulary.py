@@ -160,7 +160,7 @@ ROOMS = Pool.of(
 LABELS = Pool.of(
     """pasta; tea; pizza; laundry; nap; bread; workout; rice; meditation; cookies; eggs; homework; parking; stretching;
     roast; reading; face mask; soup""",
-    "lasagne; plank; dryer; gnocchi; break; muffins; piano practice; stew",
+    "lasagne; plank; dryer; gnocchi; jigsaw; muffins; piano practice; stew",
 )
 
 ALARMS = Pool.of(
@@ -179,7 +179,7 @@ SUBJECTS = Pool.of(
 EXPENSES = Pool.of(
     """lunch; taxi; groceries; train tickets; books; parking; coffee; hotel; petrol; office supplies; dinner; haircut;
     museum tickets; printer ink; flowers; stamps; medicine; gym fee; phone bill; shoes""",
-    "breakfast; toll; concert tickets; gifts; cleaning; bike repair; visa fee; headphones; snacks",
+    "breakfast; toll; concert tickets; gifts; dry cleaner; bike repair; visa fee; headphones; snacks",
 )
 
 CURRENCIES = Pool.of(

