@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from peftkit_kernels import remake
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.frozen_norm.reference import layer_norm_reference, rms_norm_reference
-from peftkit_kernels.frozen_norm.torch_impl import FrozenLayerNorm, FrozenRMSNorm
+from peftkit_kernels.frozen_norm.torch_impl import (
+    FrozenLayerNorm,
+    FrozenRMSNorm,
+    rms_norm_forward,
+)
 
 
 def frozen_rms_norm(
@@ -36,7 +41,12 @@ def frozen_rms_norm(
     _check(x, weight)
     if choose_backend("frozen_rms_norm", backend) == "reference":
         return rms_norm_reference(x, weight, eps, offset=offset, round_first=round_first)
-    return FrozenRMSNorm.apply(x, weight, eps, offset, round_first)
+    y = FrozenRMSNorm.apply(x, weight, eps, offset, round_first)
+
+    def make(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm_forward(x, weight, eps, offset, round_first)[0]
+
+    return remake.mark(y, make, x, weight)
 
 
 def frozen_layer_norm(
@@ -61,7 +71,12 @@ def frozen_layer_norm(
         _check(x, bias, "bias")
     if choose_backend("frozen_layer_norm", backend) == "reference":
         return layer_norm_reference(x, weight, bias, eps)
-    return FrozenLayerNorm.apply(x, weight, bias, eps)
+    y = FrozenLayerNorm.apply(x, weight, bias, eps)
+
+    def make(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return layer_norm_reference(x, weight, bias, eps)
+
+    return remake.mark(y, make, x, weight, bias)
 
 
 def _check(x: Tensor, parameter: Tensor, name: str = "weight") -> None:

@@ -11,6 +11,20 @@ from peftkit_kernels import native
 from peftkit_kernels.autograd import once_differentiable
 
 
+def rms_norm_forward(
+    x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
+    """The normalised ``x`` and ``rsqrt(mean(x²) + eps)``, ``[..., 1]``; as ``rms_norm_reference``."""
+    if native.takes(x, weight):
+        return native.rms_norm(x, weight, eps, offset)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * rstd
+    if round_first:
+        return normed.to(x.dtype) * (offset + weight if offset else weight), rstd
+    return normed.mul_(offset + weight.to(wide.dtype)).to(x.dtype), rstd
+
+
 class FrozenRMSNorm(torch.autograd.Function):
     """With ``r = rsqrt(mean(x²) + eps)`` and ``u = dy ∘ (offset + w)``: ``dx = r (u - x r² mean(u ∘ x))``."""
 
@@ -18,16 +32,7 @@ class FrozenRMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
     ) -> Tensor:
-        if native.takes(x, weight):
-            y, rstd = native.rms_norm(x, weight, eps, offset)
-        else:
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-            normed = wide * rstd
-            if round_first:
-                y = normed.to(x.dtype) * (offset + weight if offset else weight)
-            else:
-                y = normed.mul_(offset + weight.to(wide.dtype)).to(x.dtype)
+        y, rstd = rms_norm_forward(x, weight, eps, offset, round_first)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
         return y

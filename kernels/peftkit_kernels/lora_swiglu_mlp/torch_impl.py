@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit_kernels import low_rank
+from peftkit_kernels import low_rank, remake
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.gemm import addmm_nn, matmul_nn
 from peftkit_kernels.lora_linear.torch_impl import add_update_grad, project, unflatten
@@ -42,16 +42,15 @@ class LoRASwiGLUMLP(torch.autograd.Function):
         (s_down,) = shared_shrink(h, loras[2:])
         y = project(h, weights[2], biases[2], s_down, loras[2])
         needs = ctx.needs_input_grad[2:]
-        ctx.save_for_backward(
-            x if needs[6] or needs[7] else None, e, g, *weights, *As, *Bs, s_gate, s_up, s_down
-        )
+        ctx.make_x, x_parts = remake.kept(x, needs[6] or needs[7])
+        ctx.save_for_backward(e, g, *weights, *As, *Bs, s_gate, s_up, s_down, *x_parts)
         ctx.call, ctx.shape = call, x.shape
         return unflatten(y, x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, e, g, *saved = ctx.saved_tensors
+        e, g, *saved = ctx.saved_tensors
         weights, As, Bs, s = (saved[i * 3 : i * 3 + 3] for i in range(4))
         loras = make_loras(As, Bs, ctx.call.numbers)
         needs = ctx.needs_input_grad[2:]
@@ -80,6 +79,7 @@ class LoRASwiGLUMLP(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[1]:
             dx = addmm_nn(matmul_nn(de, cast(weights[0], de.dtype)), dg, cast(weights[1], dg.dtype))
+        x = remake.again(ctx.make_x, saved[12:])
         flat = None if x is None else rows(x)
         dx, dA[:2] = shared_grads(dx, flat, ds[:2], loras[:2])
         return (
