@@ -172,10 +172,11 @@ def run_python(*arguments: str | Path, check: bool = True) -> subprocess.Complet
         arguments: After ``python``.
         check: Fail with the child's output where it does not end with 0.
     """
+    paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": os.pathsep.join(paths),
     }
     command = [sys.executable, *map(str, arguments)]
     result = subprocess.run(
