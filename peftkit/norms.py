@@ -18,16 +18,14 @@ _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 class FusedNorm(nn.Module):
     """Forward of a norm whose parameters are frozen; mixed into the module's own class."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The norm over the last axis of ``x``; the module's own forward where its weight is trained."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm over the last axis of the one argument; the module's own where its weight is trained or it gets more."""
         weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        if len(args) != 1 or kwargs or weight is None or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        x = args[0]
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if (
-            trained
-            or x.dtype is not weight.dtype
-            or x.device != weight.device
-            or torch.compiler.is_compiling()
-        ):
+        if trained or x.dtype is not weight.dtype or x.device != weight.device:
             return super().forward(x)
         return _apply(self._peftkit_norm, x, weight, bias)
 

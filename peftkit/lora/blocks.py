@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,13 +103,15 @@ class FusedGatedMLP(nn.Module):
 
     peftkit_method = "gated MLP"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``down(act(gate(x)) ∘ up(x))`` for ``x [..., hidden_size]``."""
-        parts = None if torch.compiler.is_compiling() else gated_parts(self, x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``down(act(gate(x)) ∘ up(x))`` for ``x [..., hidden_size]``; the module's own where it gets anything else."""
+        if len(args) != 1 or kwargs or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        parts = gated_parts(self, args[0])
         if parts is None:
-            return super().forward(x)
+            return super().forward(*args)
         weights, biases, loras = zip(*parts, strict=True)
-        return lora_swiglu_mlp(x, weights, biases, loras, self._peftkit_act)
+        return lora_swiglu_mlp(args[0], weights, biases, loras, self._peftkit_act)
 
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path a forward takes in the present state, and the reason where it is the module's own."""
@@ -140,21 +143,23 @@ def fuse_gated_mlps(model: nn.Module) -> int:
     count = 0
     verdicts: dict[Any, str | None] = {}
     for module in model.modules():
-        if isinstance(module, FusedGatedMLP) or _names(module) is None:
+        names = _names(module)
+        if isinstance(module, FusedGatedMLP) or names is None:
             continue
         settings = tuple(
             sorted(
                 (k, v) for k, v in module.__dict__.items() if isinstance(v, (int, float, str, bool))
             )
         )
-        kind = (
-            type(module),
-            settings,
-            repr(_act_fn(module)),
-            tuple(type(c) for c in module.children()),
-        )
-        if kind not in verdicts:
-            verdicts[kind] = _verified_activation(module)
+        others = tuple(repr(c) for name, c in module.named_children() if name not in names)
+        kind = (type(module), settings, others, repr(_act_fn(module)), names)
+        with _probing(module, names), torch.no_grad():
+            x = _probe(module, names)
+            parts = None if x is None else gated_parts(module, x)
+            if x is None or parts is None:
+                continue
+            if kind not in verdicts:
+                verdicts[kind] = _verified_activation(module, x, parts)
         act = verdicts[kind]
         if act is not None:
             swap_in(module, FusedGatedMLP)
@@ -206,36 +211,39 @@ def _is_linear(module: nn.Module | None) -> bool:
     return type(module) is nn.Linear or isinstance(module, FusedLinear)
 
 
-def _verified_activation(module: nn.Module) -> str | None:
-    """The activation with which the fused formula gives this module's own output, or ``None``."""
-    weight = _first_weight(module)
+@contextmanager
+def _probing(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """``module`` as in training, so that a dropout of its own shows, but its linears as in evaluation; undone at the end."""
+    modes = [(part, part.training) for part in module.modules()]
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    module.train()
+    for name in names:
+        module._modules[name].eval()
+    try:
+        with torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _probe(module: nn.Module, names: tuple[str, ...]) -> Tensor | None:
+    first: Any = module._modules[names[0]]
+    weight = getattr(first, "base_layer", first).weight
     if weight.device.type == "meta":
         return None
-    act = _activation_name(_act_fn(module), weight.device)
+    # enough elements for a dropout of 1 % not to leave all of them as they are
+    return probe_input((max(2, 4096 // weight.shape[1]), weight.shape[1]), weight)
+
+
+def _verified_activation(module: nn.Module, x: Tensor, parts: list[Frozen]) -> str | None:
+    """The activation with which the fused formula gives this module's own output, or ``None``."""
+    act = _activation_name(_act_fn(module), x.device)
     if act is None:
         return None
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            x = probe_input((2, weight.shape[1]), weight)
-            parts = gated_parts(module, x)
-            if parts is None:
-                return None
-            weights, biases, loras = zip(*parts, strict=True)
-            own = module(x)
-            return (
-                act
-                if same_up_to_rounding(lora_swiglu_mlp(x, weights, biases, loras, act), own)
-                else None
-            )
-    finally:
-        module.train(training)
-
-
-def _first_weight(module: nn.Module) -> Tensor:
-    first: Any = next(module.children())
-    return getattr(first, "base_layer", first).weight
+    weights, biases, loras = zip(*parts, strict=True)
+    fused = lora_swiglu_mlp(x, weights, biases, loras, act)
+    return act if same_up_to_rounding(fused, module(x)) else None
 
 
 def _activation_name(act_fn: Any, device: torch.device) -> str | None:
