@@ -7,18 +7,42 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import function
+from torch import Tensor
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that cannot itself be differentiated: torch's decorator, entered only under ``create_graph=True``.
+    """A backward without a derivative of its own: under ``create_graph=True`` its results raise where they are differentiated.
 
-    In every other backward torch's decorator guards against nothing and costs microseconds a layer.
+    torch's decorator of that name passes them off as constants where the incoming gradient is one, which would make a
+    gradient penalty silently wrong; and it costs microseconds in every other backward.
     """
-    guarded = function.once_differentiable(backward)
 
     @functools.wraps(backward)
-    def call(ctx: Any, *grads: Any) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+    def call(ctx: Any, *grads: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        like = next(grad for grad in grads if grad is not None)
+        connection = like.new_empty(0, requires_grad=True)
+        return _Once.apply(
+            type(ctx).__name__.strip("_").removesuffix("Backward"), connection, *results
+        )
 
     return call
+
+
+class _Once(torch.autograd.Function):
+    """Passes gradients on and raises where somebody differentiates them."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, connection: Tensor, *grads: Tensor | None) -> Any:
+        ctx.op = op
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            f"{ctx.op} is once_differentiable: it has no second derivative; use backend='reference', "
+            "or peftkit.restore(model) for a whole model"
+        )

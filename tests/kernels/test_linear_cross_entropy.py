@@ -10,6 +10,7 @@ from peftkit_kernels.linear_cross_entropy import (
     RowLoss,
     linear_cross_entropy,
     linear_cross_entropy_reference,
+    torch_impl,
 )
 from peftkit_kernels.linear_cross_entropy.torch_impl import xent_rows_
 from peftkit_kernels.low_rank import LoRA
@@ -111,6 +112,22 @@ def test_matches_the_definition(option, reduction, dtype):
     if reduction != "mean":
         options.pop("num_items", None)
     assert_matches(*inputs(dtype), reduction=reduction, **options)
+
+
+def test_casts_in_many_tiles(monkeypatch):
+    monkeypatch.setattr(torch_impl, "_TILE_BYTES", 2**10)
+    assert_matches(*inputs(torch.bfloat16), **OPTIONS["everything"])
+
+
+def test_shift_pairs_each_row_with_the_next_target():
+    tensors, target = inputs()
+    hidden, weight = tensors["hidden"], tensors["weight"]
+    expected = torch.nn.functional.cross_entropy(
+        (hidden[:, :-1] @ weight.T).flatten(0, 1), target[:, 1:].flatten()
+    )
+    for backend in ("reference", "torch"):
+        loss = linear_cross_entropy(hidden, weight, target, shift=True, backend=backend)
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -219,8 +236,10 @@ def test_masked_rows_of_a_chunk(dtype):
     assert not z[ignored].any()
 
 
-def test_float32_products_for_a_16_bit_head():
+@pytest.mark.parametrize("tile_bytes", [2**24, 2**10], ids=["one tile", "many tiles"])
+def test_float32_products_for_a_16_bit_head(tile_bytes, monkeypatch):
     """Logits that are never rounded to 16 bits give the loss to float32 accuracy."""
+    monkeypatch.setattr(torch_impl, "_TILE_BYTES", tile_bytes)
     tensors, target = inputs(torch.bfloat16)
     truth = loss_and_grads(tensors, target, dtype=torch.float64, backend="reference", lora=True)
     options = {"compute_dtype": torch.float32, "lora": True}
@@ -276,7 +295,7 @@ def test_second_derivative_raises(weight_of_loss):
     if weight_of_loss == "trained":
         loss = loss * torch.tensor(2.0, requires_grad=True)
     (grad,) = torch.autograd.grad(loss, tensors["hidden"], create_graph=True)
-    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
+    with pytest.raises(RuntimeError, match="LinearCrossEntropy .* no second derivative"):
         grad.sum().backward()
 
 

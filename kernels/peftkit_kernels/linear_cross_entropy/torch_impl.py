@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import low_rank, native
+from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.linear_cross_entropy.reference import RowLoss, mean_divisor, wide_dtype
 from peftkit_kernels.low_rank import LoRA
@@ -191,16 +192,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            grads = _LinearCrossEntropy._grads(ctx, dloss)
-        if torch.is_grad_enabled():
-            # create_graph=True. once_differentiable would pass the gradients off as constants where dloss is one.
-            grads = _DifferentiableOnce.apply(dloss.new_empty(0, requires_grad=True), *grads)
-        return *grads, None, None, None
-
-    @staticmethod
-    def _grads(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.deferred is not None:
             hidden, *tensors, target = ctx.saved_tensors
             plan, needs_hidden, wanted = ctx.deferred
@@ -218,21 +211,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i, grad in enumerate(dhead):
             if grad is not None:
                 dhead[i] = (grad if factor is None else grad * factor).to(ctx.dtypes[1 + i])
-        return dhidden, *dhead
-
-
-class _DifferentiableOnce(torch.autograd.Function):
-    """Passes gradients on and raises where somebody differentiates them."""
-
-    @staticmethod
-    def forward(ctx: Any, connect: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grads
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "linear_cross_entropy has no second derivative; use backend='reference', or logit_free=False for a model"
-        )
+        return dhidden, *dhead, None, None, None
 
 
 def _scaled(
