@@ -172,7 +172,7 @@ class _Watch(TrainerCallback):
             control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in (logs or {}):
+        if logs is None or "loss" not in logs:
             return
         tokens = self._tokens[state.global_step - 1]
         state.log_history[-1].update(seconds=self._seconds, tokens=tokens)
