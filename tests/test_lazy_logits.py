@@ -8,6 +8,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from causal import pair
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
@@ -198,6 +199,18 @@ def test_evaluation(mode):
     assert not output.loss.requires_grad
     assert not output.logits.requires_grad
     torch.testing.assert_close(output.loss, expected.loss)
+    assert torch.equal(output.logits, expected.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_logits_with_float32_adapters(dtype):
+    """The same bits as PEFT's own layer gives; widened first, as accelerate does, or not."""
+    stock, ours = model_pair(dtype)
+    expected, output = stock(**models.batch("llama")), ours(**models.batch("llama"))
+    wide = convert_to_fp32(dict(output))["logits"]
+    assert type(wide) is LazyLogits
+    assert torch.equal(wide, expected.logits.float())
+    assert output.logits.dtype == dtype
     assert torch.equal(output.logits, expected.logits)
 
 

@@ -85,6 +85,7 @@ def test_labels_by_position():
     output = ours.get_base_model()(*before)
     assert type(output.logits) is LazyLogits
     torch.testing.assert_close(output.loss.float(), expected.loss)
+    assert type(ours.get_base_model()(*before[:-1], None).logits) is torch.Tensor
 
 
 def test_lora_on_the_head():
