@@ -295,7 +295,7 @@ def test_second_derivative_raises(weight_of_loss):
     if weight_of_loss == "trained":
         loss = loss * torch.tensor(2.0, requires_grad=True)
     (grad,) = torch.autograd.grad(loss, tensors["hidden"], create_graph=True)
-    with pytest.raises(RuntimeError, match="LinearCrossEntropy .* no second derivative"):
+    with pytest.raises(RuntimeError, match=r"LinearCrossEntropy .* no second derivative"):
         grad.sum().backward()
 
 
