@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from cases import CASES, PROVIDERS, Case
-from torch import nn
+from torch import Tensor, nn
 
 
 def main() -> None:
@@ -48,11 +48,7 @@ def train(case: Case, provider: str, steps: int) -> dict[str, Any]:
     for step in range(steps + 1):
         batch = case.batch(vocab_size, step)
         start = time.perf_counter()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(train_step(model, optimizer, batch))
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[1:])
     return {
@@ -64,6 +60,17 @@ def train(case: Case, provider: str, steps: int) -> dict[str, Any]:
         "peak_bytes": peak_bytes() - loaded_bytes,
         "trainable": sum(p.numel() for p in trained),
     }
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
+) -> float:
+    """One step and its loss; nothing of its graph outlives it, as in Trainer."""
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def floor(case: Case, _provider: str, steps: int) -> dict[str, Any]:
