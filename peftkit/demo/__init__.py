@@ -53,5 +53,7 @@ def run(
     except (KeyboardInterrupt, Interrupted) as stop:
         reason = str(stop) or "stopped"
         option = "" if Path(out) == Path("out/demo") else f" --out {out}"
-        console.print(f"\n{reason}; go on with: peftkit demo --resume{option}", highlight=False)
+        console.print(
+            f"\n{reason}; go on with: peftkit demo --resume{option}", highlight=False, markup=False
+        )
         return INTERRUPTED_STATUS

@@ -73,7 +73,7 @@ def measure(method: str, folder: Folder, settings: Settings) -> dict[str, Any]:
         began = time.perf_counter()
         batch = collate(batch_rows, tokenizer.pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        loss = model(**batch, use_cache=False).loss
+        loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()

@@ -217,12 +217,12 @@ def _ordinal(day: int) -> str:
 
 
 def _time(rng: random.Random, split: Split) -> Value:
-    """A time between 6:00 and 22:55, as digits or spoken; the record has it on the 24-hour clock."""
+    """A time between 7:00 and 21:55, as digits or spoken; the record has it on the 24-hour clock."""
     held_out = split == "held_out"
-    form = rng.choices(("24-hour", "12-hour", "spoken"), (8, 9, 3))[0]
-    minutes = (0, 15, 30) if form == "spoken" else range(0, 60, 5)
+    form = rng.choices(("24-hour", "12-hour", "spoken"), (4, 5, 1))[0]
+    minutes = (0, 30) if form == "spoken" else range(0, 60, 5)
     hour, minute = rng.choice(
-        [(h, m) for h in range(6, 23) for m in minutes if words.is_held_out_time(h, m) == held_out]
+        [(h, m) for h in range(7, 22) for m in minutes if words.is_held_out_time(h, m) == held_out]
     )
     clock = f"{hour:02d}:{minute:02d}"
     short_hour = (hour - 1) % 12 + 1
@@ -234,7 +234,7 @@ def _time(rng: random.Random, split: Split) -> Value:
     else:
         name = _HOUR_WORDS[short_hour - 1]
         part = "morning" if hour < 12 else "afternoon" if hour < 18 else "evening"
-        spoken = {0: f"{name} o'clock", 15: f"quarter past {name}", 30: f"half past {name}"}
+        spoken = {0: f"{name} o'clock", 30: f"half past {name}"}
         text = f"{spoken[minute]} in the {part}"
     return Value(f"at {text}", {"time": clock}, (("time", clock),))
 

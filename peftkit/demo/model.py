@@ -129,10 +129,9 @@ def load_model(folder: Path) -> PreTrainedModel:
 
     path = str(folder.resolve())  # the adapter's configuration names it as its base model
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    for (
-        parameter
-    ) in model.parameters():  # off the mapped file: memory is then what the process holds
-        parameter.data = parameter.data.clone()
+    model.config.use_cache = False  # training needs none, decoding asks for one
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # off the mapped file, into memory of our own
     return model.to(device())
 
 

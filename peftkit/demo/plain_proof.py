@@ -31,7 +31,8 @@ def main(data: Path, result: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(
         paths["base"], dtype=torch.float32, local_files_only=True
     )
-    plain = PeftModel.from_pretrained(base, paths["adapter"]).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where peftkit ran
+    plain = PeftModel.from_pretrained(base, paths["adapter"]).to(device).eval()
     truth = logits_of(copy.deepcopy(plain).double(), rows, scored)
     plain_logits = logits_of(plain, rows, scored)
     plain_texts = generate(plain, tensors, expected)
@@ -55,7 +56,10 @@ def main(data: Path, result: Path) -> None:
 def logits_of(model: torch.nn.Module, rows: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """``Float[scored tokens, V]`` of ``rows``, which are padded on the right."""
     return torch.cat(
-        [model(input_ids=row[None]).logits[0, keep] for row, keep in zip(rows, scored, strict=True)]
+        [
+            model(input_ids=row[None].to(model.device)).logits[0].cpu()[keep]
+            for row, keep in zip(rows, scored, strict=True)
+        ]
     )
 
 
@@ -66,13 +70,13 @@ def generate(
     prompts, mask, pad = tensors["prompts"], tensors["prompt_mask"], int(tensors["pad"])
     with torch.inference_mode():
         out = model.generate(
-            input_ids=prompts,
-            attention_mask=mask,
+            input_ids=prompts.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=expected.shape[1],
             do_sample=False,
             eos_token_id=int(tensors["eos"]),
             pad_token_id=pad,
-        )[:, prompts.shape[1] :]
+        )[:, prompts.shape[1] :].cpu()
     out = torch.nn.functional.pad(out, (0, expected.shape[1] - out.shape[1]), value=pad)
     return {"same_texts": int((out == expected).all(dim=1).sum())}
 

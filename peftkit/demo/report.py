@@ -48,8 +48,9 @@ def print_report(report: dict[str, Any], console: Console, folder: Path) -> None
             for row in table.rows:
                 shown.add_row(*map(Text, row))
             console.print(shown)
-    console.print(f"\nreport: {folder / 'report.html'}, {folder / 'report.md'}", highlight=False)
-    console.print(f"adapter: {folder / 'adapter'}", highlight=False)
+    console.print()
+    for name, path in (("report", "report.html"), ("", "report.md"), ("adapter", "adapter")):
+        console.print(f"{name:8}{folder / path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def build(report: dict[str, Any]) -> list[Section]:

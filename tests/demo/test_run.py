@@ -95,7 +95,8 @@ def test_comparison_measures_each_method_on_the_same_batches(tiny_demo, tiny_bas
     assert first["full"] == pytest.approx(first["peft"], rel=1e-5)  # a new adapter changes nothing
     for run_ in runs.values():
         assert len(run_["losses"]) == 4
-        assert min(run_["step_seconds"], run_["tokens_per_second"], run_["peak_bytes"]) > 0
+        assert min(run_["step_seconds"], run_["tokens_per_second"]) > 0
+        assert run_["peak_bytes"] >= 0
     with pytest.raises(ValueError, match="method='lora'"):
         measure("lora", folder, tiny_demo)
 
