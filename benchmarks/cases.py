@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,51 @@ def compiled(provider: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module]
     return build
 
 
+PARTS = (
+    "fused layers",
+    "shared inputs, gated MLPs",
+    "frozen norms",
+    "logit-free loss",
+    "native passes",
+    "native attention",
+    "products by oneDNN",
+)
+"""What peftkit does, one after the other, for the question which of it gains what."""
+
+
+def first_parts(count: int) -> Callable[[nn.Module], nn.Module]:
+    """Stock PEFT with the first ``count`` of ``PARTS``; all of them are ``peftkit``."""
+
+    def build(model: nn.Module) -> nn.Module:
+        from peftkit.attention import fuse_attention
+        from peftkit.lora.blocks import fuse_gated_mlps, group_shared_inputs
+        from peftkit.lora.layers import fuse_layer
+        from peftkit.loss import install_logit_free
+        from peftkit.norms import fuse_norms
+        from peftkit_kernels import gemm
+
+        parts = PARTS[:count]
+        if "native passes" not in parts:
+            os.environ["PEFTKIT_NATIVE"] = "0"
+        if "products by oneDNN" not in parts:
+            gemm.prefers_onednn = lambda: False
+        wrapped = peft(model)
+        for module in wrapped.modules():
+            fuse_layer(module)
+        for part, apply in (
+            ("shared inputs, gated MLPs", group_shared_inputs),
+            ("shared inputs, gated MLPs", fuse_gated_mlps),
+            ("frozen norms", fuse_norms),
+            ("logit-free loss", install_logit_free),
+            ("native attention", fuse_attention),
+        ):
+            if part in parts:
+                apply(wrapped)
+        return wrapped
+
+    return build
+
+
 PROVIDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "peftkit": peftkit,
     "peft": peft,
@@ -123,4 +169,5 @@ PROVIDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "peftkit-checkpointed": checkpointed(peftkit),
     "peft-checkpointed": checkpointed(peft),
     "peft-compiled": compiled(peft),
+    **{f"parts-{count}": first_parts(count) for count in range(1, len(PARTS) + 1)},
 }

@@ -2,6 +2,7 @@
 
     python benchmarks/run.py training                      # both cases, all providers
     python benchmarks/run.py training --case smollm2 --providers peftkit peft full floor --rounds 3
+    python benchmarks/run.py parts                         # which part of peftkit gains what
     python benchmarks/run.py overhead                      # import, wrapping and Python time a layer
 
 A speed is printed only where the losses agree with those of stock PEFT on the same batches. Results go to
@@ -20,9 +21,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cases import CASES, PARTS
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-CASE_NAMES = ("smollm2", "llama-1b-cut")
 PROVIDERS = ("floor", "peftkit", "peft", "full", "peftkit-checkpointed", "peft-checkpointed")
 LOSS_TOLERANCE = 1e-5
 """Largest relative difference from stock PEFT's losses; the steps are the same up to float32 rounding."""
@@ -33,30 +35,45 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("training", help="steps of fine-tuning: time and memory")
-    training.add_argument("--case", choices=CASE_NAMES, action="append", help="default: all")
+    training.add_argument("--case", choices=CASES, action="append", help="default: all")
     training.add_argument(
         "--providers", nargs="+", default=list(PROVIDERS), help="also: peft-compiled"
     )
     training.add_argument("--rounds", type=int, default=3, help="runs of each provider, in turn")
     training.add_argument("--steps", type=int, default=4, help="timed steps a run")
     training.add_argument("--update-readme", action="store_true")
+    parts = commands.add_parser("parts", help="peftkit built up part by part")
+    parts.add_argument("--case", choices=CASES, default="smollm2")
+    parts.add_argument("--rounds", type=int, default=2)
+    parts.add_argument("--steps", type=int, default=4)
     commands.add_parser("overhead", help="import, wrapping and Python time a layer")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(sys.argv[1:] or ["training"])
     if arguments.command == "overhead":
         return subprocess.run([sys.executable, str(HERE / "overhead.py")], check=False).returncode
+    if arguments.command == "parts":
+        providers = ["peft", *(f"parts-{count + 1}" for count in range(len(PARTS)))]
+        result = measure(arguments.case, providers, arguments.rounds, arguments.steps)
+        save(result, f"parts-{arguments.case}")
+        print(parts_table(result))
+        return 0
     tables = []
-    for case in arguments.case or CASE_NAMES:
+    for case in arguments.case or CASES:
         result = measure(case, arguments.providers, arguments.rounds, arguments.steps)
-        path = HERE / "results" / f"training-{case}.json"
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(path)
+        save(result, f"training-{case}")
         tables.append(table(result))
         print(tables[-1], flush=True)
     if arguments.update_readme:
         update_readme("\n\n".join(tables))
     return 0
+
+
+def save(result: dict[str, Any], name: str) -> None:
+    """Write a result to its file, whole or not at all."""
+    path = HERE / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def measure(case: str, providers: list[str], rounds: int, steps: int) -> dict[str, Any]:
@@ -98,9 +115,7 @@ def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The case as a Markdown table, each figure beside its ratio to stock PEFT."""
-    best = {
-        p: min(r, key=lambda run: run.get("step_seconds", 0)) for p, r in result["runs"].items()
-    }
+    best = {provider: best_run(runs) for provider, runs in result["runs"].items()}
     stock = best["peft"]
     lines = [
         f"**{result['case']}** ({result['environment']['cpu']}, {result['environment']['threads']} threads)",
@@ -133,6 +148,25 @@ def table(result: dict[str, Any]) -> str:
         ratio = best["peftkit"]["step_seconds"] / best["full"]["step_seconds"]
         lines.append(f"peftkit's step is {ratio:.2f} x that of full fine-tuning.")
     return "\n".join(lines)
+
+
+def parts_table(result: dict[str, Any]) -> str:
+    """What each part adds, as a Markdown table."""
+    names = ["stock PEFT", *(f"+ {part}" for part in PARTS)]
+    lines = ["| | step (s) | / PEFT | peak growth (MiB) | / PEFT |", "|---|---|---|---|---|"]
+    best = [best_run(runs) for runs in result["runs"].values()]
+    for name, run in zip(names, best, strict=True):
+        step, peak = run["step_seconds"], run["peak_bytes"]
+        lines.append(
+            f"| {name} | {step:.2f} | {step / best[0]['step_seconds']:.2f} | "
+            f"{peak / 2**20:.0f} | {peak / best[0]['peak_bytes']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def best_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run with the shortest median step."""
+    return min(runs, key=lambda run: run.get("step_seconds", 0))
 
 
 def environment() -> dict[str, Any]:

@@ -59,7 +59,7 @@ def wrap(
             "model is a PeftModel already; add an adapter by model.add_adapter, or call accelerate(model)"
         )
     config = configs[0] if configs else LoraConfig(r=16, lora_alpha=32, task_type=_task_type(model))
-    config = copy.copy(config)
+    config = copy.deepcopy(config)
     fill_targets(model, config)
     check_targets(model, config)
     return accelerate(
