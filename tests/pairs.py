@@ -92,26 +92,34 @@ def assert_close(actual, expected, rtol):
         assert error <= rtol, f"{name}: {error:.3g} of its largest element off"
 
 
-def assert_as_good(plain, fused, name, dtype=torch.float32, batches=4):
-    """Over several batches, ``fused`` is about as near to float64 as ``plain``: at most twice the error in all.
+def assert_as_good(plain, fused, name, dtype=torch.float32):
+    """Over four batches of ``name``, ``fused`` is about as near to float64 as ``plain``; see ``assert_near_enough``.
 
-    One value is a few correlated numbers, where plain torch may be lucky; it may be four times as far off, and a rounding
-    to ``dtype``, in which both compute.
-
-    Args:
-        plain: The stock model.
-        fused: Its fused twin, or a function that takes its place in ``step``.
-        name: Whose ``inputs`` to use.
-        dtype: Of the computation; 16-bit runs float32 models under autocast.
-        batches: Number of batches.
+    A 16-bit ``dtype`` other than that of the models' weights runs them under autocast.
     """
-    truth, squares = in_float64(plain), {}
+    truth, runs = in_float64(plain), []
     loss_of = loss_from_logits if name in models.CAUSAL_NAMES else None
     storage = next(p.dtype for n, p in plain.named_parameters() if "lora_" not in n)
-    for seed in range(batches):
+    for seed in range(4):
         exact = step(truth, inputs(name, torch.float64, seed), loss_of)
         with torch.autocast("cpu", dtype=dtype, enabled=storage != dtype):
             computed = [step(model, inputs(name, storage, seed)) for model in (fused, plain)]
+        runs.append((*computed, exact))
+    assert_near_enough(runs, dtype)
+
+
+def assert_near_enough(runs, dtype=torch.float32):
+    """Over all runs, at most twice the error of plain torch.
+
+    One value is a few correlated numbers, where plain torch may be lucky; it may be four times as far off, and a rounding
+    to ``dtype``.
+
+    Args:
+        runs: What ``step`` gives by the fused model, the plain one and in float64, for each batch.
+        dtype: Of the computation.
+    """
+    squares = {}
+    for *computed, exact in runs:
         for key, value in exact.items():
             assert computed[0][key].dtype == computed[1][key].dtype, key
             off = [(values[key].double() - value).norm() / value.norm() for values in computed]
