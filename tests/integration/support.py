@@ -18,6 +18,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import peftkit
+from peftkit_kernels import native
 
 LOSS_TOLERANCE = 1e-5
 """How far 20 optimiser steps may take the losses of a fused model from those of stock PEFT."""
@@ -29,12 +30,16 @@ FUSED_OPS = (
     "peftkit.norms.frozen_rms_norm",
     "peftkit.norms.frozen_layer_norm",
     "peftkit.loss.install.linear_cross_entropy",
+    "peftkit.attention.attention",
 )
 
 LLAMA_FORWARD = Counter(
     lora_qkv=2, lora_linear=2, lora_swiglu_mlp=2, frozen_rms_norm=5, linear_cross_entropy=1
 )
 """Fused calls in one forward of the tiny Llama with labels: per layer q/k/v, o, the MLP and two norms; one last norm."""
+
+WIDE_FORWARD = LLAMA_FORWARD + Counter(attention=0 if native.obstacle() else 2)
+"""As ``LLAMA_FORWARD`` for ``wide_llama`` and sequences long enough for the fused attention."""
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +90,18 @@ def adapter_config(**changes: Any) -> peft.LoraConfig:
     return peft.LoraConfig(**settings | changes)
 
 
+def wide_llama() -> nn.Module:
+    """The tiny Llama with heads of 32, which the fused attention takes and heads of 8 are too narrow for."""
+    settings = models.tiny("llama").config.to_dict() | {"head_dim": 32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**settings))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)  # scores far from uniform
+    return model.train()
+
+
 def tiny_peft(*, fused: bool, base: nn.Module | None = None, **changes: Any) -> peft.PeftModel:
     """The tiny Llama with the same adapter each time, through ``peftkit.wrap`` or plain PEFT."""
     base = models.tiny("llama") if base is None else base
@@ -105,6 +122,18 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Tensor]]:
             example["labels"][: 2 * (index % 4)] = -100
             examples.append(example)
     return examples[:count]
+
+
+def long_rows(count: int) -> list[dict[str, Tensor]]:
+    """Examples of ``Int64[24]``: three whole ones, then one with three positions of padding, and so on."""
+    examples = []
+    for index in range(count):
+        data = models.batch("llama", seed=index)
+        rows_of = (0, 1) if index % 4 == 3 else (0, 0)
+        examples.append(
+            {name: torch.cat([tensor[row] for row in rows_of]) for name, tensor in data.items()}
+        )
+    return examples
 
 
 class RecordingTrainer(hf.Trainer):

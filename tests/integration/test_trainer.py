@@ -10,12 +10,15 @@ import torch
 from integration.support import (
     LLAMA_FORWARD,
     LOSS_TOLERANCE,
+    WIDE_FORWARD,
     adapter_tensors,
     fused_calls,
     largest_difference,
+    long_rows,
     times,
     tiny_peft,
     trainer,
+    wide_llama,
 )
 from safetensors.torch import load_file
 
@@ -63,6 +66,22 @@ def test_losses_equal_those_of_stock_peft(setting, tmp_path):
     assert fused.losses == pytest.approx(stock.losses, rel=0, abs=LOSS_TOLERANCE)
     untrained = adapter_tensors(tiny_peft(fused=True))
     assert largest_difference(adapter_tensors(fused.model), untrained) > 5e-3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_losses_with_fused_attention_equal_those_of_stock_peft(checkpointing, tmp_path):
+    changes = {"optim": "sgd", "learning_rate": 0.1, "gradient_checkpointing": checkpointing}
+    runs = {}
+    for fused in (False, True):
+        runs[fused] = trainer(tiny_peft(fused=fused, base=wide_llama()), tmp_path, **changes)
+        runs[fused].train_dataset = long_rows(16)
+        with fused_calls() as calls:
+            runs[fused].train()
+
+    passes = 2 if checkpointing else 1
+    assert calls["attention"] == 20 * passes * WIDE_FORWARD["attention"]
+    assert calls["peft"] == 0
+    assert runs[True].losses == pytest.approx(runs[False].losses, rel=0, abs=LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
