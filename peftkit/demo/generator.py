@@ -219,7 +219,7 @@ def _ordinal(day: int) -> str:
 def _time(rng: random.Random, split: Split) -> Value:
     """A time between 7:00 and 21:55, as digits or spoken; the record has it on the 24-hour clock."""
     held_out = split == "held_out"
-    form = rng.choices(("24-hour", "12-hour", "spoken"), (4, 5, 1))[0]
+    form = rng.choices(("24-hour", "12-hour", "spoken"), (12, 7, 1))[0]
     minutes = (0, 30) if form == "spoken" else range(0, 60, 5)
     hour, minute = rng.choice(
         [(h, m) for h in range(7, 22) for m in minutes if words.is_held_out_time(h, m) == held_out]
