@@ -45,7 +45,8 @@ def wrap(
         A genuine ``peft.PeftModel``.
 
     Raises:
-        ContractError: An entry of ``target_modules`` matches nothing, or ``strict`` and a layer is not fused.
+        ContractError: An entry of ``target_modules`` matches nothing, or ``strict`` and a layer is not fused; the model
+            is left as it was.
         ValueError: More than one config, or a model that is wrapped already.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -62,11 +63,15 @@ def wrap(
     config = copy.deepcopy(config)
     fill_targets(model, config)
     check_targets(model, config)
-    return accelerate(
-        get_peft_model(model, config, adapter_name=adapter_name),
-        strict=strict,
-        logit_free=logit_free,
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+    try:
+        return accelerate(wrapped, strict=strict, logit_free=logit_free)
+    except ContractError:
+        wrapped.unload()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
 
 
 def accelerate(model: Model, strict: bool = False, logit_free: bool = True) -> Model:
