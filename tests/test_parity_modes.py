@@ -86,7 +86,8 @@ def test_checkpointing_changes_no_bit(name, reentrant, lora_dropout, monkeypatch
         with pairs.counted(monkeypatch) as calls:
             results.append(pairs.step(model, batch))
         counts.append(calls)
-    if name == "t5":  # the order in which the decoder's blocks add to the encoder's gradient changes
+    if name == "t5":
+        # the order in which the decoder's blocks add to the encoder's gradient changes
         pairs.assert_close(*results, 1e-5)
     else:
         pairs.assert_equal(*results)
