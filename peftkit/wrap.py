@@ -156,8 +156,14 @@ def _fuse(model: nn.Module) -> None:
 def _require_all_fusable(model: nn.Module) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    # a layer that the active adapter does not reach only runs its base layer
     reasons = {
-        name: obstacle(m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+        name: obstacle(module)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and set(module.active_adapters).intersection(
+            getattr(module, "lora_A", module.active_adapters)
+        )
     }
     unfused = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
     if unfused:

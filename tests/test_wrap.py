@@ -67,6 +67,14 @@ def test_strict_accelerate_changes_nothing_when_it_refuses():
     assert fused(model) == []
 
 
+def test_strict_is_content_with_layers_the_active_adapter_does_not_reach():
+    model = wrap(models.tiny("llama"), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+    model.set_adapter("second")
+    assert accelerate(model, strict=True) is model
+    assert explain(model).fused_fraction == 0.5
+
+
 def test_an_adapter_added_later_is_fused():
     model = wrap(models.tiny("llama"), LoraConfig(target_modules=["q_proj"]))
     model.add_adapter("second", LoraConfig(target_modules=["q_proj", "gate_proj"]))
