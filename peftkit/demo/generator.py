@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from peftkit.demo import vocabulary as words
-from peftkit.demo.intents import INTENTS, MANNERS, Intent
+from peftkit.demo.intents import INTENTS, Intent
 from peftkit.demo.vocabulary import Pool
 
 Split = Literal["train", "held_out"]
@@ -77,7 +77,7 @@ def make_examples(split: Split, count: int, seed: int) -> list[Example]:
 def _make_example(intent: Intent, split: Split, rng: random.Random) -> Example:
     template = rng.choice(getattr(intent, split))
     if template[-1] not in ".?!":  # an imperative; what ends in punctuation is a sentence already
-        template = rng.choice(getattr(MANNERS, split)).replace("~", template)
+        template = rng.choice(getattr(words.MANNERS, split)).replace("~", template)
 
     data: dict[str, Any] = {}
     atoms: list[tuple[str, str]] = []

@@ -1,20 +1,12 @@
 """What can be asked for: per intent the record's schema and the sentences, training and held-out ones apart.
 
-A template without closing punctuation is an imperative; it gets a manner ("could you ~?"). Slots carry their own
-preposition where it depends on the value: ``{when}`` is "on 3 March" or "tomorrow", ``{time}`` is "at half past four".
+A template without closing punctuation is an imperative and gets a manner ("could you ~?"). Slots carry their own preposition
+where it depends on the value: ``{when}`` is "on 3 March" or "tomorrow", ``{time}`` is "at half past four".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True, slots=True)
-class Manners:
-    """Ways to ask for something politely, or not; ``~`` is the imperative."""
-
-    train: tuple[str, ...]
-    held_out: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +25,6 @@ class Intent:
     held_out: tuple[str, ...]
 
 
-MANNERS = Manners(
-    train=(
-        "~.",
-        "~.",
-        "please ~.",
-        "~, please.",
-        "could you ~?",
-        "can you ~?",
-        "hey, ~.",
-        "I want you to ~.",
-        "~, thanks.",
-        "~ for me.",
-    ),
-    held_out=(
-        "~",
-        "would you ~?",
-        "kindly ~.",
-        "I need you to ~.",
-        "~ if you can.",
-        "okay, now ~.",
-    ),
-)
-
 INTENTS = (
     Intent(
         "calendar",
@@ -71,13 +40,17 @@ INTENTS = (
             "{when} {time} I have a {event}.",
             "I've got a {event} {when}.",
             "I have a {event} with {people} {time}.",
-            "there's a {event} {when}, add it to my calendar.",
             "invite {people} to a {event} {when}",
             "note down a {event} {time}",
             "I am meeting {people} for a {event} {when}.",
             "make a calendar entry for a {event} {when}",
             "{people} and I are having a {event} {when}.",
             "organise a {event} with {people}",
+            "plan a {event} with {people}",
+            "note down a {event} with {people} {when}",
+            "{people} and I are having a {event}.",
+            "{people} and I will have a {event} {when}.",
+            "set up a {event} with {people} {when}",
         ),
         held_out=(
             "create a calendar entry for a {event} {when}",
@@ -137,6 +110,8 @@ INTENTS = (
             "{person} needs to know that {message}, text it.",
             "send {person} a line saying {message}",
             "pass on to {person} that {message}",
+            "{person} needs to hear that {message}, text it {when}.",
+            "{person} must know {time} that {message}, message it.",
         ),
         held_out=(
             "inform {person} that {message}",
@@ -175,6 +150,10 @@ INTENTS = (
             "I have to be in {city} {when}, find a {mode}.",
             "search for a {mode} to {city} {time}",
             "I must get to {city} by {mode} {when}.",
+            "reserve {count} seats on a {mode} from {origin} to {city}",
+            "get {count} tickets for the {mode} to {city}",
+            "book {count} places on the {mode} to {city}",
+            "I need {count} seats on the {mode} to {city}.",
         ),
         held_out=(
             "arrange a {mode} from {origin} to {city} {when}",
@@ -208,6 +187,11 @@ INTENTS = (
             "bring {items} from {shop}",
             "we are out of things, buy {items}.",
             "note {items} for shopping",
+            "grab {items} from {shop}",
+            "I need {items} at {shop}.",
+            "get {items} {when}",
+            "pick up {items} from {shop} {when}",
+            "buy {items} from {shop}",
         ),
         held_out=(
             "write {items} on the shopping list",
@@ -274,6 +258,10 @@ INTENTS = (
             "let's have {genre} in the {room} at {percent} volume",
             "stream some {genre} for {duration}",
             "I feel like {artist} for {duration}.",
+            "start {artist} in the {room}",
+            "I'm in the {room}, play {artist} at {percent}.",
+            "put on {genre} in the {room} at {percent} volume",
+            "stream {genre} in the {room}",
         ),
         held_out=(
             "stream {artist} in the {room}",
@@ -332,6 +320,8 @@ INTENTS = (
             "be sure to wake me {time} for {alarm}",
             "I need to be awake {when} {time}.",
             "I need to be awake {time} for {alarm}.",
+            "be sure to wake me up {time}",
+            "I have to be up {time} for {alarm}.",
         ),
         held_out=(
             "get me out of bed {time}",
@@ -361,6 +351,12 @@ INTENTS = (
             "get an email about {subject} out to {people} {when}",
             "{people} should receive a mail about {subject} {time}.",
             "shoot a mail to {people} about {subject}, say {message}",
+            "send an email to {people} about {subject} saying {message}",
+            "mail {people} about {subject} saying {message}",
+            "draft an email about {subject} to {people} saying that {message}",
+            "{people} should receive an email about {subject}.",
+            "{people} needs a mail about {subject} {when}.",
+            "send {people} a mail about {subject} {time}",
         ),
         held_out=(
             "compose an email to {people} about {subject} saying {message}",
@@ -390,6 +386,8 @@ INTENTS = (
             "the {expense} came to {amount}.",
             "my {expense} was {amount}, account {note}.",
             "write down an expense, {amount} for {expense}",
+            "book {amount} for {expense} under {note}",
+            "log {amount} spent on {expense} under {note}",
         ),
         held_out=(
             "enter {amount} spent on {expense} under {note}",

@@ -47,6 +47,12 @@ MONTHS = (
 
 WEEKDAYS = Pool.of("Monday; Tuesday; Wednesday; Thursday; Saturday", "Friday; Sunday")
 
+# Ways to ask for something politely, or not; ~ is the imperative.
+MANNERS = Pool.of(
+    """~.; please ~.; ~, please.; could you ~?; can you ~?; hey, ~.; I want you to ~.; ~, thanks.; ~ for me.""",
+    "~; would you ~?; kindly ~.; I need you to ~.; ~ if you can.; okay, now ~.",
+)
+
 NEAR_DAYS = Pool.of(
     """today; tomorrow; this weekend; next month; next spring; this evening; next weekend; this
     summer; at Easter; later this week; on Christmas Eve""",
@@ -82,7 +88,7 @@ EVENTS = Pool.of(
     lecture; music lesson; client call; risk assessment; beach walk; road test; group session;
     history seminar; summer party; video call; street festival; farm visit; health check;
     court hearing""",
-    """product demo; fire alarm test; blood test; film night; house warming; late brunch; network
+    """product demo; field test; blood test; film night; house warming; late brunch; network
     event; status update; card game; boat tour; security audit; student reunion; winter ball;
     wine tasting; trial lesson; game night""",
 )
@@ -146,7 +152,7 @@ MODES = Pool.of(
     """train; flight; bus; night train; boat; river cruise; van; car; fast train; plane; ship;
     private jet; direct flight; cable car; local bus; shared taxi; city tram; express train;
     green cab; tour bus""",
-    "water taxi; small plane; free shuttle; sea plane",
+    "water taxi; small plane; free shuttle; mail boat",
 )
 
 WEATHER = Pool.of(
@@ -210,7 +216,7 @@ EXPENSES = Pool.of(
 CURRENCIES = Pool.of(
     """dollars; euros; pounds; USD; CAD; rand; Canadian dollars; Australian dollars; Japanese yen; Russian roubles;
     Hungarian forints; EUR""",
-    "Chinese yuan; Indian rupees; South Korean won",
+    "Chinese yuan; Indian rupees; British pounds",
 )
 
 NOTES = Pool.of(
