@@ -105,17 +105,34 @@ def test_twenty_optimiser_steps_give_the_same_losses(name):
     assert plain[16:].mean() < 0.98 * plain[:4].mean(), "nothing has been learnt"
 
 
-def test_head_size_and_length_of_the_native_attention(monkeypatch):
-    """The tiny models are too small for it; this one is not."""
+@pytest.fixture
+def large_heads(monkeypatch):
+    """A stock and a fused Llama that the native attention takes, and the list of its calls."""
     config = copy.deepcopy(models.tiny("llama").config)
     config.update({"head_dim": 32, "hidden_size": 64})
     plain = pairs.adapted(hf.LlamaForCausalLM(config))
     monkeypatch.setattr(models, "SEQUENCE_LENGTH", 24)
     fused = pairs.accelerate(copy.deepcopy(plain))
-    calls = []
-    forward = Attention.forward
+    calls, forward = [], Attention.forward
     monkeypatch.setattr(
         Attention, "forward", staticmethod(lambda *args: calls.append(1) or forward(*args))
     )
+    return plain, fused, calls
+
+
+def test_head_size_and_length_of_the_native_attention(large_heads):
+    """The tiny models are too small for it; this one is not."""
+    plain, fused, calls = large_heads
     pairs.assert_as_good(plain, fused, "llama")
     assert len(calls) == (0 if native.obstacle() else 8)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 24, 24), (2, 1, 24, 24), (2, 4, 24, 24)], ids=str)
+def test_masks_of_ones_own(large_heads, shape):
+    """Four-dimensional masks reach the attention as they are, also those that are broadcast."""
+    plain, fused, _ = large_heads
+    batch = pairs.inputs("llama")
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    batch["attention_mask"] = mask | torch.eye(24, dtype=torch.bool)
+    truth = pairs.step(pairs.in_float64(plain), batch, pairs.loss_from_logits)
+    pairs.assert_near_enough([(pairs.step(fused, batch), pairs.step(plain, batch), truth)])

@@ -19,13 +19,19 @@ Make = Callable[..., Tensor]
 class _Made(NamedTuple):
     make: Make
     ingredients: tuple[Tensor | None, ...]
-    version: int
+    versions: tuple[int, int]
+    """Of the activation and of its first ingredient: a change of either in place makes this worthless."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """An activation that is saved goes without it: something empty that every ``torch.load`` accepts."""
+        return bytearray, ()
 
 
-def mark(y: Tensor, make: Make, *ingredients: Tensor | None) -> Tensor:
-    """Leave on ``y`` that ``make(*ingredients)`` gives the same bits; returns ``y``."""
+def mark(y: Tensor, make: Make, source: Tensor, *others: Tensor | None) -> Tensor:
+    """Leave on ``y`` that ``make(source, *others)`` gives the same bits; the others are frozen. Returns ``y``."""
     if y.requires_grad:
-        setattr(y, _MARK, _Made(make, ingredients, y._version))
+        versions = y._version, source._version
+        setattr(y, _MARK, _Made(make, (source, *others), versions))
     return y
 
 
@@ -39,7 +45,7 @@ def kept(x: Tensor, needed: bool) -> tuple[Make | None, tuple[Tensor | None, ...
     if not needed:
         return None, ()
     made = getattr(x, _MARK, None)
-    if made is None or made.version != x._version:
+    if not isinstance(made, _Made) or made.versions != (x._version, made.ingredients[0]._version):
         return None, (x,)
     return made.make, made.ingredients
 

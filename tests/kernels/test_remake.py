@@ -78,3 +78,28 @@ def test_an_activation_changed_in_place_is_kept_as_it_is():
     OPS["lora_linear"](normed, weight, lora).sum().backward()
     expected = 0.5 * torch.ones(M, K) @ lora.B
     assert torch.allclose(lora.A.grad, expected.T @ normed, rtol=1e-5)
+
+
+def test_an_input_of_the_norm_changed_in_place_is_not_made_from():
+    x, norm_weight, weight, lora = inputs()
+    source = x * 1
+    normed = NORMS["rms"](source, norm_weight)
+    values = normed.detach().clone()
+    source += 1.0
+    y = OPS["lora_linear"](normed, weight, lora)
+    (dA,) = torch.autograd.grad(y.sum(), lora.A)
+    expected = 0.5 * torch.ones(M, K) @ lora.B
+    assert torch.allclose(dA, expected.T @ values, rtol=1e-5)
+
+
+def test_an_activation_can_be_saved(tmp_path):
+    x, norm_weight, weight, lora = inputs()
+    normed = NORMS["rms"](x, norm_weight)
+    torch.save(normed, tmp_path / "file")
+    loaded = torch.load(tmp_path / "file", weights_only=True)
+    assert torch.equal(loaded, normed)
+    grads = [
+        torch.autograd.grad(OPS["lora_linear"](t, weight, lora).sum(), lora.A)[0]
+        for t in (loaded, normed)
+    ]
+    assert torch.equal(*grads)

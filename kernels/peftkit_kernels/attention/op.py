@@ -83,8 +83,8 @@ def native_obstacle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str
         return f"the head size {q.shape[3]} is no multiple of {HEAD_SIZE_MULTIPLE}"
     if k.shape != v.shape:
         return f"k {tuple(k.shape)} and v {tuple(v.shape)} differ in shape"
-    if mask is not None and (
-        mask.dtype is not torch.bool or mask.shape[1] != 1 or mask.stride(3) != 1
-    ):
-        return "the mask is not boolean, or one a head, or its keys are not contiguous"
+    if mask is not None:
+        shape = (q.shape[0], 1, q.shape[2], k.shape[2])
+        if mask.dtype is not torch.bool or mask.shape != shape or mask.stride(3) != 1:
+            return f"the mask is {mask.dtype} {tuple(mask.shape)}, not bool {shape} with contiguous keys"
     return native.obstacle()
