@@ -17,6 +17,17 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def one_thread():
+    """One thread while a test runs: tiny models gain nothing from more, and other work keeps a core."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def tiny():
     """``models.tiny``: builds a tiny model by name."""
     import models

@@ -11,6 +11,8 @@ import transformers as hf
 from peftkit_kernels import native
 from peftkit_kernels.attention.torch_impl import Attention
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CALLS = {
     "llama": {"LoRAQKV": 2, "LoRALinear": 2, "LoRASwiGLUMLP": 2, "FrozenRMSNorm": 5},
     "qwen3": {"LoRAQKV": 2, "LoRALinear": 2, "LoRASwiGLUMLP": 2, "FrozenRMSNorm": 9},
@@ -26,14 +28,6 @@ CALLS = {
 """Calls of each op in one forward: none of these models may run PEFT's own forward anywhere."""
 
 every_model = pytest.mark.parametrize("name", models.NAMES)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @every_model

@@ -13,13 +13,7 @@ from torch._dynamo.utils import counters
 from peftkit.lora import layers
 from peftkit_kernels.dropout import dropout_mask, keep_scale
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class SeededDropout(nn.Module):

@@ -14,15 +14,9 @@ from peftkit import accelerate, explain
 from peftkit.lora.blocks import FusedGatedMLP, SharedInput, fuse_gated_mlps, group_shared_inputs
 from peftkit.lora.layers import fuse_layer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTH = 32
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Attention(nn.Module):

@@ -16,15 +16,9 @@ from torch import nn
 from peftkit import accelerate, explain
 from peftkit.lora.layers import FusedLinear, fuse_layer, restore_layer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPS = [op.__name__ for op in pairs.OPS[:3]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
