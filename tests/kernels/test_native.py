@@ -2,6 +2,7 @@
 
 import shutil
 import stat
+from pathlib import Path
 
 import op_cases
 import pytest
@@ -237,12 +238,14 @@ def test_something_that_is_no_library_is_a_sentence(builder):
 @needs_library
 def test_the_library_appears_whole_and_is_found_again(builder):
     seen = builder.bin.parent / "seen"
-    look = f'ls "{builder.cache}/peftkit" >> "{seen}"'
+    look = f'ls "{builder.cache}/peftkit" > "{seen}"; ls -i "$out" >> "{seen}"'
     builder.script(f"eval {builder.found} $all\n{look}")
     library, reason = builder.load()
     assert library is not None, reason
-    assert seen.read_text().strip(), "the compiler has not been called"
-    assert ".so" not in seen.read_text(), "a library that is not finished could have been loaded"
+    *before, built = seen.read_text().splitlines()
+    assert not [name for name in before if name.endswith(".so")], "one not finished could be loaded"
+    # renamed, not copied: nobody can see a part of it
+    assert int(built.split()[0]) == Path(reason).stat().st_ino
     builder.only(None)
     library, path = builder.load()
     assert library is not None, path
