@@ -3,6 +3,7 @@
 import op_cases
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 every_op = pytest.mark.parametrize("name", op_cases.NAMES)
@@ -55,6 +56,24 @@ def test_without_gradients_the_output_is_the_same(name):
         for y, plain in zip(outputs, expected * 2, strict=mode is torch.inference_mode):
             assert not y.requires_grad
             assert torch.equal(y, plain)
+
+
+# torch scripts its decompositions when the first tangent is made
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@every_op
+def test_forward_mode_is_refused_without_gradients_too(name):
+    case = build(name)
+    with torch.no_grad(), forward_ad.dual_level():
+        x = forward_ad.make_dual(case.leaves["x"], torch.ones_like(case.leaves["x"]))
+        with pytest.raises(RuntimeError, match="jvp"):
+            case.apply(case.leaves | {"x": x})
+
+
+@every_op
+def test_transforms_are_refused_without_gradients_too(name):
+    case = build(name, leading=(2, 3))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda x: case.apply(case.leaves | {"x": x}))(case.leaves["x"].detach())
 
 
 @lora_op

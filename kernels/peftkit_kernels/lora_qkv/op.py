@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftkit_kernels.autograd import run
 from peftkit_kernels.checks import (
     autocast_dtype,
     check_bias,
@@ -62,4 +63,4 @@ def lora_qkv(
         (None, None, None) if lora is None else (lora.A, lora.B, lora.numbers()) for lora in loras
     ]
     As, Bs, numbers = zip(*factors, strict=True)
-    return LoRAQKV.apply(Call(numbers), x, *weights, *biases, *As, *Bs)
+    return run(LoRAQKV, Call(numbers), x, *weights, *biases, *As, *Bs)
