@@ -18,8 +18,12 @@ IGNORED = -100
 
 
 def prompt_of(request: str) -> str:
-    """The text the model is given: training and evaluation share this one line."""
-    return f"{request}\nJSON:"
+    """The text the model is given: training and evaluation share this one line.
+
+    Language models attend to their first token from everywhere whatever it says, so that a name there is hard to copy;
+    the sign in front takes that place.
+    """
+    return f"> {request}\nJSON:"
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
