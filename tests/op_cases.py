@@ -7,9 +7,12 @@ import torch
 from lora_cases import Shape, draw
 
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
+from peftkit_kernels.int8 import quantize_int8
 from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.lora_qkv import lora_qkv
 from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
+from peftkit_kernels.nf4 import quantize_nf4
+from peftkit_kernels.quantized_linear import int8_linear, nf4_linear
 
 WIDTH, INNER = 33, 21
 
@@ -83,6 +86,19 @@ def _linear(x, weights, biases, loras, **options):
     return lora_linear(x, weights[0], biases[0], loras[0], **options)
 
 
+def _quantized(shape, op, quantize):
+    """A linear on a stored weight, which is no tensor and therefore no leaf."""
+    x, part = shape.input(), shape.projection(29, WIDTH)
+    stored = quantize(part.weight.float())
+    leaves = {"x": x, "bias": part.bias, "A": part.lora.A, "B": part.lora.B}
+
+    def apply(leaves, **options):
+        lora = replace(part.lora, A=leaves["A"], B=leaves["B"])
+        return op(leaves["x"], stored, leaves["bias"], lora, **options)
+
+    return Case(leaves, apply)
+
+
 def _norm(shape, op, names):
     x = shape.input()
     affine = {name: draw((shape.x[-1],), shape.dtype, shape.generator) for name in names}
@@ -103,11 +119,15 @@ _BUILDERS = {
     "lora_linear": lambda shape: _case(shape, {"": (29, WIDTH)}, _linear),
     "lora_qkv": lambda shape: _case(shape, _QKV, lora_qkv),
     "lora_swiglu_mlp": lambda shape: _case(shape, _MLP, lora_swiglu_mlp),
+    "nf4_linear": lambda shape: _quantized(shape, nf4_linear, quantize_nf4),
+    "int8_linear": lambda shape: _quantized(shape, int8_linear, quantize_int8),
     "frozen_rms_norm": lambda shape: _norm(shape, _rms, ["weight"]),
     "frozen_layer_norm": lambda shape: _norm(shape, frozen_layer_norm, ["weight", "bias"]),
 }
 NAMES = tuple(_BUILDERS)
-LORA_NAMES = NAMES[:3]
+LORA_NAMES = NAMES[:5]
+LINEAR_NAMES = ("lora_linear", "lora_qkv", "nf4_linear", "int8_linear")
+"""Ops whose input gradient does not depend on their input."""
 
 
 def build(name, leading=(3, 5), **options):

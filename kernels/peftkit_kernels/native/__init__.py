@@ -30,6 +30,7 @@ _SIGNATURES = {
     "pk_attention": (_POINTER,) * 6,
     "pk_attention_backward": (_POINTER,) * 10,
     "pk_dropout": (*[_POINTER] * 2, _INT64, _INT64, _INT64, _FLOAT, _INT64, _INT),
+    "pk_nf4": (*[_POINTER] * 4, *[_INT64] * 5, _INT),
 }
 _FALLIBLE = ("pk_attention", "pk_attention_backward")
 
@@ -144,6 +145,28 @@ def dropout(x: Tensor, threshold: int, scale: float, seed: int) -> Tensor:
     return y
 
 
+def dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    row_scale: Tensor | None,
+    out: Tensor,
+    blocksize: int,
+    first_row: int,
+) -> None:
+    """Rows ``first_row ...`` of an NF4 weight of ``out``'s width, as ``peftkit_kernels.nf4`` defines it, into ``out``.
+
+    Args:
+        packed: ``UInt8``, contiguous: two codes a byte, for the whole weight.
+        absmax: ``Float32[blocks]``, contiguous.
+        row_scale: ``Float32[N]``, contiguous, or ``None``.
+        out: ``Float32[rows, K]`` whose rows are contiguous.
+        blocksize: Elements that share one ``absmax``.
+        first_row: Row of the weight that ``out`` starts at.
+    """
+    sizes = *out.shape, out.stride(0), blocksize, first_row
+    _call("pk_nf4", packed, absmax, row_scale, out, *sizes)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -205,7 +228,7 @@ def _run(name: str, *arguments: Any) -> None:
         raise MemoryError(f"{name}: no memory for its work space (about 100 KiB a thread)")
 
 
-def _call(name: str, *arguments: Tensor | float) -> None:
+def _call(name: str, *arguments: Tensor | float | None) -> None:
     pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     getattr(_library(), name)(*pointers, torch.get_num_threads())
 
