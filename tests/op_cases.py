@@ -8,6 +8,7 @@ from lora_cases import Shape, draw
 
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
 from peftkit_kernels.int8 import quantize_int8
+from peftkit_kernels.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.lora_qkv import lora_qkv
 from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
@@ -121,12 +122,13 @@ _BUILDERS = {
     "lora_swiglu_mlp": lambda shape: _case(shape, _MLP, lora_swiglu_mlp),
     "nf4_linear": lambda shape: _quantized(shape, nf4_linear, quantize_nf4),
     "int8_linear": lambda shape: _quantized(shape, int8_linear, quantize_int8),
+    "int8_compute_linear": lambda shape: _quantized(shape, int8_compute_linear, quantize_int8),
     "frozen_rms_norm": lambda shape: _norm(shape, _rms, ["weight"]),
     "frozen_layer_norm": lambda shape: _norm(shape, frozen_layer_norm, ["weight", "bias"]),
 }
 NAMES = tuple(_BUILDERS)
-LORA_NAMES = NAMES[:5]
-LINEAR_NAMES = ("lora_linear", "lora_qkv", "nf4_linear", "int8_linear")
+LORA_NAMES = NAMES[:6]
+LINEAR_NAMES = ("lora_linear", "lora_qkv", "nf4_linear", "int8_linear", "int8_compute_linear")
 """Ops whose input gradient does not depend on their input."""
 
 

@@ -156,6 +156,8 @@ def test_a_bad_row_spoils_itself_only(name, bad):
         assert torch.equal(actual[key].isfinite().all(1), torch.arange(9) != 2), key
 
 
+# torch's compiler makes an instance of an autograd function, which warns
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @every_op
 @pytest.mark.parametrize("factors", [None, torch.float32], ids=["float64", "bfloat16_base"])
 def test_compiled_without_graph_break(name, factors):
