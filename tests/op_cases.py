@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from lora_cases import Shape, draw
 
+from peftkit_kernels.bottleneck import bottleneck
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
 from peftkit_kernels.int8 import quantize_int8
 from peftkit_kernels.int8_compute_linear import int8_compute_linear
@@ -100,6 +101,30 @@ def _quantized(shape, op, quantize):
     return Case(leaves, apply)
 
 
+def bottleneck_leaves(shape):
+    """``h`` and the four parameters of a bottleneck, by the names of its arguments."""
+    width, dtype = shape.x[-1], shape.factors or shape.dtype
+    leaves = {"x": shape.input()}
+    sizes = {
+        "down": (shape.rank, width),
+        "bias_down": (shape.rank,),
+        "up": (width, shape.rank),
+        "bias_up": (width,),
+    }
+    for name, size in sizes.items():
+        values = draw(size, dtype, shape.generator) / max(1, size[-1]) ** 0.5
+        leaves[name] = values.requires_grad_(shape.trains(name))
+    return leaves
+
+
+def _bottleneck(shape):
+    def apply(leaves, **options):
+        parts = (leaves[name] for name in ("x", "down", "bias_down", "up", "bias_up"))
+        return bottleneck(*parts, shape.scale, "gelu", **options)
+
+    return Case(bottleneck_leaves(shape), apply)
+
+
 def _norm(shape, op, names):
     x = shape.input()
     affine = {name: draw((shape.x[-1],), shape.dtype, shape.generator) for name in names}
@@ -123,6 +148,7 @@ _BUILDERS = {
     "nf4_linear": lambda shape: _quantized(shape, nf4_linear, quantize_nf4),
     "int8_linear": lambda shape: _quantized(shape, int8_linear, quantize_int8),
     "int8_compute_linear": lambda shape: _quantized(shape, int8_compute_linear, quantize_int8),
+    "bottleneck": _bottleneck,
     "frozen_rms_norm": lambda shape: _norm(shape, _rms, ["weight"]),
     "frozen_layer_norm": lambda shape: _norm(shape, frozen_layer_norm, ["weight", "bias"]),
 }
