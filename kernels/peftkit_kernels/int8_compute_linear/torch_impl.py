@@ -48,10 +48,10 @@ def product(codes: Tensor, weight: Tensor) -> Tensor:
         return codes.int() * weight.int()
     if codes.device.type == "cpu" and multiplies_int8():
         out = workspace.take((M, N), torch.int32, codes.device)
-        return torch._int_mm(codes, weight, out=out)
+        return torch.ops.aten._int_mm.out(codes, weight, out=out)
     # what cuBLAS asks of its 8-bit products
     if codes.device.type == "cuda" and M > 16 and K % 8 == 0 and N % 8 == 0:
-        return torch._int_mm(codes, weight)
+        return torch.ops.aten._int_mm(codes, weight)
     return torch.mm(codes.float(), weight.float())
 
 
