@@ -7,7 +7,9 @@ import torch
 from lora_cases import Shape, draw
 
 from peftkit_kernels.bottleneck import bottleneck
+from peftkit_kernels.dora import dora_linear
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
+from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
 from peftkit_kernels.int8 import quantize_int8
 from peftkit_kernels.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.lora_linear import lora_linear
@@ -125,6 +127,40 @@ def _bottleneck(shape):
     return Case(bottleneck_leaves(shape), apply)
 
 
+def _dora(shape):
+    """With a frozen magnitude: where it is trained the output is kept, and may not be changed in place."""
+    x, part = shape.input(), shape.projection(29, WIDTH)
+    magnitude = draw((29,), shape.factors or shape.dtype, shape.generator).abs() + 0.5
+    leaves = {"x": x, **part.tensors(), "magnitude": magnitude}
+
+    def apply(leaves, **options):
+        lora = replace(part.lora, A=leaves["A"], B=leaves["B"])
+        parts = leaves["weight"], leaves["bias"], lora, leaves["magnitude"]
+        return dora_linear(leaves["x"], *parts, **options)
+
+    return Case(leaves, apply)
+
+
+def _grouped(shape):
+    adapters, dtype = 3, shape.factors or shape.dtype
+    leaves = {
+        "x": shape.input(),
+        "bias_y": draw((*shape.x[:-1], 29), shape.dtype, shape.generator),
+        "A": draw((adapters, 4, WIDTH), dtype, shape.generator) / WIDTH**0.5,
+        "B": draw((adapters, 29, 4), dtype, shape.generator) / 2,
+    }
+    for name in "AB":
+        leaves[name].requires_grad_()
+    scale = torch.tensor([0.5, -2.0, 1.0])
+    plan = plan_groups(torch.arange(leaves["x"].numel() // WIDTH) % adapters, adapters)
+
+    def apply(leaves, **options):
+        x, y, A, B = leaves.values()
+        return grouped_lora(y.reshape(*x.shape[:-1], 29), x, A, B, scale, plan, **options)
+
+    return Case(leaves, apply)
+
+
 def _norm(shape, op, names):
     x = shape.input()
     affine = {name: draw((shape.x[-1],), shape.dtype, shape.generator) for name in names}
@@ -149,12 +185,14 @@ _BUILDERS = {
     "int8_linear": lambda shape: _quantized(shape, int8_linear, quantize_int8),
     "int8_compute_linear": lambda shape: _quantized(shape, int8_compute_linear, quantize_int8),
     "bottleneck": _bottleneck,
+    "dora_linear": _dora,
+    "grouped_lora": _grouped,
     "frozen_rms_norm": lambda shape: _norm(shape, _rms, ["weight"]),
     "frozen_layer_norm": lambda shape: _norm(shape, frozen_layer_norm, ["weight", "bias"]),
 }
 NAMES = tuple(_BUILDERS)
 LORA_NAMES = NAMES[:6]
-LINEAR_NAMES = ("lora_linear", "lora_qkv", "nf4_linear", "int8_linear", "int8_compute_linear")
+LINEAR_NAMES = (*NAMES[:2], *NAMES[3:6], "dora_linear", "grouped_lora")
 """Ops whose input gradient does not depend on their input."""
 
 

@@ -27,9 +27,7 @@ OPS = {
     "lora_qkv": lambda x, w, lora: sum(lora_qkv(x, (w, w), (None, None), (lora, lora))),
     "lora_swiglu_mlp": lambda x, w, lora: lora_swiglu_mlp(x, (w,) * 3, (None,) * 3, (lora,) * 3),
     "nf4_linear": lambda x, w, lora: nf4_linear(x, quantize_nf4(w), None, lora),
-    "int8_compute_linear": lambda x, w, lora: int8_compute_linear(
-        x, quantize_int8(w), None, lora
-    ),
+    "int8_compute_linear": lambda x, w, lora: int8_compute_linear(x, quantize_int8(w), None, lora),
     "bottleneck": lambda x, w, lora: bottleneck(x, lora.A, None, lora.B, None),
 }
 
