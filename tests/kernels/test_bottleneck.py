@@ -54,20 +54,23 @@ def bounds(leaves, dy, act="gelu", scale=SCALE):
     h, grad = Bound.of(x.reshape(-1, x.shape[-1])), Bound.of(dy.reshape(-1, x.shape[-1]))
     down, up = (Bound.of(leaves[name]).round(dtype) for name in ("down", "up"))
     biased = leaves["bias_down"] is not None
+    z = h @ down.T
     if biased:
-        z = Bound.of(leaves["bias_down"]).round(dtype).addmm(h, down.T).round(dtype)
-        base = Bound.of(leaves["bias_up"]).round(dtype) * scale
-        base = (h + base.round(dtype)).round(dtype)
-    else:
-        z, base = (h @ down.T).round(dtype), h
+        z = Bound.of(leaves["bias_down"]).round(dtype).addmm(h, down.T)
+    z = z.round(dtype)
     first, second, size = BOUNDED[act]
     a = z.map(ACTIVATIONS[act], first, EVALUATION_ULPS, size).round(dtype)
+    scaled = (a * scale).round(dtype)
+    added = scaled @ up.T
+    if biased:
+        shift = (Bound.of(leaves["bias_up"]).round(dtype) * scale).round(dtype)
+        added = shift.addmm(scaled, up.T)
     slope = z.map(lambda v: derivative(v, act), second, EVALUATION_ULPS, size)
     da = ((grad @ up).round(dtype) * scale).round(dtype)
     dz = (da * slope).round(dtype)
     results = {
-        "y": base.addmm(a, up.T, scale).round(dtype).reshape(*x.shape),
-        "x": grad.addmm(dz, down).round(dtype).reshape(*x.shape),
+        "y": (added.round(dtype) + h).round(dtype).reshape(*x.shape),
+        "x": ((dz @ down).round(dtype) + grad).round(dtype).reshape(*x.shape),
         "down": (dz.T @ h).round(factors),
         "up": ((grad.T @ a).round(factors) * scale).round(factors),
     }

@@ -10,6 +10,7 @@ from torch import Tensor
 from peftkit_kernels import low_rank, remake
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.bottleneck.reference import ACTIVATIONS
+from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.low_rank import cast, rows
 
@@ -34,15 +35,9 @@ class Bottleneck(torch.autograd.Function):
     ) -> Tensor:
         scale, act = numbers
         flat, dtype = rows(h), h.dtype
-        if down_bias is None:
-            z = torch.mm(flat, cast(down, dtype).t())
-        else:
-            z = torch.addmm(cast(down_bias, dtype), flat, cast(down, dtype).t())
-        a, up_t = ACTIVATIONS[act](z), cast(up, dtype).t()
-        if up_bias is None:
-            y = torch.addmm(flat, a, up_t, alpha=scale)
-        else:
-            y = (flat + cast(up_bias, dtype) * scale).addmm_(a, up_t, alpha=scale)
+        z = matmul_nt(flat, cast(down, dtype), _cast_bias(down_bias, dtype))
+        shift = None if up_bias is None else cast(up_bias, dtype) * scale
+        y = matmul_nt(ACTIVATIONS[act](z).mul(scale), cast(up, dtype), shift).add_(flat)
         _, needs_down, _, needs_up, _, _ = ctx.needs_input_grad
         inner = any(ctx.needs_input_grad[:3])
         ctx.make_h, h_parts = remake.kept(h, needs_down)
@@ -62,14 +57,15 @@ class Bottleneck(torch.autograd.Function):
         if needs_up_bias:
             dup_bias = cast(_sum(dy, ctx.dtypes[1]).mul_(scale), ctx.dtypes[1])
         if needs_h or needs_down or needs_down_bias:
-            a, dz = _activation_backward(low_rank.grad_s(dy, up, scale), z, act)
+            da = matmul_nn(dy, cast(up, dy.dtype)).mul_(scale)
+            a, dz = _activation_backward(da, z, act)
             if needs_down:
                 h = remake.again(ctx.make_h, h_parts)
                 ddown = low_rank.grad_a(dz, rows(h), down.dtype)
             if needs_down_bias:
                 ddown_bias = cast(_sum(dz, ctx.dtypes[0]), ctx.dtypes[0])
             if needs_h:
-                dh = torch.addmm(dy, dz, cast(down, dy.dtype)).view(ctx.shape)
+                dh = matmul_nn(dz, cast(down, dz.dtype)).add_(dy).view(ctx.shape)
         elif needs_up:
             a = ACTIVATIONS[act](z)
         if needs_up:
@@ -84,6 +80,10 @@ def _activation_backward(da: Tensor, z: Tensor, act: str) -> tuple[Tensor, Tenso
         a = ACTIVATIONS[act](leaf)
         (dz,) = torch.autograd.grad(a, leaf, da)
     return a.detach(), dz
+
+
+def _cast_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else cast(bias, dtype)
 
 
 def _sum(grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,7 +35,7 @@ def weight_norm(weight: Weight, lora: LoRA) -> Tensor:
     for start in range(0, weight.shape[0], _NORM_ROWS):
         part, factor = (t[start : start + _NORM_ROWS] for t in (weight, B))
         part = cast(part, wide)
-        cross = torch.mm(part, A.t()).mul_(factor).sum(1)
+        cross = matmul_nt(part, A).mul_(factor).sum(1)
         squares[start : start + _NORM_ROWS] = (
             part.square().sum(1).add_(cross, alpha=2.0 * lora.scale)
         )
