@@ -12,7 +12,7 @@ from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.nf4 import quantize_nf4
 from peftkit_kernels.quantized import dequantize_reference
-from peftkit_kernels.testing import Bound, assert_no_worse_than, kept_for_backward
+from peftkit_kernels.testing import Bound, Made, assert_no_worse_than, kept_for_backward
 
 N = 29
 TRAINED = ("x", "bias", "A", "B", "magnitude")
@@ -246,19 +246,10 @@ def test_nothing_of_the_size_of_the_weight_is_made(monkeypatch):
     monkeypatch.setattr(implementation, "_NORM_ROWS", 8)
     K = 2048
     weight, leaves, numbers = make("nf4", x=(3, K), rank=2, trained=("A", "B", "magnitude"))
-    largest = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.dtype.is_floating_point:
-                largest.append((out.untyped_storage().data_ptr(), out.numel()))
-            return out
-
     apply(weight, leaves, numbers)  # the workspace is there now
-    with Watch():
+    with Made() as made:
         apply(weight, leaves, numbers)
-    big = {address for address, numel in largest if numel >= N * K}
+    big = [size for size in made.storages.values() if size >= 4 * N * K]
     assert len(big) == 1, "the workspace and nothing else"
 
 

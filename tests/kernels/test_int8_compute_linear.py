@@ -19,7 +19,7 @@ from peftkit_kernels.int8.reference import quantize_rows_reference
 from peftkit_kernels.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.int8_compute_linear import torch_impl as implementation
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.testing import Bound, kept_for_backward
+from peftkit_kernels.testing import Bound, Made, kept_for_backward
 
 N = 29
 TRAINED = ("x", "bias", "A", "B")
@@ -263,6 +263,27 @@ def test_codes_and_sums_lie_in_the_workspace():
     codes = workspace.take((64, 128), torch.int8, x.device)
     expected, _ = quantize_rows_reference(x)
     assert torch.equal(codes, expected) == (native.obstacle() is None)
+
+
+def test_the_weight_is_never_decoded():
+    x, q, part = make(x=(3, 2048), rank=2)
+    with Made(q.codes) as made:
+        int8_compute_linear(x, q, part.bias, part.lora).sum().backward()
+    assert made.largest_bytes < 4 * N * 2048
+
+
+@pytest.mark.parametrize("layout", ["wide_rows", "transposed"])
+def test_codes_may_have_any_strides(layout):
+    x, q, part = make(x=(17, 33))
+    expected = int8_compute_linear(x, q, part.bias, part.lora)
+    codes = torch.zeros(N, 40, dtype=torch.int8)[:, 3:36].copy_(q.codes)
+    if layout == "transposed":
+        codes = torch.zeros(33, 2 * N, dtype=torch.int8).t()[::2].copy_(q.codes)
+    strided = Int8Weight(codes, q.row_absmax)
+    actual = int8_compute_linear(x, strided, part.bias, part.lora)
+    assert torch.equal(actual, expected)
+    gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (actual, expected)]
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize(

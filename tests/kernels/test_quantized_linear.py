@@ -21,7 +21,7 @@ from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.nf4 import quantize_nf4
 from peftkit_kernels.quantized import decode, dequantize_reference
 from peftkit_kernels.quantized_linear import int8_linear, nf4_linear
-from peftkit_kernels.testing import Bound, kept_for_backward
+from peftkit_kernels.testing import Bound, Made, kept_for_backward
 
 N = 29
 TRAINED = ("x", "bias", "A", "B")
@@ -141,6 +141,19 @@ def test_layers_share_one_buffer(storage):
     torch.testing.assert_close(actual, torch.autograd.grad(expected, wide, dy)[0])
     assert z.isfinite().all()
     assert decode(q, torch.float32).data_ptr() == address
+    workspace.release()
+
+
+@every_storage
+def test_nothing_of_the_size_of_the_weight_is_made_but_the_workspace(storage):
+    workspace.release()
+    op, x, q, part = make(storage, x=(3, 2048), rank=2)
+    decode(q, torch.float32)
+    with Made() as made:
+        op(x, q, part.bias, part.lora).sum().backward()
+    # codes are read as they lie; with one byte an element they are a quarter of that
+    big = [size for size in made.storages.values() if size >= 4 * N * 2048]
+    assert big == [4 * N * 2048]
     workspace.release()
 
 

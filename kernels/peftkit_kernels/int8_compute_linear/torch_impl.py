@@ -43,6 +43,8 @@ def quantize(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
 def product(codes: Tensor, weight: Tensor) -> Tensor:
     """``codes weight`` for ``Int8[M, K]`` and ``Int8[K, N]``: ``Int32[M, N]``, or float32 without 8-bit products."""
     M, (K, N) = codes.shape[0], weight.shape
+    if 1 not in weight.stride():
+        weight = weight.contiguous()
     if K == 1:
         # torch 2.13 takes the wrong strides for one column
         return codes.int() * weight.int()
