@@ -150,6 +150,18 @@ def test_a_bad_row_or_adapter_spoils_itself_only(backend):
     assert results["B"].isfinite().flatten(1).all(1).tolist() == [False, True, True, True, True]
 
 
+def test_an_adapter_without_rows_gets_nothing_from_a_bad_row():
+    leaves, ids = make(5), torch.tensor([1, 2, 1, 4, 2])
+    with torch.no_grad():
+        leaves["x"][0] = torch.inf  # first in the order, where tiles that are not needed look
+    results = run(leaves, ids)
+    for e in (0, 3):
+        assert not results["A"][e].any()
+        assert not results["B"][e].any()
+    assert results["A"][2].isfinite().all()
+    assert not results["A"][1].isfinite().all()
+
+
 def test_gradients_of_the_reference():
     leaves = make(5, torch.float64, rank=2)
     ids = torch.tensor([4, -1, 0, 4, 2])

@@ -17,7 +17,7 @@ SHAPES = {
     "odd head size": (2, 4, 4, 17, 17, 3, 7),
     "odd head size, grouped heads": (1, 4, 2, 5, 20, 2, 12),
 }
-MASKS = ("none", "causal", "padding", "causal padding")
+MASKS = ("none", "causal", "padding", "causal padding", "causal and padding")
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 gating = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
@@ -52,10 +52,10 @@ def masking(shape, kind):
     if kind == "causal":
         return {"causal": True}
     mask = torch.ones(B, 1, S, T, dtype=torch.bool)
-    if "causal" in kind:
+    if kind == "causal padding" or S != T:
         mask = mask.tril(T - S)
     mask[-1, :, :, : T // 3 + 1] = False
-    return {"mask": mask}
+    return {"mask": mask} | ({"causal": True} if kind == "causal and padding" and S == T else {})
 
 
 def run(leaves, dout, op=prefix_attention, **options):
@@ -137,8 +137,8 @@ def test_reference_is_the_formula(kind):
             values = torch.cat([prefix_v[h // 2], v[b, h // 2]])
             for i in range(3):
                 seen = options["mask"][b, 0, i] if "mask" in options else torch.ones(3).bool()
-                if kind == "causal":
-                    seen = torch.arange(3) <= i
+                if "causal" in options:
+                    seen = seen & (torch.arange(3) <= i)
                 seen = torch.cat([torch.ones(2).bool(), seen])
                 weights = (keys[seen] @ q[b, h, i] * 0.7).softmax(0)
                 out = prefix_attention_reference(q, k, v, prefix_k, prefix_v, 0.7, **options)
