@@ -25,11 +25,15 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             results = backward(ctx, *grads)
         like = next(grad for grad in grads if grad is not None)
         connection = like.new_empty(0, requires_grad=True)
-        return _Once.apply(
-            type(ctx).__name__.strip("_").removesuffix("Backward"), connection, *results
-        )
+        return _Once.apply(_op_name(ctx), connection, *results)
 
     return call
+
+
+def _op_name(ctx: Any) -> str:
+    """What to call the op of an autograd function, our own or one torch made for a torch.library op."""
+    name = type(ctx).__name__.strip("_").removesuffix("Backward")
+    return name.removeprefix("GeneratedBackwardFor_peftkit_").removesuffix("_default")
 
 
 class _Once(torch.autograd.Function):

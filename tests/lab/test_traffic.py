@@ -157,3 +157,12 @@ def test_torch_ops_in_place_of_a_sum_without_its_start():
         torch.ones(3).copy_(torch.zeros(3))
     assert traffic.ops[2].read_bytes == 2 * 4 * 64
     assert (traffic.ops[-1].read_bytes, traffic.ops[-1].written_bytes) == (12, 12)
+
+
+def test_an_op_that_hides_its_parts_is_refused():
+    from peftkit_kernels.lora_linear import lora_linear
+    from peftkit_kernels.low_rank import LoRA
+
+    lora = LoRA(torch.zeros(1, 4), torch.zeros(3, 1), 1.0)
+    with EagerTraffic(), pytest.raises(RuntimeError, match="count its implementation"):
+        lora_linear(torch.zeros(2, 4), torch.zeros(3, 4), None, lora, backend="triton")

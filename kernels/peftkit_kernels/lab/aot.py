@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -132,7 +133,7 @@ def inspect_launches(launches: Iterable[Launch], arch: str) -> list[Report]:
 
     A target that rejects a kernel is a result (``Report.error``), not an exception.
     """
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise RuntimeError("the compiler needs a process in which TRITON_INTERPRET is not set")
     sources = {}
     for launch in launches:
@@ -180,7 +181,7 @@ def _type_of(value: Any) -> str:
 def _alignment_of(value: Any) -> int | None:
     """What has to be a multiple of 16 for the JIT's hint: a tensor's address in bytes, or an integer itself."""
     if isinstance(value, Tensor):
-        return value.storage_offset() * value.element_size()
+        return int(value.storage_offset()) * value.element_size()
     return value if isinstance(value, int) else None
 
 

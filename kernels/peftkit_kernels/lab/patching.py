@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 
 import triton
+from triton import knobs
 from triton.runtime import interpreter
 
 TESTED_TRITON = "3.9.0"
@@ -40,7 +41,7 @@ def check_interpreter() -> None:
     Raises:
         RuntimeError: ``TRITON_INTERPRET`` is not set, or this Triton's interpreter has other private methods.
     """
-    if not triton.knobs.runtime.interpret:
+    if not knobs.runtime.interpret:
         raise RuntimeError(
             "the lab runs kernels in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
         )

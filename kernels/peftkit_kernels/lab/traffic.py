@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from peftkit_kernels.lab.patching import Builder, Executor, check_interpreter
 
@@ -176,7 +177,10 @@ class Traffic(contextlib.AbstractContextManager):
             current = Launch(executor.fn.__name__, {n: Argument(n, t) for n, t in tensors.items()})
             self._current = current
             try:
-                return call(executor, *args, **kwargs)
+                with (
+                    _disable_current_modes()
+                ):  # the interpreter's own copies are not torch ops of the kernel
+                    return call(executor, *args, **kwargs)
             finally:
                 for argument in current.arguments.values():
                     if mixed := argument.finish():
