@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,9 +24,11 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        like = next(grad for grad in grads if grad is not None)
+        # a torch.library op has lists of tensors among its arguments
+        like = next(grad for grad in tree_leaves(grads) if grad is not None)
         connection = like.new_empty(0, requires_grad=True)
-        return _Once.apply(_op_name(ctx), connection, *results)
+        leaves, structure = tree_flatten(results)
+        return tree_unflatten(_Once.apply(_op_name(ctx), connection, *leaves), structure)
 
     return call
 

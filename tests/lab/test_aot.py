@@ -27,7 +27,8 @@ def report(arch, *cases):
 good = dict(blocks=(64, 64, 32))
 result = {arch: report(arch, good, good) for arch in ("cuda:80", "cuda:90", "hip:gfx942")}
 result["spills"] = report("cuda:80", dict(blocks=(128, 256, 32), dtype=torch.float32, precision="tf32"))
-result["no tensor core"] = report("cuda:80", dict(blocks=(32, 32, 32), dtype=torch.float32))
+result["no tensor core"] = report("cuda:75", dict(blocks=(32, 32, 32), dtype=torch.float16))
+result["float32"] = report("cuda:80", dict(blocks=(32, 32, 32), dtype=torch.float32))
 result["narrow"] = report("cuda:80", dict(blocks=(64, 64, 32), K=4095, offset=1))
 result["shared"] = report("cuda:86", dict(blocks=(128, 128, 128), warps=8, stages=3))
 result["rejected"] = report("cuda:80", dict(blocks=(64, 64, 8)))
@@ -60,12 +61,18 @@ def test_a_good_kernel_has_no_problem(reports, arch, instruction):
         assert 0 < row["occupancy"] <= 1
 
 
+def test_exact_float32_products_need_no_tensor_core(reports):
+    (row,) = reports["float32"]
+    assert row["dots"] == 0
+    assert row["problems"] == []
+
+
 @pytest.mark.parametrize(
     ("case", "problem"),
     [
         ("spills", "spills: "),
         ("no tensor core", "has 1 dots and no tensor-core instruction"),
-        ("narrow", "has no 128-bit load, only {'16': "),
+        ("narrow", "has no 128-bit access, only {'16': "),
         ("shared", "bytes of shared memory, more than a block has"),
         ("rejected", "does not compile: "),
     ],

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-NAMES = ("lora_linear",)
+NAMES = ("lora_linear", "lora_qkv")
 every_op = pytest.mark.parametrize("name", NAMES)
 
 
@@ -168,7 +168,7 @@ def test_what_triton_cannot_compute_is_refused_by_name(name):
         build(name, dtype=torch.float64).outputs()
 
 
-@pytest.mark.parametrize("name", ["lora_linear"])
+@pytest.mark.parametrize("name", op_cases.LORA_NAMES[: len(NAMES)])
 def test_ranks_beyond_the_registers_are_refused(name):
     with pytest.raises(ValueError, match=r"the rank is 129; the kernels keep .* up to 128"):
         build(name, rank=129).outputs()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import subprocess
 import tempfile
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,7 +31,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from peftkit_kernels.lab.devices import LIMITS, Device, Occupancy, occupancy
+from peftkit_kernels.lab.devices import A100, H100, LIMITS, Device, Occupancy, occupancy
 from peftkit_kernels.launch import Launch
 
 ARCHS = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
@@ -52,6 +53,26 @@ _TENSOR_OPS = frozenset(
 _SPILLS = ("LDL", "STL")
 
 
+class Stream(NamedTuple):
+    """A kernel whose loop streams tensors: the constants that make its tile, tiles it loads and stores a step."""
+
+    tile: tuple[str, ...]
+    loads: int
+    stores: int = 0
+
+
+STREAMS = {
+    "shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
+    "tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
+}
+
+_MIN_BYTES_IN_FLIGHT = 16 * 1024
+"""Little's law on H100: 25 GB/s a multiprocessor times 0.65 microseconds of latency."""
+_MIN_DRAM_MARGIN = 1.1
+_STREAMING_RANK = 64
+"""Above it a pass does 128 FLOPs a byte, as many as an A100 does in the time of one, and products are what limits it."""
+
+
 @dataclass
 class Report:
     """What the machine code of one kernel on one target says.
@@ -66,7 +87,9 @@ class Report:
         spills: Instructions that load or store a spilled register.
         shared_bytes: A block, static and dynamic.
         warps: A block.
-        dots: Products in the source.
+        dots: Products in the source that tensor cores can do: 16-bit, int8, TF32.
+        constants: The constexpr arguments.
+        itemsize: Bytes of an element of the first tensor.
         tensor_instructions: Tensor-core instructions by name.
         loads: Global loads by bits an access; ``"TMA"`` for bulk copies.
         stores: The same for stores.
@@ -83,6 +106,8 @@ class Report:
     shared_bytes: int = 0
     warps: int = 0
     dots: int = 0
+    constants: dict[str, Any] = field(default_factory=dict)
+    itemsize: int = 2
     tensor_instructions: Counter[str] = field(default_factory=Counter)
     loads: Counter[str] = field(default_factory=Counter)
     stores: Counter[str] = field(default_factory=Counter)
@@ -106,9 +131,39 @@ class Report:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, more than a block has")
         if self.dots and not self.tensor_instructions:
             found.append(f"has {self.dots} dots and no tensor-core instruction")
-        if not {"128", "TMA"} & self.loads.keys():
-            found.append(f"has no 128-bit load, only {dict(self.loads)}")
+        # a kernel without a loop reads little and writes much
+        widths = self.loads if self.loops else self.loads + self.stores
+        if not {"128", "TMA"} & widths.keys():
+            found.append(f"has no 128-bit access, only {dict(widths)}")
+        if self.bytes_in_flight is not None and self.bytes_in_flight < _MIN_BYTES_IN_FLIGHT:
+            found.append(f"keeps {self.bytes_in_flight} bytes in flight a multiprocessor, too few")
+        if self.dram_margin is not None and self.dram_margin < _MIN_DRAM_MARGIN:
+            found.append(f"streams at {self.dram_margin:.2f} of DRAM bandwidth: instruction-bound")
         return found
+
+    @property
+    def bytes_in_flight(self) -> int | None:
+        """What the resident programs of one multiprocessor load a loop step, for streaming kernels on H100."""
+        stream = STREAMS.get(self.kernel)
+        if stream is None or self.arch != H100.arch or self.occupancy is None:
+            return None
+        return self.occupancy.blocks * self._tile(stream) * stream.loads * self.itemsize
+
+    @property
+    def dram_margin(self) -> float | None:
+        """Instruction throughput of the main loop over DRAM bandwidth, for streaming kernels on A100 and H100."""
+        device = {d.arch: d for d in (A100, H100)}.get(self.arch)
+        stream = STREAMS.get(self.kernel)
+        if stream is None or device is None or not self.loops:
+            return None
+        if self.constants.get("BLOCK_R", 0) > _STREAMING_RANK:
+            return None
+        elements = self._tile(stream) / (32 * self.warps)
+        loop = max(self.loops, key=lambda loop: sum(loop.values()))
+        return dram_margin(loop, device, elements, self.itemsize * (stream.loads + stream.stores))
+
+    def _tile(self, stream: Stream) -> int:
+        return math.prod(self.constants[name] for name in stream.tile)
 
     def row(self) -> dict[str, Any]:
         """As plain data, for tables and JSON."""
@@ -124,6 +179,8 @@ class Report:
             "occupancy": None if self.occupancy is None else round(self.occupancy.fraction, 3),
             "tensor_instructions": dict(self.tensor_instructions),
             "load_widths": dict(self.loads),
+            "bytes_in_flight": self.bytes_in_flight,
+            "dram_margin": None if self.dram_margin is None else round(self.dram_margin, 2),
             "problems": self.problems(),
         }
 
@@ -190,6 +247,8 @@ def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch
     config = " ".join([*words, f"warps={launch.num_warps}", f"stages={launch.num_stages}"])
     pointers = ",".join(sorted({kind for kind in signature.values() if kind.startswith("*")}))
     report = Report(launch.kernel.__name__, f"{pointers} {config}", arch)
+    report.constants = launch.constants
+    report.itemsize = next(a.element_size() for a in launch.arguments if isinstance(a, Tensor))
     source = ASTSource(launch.kernel, signature, constants, hints)
     kind, number = arch.split(":")
     target = GPUTarget("cuda", int(number), 32) if kind == "cuda" else GPUTarget(kind, number, 64)
@@ -207,12 +266,18 @@ def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch
         return report
     report.warps = compiled.metadata.num_warps
     report.shared_bytes = compiled.metadata.shared
-    report.dots = len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"]))
+    report.dots = len(_tensor_core_dots(compiled.asm["ttir"]))
     if kind == "cuda":
         read_nvidia(report, compiled.asm["cubin"])
     else:
         read_amd(report, compiled.asm["amdgcn"])
     return report
+
+
+def _tensor_core_dots(ttir: str) -> list[str]:
+    """The dots of a kernel but those of float32 operands read exactly, for which there is no tensor-core instruction."""
+    dots = re.findall(r"\btt\.dot\b.*", ttir)
+    return [dot for dot in dots if "tf32" in dot or not re.search(r": tensor<[0-9x]+xf32", dot)]
 
 
 _INSTRUCTION = re.compile(

@@ -12,10 +12,10 @@ from peftkit_kernels.tiles import grouped_tile, kept
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def shrink_kernel(
-    x_ptr, a_ptr, s_ptr,  # x[M, K]  a[R, K] by strides  s[splits, M, R]
+    x_ptr, a_ptr, s_ptr,  # x[M, K]  a[R, K] by strides  s[splits * M, R]
     factor, seed, threshold,
     M, K, R, steps,  # steps: blocks of K a program
-    stride_xm, stride_ar, stride_ak,
+    stride_xm, stride_ar, stride_ak, stride_sm,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -41,7 +41,7 @@ def shrink_kernel(
             keep = kept(seed, offs_m, k, tl.cdiv(K, 8), threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
         acc = tl.dot(x, a, acc, input_precision=PRECISION)
-    offs_s = (pid_k.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
+    offs_s = (pid_k.to(tl.int64) * M + offs_m)[:, None] * stride_sm + offs_r[None, :]
     s = (acc * factor).to(s_ptr.dtype.element_ty)
     tl.store(s_ptr + offs_s, s, mask=mask_m[:, None] & mask_r[None, :])
 
@@ -52,11 +52,11 @@ def expand_kernel(
     factor, seed, threshold,
     M, N, R,
     stride_sm, stride_bn, stride_br, stride_ym,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``y = mask ∘ (factor · s bᵀ) + bias``, the mask that of a dropout over y's columns.
+    """``y = mask ∘ (factor · s bᵀ) + bias``, or ``y +=`` it with ADD; the mask is that of a dropout over y's columns.
 
     It runs *before* ``y.addmm_(x, Wᵀ)``, whose epilogue reads y back under its main loop. In the backward b is Aᵀ.
     """
@@ -81,20 +81,21 @@ def expand_kernel(
         y = tl.where(keep, y, 0.0)
     if HAS_BIAS:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :],
-        y.to(y_ptr.dtype.element_ty),
-        mask=mask_m[:, None] & mask_n[None, :],
-    )
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if ADD:
+        y += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def tall_kernel(
     x_ptr, s_ptr, b_ptr,  # x[M, C]  s[M, R]  b[C, R] by strides or None
-    g_ptr, p_ptr,  # g[row chunks, R, C] by strides  p[column blocks, M, R] or None
+    g_ptr, p_ptr,  # g[row chunks, R, C] by strides  p[column blocks * M, R] or None
     g_factor, p_factor, seed, threshold,
     M, C, R, chunk_m,  # chunk_m: rows a program, a multiple of BLOCK_M
     stride_xm, stride_sm, stride_bc, stride_br, stride_gi, stride_gr, stride_gc,
+    stride_pm,
     WITH_P: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -132,7 +133,7 @@ def tall_kernel(
         )
         if WITH_P:
             p = tl.dot(x, b, input_precision=PRECISION) * p_factor
-            offs_p = (pid_c.to(tl.int64) * M + offs_m)[:, None] * R + offs_r[None, :]
+            offs_p = (pid_c.to(tl.int64) * M + offs_m)[:, None] * stride_pm + offs_r[None, :]
             tl.store(p_ptr + offs_p, p.to(p_ptr.dtype.element_ty), mask=mask_s)
         if DROPOUT:
             keep = kept(seed, offs_m, pid_c * BLOCK_C, tl.cdiv(C, 8), threshold, BLOCK_M, BLOCK_C)

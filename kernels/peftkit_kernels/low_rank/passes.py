@@ -45,22 +45,23 @@ def shrink(
     seed: int = 0,
     *,
     scale: float = 1.0,
+    out: Tensor | None = None,
     config: ShrinkConfig | None = None,
 ) -> Tensor:
-    """``scale · drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``x [M, K]``; ``A [R, K]`` may have any strides."""
+    """``scale · drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``x [M, K]``; ``A [R, K]`` may have any strides, ``out`` any rows."""
     (M, K), R, x = x.shape, A.shape[0], readable(x)
     c = config or ShrinkConfig.choose(
         M, K, R, itemsize=x.element_size(), dropout=p > 0, target=target_of(x)
     )
     steps = cdiv(cdiv(K, c.block_k), c.splits)
     splits = cdiv(cdiv(K, c.block_k), steps)
-    s = x.new_empty(M, R)
+    s = x.new_empty(M, R) if out is None else out
     partial = s if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
     launch(
         _kernels().shrink_kernel,
         (cdiv(M, c.block_m), splits),
         *(x, A, partial, scale * keep_scale(p), seed, threshold(p)),
-        *(M, K, R, steps, x.stride(0), *A.stride()),
+        *(M, K, R, steps, x.stride(0), *A.stride(), partial.stride(-2)),
         DROPOUT=p > 0,
         BLOCK_M=c.block_m,
         BLOCK_K=c.block_k,
@@ -80,15 +81,16 @@ def expand(
     bias: Tensor | None = None,
     p: float = 0.0,
     seed: int = 0,
+    out: Tensor | None = None,
     config: ExpandConfig | None = None,
 ) -> Tensor:
-    """``mask ∘ (scale · s Bᵀ) + bias``, ``[M, N]``, for ``s [M, R]`` and ``B [N, R]`` of any strides.
+    """``mask ∘ (scale · s Bᵀ) + bias``, ``[M, N]``, for ``s [M, R]`` and ``B [N, R]`` of any strides; added to ``out`` if given.
 
     The mask is that of a dropout with ``p`` and ``seed`` on an ``[M, N]``, with its factor on what is kept.
     """
     (M, R), N = s.shape, B.shape[0]
     c = config or ExpandConfig.choose(R, itemsize=s.element_size(), dropout=p > 0)
-    y = s.new_empty(M, N)
+    y = s.new_empty(M, N) if out is None else out
     launch(
         _kernels().expand_kernel,
         (cdiv(M, c.block_m), cdiv(N, c.block_n)),
@@ -96,6 +98,7 @@ def expand(
         *(M, N, R, s.stride(0), *B.stride(), y.stride(0)),
         HAS_BIAS=bias is not None,
         DROPOUT=p > 0,
+        ADD=out is not None,
         BLOCK_M=c.block_m,
         BLOCK_N=c.block_n,
         BLOCK_R=block_r(R),
@@ -113,20 +116,24 @@ def grad_b_and_s(
     scale: float,
     dtype: torch.dtype,
     *,
+    ds: Tensor | None = None,
     config: TallConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``dB = scale · dyᵀ s`` ``[N, R]`` in ``dtype`` and ``ds = scale · dy B`` ``[M, R]``, by one pass over dy if R is small."""
+    """``dB = scale · dyᵀ s`` ``[N, R]`` in ``dtype`` and ``ds = scale · dy B`` ``[M, R]``, by one pass over dy if R is small.
+
+    ``ds`` is written into the tensor given, which may have any distance between rows.
+    """
     if not one_dy_pass(B.shape[1]):
-        return grad_b(dy, s, scale, dtype, config=config), grad_s(dy, B, scale)
+        return grad_b(dy, s, scale, dtype, config=config), grad_s(dy, B, scale, out=ds)
     dB = dy.new_empty(B.shape, dtype=dtype)
-    ds = torch.empty_like(s)
+    ds = s.new_empty(s.shape) if ds is None else ds
     _tall(dy, s, dB.t(), scale, b=B, p_out=ds, p_factor=scale, config=config)
     return dB, ds
 
 
-def grad_s(dy: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``scale · dy B``, ``[M, R]``."""
-    return shrink(dy, B.t(), scale=scale)
+def grad_s(dy: Tensor, B: Tensor, scale: float, *, out: Tensor | None = None) -> Tensor:
+    """``scale · dy B``, ``[M, R]``, written into ``out`` if given."""
+    return shrink(dy, B.t(), scale=scale, out=out)
 
 
 def grad_b(
@@ -226,6 +233,7 @@ def _tall(
         *(x, s, b, g, partial_p, g_factor * keep_scale(p), p_factor, seed, threshold(p)),
         *(M, C, R, c.chunk_m, x.stride(0), s.stride(0), *((0, 0) if b is None else b.stride())),
         *(0 if chunks == 1 else g.stride(0), *g.stride()[-2:]),
+        0 if partial_p is None else partial_p.stride(-2),
         WITH_P=b is not None,
         DROPOUT=p > 0,
         BLOCK_M=c.block_m,
