@@ -201,13 +201,14 @@ def test_results_do_not_depend_on_the_order_of_programs():
 
 def test_passes_over_the_input_are_one_shrink_one_gemm_each_and_one_da_pass():
     x, parts = make(widths=(64, 32, 32), x=(40, 64), rank=4, dtype=torch.float32, bias=False)
-    weights, As, Bs = zip(*((p.weight, p.lora.A, p.lora.B) for p in parts), strict=True)
-    numbers = [-0.7] * 3, [0.0] * 3, [0] * 3
+    weights = [part.weight for part in parts]
+    arguments = triton_impl.compact([None] * 3, [part.lora for part in parts])
     torch.use_deterministic_algorithms(False)
     with watched() as traffic, EagerTraffic() as torch_ops, torch.no_grad():
-        ys, joint = triton_impl.forward(x, weights, [None] * 3, As, Bs, *numbers)
-        dys = [torch.ones_like(y) for y in ys]
+        ys, joint = triton_impl.forward(x, weights, *arguments)
+        dys = [y.clone() for y in ys]
         del torch_ops.ops[-3:]
+        _, As, Bs, _, *numbers = arguments
         triton_impl.backward(*(dys, weights, x, As, Bs, joint, *numbers, True, True, [True] * 3))
     M, K, R = 40, 64, 4
     N = 64 + 32 + 32
@@ -232,11 +233,9 @@ def test_passes_over_the_input_are_one_shrink_one_gemm_each_and_one_da_pass():
 
 def test_opcheck():
     x, parts = make(x=(3, 33), p=0.1, dtype=torch.bfloat16, factors=torch.float32)
-    tensors = [
-        list(t) for t in zip(*((p.weight, p.bias, p.lora.A, p.lora.B) for p in parts), strict=True)
-    ]
-    numbers = [0.7] * 3, [0.1] * 3, [3, 4, 5]
-    torch.library.opcheck(torch.ops.peftkit.lora_qkv.default, (x, *tensors, *numbers))
+    weights, biases, loras = ([getattr(p, n) for p in parts] for n in ("weight", "bias", "lora"))
+    arguments = triton_impl.compact([biases[0], None, biases[2]], [loras[0], loras[1], None])
+    torch.library.opcheck(torch.ops.peftkit.lora_qkv.default, (x, weights, *arguments))
 
 
 def test_gradients_of_strided_outputs():

@@ -77,5 +77,23 @@ def _lora_linear(rank: int, dtype: torch.dtype) -> None:
     run(256, 4096, 4096, 0.0, False, [True, False, False])
 
 
-OPS: dict[str, Callable[..., Any]] = {"lora_linear": _lora_linear}
+def _lora_qkv(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.lora_qkv.triton_impl import backward, compact, forward
+    from peftkit_kernels.low_rank import LoRA
+
+    K, widths = 4096, (4096, 1024, 1024)
+    x, weights = _meta(_M, K, dtype=dtype), [_meta(n, K, dtype=dtype) for n in widths]
+    for p, shared in ((0.0, True), (0.1, True), (0.1, False)):
+        loras = [
+            LoRA(_meta(rank, K, dtype=dtype), _meta(n, rank, dtype=dtype), 2.0, p, seed)
+            for n, seed in zip(widths, (_SEED,) * 3 if shared else range(3), strict=True)
+        ]
+        arguments = compact([None] * 3, loras)
+        ys, joint = forward(x, weights, *arguments)
+        dys = [torch.empty_like(y) for y in ys]
+        _, As, Bs, _, *numbers = arguments
+        backward(dys, weights, x, As, Bs, joint, *numbers, True, True, [True] * 3)
+
+
+OPS: dict[str, Callable[..., Any]] = {"lora_linear": _lora_linear, "lora_qkv": _lora_qkv}
 """Ops with Triton kernels."""

@@ -17,7 +17,7 @@ from peftkit_kernels.checks import (
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.lora_qkv.reference import lora_qkv_reference
 from peftkit_kernels.lora_qkv.torch_impl import Call, LoRAQKV
-from peftkit_kernels.lora_qkv.triton_impl import lora_qkv_triton
+from peftkit_kernels.lora_qkv.triton_impl import run_triton
 from peftkit_kernels.low_rank import LoRA
 
 
@@ -66,6 +66,5 @@ def lora_qkv(
     if chosen == "reference":
         return lora_qkv_reference(x, weights, biases, loras)
     if chosen == "triton":
-        scales, ps, seeds = zip(*(n or (1.0, 0.0, 0) for n in numbers), strict=True)
-        return tuple(lora_qkv_triton(x, weights, biases, As, Bs, scales, ps, seeds)[0])
+        return tuple(run_triton(x, weights, biases, loras))
     return LoRAQKV.apply(Call(numbers), x, *weights, *biases, *As, *Bs)

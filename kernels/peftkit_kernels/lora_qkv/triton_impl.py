@@ -12,10 +12,8 @@ from peftkit_kernels import remake
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.lora_linear.triton_impl import project
-from peftkit_kernels.lora_qkv.torch_impl import make_loras
 from peftkit_kernels.low_rank import LoRA, cast, passes, rows
 from peftkit_kernels.low_rank.groups import (
-    Groups,
     add_updates,
     grads_of_a,
     group,
@@ -36,22 +34,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def forward(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Tensors,
-    As: Tensors,
-    Bs: Tensors,
+    biases: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biased: Sequence[int],
+    adapted: Sequence[int],
     scales: Sequence[float],
     ps: Sequence[float],
     seeds: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs of ``lora_qkv``, and ``drop(x) Aᵀ`` of every group of adapters, ``[M, ΣR]``."""
+    """The outputs of ``lora_qkv``, and ``drop(x) Aᵀ`` of every group of adapters, ``[M, ΣR]``.
+
+    Lists hold what is there: ``biased`` and ``adapted`` say of which projections. (torch.library differentiates lists of
+    tensors, but none with gaps.)
+    """
     if not x.numel():
-        return _empty_outputs(x, weights, biases, As, Bs, scales, ps, seeds)
-    flat, loras = rows(x), _loras(As, Bs, scales, ps, seeds)
+        return _empty_outputs(x, weights, biases, As, Bs, biased, adapted, scales, ps, seeds)
+    flat, loras = rows(x), _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
     groups = group(loras)
     joint = shrink_groups(flat, loras, groups)
     ys = []
     for weight, bias, s, lora in zip(
-        weights, biases, members_of(joint, loras, groups, 1), loras, strict=True
+        weights,
+        spread(biases, biased, len(weights)),
+        members_of(joint, loras, groups, 1),
+        loras,
+        strict=True,
     ):
         if lora is None or s is None:
             y = linear(flat, weight, bias)
@@ -66,14 +74,16 @@ def forward(
 def _empty_outputs(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Tensors,
-    As: Tensors,
-    Bs: Tensors,
+    biases: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biased: Sequence[int],
+    adapted: Sequence[int],
     scales: Sequence[float],
     ps: Sequence[float],
     seeds: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    loras = _loras(As, Bs, scales, ps, seeds)
+    loras = _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
     M = x.shape[:-1].numel()
     ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     return ys, [x.new_empty(M, rank_of(loras, members)) for members in group(loras)]
@@ -83,9 +93,10 @@ def backward(
     dys: Tensors,
     weights: Sequence[Tensor],
     x: Tensor | None,
-    As: Tensors,
-    Bs: Tensors,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
     joint: Tensors,
+    adapted: Sequence[int],
     scales: Sequence[float],
     ps: Sequence[float],
     seeds: Sequence[int],
@@ -100,10 +111,11 @@ def backward(
     present = [dy for dy in dys if dy is not None]
     if not present[0].numel():
         grads = _like_grads(
-            dys, weights, x, As, Bs, joint, scales, ps, seeds, needs_x, needs_A, needs_B
+            *(dys, weights, x, As, Bs, joint, adapted, scales, ps, seeds),
+            *(needs_x, needs_A, needs_B),
         )
         return [grad.zero_() for grad in grads]
-    loras = _loras(As, Bs, scales, ps, seeds)
+    loras = _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
     groups = group(loras)
     dtype = present[0].dtype
     flat = [None if dy is None else rows(dy) for dy in dys]
@@ -115,7 +127,8 @@ def backward(
         new = torch.zeros if any(dys[i] is None for i in members) else torch.empty
         M, R = present[0].shape[:-1].numel(), rank_of(loras, members)
         ds.append(new(M, R, dtype=dtype, device=present[0].device))
-    dB = reach(flat, ss, members_of(ds, loras, groups, 1), loras, needs_B, needs_x or needs_A)
+    needed = spread(needs_B, adapted, len(loras))
+    dB = reach(flat, ss, members_of(ds, loras, groups, 1), loras, needed, needs_x or needs_A)
     dx = add_updates(None, ds, loras, groups) if needs_x else None
     if needs_x:
         for dy, weight in zip(flat, weights, strict=True):
@@ -157,9 +170,10 @@ def _like_grads(
     dys: Tensors,
     weights: Sequence[Tensor],
     x: Tensor | None,
-    As: Tensors,
-    Bs: Tensors,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
     joint: Tensors,
+    adapted: Sequence[int],
     scales: Sequence[float],
     ps: Sequence[float],
     seeds: Sequence[int],
@@ -168,53 +182,65 @@ def _like_grads(
     needs_B: Sequence[bool],
 ) -> list[Tensor]:
     dy = next(dy for dy in dys if dy is not None)
-    loras = _loras(As, Bs, scales, ps, seeds)
+    loras = _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
     grads = [dy.new_empty(*dy.shape[:-1], weights[0].shape[1])] if needs_x else []
     if needs_A:
         for members in group(loras):
             A = loras[members[0]].A  # pyright: ignore[reportOptionalMemberAccess]
             grads.append(A.new_empty(rank_of(loras, members), A.shape[1]))
-    return grads + [
-        B.new_empty(B.shape)
-        for B, needed in zip(Bs, needs_B, strict=True)
-        if B is not None and needed
-    ]
+    return grads + [B.new_empty(B.shape) for B, needed in zip(Bs, needs_B, strict=True) if needed]
+
+
+def spread(parts: Sequence[Any], where: Sequence[int], count: int) -> list[Any]:
+    """A list of ``count`` with ``parts`` at the indices ``where`` and ``None`` elsewhere."""
+    full: list[Any] = [None] * count
+    for i, part in zip(where, parts, strict=True):
+        full[i] = part
+    return full
 
 
 def _loras(
-    As: Tensors, Bs: Tensors, scales: Sequence[float], ps: Sequence[float], seeds: Sequence[int]
+    count: int,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
 ) -> list[LoRA | None]:
-    return make_loras(As, Bs, list(zip(scales, ps, seeds, strict=True)))
+    parts = zip(As, Bs, scales, ps, seeds, strict=True)
+    return spread([LoRA(*values) for values in parts], adapted, count)
 
 
-_ADAPTERS = "Tensor?[] As, Tensor?[] Bs, {joint}float[] scales, float[] ps, int[] seeds"
+_NUMBERS = "int[] adapted, float[] scales, float[] ps, int[] seeds"
 lora_qkv_triton = torch.library.custom_op(
     "peftkit::lora_qkv",
     forward,
     mutates_args=(),
-    schema=f"(Tensor x, Tensor[] weights, Tensor?[] biases, {_ADAPTERS.format(joint='')}) -> (Tensor[], Tensor[])",
+    schema="(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
+    f" {_NUMBERS}) -> (Tensor[], Tensor[])",
 )
 _backward_op = torch.library.custom_op(
     "peftkit::lora_qkv_backward",
     backward,
     mutates_args=(),
-    schema=f"(Tensor?[] dys, Tensor[] weights, Tensor? x, {_ADAPTERS.format(joint='Tensor?[] joint, ')},"
-    " bool needs_x, bool needs_A, bool[] needs_B) -> Tensor[]",
+    schema="(Tensor?[] dys, Tensor[] weights, Tensor? x, Tensor[] As, Tensor[] Bs, Tensor?[] joint,"
+    f" {_NUMBERS}, bool needs_x, bool needs_A, bool[] needs_B) -> Tensor[]",
 )
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
-    x, weights, _, As, Bs, *numbers = inputs
-    ctx.make_x, x_parts = remake.kept(x, any(A is not None and A.requires_grad for A in As))
+    x, weights, _, As, Bs, biased, *numbers = inputs
+    ctx.make_x, x_parts = remake.kept(x, any(A.requires_grad for A in As))
     joint = output[1]
-    needed = any(B is not None and B.requires_grad for B in Bs)
+    needed = any(B.requires_grad for B in Bs)
     ctx.save_for_backward(*weights, *As, *Bs, *(s if needed else None for s in joint), *x_parts)
-    ctx.counts, ctx.numbers = (len(weights), len(joint)), numbers
+    ctx.counts, ctx.biased, ctx.numbers = (len(weights), len(As), len(joint)), biased, numbers
     ctx.mark_non_differentiable(*joint)
     ctx.set_materialize_grads(False)
 
 
-def _split(saved: Sequence[Any], *counts: int) -> list[list[Any]]:
+def split(saved: Sequence[Any], *counts: int) -> list[list[Any]]:
     """``saved`` in pieces of these lengths, and the rest."""
     parts, start = [], 0
     for count in counts:
@@ -225,30 +251,56 @@ def _split(saved: Sequence[Any], *counts: int) -> list[list[Any]]:
 
 @once_differentiable
 def _backward(ctx: Any, dys: Tensors, _: Any) -> tuple[Any, ...]:
-    count, joints = ctx.counts
-    weights, As, Bs, joint, x_parts = _split(ctx.saved_tensors, count, count, count, joints)
+    count, adapters, joints = ctx.counts
+    adapted = ctx.numbers[0]
+    weights, As, Bs, joint, x_parts = split(ctx.saved_tensors, count, adapters, adapters, joints)
     needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-    nothing = [None] * count
-    if all(dy is None for dy in dys):
-        return (None, nothing, nothing, nothing, nothing, None, None, None)
-    dbias = [
-        rows(dy).sum(0) if needed and dy is not None else None
-        for dy, needed in zip(dys, needs_bias, strict=True)
-    ]
-    x = remake.again(ctx.make_x, x_parts)
-    grads = _backward_op(
-        dys, weights, x, As, Bs, joint, *ctx.numbers, needs_x, any(needs_A), needs_B
-    )
-    dx = grads.pop(0) if needs_x else None
-    loras = _loras(As, Bs, *ctx.numbers)
-    groups: Groups = group(loras) if any(needs_A) else []
-    dA = members_of(grads[: len(groups)], loras, groups, 0)
-    found = iter(grads[len(groups) :])
-    dB = [next(found) if needed else None for needed in needs_B]
-    dA = [part if needed else None for part, needed in zip(dA, needs_A, strict=True)]
-    return dx, nothing, dbias, dA, dB, None, None, None
+    dx, dA, dB, dbias = None, [None] * adapters, [None] * adapters, [None] * len(ctx.biased)
+    if any(dy is not None for dy in dys):
+        x = remake.again(ctx.make_x, x_parts)
+        wanted = needs_x, any(needs_A), needs_B
+        grads = _backward_op(dys, weights, x, As, Bs, joint, *ctx.numbers, *wanted)
+        dx = grads.pop(0) if needs_x else None
+        if any(needs_A):
+            loras = _loras(count, As, Bs, *ctx.numbers)
+            groups = group(loras)
+            parts = members_of(grads[: len(groups)], loras, groups, 0)
+            dA = [parts[i] if needed else None for i, needed in zip(adapted, needs_A, strict=True)]
+            grads = grads[len(groups) :]
+        found = iter(grads)
+        dB = [next(found) if needed else None for needed in needs_B]
+    for j, (i, needed) in enumerate(zip(ctx.biased, needs_bias, strict=True)):
+        if needed and dys[i] is not None:
+            dbias[j] = rows(dys[i]).sum(0)
+    # an empty list passes for one of tensors, and its "gradient" has to be one too
+    none = [None if values else [] for values in (ctx.biased, *ctx.numbers)]
+    return dx, [None] * count, dbias, dA, dB, *none
 
 
 lora_qkv_triton.register_fake(_empty_outputs)
 _backward_op.register_fake(_like_grads)
 lora_qkv_triton.register_autograd(_backward, setup_context=_keep)
+
+
+def run_triton(
+    x: Tensor, weights: Sequence[Tensor], biases: Tensors, loras: Sequence[LoRA | None]
+) -> list[Tensor]:
+    """``lora_qkv`` on Triton, from lists with gaps."""
+    return lora_qkv_triton(x, list(weights), *compact(biases, loras))[0]
+
+
+def compact(biases: Tensors, loras: Sequence[LoRA | None]) -> tuple[list[Any], ...]:
+    """What is there of biases and adapters, as the ops take it: tensors, where they belong, numbers."""
+    biased = [i for i, bias in enumerate(biases) if bias is not None]
+    adapted = [i for i, lora in enumerate(loras) if lora is not None]
+    there = [lora for lora in loras if lora is not None]
+    return (
+        [biases[i] for i in biased],
+        [lora.A for lora in there],
+        [lora.B for lora in there],
+        biased,
+        adapted,
+        [lora.scale for lora in there],
+        [lora.p for lora in there],
+        [lora.seed for lora in there],
+    )
