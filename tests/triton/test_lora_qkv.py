@@ -133,7 +133,7 @@ def test_one_mask_for_all_is_one_group(schedule):
     check(x, shared, schedule)
 
 
-@pytest.mark.parametrize("absent", [(0,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("absent", [(0,), (1, 2)], ids=str)
 def test_projections_without_adapter_or_bias(absent, schedule):
     x, parts = make(x=(17, 33), dtype=torch.bfloat16, p=0.0)
     parts = [
@@ -142,6 +142,17 @@ def test_projections_without_adapter_or_bias(absent, schedule):
     ]
     results = check(x, parts, schedule)
     assert len(results) == 3 + 1 + 2 + 2 * (3 - len(absent))
+
+
+def test_without_any_adapter_it_is_the_frozen_linears():
+    x, parts = make(x=(17, 33))
+    parts = [replace(part, lora=None) for part in parts]
+    dys = [output_grad(x, part) for part in parts]
+    results = run(x, parts, dys)
+    expected = bounds(x, parts, dys, "addmm")
+    assert len(results) == 7
+    for name, value in results.items():
+        expected[name].check(value, name)
 
 
 @pytest.mark.parametrize("unused", [(0,), (1, 2)], ids=str)

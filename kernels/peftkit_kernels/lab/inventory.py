@@ -95,5 +95,21 @@ def _lora_qkv(rank: int, dtype: torch.dtype) -> None:
         backward(dys, weights, x, As, Bs, joint, *numbers, True, True, [True] * 3)
 
 
-OPS: dict[str, Callable[..., Any]] = {"lora_linear": _lora_linear, "lora_qkv": _lora_qkv}
+def _linear_cross_entropy(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.linear_cross_entropy.reference import RowLoss
+    from peftkit_kernels.linear_cross_entropy.triton_impl import xent_rows_triton_
+
+    del rank  # the adapter of a head takes the library's products
+    z = _meta(1024, 128256, dtype=dtype)
+    target = _meta(1024, dtype=torch.int64)
+    for row_loss in (RowLoss(), RowLoss(1.0, None, 0.1, 1e-4), RowLoss(0.5, 30.0, 0.1, 1e-4)):
+        for want_grad in (True, False):
+            xent_rows_triton_(z, target, row_loss, ignored=None, want_grad=want_grad)
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    "lora_linear": _lora_linear,
+    "lora_qkv": _lora_qkv,
+    "linear_cross_entropy": _linear_cross_entropy,
+}
 """Ops with Triton kernels."""
