@@ -144,7 +144,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 @once_differentiable
-def _backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     weight, A, B, s, *x_parts = ctx.saved_tensors
     needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
     dbias = rows(dy).sum(0) if needs_bias else None
