@@ -133,7 +133,9 @@ class Report:
             found.append(f"has {self.dots} dots and no tensor-core instruction")
         # a kernel without a loop reads little and writes much
         widths = self.loads if self.loops else self.loads + self.stores
-        if not {"128", "TMA"} & widths.keys():
+        # a wave of AMD has 64 lanes, so 64 bits a lane move what 128 bits move in a warp
+        enough = {"128", "TMA"} if self.arch.startswith("cuda") else {"128", "64"}
+        if not enough & widths.keys():
             found.append(f"has no 128-bit access, only {dict(widths)}")
         if self.bytes_in_flight is not None and self.bytes_in_flight < _MIN_BYTES_IN_FLIGHT:
             found.append(f"keeps {self.bytes_in_flight} bytes in flight a multiprocessor, too few")

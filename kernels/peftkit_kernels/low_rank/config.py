@@ -81,8 +81,6 @@ class TallConfig:
         rank, wide = block_r(R), itemsize == 4
         if with_p:
             block_m, block_c, num_warps = 32, 128 if wide else 512, 8
-            if target.capability is None and rank > 16:
-                block_c = min(block_c, 256)  # 512 columns spill on gfx942
         else:
             block_m, block_c, num_warps = (
                 32 if wide else 64,
@@ -112,9 +110,9 @@ class GemmConfig:
     num_stages: int = 3
 
 
-def one_dy_pass(R: int) -> bool:
-    """Whether dB and ds come from one pass over dy rather than from two."""
-    return block_r(R) <= _DY_PASS_RANK
+def one_dy_pass(R: int, *, target: Target) -> bool:
+    """Whether dB and ds come from one pass over dy rather than from two; on gfx942 rank 32 spills in one, at any tile."""
+    return block_r(R) <= (16 if target.capability is None else _DY_PASS_RANK)
 
 
 def fuses_gemm(N: int, K: int, *, itemsize: int, target: Target) -> bool:

@@ -123,7 +123,7 @@ def grad_b_and_s(
 
     ``ds`` is written into the tensor given, which may have any distance between rows.
     """
-    if not one_dy_pass(B.shape[1]):
+    if not one_dy_pass(B.shape[1], target=target_of(dy)):
         return grad_b(dy, s, scale, dtype, config=config), grad_s(dy, B, scale, out=ds)
     dB = dy.new_empty(B.shape, dtype=dtype)
     ds = s.new_empty(s.shape) if ds is None else ds
