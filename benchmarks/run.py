@@ -6,7 +6,7 @@
     python benchmarks/run.py overhead                      # import, wrapping and Python time a layer
 
 A speed is printed only where the losses agree with those of stock PEFT on the same batches. Results go to
-``benchmarks/results/`` as JSON and, as a table, into the README between its benchmark marks (``--update-readme``).
+``benchmarks/results/`` as JSON and, with ``--update-readme``, as a table into the README between its marks.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def main() -> int:
     parts.add_argument("--case", choices=CASES, default="smollm2")
     parts.add_argument("--rounds", type=int, default=2)
     parts.add_argument("--steps", type=int, default=4)
+    parts.add_argument("--update-readme", action="store_true")
     commands.add_parser("overhead", help="import, wrapping and Python time a layer")
     arguments = parser.parse_args(sys.argv[1:] or ["training"])
     if arguments.command == "overhead":
@@ -55,6 +56,8 @@ def main() -> int:
         result = measure(arguments.case, providers, arguments.rounds, arguments.steps)
         save(result, f"parts-{arguments.case}")
         print(parts_table(result))
+        if arguments.update_readme:
+            update_readme("parts", parts_table(result))
         return 0
     tables = []
     for case in arguments.case or CASES:
@@ -63,7 +66,7 @@ def main() -> int:
         tables.append(table(result))
         print(tables[-1], flush=True)
     if arguments.update_readme:
-        update_readme("\n\n".join(tables))
+        update_readme("benchmark", "\n\n".join(tables))
     return 0
 
 
@@ -152,13 +155,18 @@ def table(result: dict[str, Any]) -> str:
 
 def parts_table(result: dict[str, Any]) -> str:
     """What each part adds, as a Markdown table."""
-    names = ["stock PEFT", *(f"+ {part}" for part in PARTS)]
-    lines = ["| | step (s) | / PEFT | peak growth (MiB) | / PEFT |", "|---|---|---|---|---|"]
+    rows = [("stock PEFT", ""), *((f"+ {part}", saves) for part, saves in PARTS.items())]
+    lines = [
+        f"**{result['case']}** ({result['environment']['cpu']}, {result['environment']['threads']} threads)",
+        "",
+        "| | what it saves | step (s) | / PEFT | peak growth (MiB) | / PEFT |",
+        "|---|---|---|---|---|---|",
+    ]
     best = [best_run(runs) for runs in result["runs"].values()]
-    for name, run in zip(names, best, strict=True):
+    for (name, saves), run in zip(rows, best, strict=True):
         step, peak = run["step_seconds"], run["peak_bytes"]
         lines.append(
-            f"| {name} | {step:.2f} | {step / best[0]['step_seconds']:.2f} | "
+            f"| {name} | {saves} | {step:.2f} | {step / best[0]['step_seconds']:.2f} | "
             f"{peak / 2**20:.0f} | {peak / best[0]['peak_bytes']:.2f} |"
         )
     return "\n".join(lines)
@@ -185,9 +193,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def update_readme(text: str) -> None:
-    """Put the tables between the benchmark marks of the README."""
-    begin, end = "<!-- benchmark -->", "<!-- /benchmark -->"
+def update_readme(mark: str, text: str) -> None:
+    """Put ``text`` between the marks of that name in the README."""
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     page = README.read_text()
     before, _, rest = page.partition(begin)
     _, found, after = rest.partition(end)

@@ -6,10 +6,17 @@ from dataclasses import dataclass, replace
 import torch
 from lora_cases import Shape, draw
 
+from peftkit_kernels.bottleneck import bottleneck
+from peftkit_kernels.dora import dora_linear
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
+from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
+from peftkit_kernels.int8 import quantize_int8
+from peftkit_kernels.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.lora_qkv import lora_qkv
 from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
+from peftkit_kernels.nf4 import quantize_nf4
+from peftkit_kernels.quantized_linear import int8_linear, nf4_linear
 
 WIDTH, INNER = 33, 21
 
@@ -83,6 +90,77 @@ def _linear(x, weights, biases, loras, **options):
     return lora_linear(x, weights[0], biases[0], loras[0], **options)
 
 
+def _quantized(shape, op, quantize):
+    """A linear on a stored weight, which is no tensor and therefore no leaf."""
+    x, part = shape.input(), shape.projection(29, WIDTH)
+    stored = quantize(part.weight.float())
+    leaves = {"x": x, "bias": part.bias, "A": part.lora.A, "B": part.lora.B}
+
+    def apply(leaves, **options):
+        lora = replace(part.lora, A=leaves["A"], B=leaves["B"])
+        return op(leaves["x"], stored, leaves["bias"], lora, **options)
+
+    return Case(leaves, apply)
+
+
+def bottleneck_leaves(shape):
+    """``h`` and the four parameters of a bottleneck, by the names of its arguments."""
+    width, dtype = shape.x[-1], shape.factors or shape.dtype
+    leaves = {"x": shape.input()}
+    sizes = {
+        "down": (shape.rank, width),
+        "bias_down": (shape.rank,),
+        "up": (width, shape.rank),
+        "bias_up": (width,),
+    }
+    for name, size in sizes.items():
+        values = draw(size, dtype, shape.generator) / max(1, size[-1]) ** 0.5
+        leaves[name] = values.requires_grad_(shape.trains(name))
+    return leaves
+
+
+def _bottleneck(shape):
+    def apply(leaves, **options):
+        parts = (leaves[name] for name in ("x", "down", "bias_down", "up", "bias_up"))
+        return bottleneck(*parts, shape.scale, "gelu", **options)
+
+    return Case(bottleneck_leaves(shape), apply)
+
+
+def _dora(shape):
+    """With a frozen magnitude: where it is trained the output is kept, and may not be changed in place."""
+    x, part = shape.input(), shape.projection(29, WIDTH)
+    magnitude = draw((29,), shape.factors or shape.dtype, shape.generator).abs() + 0.5
+    leaves = {"x": x, **part.tensors(), "magnitude": magnitude}
+
+    def apply(leaves, **options):
+        lora = replace(part.lora, A=leaves["A"], B=leaves["B"])
+        parts = leaves["weight"], leaves["bias"], lora, leaves["magnitude"]
+        return dora_linear(leaves["x"], *parts, **options)
+
+    return Case(leaves, apply)
+
+
+def _grouped(shape):
+    adapters, dtype = 3, shape.factors or shape.dtype
+    leaves = {
+        "x": shape.input(),
+        "bias_y": draw((*shape.x[:-1], 29), shape.dtype, shape.generator),
+        "A": draw((adapters, 4, WIDTH), dtype, shape.generator) / WIDTH**0.5,
+        "B": draw((adapters, 29, 4), dtype, shape.generator) / 2,
+    }
+    for name in "AB":
+        leaves[name].requires_grad_()
+    scale = torch.tensor([0.5, -2.0, 1.0])
+    plan = plan_groups(torch.arange(leaves["x"].numel() // WIDTH) % adapters, adapters)
+
+    def apply(leaves, **options):
+        x, y, A, B = leaves.values()
+        return grouped_lora(y.reshape(*x.shape[:-1], 29), x, A, B, scale, plan, **options)
+
+    return Case(leaves, apply)
+
+
 def _norm(shape, op, names):
     x = shape.input()
     affine = {name: draw((shape.x[-1],), shape.dtype, shape.generator) for name in names}
@@ -103,11 +181,19 @@ _BUILDERS = {
     "lora_linear": lambda shape: _case(shape, {"": (29, WIDTH)}, _linear),
     "lora_qkv": lambda shape: _case(shape, _QKV, lora_qkv),
     "lora_swiglu_mlp": lambda shape: _case(shape, _MLP, lora_swiglu_mlp),
+    "nf4_linear": lambda shape: _quantized(shape, nf4_linear, quantize_nf4),
+    "int8_linear": lambda shape: _quantized(shape, int8_linear, quantize_int8),
+    "int8_compute_linear": lambda shape: _quantized(shape, int8_compute_linear, quantize_int8),
+    "bottleneck": _bottleneck,
+    "dora_linear": _dora,
+    "grouped_lora": _grouped,
     "frozen_rms_norm": lambda shape: _norm(shape, _rms, ["weight"]),
     "frozen_layer_norm": lambda shape: _norm(shape, frozen_layer_norm, ["weight", "bias"]),
 }
 NAMES = tuple(_BUILDERS)
-LORA_NAMES = NAMES[:3]
+LORA_NAMES = NAMES[:6]
+LINEAR_NAMES = (*NAMES[:2], *NAMES[3:6], "dora_linear", "grouped_lora")
+"""Ops whose input gradient does not depend on their input."""
 
 
 def build(name, leading=(3, 5), **options):

@@ -8,7 +8,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+
+def run(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without autograd's share of the time where nobody can ask for a gradient.
+
+    Transforms (``torch.func``) and forward-mode tangents go through ``apply``, which refuses what it has no rule for.
+    """
+    if (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return function.apply(*args)
+    return function.forward(_NoContext(len(args)), *args)
+
+
+class _NoContext:
+    """Stands in for an autograd function's context: asks for nothing to be kept, and keeps nothing."""
+
+    def __init__(self, count: int):
+        self.needs_input_grad = (False,) * count
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Drop them."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """No gradient will come."""
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +30,16 @@ def check_counts(
         )
 
 
-def check_bias(bias: Tensor | None, weight: Tensor, name: str) -> None:
+class Shaped(Protocol):
+    """Anything with the shape of a weight: a tensor, or a weight in quantised storage."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(N, K)``."""
+        ...
+
+
+def check_bias(bias: Tensor | None, weight: Shaped, name: str) -> None:
     """Raise ``ValueError`` unless ``bias`` is ``[N]`` for ``weight [N, K]``, or ``None``."""
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -49,7 +59,7 @@ def check_weight(x: Tensor, weight: Tensor, name: str) -> None:
         )
 
 
-def check_lora(lora: LoRA, weight: Tensor, name: str) -> None:
+def check_lora(lora: LoRA, weight: Shaped, name: str) -> None:
     """Raise ``ValueError`` unless the factors of ``lora`` fit ``weight [N, K]``."""
     (N, K), A, B = weight.shape, lora.A, lora.B
     if (

@@ -13,6 +13,7 @@ import platform
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _MIN_FLOPS = 2 * 64**3
@@ -37,7 +38,7 @@ def matmul_nt(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if _use_onednn(x, w):
         return _onednn(x, w, bias)
-    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
+    return F.linear(x, w, bias)
 
 
 def matmul_nn(x: Tensor, w: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the tests of the ops measure with: running-error bounds, error against float64, bytes kept for backward."""
+"""What the tests of the ops measure with: running-error bounds, error against float64, bytes kept and tensors made."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -227,3 +228,34 @@ def kept_for_backward(*weights: Tensor) -> Iterator[Kept]:
     kept = Kept(weights)
     with torch.autograd.graph.saved_tensors_hooks(kept._pack, lambda tensor: tensor):
         yield kept
+
+
+class Made(TorchDispatchMode):
+    """The torch ops that run inside and the storages of what they return.
+
+    Attributes:
+        calls: How many ops ran, views included.
+        storages: Bytes by address of every storage returned, besides those of the tensors given.
+    """
+
+    def __init__(self, *known: Tensor):
+        super().__init__()
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.calls = 0
+        self.storages: dict[int, int] = {}
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of one storage."""
+        return max(self.storages.values(), default=0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, Tensor) and part.untyped_storage().data_ptr() not in self._known:
+                storage = part.untyped_storage()
+                self.storages[storage.data_ptr()] = max(
+                    storage.nbytes(), self.storages.get(storage.data_ptr(), 0)
+                )
+        return result

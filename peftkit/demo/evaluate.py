@@ -11,6 +11,7 @@ import torch
 
 from peftkit.demo.dataset import prompt_of
 from peftkit.demo.generator import Example
+from peftkit.demo.memory import give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,6 +102,7 @@ def decode_tokens(
                 on_progress(finished + len(rows) - running)
         finished += len(rows)
     model.train(was_training)
+    give_back()
     return answers
 
 

@@ -19,8 +19,7 @@ from peftkit.demo.vocabulary import Pool
 
 Split = Literal["train", "held_out"]
 
-_HOUR_WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
-_NUMBER_WORDS = _HOUR_WORDS[1:]
+_NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve".split()
 _DAYS_IN_MONTH = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 
@@ -217,26 +216,22 @@ def _ordinal(day: int) -> str:
 
 
 def _time(rng: random.Random, split: Split) -> Value:
-    """A time between 7:00 and 21:55, as digits or spoken; the record has it on the 24-hour clock."""
+    """A time between 7:00 and 21:55 on the 24-hour or the 12-hour clock; the record has it as it was said."""
     held_out = split == "held_out"
-    form = rng.choices(("24-hour", "12-hour", "spoken"), (12, 7, 1))[0]
-    minutes = (0, 30) if form == "spoken" else range(0, 60, 5)
     hour, minute = rng.choice(
-        [(h, m) for h in range(7, 22) for m in minutes if words.is_held_out_time(h, m) == held_out]
+        [
+            (h, m)
+            for h in range(7, 22)
+            for m in range(0, 60, 5)
+            if words.is_held_out_time(h, m) == held_out
+        ]
     )
     clock = f"{hour:02d}:{minute:02d}"
-    short_hour = (hour - 1) % 12 + 1
-    if form == "24-hour":
-        text = clock
-    elif form == "12-hour":
-        half = "am" if hour < 12 else "pm"
-        text = f"{short_hour}:{minute:02d} {half}" if minute else f"{short_hour} {half}"
-    else:
-        name = _HOUR_WORDS[short_hour - 1]
-        part = "morning" if hour < 12 else "afternoon" if hour < 18 else "evening"
-        spoken = {0: f"{name} o'clock", 30: f"half past {name}"}
-        text = f"{spoken[minute]} in the {part}"
-    return Value(f"at {text}", {"time": clock}, (("time", clock),))
+    text = clock
+    if rng.random() < 0.4:
+        short, half = (hour - 1) % 12 + 1, "am" if hour < 12 else "pm"
+        text = f"{short}:{minute:02d} {half}" if minute else f"{short} {half}"
+    return Value(f"at {text}", {"time": text}, (("time", clock),))
 
 
 SLOTS: dict[str, Callable[[random.Random, Split], Value]] = {

@@ -34,16 +34,16 @@ class Settings:
     seed: int = 0
     train_pairs: int = 3000
     held_out_pairs: int = 300
-    steps: int = 128
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    warmup_steps: int = 8
+    steps: int = 300
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    warmup_steps: int = 16
     scheduler: str = "linear"
     lora_r: int = 16
     lora_alpha: int = 32
     decode_batch_size: int = 100
-    checkpoint_every: int = 16
-    proof_prompts: int = 24
+    checkpoint_every: int = 25
+    proof_prompts: int = 12
     compare_steps: int = 6
 
 

@@ -101,7 +101,7 @@ def _arguments(folder: Folder, settings: Settings) -> TrainingArguments:
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup_steps,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         max_grad_norm=1.0,
         logging_steps=1,
         save_steps=settings.checkpoint_every,

@@ -55,16 +55,21 @@ MANNERS = Pool.of(
 
 NEAR_DAYS = Pool.of(
     """today; tomorrow; this weekend; next month; next spring; this evening; next weekend; this
-    summer; at Easter; later this week; on Christmas Eve""",
+    summer; at Easter; later this week; on Christmas Eve; the day after Christmas; the week after
+    next; the day before Easter; the weekend after next; the day of the wedding; the day before
+    the exam""",
     "the day after tomorrow; next week; next autumn; this month",
 )
 
 PEOPLE = Pool.of(
     """Adam; Alex; Andrew; Ann; Anna; Arthur; Ben; Bill; Bob; Carl; Charles; Chris; Daniel; David;
     Edward; Elizabeth; Frank; Fred; Greg; Henry; Jack; Jacob; James; Jane; Jeff; Jim; John;
-    Joseph; Ken; Leon; Lily; Louis; Maria; Mark; Martin; Mary; Matthew; Max; Michael; Neil;
+    Joseph; Ken; Leon; Julia; Eric; Oliver; Kevin; Laura; Patrick; Rachel; Roger; Ryan; Steve;
+    Susan; Tim; Tony; Walter; Brian; Diana; Grace; Helen; Ian; Kate; Lisa; Linda; Nancy; Oscar;
+    Rebecca; Ruth; Ted; Bruce; Claire; Gary; Jason; Joan; Joe; Jonathan; Justin; Larry; Lily; Louis; Maria; Mark; Martin; Mary; Matthew; Max; Michael; Neil;
     Paul; Peter; Richard; Robert; Sarah; Simon; Thomas; Tom; my sister; my boss; the landlord;
-    the doctor""",
+    the doctor; the dentist; the teacher; the baker; the nurse; the coach; the driver; the gardener;
+    my uncle; my aunt; my cousin; my neighbour""",
     """Alice; Emily; George; Jean; Josh; Kim; Lee; Luke; Marie; Maya; Nick; Phil; Ray; Rose; Sam;
     Scott; Stephen; Victor; William; my brother; the plumber""",
 )
@@ -137,8 +142,8 @@ ITEMS = Pool.of(
 
 UNITS = Pool.of(
     """packs; cans; bags; boxes; cases; pots; rolls; packages; bars; blocks; bins; grams; cups;
-    bottles""",
-    "ounces; sticks; samples; tons",
+    bottles; pounds; inches; pints; litres""",
+    "slices; sticks; samples; tons",
 )
 
 SHOPS = Pool.of(
@@ -151,7 +156,8 @@ SHOPS = Pool.of(
 MODES = Pool.of(
     """train; flight; bus; night train; boat; river cruise; van; car; fast train; plane; ship;
     private jet; direct flight; cable car; local bus; shared taxi; city tram; express train;
-    green cab; tour bus""",
+    green cab; tour bus; mail van; post bus; party boat; music bus; school bus; milk train; news
+    helicopter""",
     "water taxi; small plane; free shuttle; mail boat",
 )
 
@@ -165,7 +171,7 @@ WEATHER = Pool.of(
 GENRES = Pool.of(
     """rock; classical; country; pop; punk; house; film music; hip hop; new wave; soft rock; smooth
     jazz; deep house; electronic; world music; organ music; heavy metal; early music; string
-    quartets; Spanish guitar; modern jazz; club music; Latin""",
+    quartets; winter hits; spring songs; party hits; slow waltz; Spanish guitar; modern jazz; club music; Latin""",
     "folk; African drums; Greek songs; acid house; slow swing; summer hits; dark ambient",
 )
 
@@ -173,7 +179,7 @@ ARTISTS = Pool.of(
     """Queen; Prince; Bob Marley; Bob Dylan; David Bowie; Michael Jackson; Paul Simon; James Brown;
     Louis Armstrong; Frank Sinatra; John Lennon; Max Richter; Tom Waits; The Beatles; The
     Doors; Bill Evans; Robert Schumann; Carl Orff; Neil Young; Van Morrison; Taylor Swift;
-    Fred Astaire""",
+    Fred Astaire; The Police; The Kinks; The Smiths; The Band; Van Halen; Elvis Presley; Joan Baez""",
     """Ray Charles; Sam Cooke; Nick Cave; George Gershwin; Phil Collins; The Clash; Alice Cooper;
     Scott Joplin; Victor Wooten""",
 )
@@ -191,10 +197,10 @@ LABELS = Pool.of(
 )
 
 ALARMS = Pool.of(
-    """the gym; the school run; the early shift; the airport; the market; the morning run; the train;
-    the night bus; the first lecture; the sale; the doctor; the long drive; the exam; the
-    hike; the boat; the game""",
-    "the night duty; the road trip; the harvest; the webinar; the flight home",
+    """gym; school run; early shift; airport; market; morning run; train; night bus; first lecture; sale;
+    doctor; long drive; exam; hike; boat; game; late shift; night train; ferry; interview; parade; fishing
+    trip; day shift; ski trip; wedding; delivery""",
+    "night duty; road trip; harvest; webinar; flight home",
 )
 
 SUBJECTS = Pool.of(

@@ -90,11 +90,14 @@ def base_obstacle(layer: Any) -> str | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` would run anything besides its class's forward."""
+    state = (
+        module.__dict__
+    )  # asked for dozens of times a decoder layer: attributes would cost twice the time
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or "_hf_hook" in module.__dict__
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_hf_hook" in state
     )

@@ -126,10 +126,12 @@ class FusedLinear(Linear):
             or not state["cast_input_dtype_enabled"]
         ):
             return False
-        modules = (plan.base, plan.A, plan.B, plan.dropout)
-        if any(has_hooks(module) for module in modules):
+        base, A, B, dropout = plan.base, plan.A, plan.B, plan.dropout
+        if has_hooks(base) or has_hooks(A) or has_hooks(B) or has_hooks(dropout):
             return False
-        return all("weight" in module._parameters for module in modules[:3])
+        return (
+            "weight" in base._parameters and "weight" in A._parameters and "weight" in B._parameters
+        )
 
     def _make_plan(self) -> _Plan:
         active = (

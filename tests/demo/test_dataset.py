@@ -29,11 +29,11 @@ def test_labels_cover_the_answer_and_the_end_alone(tokenizer):
     assert row["input_ids"] == prompt + answer
 
 
-def test_collate_pads_on_the_right_without_loss():
+def test_collate_pads_on_the_right_to_a_multiple_of_4_without_loss():
     rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [8]}]
     batch = collate(rows, pad_token_id=2)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [8, 2, 2, 2]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7, IGNORED], [8, *[IGNORED] * 3]]
     assert set(batch) == {"input_ids", "labels"}
 
 

@@ -70,7 +70,7 @@ def test_decoding_equals_generate_row_by_row(tiny_base, examples):
     requests = [example.request[: 5 + 3 * i] for i, example in enumerate(examples)]
     alone = []
     for request in requests:
-        prompt = tokenizer(f"{request}\nJSON:", return_tensors="pt", return_token_type_ids=False)
+        prompt = tokenizer(f"> {request}\nJSON:", return_tensors="pt", return_token_type_ids=False)
         out = model.generate(**prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
         alone.append(out[0, prompt["input_ids"].shape[1] :].tolist())
     # The end of sequence is a token that ends the rows at many different lengths.

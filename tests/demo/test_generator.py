@@ -28,7 +28,7 @@ def test_seed_determines_the_pairs_on_every_machine(held_out):
     assert make_examples("held_out", 300, 0) == held_out
     assert make_examples("held_out", 300, 1) != held_out
     text = "\n".join(example.request + example.answer for example in held_out)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "25559efcd1b14136"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "7189771543312e71"
 
 
 def test_held_out_templates_and_values_never_occur_in_training(train, held_out):
@@ -79,15 +79,14 @@ def test_answers_are_compact_json_with_nested_fields(train):
 @pytest.mark.parametrize(
     ("request_", "field", "value"),
     [
-        (r"on (?:the )?3(?:rd)?(?: of)? March 2027|March 3, 2027", "date", "2027-03-03"),
-        (r"at 4:30 pm", "time", "16:30"),
-        (r"half past four in the afternoon", "time", "16:30"),
-        (r"at 12:\d\d pm", "time", r"12:\d\d"),
+        (r"on (?:the )?3(?:rd)?(?: of)? March|on March 3\b", "date", r"(20\d\d-)?03-03"),
+        (r"at 16:30", "time", "16:30"),
+        (r"at 4:30 pm", "time", "4:30 pm"),
         (r"in two days", "in_days", 2),
     ],
-    ids=["date", "afternoon", "spoken", "noon", "words"],
+    ids=["date", "24_hours", "12_hours", "words"],
 )
-def test_dates_times_and_numbers_are_normalised(request_, field, value):
+def test_dates_and_numbers_are_normalised_and_times_kept(request_, field, value):
     found = 0
     for example in make_examples("train", 20000, 5):
         if re.search(request_, example.request):

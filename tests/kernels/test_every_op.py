@@ -3,6 +3,7 @@
 import op_cases
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 every_op = pytest.mark.parametrize("name", op_cases.NAMES)
@@ -55,6 +56,24 @@ def test_without_gradients_the_output_is_the_same(name):
         for y, plain in zip(outputs, expected * 2, strict=mode is torch.inference_mode):
             assert not y.requires_grad
             assert torch.equal(y, plain)
+
+
+# torch scripts its decompositions when the first tangent is made
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@every_op
+def test_forward_mode_is_refused_without_gradients_too(name):
+    case = build(name)
+    with torch.no_grad(), forward_ad.dual_level():
+        x = forward_ad.make_dual(case.leaves["x"], torch.ones_like(case.leaves["x"]))
+        with pytest.raises(RuntimeError, match="jvp"):
+            case.apply(case.leaves | {"x": x})
+
+
+@every_op
+def test_transforms_are_refused_without_gradients_too(name):
+    case = build(name, leading=(2, 3))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda x: case.apply(case.leaves | {"x": x}))(case.leaves["x"].detach())
 
 
 @lora_op
@@ -149,14 +168,15 @@ def test_a_bad_row_spoils_itself_only(name, bad):
     with torch.no_grad():
         case.leaves["x"][2, 1] = bad
     actual = case.run()
-    # the input gradient of a linear does not depend on its input
     broken = [key for key in actual if key.startswith("output")]
-    broken += [] if name in ("lora_linear", "lora_qkv") else ["x"]
+    broken += [] if name in op_cases.LINEAR_NAMES else ["x"]
     assert "output0" in broken
     for key in broken:
         assert torch.equal(actual[key].isfinite().all(1), torch.arange(9) != 2), key
 
 
+# torch's compiler makes an instance of an autograd function, which warns
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @every_op
 @pytest.mark.parametrize("factors", [None, torch.float32], ids=["float64", "bfloat16_base"])
 def test_compiled_without_graph_break(name, factors):

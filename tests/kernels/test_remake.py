@@ -4,11 +4,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peftkit_kernels.bottleneck import bottleneck
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
+from peftkit_kernels.int8 import quantize_int8
+from peftkit_kernels.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.lora_qkv import lora_qkv
 from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.nf4 import quantize_nf4
+from peftkit_kernels.quantized_linear import nf4_linear
 
 M, K, R = 24, 16, 4
 
@@ -21,6 +26,9 @@ OPS = {
     "lora_linear": lambda x, w, lora: lora_linear(x, w, None, lora),
     "lora_qkv": lambda x, w, lora: sum(lora_qkv(x, (w, w), (None, None), (lora, lora))),
     "lora_swiglu_mlp": lambda x, w, lora: lora_swiglu_mlp(x, (w,) * 3, (None,) * 3, (lora,) * 3),
+    "nf4_linear": lambda x, w, lora: nf4_linear(x, quantize_nf4(w), None, lora),
+    "int8_compute_linear": lambda x, w, lora: int8_compute_linear(x, quantize_int8(w), None, lora),
+    "bottleneck": lambda x, w, lora: bottleneck(x, lora.A, None, lora.B, None),
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peftkit_kernels.testing import Bound, assert_no_worse_than, kept_for_backward
+from peftkit_kernels.testing import Bound, Made, assert_no_worse_than, kept_for_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -96,3 +96,14 @@ def test_kept_counts_distinct_storages_without_weights():
         y = (x @ weight) * (x @ weight)
     assert y.requires_grad
     assert kept.total_bytes == 2 * 8 * 4 * 4
+
+
+def test_made_sees_new_storages_and_counts_ops():
+    known = torch.zeros(4, 8)
+    with Made(known) as made:
+        known.t()
+        kept = known + 1
+        kept[:2].mul_(2.0)
+    assert list(made.storages) == [kept.untyped_storage().data_ptr()]
+    assert made.largest_bytes == 4 * 32
+    assert made.calls == 4

@@ -8,6 +8,7 @@ from torch import Tensor
 from peftkit_kernels import native
 from peftkit_kernels.attention.reference import attention_reference
 from peftkit_kernels.attention.torch_impl import Attention
+from peftkit_kernels.autograd import run
 from peftkit_kernels.dispatch import Backend, choose_backend
 
 HEAD_SIZE_MULTIPLE = 32
@@ -67,7 +68,7 @@ def attention(
         raise ValueError(f"backend='torch': {obstacle}; use backend='auto'")
     if choice == "reference" or obstacle:
         return attention_reference(q, k, v, scale, causal=causal, mask=mask)
-    return Attention.apply(q, k, v, mask, scale, causal)
+    return run(Attention, q, k, v, mask, scale, causal)
 
 
 def native_obstacle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from peftkit_kernels import remake
+from peftkit_kernels.autograd import run
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.frozen_norm.reference import layer_norm_reference, rms_norm_reference
 from peftkit_kernels.frozen_norm.torch_impl import (
@@ -41,7 +42,7 @@ def frozen_rms_norm(
     _check(x, weight)
     if choose_backend("frozen_rms_norm", backend) == "reference":
         return rms_norm_reference(x, weight, eps, offset=offset, round_first=round_first)
-    y = FrozenRMSNorm.apply(x, weight, eps, offset, round_first)
+    y = run(FrozenRMSNorm, x, weight, eps, offset, round_first)
 
     def make(x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm_forward(x, weight, eps, offset, round_first)[0]
@@ -71,7 +72,7 @@ def frozen_layer_norm(
         _check(x, bias, "bias")
     if choose_backend("frozen_layer_norm", backend) == "reference":
         return layer_norm_reference(x, weight, bias, eps)
-    y = FrozenLayerNorm.apply(x, weight, bias, eps)
+    y = run(FrozenLayerNorm, x, weight, bias, eps)
 
     def make(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return layer_norm_reference(x, weight, bias, eps)

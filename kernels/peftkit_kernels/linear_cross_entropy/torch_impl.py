@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import low_rank, native
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.autograd import once_differentiable, run
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.linear_cross_entropy.reference import RowLoss, mean_divisor, wide_dtype
 from peftkit_kernels.linear_cross_entropy.triton_impl import xent_rows_triton_
@@ -81,9 +81,7 @@ def linear_cross_entropy_torch(
         triton,
     )
     head = Head(weight, bias, lora.A if lora else None, lora.B if lora else None)
-    if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, *head, target, num_items, plan)
-    return _loss_and_grads(hidden, head, target, num_items, plan, False, Head(*[False] * 4))[0]
+    return run(_LinearCrossEntropy, hidden, *head, target, num_items, plan)
 
 
 def choose_chunk(M: int, V: int, *, itemsize: int, cpu: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkit_kernels.autograd import run
 from peftkit_kernels.checks import autocast_dtype, check_bias, check_lora, check_weight
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.lora_linear.reference import lora_linear_reference
@@ -50,4 +51,4 @@ def lora_linear(
         return lora_linear_reference(x, weight, bias, lora)
     if chosen == "triton":
         return lora_linear_triton(x, weight, bias, lora.A, lora.B, *lora.numbers())[0]
-    return LoRALinear.apply(x, weight, bias, lora.A, lora.B, lora.numbers())
+    return run(LoRALinear, x, weight, bias, lora.A, lora.B, lora.numbers())

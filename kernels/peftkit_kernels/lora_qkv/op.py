@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftkit_kernels.autograd import run
 from peftkit_kernels.checks import (
     autocast_dtype,
     check_bias,
@@ -67,4 +68,4 @@ def lora_qkv(
         return lora_qkv_reference(x, weights, biases, loras)
     if chosen == "triton":
         return tuple(run_triton(x, weights, biases, loras))
-    return LoRAQKV.apply(Call(numbers), x, *weights, *biases, *As, *Bs)
+    return run(LoRAQKV, Call(numbers), x, *weights, *biases, *As, *Bs)

@@ -24,17 +24,19 @@ class Call(NamedTuple):
 
 
 def shared_shrink(x: Tensor, loras: Sequence[LoRA | None]) -> list[Tensor | None]:
-    """``drop(x) Aᵀ`` of every adapter; adapters without dropout share one product over the concatenated A's."""
+    """``drop(x) Aᵀ`` of every adapter; adapters without dropout share one product over the concatenated A's.
+
+    They do where that moves less: reading ``x [M, K]`` once instead of n times against copying the A's.
+    """
     s: list[Tensor | None] = [None] * len(loras)
-    shared = [(i, lora) for i, lora in enumerate(loras) if lora is not None and lora.p == 0.0]
-    if shared:
-        joint = low_rank.shrink(x, torch.cat([lora.A for _, lora in shared]))
-        for (i, _), part in zip(
-            shared, joint.split([lora.A.shape[0] for _, lora in shared], dim=1), strict=True
-        ):
+    shared = [(i, lora.A) for i, lora in enumerate(loras) if lora is not None and lora.p == 0.0]
+    ranks = [A.shape[0] for _, A in shared]
+    if (len(shared) - 1) * x.shape[0] > 2 * sum(ranks):
+        joint = low_rank.shrink(x, torch.cat([A for _, A in shared]))
+        for (i, _), part in zip(shared, joint.split(ranks, dim=1), strict=True):
             s[i] = part
     for i, lora in enumerate(loras):
-        if lora is not None and lora.p > 0.0:
+        if lora is not None and s[i] is None:
             s[i] = low_rank.shrink(x, lora.A, lora.p, lora.seed)
     return s
 

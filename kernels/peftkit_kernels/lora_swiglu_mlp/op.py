@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftkit_kernels.autograd import run
 from peftkit_kernels.checks import (
     autocast_dtype,
     check_bias,
@@ -84,4 +85,4 @@ def lora_swiglu_mlp(
         (None, None, None) if lora is None else (lora.A, lora.B, lora.numbers()) for lora in loras
     ]
     As, Bs, numbers = zip(*factors, strict=True)
-    return LoRASwiGLUMLP.apply(Call(numbers, act), x, *weights, *biases, *As, *Bs)
+    return run(LoRASwiGLUMLP, Call(numbers, act), x, *weights, *biases, *As, *Bs)

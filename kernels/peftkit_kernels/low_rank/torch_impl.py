@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit_kernels.dropout import apply_dropout
@@ -52,7 +53,7 @@ def rows(t: Tensor) -> Tensor:
 
 def shrink(x: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     """``drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``x``."""
-    return torch.mm(apply_dropout(x, p, seed), cast(A, x.dtype).t())
+    return F.linear(apply_dropout(x, p, seed), cast(A, x.dtype))
 
 
 def expand_(y: Tensor, s: Tensor, B: Tensor, scale: float) -> Tensor:

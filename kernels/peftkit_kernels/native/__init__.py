@@ -30,6 +30,9 @@ _SIGNATURES = {
     "pk_attention": (_POINTER,) * 6,
     "pk_attention_backward": (_POINTER,) * 10,
     "pk_dropout": (*[_POINTER] * 2, _INT64, _INT64, _INT64, _FLOAT, _INT64, _INT),
+    "pk_quantize_rows": (*[_POINTER] * 4, _INT64, _INT64, _INT),
+    "pk_int8_epilogue": (*[_POINTER] * 7, *[_INT64] * 3, _INT),
+    "pk_nf4": (*[_POINTER] * 4, *[_INT64] * 5, _INT),
 }
 _FALLIBLE = ("pk_attention", "pk_attention_backward")
 
@@ -144,6 +147,68 @@ def dropout(x: Tensor, threshold: int, scale: float, seed: int) -> Tensor:
     return y
 
 
+def dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    row_scale: Tensor | None,
+    out: Tensor,
+    blocksize: int,
+    first_row: int,
+) -> None:
+    """Rows ``first_row ...`` of an NF4 weight of ``out``'s width, as ``peftkit_kernels.nf4`` defines it, into ``out``.
+
+    Args:
+        packed: ``UInt8``, contiguous: two codes a byte, for the whole weight.
+        absmax: ``Float32[blocks]``, contiguous.
+        row_scale: ``Float32[N]``, contiguous, or ``None``.
+        out: ``Float32[rows, K]`` whose rows are contiguous.
+        blocksize: Elements that share one ``absmax``.
+        first_row: Row of the weight that ``out`` starts at.
+    """
+    sizes = *out.shape, out.stride(0), blocksize, first_row
+    _call("pk_nf4", packed, absmax, row_scale, out, *sizes)
+
+
+def quantize_rows(x: Tensor, column_scale: Tensor | None, codes: Tensor) -> Tensor:
+    """``codes = round(x ∘ column_scale · 127 / absmax)`` by rows; returns ``absmax``.
+
+    Args:
+        x: ``[M, K]``.
+        column_scale: ``Float32[K]`` or ``None``.
+        codes: ``Int8[M, K]``, contiguous, written.
+
+    Returns:
+        ``Float32[M]``, the largest magnitude of each row of ``x ∘ column_scale``.
+    """
+    absmax = x.new_empty(x.shape[0])
+    _call("pk_quantize_rows", x, column_scale, codes, absmax, *x.shape)
+    return absmax
+
+
+def int8_epilogue(
+    acc: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    s: Tensor | None,
+    t: Tensor | None,
+) -> Tensor:
+    """``acc ∘ row_scale columnwise ∘ column_scale rowwise + bias + s t`` in one pass.
+
+    Args:
+        acc: ``Int32[M, N]``, contiguous.
+        row_scale: ``Float32[M]``.
+        column_scale: ``Float32[N]`` or ``None``.
+        bias: ``Float32[N]`` or ``None``.
+        s: ``Float32[M, R]``, contiguous, or ``None``.
+        t: ``Float32[R, N]``, contiguous, or ``None``.
+    """
+    y = row_scale.new_empty(acc.shape)
+    rank = 0 if s is None else s.shape[1]
+    _call("pk_int8_epilogue", acc, row_scale, column_scale, bias, s, t, y, *acc.shape, rank)
+    return y
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -205,7 +270,7 @@ def _run(name: str, *arguments: Any) -> None:
         raise MemoryError(f"{name}: no memory for its work space (about 100 KiB a thread)")
 
 
-def _call(name: str, *arguments: Tensor | float) -> None:
+def _call(name: str, *arguments: Tensor | float | None) -> None:
     pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     getattr(_library(), name)(*pointers, torch.get_num_threads())
 

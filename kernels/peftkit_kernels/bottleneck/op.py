@@ -1,0 +1,80 @@
+"""The public function: checks, autocast, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.bottleneck.reference import ACTIVATIONS, bottleneck_reference
+from peftkit_kernels.bottleneck.torch_impl import Bottleneck
+from peftkit_kernels.checks import autocast_dtype
+from peftkit_kernels.dispatch import Backend, choose_backend
+
+
+def bottleneck(
+    h: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    scale: float = 1.0,
+    act: str = "relu",
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """A bottleneck adapter: ``y = h + scale · (act(h downᵀ + down_bias) upᵀ + up_bias)``.
+
+    Kept for backward: ``h`` where ``down`` is trained, and the ``[M, R]`` input of the activation.
+
+    Args:
+        h: ``[..., D]``.
+        down: ``[R, D]``.
+        down_bias: ``[R]`` or ``None``.
+        up: ``[D, R]``.
+        up_bias: ``[D]`` or ``None``.
+        scale: Factor on what is added to ``h``.
+        act: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[..., D]`` in the dtype of ``h`` (of autocast where that is on). Float32 parameters on a 16-bit ``h`` are cast,
+        their gradients stay float32.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, the activation is unknown, or the backend cannot run.
+
+    Source: Houlsby et al., 2019, arXiv:1902.00751.
+    """
+    dtype = autocast_dtype(h)
+    if dtype is not None:
+        with torch.autocast(h.device.type, enabled=False):
+            return bottleneck(
+                h.to(dtype), down, down_bias, up, up_bias, scale, act, backend=backend
+            )
+    _check(h, down, down_bias, up, up_bias, act)
+    if choose_backend("bottleneck", backend) == "reference":
+        return bottleneck_reference(h, down, down_bias, up, up_bias, scale, act)
+    return Bottleneck.apply(h, down, down_bias, up, up_bias, (scale, act))
+
+
+def _check(
+    h: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    act: str,
+) -> None:
+    if h.dim() < 1 or down.dim() != 2 or down.shape[1] != h.shape[-1] or up.shape != down.T.shape:
+        raise ValueError(
+            f"down {tuple(down.shape)} and up {tuple(up.shape)} do not fit h {tuple(h.shape)}; "
+            "they must be [R, D] and [D, R] for h [..., D]"
+        )
+    for name, bias, size in (
+        ("down_bias", down_bias, down.shape[0]),
+        ("up_bias", up_bias, up.shape[0]),
+    ):
+        if bias is not None and bias.shape != (size,):
+            raise ValueError(f"{name} has shape {tuple(bias.shape)}; it must be [{size}]")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act={act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")

@@ -1,0 +1,91 @@
+"""``bottleneck`` from torch ops: keeps h and the narrow value before the activation, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels import low_rank, remake
+from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.bottleneck.reference import ACTIVATIONS
+from peftkit_kernels.gemm import matmul_nn, matmul_nt
+from peftkit_kernels.lora_linear.torch_impl import unflatten
+from peftkit_kernels.low_rank import cast, rows
+
+Numbers = tuple[float, str]
+
+
+class Bottleneck(torch.autograd.Function):
+    """With ``z = h downᵀ + down_bias``, ``a = act(z)`` and ``dz = act'(z) ∘ (scale · dy up)``:
+
+    ``dup = scale · dyᵀ a``, ``dup_bias = scale · Σ dy``, ``ddown = dzᵀ h``, ``ddown_bias = Σ dz``, ``dh = dy + dz down``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        down: Tensor,
+        down_bias: Tensor | None,
+        up: Tensor,
+        up_bias: Tensor | None,
+        numbers: Numbers,
+    ) -> Tensor:
+        scale, act = numbers
+        flat, dtype = rows(h), h.dtype
+        z = matmul_nt(flat, cast(down, dtype), _cast_bias(down_bias, dtype))
+        shift = None if up_bias is None else cast(up_bias, dtype) * scale
+        y = matmul_nt(ACTIVATIONS[act](z).mul(scale), cast(up, dtype), shift).add_(flat)
+        _, needs_down, _, needs_up, _, _ = ctx.needs_input_grad
+        inner = any(ctx.needs_input_grad[:3])
+        ctx.make_h, h_parts = remake.kept(h, needs_down)
+        ctx.save_for_backward(z if inner or needs_up else None, down, up, *h_parts)
+        ctx.numbers, ctx.shape = numbers, h.shape
+        ctx.dtypes = tuple(None if b is None else b.dtype for b in (down_bias, up_bias))
+        return unflatten(y, h.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, down, up, *h_parts = ctx.saved_tensors
+        scale, act = ctx.numbers
+        needs_h, needs_down, needs_down_bias, needs_up, needs_up_bias, _ = ctx.needs_input_grad
+        dy = rows(dy)
+        dh = ddown = ddown_bias = dup = dup_bias = None
+        if needs_up_bias:
+            dup_bias = cast(_sum(dy, ctx.dtypes[1]).mul_(scale), ctx.dtypes[1])
+        if needs_h or needs_down or needs_down_bias:
+            da = matmul_nn(dy, cast(up, dy.dtype)).mul_(scale)
+            a, dz = _activation_backward(da, z, act)
+            if needs_down:
+                h = remake.again(ctx.make_h, h_parts)
+                ddown = low_rank.grad_a(dz, rows(h), down.dtype)
+            if needs_down_bias:
+                ddown_bias = cast(_sum(dz, ctx.dtypes[0]), ctx.dtypes[0])
+            if needs_h:
+                dh = matmul_nn(dz, cast(down, dz.dtype)).add_(dy).view(ctx.shape)
+        elif needs_up:
+            a = ACTIVATIONS[act](z)
+        if needs_up:
+            dup = low_rank.grad_b(dy, a, scale, up.dtype)
+        return dh, ddown, ddown_bias, dup, dup_bias, None
+
+
+def _activation_backward(da: Tensor, z: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """``act(z)`` again, and ``da ∘ act'(z)`` by torch's own derivative."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        a = ACTIVATIONS[act](leaf)
+        (dz,) = torch.autograd.grad(a, leaf, da)
+    return a.detach(), dz
+
+
+def _cast_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else cast(bias, dtype)
+
+
+def _sum(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Summed over the rows, in float32 where 16 bits would not hold the result that is asked for."""
+    return grad.sum(0, dtype=torch.promote_types(grad.dtype, dtype))

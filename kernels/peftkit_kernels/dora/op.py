@@ -1,0 +1,95 @@
+"""The public functions: checks, autocast, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.checks import autocast_dtype, check_bias, check_lora, check_weight
+from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.dora.reference import Weight, dora_linear_reference, dora_norm_reference
+from peftkit_kernels.dora.torch_impl import Call, DoRALinear, weight_norm
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.quantized import check_quantized
+
+
+@torch.no_grad()
+def dora_norm(weight: Weight, lora: LoRA, *, backend: Backend = "auto") -> Tensor:
+    """``|W + scale · B A|`` of every row, without forming the sum; a constant for autograd.
+
+    Args:
+        weight: ``[N, K]``, or a weight in NF4 or 8-bit storage.
+        lora: The adapter.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``Float32[N]``; float64 for a float64 weight or adapter.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, or the backend cannot run.
+
+    Source: Liu et al., 2024, arXiv:2402.09353, section 4.3 (the norm as a constant).
+    """
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [N, K]")
+    check_lora(lora, weight, "lora")
+    if choose_backend("dora_norm", backend) == "reference":
+        dtype = torch.promote_types(lora.A.dtype, torch.float32)
+        if isinstance(weight, Tensor):
+            dtype = torch.promote_types(dtype, weight.dtype)
+        return dora_norm_reference(weight, lora, compute_dtype=dtype)
+    return weight_norm(weight, lora)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    lora: LoRA,
+    magnitude: Tensor,
+    norm: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """A frozen linear with direction and magnitude adapted: ``y = magnitude / norm · (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + bias``.
+
+    Kept for backward: ``x`` where A is trained, ``s = drop(x) Aᵀ`` where B is, and the output itself where the
+    magnitude is; the output may then not be changed in place.
+
+    Args:
+        x: ``[..., K]``.
+        weight: ``[N, K]``, frozen, or a weight in NF4 or 8-bit storage.
+        bias: ``[N]`` or ``None``.
+        lora: The adapter; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
+        magnitude: ``[N]``, none of it exactly 0, where its gradient could not be had from the output.
+        norm: What ``dora_norm`` gives for these factors, or ``None`` to have it computed.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, the weight or the norm requires a gradient, or the backend cannot run.
+
+    Source: Liu et al., 2024, arXiv:2402.09353.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return dora_linear(x.to(dtype), weight, bias, lora, magnitude, norm, backend=backend)
+    if isinstance(weight, Tensor):
+        check_weight(x, weight, "weight")
+    else:
+        check_quantized(x, weight, type(weight), "weight")
+    check_bias(bias, weight, "bias")
+    check_bias(magnitude, weight, "magnitude")
+    check_lora(lora, weight, "lora")
+    if norm is None:
+        norm = dora_norm(weight, lora, backend=backend)
+    check_bias(norm, weight, "norm")
+    if norm.requires_grad:
+        raise ValueError("norm requires a gradient, and DoRA gives it none; pass norm.detach()")
+    if choose_backend("dora_linear", backend) == "reference":
+        return dora_linear_reference(x, weight, bias, lora, magnitude, norm)
+    call = Call(weight, lora.numbers())
+    return DoRALinear.apply(x, call, bias, lora.A, lora.B, magnitude, norm)

@@ -1,0 +1,150 @@
+"""DoRA from torch ops: norms without the updated weight, and a linear whose row factors are folded where that is cheaper."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels import low_rank, remake, workspace
+from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.dora.reference import Weight
+from peftkit_kernels.gemm import matmul_nn, matmul_nt
+from peftkit_kernels.lora_linear.torch_impl import add_update_grad, unflatten
+from peftkit_kernels.lora_qkv.torch_impl import Numbers
+from peftkit_kernels.low_rank import LoRA, cast, rows
+from peftkit_kernels.quantized import decode
+
+_NORM_ROWS = 128
+"""Rows of a weight that are squared and multiplied at a time: 1 MiB of a width of 2,048 stays in the second-level cache."""
+
+
+def weight_norm(weight: Weight, lora: LoRA) -> Tensor:
+    """``|W + scale · B A|`` of every row without forming it, in float32 (float64 for a float64 weight or factor).
+
+    ``|W|² + 2 scale · B ∘ (W Aᵀ) + scale² · B (A Aᵀ) ∘ B``, each summed over the row; below 0 by rounding counts as 0.
+    """
+    wide = torch.promote_types(lora.A.dtype, torch.float32)
+    if isinstance(weight, Tensor):
+        wide = torch.promote_types(wide, weight.dtype)
+    else:
+        weight = decode(weight, wide)
+    A, B = cast(lora.A, wide), cast(lora.B, wide)
+    squares = A.new_empty(weight.shape[0])
+    for start in range(0, weight.shape[0], _NORM_ROWS):
+        part, factor = (t[start : start + _NORM_ROWS] for t in (weight, B))
+        part = cast(part, wide)
+        cross = matmul_nt(part, A).mul_(factor).sum(1)
+        squares[start : start + _NORM_ROWS] = (
+            part.square().sum(1).add_(cross, alpha=2.0 * lora.scale)
+        )
+    squares.add_(torch.mm(B, torch.mm(A, A.t())).mul_(B).sum(1), alpha=lora.scale**2)
+    return squares.clamp_(min=0.0).sqrt_()
+
+
+def folds(rows: int, weight: Weight) -> bool:
+    """Whether the row factors go into the weight rather than into the output: where it has to be written anyway, or is smaller."""
+    return not isinstance(weight, Tensor) or rows >= weight.shape[1]
+
+
+def scaled_weight(weight: Weight, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``factor`` times the rows of the weight in ``dtype``, in the workspace."""
+    if isinstance(weight, Tensor):
+        out = workspace.take(tuple(weight.shape), dtype, weight.device)
+        return torch.mul(cast(weight, dtype), cast(factor, dtype)[:, None], out=out)
+    if dtype is torch.float64:
+        return decode(weight, dtype).mul_(factor[:, None])
+    return decode(weight, dtype, cast(factor, torch.float32))
+
+
+class Call(NamedTuple):
+    """What the autograd function gets besides tensors."""
+
+    weight: Weight
+    numbers: Numbers
+
+
+class DoRALinear(torch.autograd.Function):
+    """With ``g = magnitude / norm``, where the norm counts as a constant, ``s = drop(x) Aᵀ`` and ``ds = scale · (dy ∘ g) B``:
+
+    ``dB = scale · g ∘ (dyᵀ s)``, ``dA = dsᵀ drop(x)``, ``dx = (dy ∘ g) W + mask ∘ (ds A)``, ``dbias = Σ dy``,
+    ``dmagnitude = Σ dy ∘ (y - bias) / magnitude``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        call: Call,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
+        norm: Tensor,
+    ) -> Tensor:
+        weight, lora = call.weight, LoRA(A, B, *call.numbers)
+        flat, dtype = rows(x), x.dtype
+        g = cast(magnitude, norm.dtype) / norm
+        s = low_rank.shrink(flat, A, lora.p, lora.seed)
+        shift = None if bias is None else cast(bias, dtype)
+        if folds(flat.shape[0], weight):
+            y = matmul_nt(flat, scaled_weight(weight, g, dtype), shift)
+            low_rank.expand_(y, s, B * g[:, None], lora.scale)
+        else:
+            y = low_rank.expand_(matmul_nt(flat, cast(weight, dtype)), s, B, lora.scale)
+            y.mul_(cast(g, dtype))
+            if shift is not None:
+                y.add_(shift)
+        y = unflatten(y, x.shape)
+        _, _, _, needs_A, needs_B, needs_magnitude, _ = ctx.needs_input_grad
+        ctx.make_x, x_parts = remake.kept(x, needs_A)
+        output = y if needs_magnitude else None
+        ctx.save_for_backward(
+            bias, A, B, magnitude, g, s if needs_B else None, output, *_tensors(weight), *x_parts
+        )
+        ctx.call, ctx.shape, ctx.parts = call, x.shape, len(x_parts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        bias, A, B, magnitude, g, s, y, *more = ctx.saved_tensors
+        weight, lora = ctx.call.weight, LoRA(A, B, *ctx.call.numbers)
+        needs_x, _, needs_bias, needs_A, needs_B, needs_magnitude, _ = ctx.needs_input_grad
+        dy = rows(dy)
+        dbias = dy.sum(0) if needs_bias else None
+        dx = dA = dB = dmagnitude = None
+        if needs_magnitude:
+            dmagnitude = _magnitude_grad(dy, rows(y), bias, magnitude)
+        if needs_B:
+            dB = low_rank.grad_b(dy, s, lora.scale, g.dtype).mul_(g[:, None]).to(B.dtype)
+        if needs_x or needs_A:
+            ds = low_rank.grad_s(dy, B * g[:, None], lora.scale)
+            if needs_A:
+                x = remake.again(ctx.make_x, more[len(more) - ctx.parts :])
+                dA = low_rank.grad_a(ds, rows(x), A.dtype, lora.p, lora.seed)
+            if needs_x:
+                if folds(dy.shape[0], weight):
+                    dx = matmul_nn(dy, scaled_weight(weight, g, dy.dtype))
+                else:
+                    dx = matmul_nn(dy * cast(g, dy.dtype), cast(weight, dy.dtype))
+                dx = add_update_grad(dx, ds, lora).view(ctx.shape)
+        return dx, None, dbias, dA, dB, dmagnitude, None
+
+
+def _tensors(weight: Weight) -> tuple[Tensor, ...]:
+    """A dense weight is saved only so that a change of it before the backward is noticed."""
+    return (weight,) if isinstance(weight, Tensor) else ()
+
+
+def _magnitude_grad(dy: Tensor, y: Tensor, bias: Tensor | None, magnitude: Tensor) -> Tensor:
+    """``Σ dy ∘ (y - bias) / magnitude``, summed in float32, without a tensor of the size of ``y - bias``."""
+    wide = torch.promote_types(magnitude.dtype, torch.float32)
+    total = torch.zeros(y.shape[1], dtype=wide, device=y.device)
+    for start in range(0, y.shape[0], _NORM_ROWS):
+        part = cast(y[start : start + _NORM_ROWS], wide)
+        if bias is not None:
+            part = part - cast(bias, wide)
+        total.add_((part * dy[start : start + _NORM_ROWS]).sum(0))
+    return cast(total.div_(cast(magnitude, wide)), magnitude.dtype)

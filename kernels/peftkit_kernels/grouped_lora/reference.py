@@ -1,0 +1,39 @@
+"""The definition of ``grouped_lora``: every row multiplied with factors picked for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grouped_lora_reference(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    ids: Tensor,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``y[m] + scale[e] · B[e] A[e] x[m]`` with ``e = ids[m]``, and ``y[m]`` where that is -1.
+
+    Args:
+        y: ``[..., N]``.
+        x: ``[..., K]``.
+        A: ``[E, R, K]``.
+        B: ``[E, N, R]``.
+        scale: ``Float[E]``.
+        ids: ``Int[M]``, one a row.
+        compute_dtype: Dtype of every product (default: that of ``x``).
+
+    Returns:
+        ``[..., N]`` in ``compute_dtype``.
+    """
+    dtype = compute_dtype or x.dtype
+    own, rows = ids.clamp(min=0), x.to(dtype).reshape(-1, x.shape[-1])
+    s = torch.einsum("mk,mrk->mr", rows, A.to(dtype)[own])
+    update = torch.einsum("mr,mnr->mn", s, B.to(dtype)[own]) * scale.to(dtype)[own, None]
+    # not a product with 0: what a row without an adapter holds may not be finite
+    update = update.masked_fill((ids < 0)[:, None], 0.0)
+    return y.to(dtype) + update.reshape(y.shape)

@@ -1,0 +1,6 @@
+"""A linear multiplied in 8 bits: stored weight and activations quantised on the fly, with a low-rank update."""
+
+from peftkit_kernels.int8_compute_linear.op import int8_compute_linear
+from peftkit_kernels.int8_compute_linear.reference import int8_compute_linear_reference
+
+__all__ = ["int8_compute_linear", "int8_compute_linear_reference"]

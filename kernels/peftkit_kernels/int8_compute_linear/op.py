@@ -1,0 +1,73 @@
+"""The public function: checks, autocast, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.checks import autocast_dtype, check_bias, check_lora
+from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.int8 import Int8Weight
+from peftkit_kernels.int8_compute_linear.reference import int8_compute_linear_reference
+from peftkit_kernels.int8_compute_linear.torch_impl import Int8ComputeLinear
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.quantized import check_quantized
+
+_MAX_WIDTH = (2**31 - 1) // 127**2
+"""A sum of this many products of two codes fits 32 bits."""
+
+
+def int8_compute_linear(
+    x: Tensor,
+    q: Int8Weight,
+    bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    *,
+    threshold: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """A linear multiplied in 8 bits, with a low-rank update in full precision.
+
+    ``y = x8 W8ᵀ · sx · sw + bias + scale · drop(x) Aᵀ Bᵀ``, where the rows of ``x`` are quantised on the fly:
+    ``x8 = round(x / sx)``, ``sx = absmax / 127``. The gradient of ``x`` is made the same way from ``dy ∘ sw``; those of the
+    adapter and the bias are exact. Kept is what ``lora_linear`` keeps besides its weight.
+
+    Args:
+        x: ``[..., K]``.
+        q: The weight ``(N, K)``; it has no gradient.
+        bias: ``[N]`` or ``None``.
+        lora: The adapter or ``None``; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
+        threshold: Columns of ``x`` in which a magnitude reaches it are left out of the quantisation and multiplied in the
+            dtype of ``x``, as LLM.int8() does (with 6.0); ``None`` for none.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, the threshold is not positive, or the backend cannot run.
+
+    Source: Dettmers et al., 2022, arXiv:2208.07339, section 3.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return int8_compute_linear(
+                x.to(dtype), q, bias, lora, threshold=threshold, backend=backend
+            )
+    check_quantized(x, q, Int8Weight)
+    check_bias(bias, q, "bias")
+    if lora is not None:
+        check_lora(lora, q, "lora")
+    if threshold is not None and not threshold > 0.0:
+        raise ValueError(
+            f"threshold={threshold} makes every column an outlier; pass a positive value or None"
+        )
+    if max(q.shape) > _MAX_WIDTH:
+        raise ValueError(
+            f"q has shape {q.shape}; sums of more than {_MAX_WIDTH} products overflow 32 bits: use int8_linear"
+        )
+    if choose_backend("int8_compute_linear", backend) == "reference":
+        return int8_compute_linear_reference(x, q, bias, lora, threshold=threshold)
+    A, B, numbers = (None,) * 3 if lora is None else (lora.A, lora.B, lora.numbers())
+    return Int8ComputeLinear.apply(x, q, bias, A, B, numbers, threshold)

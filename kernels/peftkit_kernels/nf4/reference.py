@@ -1,0 +1,67 @@
+"""The definition of NF4 storage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.nf4.weight import NestedAbsmax, NF4Weight, dynamic_code, level_table
+
+_SMALLEST_ABSMAX = 1e-38
+"""Blocks below this are divided by it instead: a block of zeros stays one, and no reciprocal overflows."""
+
+
+def quantize_nf4_reference(weight: Tensor, blocksize: int = 64, nested: bool = False) -> NF4Weight:
+    """The nearest level for every element, relative to the largest magnitude of its block; as ``quantize_nf4``."""
+    codes, absmax = _nearest(weight, blocksize, level_table(weight.device))
+    if codes.numel() % 2:
+        # 7 is the code of zero
+        codes = torch.nn.functional.pad(codes, (0, 1), value=7)
+    packed = codes[::2] << 4 | codes[1::2]
+    if not nested:
+        return NF4Weight(packed, absmax, tuple(weight.shape), blocksize)
+    offset, code = absmax.mean(), dynamic_code().to(weight.device)
+    codes, absmax = _nearest(absmax - offset, 256, code)
+    return NF4Weight(
+        packed, codes, tuple(weight.shape), blocksize, NestedAbsmax(code, absmax, offset)
+    )
+
+
+def _nearest(values: Tensor, blocksize: int, code: Tensor) -> tuple[Tensor, Tensor]:
+    """``UInt8[n]``, the index of the nearest entry of ``code``, and ``Float32[blocks]``, the block maxima.
+
+    The index is the number of midpoints strictly below the value; the value is multiplied by the reciprocal of its
+    block's maximum, not divided by it.
+    """
+    flat = values.reshape(-1).float()
+    blocks = -(-flat.numel() // blocksize)
+    padded = torch.nn.functional.pad(flat, (0, blocks * blocksize - flat.numel()))
+    rows = padded.view(blocks, blocksize)
+    absmax = rows.abs().amax(1)
+    scaled = (rows * (1.0 / absmax.clamp(min=_SMALLEST_ABSMAX))[:, None]).clamp(-1, 1)
+    midpoints = (code[:-1] + code[1:]) / 2
+    return torch.bucketize(scaled.view(-1)[: flat.numel()], midpoints).to(torch.uint8), absmax
+
+
+def dequantize_nf4_reference(
+    q: NF4Weight, dtype: torch.dtype = torch.float32, row_scale: Tensor | None = None
+) -> Tensor:
+    """``LEVELS[code] · absmax (· row_scale)``, each product in float32, then rounded once to ``dtype``.
+
+    Args:
+        q: The weight.
+        dtype: Of the result.
+        row_scale: ``Float32[N]``, a factor on each row of the weight.
+
+    Returns:
+        ``[*q.shape]``.
+    """
+    packed = q.packed.reshape(-1)
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
+    absmax = q.block_absmax().repeat_interleave(q.blocksize)
+    numel = min(absmax.numel(), codes.numel())
+    values = level_table(q.device)[codes[:numel].int()] * absmax[:numel]
+    values = values[: torch.Size(q.shape).numel()].view(q.shape)
+    if row_scale is not None:
+        values = values * row_scale.float().view(-1, *[1] * (len(q.shape) - 1))
+    return values.to(dtype)

@@ -1,0 +1,118 @@
+"""A weight stored in four bits: the tensors of bitsandbytes' layout, and the tables that give them meaning."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""What the sixteen codes stand for. Source: Dettmers et al., 2023, arXiv:2305.14314, appendix E."""
+
+
+@dataclass(frozen=True, slots=True)
+class NestedAbsmax:
+    """How block maxima stored in 8 bits are read: ``code[c] · absmax[i // blocksize] + offset``.
+
+    Attributes:
+        code: ``Float32[256]``, ascending.
+        absmax: ``Float32[ceil(blocks / blocksize)]``.
+        offset: ``Float32[]``, the mean of the block maxima.
+        blocksize: Block maxima that share one ``absmax``.
+    """
+
+    code: Tensor
+    absmax: Tensor
+    offset: Tensor
+    blocksize: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class NF4Weight:
+    """A frozen weight in four bits: element ``i`` of the flattened weight is ``LEVELS[code] · absmax[i // blocksize]``.
+
+    Attributes:
+        packed: ``UInt8[ceil(numel / 2)]`` in any shape: two codes a byte, the even element in the high nibble.
+        absmax: ``Float32[ceil(numel / blocksize)]`` in the unit of the weight; ``UInt8`` where nested.
+        shape: Of the weight, ``(N, K)`` for a linear. Blocks run across rows.
+        blocksize: Elements that share one ``absmax``; a power of two from 32 to 4096.
+        nested: How an 8-bit ``absmax`` is read, else ``None``.
+
+    Raises:
+        ValueError: The sizes or dtypes do not fit each other.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    shape: tuple[int, ...]
+    blocksize: int = 64
+    nested: NestedAbsmax | None = None
+
+    def __post_init__(self) -> None:
+        check_blocksize(self.blocksize)
+        numel = math.prod(self.shape)
+        if self.packed.dtype is not torch.uint8 or self.packed.numel() != (numel + 1) // 2:
+            raise ValueError(
+                f"packed is {self.packed.dtype} with {self.packed.numel()} elements; a weight {tuple(self.shape)} takes "
+                f"{(numel + 1) // 2} bytes of uint8 (pack other storage dtypes with packed.view(torch.uint8))"
+            )
+        blocks, dtype = -(-numel // self.blocksize), torch.uint8 if self.nested else torch.float32
+        if self.absmax.dtype is not dtype or self.absmax.numel() != blocks:
+            raise ValueError(
+                f"absmax is {self.absmax.dtype} with {self.absmax.numel()} elements; {blocks} blocks of "
+                f"{self.blocksize} take as many of {dtype} {'(nested)' if self.nested else '(nested=None)'}"
+            )
+        if self.nested and self.nested.absmax.numel() != -(-blocks // self.nested.blocksize):
+            raise ValueError(
+                f"nested.absmax has {self.nested.absmax.numel()} elements; {blocks} block maxima in blocks of "
+                f"{self.nested.blocksize} take {-(-blocks // self.nested.blocksize)}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.packed.device
+
+    def block_absmax(self) -> Tensor:
+        """``Float32[blocks]``: the block maxima, decoded where they are nested (product and sum each rounded)."""
+        if self.nested is None:
+            return self.absmax.reshape(-1)
+        nested, codes = self.nested, self.absmax.reshape(-1)
+        absmax = nested.absmax.repeat_interleave(nested.blocksize)[: codes.numel()]
+        return nested.code[codes.int()] * absmax + nested.offset
+
+
+def check_blocksize(blocksize: int) -> None:
+    """Raise ``ValueError`` unless the layout knows blocks of this size."""
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize={blocksize} is not one of {', '.join(map(str, BLOCKSIZES))}")
+
+
+def level_table(device: torch.device | str = "cpu") -> Tensor:
+    """``Float32[16]``: ``LEVELS`` as a tensor."""
+    return torch.tensor(LEVELS, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic_code() -> Tensor:
+    """``Float32[256]``, ascending: the signed 8-bit dynamic map that nested block maxima are stored in.
+
+    Seven decades, the one that ends at ``10**e`` cut into ``2**(e + 6)`` equal parts, of which the midpoints count; and
+    0 and 1. Source: Dettmers, 2016, arXiv:1511.04561, section 2.
+    """
+    positive = []
+    for exponent in range(-6, 1):
+        edges = torch.linspace(0.1, 1.0, 2 ** (exponent + 6) + 1)
+        positive.append(10.0**exponent * ((edges[:-1] + edges[1:]) / 2))
+    values = torch.cat(positive)
+    return torch.cat([-values, values, torch.tensor([0.0, 1.0])]).sort().values

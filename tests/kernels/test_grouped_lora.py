@@ -1,0 +1,285 @@
+"""``grouped_lora`` and its plan: every row gets its own adapter's update, and nobody else's anything."""
+
+import pytest
+import torch
+from lora_cases import DTYPES, LAYOUTS, MIXED, draw, gradients, subsets
+
+from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
+from peftkit_kernels.lora_linear import lora_linear
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.testing import Made, assert_no_worse_than, kept_for_backward
+
+K, N, E = 33, 29, 5
+NAMES = ("y", "x", "A", "B")
+IDS = {
+    "mixed": lambda M: torch.randint(-1, E, (M,), generator=torch.Generator().manual_seed(3)),
+    "none": lambda M: torch.full((M,), -1),
+    "one": lambda M: torch.full((M,), 3),
+    "every row another": lambda M: torch.arange(M) % E,
+    "in runs": lambda M: torch.arange(M) * E // max(1, M),
+}
+
+
+def make(M=37, dtype=torch.float32, factors=None, rank=4, layout="contiguous", trained=NAMES):
+    generator = torch.Generator().manual_seed(0)
+    factors = factors or dtype
+    leaves = {
+        "y": draw((M, N), dtype, generator, layout),
+        "x": draw((M, K), dtype, generator, layout),
+        "A": draw((E, rank, K), factors, generator) / K**0.5,
+        "B": draw((E, N, rank), factors, generator) / rank**0.5,
+    }
+    return {name: leaf.requires_grad_(name in trained) for name, leaf in leaves.items()}
+
+
+SCALE = torch.tensor([0.5, -2.0, 1.0, 0.0, 3.0])
+
+
+def run(leaves, ids, dy=None, backend="auto", block=16):
+    plan = plan_groups(ids, E, block=block)
+    out = grouped_lora(
+        *(leaves[name] for name in NAMES), SCALE.to(ids.device), plan, backend=backend
+    )
+    if dy is None:
+        dy = draw(tuple(out.shape), out.dtype, torch.Generator().manual_seed(1))
+    results = {"out": out.detach()}
+    return results | (gradients(out, dy, leaves) if out.requires_grad else {})
+
+
+def check(leaves, ids, **options):
+    wide = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    dy = draw((ids.numel(), N), leaves["x"].dtype, torch.Generator().manual_seed(1))
+    truth = run(wide, ids, dy.double(), backend="reference")
+    plain = run(leaves, ids, dy, backend="reference")
+    actual = run(leaves, ids, dy, **options)
+    for name, value in actual.items():
+        if leaves["x"].dtype is torch.float64:
+            # the definition is its own truth: sums of some hundred terms in another order
+            torch.testing.assert_close(value, truth[name], rtol=1e-13, atol=1e-13)
+        elif truth[name].any():
+            # rounded once more than the definition: s times its scale
+            assert_no_worse_than(value, plain[name], truth[name], name, factor=3)
+        else:
+            assert not value.any(), name
+    return set(actual)
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize(
+    ("dtype", "factors"), [*((d, None) for d in DTYPES), *MIXED], ids=lambda d: str(d)[6:]
+)
+def test_as_good_as_the_definition(dtype, factors, ids):
+    assert check(make(dtype=dtype, factors=factors), IDS[ids](37)) == {"out", *NAMES}
+
+
+@pytest.mark.parametrize("rank", [1, 16, 24])
+@pytest.mark.parametrize("block", [1, 16, 64])
+@pytest.mark.parametrize("M", [1, 3, 16, 17, 65])
+def test_any_number_of_rows_and_rank(M, block, rank):
+    check(make(M, rank=rank), IDS["mixed"](M), block=block)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_no_rows(backend):
+    results = run(make(0), torch.empty(0, dtype=torch.int64), backend=backend)
+    assert results["out"].shape == (0, N)
+    assert not results["A"].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_and_offsets(layout):
+    check(make(layout=layout), IDS["mixed"](37))
+
+
+@pytest.mark.parametrize("trained", subsets(NAMES), ids="-".join)
+def test_each_subset_of_trained_tensors(trained):
+    ids = IDS["mixed"](37)
+    every, actual = run(make(), ids), run(make(trained=trained), ids)
+    assert actual.keys() == {"out", *trained}
+    for name, value in actual.items():
+        assert torch.equal(value, every[name]), name
+    leaves = make(trained=trained)
+    plan = plan_groups(ids, E)
+    with kept_for_backward(*leaves.values()) as kept:
+        out = grouped_lora(leaves["y"], leaves["x"] * 1, leaves["A"], leaves["B"], SCALE, plan)
+    assert out.requires_grad
+    tiles = plan.tiles.shape[0]
+    # besides: the scale of every tile
+    expected = 37 * K * ("A" in trained) + tiles * 16 * 4 * ("B" in trained) + tiles
+    assert kept.total_bytes == 4 * expected
+
+
+def test_one_adapter_is_lora_linear():
+    leaves = make()
+    y = run(leaves, IDS["one"](37))["out"]
+    scale = 0.0  # that of adapter 3
+    lora = LoRA(leaves["A"][3], leaves["B"][3], scale)
+    expected = leaves["y"] + lora_linear(leaves["x"], torch.zeros(N, K), None, lora)
+    torch.testing.assert_close(y, expected)
+    for e in (0, 4):
+        lora = LoRA(leaves["A"][e], leaves["B"][e], float(SCALE[e]))
+        expected = leaves["y"] + lora_linear(leaves["x"], torch.zeros(N, K), None, lora)
+        torch.testing.assert_close(run(leaves, torch.full((37,), e))["out"], expected)
+
+
+def test_leading_axes():
+    leaves, ids = make(24), IDS["mixed"](24)
+    flat = run(leaves, ids)["out"]
+    plan = plan_groups(ids, E)
+    y, x = (leaves[name].reshape(2, 3, 4, -1) for name in "yx")
+    out = grouped_lora(y, x, leaves["A"], leaves["B"], SCALE, plan)
+    assert torch.equal(out, flat.view(2, 3, 4, N))
+    assert not out._is_view()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_bad_row_or_adapter_spoils_itself_only(backend):
+    leaves = make()
+    ids = IDS["every row another"](37)
+    ids[7] = -1
+    with torch.no_grad():
+        leaves["x"][7] = torch.nan  # has no adapter
+        leaves["x"][0, 1] = torch.inf  # adapter 0
+        leaves["B"][2, 3, 1] = torch.nan
+    results = run(leaves, ids, backend=backend)
+    good = (ids != 2) & (torch.arange(37) != 0)
+    assert torch.equal(results["out"].isfinite().all(1), good)
+    assert torch.equal(results["out"][7], leaves["y"][7])
+    assert torch.equal(results["x"].isfinite().all(1), ids != 2)
+    assert results["A"].isfinite().flatten(1).all(1).tolist() == [False, True, False, True, True]
+    assert results["B"].isfinite().flatten(1).all(1).tolist() == [False, True, True, True, True]
+
+
+def test_an_adapter_without_rows_gets_nothing_from_a_bad_row():
+    leaves, ids = make(5), torch.tensor([1, 2, 1, 4, 2])
+    with torch.no_grad():
+        leaves["x"][0] = torch.inf  # first in the order, where tiles that are not needed look
+    results = run(leaves, ids)
+    for e in (0, 3):
+        assert not results["A"][e].any()
+        assert not results["B"][e].any()
+    assert results["A"][2].isfinite().all()
+    assert not results["A"][1].isfinite().all()
+
+
+def test_gradients_of_the_reference():
+    leaves = make(5, torch.float64, rank=2)
+    ids = torch.tensor([4, -1, 0, 4, 2])
+
+    def op(*tensors):
+        return grouped_lora(*tensors, SCALE, plan_groups(ids, E), backend="reference")
+
+    assert torch.autograd.gradcheck(op, tuple(leaves.values()))
+    out = op(*leaves.values())
+    for m, e in enumerate(ids.tolist()):
+        expected = leaves["y"][m]
+        if e >= 0:
+            product = leaves["B"][e] @ (leaves["A"][e] @ leaves["x"][m])
+            expected = expected + SCALE[e] * product
+        torch.testing.assert_close(out[m], expected)
+
+
+def test_as_many_operations_whatever_the_number_of_adapters():
+    counts = []
+    for adapters in (2, 40):
+        M, ids = 64, torch.arange(64) % adapters
+        x, y = torch.randn(M, 256, requires_grad=True), torch.randn(M, 256)
+        A, B = torch.randn(adapters, 8, 256), torch.randn(adapters, 256, 8)
+        plan = plan_groups(ids, adapters)
+        A, B = A.requires_grad_(), B.requires_grad_()
+        with Made() as made:
+            grouped_lora(y, x, A, B, torch.ones(adapters), plan).sum().backward()
+        counts.append(made.calls)
+        # no factors picked for each row
+        assert made.largest_bytes <= 4 * plan.rows.numel() * 256 < 4 * M * 8 * 256 * 3
+    assert counts[0] == counts[1]
+
+
+def test_modes_repetition_and_refusals():
+    leaves, ids = make(), IDS["mixed"](37)
+    first, again = run(leaves, ids), run(leaves, ids)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    with torch.inference_mode():
+        assert torch.equal(run(leaves, ids)["out"], first["out"])
+    out = grouped_lora(*leaves.values(), SCALE, plan_groups(ids, E))
+    (dx,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="GroupedLoRA is once_differentiable"):
+        dx.sum().backward()
+
+
+def test_compiled_without_graph_break():
+    leaves, ids = make(dtype=torch.float64), IDS["mixed"](37)
+    plan = plan_groups(ids, E)
+
+    def op(*tensors):
+        return grouped_lora(*tensors, SCALE, plan)
+
+    torch.compiler.reset()
+    compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*leaves.values()), op(*leaves.values()))
+
+
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("block", [1, 16, 64])
+@pytest.mark.parametrize("M", [0, 1, 17, 65])
+def test_plans_cover_every_row_once(M, block, ids):
+    ids = IDS[ids](M)
+    plan = plan_groups(ids.int(), E, block=block)
+    assert plan.tiles.shape == (-(-M // block) + E, 3)
+    seen = []
+    for (adapter, first, count), rows, filled in zip(
+        plan.tiles.tolist(), plan.rows, plan.filled, strict=True
+    ):
+        own = plan.order[first : first + count]
+        assert filled.tolist() == [j < count for j in range(block)]
+        assert (adapter == -1) == (count == 0)
+        if count:
+            assert torch.equal(rows[:count], own)
+            assert (rows[count:] == own[0]).all()
+            assert (ids[own] == adapter).all()
+            assert own.diff().gt(0).all()
+            seen += own.tolist()
+    assert sorted(seen) == (ids >= 0).nonzero().view(-1).tolist()
+    places = plan.place[ids >= 0]
+    assert torch.equal(plan.rows.view(-1)[places], (ids >= 0).nonzero().view(-1))
+    assert plan.filled.view(-1)[places].all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "adapters", "message"),
+    [
+        (torch.zeros(3, 2).long(), 4, r"ids is torch.int64 \(3, 2\); it must be integers \[M\]"),
+        (torch.zeros(3), 4, r"ids is torch.float32"),
+        (torch.tensor([0, 4]), 4, r"ids run from 0 to 4; with adapters=4 they must be -1 to 3"),
+        (torch.tensor([-2, 0]), 4, r"ids run from -2 to 0"),
+        (torch.tensor([0]), 0, r"adapters=0 and block=16 must be at least 1"),
+    ],
+)
+def test_ids_that_do_not_fit_are_refused(ids, adapters, message):
+    with pytest.raises(ValueError, match=message):
+        plan_groups(ids, adapters)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"A": torch.zeros(4, 4, K)}, r"A \(4, 4, 33\) .* do not fit a plan for 5 adapters"),
+        ({"B": torch.zeros(E, N, 3)}, r"B \(5, 29, 3\)"),
+        ({"B": torch.zeros(E, N, 4).double()}, r"A is torch.float32 and B is torch.float64"),
+        ({"x": torch.zeros(37, 32)}, r"x \(37, 32\) and y \(37, 29\) do not fit"),
+        ({"y": torch.zeros(37, 28)}, r"y \(37, 28\) do not fit"),
+        ({"y": torch.zeros(37, N).half()}, r"y is torch.float16 and x is torch.float32"),
+        ({"scale": torch.zeros(4)}, r"scale has shape \(4,\)"),
+        ({"scale": torch.zeros(E, requires_grad=True)}, r"requires_grad=True; it must be \[5\]"),
+        (
+            {"plan": plan_groups(torch.zeros(36).long(), E)},
+            r"x \(37, 33\) has other rows than the 36",
+        ),
+        ({"backend": "triton"}, r"backend='triton'"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    plan = plan_groups(torch.zeros(37).long(), E)
+    arguments = make() | {"scale": SCALE, "plan": plan} | change
+    with pytest.raises(ValueError, match=message):
+        grouped_lora(**arguments)

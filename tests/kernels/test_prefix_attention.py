@@ -1,0 +1,291 @@
+"""Attention with a prefix: two merged passes against the joined keys in float64, forward and backward."""
+
+import pytest
+import torch
+from lora_cases import gradients, subsets
+
+from peftkit_kernels import native
+from peftkit_kernels.prefix_attention import prefix_attention, prefix_attention_reference
+from peftkit_kernels.testing import Made, assert_no_worse_than, kept_for_backward
+
+NAMES = ("q", "k", "v", "prefix_k", "prefix_v")
+SHAPES = {
+    # B, H, H_kv, S, T, P, D
+    "native": (2, 2, 2, 64, 64, 16, 32),
+    "native, grouped heads, ragged": (2, 6, 2, 70, 70, 5, 64),
+    "one query": (2, 4, 2, 1, 33, 7, 32),
+    "odd head size": (2, 4, 4, 17, 17, 3, 7),
+    "odd head size, grouped heads": (1, 4, 2, 5, 20, 2, 12),
+}
+MASKS = ("none", "causal", "padding", "causal padding", "causal and padding")
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+gating = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+
+
+def make(shape, dtype=torch.float32, gated=False, prefix_dtype=None, trained=None):
+    """The tensors by name, positions before heads as attention modules lay them out, and the gradient of the output."""
+    B, H, G, S, T, P, D = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator)
+
+    leaves = {
+        "q": draw(B, S, H, D).to(dtype).transpose(1, 2),
+        "k": draw(B, T, G, D).to(dtype).transpose(1, 2),
+        "v": draw(B, T, G, D).to(dtype).transpose(1, 2),
+        "prefix_k": draw(G, P, D).to(prefix_dtype or dtype),
+        "prefix_v": draw(G, P, D).to(prefix_dtype or dtype),
+    }
+    if gated:
+        leaves["gate"] = draw(H).to(prefix_dtype or dtype)
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(trained is None or name in trained)
+    return leaves, draw(B, S, H, D).to(dtype)
+
+
+def masking(shape, kind):
+    """The options of a kind of mask; the last sequence is padded on the left and starts with queries that see no key."""
+    B, _, _, S, T, _, _ = shape
+    if kind == "none" or (kind == "causal" and S != T):
+        return {}
+    if kind == "causal":
+        return {"causal": True}
+    mask = torch.ones(B, 1, S, T, dtype=torch.bool)
+    if kind == "causal padding" or S != T:
+        mask = mask.tril(T - S)
+    mask[-1, :, :, : T // 3 + 1] = False
+    return {"mask": mask} | ({"causal": True} if kind == "causal and padding" and S == T else {})
+
+
+def run(leaves, dout, op=prefix_attention, **options):
+    gate = {"gate": leaves["gate"]} if "gate" in leaves else {}
+    D = leaves["q"].shape[-1]
+    out = op(*(leaves[name] for name in NAMES), D**-0.5, **gate, **options)
+    return {"out": out.detach()} | gradients(out, dout.to(out.dtype), leaves)
+
+
+def check(leaves, dout, backend="torch", **options):
+    truth = run(leaves, dout, prefix_attention_reference, compute_dtype=torch.float64, **options)
+    plain = run(leaves, dout, backend="reference", **options)
+    actual = run(leaves, dout, backend=backend, **options)
+    assert actual.keys() == truth.keys() == {"out", *leaves}
+    for name, value in actual.items():
+        # like plain torch, but with twice the roundings to 16 bits: of each part, and of what is merged
+        assert_no_worse_than(value, plain[name], truth[name], name, factor=4)
+
+
+@every_shape
+@gating
+@pytest.mark.parametrize("kind", MASKS)
+def test_as_good_as_joined_keys(shape, kind, gated):
+    check(*make(shape, gated=gated), **masking(shape, kind))
+
+
+@gating
+@pytest.mark.parametrize("kind", ["causal", "causal padding"])
+@pytest.mark.parametrize(
+    ("dtype", "prefix"),
+    [
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+    ids=lambda d: str(d)[6:],
+)
+def test_16_bits(dtype, prefix, kind, gated):
+    shape = SHAPES["odd head size"]
+    leaves, dout = make(shape, dtype, gated, prefix)
+    check(leaves, dout, **masking(shape, kind))
+    grads = run(leaves, dout)
+    assert grads["prefix_k"].dtype == (prefix or dtype)
+    assert grads["q"].dtype == dtype
+
+
+@gating
+@pytest.mark.parametrize("kind", MASKS)
+@every_shape
+def test_exact_in_float64(shape, kind, gated):
+    leaves, dout = make(shape, torch.float64, gated)
+    options = masking(shape, kind)
+    actual, expected = (
+        run(leaves, dout, **options),
+        run(leaves, dout, backend="reference", **options),
+    )
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
+
+
+@gating
+@pytest.mark.parametrize("kind", MASKS)
+def test_without_native_passes(kind, gated, monkeypatch):
+    monkeypatch.setattr(native, "obstacle", lambda: "there is no compiler")
+    shape = SHAPES["native, grouped heads, ragged"]
+    check(*make(shape, gated=gated), **masking(shape, kind))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_reference_is_the_formula(kind):
+    shape = (2, 4, 2, 3, 3, 2, 2)
+    leaves, _ = make(shape, torch.float64, gated=True)
+    options = masking(shape, kind)
+    q, k, v, prefix_k, prefix_v = (leaves[name].detach() for name in NAMES)
+    for b in range(2):
+        for h in range(4):
+            keys = torch.cat([prefix_k[h // 2], k[b, h // 2]])
+            values = torch.cat([prefix_v[h // 2], v[b, h // 2]])
+            for i in range(3):
+                seen = options["mask"][b, 0, i] if "mask" in options else torch.ones(3).bool()
+                if "causal" in options:
+                    seen = seen & (torch.arange(3) <= i)
+                seen = torch.cat([torch.ones(2).bool(), seen])
+                weights = (keys[seen] @ q[b, h, i] * 0.7).softmax(0)
+                out = prefix_attention_reference(q, k, v, prefix_k, prefix_v, 0.7, **options)
+                torch.testing.assert_close(out[b, i, h], weights @ values[seen])
+
+
+@gating
+@pytest.mark.parametrize("kind", ["causal", "padding"])
+def test_gradients_of_the_reference(kind, gated):
+    shape = (2, 4, 2, 3, 3, 2, 2)
+    leaves, _ = make(shape, torch.float64, gated)
+
+    def op(*tensors):
+        named = dict(zip(leaves, tensors, strict=True))
+        parts = (named[name] for name in NAMES)
+        return prefix_attention(
+            *parts, 0.7, gate=named.get("gate"), backend="reference", **masking(shape, kind)
+        )
+
+    assert torch.autograd.gradcheck(op, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("trained", subsets(("q", "k", "prefix_k", "gate")), ids="-".join)
+def test_each_subset_of_trained_tensors(trained):
+    shape = SHAPES["native"]
+    leaves, dout = make(shape, gated=True, trained=trained)
+    every, _ = make(shape, gated=True)
+    expected, actual = run(every, dout, causal=True), run(leaves, dout, causal=True)
+    assert actual.keys() == {"out", *trained}
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_gate_of_zero_changes_nothing_and_learns():
+    from peftkit_kernels.attention import attention
+
+    leaves, dout = make(SHAPES["native"], gated=True)
+    with torch.no_grad():
+        leaves["gate"].zero_()
+    results = run(leaves, dout, causal=True)
+    plain = attention(*(leaves[name] for name in "qkv"), 32**-0.5, causal=True)
+    assert torch.equal(results["out"], plain)
+    assert results["gate"].abs().min() > 0
+    assert not results["prefix_v"].any()
+
+
+@gating
+def test_queries_that_see_no_key_get_the_prefix(gated):
+    shape = (1, 2, 2, 8, 8, 3, 32)
+    leaves, dout = make(shape, gated=gated)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    mask[:, :, 2:5] = False
+    results = run(leaves, dout, mask=mask)
+    weights = (leaves["q"][0] @ leaves["prefix_k"].mT * 32**-0.5).softmax(-1)
+    expected = (weights @ leaves["prefix_v"]).transpose(0, 1)[2:5]
+    expected = expected * leaves["gate"][:, None] if gated else expected
+    torch.testing.assert_close(results["out"][0, 2:5], expected)
+    assert all(value.isfinite().all() for value in results.values())
+
+
+@gating
+@pytest.mark.parametrize("shape", [SHAPES["native"], SHAPES["odd head size"]], ids=str)
+def test_keeps_what_the_readme_says(shape, gated):
+    B, H, _, S, _, _, D = shape
+    leaves, _ = make(shape, gated=gated)
+    with kept_for_backward(*leaves.values()) as kept:
+        out = prefix_attention(
+            *(leaves[name] for name in NAMES), 0.3, causal=True, gate=leaves.get("gate")
+        )
+    assert out.requires_grad
+    assert kept.total_bytes == 4 * (1 + gated) * (B * S * H * D + B * H * S)
+
+
+def test_the_cache_is_not_copied():
+    shape = (1, 4, 2, 1, 2048, 16, 32)
+    leaves, _ = make(shape, trained=())
+    with Made(*leaves.values()) as made:
+        prefix_attention(*(leaves[name] for name in NAMES), 0.3)
+    # the output is the largest
+    assert made.largest_bytes == 4 * 4 * 32
+
+
+def test_modes_and_repetition():
+    leaves, dout = make(SHAPES["native"])
+    expected = run(leaves, dout, causal=True)
+    again = run(leaves, dout, causal=True)
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out = prefix_attention(*(leaves[name] for name in NAMES), 32**-0.5, causal=True)
+        assert torch.equal(out, expected["out"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(leaves, dout, causal=True)
+    cast = {n: leaf.detach().bfloat16().requires_grad_() for n, leaf in leaves.items()}
+    half = run(cast, dout.bfloat16(), causal=True)
+    assert actual["out"].dtype is torch.bfloat16
+    assert torch.equal(actual["out"], half["out"])
+    assert {actual[name].dtype for name in NAMES} == {torch.float32}
+
+
+def test_second_derivative_raises():
+    leaves, _ = make(SHAPES["native"])
+    out = prefix_attention(*(leaves[name] for name in NAMES), 0.3)
+    (dq,) = torch.autograd.grad(out.square().sum(), leaves["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="PrefixAttention is once_differentiable"):
+        dq.sum().backward()
+
+
+def test_compiled_without_graph_break():
+    leaves, dout = make(SHAPES["odd head size"], torch.float64, gated=True)
+
+    def op(q, k, v, prefix_k, prefix_v, gate):
+        return prefix_attention(q, k, v, prefix_k, prefix_v, 0.3, causal=True, gate=gate)
+
+    torch.compiler.reset()
+    out = torch.compile(op, backend="aot_eager", fullgraph=True)(*leaves.values())
+    torch.testing.assert_close(out, op(*leaves.values()))
+    assert torch.autograd.grad(out, leaves["gate"], dout)[0].any()
+
+
+def test_empty_tensors_go_to_the_definition():
+    leaves, dout = make((2, 2, 2, 4, 4, 0, 32))
+    assert run(leaves, dout)["prefix_k"].shape == (2, 0, 32)
+    with pytest.raises(ValueError, match="backend='torch': prefix_k is empty; use backend='auto'"):
+        run(leaves, dout, backend="torch")
+    leaves, dout = make((2, 2, 2, 0, 4, 3, 32))
+    assert run(leaves, dout)["out"].shape == (2, 0, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"k": torch.zeros(2, 3, 64, 32)}, {}, r"q \(2, 2, 64, 32\), k \(2, 3, 64, 32\) and v"),
+        (
+            {"prefix_k": torch.zeros(2, 16, 31)},
+            {},
+            r"prefix_k \(2, 16, 31\).* must be \[2, P, 32\]",
+        ),
+        ({"prefix_v": torch.zeros(2, 15, 32)}, {}, r"prefix_v \(2, 15, 32\) do not fit"),
+        ({"prefix_k": torch.zeros(16, 32)}, {}, r"prefix_k \(16, 32\)"),
+        ({}, {"mask": torch.zeros(2, 1, 64, 64)}, r"mask is torch.float32 .* must be bool"),
+        ({}, {"gate": torch.zeros(3)}, r"gate has shape \(3,\); it must be \[2\]"),
+        ({"q": torch.zeros(2, 2, 5, 32)}, {"causal": True}, r"causal=True with 5 queries and 64"),
+        ({}, {"backend": "triton"}, r"backend='triton'"),
+    ],
+)
+def test_errors_name_the_argument(change, options, message):
+    leaves, _ = make(SHAPES["native"])
+    with pytest.raises(ValueError, match=message):
+        prefix_attention(*((leaves | change)[name] for name in NAMES), 0.3, **options)
