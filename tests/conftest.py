@@ -7,6 +7,9 @@ import pytest
 # Read when huggingface_hub is first imported: a test that would reach for the network fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Read when triton is first imported: kernels run in its interpreter, on CPU tensors. What asks the compiler runs in a child
+# process without it (``compiler.py``).
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

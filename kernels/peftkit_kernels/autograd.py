@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 def run(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -51,13 +52,19 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        like = next(grad for grad in grads if grad is not None)
+        # a torch.library op has lists of tensors among its arguments
+        like = next(grad for grad in tree_leaves(grads) if grad is not None)
         connection = like.new_empty(0, requires_grad=True)
-        return _Once.apply(
-            type(ctx).__name__.strip("_").removesuffix("Backward"), connection, *results
-        )
+        leaves, structure = tree_flatten(results)
+        return tree_unflatten(_Once.apply(_op_name(ctx), connection, *leaves), structure)
 
     return call
+
+
+def _op_name(ctx: Any) -> str:
+    """What to call the op of an autograd function, our own or one torch made for a torch.library op."""
+    name = type(ctx).__name__.strip("_").removesuffix("Backward")
+    return name.removeprefix("GeneratedBackwardFor_peftkit_").removesuffix("_default")
 
 
 class _Once(torch.autograd.Function):

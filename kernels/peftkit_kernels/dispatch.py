@@ -6,24 +6,90 @@ ops (CPU, and GPU without Triton). ``triton`` is the GPU kernel; asking for it b
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
+
+from peftkit_kernels.low_rank.config import MAX_RANK
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 
 _BACKENDS = get_args(Backend)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def triton_obstacle(op: str) -> str | None:
-    """Why ``op`` cannot run on Triton here, as a sentence, or ``None`` when it can."""
-    return f"{op} has no Triton kernel in this release"
+def triton_obstacle(
+    op: str, *tensors: Tensor | None, rank: int = 0, has_dot: bool = True
+) -> str | None:
+    """Why ``op`` cannot run on Triton here, as a sentence, or ``None`` when it can.
+
+    Args:
+        op: Name of the op.
+        tensors: What it would run on, its input first; none where the op has no Triton kernel.
+        rank: Of its adapters.
+        has_dot: Whether its kernels multiply matrices.
+    """
+    present = [t for t in tensors if t is not None]
+    if not present:
+        return f"{op} has no Triton kernel in this release"
+    x = present[0]
+    for t in present:
+        if t.device != x.device:
+            return (
+                f"its tensors are on {x.device} and {t.device}; a kernel needs them on one device"
+            )
+    if x.dtype not in _DTYPES:
+        return f"its input is {x.dtype}; the kernels compute in bfloat16, float16 and float32"
+    if rank > MAX_RANK:
+        return f"the rank is {rank}; the kernels keep a tile of it in registers, up to {MAX_RANK}"
+    ask = _device_obstacle if torch.compiler.is_compiling() else _cached_device_obstacle
+    return ask(x.device.type, x.device.index, x.dtype, has_dot)
 
 
-def choose_backend(op: str, backend: Backend) -> Literal["reference", "torch"]:
-    """Resolve the backend of one call.
+def _device_obstacle(kind: str, index: int | None, dtype: torch.dtype, has_dot: bool) -> str | None:
+    """The part of ``triton_obstacle`` that does not change while a process runs."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if kind != "cuda":
+        from triton import knobs
 
-    Under ``torch.compile`` the automatic choice is ``reference``: the compiler fuses and differentiates plain torch ops
+        if kind == "cpu" and knobs.runtime.interpret:
+            return None
+        return (
+            f"its tensors are on {kind}, where Triton runs in its interpreter only "
+            "(TRITON_INTERPRET=1, set before triton is imported)"
+        )
+    if torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) < (8, 0):
+        if dtype is torch.bfloat16:
+            return f"this GPU (sm_{major}{minor}) has no bfloat16 arithmetic"
+        if has_dot:
+            return f"Triton has no tensor-core products on this GPU (sm_{major}{minor}); it needs sm_80"
+    return None
+
+
+# torch.compile takes the answer for a constant: what torch.compiler.assume_constant_result asks for, without importing the
+# compiler. It would look through the cache, which is for eager calls: asking takes 20 microseconds.
+_device_obstacle._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+_cached_device_obstacle = functools.cache(_device_obstacle)
+
+
+def choose_backend(
+    op: str,
+    backend: Backend,
+    *tensors: Tensor | None,
+    rank: int = 0,
+    has_dot: bool = True,
+) -> Literal["reference", "torch", "triton"]:
+    """Resolve the backend of one call; ``tensors``, ``rank`` and ``has_dot`` as in ``triton_obstacle``.
+
+    The automatic choice is ``triton`` on a GPU where nothing stands in its way, and ``torch`` otherwise. Under
+    ``torch.compile`` it is ``reference`` in place of ``torch``: the compiler fuses and differentiates plain torch ops
     itself, and an opaque autograd function would only stand in its way.
 
     Raises:
@@ -32,7 +98,15 @@ def choose_backend(op: str, backend: Backend) -> Literal["reference", "torch"]:
     if backend not in _BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(_BACKENDS)}")
     if backend == "triton":
-        raise ValueError(f"backend='triton': {triton_obstacle(op)}; use backend='auto'")
-    if backend == "auto":
-        return "reference" if torch.compiler.is_compiling() else "torch"
-    return backend
+        obstacle = triton_obstacle(op, *tensors, rank=rank, has_dot=has_dot)
+        if obstacle is not None:
+            raise ValueError(
+                f"backend='triton': {op} cannot run on it: {obstacle}; use backend='auto'"
+            )
+        return "triton"
+    if backend != "auto":
+        return backend
+    on_gpu = bool(tensors) and tensors[0] is not None and tensors[0].device.type == "cuda"
+    if on_gpu and triton_obstacle(op, *tensors, rank=rank, has_dot=has_dot) is None:
+        return "triton"
+    return "reference" if torch.compiler.is_compiling() else "torch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ UNIT_ROUNDOFF = {
     torch.bfloat16: 2.0**-8,
 }
 """Largest relative error of rounding to nearest."""
+
+_TF32_ROUNDOFF = 2.0**-10
+"""Largest relative error of dropping what a TF32 tensor core does not read."""
 
 _HALF_SMALLEST = {
     torch.float64: 0.0,
@@ -77,6 +81,12 @@ class Bound:
         value, error = self.value + other.value, self.error + other.error
         return Bound(value, error + self.unit * (value.abs() + error), self.unit)
 
+    def __sub__(self, other: Bound) -> Bound:
+        return self + Bound(-other.value, other.error, other.unit)
+
+    def __getitem__(self, index: Any) -> Bound:
+        return Bound(self.value[index], self.error[index], self.unit)
+
     def __mul__(self, other: Bound | Tensor | float) -> Bound:
         """Times another bound, or times a number or tensor that is exact."""
         if not isinstance(other, Bound):
@@ -101,6 +111,11 @@ class Bound:
         """Stored in ``dtype``."""
         rounding = UNIT_ROUNDOFF[dtype] * (self.value.abs() + self.error) + _HALF_SMALLEST[dtype]
         return Bound(self.value, self.error + rounding, self.unit)
+
+    def tf32(self) -> Bound:
+        """Read by a TF32 tensor core."""
+        size = self.value.abs() + self.error
+        return Bound(self.value, self.error + _TF32_ROUNDOFF * size, self.unit)
 
     def sum(self, dim: int, keepdim: bool = False) -> Bound:
         """Summed over one axis, in any order."""

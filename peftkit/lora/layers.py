@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from peftkit.lora.eligibility import class_obstacle, has_hooks, obstacle, state_obstacle
+from peftkit_kernels.dispatch import choose_backend
 from peftkit_kernels.dropout import draw_seed
 from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.low_rank import LoRA
@@ -92,7 +93,10 @@ class FusedLinear(Linear):
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path a forward takes in the present state, and the reason where it is PEFT's own."""
         reason = obstacle(self)
-        return ("peft", reason) if reason else ("fused:torch", "")
+        if reason:
+            return "peft", reason
+        weight, rank = self.get_base_layer().weight, self.r[self.active_adapters[0]]
+        return f"fused:{choose_backend('lora_linear', 'auto', weight, rank=rank)}", ""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by a function: this class goes by the name of PEFT's."""

@@ -221,7 +221,12 @@ def test_leading_axes(name, leading):
 
 
 @every_op
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_backend_that_cannot_run_is_refused(name, backend):
-    with pytest.raises(ValueError, match=f"backend='{backend}'.*use"):
-        build(name).outputs(backend=backend)
+def test_an_unknown_backend_is_refused(name):
+    with pytest.raises(ValueError, match=r"backend='cuda' is unknown; use one of auto, reference"):
+        build(name).outputs(backend="cuda")
+
+
+@pytest.mark.parametrize("name", ["lora_swiglu_mlp", "frozen_rms_norm", "frozen_layer_norm"])
+def test_an_op_without_triton_kernel_says_so(name):
+    with pytest.raises(ValueError, match=r"backend='triton': .*has no Triton kernel.*use backend="):
+        build(name).outputs(backend="triton")

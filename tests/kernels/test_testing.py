@@ -59,6 +59,10 @@ def test_errors_add_up_through_an_expression():
     bound = (C.addmm(A, B, 0.3) * B + A).map(torch.tanh, 1.0, 4.0).sum(1, keepdim=True)
     actual = torch.tanh((c + 0.3 * (a @ b)) * b + a).sum(1, keepdim=True)
     assert bound.check(actual) > 0
+    difference = A[:, :3] - B[:, :3]
+    assert difference.check(a[:, :3] - b[:, :3]) > 0
+    with pytest.raises(AssertionError, match="times the error bound"):
+        difference.check(a[:, :3] + b[:, :3])
     joined = Bound.cat([A, B], 0).reshape(50, 100)
     assert torch.equal(joined.value, torch.cat([a, b]).double().reshape(50, 100))
 

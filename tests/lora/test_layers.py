@@ -135,6 +135,20 @@ def test_disabled_adapters_leave_the_base_model():
     assert verdicts(fused) == {("fused:torch", "")}
 
 
+def test_the_verdict_names_what_runs(monkeypatch):
+    _, fused = pair()
+    asked = []
+
+    def choose(op, backend, weight, *, rank):
+        asked.append((op, backend, weight.dtype, rank))
+        return "triton"
+
+    monkeypatch.setattr("peftkit.lora.layers.choose_backend", choose)
+    assert verdicts(fused) == {("fused:triton", "")}
+    rank = next(layer for layer in fused.modules() if isinstance(layer, FusedLinear)).r["default"]
+    assert set(asked) == {("lora_linear", "auto", torch.float64, rank)}
+
+
 def test_merging_and_unmerging():
     plain, fused = pair()
     before = copy.deepcopy(fused.state_dict())

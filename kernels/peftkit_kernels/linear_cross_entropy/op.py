@@ -58,7 +58,7 @@ def linear_cross_entropy(
         num_items: Divisor of the mean in place of the number of counted rows (gradient accumulation).
         chunk: Rows at a time; chosen by the sizes when ``None``.
         compute_dtype: Dtype of the products with the head; that of ``hidden`` (of autocast where on) when ``None``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         A float32 number (float64 for float64), or ``[...]`` of them for ``reduction="none"``.
@@ -76,7 +76,11 @@ def linear_cross_entropy(
         check_target(target, weight.shape[0], ignore_index)
     row_loss = RowLoss(logit_scale, softcap, label_smoothing, z_loss)
     with torch.autocast(hidden.device.type, enabled=False):
-        if choose_backend("linear_cross_entropy", backend) == "reference":
+        tensors = hidden, weight, target, bias
+        # the compiler fuses the definition itself
+        tensors = () if torch.compiler.is_compiling() else tensors
+        chosen = choose_backend("linear_cross_entropy", backend, *tensors, has_dot=False)
+        if chosen == "reference":
             return linear_cross_entropy_reference(
                 hidden,
                 weight,
@@ -101,6 +105,7 @@ def linear_cross_entropy(
             num_items=num_items,
             chunk=chunk,
             compute_dtype=dtype,
+            triton=chosen == "triton",
         )
     return losses.reshape(target.shape) if reduction == "none" else losses
 

@@ -13,6 +13,7 @@ from peftkit_kernels import low_rank, native
 from peftkit_kernels.autograd import once_differentiable, run
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.linear_cross_entropy.reference import RowLoss, mean_divisor, wide_dtype
+from peftkit_kernels.linear_cross_entropy.triton_impl import xent_rows_triton_
 from peftkit_kernels.low_rank import LoRA
 
 _CPU_CHUNK_BYTES = 2**25
@@ -48,6 +49,8 @@ class Plan:
     chunk: int
     dtype: torch.dtype
     """Of the products with the head."""
+    triton: bool = False
+    """Whether the pass over a chunk of logits is the Triton kernel."""
 
 
 def linear_cross_entropy_torch(
@@ -63,8 +66,9 @@ def linear_cross_entropy_torch(
     num_items: Tensor | int | None,
     chunk: int | None,
     compute_dtype: torch.dtype,
+    triton: bool = False,
 ) -> Tensor:
-    """As ``linear_cross_entropy_reference``, for ``hidden [M, D]`` and ``target [M]``."""
+    """As ``linear_cross_entropy_reference``, for ``hidden [M, D]`` and ``target [M]``; ``triton`` as in ``Plan``."""
     M, V = hidden.shape[0], weight.shape[0]
     plan = Plan(
         row_loss,
@@ -74,6 +78,7 @@ def linear_cross_entropy_torch(
         chunk
         or choose_chunk(M, V, itemsize=compute_dtype.itemsize, cpu=hidden.device.type == "cpu"),
         compute_dtype,
+        triton,
     )
     head = Head(weight, bias, lora.A if lora else None, lora.B if lora else None)
     return run(_LinearCrossEntropy, hidden, *head, target, num_items, plan)
@@ -293,7 +298,8 @@ def _sweep(
         if lora is not None and s is not None:
             low_rank.expand_(z, s, lora.B, lora.scale)
         skip = None if ignored is None else ignored[chunk]
-        losses[chunk], _ = xent_rows_(
+        row_pass = xent_rows_triton_ if plan.triton else xent_rows_
+        losses[chunk], _ = row_pass(
             z, target[chunk], plan.row_loss, ignored=skip, want_grad=want_grad
         )
         if not want_grad:

@@ -10,6 +10,7 @@ from peftkit_kernels.checks import autocast_dtype, check_bias, check_lora, check
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.lora_linear.reference import lora_linear_reference
 from peftkit_kernels.lora_linear.torch_impl import LoRALinear
+from peftkit_kernels.lora_linear.triton_impl import lora_linear_triton
 from peftkit_kernels.low_rank import LoRA
 
 
@@ -26,7 +27,7 @@ def lora_linear(
         weight: ``[N, K]``, frozen, any strides (``Conv1D`` passes its transpose).
         bias: ``[N]`` or ``None``.
         lora: The adapter; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
@@ -43,6 +44,11 @@ def lora_linear(
     check_weight(x, weight, "weight")
     check_bias(bias, weight, "bias")
     check_lora(lora, weight, "lora")
-    if choose_backend("lora_linear", backend) == "reference":
+    chosen = choose_backend(
+        "lora_linear", backend, x, weight, bias, lora.A, lora.B, rank=lora.A.shape[0]
+    )
+    if chosen == "reference":
         return lora_linear_reference(x, weight, bias, lora)
+    if chosen == "triton":
+        return lora_linear_triton(x, weight, bias, lora.A, lora.B, *lora.numbers())[0]
     return run(LoRALinear, x, weight, bias, lora.A, lora.B, lora.numbers())

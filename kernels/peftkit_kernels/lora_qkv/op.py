@@ -18,6 +18,7 @@ from peftkit_kernels.checks import (
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.lora_qkv.reference import lora_qkv_reference
 from peftkit_kernels.lora_qkv.torch_impl import Call, LoRAQKV
+from peftkit_kernels.lora_qkv.triton_impl import run_triton
 from peftkit_kernels.low_rank import LoRA
 
 
@@ -39,7 +40,7 @@ def lora_qkv(
         weights: ``[Nᵢ, K]`` a projection, frozen.
         biases: ``[Nᵢ]`` or ``None`` a projection.
         loras: The adapter or ``None`` a projection.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., Nᵢ]`` a projection.
@@ -57,10 +58,14 @@ def lora_qkv(
         check_bias(bias, weight, f"biases[{i}]")
         if lora is not None:
             check_lora(lora, weight, f"loras[{i}]")
-    if choose_backend("lora_qkv", backend) == "reference":
-        return lora_qkv_reference(x, weights, biases, loras)
     factors = [
         (None, None, None) if lora is None else (lora.A, lora.B, lora.numbers()) for lora in loras
     ]
     As, Bs, numbers = zip(*factors, strict=True)
+    rank = max([0, *(A.shape[0] for A in As if A is not None)])
+    chosen = choose_backend("lora_qkv", backend, x, *weights, *biases, *As, *Bs, rank=rank)
+    if chosen == "reference":
+        return lora_qkv_reference(x, weights, biases, loras)
+    if chosen == "triton":
+        return tuple(run_triton(x, weights, biases, loras))
     return run(LoRAQKV, Call(numbers), x, *weights, *biases, *As, *Bs)

@@ -1,0 +1,409 @@
+"""Compile recorded launches for GPUs that are not there, and read the machine code.
+
+    with recording(Target("cuda:90", 132)) as launches:
+        lora_linear(...)                                # on meta tensors
+    for report in inspect_launches(launches, "cuda:90"):
+        assert not report.problems()
+
+Runs in a process without ``TRITON_INTERPRET``: under the interpreter ``@triton.jit`` returns what the compiler cannot lower.
+Pointers and integers get the hints the JIT derives at run time (16-byte alignment, multiples of 16, equal to 1); without
+them Triton emits two-byte loads, and registers and spills say nothing of the real kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from peftkit_kernels.lab.devices import A100, H100, LIMITS, Device, Occupancy, occupancy
+from peftkit_kernels.launch import Launch
+
+ARCHS = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
+QUICK_ARCHS = ("cuda:80", "cuda:90")
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+_TENSOR_OPS = frozenset(
+    "HMMA HGMMA UTCHMMA UTCQMMA IMMA IGMMA UTCIMMA QGMMA QMMA OMMA DMMA".split()
+)
+_SPILLS = ("LDL", "STL")
+
+
+class Stream(NamedTuple):
+    """A kernel whose loop streams tensors: the constants that make its tile, tiles it loads and stores a step."""
+
+    tile: tuple[str, ...]
+    loads: int
+    stores: int = 0
+
+
+STREAMS = {
+    "shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
+    "tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
+}
+
+_MIN_BYTES_IN_FLIGHT = 16 * 1024
+"""Little's law on H100: 25 GB/s a multiprocessor times 0.65 microseconds of latency."""
+_MIN_DRAM_MARGIN = 1.1
+_STREAMING_RANK = 64
+"""Above it a pass does 128 FLOPs a byte, as many as an A100 does in the time of one, and products are what limits it."""
+
+
+@dataclass
+class Report:
+    """What the machine code of one kernel on one target says.
+
+    Attributes:
+        kernel: Name of the kernel.
+        config: Its constants, warps and stages, in words.
+        arch: The target.
+        error: Why it did not compile; empty when it did.
+        registers: A thread.
+        stack_bytes: Local memory of a thread; 0 when nothing spills.
+        spills: Instructions that load or store a spilled register.
+        shared_bytes: A block, static and dynamic.
+        warps: A block.
+        dots: Products in the source that tensor cores can do: 16-bit, int8, TF32.
+        constants: The constexpr arguments.
+        itemsize: Bytes of an element of the first tensor.
+        tensor_instructions: Tensor-core instructions by name.
+        loads: Global loads by bits an access; ``"TMA"`` for bulk copies.
+        stores: The same for stores.
+        loops: Instructions of each innermost loop, by name.
+    """
+
+    kernel: str
+    config: str
+    arch: str
+    error: str = ""
+    registers: int = 0
+    stack_bytes: int = 0
+    spills: int = 0
+    shared_bytes: int = 0
+    warps: int = 0
+    dots: int = 0
+    constants: dict[str, Any] = field(default_factory=dict)
+    itemsize: int = 2
+    tensor_instructions: Counter[str] = field(default_factory=Counter)
+    loads: Counter[str] = field(default_factory=Counter)
+    stores: Counter[str] = field(default_factory=Counter)
+    loops: list[Counter[str]] = field(default_factory=list)
+
+    @property
+    def occupancy(self) -> Occupancy | None:
+        """Resident blocks; ``None`` where it is not known (AMD)."""
+        if self.arch not in LIMITS or self.error:
+            return None
+        return occupancy(self.arch, self.registers, self.warps, self.shared_bytes)
+
+    def problems(self) -> list[str]:
+        """Why this kernel must not be shipped, a sentence each."""
+        if self.error:
+            return [f"does not compile: {self.error}"]
+        found = []
+        if self.stack_bytes or self.spills:
+            found.append(f"spills: {self.stack_bytes} bytes of stack, {self.spills} instructions")
+        if self.occupancy is not None and not self.occupancy.blocks:
+            found.append(f"needs {self.shared_bytes} bytes of shared memory, more than a block has")
+        if self.dots and not self.tensor_instructions:
+            found.append(f"has {self.dots} dots and no tensor-core instruction")
+        # a kernel without a loop reads little and writes much
+        widths = self.loads if self.loops else self.loads + self.stores
+        # a wave of AMD has 64 lanes, so 64 bits a lane move what 128 bits move in a warp
+        enough = {"128", "TMA"} if self.arch.startswith("cuda") else {"128", "64"}
+        if not enough & widths.keys():
+            found.append(f"has no 128-bit access, only {dict(widths)}")
+        if self.bytes_in_flight is not None and self.bytes_in_flight < _MIN_BYTES_IN_FLIGHT:
+            found.append(f"keeps {self.bytes_in_flight} bytes in flight a multiprocessor, too few")
+        if self.dram_margin is not None and self.dram_margin < _MIN_DRAM_MARGIN:
+            found.append(f"streams at {self.dram_margin:.2f} of DRAM bandwidth: instruction-bound")
+        return found
+
+    @property
+    def bytes_in_flight(self) -> int | None:
+        """What the resident programs of one multiprocessor load a loop step, for streaming kernels on H100."""
+        stream = STREAMS.get(self.kernel)
+        if stream is None or self.arch != H100.arch or self.occupancy is None:
+            return None
+        return self.occupancy.blocks * self._tile(stream) * stream.loads * self.itemsize
+
+    @property
+    def dram_margin(self) -> float | None:
+        """Instruction throughput of the main loop over DRAM bandwidth, for streaming kernels on A100 and H100."""
+        device = {d.arch: d for d in (A100, H100)}.get(self.arch)
+        stream = STREAMS.get(self.kernel)
+        if stream is None or device is None or not self.loops:
+            return None
+        if self.constants.get("BLOCK_R", 0) > _STREAMING_RANK:
+            return None
+        elements = self._tile(stream) / (32 * self.warps)
+        loop = max(self.loops, key=lambda loop: sum(loop.values()))
+        return dram_margin(loop, device, elements, self.itemsize * (stream.loads + stream.stores))
+
+    def _tile(self, stream: Stream) -> int:
+        return math.prod(self.constants[name] for name in stream.tile)
+
+    def row(self) -> dict[str, Any]:
+        """As plain data, for tables and JSON."""
+        return {
+            "kernel": self.kernel,
+            "config": self.config,
+            "arch": self.arch,
+            "error": self.error,
+            "registers": self.registers,
+            "stack": self.stack_bytes,
+            "spills": self.spills,
+            "shared_bytes": self.shared_bytes,
+            "occupancy": None if self.occupancy is None else round(self.occupancy.fraction, 3),
+            "tensor_instructions": dict(self.tensor_instructions),
+            "load_widths": dict(self.loads),
+            "bytes_in_flight": self.bytes_in_flight,
+            "dram_margin": None if self.dram_margin is None else round(self.dram_margin, 2),
+            "problems": self.problems(),
+        }
+
+
+def inspect_launches(launches: Iterable[Launch], arch: str) -> list[Report]:
+    """Compile every distinct kernel of ``launches`` for ``arch`` and read its machine code.
+
+    A target that rejects a kernel is a result (``Report.error``), not an exception.
+    """
+    if knobs.runtime.interpret:
+        raise RuntimeError("the compiler needs a process in which TRITON_INTERPRET is not set")
+    sources = {}
+    for launch in launches:
+        signature, constants, hints = _specialise(launch)
+        key = (
+            launch.kernel.fn,
+            str(signature),
+            str(constants),
+            launch.num_warps,
+            launch.num_stages,
+        )
+        sources[key] = (launch, signature, constants, hints)
+    return [_inspect(*parts, arch) for parts in sources.values()]
+
+
+def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple, list]]:
+    """What the JIT makes of the arguments: types by name, constants, and hints by position."""
+    signature, constants, hints = {}, dict(launch.constants), {}
+    values = iter(launch.arguments)
+    for i, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        if name in launch.constants:
+            signature[name] = "constexpr"
+            continue
+        value = next(values)
+        fixed = parameter.do_not_specialize
+        if value is None or (type(value) is int and value == 1 and not fixed):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = _type_of(value)
+        aligned = _alignment_of(value)
+        if aligned is not None and aligned % 16 == 0 and not fixed:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, hints
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _alignment_of(value: Any) -> int | None:
+    """What has to be a multiple of 16 for the JIT's hint: a tensor's address in bytes, or an integer itself."""
+    if isinstance(value, Tensor):
+        return int(value.storage_offset()) * value.element_size()
+    return value if isinstance(value, int) else None
+
+
+def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch: str) -> Report:
+    words = [f"{name}={value}" for name, value in launch.constants.items()]
+    config = " ".join([*words, f"warps={launch.num_warps}", f"stages={launch.num_stages}"])
+    pointers = ",".join(sorted({kind for kind in signature.values() if kind.startswith("*")}))
+    report = Report(launch.kernel.__name__, f"{pointers} {config}", arch)
+    report.constants = launch.constants
+    report.itemsize = next(a.element_size() for a in launch.arguments if isinstance(a, Tensor))
+    source = ASTSource(launch.kernel, signature, constants, hints)
+    kind, number = arch.split(":")
+    target = GPUTarget("cuda", int(number), 32) if kind == "cuda" else GPUTarget(kind, number, 64)
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": True,  # as the JIT sets it
+    }
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas prints the whole program
+            compiled = triton.compile(source, target=target, options=options)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        report.error = f"{type(error).__name__}: {lines[0][:80]} … {lines[-1][:160]}"
+        return report
+    report.warps = compiled.metadata.num_warps
+    report.shared_bytes = compiled.metadata.shared
+    report.dots = len(_tensor_core_dots(compiled.asm["ttir"]))
+    if kind == "cuda":
+        read_nvidia(report, compiled.asm["cubin"])
+    else:
+        read_amd(report, compiled.asm["amdgcn"])
+    return report
+
+
+def _tensor_core_dots(ttir: str) -> list[str]:
+    """The dots of a kernel but those of float32 operands read exactly, for which there is no tensor-core instruction."""
+    dots = re.findall(r"\btt\.dot\b.*", ttir)
+    return [dot for dot in dots if "tf32" in dot or not re.search(r": tensor<[0-9x]+xf32", dot)]
+
+
+_INSTRUCTION = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.M
+)
+
+
+def read_nvidia(report: Report, cubin: bytes) -> None:
+    """Fill in ``report`` from a compiled kernel, by the ``cuobjdump`` that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, text = (
+            subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found is not None, f"cuobjdump -res-usage printed {usage!r}"
+    registers, stack, shared, local = map(int, found.groups())
+    report.registers, report.stack_bytes = registers, stack + local
+    report.shared_bytes = report.shared_bytes or shared
+    read_sass(report, text)
+
+
+def read_sass(report: Report, text: str) -> None:
+    """Count the instructions of a disassembly."""
+    code = [(int(at, 16), op, rest) for at, op, rest in _INSTRUCTION.findall(text)]
+    for _, op, _ in code:
+        name = op.split(".")[0]
+        if name in _SPILLS:
+            report.spills += 1
+        elif name in _TENSOR_OPS:
+            report.tensor_instructions[name] += 1
+        elif name in ("LDG", "LDGSTS", "UTMALDG"):
+            report.loads["TMA" if name == "UTMALDG" else _bits(op)] += 1
+        elif name in ("STG", "UTMASTG"):
+            report.stores["TMA" if name == "UTMASTG" else _bits(op)] += 1
+    report.loops = _innermost_loops(code)
+
+
+def _bits(op: str) -> str:
+    found = re.search(r"\.[US]?(8|16|64|128)\b", op)
+    return found.group(1) if found else "32"
+
+
+def _innermost_loops(code: list[tuple[int, str, str]]) -> list[Counter[str]]:
+    """Instructions of the innermost loops, which are found by their backward branches."""
+    spans = []
+    for at, op, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+        if target and int(target.group(1), 16) < at:
+            spans.append((int(target.group(1), 16), at))
+    inner = [
+        (first, last)
+        for first, last in spans
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
+    ]
+    return [
+        Counter(op.split(".")[0] for at, op, _ in code if first <= at <= last and op != "NOP")
+        for first, last in inner
+    ]
+
+
+def read_amd(report: Report, text: str) -> None:
+    """Fill in ``report`` from an AMD assembly listing, whose register count includes the accumulation registers."""
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", text)
+        return int(found.group(1)) if found else 0
+
+    report.registers = number("vgpr_count")
+    report.stack_bytes = number("private_segment_fixed_size")
+    report.spills = number("vgpr_spill_count")
+    report.shared_bytes = report.shared_bytes or number("group_segment_fixed_size")
+    for op in re.findall(r"^\s+((?:v|global|buffer)_[a-z0-9_]+)", text, re.M):
+        if "mfma" in op:
+            report.tensor_instructions["MFMA"] += 1
+        elif found := re.match(r"(?:global|buffer)_(load|store)_([a-z0-9]+)", op):
+            widths = report.loads if found.group(1) == "load" else report.stores
+            widths[_AMD_BITS.get(found.group(2), found.group(2))] += 1
+
+
+_AMD_BITS = {"dwordx4": "128", "dwordx3": "96", "dwordx2": "64", "dword": "32", "ushort": "16"}
+
+# what one multiprocessor sub-partition does with a warp instruction, sm_80 and later
+_ALU = frozenset(
+    """FSEL SEL LOP3 ISETP FSETP PRMT SHF SHL SHR IADD3 LEA FMNMX IMNMX VIADD F2FP SGXT PLOP3 POPC BFE I2FP VIMNMX LOP
+    IABS""".split()
+)
+_SPECIAL = frozenset("MUFU I2F F2I F2F I2I".split())
+_MEMORY = frozenset("LDS STS LDSM STSM LDG STG LDGSTS LDL STL SHFL ATOM ATOMS ATOMG RED".split())
+
+
+def clocks(loop: Counter[str]) -> tuple[int, str]:
+    """Lower bound on the clocks one warp and iteration costs a sub-partition, and the pipe that sets it.
+
+    Issue takes 1 clock an instruction, integer and select 2, MUFU and conversions 8, shared and global memory 4.
+    """
+
+    def count(names: frozenset[str]) -> int:
+        return sum(n for name, n in loop.items() if name in names)
+
+    pipes = {
+        "issue": sum(loop.values()),
+        "alu": 2 * count(_ALU),
+        "special": 8 * count(_SPECIAL),
+        "memory": 4 * count(_MEMORY),
+    }
+    slowest = max(pipes, key=lambda pipe: pipes[pipe])
+    return pipes[slowest], slowest
+
+
+def dram_margin(
+    loop: Counter[str], device: Device, elements: float, bytes_per_element: float
+) -> float:
+    """Instruction throughput of a streaming loop over DRAM bandwidth; below 1 instructions are what limits it.
+
+    Args:
+        loop: Instructions of one iteration.
+        device: Where it runs.
+        elements: One thread handles in an iteration.
+        bytes_per_element: Moved to and from DRAM.
+    """
+    per_clock = 128 * elements / clocks(loop)[0]
+    rate = per_clock * device.sms * device.clock_ghz * 1e9 * bytes_per_element
+    return rate / (device.bandwidth_gbs * 1e9)

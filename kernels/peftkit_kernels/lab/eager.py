@@ -1,0 +1,104 @@
+"""Bytes and FLOPs of torch ops, by the rule ``traffic`` uses for Triton launches.
+
+Every aten op counts as one GPU kernel that reads each distinct input element once and writes each output element once. A
+fused op is usually a few Triton launches and a few calls of cuBLAS; the two counts add up, and compare with eager torch.
+Meta tensors work: an 8192 x 4096 layer is counted in milliseconds. In a plain path use ``torch.native_dropout``, which is one
+kernel on a GPU; ``F.dropout`` on the CPU is three ops.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+_MOVES_NOTHING = frozenset(
+    """view _unsafe_view reshape t transpose permute expand slice select split split_with_sizes unsqueeze squeeze detach
+    alias as_strided empty empty_like new_empty empty_strided set_ resize_ lift_fresh _local_scalar_dense unbind chunk
+    diagonal is_same_size sym_size narrow _reshape_alias unfold view_as expand_as""".split()
+)
+_ONLY_WRITES = frozenset(
+    """zeros zeros_like ones ones_like full full_like fill_ zero_ new_zeros new_full new_ones arange rand randn rand_like
+    randn_like bernoulli_ uniform_ normal_ randint""".split()
+)
+
+
+class Op(NamedTuple):
+    """One aten op."""
+
+    name: str
+    read_bytes: int
+    written_bytes: int
+    flops: int
+
+
+class EagerTraffic(TorchDispatchMode):
+    """Lists every aten op that runs inside the ``with`` block and moves data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+
+    @property
+    def unique_bytes(self) -> int:
+        """What all ops have to move."""
+        return sum(op.read_bytes + op.written_bytes for op in self.ops)
+
+    @property
+    def flops(self) -> int:
+        """Of all products."""
+        return sum(op.flops for op in self.ops)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        namespace, name = func._schema.name.split("::")
+        if namespace == "peftkit":
+            raise RuntimeError(
+                f"{func} hides the ops it is made of; count its implementation, forward and backward in triton_impl.py"
+            )
+        result = func(*args, **kwargs)
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if name in _MOVES_NOTHING or not outputs:
+            return result
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.ops.append(
+            Op(
+                name,
+                _read_bytes(name, inputs, kwargs),
+                sum(_touched_bytes(t) for t in outputs),
+                _flops(func, name, args, kwargs, inputs, result),
+            )
+        )
+        return result
+
+
+def _read_bytes(name: str, inputs: list[Tensor], kwargs: dict[str, Any]) -> int:
+    if name in _ONLY_WRITES:
+        return 0
+    if name == "copy_":
+        return _touched_bytes(inputs[1])
+    distinct = {(t.data_ptr() or id(t), t.shape, t.stride()): t for t in inputs}
+    read = sum(_touched_bytes(t) for t in distinct.values())
+    if name in ("addmm", "addmm_", "baddbmm") and kwargs.get("beta", 1) == 0:
+        read -= _touched_bytes(inputs[0])
+    return read
+
+
+def _flops(func: Any, name: str, args: tuple, kwargs: dict, inputs: list, result: Any) -> int:
+    if name == "addmm_":
+        return 2 * inputs[1].numel() * inputs[2].shape[1]
+    count = flop_registry.get(func._overloadpacket)
+    return 0 if count is None else count(*args, **kwargs, out_val=result)
+
+
+def _touched_bytes(t: Tensor) -> int:
+    """Bytes of the distinct elements of a tensor, which may be expanded."""
+    n = 1
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        n *= size if stride or not size else 1
+    return n * t.element_size()

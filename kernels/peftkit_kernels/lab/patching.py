@@ -1,0 +1,61 @@
+"""Triton's interpreter, and a clear error where it is not the one the lab patches.
+
+Counting bytes and repairing values both replace private methods of the interpreter. Their names and parameters are checked
+first, so that a Triton that has changed them is refused by name instead of giving wrong counts.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import triton
+from triton import knobs
+from triton.runtime import interpreter
+
+TESTED_TRITON = "3.9.0"
+
+Builder = interpreter.InterpreterBuilder
+Executor = interpreter.GridExecutor
+Handle = interpreter.TensorHandle
+
+_PARAMETERS = {
+    "cast_impl": "src dst_type",
+    "create_fp_to_fp": "src dst_type rounding_mode",
+    "binary_op": "lhs rhs op",
+    "unary_op": "arg op",
+    "create_fma": "x y z",
+    "create_clampf": "arg lo hi propagate_nans",
+    "create_dot": "a b d input_precision max_num_imprecise_acc",
+    "set_grid_idx": "x y z",
+    "set_grid_dim": "nx ny nz",
+    "create_masked_load": "ptrs mask other cache_policy is_volatile",
+    "create_masked_store": "ptrs value mask cache_policy",
+    "create_atomic_rmw": "rmwOp ptr val mask sem scope",
+    "create_atomic_cas": "ptr cmp val sem scope",
+}
+
+
+def check_interpreter() -> None:
+    """Raise unless kernels run in the interpreter and it has the methods the lab patches.
+
+    Raises:
+        RuntimeError: ``TRITON_INTERPRET`` is not set, or this Triton's interpreter has other private methods.
+    """
+    if not knobs.runtime.interpret:
+        raise RuntimeError(
+            "the lab runs kernels in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
+        )
+    check_methods(Builder)
+
+
+def check_methods(builder: type) -> None:
+    """Raise ``RuntimeError`` unless ``builder`` has every method the lab patches, with the same parameters."""
+    for name, expected in _PARAMETERS.items():
+        method = getattr(builder, name, None)
+        parameters = "" if method is None else " ".join(inspect.signature(method).parameters)
+        if parameters != f"self {expected}":
+            found = f"{name}({parameters})" if method else f"no {name}"
+            raise RuntimeError(
+                f"the interpreter of Triton {triton.__version__} has {found} where the lab patches "
+                f"{name}(self {expected}); install triton=={TESTED_TRITON}, which it is tested with"
+            )

@@ -1,0 +1,139 @@
+"""Launching Triton kernels, and recording launches instead: the same code gives the machine-code tests their inputs.
+
+Inside ``recording(target)`` nothing runs. What would have been launched is kept with its real arguments (meta tensors will
+do), so that the compiler can be asked about exactly what the dispatcher chooses for these sizes on that GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the configurations depend on.
+
+    Attributes:
+        arch: ``"cuda:90"`` or ``"hip:gfx942"``.
+        sms: Streaming multiprocessors, or compute units.
+    """
+
+    arch: str
+    sms: int
+
+    @property
+    def capability(self) -> int | None:
+        """Compute capability as a number (90), ``None`` on AMD."""
+        kind, number = self.arch.split(":")
+        return int(number) if kind == "cuda" else None
+
+
+INTERPRETED = Target("cuda:80", 108)
+"""What the interpreter stands for: an A100."""
+
+
+class Launch(NamedTuple):
+    """One kernel launch."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass
+class _Recorder:
+    target: Target
+    launches: list[Launch]
+
+
+_recorder: ContextVar[_Recorder | None] = ContextVar("peftkit_recorder", default=None)
+
+
+@contextlib.contextmanager
+def recording(target: Target) -> Iterator[list[Launch]]:
+    """Collect launches as they would happen on ``target`` instead of running them."""
+    recorder = _Recorder(target, [])
+    token = _recorder.set(recorder)
+    try:
+        yield recorder.launches
+    finally:
+        _recorder.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether launches are being recorded."""
+    return _recorder.get() is not None
+
+
+def target_of(tensor: Tensor) -> Target:
+    """The GPU a kernel on ``tensor`` runs on."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        return recorder.target
+    if tensor.device.type != "cuda":
+        return INTERPRETED
+    return _target_of_gpu(tensor.device.index)
+
+
+@functools.cache
+def _target_of_gpu(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Target(
+            f"hip:{properties.gcnArchName.split(':')[0]}", properties.multi_processor_count
+        )
+    number = 10 * properties.major + properties.minor
+    return Target(f"cuda:{number}", properties.multi_processor_count)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int,
+    num_stages: int,
+    **constants: Any,
+) -> None:
+    """Run ``kernel`` on ``grid``, or record that.
+
+    Args:
+        kernel: From ``@triton.jit``.
+        grid: Programs along each axis.
+        arguments: The kernel's arguments that are not constexpr; an absent tensor is ``None``.
+        num_warps: Warps a program.
+        num_stages: Software-pipeline stages of its loops.
+        constants: The constexpr arguments.
+    """
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.launches.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+        return
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    guard = contextlib.nullcontext()
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        guard = torch.cuda.device(device)
+    with guard:
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How ``tl.dot`` reads float32 operands: as torch's own products do. 16-bit operands are exact either way."""
+    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"

@@ -1,0 +1,14 @@
+"""The rank-r passes every LoRA op is made of: ``torch_impl`` from torch ops, ``passes`` by Triton kernels."""
+
+from peftkit_kernels.low_rank.torch_impl import (
+    LoRA,
+    cast,
+    expand_,
+    grad_a,
+    grad_b,
+    grad_s,
+    rows,
+    shrink,
+)
+
+__all__ = ["LoRA", "cast", "expand_", "grad_a", "grad_b", "grad_s", "rows", "shrink"]

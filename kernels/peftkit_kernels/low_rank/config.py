@@ -1,0 +1,125 @@
+"""Launch configurations of the rank-r passes, chosen by pure functions of numbers; the machine-code tests compile each one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftkit_kernels.launch import Target, cdiv
+
+MAX_RANK = 128
+_DY_PASS_RANK = 32
+"""Up to here dB and ds come from one pass over dy: its partial sums move 4 R (1 / 512 + 1 / 1024) of what dy does, 37% at
+R = 32; at 64, where registers halve the column block, it would be 125%, more than reading dy twice."""
+_MIN_STEPS = 4
+"""Blocks of K a program of a split shrink has at least, so that its loads are worth pipelining."""
+_MIN_CHUNK_M = 256
+
+
+def block_r(R: int) -> int:
+    """The rank as a power of two that ``tl.dot`` takes."""
+    return max(16, 1 << (R - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkConfig:
+    """``splits`` programs share the K of one row block."""
+
+    block_m: int
+    block_k: int
+    splits: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @classmethod
+    def choose(
+        cls, M: int, K: int, R: int, *, itemsize: int, dropout: bool, target: Target
+    ) -> ShrinkConfig:
+        """Fill the GPU with programs even where there are few rows."""
+        wide = itemsize == 4
+        block_k = 32 if wide else 64 if dropout or block_r(R) > 32 else 128
+        block_m = 64
+        if block_r(R) == 64 and dropout and not wide:
+            # philox beside a wide product: 1.11 x DRAM bandwidth on A100, against 1.02 for 64 x 64
+            block_m, block_k = 128, 32
+        programs = cdiv(M, block_m)
+        splits = 1
+        if programs < target.sms:
+            splits = min(cdiv(target.sms, programs), cdiv(cdiv(K, block_k), _MIN_STEPS))
+        return cls(block_m, block_k, splits)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandConfig:
+    """One tile of y a program."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @classmethod
+    def choose(cls, R: int, *, itemsize: int, dropout: bool) -> ExpandConfig:
+        """The mask of a wide tile does not fit the registers beside the tile."""
+        return cls(64, 64 if dropout or itemsize == 4 or block_r(R) > 64 else 128)
+
+
+@dataclass(frozen=True, slots=True)
+class TallConfig:
+    """``chunk_m`` rows and ``block_c`` columns a program."""
+
+    block_m: int
+    block_c: int
+    chunk_m: int
+    num_warps: int
+    num_stages: int = 2
+
+    @classmethod
+    def choose(
+        cls, M: int, C: int, R: int, *, itemsize: int, dropout: bool, with_p: bool, target: Target
+    ) -> TallConfig:
+        """Long chunks make few partial sums; shorter ones where the GPU would stand three quarters full or less."""
+        rank, wide = block_r(R), itemsize == 4
+        if with_p:
+            block_m, block_c, num_warps = 32, 128 if wide else 512, 8
+        else:
+            block_m, block_c, num_warps = (
+                32 if wide else 64,
+                64 if wide else 128,
+                8 if dropout else 4,
+            )
+        if rank == 64 and dropout and not wide:
+            # philox beside a wide product: 1.2 x DRAM bandwidth on A100 and H100, against 0.98 and 1.10 for 64 x 128
+            block_m, block_c = 32, 256
+        if rank > 64:
+            block_m, num_warps = 32, 8
+        chunk_m = 1024
+        while chunk_m > _MIN_CHUNK_M and 4 * cdiv(M, chunk_m) * cdiv(C, block_c) < 3 * target.sms:
+            chunk_m //= 2
+        return cls(block_m, block_c, chunk_m, num_warps)
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """One tile of y a program, ``group`` rows of tiles at a time."""
+
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 64
+    group: int = 8
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+def one_dy_pass(R: int, *, target: Target) -> bool:
+    """Whether dB and ds come from one pass over dy rather than from two; on gfx942 rank 32 spills in one, at any tile."""
+    return block_r(R) <= (16 if target.capability is None else _DY_PASS_RANK)
+
+
+def fuses_gemm(N: int, K: int, *, itemsize: int, target: Target) -> bool:
+    """Whether ``gemm_lora`` replaces expand and the library's GEMM.
+
+    Only for small layers, where the two are equal or launches dominate; a pointer-based Triton GEMM is not competitive in
+    float32 or on sm_100, and on sm_75 it has no tensor cores.
+    """
+    capability = target.capability or 80
+    return itemsize == 2 and max(N, K) <= 2048 and 80 <= capability != 100

@@ -1,0 +1,94 @@
+"""Adapters of one input that share a pass over it.
+
+Adapters without dropout, or with one mask in common (equal p and seed), form a group: one shrink with their A's stacked, one
+pass for all dA's. A group is as large as a kernel's rank may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.low_rank import passes
+from peftkit_kernels.low_rank.config import MAX_RANK
+from peftkit_kernels.low_rank.torch_impl import LoRA, cast
+
+Groups = list[list[int]]
+
+
+def group(loras: Sequence[LoRA | None]) -> Groups:
+    """Indices of the adapters that are there, by group."""
+    open_groups: dict[tuple, list[int]] = {}
+    found: Groups = []
+    for i, lora in enumerate(loras):
+        if lora is None:
+            continue
+        key = (lora.p, lora.seed if lora.p else 0, lora.A.dtype)
+        members = open_groups.get(key)
+        if members is None or rank_of(loras, members) + lora.A.shape[0] > MAX_RANK:
+            members = open_groups[key] = []
+            found.append(members)
+        members.append(i)
+    return found
+
+
+def rank_of(loras: Sequence[LoRA | None], members: Sequence[int]) -> int:
+    """Sum of the ranks of some adapters."""
+    return sum(_present(loras, i).A.shape[0] for i in members)
+
+
+def stacked(loras: Sequence[LoRA | None], members: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The A's of a group on top of each other, ``[ΣR, K]`` in ``dtype``."""
+    factors = [cast(_present(loras, i).A, dtype) for i in members]
+    return factors[0] if len(factors) == 1 else torch.cat(factors)
+
+
+def shrink_groups(x: Tensor, loras: Sequence[LoRA | None], groups: Groups) -> list[Tensor]:
+    """``drop(x) Aᵀ`` of every group, ``[M, ΣR]`` each."""
+    joint = []
+    for members in groups:
+        first = _present(loras, members[0])
+        joint.append(passes.shrink(x, stacked(loras, members, x.dtype), first.p, first.seed))
+    return joint
+
+
+def members_of(
+    joint: Sequence[Tensor], loras: Sequence[LoRA | None], groups: Groups, dim: int
+) -> list[Tensor | None]:
+    """Each adapter's part of what its group has in common, as a view; ``dim`` is the axis of ranks."""
+    parts: list[Tensor | None] = [None] * len(loras)
+    for whole, members in zip(joint, groups, strict=True):
+        sizes = [rank_of(loras, [i]) for i in members]
+        for i, part in zip(members, whole.split(sizes, dim), strict=True):
+            parts[i] = part
+    return parts
+
+
+def add_updates(
+    dx: Tensor | None, ds: Sequence[Tensor], loras: Sequence[LoRA | None], groups: Groups
+) -> Tensor | None:
+    """``dx + Σ mask ∘ (ds A)`` over the groups; ``dx`` may be ``None`` and is changed in place. The rounding is one a group."""
+    for joint, members in zip(ds, groups, strict=True):
+        first = _present(loras, members[0])
+        A = stacked(loras, members, joint.dtype)
+        dx = passes.expand(joint, A.t(), 1.0, p=first.p, seed=first.seed, out=dx)
+    return dx
+
+
+def grads_of_a(
+    x: Tensor, ds: Sequence[Tensor], loras: Sequence[LoRA | None], groups: Groups
+) -> list[Tensor]:
+    """``dsᵀ drop(x)`` of every group, ``[ΣR, K]`` each."""
+    grads = []
+    for joint, members in zip(ds, groups, strict=True):
+        first = _present(loras, members[0])
+        grads.append(passes.grad_a(joint, x, first.A.dtype, first.p, first.seed))
+    return grads
+
+
+def _present(loras: Sequence[LoRA | None], i: int) -> LoRA:
+    lora = loras[i]
+    assert lora is not None
+    return lora

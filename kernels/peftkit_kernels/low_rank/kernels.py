@@ -1,0 +1,222 @@
+"""The rank-r passes as Triton kernels: x ``[M, K]``, A ``[R, K]``, B ``[N, R]``, s = drop(x) Aᵀ and ds ``[M, R]``.
+
+Ranks are padded to BLOCK_R by masks. Offsets of rows are int64; columns, factors (R K and N R stay below 2³¹) and the
+counters of the dropout rule (M K < 2³⁴) are int32.
+"""
+
+import triton
+import triton.language as tl
+
+from peftkit_kernels.tiles import grouped_tile, kept
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def shrink_kernel(
+    x_ptr, a_ptr, s_ptr,  # x[M, K]  a[R, K] by strides  s[splits * M, R]
+    factor, seed, threshold,
+    M, K, R, steps,  # steps: blocks of K a program
+    stride_xm, stride_ar, stride_ak, stride_sm,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``s = factor · drop(x) aᵀ``; x is read once. Program (i, j): row block i, the j-th share of K."""
+    pid_m, pid_k = tl.program_id(0), tl.program_id(1)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    first = pid_k * steps * BLOCK_K
+    for k in range(first, tl.minimum(K, first + steps * BLOCK_K), BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x = tl.load(x_rows + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        a = tl.load(
+            a_ptr + offs_r[None, :] * stride_ar + offs_k[:, None] * stride_ak,
+            mask=mask_r[None, :] & mask_k[:, None],
+            other=0.0,
+        )
+        if DROPOUT:
+            keep = kept(seed, offs_m, k, tl.cdiv(K, 8), threshold, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
+        acc = tl.dot(x, a, acc, input_precision=PRECISION)
+    offs_s = (pid_k.to(tl.int64) * M + offs_m)[:, None] * stride_sm + offs_r[None, :]
+    s = (acc * factor).to(s_ptr.dtype.element_ty)
+    tl.store(s_ptr + offs_s, s, mask=mask_m[:, None] & mask_r[None, :])
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def expand_kernel(
+    s_ptr, b_ptr, bias_ptr, y_ptr,  # s[M, R]  b[N, R] by strides  bias[N] or None  y[M, N]
+    factor, seed, threshold,
+    M, N, R,
+    stride_sm, stride_bn, stride_br, stride_ym,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``y = mask ∘ (factor · s bᵀ) + bias``, or ``y +=`` it with ADD; the mask is that of a dropout over y's columns.
+
+    It runs *before* ``y.addmm_(x, Wᵀ)``, whose epilogue reads y back under its main loop. In the backward b is Aᵀ.
+    """
+    pid_n = tl.program_id(1)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_m, mask_n, mask_r = offs_m < M, offs_n < N, offs_r < R
+    s = tl.load(
+        s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :],
+        mask=mask_m[:, None] & mask_r[None, :],
+        other=0.0,
+    )
+    b = tl.load(
+        b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None] * stride_br,
+        mask=mask_n[None, :] & mask_r[:, None],
+        other=0.0,
+    )
+    y = tl.dot(s, b, input_precision=PRECISION) * factor
+    if DROPOUT:
+        keep = kept(seed, offs_m, pid_n * BLOCK_N, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)
+        y = tl.where(keep, y, 0.0)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    if ADD:
+        y += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def tall_kernel(
+    x_ptr, s_ptr, b_ptr,  # x[M, C]  s[M, R]  b[C, R] by strides or None
+    g_ptr, p_ptr,  # g[row chunks, R, C] by strides  p[column blocks * M, R] or None
+    g_factor, p_factor, seed, threshold,
+    M, C, R, chunk_m,  # chunk_m: rows a program, a multiple of BLOCK_M
+    stride_xm, stride_sm, stride_bc, stride_br, stride_gi, stride_gr, stride_gc,
+    stride_pm,
+    WITH_P: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One pass over a tall x: ``g[i] = g_factor · sᵀ drop(x)`` and ``p[j] = p_factor · x b``.
+
+    Program (i, j): row chunk i, column block j. With x = dy, s, b = B it gives dBᵀ and ds, with x and s = ds dA. The product
+    is sᵀ x rather than xᵀ s, so that the large tile stays as it is: 60 registers on sm_80 against 80 and 18 spilled.
+    """
+    pid_m, pid_c = tl.program_id(0), tl.program_id(1)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_c, mask_r = offs_c < C, offs_r < R
+    g = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if WITH_P:
+        b = tl.load(
+            b_ptr + offs_c[:, None] * stride_bc + offs_r[None, :] * stride_br,
+            mask=mask_c[:, None] & mask_r[None, :],
+            other=0.0,
+        )
+    first = pid_m * chunk_m
+    for m in range(first, tl.minimum(M, first + chunk_m), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask_s = mask_m[:, None] & mask_r[None, :]
+        x = tl.load(
+            x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_c[None, :],
+            mask=mask_m[:, None] & mask_c[None, :],
+            other=0.0,
+        )
+        s = tl.load(
+            s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :],
+            mask=mask_s,
+            other=0.0,
+        )
+        if WITH_P:
+            p = tl.dot(x, b, input_precision=PRECISION) * p_factor
+            offs_p = (pid_c.to(tl.int64) * M + offs_m)[:, None] * stride_pm + offs_r[None, :]
+            tl.store(p_ptr + offs_p, p.to(p_ptr.dtype.element_ty), mask=mask_s)
+        if DROPOUT:
+            keep = kept(seed, offs_m, pid_c * BLOCK_C, tl.cdiv(C, 8), threshold, BLOCK_M, BLOCK_C)
+            x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
+        g = tl.dot(tl.trans(s), x, g, input_precision=PRECISION)
+    offs_g = pid_m.to(tl.int64) * stride_gi
+    offs_g += offs_r[:, None] * stride_gr + offs_c[None, :] * stride_gc
+    g = (g * g_factor).to(g_ptr.dtype.element_ty)
+    tl.store(g_ptr + offs_g, g, mask=mask_r[:, None] & mask_c[None, :])
+
+
+@triton.jit
+def sum_kernel(
+    x_ptr, y_ptr,  # x[count, M, N], float32 and contiguous  y[M, N] by strides
+    count, M, N,
+    stride_xi, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``y = Σ x`` over partial results, in a fixed order and rounded once."""
+    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    x_ptrs = x_ptr + offs_m[:, None] * N + offs_n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(count):
+        acc += tl.load(x_ptrs, mask=mask, other=0.0)
+        x_ptrs += stride_xi
+    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def gemm_lora_kernel(
+    x_ptr, w_ptr, s_ptr, b_ptr, bias_ptr, y_ptr,  # x[M, K]  w[N, K], b[N, R] by strides  y[M, N]
+    factor, seed, threshold,
+    M, N, K, R,
+    stride_xm, stride_wn, stride_wk, stride_sm, stride_bn, stride_br, stride_ym,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``y = x wᵀ + mask ∘ (factor · s bᵀ) + bias``: a GEMM whose accumulator starts from the update.
+
+    In the backward x = dy, w = Wᵀ, s = ds, b = Aᵀ, and the mask is that of a dropout over y's columns.
+    """
+    # 1. which tile this program owns
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_m, mask_n, mask_r = offs_m < M, offs_n < N, offs_r < R
+    # 2. low-rank term into a float32 accumulator
+    s = tl.load(
+        s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :],
+        mask=mask_m[:, None] & mask_r[None, :],
+        other=0.0,
+    )
+    b = tl.load(
+        b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None] * stride_br,
+        mask=mask_n[None, :] & mask_r[:, None],
+        other=0.0,
+    )
+    acc = tl.dot(s, b, input_precision=PRECISION) * factor
+    if DROPOUT:
+        keep = kept(seed, offs_m, tile_n * BLOCK_N, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)
+        acc = tl.where(keep, acc, 0.0)
+    # 3. base product into the same accumulator
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x = tl.load(
+            x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :],
+            mask=mask_m[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        offs_w = offs_n.to(tl.int64)[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
+        w = tl.load(w_ptr + offs_w, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    # 4. one rounding, at the store
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & mask_n[None, :],
+    )

@@ -1,0 +1,266 @@
+"""The rank-r passes by Triton kernels: allocate, choose a configuration, launch.
+
+Inputs are rows ``[M, columns]`` of one dtype (bfloat16, float16, float32) on one device, M > 0, R up to 128. Sums are float32
+in an order that depends on the sizes only, so equal inputs give equal bits. ``config`` overrides the choice.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.dropout import keep_scale, threshold
+from peftkit_kernels.launch import cdiv, dot_precision, launch, target_of
+from peftkit_kernels.low_rank.config import (
+    ExpandConfig,
+    GemmConfig,
+    ShrinkConfig,
+    TallConfig,
+    block_r,
+    one_dy_pass,
+)
+
+_SUM_TILE = 2048
+
+
+@functools.cache
+def _kernels() -> Any:
+    from peftkit_kernels.low_rank import kernels
+
+    return kernels
+
+
+def readable(t: Tensor) -> Tensor:
+    """``t`` as the kernels read it: any distance between rows, but no gaps within one."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def shrink(
+    x: Tensor,
+    A: Tensor,
+    p: float = 0.0,
+    seed: int = 0,
+    *,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+    config: ShrinkConfig | None = None,
+) -> Tensor:
+    """``scale · drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``x [M, K]``; ``A [R, K]`` may have any strides, ``out`` any rows."""
+    (M, K), R, x = x.shape, A.shape[0], readable(x)
+    c = config or ShrinkConfig.choose(
+        M, K, R, itemsize=x.element_size(), dropout=p > 0, target=target_of(x)
+    )
+    steps = cdiv(cdiv(K, c.block_k), c.splits)
+    splits = cdiv(cdiv(K, c.block_k), steps)
+    s = x.new_empty(M, R) if out is None else out
+    partial = s if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
+    launch(
+        _kernels().shrink_kernel,
+        (cdiv(M, c.block_m), splits),
+        *(x, A, partial, scale * keep_scale(p), seed, threshold(p)),
+        *(M, K, R, steps, x.stride(0), *A.stride(), partial.stride(-2)),
+        DROPOUT=p > 0,
+        BLOCK_M=c.block_m,
+        BLOCK_K=c.block_k,
+        BLOCK_R=block_r(R),
+        PRECISION=dot_precision(x.dtype),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    return s if splits == 1 else _sum_partials(partial, s)
+
+
+def expand(
+    s: Tensor,
+    B: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: int = 0,
+    out: Tensor | None = None,
+    config: ExpandConfig | None = None,
+) -> Tensor:
+    """``mask ∘ (scale · s Bᵀ) + bias``, ``[M, N]``, for ``s [M, R]`` and ``B [N, R]`` of any strides; added to ``out`` if given.
+
+    The mask is that of a dropout with ``p`` and ``seed`` on an ``[M, N]``, with its factor on what is kept.
+    """
+    (M, R), N = s.shape, B.shape[0]
+    c = config or ExpandConfig.choose(R, itemsize=s.element_size(), dropout=p > 0)
+    y = s.new_empty(M, N) if out is None else out
+    launch(
+        _kernels().expand_kernel,
+        (cdiv(M, c.block_m), cdiv(N, c.block_n)),
+        *(s, B, bias, y, scale * keep_scale(p), seed, threshold(p)),
+        *(M, N, R, s.stride(0), *B.stride(), y.stride(0)),
+        HAS_BIAS=bias is not None,
+        DROPOUT=p > 0,
+        ADD=out is not None,
+        BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n,
+        BLOCK_R=block_r(R),
+        PRECISION=dot_precision(s.dtype),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    return y
+
+
+def grad_b_and_s(
+    dy: Tensor,
+    s: Tensor,
+    B: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    ds: Tensor | None = None,
+    config: TallConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``dB = scale · dyᵀ s`` ``[N, R]`` in ``dtype`` and ``ds = scale · dy B`` ``[M, R]``, by one pass over dy if R is small.
+
+    ``ds`` is written into the tensor given, which may have any distance between rows.
+    """
+    if not one_dy_pass(B.shape[1], target=target_of(dy)):
+        return grad_b(dy, s, scale, dtype, config=config), grad_s(dy, B, scale, out=ds)
+    dB = dy.new_empty(B.shape, dtype=dtype)
+    ds = s.new_empty(s.shape) if ds is None else ds
+    _tall(dy, s, dB.t(), scale, b=B, p_out=ds, p_factor=scale, config=config)
+    return dB, ds
+
+
+def grad_s(dy: Tensor, B: Tensor, scale: float, *, out: Tensor | None = None) -> Tensor:
+    """``scale · dy B``, ``[M, R]``, written into ``out`` if given."""
+    return shrink(dy, B.t(), scale=scale, out=out)
+
+
+def grad_b(
+    dy: Tensor,
+    s: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    config: TallConfig | None = None,
+) -> Tensor:
+    """``scale · dyᵀ s``, ``[N, R]`` in ``dtype``."""
+    dB = dy.new_empty(dy.shape[1], s.shape[1], dtype=dtype)
+    _tall(dy, s, dB.t(), scale, config=config)
+    return dB
+
+
+def grad_a(
+    ds: Tensor,
+    x: Tensor,
+    dtype: torch.dtype,
+    p: float = 0.0,
+    seed: int = 0,
+    *,
+    config: TallConfig | None = None,
+) -> Tensor:
+    """``dsᵀ drop(x)``, ``[R, K]`` in ``dtype``."""
+    dA = x.new_empty(ds.shape[1], x.shape[1], dtype=dtype)
+    _tall(x, ds, dA, 1.0, p=p, seed=seed, config=config)
+    return dA
+
+
+def gemm_lora(
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor,
+    B: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: int = 0,
+    config: GemmConfig | None = None,
+) -> Tensor:
+    """``x Wᵀ + mask ∘ (scale · s Bᵀ) + bias`` with one rounding; ``weight [N, K]`` and ``B [N, R]`` of any strides."""
+    (M, K), N, R, x = x.shape, weight.shape[0], s.shape[1], readable(x)
+    c = config or GemmConfig()
+    y = x.new_empty(M, N)
+    launch(
+        _kernels().gemm_lora_kernel,
+        (cdiv(M, c.block_m) * cdiv(N, c.block_n),),
+        *(x, weight, s, B, bias, y, scale * keep_scale(p), seed, threshold(p)),
+        *(M, N, K, R, x.stride(0), *weight.stride(), s.stride(0), *B.stride(), y.stride(0)),
+        HAS_BIAS=bias is not None,
+        DROPOUT=p > 0,
+        BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n,
+        BLOCK_K=c.block_k,
+        BLOCK_R=block_r(R),
+        GROUP=c.group,
+        PRECISION=dot_precision(x.dtype),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    return y
+
+
+def _tall(
+    x: Tensor,
+    s: Tensor,
+    g_out: Tensor,
+    g_factor: float,
+    *,
+    b: Tensor | None = None,
+    p_out: Tensor | None = None,
+    p_factor: float = 1.0,
+    p: float = 0.0,
+    seed: int = 0,
+    config: TallConfig | None = None,
+) -> None:
+    """Fill ``g_out [R, C] = g_factor · sᵀ drop(x)`` and, with ``b [C, R]``, ``p_out [M, R] = p_factor · x b``."""
+    (M, C), R, x = x.shape, s.shape[1], readable(x)
+    c = config or TallConfig.choose(
+        *(M, C, R),
+        itemsize=x.element_size(),
+        dropout=p > 0,
+        with_p=b is not None,
+        target=target_of(x),
+    )
+    chunks, blocks = cdiv(M, c.chunk_m), cdiv(C, c.block_c)
+    g = g_out if chunks == 1 else x.new_empty(chunks, R, C, dtype=torch.float32)
+    partial_p = p_out
+    if p_out is not None and blocks > 1:
+        partial_p = x.new_empty(blocks, M, R, dtype=torch.float32)
+    launch(
+        _kernels().tall_kernel,
+        (chunks, blocks),
+        *(x, s, b, g, partial_p, g_factor * keep_scale(p), p_factor, seed, threshold(p)),
+        *(M, C, R, c.chunk_m, x.stride(0), s.stride(0), *((0, 0) if b is None else b.stride())),
+        *(0 if chunks == 1 else g.stride(0), *g.stride()[-2:]),
+        0 if partial_p is None else partial_p.stride(-2),
+        WITH_P=b is not None,
+        DROPOUT=p > 0,
+        BLOCK_M=c.block_m,
+        BLOCK_C=c.block_c,
+        BLOCK_R=block_r(R),
+        PRECISION=dot_precision(x.dtype),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    if chunks > 1:
+        _sum_partials(g, g_out)
+    if p_out is not None and partial_p is not None and blocks > 1:
+        _sum_partials(partial_p, p_out)
+
+
+def _sum_partials(partial: Tensor, out: Tensor) -> Tensor:
+    """``out [rows, columns] = Σ partial`` over its first axis."""
+    count, rows, columns = partial.shape
+    block_n = min(_SUM_TILE, max(16, 1 << (columns - 1).bit_length()))
+    block_m = _SUM_TILE // block_n
+    launch(
+        _kernels().sum_kernel,
+        (cdiv(rows, block_m), cdiv(columns, block_n)),
+        *(partial, out, count, rows, columns, partial.stride(0), *out.stride()),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+        num_stages=1,
+    )
+    return out

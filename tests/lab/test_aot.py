@@ -1,0 +1,82 @@
+"""The machine-code inspector: real targets, and each kind of fault found."""
+
+import pytest
+from compiler import machine_code
+
+SCRIPT = """
+import json, torch, lab_kernels as kernels
+from peftkit_kernels.lab.aot import inspect_launches
+from peftkit_kernels.launch import Target, launch, recording
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+def matmul(blocks, dtype=torch.bfloat16, precision="ieee", warps=4, stages=3, K=4096, offset=0):
+    x, w = meta(8192, K + offset, dtype=dtype)[:, offset:], meta(4096, K, dtype=dtype)
+    y = meta(8192, 4096, dtype=dtype)
+    m, n, k = blocks
+    launch(kernels.matmul_nt, (1, 1), x, w, y, 8192, 4096, K, x.stride(0), K, 4096,
+           BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, PRECISION=precision, num_warps=warps, num_stages=stages)
+
+def report(arch, *cases):
+    with recording(Target(arch, 108)) as launches:
+        for options in cases:
+            matmul(**options)
+    return [r.row() | {"loops": len(r.loops), "dots": r.dots} for r in inspect_launches(launches, arch)]
+
+good = dict(blocks=(64, 64, 32))
+result = {arch: report(arch, good, good) for arch in ("cuda:80", "cuda:90", "hip:gfx942")}
+result["spills"] = report("cuda:80", dict(blocks=(128, 256, 32), dtype=torch.float32, precision="tf32"))
+result["no tensor core"] = report("cuda:75", dict(blocks=(32, 32, 32), dtype=torch.float16))
+result["float32"] = report("cuda:80", dict(blocks=(32, 32, 32), dtype=torch.float32))
+result["narrow"] = report("cuda:80", dict(blocks=(64, 64, 32), K=4095, offset=1))
+result["shared"] = report("cuda:86", dict(blocks=(128, 128, 128), warps=8, stages=3))
+result["rejected"] = report("cuda:80", dict(blocks=(64, 64, 8)))
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """Every case of ``SCRIPT``, compiled by one child."""
+    return machine_code(SCRIPT)
+
+
+@pytest.mark.parametrize(
+    ("arch", "instruction"), [("cuda:80", "HMMA"), ("cuda:90", "HGMMA"), ("hip:gfx942", "MFMA")]
+)
+def test_a_good_kernel_has_no_problem(reports, arch, instruction):
+    (row,) = reports[arch]  # launched twice, compiled once
+    assert row["problems"] == []
+    assert row["kernel"] == "matmul_nt"
+    assert "*bf16 BLOCK_M=64 BLOCK_N=64 BLOCK_K=32 PRECISION=ieee warps=4" in row["config"]
+    assert list(row["tensor_instructions"]) == [instruction]
+    assert row["dots"] == 1
+    assert row["load_widths"]["128"] > 0
+    assert 20 < row["registers"] < 256
+    assert row["spills"] == row["stack"] == 0
+    assert row["shared_bytes"] > 0
+    if arch.startswith("cuda"):
+        assert row["loops"] >= 1
+        assert 0 < row["occupancy"] <= 1
+
+
+def test_exact_float32_products_need_no_tensor_core(reports):
+    (row,) = reports["float32"]
+    assert row["dots"] == 0
+    assert row["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("case", "problem"),
+    [
+        ("spills", "spills: "),
+        ("no tensor core", "has 1 dots and no tensor-core instruction"),
+        ("narrow", "has no 128-bit access, only {'16': "),
+        ("shared", "bytes of shared memory, more than a block has"),
+        ("rejected", "does not compile: "),
+    ],
+)
+def test_each_fault_is_named(reports, case, problem):
+    (row,) = reports[case]
+    assert any(problem in found for found in row["problems"]), row

@@ -1,0 +1,52 @@
+"""Bounds of a linear with its adapter, in the roundings of the Triton kernels."""
+
+import torch
+from lora_cases import draw
+from triton_cases import dropped, scaled
+
+from peftkit_kernels.dropout import dropout_mask
+from peftkit_kernels.testing import Bound
+
+
+def output_grad(x, part, layout="contiguous"):
+    shape = (*x.shape[:-1], part.weight.shape[0])
+    return draw(shape, x.dtype, torch.Generator().manual_seed(1), layout)
+
+
+class Linear:
+    """The kernels' roundings: one at each store, and the update's own where the library's GEMM adds to it."""
+
+    def __init__(self, x, part, schedule):
+        self.dtype, self.schedule = x.dtype, schedule
+        self.x, self.part, self.lora = x.detach().reshape(-1, x.shape[-1]), part, part.lora
+        A, B = self.lora.A, self.lora.B
+        self.factors, self.A, self.B = A.dtype, A.to(x.dtype), B.to(x.dtype)
+        dropped_x = dropped(self.x, self.lora.p, self.lora.seed)
+        self.dropped = Bound.of(dropped_x)
+        s = self.dropped @ Bound.of(self.A).T
+        self.s = scaled(s, 1.0, self.lora.p).round(self.dtype)
+
+    def project(self, x, weight, update, bias=None):
+        if self.schedule == "fused":
+            y = update.addmm(x, weight)
+            return (y if bias is None else y + bias).round(self.dtype)
+        update = update if bias is None else update + bias
+        return update.round(self.dtype).addmm(x, weight).round(self.dtype)
+
+    def forward(self):
+        update = scaled(self.s @ Bound.of(self.B).T, self.lora.scale)
+        bias = None if self.part.bias is None else Bound.of(self.part.bias)
+        return self.project(Bound.of(self.x), Bound.of(self.part.weight).T, update, bias)
+
+    def backward(self, dy):
+        lora, dy = self.lora, Bound.of(dy.reshape(-1, dy.shape[-1]))
+        ds = scaled(dy @ Bound.of(self.B), lora.scale).round(self.dtype)
+        update = scaled(ds @ Bound.of(self.A), 1.0, lora.p)
+        if lora.p:
+            update = update * dropout_mask(*update.value.shape, lora.p, lora.seed)
+        return {
+            "x": self.project(dy, Bound.of(self.part.weight), update),
+            "A": scaled(ds.T @ self.dropped, 1.0, lora.p).round(self.factors),
+            "B": scaled(dy.T @ self.s, lora.scale).round(self.factors),
+            "bias": dy.sum(0).round(self.dtype),
+        }
