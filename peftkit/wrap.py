@@ -12,9 +12,9 @@ from peftkit.contract import ContractError, check_targets
 from peftkit.lora.blocks import FusedGatedMLP, fuse_gated_mlps, group_shared_inputs
 from peftkit.lora.eligibility import obstacle
 from peftkit.lora.layers import fuse_layer, restore_layer
-from peftkit.lora.swap import swap_out
 from peftkit.loss import install_logit_free, remove_logit_free
 from peftkit.norms import FusedNorm, fuse_norms
+from peftkit.swap import swap_out
 from peftkit.targets import fill_targets
 from peftkit.versions import warn_if_newer_than_tested
 
@@ -117,8 +117,9 @@ def restore(model: Model) -> Model:
         owner.__dict__.pop(method, None)
     for module in model.modules():
         restore_layer(module)
-        if isinstance(module, (FusedGatedMLP, FusedNorm, FusedAttention)):
-            swap_out(module)
+        for mixin in (FusedGatedMLP, FusedNorm, FusedAttention):
+            if isinstance(module, mixin):
+                swap_out(module, mixin)
     return model
 
 
