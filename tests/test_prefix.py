@@ -110,7 +110,7 @@ def attention_module(implementation: str, causal: bool, heads: int = 4) -> nn.Mo
 
 def written_out(q, k, v, pk, pv, bias, scale, gate=None) -> torch.Tensor:
     """Attention of one query at a time over prefix and tokens, with additive ``bias [B, S, T]``; ``[B, S, H, D]``."""
-    B, H, S, D = q.shape
+    B, H, S, _ = q.shape
     out = torch.zeros(B, S, H, v.shape[-1], dtype=q.dtype)
     for b in range(B):
         for h in range(H):
