@@ -7,7 +7,7 @@ asks for it (``AttentionInterface``); nothing that exists is replaced.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class FusedAttention(OwnAttention):
     """Mixed into an attention module's own class: its ``sdpa`` is ours."""
 
     peftkit_method = "attention"
-    peftkit_renames = {"sdpa": IMPLEMENTATION}
+    peftkit_renames: ClassVar[dict[str, str]] = {"sdpa": IMPLEMENTATION}
 
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path a forward takes in the present state, and the reason where it is transformers' own."""

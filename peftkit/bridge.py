@@ -34,9 +34,7 @@ from peftkit.targets import fill_targets, wrapped_modules
 
 __all__ = ["BottleneckConfig", "MixConfig", "PrefixConfig", "combine"]
 
-_NO_MERGE = (
-    "{} cannot be merged: it is not linear in the layer's input, so no weight equals it; keep the adapter, or train LoRA alone"
-)
+_NO_MERGE = "{} cannot be merged: it is not linear in the layer's input, so no weight equals it; keep the adapter, or train LoRA alone"
 
 
 @dataclass
@@ -54,7 +52,7 @@ class MixConfig(LoraConfig):
         self.peft_type = PeftkitType.PEFTKIT_MIX  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def combine(model: nn.Module, configs: tuple[PeftConfig, ...]) -> PeftConfig:
+def combine(model: nn.Module, configs: tuple[Any, ...]) -> PeftConfig:
     """Make one config of several, with the places of each found in the model; the model and the configs stay as they were.
 
     Raises:
@@ -167,9 +165,10 @@ def _place_prefix(model: nn.Module, config: PrefixConfig, adapter: str, module: 
 
 def _write_text(model: nn.Module, config: PrefixConfig, adapter: str) -> None:
     """Start the new prefixes from a text; not where a checkpoint is going to be read into them."""
-    sites = {
+    modules: dict[str, Any] = {name: inner for name, _, inner in wrapped_modules(model)}
+    sites: dict[str, Any] = {
         name: inner.kv_prefix.adapters[adapter]
-        for name, _, inner in wrapped_modules(model)
+        for name, inner in modules.items()
         if adapter in getattr(inner._modules.get(prefix.CHILD), "adapters", {})
     }
     meta = any(p.is_meta for site in sites.values() for p in site.parameters())
@@ -233,7 +232,9 @@ class PrefixTuner(_OwnTuner):
         prefix.require_dispatch(self.model, current_key, target)
         _place_prefix(self.model, peft_config, adapter_name, target)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """PEFT's injection, then the text the prefixes start from."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _write_text(self.model, self.peft_config[adapter_name], adapter_name)
@@ -284,7 +285,9 @@ class MixTuner(_OwnTuner, LoraModel):
         Raises:
             ValueError: Always.
         """
-        raise ValueError("adapters with a prefix or a bottleneck cannot be averaged; train one adapter")
+        raise ValueError(
+            "adapters with a prefix or a bottleneck cannot be averaged; train one adapter"
+        )
 
 
 def _named(config: Any, modules: dict[str, nn.Module]) -> list[str]:

@@ -19,7 +19,7 @@ class _Config:
         object.__setattr__(self, "_module", module)
 
     @property
-    def _attn_implementation(self) -> str:
+    def _attn_implementation(self) -> str | None:
         return self._module.peftkit_dispatch or self._module.peftkit_function()
 
     def __getattr__(self, name: str) -> Any:
@@ -47,7 +47,7 @@ class OwnAttention(nn.Module):
     def config(self, value: Any) -> None:
         self.__dict__["config"] = value
 
-    def peftkit_function(self) -> str:
+    def peftkit_function(self) -> Any:
         """Name of the function that computes the attention, replacements applied."""
         name = self.__dict__["config"]._attn_implementation
         return self.peftkit_renames.get(name, name)

@@ -30,12 +30,19 @@ def gated() -> PrefixConfig:
 METHODS = {
     "LoRA": lambda: [lora()],
     "bottleneck": lambda: [houlsby()],
-    "pfeiffer": lambda: [BottleneckConfig(bottleneck_size=4, placement="pfeiffer", layer_norm=True)],
-    "parallel": lambda: [BottleneckConfig(reduction_factor=8, placement="parallel", scaling="learned")],
+    "pfeiffer": lambda: [
+        BottleneckConfig(bottleneck_size=4, placement="pfeiffer", layer_norm=True)
+    ],
+    "parallel": lambda: [
+        BottleneckConfig(reduction_factor=8, placement="parallel", scaling="learned")
+    ],
     "prefix": lambda: [PrefixConfig(num_virtual_tokens=3, init_std=0.5)],
     "gated prefix": lambda: [gated()],
     "prefix and bottleneck": lambda: [gated(), houlsby()],
-    "LoRA and parallel": lambda: [lora(), BottleneckConfig(bottleneck_size=4, placement="parallel")],
+    "LoRA and parallel": lambda: [
+        lora(),
+        BottleneckConfig(bottleneck_size=4, placement="parallel"),
+    ],
     "all three": lambda: [lora(), gated(), houlsby()],
 }
 NOT_THE_BASE_AT_FIRST = ("prefix",)
@@ -115,7 +122,9 @@ def test_disabling_and_unloading_give_the_base_model_back(method, name):
     assert torch.equal(logits(model, name), adapted)
     unloaded = model.unload()
     assert torch.equal(logits(unloaded, name), expected)
-    assert {n: type(m) for n, m in unloaded.named_modules()} == {n: type(m) for n, m in base.named_modules()}
+    assert {n: type(m) for n, m in unloaded.named_modules()} == {
+        n: type(m) for n, m in base.named_modules()
+    }
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unloaded.modules())
     assert unloaded.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in unloaded.state_dict().items())
@@ -154,7 +163,9 @@ def test_a_checkpoint_with_a_wrong_key_is_refused(method, tmp_path):
     first = sorted(held)[0]
     held[first.replace("layers.0", "layers.9")] = held.pop(first)
     save_file(held, file)
-    with pytest.raises(ContractError, match=r"1 of \d+ keys are missing(.|\n)*1 keys are left over"):
+    with pytest.raises(
+        ContractError, match=r"1 of \d+ keys are missing(.|\n)*1 keys are left over"
+    ):
         load_adapter(models.tiny("llama"), tmp_path)
 
 
@@ -222,7 +233,10 @@ def test_adapters_of_a_bf16_base_are_float32_and_near_the_float32_model(method):
     assert actual.dtype is torch.bfloat16
     wide = trained(wrapped(method, "llama", dtype=torch.bfloat16)).float()
     plain = models.tiny("llama", dtype=torch.bfloat16).eval()
-    exact, allowed = logits(wide, "llama"), (logits(plain, "llama") - logits(plain.float(), "llama"))
+    exact, allowed = (
+        logits(wide, "llama"),
+        (logits(plain, "llama") - logits(plain.float(), "llama")),
+    )
     # adapters enlarge the activations, and with them what bf16 rounds off the base model's
     growth = exact.norm() / logits(plain, "llama").norm()
     assert (actual - exact).norm() <= 4 * growth * allowed.norm()
@@ -241,7 +255,9 @@ def test_explain_and_generate(method):
     }
     own = "prefix" if "prefix" in method else "bottleneck"
     assert names == expected.get(method, {own})
-    assert all(layer.path == "torch" for layer in report.layers if layer.method in ("bottleneck", "prefix"))
+    assert all(
+        layer.path == "torch" for layer in report.layers if layer.method in ("bottleneck", "prefix")
+    )
     assert not any("adapters" in name for name in report.left_out)
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     ids = {"input_ids": models.batch("llama")["input_ids"][:1]}
@@ -269,6 +285,7 @@ def test_peft_alone_takes_the_configs_and_an_unknown_process_is_told(tmp_path):
     code = """
 import sys, torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 try:
     PeftModel.from_pretrained(base, sys.argv[2])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftkit.bottleneck.config import DEFAULT_REDUCTION, BottleneckConfig
 from peftkit.bottleneck.module import Bottleneck, BottleneckSite
-from peftkit.placing import device_and_dtype
+from peftkit.placing import device_and_dtype, refuse_peft_fields
 from peftkit.points import Point, find_points, first_tensor
 from peftkit.targets import is_linear_like, wrapped_modules
 
@@ -36,6 +36,7 @@ def add_bottlenecks(
     Raises:
         ValueError: A place cannot be derived, a named module does not exist, or one has adapters already.
     """
+    refuse_peft_fields(config)
     model.requires_grad_(False)
     fill_points(model, config, example)
     modules = {name: outer for name, outer, _ in wrapped_modules(model)}
@@ -128,7 +129,7 @@ def attach(modules: Mapping[str, nn.Module], name: str, site: BottleneckSite) ->
 
 def output_width(module: nn.Module, model: nn.Module) -> int:
     """Size of the last axis of a module's output: from the module where it tells, otherwise from its or the model's config."""
-    inner = getattr(module, "base_layer", module)
+    inner: Any = getattr(module, "base_layer", module)
     if is_linear_like(inner):
         return inner.nf if hasattr(inner, "nf") else inner.out_features
     if "Norm" in type(inner).__name__ and inner._parameters.get("weight") is not None:

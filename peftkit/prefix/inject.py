@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftkit.own_attention import dispatches
-from peftkit.placing import device_and_dtype
+from peftkit.placing import device_and_dtype, refuse_peft_fields
 from peftkit.points import evaluating
 from peftkit.prefix.config import PrefixConfig
 from peftkit.prefix.module import (
@@ -45,6 +45,7 @@ def add_prefixes(model: nn.Module, config: PrefixConfig) -> list[str]:
         ValueError: The model's attention does not ask transformers for its function, a named module does not exist, or one
             has a prefix already.
     """
+    refuse_peft_fields(config)
     model.requires_grad_(False)
     fill_attentions(model, config)
     modules = dict(base_modules(model))
