@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from peftkit.bridge import BottleneckConfig, PrefixConfig
     from peftkit.contract import ContractError, check, load_adapter
     from peftkit.explain import Report, explain
     from peftkit.wrap import accelerate, restore, wrap
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BottleneckConfig",
     "ContractError",
     "LoraConfig",
+    "PrefixConfig",
     "Report",
     "__version__",
     "accelerate",
@@ -32,8 +35,10 @@ __all__ = [
 ]
 
 _HOME_OF = {
+    "BottleneckConfig": "peftkit.bridge",
     "ContractError": "peftkit.contract",
     "LoraConfig": "peft",
+    "PrefixConfig": "peftkit.bridge",
     "Report": "peftkit.explain",
     "accelerate": "peftkit.wrap",
     "check": "peftkit.contract",

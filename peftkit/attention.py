@@ -1,18 +1,18 @@
 """The attention call of transformers models, sent to the native passes on the CPU.
 
-transformers looks the function up by ``self.config._attn_implementation``. The attention modules get a class whose
-``config`` reads the same but for that one name, so masks, ``generate`` and the model's own config still say ``sdpa``. The
-function is registered where transformers asks for it (``AttentionInterface``); nothing that exists is replaced.
+The modules get a class that sees another name for ``sdpa`` (``own_attention``). The function is registered where transformers
+asks for it (``AttentionInterface``); nothing that exists is replaced.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftkit.lora.swap import swap_in
+from peftkit.own_attention import OwnAttention
+from peftkit.swap import swap_in
 from peftkit_kernels import native
 from peftkit_kernels.attention import HEAD_SIZE_MULTIPLE, attention, native_obstacle
 
@@ -24,37 +24,11 @@ _MIN_QUERIES = 16
 _HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 
 
-class _Config:
-    """A config as one attention module sees it."""
-
-    def __init__(self, real: Any):
-        object.__setattr__(self, "_real", real)
-
-    @property
-    def _attn_implementation(self) -> str:
-        name = self._real._attn_implementation
-        return IMPLEMENTATION if name == "sdpa" else name
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._real, name, value)
-
-
-class FusedAttention(nn.Module):
+class FusedAttention(OwnAttention):
     """Mixed into an attention module's own class: its ``sdpa`` is ours."""
 
     peftkit_method = "attention"
-
-    @property
-    def config(self) -> Any:
-        """The module's config, read through."""
-        return _Config(self.__dict__["config"])
-
-    @config.setter
-    def config(self, value: Any) -> None:
-        self.__dict__["config"] = value
+    peftkit_renames: ClassVar[dict[str, str]] = {"sdpa": IMPLEMENTATION}
 
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path a forward takes in the present state, and the reason where it is transformers' own."""

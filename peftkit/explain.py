@@ -16,7 +16,7 @@ from peftkit.targets import REWRITTEN, all_linear, base_modules, is_linear_like,
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-Path = Literal["fused:triton", "fused:torch", "peft"]
+Path = Literal["fused:triton", "fused:torch", "torch", "peft"]
 
 NOT_TARGETED = "not targeted by any adapter"
 
@@ -28,7 +28,8 @@ class LayerReport:
     Attributes:
         name: The module's name in the model.
         method: ``"LoRA"``, another PEFT method, ``"gated MLP"``, ``"shared-input linears"``, ``"frozen RMSNorm"`` ...
-        path: Which code its forward runs; ``"peft"`` is the code it had before.
+        path: Which code its forward runs; ``"peft"`` is the code it had before, ``"torch"`` that of our own prefix or
+            bottleneck modules.
         reason: Why that path; empty where there is nothing to say.
         is_adapter: Whether it carries an adapter itself.
     """
@@ -64,8 +65,8 @@ class Report:
 
     @property
     def fused_fraction(self) -> float:
-        """Share of adapter layers whose forward is fused; 0 without adapters."""
-        paths = [layer.path for layer in self.layers if layer.is_adapter]
+        """Share of PEFT's adapter layers whose forward is fused; 0 without any."""
+        paths = [r.path for r in self.layers if r.is_adapter and r.path != "torch"]
         return sum(path != "peft" for path in paths) / len(paths) if paths else 0.0
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftkit.lora.blocks import probe_input, same_up_to_rounding
 from peftkit.lora.eligibility import has_hooks
-from peftkit.lora.swap import swap_in
+from peftkit.swap import swap_in
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")

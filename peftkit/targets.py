@@ -138,21 +138,34 @@ def fill_targets(model: nn.Module, config: Any) -> Selection | None:
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of the model below any adapters, under the names they have without adapters."""
+    return ((name, inner) for name, _, inner in wrapped_modules(model))
+
+
+def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield each module's name without adapters, the module that is called, and the original one inside it.
+
+    The two differ where PEFT has put a layer around the original. Modules that belong to adapters are passed over.
+    """
     seen: set[int] = set()
 
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        module = _without_adapters(module)
-        if id(module) in seen:
+    def walk(outer: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        inner = _without_adapters(outer)
+        if id(inner) in seen or is_own_adapter(inner):
             return
-        seen.add(id(module))
-        yield name, module
-        for child_name, child in module.named_children():
+        seen.add(id(inner))
+        yield name, outer, inner
+        for child_name, child in inner.named_children():
             yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
     model = getattr(model, "_orig_mod", model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return walk(model, "")
+
+
+def is_own_adapter(module: nn.Module) -> bool:
+    """Whether this is a prefix or bottleneck module of ours, which stands beside the model's modules, not around them."""
+    return getattr(module, "peftkit_adapter", False) is True
 
 
 def _without_adapters(module: nn.Module) -> nn.Module:

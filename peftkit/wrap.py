@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from peftkit.attention import FusedAttention, fuse_attention
+from peftkit.bridge import combine
 from peftkit.contract import ContractError, check_targets
 from peftkit.lora.blocks import FusedGatedMLP, fuse_gated_mlps, group_shared_inputs
 from peftkit.lora.eligibility import obstacle
 from peftkit.lora.layers import fuse_layer, restore_layer
-from peftkit.lora.swap import swap_out
 from peftkit.loss import install_logit_free, remove_logit_free
 from peftkit.norms import FusedNorm, fuse_norms
-from peftkit.targets import fill_targets
+from peftkit.swap import swap_out
+from peftkit.targets import fill_targets, is_own_adapter
 from peftkit.versions import warn_if_newer_than_tested
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ def wrap(
 
     Args:
         model: A pretrained transformers model (any ``nn.Module`` that PEFT takes).
-        configs: One ``peft.PeftConfig``; none means LoRA with r=16 and lora_alpha=32 on every linear layer of the
-            backbone. A LoRA config without ``target_modules``, or with ``"all-linear"``, gets those layers too.
+        configs: One ``peft.PeftConfig``, or any two or three of ``LoraConfig``, ``PrefixConfig`` and ``BottleneckConfig`` as
+            one adapter; none means LoRA with r=16 and lora_alpha=32 on every linear layer of the backbone. A LoRA config
+            without ``target_modules``, or with ``"all-linear"``, gets those layers too.
         adapter_name: Name of the adapter.
         strict: Raise where a layer cannot be fused, instead of running PEFT's own forward there.
         logit_free: Compute the training loss of a causal language model without forming its logits.
@@ -47,21 +49,20 @@ def wrap(
     Raises:
         ContractError: An entry of ``target_modules`` matches nothing, or ``strict`` and a layer is not fused; the model
             is left as it was.
-        ValueError: More than one config, or a model that is wrapped already.
+        ValueError: Configs that cannot be mixed or do not fit the model, or a model that is wrapped already.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    if len(configs) > 1:
-        raise ValueError(
-            f"wrap takes one config for now, not {len(configs)}; add further adapters by add_adapter"
-        )
     if isinstance(model, PeftModel):
         raise ValueError(
             "model is a PeftModel already; add an adapter by model.add_adapter, or call accelerate(model)"
         )
-    config = configs[0] if configs else LoraConfig(r=16, lora_alpha=32, task_type=_task_type(model))
-    config = copy.deepcopy(config)
-    fill_targets(model, config)
+    if len(configs) > 1:
+        config = combine(model, configs)
+    else:
+        config = copy.deepcopy(configs[0]) if configs else LoraConfig(r=16, lora_alpha=32)
+        config.task_type = config.task_type if configs else _task_type(model)
+        fill_targets(model, config)
     check_targets(model, config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wrapped = get_peft_model(model, config, adapter_name=adapter_name)
@@ -117,8 +118,9 @@ def restore(model: Model) -> Model:
         owner.__dict__.pop(method, None)
     for module in model.modules():
         restore_layer(module)
-        if isinstance(module, (FusedGatedMLP, FusedNorm, FusedAttention)):
-            swap_out(module)
+        for mixin in (FusedGatedMLP, FusedNorm, FusedAttention):
+            if isinstance(module, mixin):
+                swap_out(module, mixin)
     return model
 
 
@@ -161,6 +163,7 @@ def _require_all_fusable(model: nn.Module) -> None:
         name: obstacle(module)
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
+        and not is_own_adapter(module)
         and set(module.active_adapters).intersection(
             getattr(module, "lora_A", module.active_adapters)
         )

@@ -44,7 +44,7 @@ def test_public_names_resolve():
     values = {name: getattr(peftkit, name) for name in peftkit.__all__}
     assert set(values) == {
         *("ContractError", "LoraConfig", "Report", "__version__", "accelerate", "check"),
-        *("explain", "load_adapter", "restore", "wrap"),
+        *("explain", "load_adapter", "restore", "wrap", "BottleneckConfig", "PrefixConfig"),
     }
     assert all(callable(value) for name, value in values.items() if name != "__version__")
     assert dir(peftkit) == sorted(peftkit.__all__)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftkit.targets import is_own_adapter
+
 
 @dataclass(frozen=True)
 class AdapterTensor:
@@ -52,9 +54,14 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
         wrapper = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         if not wrapper and layer != "prompt_encoder":
             continue
+        beside = tuple(
+            f"{name}."
+            for name, inner in module.named_modules()
+            if name and isinstance(inner, BaseTunerLayer) and is_own_adapter(inner)
+        )
         for own, tensor in model.get_submodule(layer).named_parameters():
             original = {"base_layer", "original_module"} & {*own.split(".")}
-            if not original and id(tensor) not in seen:
+            if not original and not own.startswith(beside) and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield layer, own, tensor
 

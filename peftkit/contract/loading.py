@@ -50,6 +50,8 @@ def load_adapter(
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from peftkit.wrap import accelerate as fuse  # which also makes our methods known to PEFT
+
     if not adapter_name or "." in adapter_name:
         raise ContractError(f"adapter_name={adapter_name!r}: use a non-empty name without dots")
     if isinstance(model, PeftModel):
@@ -76,8 +78,6 @@ def load_adapter(
             model, str(folder), adapter_name, is_trainable=is_trainable
         )
     if accelerate:
-        from peftkit.wrap import accelerate as fuse
-
         fuse(loaded)
     return loaded
 

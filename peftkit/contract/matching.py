@@ -14,6 +14,9 @@ from torch import nn
 from peftkit.contract.errors import ContractError, listing
 from peftkit.targets import base_modules, peft_rewrite, suffixes
 
+# PEFT's word for a config that adapts no module; a mix without LoRA has it
+_NONE = "dummy-target-modules"
+
 # PEFT adds these to modules_to_save by task type, whichever of them the model has.
 _HEADS_ADDED_BY_TASK = {"classifier", "score", "qa_outputs"}
 
@@ -152,7 +155,7 @@ def _by_suffix(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _entries(value: str | Iterable[str] | None) -> list[str]:
     if isinstance(value, str):
-        return [] if value.lower() == "all-linear" else [value]
+        return [] if value.lower() in ("all-linear", _NONE) else [value]
     return [] if value is None else sorted(value)
 
 

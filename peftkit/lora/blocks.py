@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.lora.layers import Frozen, FusedLinear, frozen_part
-from peftkit.lora.swap import swap_in
+from peftkit.swap import swap_in
 from peftkit_kernels.lora_qkv import lora_qkv
 from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp
 from peftkit_kernels.lora_swiglu_mlp.activation import activate

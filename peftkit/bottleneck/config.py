@@ -1,0 +1,67 @@
+"""What a user says about bottleneck adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from peft import PeftConfig
+
+from peftkit.peft_types import PeftkitType
+
+DEFAULT_REDUCTION = 16.0
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """Bottleneck adapters: ``h + scaling · up(act(down(h)))``, the base model's output at the start.
+
+    Source: Houlsby et al., 2019, arXiv:1902.00751; Pfeiffer et al., 2020, arXiv:2005.00247; He et al., 2021, arXiv:2110.04366.
+    """
+
+    bottleneck_size: int | None = None
+    """Features between ``down`` and ``up``; where left out, the width divided by ``reduction_factor``."""
+
+    reduction_factor: float | None = None
+    """width / bottleneck_size; 16 where neither is given."""
+
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
+    """``houlsby``: on the outputs of attention and MLP. ``pfeiffer``: one at the end of each layer (in post-norm models before
+    the last norm, which its input passes too). ``parallel``: beside the MLP, from the MLP's input to its output."""
+
+    activation: str = "relu"
+    """One of ``peftkit.bottleneck.module.ACTIVATIONS``."""
+
+    scaling: float | Literal["learned"] = 1.0
+    """Factor of the adapter's part; ``"learned"`` trains one number a adapter, which starts at 1."""
+
+    layer_norm: bool = False
+    """Normalise the adapter's input by a LayerNorm of its own."""
+
+    layers: list[int] | None = None
+    """Numbers of the layers that get adapters; all where left out."""
+
+    target_modules: list[str] | str | None = None
+    """Modules whose output is adapted; derived from ``placement`` where left out."""
+
+    exclude_modules: list[str] | str | None = None
+    """Modules that stay as they are."""
+
+    modules_to_save: list[str] | None = None
+    """Modules trained and saved as a whole, such as a new head."""
+
+    sources: dict[str, str] | None = None
+    """For ``parallel``: where the input of a target comes from, if not from itself; filled in together with the targets."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftkitType.PEFTKIT_BOTTLENECK
+        if self.placement not in ("houlsby", "pfeiffer", "parallel"):
+            raise ValueError(
+                f"placement={self.placement!r} is unknown; use 'houlsby', 'pfeiffer' or 'parallel'"
+            )
+        if self.bottleneck_size is not None and self.reduction_factor is not None:
+            raise ValueError(
+                f"bottleneck_size={self.bottleneck_size} and reduction_factor={self.reduction_factor} say the same thing; "
+                "give one of them"
+            )

@@ -1,0 +1,307 @@
+"""Prefixes, bottlenecks and their mix with LoRA as tuner types of PEFT: the only file that knows PEFT's tuner machinery.
+
+Importing this module enters the three types in PEFT's tables, under names of our own; nothing that is there is replaced.
+``peftkit.wrap``, ``peftkit.load_adapter`` and the configs import it. A process that loads such an adapter by plain PEFT needs
+one line before: ``import peftkit.bridge``.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+from accelerate import init_empty_weights
+from peft import LoraConfig, LoraModel, PeftConfig
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from peftkit.bottleneck import BottleneckConfig, BottleneckSite, remove_bottlenecks
+from peftkit.bottleneck import inject as bottleneck
+from peftkit.contract import check_targets
+from peftkit.peft_types import PeftkitType
+from peftkit.prefix import PrefixConfig, PrefixSite, remove_prefixes
+from peftkit.prefix import inject as prefix
+from peftkit.targets import fill_targets, wrapped_modules
+
+__all__ = ["BottleneckConfig", "MixConfig", "PrefixConfig", "combine"]
+
+_NO_MERGE = "{} cannot be merged: it is not linear in the layer's input, so no weight equals it; keep the adapter, or train LoRA alone"
+
+
+@dataclass
+class MixConfig(LoraConfig):
+    """LoRA together with a prefix, a bottleneck or both, as one adapter; made by ``wrap`` from their configs."""
+
+    prefix_config: dict[str, Any] | None = None
+    """Fields of a ``PrefixConfig``."""
+
+    bottleneck_config: dict[str, Any] | None = None
+    """Fields of a ``BottleneckConfig``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftkitType.PEFTKIT_MIX  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def combine(model: nn.Module, configs: tuple[Any, ...]) -> PeftConfig:
+    """Make one config of several, with the places of each found in the model; the model and the configs stay as they were.
+
+    Raises:
+        ValueError: Two configs are of one kind, or one is of a kind that cannot be mixed.
+    """
+    kinds = {LoraConfig: None, PrefixConfig: None, BottleneckConfig: None}
+    for config in configs:
+        if type(config) not in kinds:
+            raise ValueError(
+                f"{type(config).__name__} cannot be mixed with other methods; LoraConfig, PrefixConfig and BottleneckConfig can"
+            )
+        if kinds[type(config)] is not None:
+            raise ValueError(
+                f"two {type(config).__name__}s: give one, and add a second adapter by model.add_adapter"
+            )
+        kinds[type(config)] = copy.deepcopy(config)
+    lora, own, narrow = kinds.values()
+    if lora is None:
+        lora = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
+    else:
+        fill_targets(model, lora)
+        check_targets(model, lora)
+    mix: Any = lora
+    mix.__class__ = MixConfig
+    mix.peft_type = PeftkitType.PEFTKIT_MIX
+    mix.prefix_config = mix.bottleneck_config = None
+    if own is not None:
+        prefix.fill_attentions(model, own)
+        mix.prefix_config = _own_fields(own)
+    if narrow is not None:
+        bottleneck.fill_points(model, narrow)
+        mix.bottleneck_config = _own_fields(narrow)
+    mix.task_type = next((config.task_type for config in configs if config.task_type), None)
+    saved = [name for config in configs for name in config.modules_to_save or ()]
+    mix.modules_to_save = list(dict.fromkeys(saved)) or None
+    return mix
+
+
+def _own_fields(config: PeftConfig) -> dict[str, Any]:
+    shared = {field.name for field in fields(PeftConfig)} | {"modules_to_save"}
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in shared}
+
+
+class _OwnLayer(BaseTunerLayer):
+    """What PEFT asks of a tuner layer; it stands beside a module, so there is no base layer."""
+
+    adapter_layer_names = ("adapters",)
+    weight: Any = None
+    bias: Any = None
+    peftkit_method: str
+
+    def chosen(self: Any) -> list[nn.Module]:
+        """The active adapters, none while adapters are disabled."""
+        if self._disable_adapters:
+            return []
+        return [self.adapters[name] for name in self.active_adapters if name in self.adapters]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """There is nothing to merge into.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(_NO_MERGE.format(f"a {self.peftkit_method}"))
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def peftkit_verdict(self) -> tuple[str, str]:
+        """The path a forward takes: our own code."""
+        return "torch", ""
+
+
+class BottleneckLayer(_OwnLayer, BottleneckSite):
+    """The bottleneck adapters of one module, by name."""
+
+    peftkit_method = "bottleneck"
+
+
+class PrefixLayer(_OwnLayer, PrefixSite):
+    """The prefixes of one attention, by name."""
+
+    peftkit_method = "prefix"
+
+
+def _place_bottleneck(model: nn.Module, config: BottleneckConfig, adapter: str, name: str) -> None:
+    modules = {name: outer for name, outer, _ in wrapped_modules(model)}
+    module = modules[name]
+    site = module._modules.get(bottleneck.CHILD)
+    options = bottleneck.site_options(module, name, config)
+    if site is None:
+        site = BottleneckLayer(**options)
+        bottleneck.attach(modules, name, site)
+    elif (site.normed, site.source) != (options["normed"], options["source"]):
+        raise ValueError(
+            f"{name} has a bottleneck that works another way (normed={site.normed}, source={site.source!r}); use the same "
+            "placement for all adapters of this model"
+        )
+    site.adapters[adapter] = bottleneck.build(module, model, config)
+
+
+def _place_prefix(model: nn.Module, config: PrefixConfig, adapter: str, module: nn.Module) -> None:
+    site = module._modules.get(prefix.CHILD)
+    new = prefix.build(module, model, config)
+    if site is None:
+        site = PrefixLayer()
+        prefix.attach(module, site)
+    site.adapters[adapter] = new
+
+
+def _write_text(model: nn.Module, config: PrefixConfig, adapter: str) -> None:
+    """Start the new prefixes from a text; not where a checkpoint is going to be read into them."""
+    modules: dict[str, Any] = {name: inner for name, _, inner in wrapped_modules(model)}
+    sites: dict[str, Any] = {
+        name: inner.kv_prefix.adapters[adapter]
+        for name, inner in modules.items()
+        if adapter in getattr(inner._modules.get(prefix.CHILD), "adapters", {})
+    }
+    meta = any(p.is_meta for site in sites.values() for p in site.parameters())
+    if config.init == "text" and not config.inference_mode and not meta:
+        prefix.fill_from_tokens(model, sites, config.init_token_ids or [])
+
+
+class _OwnTuner(BaseTuner):
+    """What the three tuners share: keys without the adapter's name, and unloading without merging."""
+
+    tuner_layer_cls = BaseTunerLayer  # a mix holds layers of several classes
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - typed by PEFT
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        ours = rf"(\.(?:{bottleneck.CHILD}|{prefix.CHILD})\.adapters)\.{re.escape(adapter_name)}\."
+        short, found = re.subn(ours, r"\1.", key)
+        return short if found else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            _NO_MERGE.format("an adapter with a prefix or a bottleneck")
+            + "; unload() gives the base model back"
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            self._check_merge_allowed()
+        remove_bottlenecks(self.model)
+        remove_prefixes(self.model)
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+
+class BottleneckTuner(_OwnTuner):
+    """Bottleneck adapters for ``peft.get_peft_model``."""
+
+    prefix = f"{bottleneck.CHILD}."
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        bottleneck.fill_points(self.model, peft_config)
+        return peft_config
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ) -> None:
+        _place_bottleneck(self.model, peft_config, adapter_name, current_key)
+
+
+class PrefixTuner(_OwnTuner):
+    """KV prefixes for ``peft.get_peft_model``."""
+
+    prefix = f"{prefix.CHILD}."
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        prefix.fill_attentions(self.model, peft_config)
+        return peft_config
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ) -> None:
+        prefix.require_dispatch(self.model, current_key, target)
+        _place_prefix(self.model, peft_config, adapter_name, target)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """PEFT's injection, then the text the prefixes start from."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _write_text(self.model, self.peft_config[adapter_name], adapter_name)
+
+
+class MixTuner(_OwnTuner, LoraModel):
+    """LoRA, injected by PEFT, with prefixes and bottlenecks placed around it."""
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Any = None,
+    ) -> None:
+        """PEFT's injection of LoRA; bottlenecks that are there move outside of the LoRA layers that come."""
+        config: Any = self.peft_config[adapter_name]
+        held = remove_bottlenecks(self.model)
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
+        modules = {name: outer for name, outer, _ in wrapped_modules(self.model)}
+        for name, site in held.items():
+            bottleneck.attach(modules, name, site)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            if config.bottleneck_config is not None:
+                narrow = BottleneckConfig(**config.bottleneck_config)
+                bottleneck.fill_points(self.model, narrow)
+                for name in _named(narrow, modules):
+                    _place_bottleneck(self.model, narrow, adapter_name, name)
+            own = None
+            if config.prefix_config is not None:
+                own = PrefixConfig(**config.prefix_config, inference_mode=config.inference_mode)
+                prefix.fill_attentions(self.model, own)
+                for name in _named(own, modules):
+                    prefix.require_dispatch(self.model, name, modules[name])
+                    _place_prefix(self.model, own, adapter_name, modules[name])
+        for module in self.model.modules():
+            if isinstance(module, _OwnLayer):
+                module.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if own is not None:
+            _write_text(self.model, own, adapter_name)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Only LoRA could be averaged.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "adapters with a prefix or a bottleneck cannot be averaged; train one adapter"
+        )
+
+
+def _named(config: Any, modules: dict[str, nn.Module]) -> list[str]:
+    """The modules a config names, by PEFT's own rules."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    return [name for name in modules if name and check_target_module_exists(config, name)]
+
+
+for _type, _config, _tuner in (
+    (PeftkitType.PEFTKIT_BOTTLENECK, BottleneckConfig, BottleneckTuner),
+    (PeftkitType.PEFTKIT_PREFIX, PrefixConfig, PrefixTuner),
+    (PeftkitType.PEFTKIT_MIX, MixConfig, MixTuner),
+):
+    PEFT_TYPE_TO_CONFIG_MAPPING[_type] = _config  # pyright: ignore[reportArgumentType]
+    PEFT_TYPE_TO_TUNER_MAPPING[_type] = _tuner  # pyright: ignore[reportArgumentType]
+    PEFT_TYPE_TO_PREFIX_MAPPING[_type] = _tuner.prefix  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,67 @@
+"""What a user says about KV prefixes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import PeftConfig
+
+from peftkit.peft_types import PeftkitType
+
+STACKS = ("encoder", "decoder", "cross")
+
+
+@dataclass
+class PrefixConfig(PeftConfig):
+    """KV prefix: trained keys and values in front of an attention's own, seen by every query, masked by nothing.
+
+    Source: Li and Liang, 2021, arXiv:2101.00190; the gate: Zhang et al., 2023, arXiv:2303.16199, equation 6.
+    """
+
+    num_virtual_tokens: int = 16
+    """Keys and values added to each attention."""
+
+    init: Literal["random", "text"] = "random"
+    """``text``: the keys and values that the base model itself computes for ``init_token_ids``."""
+
+    init_token_ids: list[int] | None = None
+    """Tokens for ``init="text"``, repeated or cut to ``num_virtual_tokens``."""
+
+    init_std: float = 0.02
+    """Standard deviation for ``init="random"``."""
+
+    gate: bool = False
+    """Add the prefix's own attention times ``tanh(gate)``, a trained number a head that starts at zero: the base model's output
+    at the start. Without it the prefix shares one softmax with the tokens, and takes its part of it from the first step."""
+
+    attention: list[str] = field(default_factory=lambda: list(STACKS))
+    """Which attentions of an encoder-decoder: ``encoder``, ``decoder`` (their self-attentions) and ``cross``. Models with one
+    stack get prefixes in it in any case."""
+
+    layers: list[int] | None = None
+    """Numbers of the layers that get a prefix; all where left out."""
+
+    target_modules: list[str] | str | None = None
+    """The attention modules; found where left out."""
+
+    exclude_modules: list[str] | str | None = None
+    """Modules that stay as they are."""
+
+    modules_to_save: list[str] | None = None
+    """Modules trained and saved as a whole, such as a new head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftkitType.PEFTKIT_PREFIX
+        if self.num_virtual_tokens < 1:
+            raise ValueError(f"num_virtual_tokens={self.num_virtual_tokens} is below 1")
+        if self.init not in ("random", "text"):
+            raise ValueError(f"init={self.init!r} is unknown; use 'random' or 'text'")
+        if (self.init == "text") != bool(self.init_token_ids):
+            raise ValueError(
+                f"init={self.init!r} and init_token_ids={self.init_token_ids}: give token ids with init='text', and only there"
+            )
+        unknown = set(self.attention) - set(STACKS)
+        if unknown or not self.attention:
+            raise ValueError(f"attention={self.attention}: choose from {', '.join(STACKS)}")

@@ -1,0 +1,61 @@
+"""A module's class exchanged for a subclass with a fused forward, and back."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+
+@functools.cache
+def fused_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
+    """``base`` with the forward of ``mixin``; keeps the name and module of ``base``, which others match and print."""
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        "_peftkit_swap": (mixin, base),
+    }
+    return type(base.__name__, (mixin, base), members)
+
+
+def swap_in(module: nn.Module, mixin: type) -> None:
+    """Give ``module`` the forward of ``mixin``, which falls back to the module's own by ``super()``."""
+    module.__class__ = fused_class(mixin, type(module))
+
+
+def swap_out(module: nn.Module, mixin: type) -> None:
+    """Undo ``swap_in`` of this mixin and remove what its forward kept on the module; others that were swapped in stay."""
+    mixins, base = _parts(type(module))
+    kept = [other for other in mixins if other is not mixin]
+    module.__class__ = _class_of(tuple(kept), base)
+    if not kept:
+        for key in [key for key in module.__dict__ if key.startswith("_peftkit_")]:
+            del module.__dict__[key]
+
+
+def _parts(cls: Any) -> tuple[tuple[type, ...], type[nn.Module]]:
+    """The mixins of a class made here, the last one swapped in first, and the module's own class."""
+    mixins = []
+    while "_peftkit_swap" in cls.__dict__:
+        mixin, cls = cls._peftkit_swap
+        mixins.append(mixin)
+    return tuple(mixins), cls
+
+
+def _class_of(mixins: tuple[type, ...], base: type[nn.Module]) -> type[nn.Module]:
+    for mixin in reversed(mixins):
+        base = fused_class(mixin, base)
+    return base
+
+
+def _rebuild(mixins: tuple[type, ...], base: type[nn.Module]) -> nn.Module:
+    cls = _class_of(mixins, base)
+    return cls.__new__(cls)
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    # a class made at run time cannot be found by its name; name those it is made of instead
+    return _rebuild, _parts(type(self)), self.__dict__
