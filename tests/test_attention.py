@@ -28,13 +28,13 @@ def llama(**changes) -> LlamaForCausalLM:
 def calls(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the queries that went through the native passes."""
     seen: list[tuple[int, ...]] = []
-    original = Attention.apply
+    original = Attention.forward
 
-    def record(q, *rest):
+    def record(ctx, q, *rest):
         seen.append(tuple(q.shape))
-        return original(q, *rest)
+        return original(ctx, q, *rest)
 
-    monkeypatch.setattr(Attention, "apply", record)
+    monkeypatch.setattr(Attention, "forward", record)
     return seen
 
 
