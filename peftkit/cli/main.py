@@ -9,6 +9,7 @@ import typer
 
 from peftkit import __version__
 from peftkit.cli.demo import demo
+from peftkit.cli.doctor import doctor
 from peftkit.cli.errors import OneLineErrors
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo)
+app.command("doctor")(doctor)
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from peftkit.demo import compare as comparison
-from peftkit.demo.environment import describe_environment
 from peftkit.demo.files import read_json, replacing, write_json
 from peftkit.demo.generator import Example, make_examples
 from peftkit.demo.interrupt import GracefulInterrupt, Interrupted
@@ -21,6 +20,7 @@ from peftkit.demo.model import load_model, load_tokenizer, prepare_base, quiet_u
 from peftkit.demo.progress import Display
 from peftkit.demo.report import print_report, write_report
 from peftkit.demo.settings import Folder, Settings
+from peftkit.environment import describe_environment
 
 if TYPE_CHECKING:
     from peft import PeftModel

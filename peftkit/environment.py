@@ -13,11 +13,9 @@ def describe_environment() -> dict[str, str | int]:
     import torch
 
     from peftkit import __version__
-    from peftkit.demo.model import device
 
-    on_gpu = device() == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "cpu": _cpu_model(),
         "cores": _cores(),
         "torch_threads": torch.get_num_threads(),

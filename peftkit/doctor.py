@@ -1,0 +1,90 @@
+"""What is installed here, on which device, and which path every operation takes on it, with the reason."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from peftkit.environment import describe_environment
+from peftkit.versions import newer_than_tested
+
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "datasets",
+    "trl",
+)
+
+
+def diagnose() -> dict[str, Any]:
+    """Look, and change nothing.
+
+    Returns:
+        ``environment`` (facts by name), ``packages`` (version by name, ``None`` where absent), ``warnings`` (sentences),
+        ``cpu`` (what the CPU paths use, by name) and ``operations`` (``operation``, ``path``, ``reason`` each).
+    """
+    return {
+        "environment": describe_environment(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "warnings": [f"newer than tested: {name}" for name in newer_than_tested()],
+        "cpu": _cpu_paths(),
+        "operations": [_path(name) for name in operations()],
+    }
+
+
+def operations() -> list[str]:
+    """Names of the operations of ``peftkit_kernels``, as its folders are called."""
+    import peftkit_kernels
+
+    (folder,) = map(Path, peftkit_kernels.__path__)
+    return sorted(
+        module.name
+        for module in pkgutil.iter_modules([str(folder)])
+        if (folder / module.name / "op.py").is_file()
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_paths() -> dict[str, str]:
+    from peftkit_kernels import gemm, native
+    from peftkit_kernels.int8_compute_linear.torch_impl import multiplies_int8
+
+    return {
+        "element-wise passes, attention": native.obstacle() or "native",
+        "float32 products": "oneDNN" if gemm.prefers_onednn() else "the BLAS of PyTorch",
+        "int8 products": "8-bit instructions" if multiplies_int8() else "as float32",
+    }
+
+
+def _path(operation: str) -> dict[str, str]:
+    """The path of one operation for bfloat16 on the GPU, or for float32 on the CPU where there is none."""
+    import torch
+
+    from peftkit_kernels.dispatch import triton_obstacle
+    from peftkit_kernels.lab.inventory import OPS
+
+    on_gpu = torch.cuda.is_available()
+    x = torch.empty(
+        1, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16 if on_gpu else torch.float32
+    )
+    obstacle = triton_obstacle(operation, x) if operation in OPS else triton_obstacle(operation)
+    # without a GPU the automatic choice is torch, even where Triton's interpreter could run
+    triton = on_gpu and obstacle is None
+    return {
+        "operation": operation,
+        "path": "triton" if triton else "torch",
+        "reason": obstacle or ("" if on_gpu else "there is no GPU"),
+    }
