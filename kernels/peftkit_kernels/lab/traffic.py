@@ -19,6 +19,7 @@ programs touch one element and one of them stores plainly), ``duplicate`` (one s
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -254,19 +255,19 @@ def _tensors(call: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _counted_load(traffic: Traffic, load: Any) -> Any:
-    def create_masked_load(
-        self: Any, ptrs: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: Any
-    ) -> Any:
+    @functools.wraps(load)
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *hints: Any) -> Any:
         traffic._access(self, "load", ptrs, mask)
-        return load(self, ptrs, mask, other, cache_policy, is_volatile)
+        return load(self, ptrs, mask, other, *hints)
 
     return create_masked_load
 
 
 def _counted_store(traffic: Traffic, store: Any) -> Any:
-    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
+    @functools.wraps(store)
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *hints: Any) -> Any:
         traffic._access(self, "store", ptrs, mask)
-        return store(self, ptrs, value, mask, cache_policy)
+        return store(self, ptrs, value, mask, *hints)
 
     return create_masked_store
 
