@@ -1,7 +1,5 @@
 """The machine code of every kernel the dispatcher can choose: no spill, tensor cores, wide loads, enough bytes in flight."""
 
-from importlib.metadata import version
-
 import pytest
 from compiler import machine_code
 
@@ -26,9 +24,6 @@ def problems(rows):
     ]
 
 
-@pytest.mark.skipif(
-    version("triton") != "3.9.0", reason="configurations are chosen for the code of Triton 3.9.0"
-)
 @pytest.mark.parametrize("op", OPS)
 def test_quick_set(op):
     """Ranks 16 and 64 in bfloat16, for A100 and H100."""

@@ -23,7 +23,7 @@ from peftkit_kernels.low_rank.config import (
     one_dy_pass,
 )
 
-_SUM_TILE = 2048
+_SUM_TILE = 1024
 
 
 @functools.cache
