@@ -14,6 +14,7 @@ from transformers.models.llama import modeling_llama
 
 from peftkit import accelerate, restore
 from peftkit.attention import FusedAttention
+from peftkit.lora.blocks import same_up_to_rounding
 from peftkit.points import probe_inputs
 from peftkit.prefix import Prefix, PrefixConfig, PrefixSite, add_prefixes, remove_prefixes
 from peftkit.prefix.inject import attach
@@ -243,7 +244,7 @@ def test_generation_with_any_cache_equals_generation_without(name, gate):
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         remove_prefixes(model)
-        assert not torch.allclose(model(input_ids=ids).logits, logits, atol=1e-2)
+        assert not same_up_to_rounding(model(input_ids=ids).logits, logits)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
