@@ -155,6 +155,8 @@ class Bound:
             return 0.0
         # the "exact" value has been computed in float64 and is itself off by as much as a float64 result may be
         allowed = self.error * (2.0 if self.unit == UNIT_ROUNDOFF[torch.float64] else 1.0)
+        # a slope taken beyond where the function is defined can turn negative, and then any value would pass
+        assert (allowed >= 0).all(), f"{name}: the error bound is negative or NaN somewhere"
         off = (actual.detach().double() - self.value).abs()
         ratio = torch.where(off == 0, 0.0, off / allowed).nan_to_num(nan=torch.inf)
         worst = int(ratio.argmax())

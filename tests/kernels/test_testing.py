@@ -107,3 +107,11 @@ def test_made_sees_new_storages_and_counts_ops():
     assert list(made.storages) == [kept.untyped_storage().data_ptr()]
     assert made.largest_bytes == 4 * 32
     assert made.calls == 4
+
+
+def test_a_bound_that_is_negative_or_undefined_is_refused():
+    for error in (-1.0, torch.nan):
+        bound = Bound.of(torch.ones(3))
+        bound.error[1] = error
+        with pytest.raises(AssertionError, match="y: the error bound is negative or NaN"):
+            bound.check(torch.ones(3), "y")
