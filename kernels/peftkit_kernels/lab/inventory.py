@@ -109,15 +109,25 @@ def _frozen_norm(rank: int, dtype: torch.dtype) -> None:
 
 
 def _linear_cross_entropy(rank: int, dtype: torch.dtype) -> None:
-    from peftkit_kernels.linear_cross_entropy.reference import RowLoss
-    from peftkit_kernels.linear_cross_entropy.triton_impl import xent_rows_triton_
+    from peftkit_kernels.linear_cross_entropy.triton_impl import deferred, forward
 
-    del rank  # the adapter of a head takes the library's products
-    z = _meta(1024, 128256, dtype=dtype)
-    target = _meta(1024, dtype=torch.int64)
-    for row_loss in (RowLoss(), RowLoss(1.0, None, 0.1, 1e-4), RowLoss(0.5, 30.0, 0.1, 1e-4)):
-        for want_grad in (True, False):
-            xent_rows_triton_(z, target, row_loss, ignored=None, want_grad=want_grad)
+    M, D, V = 1024, 4096, 128256
+    hidden, weight = _meta(M, D, dtype=dtype), _meta(V, D, dtype=dtype)
+    target = _meta(M, dtype=torch.int64)
+    factors = _meta(rank, D, dtype=dtype), _meta(V, rank, dtype=dtype)
+    frozen, adapted = [True, *[False] * 4], [True, False, False, True, True]
+    sizes = -100, M, dtype
+    for row_loss in ((1.0, None, 0.0, 0.0), (1.0, None, 0.1, 1e-4), (0.5, 30.0, 0.1, 1e-4)):
+        for needs in (frozen, [False] * 5):
+            forward(
+                *(hidden, weight, None, None, None, target),
+                *(1.0, *row_loss, *sizes, False, needs),
+            )
+        dloss = _meta(M, dtype=torch.float32)
+        deferred(
+            *(dloss, hidden, weight, _meta(V, dtype=dtype), *factors, target),
+            *(2.0, *row_loss, *sizes, adapted),
+        )
 
 
 def _nf4_weights(N: int, K: int) -> list[Any]:
