@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from peftkit_kernels.launch import is_recording
 from peftkit_kernels.low_rank.config import MAX_RANK
 
 Backend = Literal["auto", "reference", "torch", "triton"]
@@ -52,6 +53,8 @@ def triton_obstacle(
         return f"the rank is {rank}; the kernels keep a tile of it in registers, up to {MAX_RANK}"
     if own_obstacle is not None:
         return own_obstacle
+    if x.device.type == "meta" and is_recording():
+        return None
     ask = _device_obstacle if torch.compiler.is_compiling() else _cached_device_obstacle
     return ask(x.device.type, x.device.index, x.dtype, has_dot)
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftkit_kernels.calibration import Calibration, load
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -24,10 +26,12 @@ class Target:
     Attributes:
         arch: ``"cuda:90"`` or ``"hip:gfx942"``.
         sms: Streaming multiprocessors, or compute units.
+        calibration: Crossovers measured there, or the defaults.
     """
 
     arch: str
     sms: int
+    calibration: Calibration = Calibration()  # noqa: RUF009 - frozen
 
     @property
     def capability(self) -> int | None:
@@ -90,12 +94,10 @@ def target_of(tensor: Tensor) -> Target:
 @functools.cache
 def _target_of_gpu(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
+    arch = f"cuda:{10 * properties.major + properties.minor}"
     if torch.version.hip:
-        return Target(
-            f"hip:{properties.gcnArchName.split(':')[0]}", properties.multi_processor_count
-        )
-    number = 10 * properties.major + properties.minor
-    return Target(f"cuda:{number}", properties.multi_processor_count)
+        arch = f"hip:{properties.gcnArchName.split(':')[0]}"
+    return Target(arch, properties.multi_processor_count, load(properties.name))
 
 
 def launch(

@@ -11,6 +11,7 @@ from peftkit import __version__
 from peftkit.cli.demo import demo
 from peftkit.cli.doctor import doctor
 from peftkit.cli.errors import OneLineErrors
+from peftkit.cli.kernels import kernels
 
 app = typer.Typer(
     name="peftkit",
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.add_typer(kernels, name="kernels")
 
 
 def _print_version(wanted: bool) -> None:

@@ -31,6 +31,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from peftkit_kernels.lab import inventory
 from peftkit_kernels.lab.devices import A100, H100, LIMITS, Device, Occupancy, occupancy
 from peftkit_kernels.launch import Launch
 
@@ -191,6 +192,27 @@ class Report:
             "dram_margin": None if self.dram_margin is None else round(self.dram_margin, 2),
             "problems": self.problems(),
         }
+
+
+def rows(
+    ops: Iterable[str] | None = None, archs: Iterable[str] | None = None, *, every: bool = False
+) -> list[dict[str, Any]]:
+    """``Report.row`` of every kernel the dispatcher can choose.
+
+    Args:
+        ops: Keys of ``inventory.OPS``; all when ``None``.
+        archs: Some of ``ARCHS``; the quick ones when ``None``, or all with ``every``.
+        every: Whether all ranks and dtypes are compiled rather than ranks 16 and 64 in bfloat16.
+    """
+    options: dict[str, Any] = {}
+    if every:
+        options = {"ranks": inventory.RANKS, "dtypes": inventory.DTYPES}
+    found = []
+    for arch in inventory.known_archs(archs or (ARCHS if every else QUICK_ARCHS)):
+        for op in ops or inventory.OPS:
+            reports = inspect_launches(inventory.launches(op, arch, **options), arch)
+            found += [{"op": op} | report.row() for report in reports]
+    return found
 
 
 def inspect_launches(launches: Iterable[Launch], arch: str) -> list[Report]:

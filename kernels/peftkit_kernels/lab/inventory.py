@@ -6,7 +6,7 @@ of the kernels that run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,14 @@ _SMS = {
     "hip:gfx942": 304,
 }
 """Of the largest part: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI300X."""
+
+
+def known_archs(archs: Iterable[str]) -> list[str]:
+    """``archs`` as they are; raises ``ValueError`` for one that kernels are not compiled for."""
+    for arch in archs:
+        if arch not in _SMS:
+            raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(_SMS)}")
+    return list(archs)
 
 
 def launches(

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from peftkit_kernels.checks import autocast_dtype, check_lora
+from peftkit_kernels.checks import autocast_dtype, check_lora, without_autocast
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.linear_cross_entropy.reference import RowLoss, linear_cross_entropy_reference
 from peftkit_kernels.linear_cross_entropy.torch_impl import linear_cross_entropy_torch
@@ -77,7 +77,7 @@ def linear_cross_entropy(
     if not torch.compiler.is_compiling():
         check_target(target, weight.shape[0], ignore_index)
     row_loss = RowLoss(logit_scale, softcap, label_smoothing, z_loss)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         # the kernels see the dtype of the products
         first = hidden if dtype is hidden.dtype else hidden.new_empty(0, dtype=dtype)
         tensors, rank = [first, hidden, weight, target, bias], 0

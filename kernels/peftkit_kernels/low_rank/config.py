@@ -34,7 +34,7 @@ class ShrinkConfig:
     def choose(
         cls, M: int, K: int, R: int, *, itemsize: int, dropout: bool, target: Target
     ) -> ShrinkConfig:
-        """Fill the GPU with programs even where there are few rows."""
+        """Share K among programs where row blocks alone would leave the GPU three quarters full or less."""
         wide = itemsize == 4
         block_k = 32 if wide else 64 if dropout or block_r(R) > 32 else 128
         block_m = 64
@@ -43,7 +43,7 @@ class ShrinkConfig:
             block_m, block_k = 128, 32
         programs = cdiv(M, block_m)
         splits = 1
-        if programs < target.sms:
+        if 4 * programs < 3 * target.sms:
             splits = min(cdiv(target.sms, programs), cdiv(cdiv(K, block_k), _MIN_STEPS))
         return cls(block_m, block_k, splits)
 
@@ -118,8 +118,8 @@ def one_dy_pass(R: int, *, target: Target) -> bool:
 def fuses_gemm(N: int, K: int, *, itemsize: int, target: Target) -> bool:
     """Whether ``gemm_lora`` replaces expand and the library's GEMM.
 
-    Only for small layers, where the two are equal or launches dominate; a pointer-based Triton GEMM is not competitive in
-    float32 or on sm_100, and on sm_75 it has no tensor cores.
+    Only for small layers, where the two are equal or launches dominate, unless a calibration of the GPU says otherwise; a
+    pointer-based Triton GEMM is not competitive in float32 or on sm_100, and on sm_75 it has no tensor cores.
     """
-    capability = target.capability or 80
-    return itemsize == 2 and max(N, K) <= 2048 and 80 <= capability != 100
+    capability, width = target.capability or 80, target.calibration.fused_width
+    return itemsize == 2 and max(N, K) <= width and 80 <= capability != 100
