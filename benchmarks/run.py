@@ -3,7 +3,9 @@
     python benchmarks/run.py training                      # both cases, all providers
     python benchmarks/run.py training --case smollm2 --providers peftkit peft full floor --rounds 3
     python benchmarks/run.py parts                         # which part of peftkit gains what
-    python benchmarks/run.py methods                       # what each method learns on two real models
+    python benchmarks/run.py learning                      # what each method learns on two real models
+    python benchmarks/run.py methods                       # a bottleneck and a prefix beside LoRA
+    python benchmarks/run.py prefix                        # what a prefix costs its attention
     python benchmarks/run.py overhead                      # import, wrapping and Python time a layer
 
 A speed is printed only where the losses agree with those of stock PEFT on the same batches. Results go to
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import CASES, PARTS
-from methods import RECIPES, TASKS
+from learning import RECIPES, TASKS
 
 from peftkit.demo.model import prepare_base
 
@@ -44,6 +46,10 @@ TITLES = {
     "records": "SmolLM2-135M: requests to JSON records, right = exactly the record asked for",
     "intents": "MiniLM-L6: intent of a request",
 }
+METHODS = ("peftkit", "peftkit-bottleneck", "peftkit-prefix", "peft", "full")
+OTHER_METHODS = ("full", "peftkit-bottleneck", "peftkit-prefix")
+"""Providers that train something else than LoRA: they share the first loss, that of the base model, and no other."""
+
 LOSS_TOLERANCE = 1e-5
 """Largest relative difference from stock PEFT's losses; the steps are the same up to float32 rounding."""
 
@@ -63,14 +69,36 @@ def main() -> int:
     parts.add_argument("--rounds", type=int, default=2)
     parts.add_argument("--steps", type=int, default=4)
     parts.add_argument("--update-readme", action="store_true")
-    methods = commands.add_parser("methods", help="what each method learns on two real models")
-    methods.add_argument("--task", choices=TASKS, action="append", help="default: all")
-    methods.add_argument("--method", choices=RECIPES, action="append", help="default: all")
+    learning = commands.add_parser("learning", help="what each method learns on two real models")
+    learning.add_argument("--task", choices=TASKS, action="append", help="default: all")
+    learning.add_argument("--method", choices=RECIPES, action="append", help="default: all")
+    learning.add_argument("--update-readme", action="store_true")
+    methods = commands.add_parser("methods", help="a step of each method, equal parameter counts")
+    methods.add_argument("--case", choices=CASES, default="smollm2")
+    methods.add_argument("--providers", nargs="+", default=list(METHODS))
+    methods.add_argument("--rounds", type=int, default=3)
+    methods.add_argument("--steps", type=int, default=4)
     methods.add_argument("--update-readme", action="store_true")
+    prefix = commands.add_parser("prefix", help="attention with a prefix and without")
+    prefix.add_argument("--update-readme", action="store_true")
     commands.add_parser("overhead", help="import, wrapping and Python time a layer")
     arguments = parser.parse_args(sys.argv[1:] or ["training"])
     if arguments.command == "overhead":
         return subprocess.run([sys.executable, str(HERE / "overhead.py")], check=False).returncode
+    if arguments.command == "prefix":
+        result = {"environment": environment(), **run_script("prefix.py")}
+        save(result, "prefix")
+        print(prefix_table(result))
+        if arguments.update_readme:
+            update_readme("prefix", prefix_table(result))
+        return 0
+    if arguments.command == "methods":
+        result = measure(arguments.case, arguments.providers, arguments.rounds, arguments.steps)
+        save(result, f"methods-{arguments.case}")
+        print(table(result))
+        if arguments.update_readme:
+            update_readme("methods", table(result))
+        return 0
     if arguments.command == "parts":
         providers = ["peft", *(f"parts-{count + 1}" for count in range(len(PARTS)))]
         result = measure(arguments.case, providers, arguments.rounds, arguments.steps)
@@ -79,12 +107,12 @@ def main() -> int:
         if arguments.update_readme:
             update_readme("parts", parts_table(result))
         return 0
-    if arguments.command == "methods":
+    if arguments.command == "learning":
         result = learn(arguments.task or list(TASKS), arguments.method or list(RECIPES))
-        save(result, "methods")
-        print(methods_table(result))
+        save(result, "learning")
+        print(learning_table(result))
         if arguments.update_readme:
-            update_readme("methods", methods_table(result))
+            update_readme("learning", learning_table(result))
         return 0
     for case in arguments.case or CASES:
         result = measure(case, arguments.providers, arguments.rounds, arguments.steps)
@@ -124,10 +152,15 @@ def measure(case: str, providers: list[str], rounds: int, steps: int) -> dict[st
 
 def run_once(case: str, provider: str, steps: int) -> dict[str, Any]:
     """One run in a fresh process."""
-    command = [sys.executable, str(HERE / "training.py"), "--case", case, "--provider", provider]
-    result = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True)
+    return run_script("training.py", "--case", case, "--provider", provider, "--steps", str(steps))
+
+
+def run_script(name: str, *arguments: str) -> dict[str, Any]:
+    """Run a script of this folder in a fresh process; what it prints last is its result."""
+    command = [sys.executable, str(HERE / name), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise SystemExit(f"{case}, {provider} failed:\n{result.stderr}")
+        raise SystemExit(f"{' '.join([name, *arguments])} failed:\n{result.stderr}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -140,7 +173,7 @@ def learn(tasks: list[str], methods: list[str]) -> dict[str, Any]:
             runs[task] = {}
             for method in methods:
                 print(f"{task}: {method}", file=sys.stderr, flush=True)
-                command = [sys.executable, str(HERE / "methods.py"), "--task", task]
+                command = [sys.executable, str(HERE / "learning.py"), "--task", task]
                 command += ["--method", method, "--base", str(base)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 if done.returncode != 0:
@@ -157,7 +190,7 @@ def model_folder(task: str, folder: Path) -> Path:
     return folder / "smollm2"
 
 
-def methods_table(result: dict[str, Any]) -> str:
+def learning_table(result: dict[str, Any]) -> str:
     """What each method learns, as Markdown tables."""
     tables = []
     for task, runs in result["runs"].items():
@@ -178,13 +211,13 @@ def methods_table(result: dict[str, Any]) -> str:
 
 
 def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Stop where a provider's losses are not those of stock PEFT; full fine-tuning shares only the first."""
+    """Stop where a provider's losses are not those of stock PEFT; other methods share only the first."""
     if "peft" not in runs:
         raise SystemExit("providers must contain peft: every speed is checked against its losses")
     expected = runs["peft"][0]["losses"]
     for provider, results in runs.items():
         for result in results:
-            losses = result.get("losses", [])[: 1 if provider == "full" else None]
+            losses = result.get("losses", [])[: 1 if provider in OTHER_METHODS else None]
             for step, (loss, wanted) in enumerate(zip(losses, expected, strict=False)):
                 if not abs(loss - wanted) <= LOSS_TOLERANCE * abs(wanted):
                     raise SystemExit(
@@ -226,6 +259,27 @@ def table(result: dict[str, Any]) -> str:
     if "full" in best and "peftkit" in best:
         ratio = best["peftkit"]["step_seconds"] / best["full"]["step_seconds"]
         lines.append(f"peftkit's step is {ratio:.2f} x that of full fine-tuning.")
+    if "peftkit-bottleneck" in best and "peftkit" in best:
+        ratio = best["peftkit-bottleneck"]["step_seconds"] / best["peftkit"]["step_seconds"]
+        lines.append(f"A step of bottlenecks is {ratio:.2f} x one of LoRA with as many parameters.")
+    return "\n".join(lines)
+
+
+def prefix_table(result: dict[str, Any]) -> str:
+    """Attention with a prefix as a Markdown table, each figure beside its ratio to the attention without one."""
+    lines = [
+        f"**attention, 16 virtual tokens** ({result['environment']['cpu']}, {result['threads']} threads)",
+        "",
+        "| | forward and backward, 1,024 tokens (ms) | / without | decoding, 4,096 cached (us) | / without |",
+        "|---|---|---|---|---|",
+    ]
+    steps, decodes = result["step_seconds"], result["decode_seconds"]
+    for name, step in steps.items():
+        plain = name.partition(",")[0]
+        lines.append(
+            f"| {name} | {step * 1e3:.2f} | {step / steps[plain]:.2f} | {decodes[name] * 1e6:.0f} | "
+            f"{decodes[name] / decodes[plain]:.2f} |"
+        )
     return "\n".join(lines)
 
 

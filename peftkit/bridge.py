@@ -121,10 +121,6 @@ class _OwnLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Nothing is ever merged."""
 
-    def peftkit_verdict(self) -> tuple[str, str]:
-        """The path a forward takes: our own code."""
-        return "torch", ""
-
 
 class BottleneckLayer(_OwnLayer, BottleneckSite):
     """The bottleneck adapters of one module, by name."""

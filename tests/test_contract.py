@@ -8,44 +8,14 @@ import models
 import peft
 import pytest
 import torch
+from methods import METHODS, gated, houlsby, lora, trained, wrapped
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from peftkit import BottleneckConfig, PrefixConfig, check, explain, load_adapter, restore, wrap
+from peftkit import check, explain, load_adapter, restore, wrap
 from peftkit.lora.blocks import same_up_to_rounding
 
-
-def lora() -> LoraConfig:
-    return LoraConfig(r=4, target_modules="all-linear")
-
-
-def houlsby() -> BottleneckConfig:
-    return BottleneckConfig(bottleneck_size=4)
-
-
-def gated() -> PrefixConfig:
-    return PrefixConfig(num_virtual_tokens=3, gate=True, init_std=0.5)
-
-
-METHODS = {
-    "LoRA": lambda: [lora()],
-    "bottleneck": lambda: [houlsby()],
-    "pfeiffer": lambda: [
-        BottleneckConfig(bottleneck_size=4, placement="pfeiffer", layer_norm=True)
-    ],
-    "parallel": lambda: [
-        BottleneckConfig(reduction_factor=8, placement="parallel", scaling="learned")
-    ],
-    "prefix": lambda: [PrefixConfig(num_virtual_tokens=3, init_std=0.5)],
-    "gated prefix": lambda: [gated()],
-    "prefix and bottleneck": lambda: [gated(), houlsby()],
-    "LoRA and parallel": lambda: [
-        lora(),
-        BottleneckConfig(bottleneck_size=4, placement="parallel"),
-    ],
-    "all three": lambda: [lora(), gated(), houlsby()],
-}
 NOT_THE_BASE_AT_FIRST = ("prefix",)
 FAMILIES = ("llama", "bert", "t5")
 
@@ -53,21 +23,6 @@ FAMILIES = ("llama", "bert", "t5")
 @pytest.fixture(autouse=True)
 def _quick(one_thread):
     """Tiny models gain nothing from more threads."""
-
-
-def wrapped(method: str, name: str, **changes) -> PeftModel:
-    torch.manual_seed(0)
-    return wrap(models.tiny(name, **changes).eval(), *METHODS[method]())
-
-
-def trained(model: PeftModel) -> PeftModel:
-    """Every trainable number drawn anew, as if by training."""
-    generator = torch.Generator().manual_seed(7)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(0.2 * noise)
-    return model
 
 
 def loss(model: nn.Module, name: str) -> torch.Tensor:
@@ -243,6 +198,22 @@ def test_adapters_of_a_bf16_base_are_float32_and_near_the_float32_model(method):
     assert (actual - exact).norm() <= 4 * growth * allowed.norm()
 
 
+FUSED_BOTTLENECK = ("bottleneck", "fused:torch", "")
+GATED = ("prefix", "torch", "a softmax of its own, added to the model's attention")
+PARALLEL = ("bottleneck", "torch", "it reads the MLP's input and adds to its output")
+EXPLAINED = {
+    "LoRA": set(),
+    "bottleneck": {FUSED_BOTTLENECK},
+    "pfeiffer": {("bottleneck", "torch", "its input is normalised first")},
+    "parallel": {PARALLEL},
+    "prefix": {("prefix", "fused:torch", "")},
+    "gated prefix": {GATED},
+    "prefix and bottleneck": {GATED, FUSED_BOTTLENECK},
+    "LoRA and parallel": {PARALLEL},
+    "all three": {GATED, FUSED_BOTTLENECK},
+}
+
+
 @every
 def test_explain_and_generate(method):
     model = trained(wrapped(method, "llama"))
@@ -256,9 +227,8 @@ def test_explain_and_generate(method):
     }
     own = "prefix" if "prefix" in method else "bottleneck"
     assert names == expected.get(method, {own})
-    assert all(
-        layer.path == "torch" for layer in report.layers if layer.method in ("bottleneck", "prefix")
-    )
+    paths = {(r.method, r.path, r.reason) for r in report.layers if r.method != "LoRA"}
+    assert {row for row in paths if row[0] in ("bottleneck", "prefix")} == EXPLAINED[method]
     assert not any("adapters" in name for name in report.left_out)
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     ids = {"input_ids": models.batch("llama")["input_ids"][:1]}

@@ -17,8 +17,9 @@ from peftkit.attention import FusedAttention
 from peftkit.lora.blocks import same_up_to_rounding
 from peftkit.points import probe_inputs
 from peftkit.prefix import Prefix, PrefixConfig, PrefixSite, add_prefixes, remove_prefixes
+from peftkit.prefix.attention import prefix_attention
 from peftkit.prefix.inject import attach
-from peftkit.prefix.module import PrefixAttention, prefix_attention
+from peftkit.prefix.module import PrefixAttention
 from peftkit_kernels import native
 
 P = 3

@@ -1,6 +1,6 @@
 """One run in a process of its own: a real model fine-tuned by one method; prints one JSON document.
 
-    python benchmarks/methods.py --task records --method bottleneck --base DIR
+    python benchmarks/learning.py --task records --method bottleneck --base DIR
 
 Two tasks on the demo's requests, of which the held-out ones share no template and no value with those trained on: ``records``, the
 demo's own, turns a request into a JSON record by SmolLM2-135M-Instruct; ``intents`` tells what kind of request it is, by the
