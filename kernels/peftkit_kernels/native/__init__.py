@@ -26,6 +26,7 @@ _SIGNATURES = {
     "pk_gate_backward": (*[_POINTER] * 5, _INT64, _INT, _INT),
     "pk_rms_norm": (*[_POINTER] * 4, _INT64, _INT64, _FLOAT, _FLOAT, _INT),
     "pk_rms_norm_backward": (*[_POINTER] * 5, _INT64, _INT64, _FLOAT, _INT),
+    "pk_scale_backward": (*[_POINTER] * 5, _INT64, _INT64, _INT),
     "pk_cross_entropy": (*[_POINTER] * 4, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, _INT),
     "pk_attention": (_POINTER,) * 8,
     "pk_attention_backward": (_POINTER,) * 14,
@@ -111,6 +112,13 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offse
     dx = torch.empty_like(x)
     _call("pk_rms_norm_backward", dy, x, weight, rstd, dx, rstd.numel(), x.shape[-1], offset)
     return dx
+
+
+def scale_backward(dy: Tensor, z: Tensor, g: Tensor, dz: Tensor) -> Tensor:
+    """``dz = dy ∘ g`` for ``dy [M, N]`` and ``g [N]``, written; returns ``Σ dy ∘ z`` over the rows, ``[N]``."""
+    total = dy.new_empty(dy.shape[1])
+    _call("pk_scale_backward", dy, z, g, dz, total, *dy.shape)
+    return total
 
 
 def cross_entropy_(
