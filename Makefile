@@ -9,13 +9,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint slow conformance bench clean
+.PHONY: help demo test lint slow conformance bench mutations clean
 
 help:
 	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
 	@echo "make test         linters, types, import contracts and tests"
 	@echo "make lint         the same without the tests"
 	@echo "make slow         the tests that take minutes"
+	@echo "make mutations    plant bugs into the kernels; each has to be noticed by its test"
 	@echo "make conformance  PEFT's own test suite, on fused layers"
 	@echo "make bench        time and memory against plain PEFT and full fine-tuning"
 	@echo "make clean        remove the environment and build outputs"
@@ -34,6 +35,9 @@ lint: $(VENV)/.test
 
 slow: $(VENV)/.test
 	$(BIN)/pytest -m slow $(ARGS)
+
+mutations: $(VENV)/.test
+	$(BIN)/python tests/mutate.py $(ARGS)
 
 conformance: $(VENV)/.conformance
 	$(BIN)/python tests/conformance/run.py $(ARGS)

@@ -6,6 +6,7 @@
     python benchmarks/run.py learning                      # what each method learns on two real models
     python benchmarks/run.py methods                       # a bottleneck and a prefix beside LoRA
     python benchmarks/run.py prefix                        # what a prefix costs its attention
+    python benchmarks/run.py kernels                       # each operation against eager torch and torch.compile
     python benchmarks/run.py overhead                      # import, wrapping and Python time a layer
 
 A speed is printed only where the losses agree with those of stock PEFT on the same batches. Results go to
@@ -26,6 +27,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import operations
 from cases import CASES, PARTS
 from learning import RECIPES, TASKS
 
@@ -81,6 +83,7 @@ def main() -> int:
     methods.add_argument("--update-readme", action="store_true")
     prefix = commands.add_parser("prefix", help="attention with a prefix and without")
     prefix.add_argument("--update-readme", action="store_true")
+    operations.add_options(commands.add_parser("kernels", help="each operation on its own"))
     commands.add_parser("overhead", help="import, wrapping and Python time a layer")
     arguments = parser.parse_args(sys.argv[1:] or ["training"])
     if arguments.command == "overhead":
@@ -99,6 +102,8 @@ def main() -> int:
         if arguments.update_readme:
             update_readme("methods", table(result))
         return 0
+    if arguments.command == "kernels":
+        return time_operations(arguments)
     if arguments.command == "parts":
         providers = ["peft", *(f"parts-{count + 1}" for count in range(len(PARTS)))]
         result = measure(arguments.case, providers, arguments.rounds, arguments.steps)
@@ -120,6 +125,25 @@ def main() -> int:
         print(table(result), flush=True)
     if arguments.update_readme:
         update_readme("benchmark", "\n\n".join(table(load(f"training-{case}")) for case in CASES))
+    return 0
+
+
+def time_operations(arguments: argparse.Namespace) -> int:
+    """Each operation against eager torch and torch.compile, or the crossovers of this GPU."""
+    if arguments.calibrate:
+        print(operations.calibrate_and_keep())
+        return 0
+    rows, found = operations.run(arguments), environment()
+    save({"environment": found, "rows": rows}, f"kernels-{'gpu' if arguments.gpu else 'cpu'}")
+    where = (
+        operations.torch.cuda.get_device_name()
+        if arguments.gpu
+        else f"{found['cpu']}, {found['threads']} threads"
+    )
+    table = operations.table(rows, where)
+    print(table)
+    if arguments.update_readme:
+        update_readme("kernels", table)
     return 0
 
 
