@@ -1,6 +1,6 @@
 """What a prefix costs the attention it stands in: forward and backward at 1,024 tokens, and decoding from a long cache.
 
-    python benchmarks/prefix.py
+    python benchmarks/run.py prefix
 
 Each attention is called as transformers calls it, on the shapes of SmolLM2's heads, with and without 16 virtual tokens, by torch's
 ``sdpa`` and by peftkit's passes. ``joined keys`` is the form without merged passes: the prefix in front of copied keys, and a
@@ -9,6 +9,7 @@ mask. Rounds are interleaved and the best counts; results are compared before an
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from report import environment, machine, run_script, save, update_readme
 from torch import Tensor, nn
 
 BATCH, HEADS, KEY_HEADS, HEAD_SIZE = 1, 9, 3, 64
@@ -25,7 +27,41 @@ TOKENS, PREFIX, CACHE = 1024, 16, 4096
 SCALE = HEAD_SIZE**-0.5
 ROUNDS = 15
 
+HELP = "attention with a prefix and without"
+
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--update-readme", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure in a process of its own, save, print."""
+    result = {"environment": environment(), **run_script("prefix.py")}
+    save(result, "prefix")
+    print(table(result))
+    if arguments.update_readme:
+        update_readme("prefix", table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Attention with a prefix as a Markdown table, each figure beside its ratio to the attention without one."""
+    lines = [
+        f"**attention, 16 virtual tokens** ({machine(result['environment'])})",
+        "",
+        "| | forward and backward, 1,024 tokens (ms) | / without | decoding, 4,096 cached (us) | / without |",
+        "|---|---|---|---|---|",
+    ]
+    steps, decodes = result["step_seconds"], result["decode_seconds"]
+    for name, step in steps.items():
+        plain = name.partition(",")[0]
+        lines.append(
+            f"| {name} | {step * 1e3:.2f} | {step / steps[plain]:.2f} | {decodes[name] * 1e6:.0f} | "
+            f"{decodes[name] / decodes[plain]:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -59,7 +95,6 @@ def main() -> None:
 
     cache = inputs(1, CACHE)[:3]
     result = {
-        "threads": torch.get_num_threads(),
         "step_seconds": interleaved(list(calls), step, 1),
         "decode_seconds": interleaved(list(calls), decode, 20),
     }
