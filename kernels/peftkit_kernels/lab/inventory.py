@@ -177,6 +177,25 @@ def _int8(rank: int, dtype: torch.dtype) -> None:
         dequantize_into(_int8_weight(4096, 4096), out, row_scale)
 
 
+def _quantized_linear(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.quantized import layout_of
+    from peftkit_kernels.quantized_linear.triton_impl import backward, forward
+
+    N, K = (
+        14336,
+        4096,
+    )  # columns enough for the largest number of rows that is decoded in the product
+    factors = _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
+    for q in (*_nf4_weights(N, K), _int8_weight(N, K)):
+        stored = q.tensors(), layout_of(q)
+        for M in (1, 32, 64, 128, _M):
+            x, bias = _meta(M, K, dtype=dtype), _meta(N, dtype=dtype)
+            for lora in (factors, (None, None)):
+                y, s = forward(x, *stored, bias, *lora, 2.0, 0.0, _SEED)
+        dy = torch.empty_like(y)
+        backward(dy, *stored, x, *factors, s, 2.0, 0.0, _SEED, [True, False, False])
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
@@ -184,5 +203,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "nf4": _nf4,
     "int8": _int8,
+    "quantized_linear": _quantized_linear,
 }
 """Ops with Triton kernels."""
