@@ -196,6 +196,20 @@ def _quantized_linear(rank: int, dtype: torch.dtype) -> None:
         backward(dy, *stored, x, *factors, s, 2.0, 0.0, _SEED, [True, False, False])
 
 
+def _grouped_lora(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.grouped_lora.plan import plan_groups
+    from peftkit_kernels.grouped_lora.triton_impl import backward, forward, table_of
+
+    E, K, N = 32, 4096, 4096
+    factors = _meta(E, rank, K, dtype=dtype), _meta(E, N, rank, dtype=dtype)
+    for M, block in ((_M, 64), (_M, 16), (64, 16), (64, 64)):
+        plan = plan_groups(_meta(M, dtype=torch.int64), E, block=block)
+        y, x = _meta(M, N, dtype=dtype), _meta(M, K, dtype=dtype)
+        scale, tables = _meta(E, dtype=torch.float32), table_of(plan)
+        out, s = forward(y, x, *factors, scale, *tables)
+        backward(out, x, *factors, s, scale, *tables, [True] * 3)
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
@@ -204,5 +218,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "nf4": _nf4,
     "int8": _int8,
     "quantized_linear": _quantized_linear,
+    "grouped_lora": _grouped_lora,
 }
 """Ops with Triton kernels."""

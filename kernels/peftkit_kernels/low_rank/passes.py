@@ -249,11 +249,16 @@ def _tall(
         sum_partials(partial_p, p_out)
 
 
+def sum_tile(columns: int) -> tuple[int, int]:
+    """Rows and columns of one tile of a sum over partial results."""
+    block_n = min(_SUM_TILE, max(16, 1 << (columns - 1).bit_length()))
+    return _SUM_TILE // block_n, block_n
+
+
 def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
     """``out [rows, columns] = Σ partial`` over its first axis."""
     count, rows, columns = partial.shape
-    block_n = min(_SUM_TILE, max(16, 1 << (columns - 1).bit_length()))
-    block_m = _SUM_TILE // block_n
+    block_m, block_n = sum_tile(columns)
     launch(
         _kernels().sum_kernel,
         (cdiv(rows, block_m), cdiv(columns, block_n)),
