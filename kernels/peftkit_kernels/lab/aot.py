@@ -65,6 +65,8 @@ class Stream(NamedTuple):
 STREAMS = {
     "shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
     "tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
+    "norm_forward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1, 1),
+    "norm_backward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 2, 1),
 }
 
 _MIN_BYTES_IN_FLIGHT = 16 * 1024

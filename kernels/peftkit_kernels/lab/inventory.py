@@ -103,6 +103,19 @@ def _lora_qkv(rank: int, dtype: torch.dtype) -> None:
         backward(dys, weights, x, As, Bs, joint, *numbers, True, True, [True] * 3)
 
 
+def _frozen_norm(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.frozen_norm.triton_impl import backward, layer_forward, rms_forward
+
+    del rank  # a norm has none
+    for K in (64, 4096, 16384):  # many rows a program, one, and the longest
+        x, weight = _meta(_M, K, dtype=dtype), _meta(K, dtype=dtype)
+        for offset, round_first in ((0.0, True), (1.0, False)):
+            y, rstd = rms_forward(x, weight, 1e-6, offset, round_first)
+            backward(y, x, weight, None, rstd, offset)
+        y, mean, rstd = layer_forward(x, weight, weight, 1e-6)
+        backward(y, x, weight, mean, rstd, 0.0)
+
+
 def _linear_cross_entropy(rank: int, dtype: torch.dtype) -> None:
     from peftkit_kernels.linear_cross_entropy.reference import RowLoss
     from peftkit_kernels.linear_cross_entropy.triton_impl import xent_rows_triton_
@@ -118,6 +131,7 @@ def _linear_cross_entropy(rank: int, dtype: torch.dtype) -> None:
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
+    "frozen_norm": _frozen_norm,
     "linear_cross_entropy": _linear_cross_entropy,
 }
 """Ops with Triton kernels."""
