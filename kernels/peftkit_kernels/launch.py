@@ -53,6 +53,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    fp_fusion: bool = True
 
 
 @dataclass
@@ -105,6 +106,7 @@ def launch(
     *arguments: Any,
     num_warps: int,
     num_stages: int,
+    fp_fusion: bool = True,
     **constants: Any,
 ) -> None:
     """Run ``kernel`` on ``grid``, or record that.
@@ -115,18 +117,27 @@ def launch(
         arguments: The kernel's arguments that are not constexpr; an absent tensor is ``None``.
         num_warps: Warps a program.
         num_stages: Software-pipeline stages of its loops.
+        fp_fusion: Whether a product and a sum may become one instruction with one rounding; not where bits are promised.
         constants: The constexpr arguments.
     """
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.launches.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+        recorder.launches.append(
+            Launch(kernel, grid, arguments, constants, num_warps, num_stages, fp_fusion)
+        )
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     guard = contextlib.nullcontext()
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         guard = torch.cuda.device(device)
     with guard:
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](
+            *arguments,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            enable_fp_fusion=fp_fusion,
+            **constants,
+        )
 
 
 def cdiv(a: int, b: int) -> int:

@@ -88,6 +88,7 @@ class Report:
         registers: A thread.
         stack_bytes: Local memory of a thread; 0 when nothing spills.
         spills: Instructions that load or store a spilled register.
+        instructions: In the whole kernel, loops counted once; 0 where it is not known (AMD).
         shared_bytes: A block, static and dynamic.
         warps: A block.
         dots: Products in the source that tensor cores can do: 16-bit, int8, TF32.
@@ -106,6 +107,7 @@ class Report:
     registers: int = 0
     stack_bytes: int = 0
     spills: int = 0
+    instructions: int = 0
     shared_bytes: int = 0
     warps: int = 0
     dots: int = 0
@@ -180,10 +182,12 @@ class Report:
             "registers": self.registers,
             "stack": self.stack_bytes,
             "spills": self.spills,
+            "instructions": self.instructions,
             "shared_bytes": self.shared_bytes,
             "occupancy": None if self.occupancy is None else round(self.occupancy.fraction, 3),
             "tensor_instructions": dict(self.tensor_instructions),
             "load_widths": dict(self.loads),
+            "store_widths": dict(self.stores),
             "bytes_in_flight": self.bytes_in_flight,
             "dram_margin": None if self.dram_margin is None else round(self.dram_margin, 2),
             "problems": self.problems(),
@@ -227,6 +231,7 @@ def inspect_launches(launches: Iterable[Launch], arch: str) -> list[Report]:
             str(constants),
             launch.num_warps,
             launch.num_stages,
+            launch.fp_fusion,
         )
         sources[key] = (launch, signature, constants, hints)
     return [_inspect(*parts, arch) for parts in sources.values()]
@@ -281,7 +286,7 @@ def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        "enable_fp_fusion": True,  # as the JIT sets it
+        "enable_fp_fusion": launch.fp_fusion,
     }
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas prints the whole program
@@ -332,6 +337,7 @@ def read_nvidia(report: Report, cubin: bytes) -> None:
 def read_sass(report: Report, text: str) -> None:
     """Count the instructions of a disassembly."""
     code = [(int(at, 16), op, rest) for at, op, rest in _INSTRUCTION.findall(text)]
+    report.instructions = sum(op != "NOP" for _, op, _ in code)
     for _, op, _ in code:
         name = op.split(".")[0]
         if name in _SPILLS:

@@ -64,7 +64,7 @@ def launches(
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _lora_linear(rank: int, dtype: torch.dtype) -> None:
@@ -128,10 +128,51 @@ def _linear_cross_entropy(rank: int, dtype: torch.dtype) -> None:
             xent_rows_triton_(z, target, row_loss, ignored=None, want_grad=want_grad)
 
 
+def _nf4_weights(N: int, K: int) -> list[Any]:
+    """Single and nested, with blocks of 64."""
+    from peftkit_kernels.nf4 import NestedAbsmax, NF4Weight
+
+    packed, blocks = _meta(N * K // 2, dtype=torch.uint8), N * K // 64
+    single = NF4Weight(packed, _meta(blocks, dtype=torch.float32), (N, K))
+    outer = _meta(256, dtype=torch.float32), _meta(-(-blocks // 256), dtype=torch.float32)
+    nested = NestedAbsmax(*outer, _meta(dtype=torch.float32))
+    return [single, NF4Weight(packed, _meta(blocks, dtype=torch.uint8), (N, K), 64, nested)]
+
+
+def _int8_weight(N: int, K: int) -> Any:
+    from peftkit_kernels.int8 import Int8Weight
+
+    return Int8Weight(_meta(N, K, dtype=torch.int8), _meta(N, dtype=torch.float32))
+
+
+def _nf4(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.nf4.triton_impl import dequantize_into, quantize
+    from peftkit_kernels.nf4.weight import BLOCKSIZES
+
+    del rank
+    for q in _nf4_weights(4096, 4096):
+        out = _meta(4096, 4096, dtype=dtype)
+        for row_scale in (None, _meta(4096, dtype=torch.float32)):
+            dequantize_into(q, out, row_scale)
+    for blocksize in BLOCKSIZES:
+        quantize(_meta(4096, 4096, dtype=dtype), blocksize)
+
+
+def _int8(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.int8.triton_impl import dequantize_into
+
+    del rank
+    out = _meta(4096, 4096, dtype=dtype)
+    for row_scale in (None, _meta(4096, dtype=torch.float32)):
+        dequantize_into(_int8_weight(4096, 4096), out, row_scale)
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
     "frozen_norm": _frozen_norm,
     "linear_cross_entropy": _linear_cross_entropy,
+    "nf4": _nf4,
+    "int8": _int8,
 }
 """Ops with Triton kernels."""
