@@ -1,8 +1,10 @@
 # `make demo` and `make test` need Python 3.10+ and make; everything else goes into $(VENV).
 # For another interpreter: make test PYTHON=python3.12. For another environment: make test VENV=/tmp/venv.
+# Tests run in two processes of one thread each; for more: make test WORKERS=8.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -25,7 +27,7 @@ demo: $(VENV)/.demo
 	$(BIN)/peftkit demo $(ARGS)
 
 test: lint
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
