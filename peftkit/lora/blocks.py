@@ -115,11 +115,15 @@ class FusedGatedMLP(nn.Module):
 
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path a forward takes in the present state, and the reason where it is the module's own."""
+        paths = set()
         for name in _names(self) or ():
             part = getattr(self, name)
-            if isinstance(part, FusedLinear) and part.peftkit_verdict()[1]:
-                return "peft", f"{name}: {part.peftkit_verdict()[1]}"
-        return "fused:torch", ""
+            if isinstance(part, FusedLinear):
+                path, reason = part.peftkit_verdict()
+                if reason:
+                    return "peft", f"{name}: {reason}"
+                paths.add(path)
+        return paths.pop() if len(paths) == 1 else "fused:torch", ""
 
 
 def group_shared_inputs(model: nn.Module) -> int:
