@@ -116,13 +116,17 @@ class FusedGatedMLP(nn.Module):
 
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path a forward takes in the present state, and the reason where it is the module's own."""
+        paths = set()
         for name in _names(self) or ():
             part = getattr(self, name)
-            if isinstance(part, (FusedLinear, FusedParamWrapper)) and part.peftkit_verdict()[1]:
-                return "peft", f"{name}: {part.peftkit_verdict()[1]}"
+            if isinstance(part, (FusedLinear, FusedParamWrapper)):
+                path, reason = part.peftkit_verdict()
+                if reason:
+                    return "peft", f"{name}: {reason}"
+                paths.add(path)
             if isinstance(part, FusedLinear) and part.drops_within_dora():
                 return "peft", f"{name}: dropout within DoRA takes each linear by itself"
-        return "fused:torch", ""
+        return paths.pop() if len(paths) == 1 else "fused:torch", ""
 
 
 def group_shared_inputs(model: nn.Module) -> int:

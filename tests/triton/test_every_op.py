@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 NAMES = (
     "lora_linear",
     "lora_qkv",
+    "lora_swiglu_mlp",
     "frozen_rms_norm",
     "frozen_layer_norm",
     "nf4_linear",

@@ -103,6 +103,27 @@ def _lora_qkv(rank: int, dtype: torch.dtype) -> None:
         backward(dys, weights, x, As, Bs, joint, *numbers, True, True, [True] * 3)
 
 
+def _lora_swiglu_mlp(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.lora_qkv.triton_impl import compact
+    from peftkit_kernels.lora_swiglu_mlp.triton_impl import backward, forward
+    from peftkit_kernels.low_rank import LoRA
+
+    D, F = 4096, 14336
+    sizes = ((F, D), (F, D), (D, F))
+    x, weights = _meta(_M, D, dtype=dtype), [_meta(*size, dtype=dtype) for size in sizes]
+    # the dropout adds to every activation alike
+    for act, p in (("silu", 0.0), ("silu", 0.1), ("gelu", 0.1), ("gelu_tanh", 0.1)):
+        loras = [
+            LoRA(_meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype), 2.0, p, _SEED + i)
+            for i, (N, K) in enumerate(sizes)
+        ]
+        arguments = compact([None] * 3, loras)
+        y, e, g, s = forward(x, weights, *arguments, act)
+        _, As, Bs, _, *numbers = arguments
+        needs = True, [False, False], [True] * 3, [True] * 3
+        backward(y, weights, x, e, g, As, Bs, s, *numbers, act, *needs)
+
+
 def _frozen_norm(rank: int, dtype: torch.dtype) -> None:
     from peftkit_kernels.frozen_norm.triton_impl import backward, layer_forward, rms_forward
 
@@ -213,6 +234,7 @@ def _grouped_lora(rank: int, dtype: torch.dtype) -> None:
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
+    "lora_swiglu_mlp": _lora_swiglu_mlp,
     "frozen_norm": _frozen_norm,
     "linear_cross_entropy": _linear_cross_entropy,
     "nf4": _nf4,
