@@ -5,7 +5,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-NAMES = ("lora_linear", "lora_qkv", "nf4_linear", "int8_linear")
+NAMES = (
+    *("lora_linear", "lora_qkv", "nf4_linear", "int8_linear", "int8_compute_linear"),
+    "dora_linear",
+)
 every_op = pytest.mark.parametrize("name", NAMES)
 
 
