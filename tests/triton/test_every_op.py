@@ -13,6 +13,8 @@ NAMES = (
     "frozen_layer_norm",
     "nf4_linear",
     "int8_linear",
+    "int8_compute_linear",
+    "dora_linear",
 )
 every_op = pytest.mark.parametrize("name", NAMES)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,10 @@ def folds(rows: int, weight: Weight) -> bool:
     return not isinstance(weight, Tensor) or rows >= weight.shape[1]
 
 
-def scaled_weight(weight: Weight, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``factor`` times the rows of the weight in ``dtype``, in the workspace."""
+def scaled_weight(
+    weight: Weight, factor: Tensor, dtype: torch.dtype, decode: Callable[..., Tensor] = decode
+) -> Tensor:
+    """``factor`` times the rows of the weight in ``dtype``, in the workspace; ``decode`` as that of ``quantized``."""
     if isinstance(weight, Tensor):
         out = workspace.take(tuple(weight.shape), dtype, weight.device)
         return torch.mul(cast(weight, dtype), cast(factor, dtype)[:, None], out=out)
