@@ -105,6 +105,8 @@ def obstacle(
 
 def standing_obstacle(name: str | None, device: torch.device) -> str | None:
     """The part of ``obstacle`` that is known without a call."""
+    if name not in _SHARED_SOFTMAX:
+        return f"the model's attention is {name}, whose masks would hide them: a forward raises"
     if name not in _SDPA:
         return f"the model's attention is {name}"
     if device.type != "cpu":
