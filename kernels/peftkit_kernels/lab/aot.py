@@ -64,6 +64,8 @@ class Stream(NamedTuple):
 STREAMS = {
     "shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
     "tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
+    "grouped_shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
+    "grouped_tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
 }
 
 _MIN_BYTES_IN_FLIGHT = 16 * 1024

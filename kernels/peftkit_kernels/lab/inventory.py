@@ -96,20 +96,60 @@ def _lora_qkv(rank: int, dtype: torch.dtype) -> None:
 
 
 def _linear_cross_entropy(rank: int, dtype: torch.dtype) -> None:
-    from peftkit_kernels.linear_cross_entropy.reference import RowLoss
-    from peftkit_kernels.linear_cross_entropy.triton_impl import xent_rows_triton_
+    from peftkit_kernels.linear_cross_entropy.triton_impl import deferred, forward
 
-    del rank  # the adapter of a head takes the library's products
-    z = _meta(1024, 128256, dtype=dtype)
-    target = _meta(1024, dtype=torch.int64)
-    for row_loss in (RowLoss(), RowLoss(1.0, None, 0.1, 1e-4), RowLoss(0.5, 30.0, 0.1, 1e-4)):
-        for want_grad in (True, False):
-            xent_rows_triton_(z, target, row_loss, ignored=None, want_grad=want_grad)
+    M, D, V = 1024, 4096, 128256
+    hidden, weight = _meta(M, D, dtype=dtype), _meta(V, D, dtype=dtype)
+    target = _meta(M, dtype=torch.int64)
+    factors = _meta(rank, D, dtype=dtype), _meta(V, rank, dtype=dtype)
+    frozen, adapted = [True, *[False] * 4], [True, False, False, True, True]
+    sizes = -100, M, dtype
+    for row_loss in ((1.0, None, 0.0, 0.0), (1.0, None, 0.1, 1e-4), (0.5, 30.0, 0.1, 1e-4)):
+        for needs in (frozen, [False] * 5):
+            forward(
+                *(hidden, weight, None, None, None, target),
+                *(1.0, *row_loss, *sizes, False, needs),
+            )
+        dloss = _meta(M, dtype=torch.float32)
+        deferred(
+            *(dloss, hidden, weight, _meta(V, dtype=dtype), *factors, target),
+            *(2.0, *row_loss, *sizes, adapted),
+        )
+
+
+def _grouped_lora(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.grouped_lora.plan import plan_groups
+    from peftkit_kernels.grouped_lora.triton_impl import backward, forward, table_of
+
+    E, K, N = 32, 4096, 4096
+    factors = _meta(E, rank, K, dtype=dtype), _meta(E, N, rank, dtype=dtype)
+    for M, block in ((_M, 64), (_M, 16), (64, 16), (64, 64)):
+        plan = plan_groups(_meta(M, dtype=torch.int64), E, block=block)
+        y, x = _meta(M, N, dtype=dtype), _meta(M, K, dtype=dtype)
+        scale, tables = _meta(E, dtype=torch.float32), table_of(plan)
+        out, s = forward(y, x, *factors, scale, *tables)
+        backward(out, x, *factors, s, scale, *tables, [True] * 3)
+
+
+def _prefix_attention(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.prefix_attention.triton_impl import add_gated, gate_grad, merge
+
+    del rank
+    H = 32
+    gate = _meta(H, dtype=dtype)
+    for S, D in ((2048, 64), (2048, 128), (2048, 256), (1, 128)):
+        o = _meta(2, S, H, D, dtype=dtype)
+        lse = _meta(2, H, S, dtype=torch.float32)
+        merge(o, lse, o, lse)
+        add_gated(o, o, gate)
+        gate_grad(o, o, gate)
 
 
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
     "linear_cross_entropy": _linear_cross_entropy,
+    "grouped_lora": _grouped_lora,
+    "prefix_attention": _prefix_attention,
 }
 """Ops with Triton kernels."""
