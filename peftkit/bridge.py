@@ -242,6 +242,8 @@ class PrefixTuner(_OwnTuner):
 class MixTuner(_OwnTuner, LoraModel):
     """LoRA, injected by PEFT, with prefixes and bottlenecks placed around it."""
 
+    target_module_mapping = LoraModel.target_module_mapping
+
     def inject_adapter(
         self,
         model: nn.Module,

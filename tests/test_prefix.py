@@ -263,6 +263,52 @@ def test_generation_with_any_cache_equals_generation_without(name, gate):
         assert not same_up_to_rounding(model(input_ids=ids).logits, logits)
 
 
+def test_explain_names_what_kept_a_call_from_merged_passes():
+    """Known before the first call, or since the last one; a call that can be merged takes the reason away."""
+    model = prefixed("llama")
+    site = model.model.layers[0].self_attn.kv_prefix
+    ids = torch.arange(3, 9)[None]
+    assert site.peftkit_verdict() == ("fused:torch", "")
+    additive = torch.zeros(1, 1, 6, 6).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -1e9)
+    with torch.no_grad():
+        merged = model(input_ids=ids).logits
+        joined = model(input_ids=ids, attention_mask=additive).logits
+        assert site.peftkit_verdict() == (
+            "torch",
+            "in front of the keys: its mask is torch.float32 (1, 1, 6, 6), not bool with one head",
+        )
+        model(input_ids=ids)
+        assert site.peftkit_verdict() == ("fused:torch", "")
+        assert same_up_to_rounding(merged, joined)
+    model.set_attn_implementation("eager")
+    model.model.layers[0].self_attn.kv_prefix.joined_because = None
+    assert site.peftkit_verdict()[1] == "in front of the keys: the model's attention is eager"
+
+
+def test_dropout_of_the_attention_is_drawn_over_joined_keys():
+    model = prefixed("llama").train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    ids = torch.arange(3, 9)[None]
+    one, two = model(input_ids=ids).logits, model(input_ids=ids).logits
+    assert not torch.equal(one, two)
+    site = model.model.layers[0].self_attn.kv_prefix
+    assert site.peftkit_verdict()[1] == "in front of the keys: attention dropout is on"
+
+
+def test_decoding_does_not_copy_the_cache():
+    from peftkit_kernels.testing import Made
+
+    module = attention_module("sdpa", causal=True)
+    site = PrefixSite()
+    site.adapters["default"] = Prefix(2, P, 8, 8, 1.0)
+    attach(module, site)
+    q, k, v = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 500, 8), torch.randn(1, 2, 500, 8)
+    with torch.no_grad(), Made(q, k, v, *site.parameters()) as made:
+        prefix_attention(module, q, k, v, None, scaling=0.4)
+    assert 0 < made.largest_bytes < k.nbytes
+
+
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_generation_of_encoder_decoders(name):
     model = prefixed(name)
@@ -412,6 +458,11 @@ def test_other_attention_functions_are_refused_without_a_gate():
         if gate:
             assert torch.isfinite(model(input_ids=torch.arange(5)[None]).logits).all()
         else:
+            site = model.model.layers[0].self_attn.kv_prefix
+            assert site.peftkit_verdict() == (
+                "torch",
+                "in front of the keys: the model's attention is lengths_only, whose masks would hide them: a forward raises",
+            )
             with pytest.raises(NotImplementedError, match=r"'lengths_only' attention.*gate=True"):
                 model(input_ids=torch.arange(5)[None])
 

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkit_kernels.dispatch import triton_obstacle
 from peftkit_kernels.prefix_attention import prefix_attention as merged_attention
+from peftkit_kernels.prefix_attention.flash import Pass
 
+OP = "prefix_attention"
 IMPLEMENTATION = "peftkit_prefix"
 RECORD = "_peftkit_record"
 """Name under which an attention module keeps a list while the keys and values of a text are recorded."""
@@ -86,7 +89,7 @@ def obstacle(
     **kwargs: Any,
 ) -> str | None:
     """Why prefix and tokens cannot be two merged passes in this call, as a sentence, or ``None``."""
-    reason = standing_obstacle(name, query.device)
+    reason = standing_obstacle(name, query)
     if reason is not None:
         return reason
     if torch.compiler.is_compiling():
@@ -100,16 +103,16 @@ def obstacle(
         return f"keys of {key.shape[3]} and values of {value.shape[3]} features"
     if mask is not None and (mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[1] != 1):
         return f"its mask is {mask.dtype} {tuple(mask.shape)}, not bool with one head"
-    return None
+    return Pass(1.0, mask=mask).obstacle(query)
 
 
-def standing_obstacle(name: str | None, device: torch.device) -> str | None:
-    """The part of ``obstacle`` that is known without a call."""
+def standing_obstacle(name: str | None, like: Tensor) -> str | None:
+    """The part of ``obstacle`` that is known without a call; ``like`` is a tensor of the attention's device and dtype."""
+    if name not in _SHARED_SOFTMAX:
+        return f"the model's attention is {name}, whose masks would hide them: a forward raises"
     if name not in _SDPA:
         return f"the model's attention is {name}"
-    if device.type != "cpu":
-        return f"the merged passes run on the CPU, and the model is on {device.type}"
-    return None
+    return None if like.device.type == "cpu" else triton_obstacle(OP, like, has_dot=False)
 
 
 def gated_attention(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.own_attention import OwnAttention
-from peftkit.prefix.attention import IMPLEMENTATION, gated_attention, standing_obstacle
+from peftkit.prefix.attention import IMPLEMENTATION, OP, gated_attention, standing_obstacle
+from peftkit_kernels.dispatch import choose_backend
 
 CHILD = "kv_prefix"
 
@@ -75,12 +76,13 @@ class PrefixSite(nn.Module):
         """The path of the last call, or of the next one as far as it can be told, and the reason where it is not fused."""
         if any(prefix.gate is not None for prefix in self.chosen()):
             return "torch", "a softmax of its own, added to the model's attention"
-        reason = self.joined_because
-        if reason is None and self.owner:
+        reason, keys = self.joined_because, [prefix.key for prefix in self.chosen()]
+        if reason is None and self.owner and keys:
             (module,) = self.owner
-            device = next(module.parameters()).device
-            reason = standing_obstacle(module.peftkit_function(), device)
-        return ("torch", f"in front of the keys: {reason}") if reason else ("fused:torch", "")
+            reason = standing_obstacle(module.peftkit_function(), keys[0])
+        if reason:
+            return "torch", f"in front of the keys: {reason}"
+        return f"fused:{choose_backend(OP, 'auto', *keys, has_dot=False)}", ""
 
     def forward(
         self, query: Tensor, key: Tensor, scale: float, softcap: float | None

@@ -231,6 +231,20 @@ def _grouped_lora(rank: int, dtype: torch.dtype) -> None:
         backward(out, x, *factors, s, scale, *tables, [True] * 3)
 
 
+def _prefix_attention(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.prefix_attention.triton_impl import add_gated, gate_grad, merge
+
+    del rank
+    H = 32
+    gate = _meta(H, dtype=dtype)
+    for S, D in ((2048, 64), (2048, 128), (2048, 256), (1, 128)):
+        o = _meta(2, S, H, D, dtype=dtype)
+        lse = _meta(2, H, S, dtype=torch.float32)
+        merge(o, lse, o, lse)
+        add_gated(o, o, gate)
+        gate_grad(o, o, gate)
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
@@ -241,5 +255,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "int8": _int8,
     "quantized_linear": _quantized_linear,
     "grouped_lora": _grouped_lora,
+    "prefix_attention": _prefix_attention,
 }
 """Ops with Triton kernels."""
