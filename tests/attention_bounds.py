@@ -7,7 +7,7 @@ from peftkit_kernels.testing import UNIT_ROUNDOFF, Bound
 EXP_ULPS, LOG_ULPS = 2.0, 2.0
 """Of the native passes (``native/exp.h``), of torch's vectorised functions and of a GPU's exp2."""
 KEYS_A_BLOCK, QUERIES_A_BLOCK = 64, 32
-"""The smallest blocks of any pass: how often a running sum is rescaled, or a 16-bit gradient stored and added to."""
+"""The smallest blocks of any pass: a running sum is rescaled once a block, a 16-bit gradient stored and added to."""
 
 
 def exact(value, unit=UNIT_ROUNDOFF[torch.float32]):
@@ -91,20 +91,13 @@ def per_key_head(grad, heads):
     return grad.reshape(B, heads, H // heads, T, D).sum(2)
 
 
-def stored(grad, dtype, queries, group=1):
-    """A gradient as a pass stores it: in 16 bits it is rounded once a block of queries and head, and added to."""
-    if dtype is torch.float32:
-        return grad
-    rounding = grad.round(dtype)
-    times = -(-queries // QUERIES_A_BLOCK) * group
-    return Bound(grad.value, grad.error + times * (rounding.error - grad.error), grad.unit)
-
-
 def attention_bounds(leaves, dout, scale, visible, *, gate=None):
     """Bounds of every result by name, for q, k, v and, where they are there, prefix_k, prefix_v and gate."""
     tensors = {name: t.detach() for name, t in leaves.items()}
     dtype, (B, H, S, _), heads = tensors["q"].dtype, tensors["q"].shape, tensors["k"].shape[1]
     group = H // heads
+    # a 16-bit gradient of keys is rounded for each block of queries and each head, of which there is to be one
+    assert dtype is torch.float32 or (S <= QUERIES_A_BLOCK and group == 1)
 
     def keys(name):
         return Bound.of(tensors[name].repeat_interleave(group, 1))
@@ -137,10 +130,10 @@ def attention_bounds(leaves, dout, scale, visible, *, gate=None):
     dq = None
     for name, (part, out, lse) in parts.items():
         share, dk, dv = part.backward(douts[name], out, lse)
-        share = stored(share, dtype, 1).round(dtype)
+        share = share.round(dtype)
         dq = share if dq is None else (dq + share).round(dtype)
         for kind, grad in (("k", dk), ("v", dv)):
-            grad = stored(per_key_head(grad, heads), dtype, S, group).round(dtype)
+            grad = per_key_head(grad, heads).round(dtype)
             if name:
                 grad = grad.sum(0)
             results[name + kind] = grad.round(tensors[name + kind].dtype)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from grouped_cases import IDS, NAMES, SCALE, E, K, N, bounds, make, output_grad
 from lora_cases import LAYOUTS, MIXED, gradients, subsets
 from lora_cases import draw as draw_like
 from torch.utils.checkpoint import checkpoint
@@ -12,70 +13,17 @@ from peftkit_kernels.grouped_lora import plan as plan_module
 from peftkit_kernels.grouped_lora.config import GroupedShrinkConfig
 from peftkit_kernels.grouped_lora.triton_impl import table_of
 from peftkit_kernels.launch import INTERPRETED, recording
-from peftkit_kernels.testing import Bound, kept_for_backward
-
-K, N, E = 33, 29, 5
-NAMES = ("y", "x", "A", "B")
-SCALE = torch.tensor([0.5, -2.0, 1.0, 0.0, 3.0])
-IDS = {
-    "mixed": lambda M: torch.randint(-1, E, (M,), generator=torch.Generator().manual_seed(3)),
-    "none": lambda M: torch.full((M,), -1),
-    "one": lambda M: torch.full((M,), 4),
-    "every row another": lambda M: torch.arange(M) % E,
-    "in runs": lambda M: torch.arange(M) * E // max(1, M),
-}
+from peftkit_kernels.testing import kept_for_backward
 
 
-def make(
-    M=37, K=K, N=N, rank=4, dtype=torch.bfloat16, factors=None, layout="contiguous", trained=NAMES
-):
-    generator, factors = torch.Generator().manual_seed(0), factors or dtype
-    leaves = {
-        "y": draw_like((M, N), dtype, generator, layout),
-        "x": draw_like((M, K), dtype, generator, layout),
-        "A": draw_like((E, rank, K), factors, generator) / K**0.5,
-        "B": draw_like((E, N, rank), factors, generator) / rank**0.5,
-    }
-    return {name: leaf.requires_grad_(name in trained) for name, leaf in leaves.items()}
-
-
-def output_grad(leaves):
-    y = leaves["y"]
-    return draw_like(tuple(y.shape), y.dtype, torch.Generator().manual_seed(1))
+def make16(M=37, dtype=torch.bfloat16, **options):
+    return make(M, dtype, **options)
 
 
 def run(leaves, plan, dy):
     out = grouped_lora(*(leaves[name] for name in NAMES), SCALE, plan, backend="triton")
     results = {"out": out.detach()}
     return results | (gradients(out, dy, leaves) if out.requires_grad else {})
-
-
-def bounds(leaves, ids, dy):
-    """In the kernels' roundings: s and ds once, each sum once; scales multiply float32 sums."""
-    dtype = leaves["x"].dtype
-    y, x, dy = (Bound.of(t) for t in (leaves["y"], leaves["x"], dy))
-    out, dx = y.round(dtype), Bound.of(torch.zeros_like(leaves["x"]))
-    factors = {name: [] for name in "AB"}
-    for e in range(E):
-        A, B = (Bound.of(leaves[name][e].detach().to(dtype)) for name in "AB")
-        scale, own = Bound.of(SCALE[e]), ids == e
-        s = (x[own] @ A.T).round(dtype)
-        ds = ((dy[own] @ B) * scale).round(dtype)
-        put(out, own, (y[own] + (s @ B.T) * scale).round(dtype))
-        put(dx, own, (ds @ A).round(dtype))
-        factors["A"].append((ds.T @ x[own]).round(leaves["A"].dtype))
-        factors["B"].append(((dy[own].T @ s) * scale).round(leaves["B"].dtype))
-    stacked = {name: stack(parts) for name, parts in factors.items()}
-    return {"out": out, "x": dx, "y": dy, **stacked}
-
-
-def put(target, where, value):
-    target.value[where], target.error[where] = value.value, value.error
-
-
-def stack(parts):
-    value, error = (torch.stack([getattr(p, name) for p in parts]) for name in ("value", "error"))
-    return Bound(value, error, parts[0].unit)
 
 
 def check(leaves, ids, block=16, **watch):
@@ -99,7 +47,7 @@ def check(leaves, ids, block=16, **watch):
     ("dtype", "factors"), [*((d, None) for d in DTYPES), *MIXED], ids=lambda d: str(d)[6:]
 )
 def test_within_the_error_bound(dtype, factors, ids):
-    names, _ = check(make(dtype=dtype, factors=factors), IDS[ids](37))
+    names, _ = check(make16(dtype=dtype, factors=factors), IDS[ids](37))
     assert names == {"out", *NAMES}
 
 
@@ -108,17 +56,17 @@ def test_within_the_error_bound(dtype, factors, ids):
     [(1, 16, 1), (3, 1, 4), (16, 64, 16), (65, 32, 24), (64, 16, 64), (17, 64, 128)],
 )
 def test_any_number_of_rows_and_rank(M, block, rank):
-    assert len(check(make(M, rank=rank), IDS["mixed"](M), block)[0]) == 5
+    assert len(check(make16(M, rank=rank), IDS["mixed"](M), block)[0]) == 5
 
 
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (7, 130), (257, 3)])
 def test_any_width(width, out):
-    assert len(check(make(17, width, out, dtype=torch.float16), IDS["mixed"](17))[0]) == 5
+    assert len(check(make16(17, torch.float16, sizes=(width, out)), IDS["mixed"](17))[0]) == 5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_strides_and_offsets(layout):
-    assert len(check(make(layout=layout), IDS["mixed"](37))[0]) == 5
+    assert len(check(make16(layout=layout), IDS["mixed"](37))[0]) == 5
 
 
 def test_partial_sums_of_every_pass(monkeypatch):
@@ -127,7 +75,7 @@ def test_partial_sums_of_every_pass(monkeypatch):
     monkeypatch.setattr(
         triton_impl.GroupedShrinkConfig, "choose", lambda *a, **k: GroupedShrinkConfig(16, 3)
     )
-    _, traffic = check(make(90), IDS["in runs"](90))
+    _, traffic = check(make16(90), IDS["in runs"](90))
     partial = traffic.launches[0].arguments["s_ptr"].store
     assert partial.requested_bytes == 90 * 4 * 4 * 3
 
@@ -135,9 +83,9 @@ def test_partial_sums_of_every_pass(monkeypatch):
 @pytest.mark.parametrize("trained", subsets(NAMES), ids="-".join)
 def test_each_subset_of_trained_tensors(trained):
     ids = IDS["mixed"](37)
-    plan, leaves = plan_groups(ids, E), make(trained=trained)
+    plan, leaves = plan_groups(ids, E), make16(trained=trained)
     dy = output_grad(leaves)
-    every, actual = run(make(), plan, dy), run(leaves, plan, dy)
+    every, actual = run(make16(), plan, dy), run(leaves, plan, dy)
     assert actual.keys() == {"out", *trained}
     for name, value in actual.items():
         assert torch.equal(value, every[name]), name
@@ -149,17 +97,17 @@ def test_each_subset_of_trained_tensors(trained):
 
 
 def test_offsets_of_rows_do_not_overflow():
-    assert len(check(make(90, 72, 88), IDS["mixed"](90), int32_limit=INT32_LIMIT)[0]) == 5
+    assert len(check(make16(90, sizes=(72, 88)), IDS["mixed"](90), int32_limit=INT32_LIMIT)[0]) == 5
 
 
 def test_results_do_not_depend_on_the_order_of_programs():
-    leaves, plan = make(40, 72, 150), plan_groups(IDS["mixed"](40), E)
+    leaves, plan = make16(40, sizes=(72, 150)), plan_groups(IDS["mixed"](40), E)
     dy = output_grad(leaves)
     assert_same_bits_in_any_order(lambda: tuple(run(leaves, plan, dy).values()))
 
 
 def test_a_bad_row_or_adapter_spoils_itself_only():
-    leaves, ids = make(), IDS["every row another"](37)
+    leaves, ids = make16(), IDS["every row another"](37)
     ids[7] = -1
     with torch.no_grad():
         leaves["x"][7] = torch.nan  # has no adapter
@@ -203,7 +151,7 @@ def test_bytes_are_those_of_the_formula(M, adapters):
 def arguments(trained=()):
     """Of the op, flat; every row has an adapter, since ``s`` of others is memory as it was found."""
     plan = plan_groups(IDS["every row another"](9), E)
-    return (*make(9, trained=trained).values(), SCALE, *table_of(plan))
+    return (*make16(9, trained=trained).values(), SCALE, *table_of(plan))
 
 
 def test_nothing_waits_for_the_device_and_nothing_grows_with_the_adapters():
@@ -229,7 +177,7 @@ def test_opcheck():
 
 
 def test_compiled_without_graph_break():
-    leaves, plan = make(9, factors=torch.float32), plan_groups(IDS["mixed"](9), E)
+    leaves, plan = make16(9, factors=torch.float32), plan_groups(IDS["mixed"](9), E)
     dy = output_grad(leaves)
     expected = run(leaves, plan, dy)
 
@@ -245,7 +193,7 @@ def test_compiled_without_graph_break():
 
 
 def test_modes_repetition_and_refusals():
-    leaves, plan = make(12), plan_groups(IDS["mixed"](12), E)
+    leaves, plan = make16(12), plan_groups(IDS["mixed"](12), E)
     dy = output_grad(leaves)
     expected, again = run(leaves, plan, dy), run(leaves, plan, dy)
     assert all(torch.equal(again[name], value) for name, value in expected.items())
@@ -277,7 +225,7 @@ def test_modes_repetition_and_refusals():
 
 
 def test_no_rows():
-    leaves = make(0)
+    leaves = make16(0)
     results = run(leaves, plan_groups(torch.empty(0, dtype=torch.int64), E), output_grad(leaves))
     assert results["out"].shape == (0, N)
     assert not results["A"].any()
@@ -292,7 +240,7 @@ def test_no_rows():
     ],
 )
 def test_what_triton_cannot_compute_is_refused_by_name(options, block, message):
-    leaves = make(9, **options)
+    leaves = make16(9, **options)
     plan = plan_groups(IDS["mixed"](9), E, block=block)
     with pytest.raises(ValueError, match=f"backend='triton'.*{message}"):
         grouped_lora(*leaves.values(), SCALE, plan, backend="triton")
