@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +12,8 @@ from typer.testing import CliRunner
 from peftkit.cli.main import app
 from peftkit_kernels.lab import child
 from peftkit_kernels.lab.cases import OPERATIONS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments, status=0):
@@ -58,6 +62,13 @@ def test_list_names_every_operation(monkeypatch):
     assert all(row["computes"].endswith(".") for row in found.values())
     monkeypatch.setenv("COLUMNS", "200")
     assert "A frozen linear with a low-rank update." in run("list").stdout
+
+
+def test_the_index_of_operations_says_the_same():
+    page = (ROOT / "kernels" / "README.md").read_text()
+    index = re.findall(r"^\| (`[a-z0-9_`, ]+`) \| .+ \| (.+) \|$", page, flags=re.MULTILINE)
+    kept = {name: words for names, words in index for name in re.findall(r"`(\w+)`", names)}
+    assert kept == {op: found.keeps or "nothing" for op, found in OPERATIONS.items()}
 
 
 def test_check_compares_in_a_child_that_interprets():
