@@ -96,6 +96,26 @@ def peftkit(model: nn.Module) -> nn.Module:
     return wrap(model)
 
 
+def peftkit_bottleneck(model: nn.Module) -> nn.Module:
+    """Bottlenecks on the outputs of attention and MLP, of as many parameters as the adapters of ``peftkit``."""
+    from peftkit import BottleneckConfig, wrap
+    from peftkit.targets import all_linear
+
+    linears = [model.get_submodule(name) for name in all_linear(model).modules]
+    wanted = sum(16 * (m.in_features + m.out_features) for m in linears)  # type: ignore[operator]
+    width, adapters = model.config.hidden_size, 2 * model.config.num_hidden_layers  # type: ignore[union-attr]
+    # width x size twice, and biases of size and width
+    size = round((wanted / adapters - width) / (2 * width + 1))
+    return wrap(model, BottleneckConfig(bottleneck_size=size, task_type="CAUSAL_LM"))
+
+
+def peftkit_prefix(model: nn.Module) -> nn.Module:
+    """16 virtual tokens in every attention, their gates closed: the base model at the start."""
+    from peftkit import PrefixConfig, wrap
+
+    return wrap(model, PrefixConfig(num_virtual_tokens=16, gate=True, task_type="CAUSAL_LM"))
+
+
 def checkpointed(provider: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
     """``provider`` with gradient checkpointing of every layer."""
 
@@ -166,6 +186,8 @@ PROVIDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "peftkit": peftkit,
     "peft": peft,
     "full": full,
+    "peftkit-bottleneck": peftkit_bottleneck,
+    "peftkit-prefix": peftkit_prefix,
     "peftkit-checkpointed": checkpointed(peftkit),
     "peft-checkpointed": checkpointed(peft),
     "peft-compiled": compiled(peft),

@@ -19,11 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from report import environment, machine, save, update_readme
 
 from peftkit_kernels import calibration
 from peftkit_kernels.dispatch import triton_obstacle
 from peftkit_kernels.lab.cases import OPERATIONS, Case, Sizes, build
 from peftkit_kernels.testing import assert_no_worse_than
+
+HELP = "each operation on its own"
 
 Call = Callable[[], Any]
 
@@ -46,7 +49,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--update-readme", action="store_true")
 
 
-def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run(arguments: argparse.Namespace) -> None:
+    """Each operation against eager torch and torch.compile, or the crossovers of this GPU."""
+    if arguments.calibrate:
+        print(calibrate_and_keep())
+        return
+    rows, found = measure_all(arguments), environment()
+    save({"environment": found, "rows": rows}, f"kernels-{'gpu' if arguments.gpu else 'cpu'}")
+    text = table(rows, torch.cuda.get_device_name() if arguments.gpu else machine(found))
+    print(text)
+    if arguments.update_readme:
+        update_readme("kernels", text)
+
+
+def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of the operations asked for.
 
     Raises:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftkit.bridge import BottleneckConfig, PrefixConfig
     from peftkit.contract import ContractError, check, load_adapter
     from peftkit.explain import Report, explain
+    from peftkit.interop import import_adapter
     from peftkit.wrap import accelerate, restore, wrap
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "accelerate",
     "check",
     "explain",
+    "import_adapter",
     "load_adapter",
     "restore",
     "wrap",
@@ -43,6 +45,7 @@ _HOME_OF = {
     "accelerate": "peftkit.wrap",
     "check": "peftkit.contract",
     "explain": "peftkit.explain",
+    "import_adapter": "peftkit.interop",
     "load_adapter": "peftkit.contract",
     "restore": "peftkit.wrap",
     "wrap": "peftkit.wrap",

@@ -30,6 +30,7 @@ from peftkit.contract import check_targets
 from peftkit.peft_types import PeftkitType
 from peftkit.prefix import PrefixConfig, PrefixSite, remove_prefixes
 from peftkit.prefix import inject as prefix
+from peftkit.prefix.positions import move_positions
 from peftkit.targets import fill_targets, wrapped_modules
 
 __all__ = ["BottleneckConfig", "MixConfig", "PrefixConfig", "combine"]
@@ -121,10 +122,6 @@ class _OwnLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Nothing is ever merged."""
 
-    def peftkit_verdict(self) -> tuple[str, str]:
-        """The path a forward takes: our own code."""
-        return "torch", ""
-
 
 class BottleneckLayer(_OwnLayer, BottleneckSite):
     """The bottleneck adapters of one module, by name."""
@@ -161,6 +158,8 @@ def _place_prefix(model: nn.Module, config: PrefixConfig, adapter: str, module: 
         site = PrefixLayer()
         prefix.attach(module, site)
     site.adapters[adapter] = new
+    if config.position_offset:
+        move_positions(model, site)
 
 
 def _write_text(model: nn.Module, config: PrefixConfig, adapter: str) -> None:

@@ -15,13 +15,26 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = Sizes(M=20, K=64, N=64, R=4)
 
 
+def load_script(name):
+    """A file of benchmarks/, which sees its siblings while it is loaded."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(FOLDER))
+    before = set(sys.modules)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+        for sibling in set(sys.modules) - before:
+            if (FOLDER / f"{sibling}.py").is_file():
+                del sys.modules[sibling]
+    return module
+
+
 @pytest.fixture(scope="module")
 def operations():
     """benchmarks/operations.py, a script rather than a module of a package."""
-    spec = importlib.util.spec_from_file_location("operations", FOLDER / "operations.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("operations")
 
 
 @pytest.fixture
@@ -165,12 +178,34 @@ def test_the_command_measures_what_it_is_asked(operations, arguments, monkeypatc
     asked = []
     monkeypatch.setattr(operations, "measure", lambda *a, **k: asked.append((a, k)) or [])
     options = ["--op", "nf4", "--op", "frozen_norm", "--rounds", "3", "--providers", "peftkit"]
-    assert operations.run(arguments(options)) == []
+    assert operations.measure_all(arguments(options)) == []
     assert [a[1] for a, _ in asked] == ["dequantize_nf4", "frozen_rms_norm", "frozen_layer_norm"]
     assert asked[0][0][2] == Sizes(512, 2048, 2048)
     assert asked[0][1] == {"device": "cpu", "providers": ["peftkit"], "rounds": 3}
 
 
-def test_scripts_name_the_command():
-    assert "operations.add_options" in (FOLDER / "run.py").read_text()
-    assert "operations" not in sys.modules
+def test_every_benchmark_is_on_the_command_line(monkeypatch, capsys):
+    run = load_script("run")
+    for name in run.BENCHMARKS:
+        monkeypatch.setattr(sys, "argv", ["run.py", name, "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            run.main()
+        assert f"run.py {name}" in capsys.readouterr().out
+
+
+def test_a_speed_with_other_losses_is_refused():
+    steps = load_script("steps")
+    peft = [{"losses": [2.0, 1.0]}]
+    steps.check_losses({"peft": peft, "full": [{"losses": [2.0, 0.5]}], "peftkit": peft})
+    with pytest.raises(SystemExit, match=r"peftkit: loss 1\.001 at step 1, stock PEFT has 1\.0"):
+        steps.check_losses({"peft": peft, "peftkit": [{"losses": [2.0, 1.001]}]})
+    with pytest.raises(SystemExit, match="providers must contain peft"):
+        steps.check_losses({"peftkit": peft})
+
+
+def test_committed_results_are_those_in_the_readme():
+    steps, report = load_script("steps"), load_script("report")
+    page = report.README.read_text()
+    for case in ("smollm2", "llama-1b-cut"):
+        assert steps.table(report.load(f"training-{case}")) in page
+    assert steps.parts_table(report.load("parts-smollm2")) in page

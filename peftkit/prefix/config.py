@@ -39,6 +39,10 @@ class PrefixConfig(PeftConfig):
     """Which attentions of an encoder-decoder: ``encoder``, ``decoder`` (their self-attentions) and ``cross``. Models with one
     stack get prefixes in it in any case."""
 
+    position_offset: int = 0
+    """Added to the positions of the tokens while the prefix is in use, where positions are learned vectors. For prefixes that were
+    trained where they took up positions themselves, as PEFT's; ``import_adapter`` sets it."""
+
     layers: list[int] | None = None
     """Numbers of the layers that get a prefix; all where left out."""
 
@@ -56,6 +60,8 @@ class PrefixConfig(PeftConfig):
         self.peft_type = PeftkitType.PEFTKIT_PREFIX
         if self.num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens={self.num_virtual_tokens} is below 1")
+        if self.position_offset < 0:
+            raise ValueError(f"position_offset={self.position_offset} is negative")
         if self.init not in ("random", "text"):
             raise ValueError(f"init={self.init!r} is unknown; use 'random' or 'text'")
         if (self.init == "text") != bool(self.init_token_ids):

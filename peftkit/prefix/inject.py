@@ -13,16 +13,10 @@ from torch import nn
 from peftkit.own_attention import dispatches
 from peftkit.placing import device_and_dtype, refuse_peft_fields
 from peftkit.points import evaluating
+from peftkit.prefix.attention import IMPLEMENTATION, RECORD, prefix_attention
 from peftkit.prefix.config import PrefixConfig
-from peftkit.prefix.module import (
-    CHILD,
-    IMPLEMENTATION,
-    RECORD,
-    Prefix,
-    PrefixAttention,
-    PrefixSite,
-    prefix_attention,
-)
+from peftkit.prefix.module import CHILD, Prefix, PrefixAttention, PrefixSite
+from peftkit.prefix.positions import move_positions, restore_positions
 from peftkit.swap import swap_in, swap_out
 from peftkit.targets import base_modules
 
@@ -58,6 +52,8 @@ def add_prefixes(model: nn.Module, config: PrefixConfig) -> list[str]:
         site = PrefixSite()
         site.adapters["default"] = new[name] = build(modules[name], model, config)
         attach(modules[name], site)
+        if config.position_offset:
+            move_positions(model, site)
     if config.init == "text":
         fill_from_tokens(model, new, config.init_token_ids or [])
     return list(new)
@@ -70,6 +66,7 @@ def remove_prefixes(model: nn.Module) -> dict[str, PrefixSite]:
         if isinstance(module, PrefixAttention):
             found[name] = module._modules.pop(CHILD)
             swap_out(module, PrefixAttention)
+    restore_positions(model)
     return found
 
 
@@ -78,6 +75,7 @@ def attach(module: nn.Module, site: PrefixSite) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(IMPLEMENTATION, prefix_attention)
+    site.owner = (module,)
     module.add_module(CHILD, site)
     swap_in(module, PrefixAttention)
 
@@ -148,7 +146,7 @@ def build(module: Any, model: nn.Module, config: PrefixConfig) -> Prefix:
     kv_heads, heads, key_size, value_size = head_sizes(module)
     device, dtype = device_and_dtype(module, model)
     gated = heads if config.gate else None
-    return Prefix(
+    prefix = Prefix(
         kv_heads,
         config.num_virtual_tokens,
         key_size,
@@ -158,6 +156,8 @@ def build(module: Any, model: nn.Module, config: PrefixConfig) -> Prefix:
         device,
         dtype,
     )
+    prefix.position_offset = config.position_offset
+    return prefix
 
 
 def head_sizes(module: Any) -> tuple[int, int, int, int]:

@@ -101,7 +101,14 @@ def test_the_forward_follows_the_verdict(reason, monkeypatch):
             {"target_modules": ["embed_tokens"]},
             "lora.Embedding layers have no fused forward",
         ),
-        ({"target_modules": ["q_proj"], "use_dora": True}, "is a LoRA variant (DoraLinearVariant)"),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "alora_invocation_tokens": [5],
+                "task_type": "CAUSAL_LM",
+            },
+            "is a LoRA variant (ALoraLinearVariant)",
+        ),
     ],
 )
 def test_reason_by_config(config, reason):

@@ -67,6 +67,8 @@ STREAMS = {
     "tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
     "norm_forward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1, 1),
     "norm_backward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 2, 1),
+    "grouped_shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
+    "grouped_tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
 }
 
 _MIN_BYTES_IN_FLIGHT = 16 * 1024
@@ -169,6 +171,11 @@ class Report:
         loop = max(self.loops, key=lambda loop: sum(loop.values()))
         return dram_margin(loop, device, elements, self.itemsize * (stream.loads + stream.stores))
 
+    @property
+    def loop_clocks(self) -> int | None:
+        """Lower bound on the clocks of one iteration of the largest innermost loop; ``None`` without one, or on AMD."""
+        return max((clocks(loop)[0] for loop in self.loops), default=None)
+
     def _tile(self, stream: Stream) -> int:
         return math.prod(self.constants[name] for name in stream.tile)
 
@@ -189,6 +196,7 @@ class Report:
             "load_widths": dict(self.loads),
             "store_widths": dict(self.stores),
             "bytes_in_flight": self.bytes_in_flight,
+            "loop_clocks": self.loop_clocks,
             "dram_margin": None if self.dram_margin is None else round(self.dram_margin, 2),
             "problems": self.problems(),
         }

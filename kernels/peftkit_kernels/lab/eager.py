@@ -67,7 +67,8 @@ class EagerTraffic(TorchDispatchMode):
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if name in _MOVES_NOTHING or not outputs:
             return result
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        read = {key: value for key, value in kwargs.items() if key != "out"}
+        inputs = [t for t in tree_leaves((args, read)) if isinstance(t, Tensor)]
         self.ops.append(
             Op(
                 name,

@@ -117,15 +117,25 @@ def _frozen_norm(rank: int, dtype: torch.dtype) -> None:
 
 
 def _linear_cross_entropy(rank: int, dtype: torch.dtype) -> None:
-    from peftkit_kernels.linear_cross_entropy.reference import RowLoss
-    from peftkit_kernels.linear_cross_entropy.triton_impl import xent_rows_triton_
+    from peftkit_kernels.linear_cross_entropy.triton_impl import deferred, forward
 
-    del rank  # the adapter of a head takes the library's products
-    z = _meta(1024, 128256, dtype=dtype)
-    target = _meta(1024, dtype=torch.int64)
-    for row_loss in (RowLoss(), RowLoss(1.0, None, 0.1, 1e-4), RowLoss(0.5, 30.0, 0.1, 1e-4)):
-        for want_grad in (True, False):
-            xent_rows_triton_(z, target, row_loss, ignored=None, want_grad=want_grad)
+    M, D, V = 1024, 4096, 128256
+    hidden, weight = _meta(M, D, dtype=dtype), _meta(V, D, dtype=dtype)
+    target = _meta(M, dtype=torch.int64)
+    factors = _meta(rank, D, dtype=dtype), _meta(V, rank, dtype=dtype)
+    frozen, adapted = [True, *[False] * 4], [True, False, False, True, True]
+    sizes = -100, M, dtype
+    for row_loss in ((1.0, None, 0.0, 0.0), (1.0, None, 0.1, 1e-4), (0.5, 30.0, 0.1, 1e-4)):
+        for needs in (frozen, [False] * 5):
+            forward(
+                *(hidden, weight, None, None, None, target),
+                *(1.0, *row_loss, *sizes, False, needs),
+            )
+        dloss = _meta(M, dtype=torch.float32)
+        deferred(
+            *(dloss, hidden, weight, _meta(V, dtype=dtype), *factors, target),
+            *(2.0, *row_loss, *sizes, adapted),
+        )
 
 
 def _nf4_weights(N: int, K: int) -> list[Any]:
@@ -167,6 +177,39 @@ def _int8(rank: int, dtype: torch.dtype) -> None:
         dequantize_into(_int8_weight(4096, 4096), out, row_scale)
 
 
+def _quantized_linear(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.quantized import layout_of
+    from peftkit_kernels.quantized_linear.triton_impl import backward, forward
+
+    N, K = (
+        14336,
+        4096,
+    )  # columns enough for the largest number of rows that is decoded in the product
+    factors = _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
+    for q in (*_nf4_weights(N, K), _int8_weight(N, K)):
+        stored = q.tensors(), layout_of(q)
+        for M in (1, 32, 64, 128, _M):
+            x, bias = _meta(M, K, dtype=dtype), _meta(N, dtype=dtype)
+            for lora in (factors, (None, None)):
+                y, s = forward(x, *stored, bias, *lora, 2.0, 0.0, _SEED)
+        dy = torch.empty_like(y)
+        backward(dy, *stored, x, *factors, s, 2.0, 0.0, _SEED, [True, False, False])
+
+
+def _grouped_lora(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.grouped_lora.plan import plan_groups
+    from peftkit_kernels.grouped_lora.triton_impl import backward, forward, table_of
+
+    E, K, N = 32, 4096, 4096
+    factors = _meta(E, rank, K, dtype=dtype), _meta(E, N, rank, dtype=dtype)
+    for M, block in ((_M, 64), (_M, 16), (64, 16), (64, 64)):
+        plan = plan_groups(_meta(M, dtype=torch.int64), E, block=block)
+        y, x = _meta(M, N, dtype=dtype), _meta(M, K, dtype=dtype)
+        scale, tables = _meta(E, dtype=torch.float32), table_of(plan)
+        out, s = forward(y, x, *factors, scale, *tables)
+        backward(out, x, *factors, s, scale, *tables, [True] * 3)
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
@@ -174,5 +217,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "nf4": _nf4,
     "int8": _int8,
+    "quantized_linear": _quantized_linear,
+    "grouped_lora": _grouped_lora,
 }
 """Ops with Triton kernels."""

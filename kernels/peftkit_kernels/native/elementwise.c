@@ -95,6 +95,28 @@ void pk_rms_norm_backward(const float *restrict dy, const float *restrict x, con
   }
 }
 
+enum { SCALE_COLUMNS = 256 };
+
+/* dz = dy g columnwise, total = sum over the rows of dy z; threads share out columns, so every sum has one order */
+void pk_scale_backward(const float *restrict dy, const float *restrict z, const float *restrict g, float *restrict dz,
+                       float *restrict total, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t first = 0; first < width; first += SCALE_COLUMNS) {
+    int64_t count = width - first < SCALE_COLUMNS ? width - first : SCALE_COLUMNS;
+    float sum[SCALE_COLUMNS] = {0.0f};
+    for (int64_t m = 0; m < rows; m++) {
+      const float *grad = dy + m * width + first, *value = z + m * width + first;
+      float *out = dz + m * width + first;
+#pragma omp simd
+      for (int64_t k = 0; k < count; k++) {
+        out[k] = grad[k] * g[first + k];
+        sum[k] += grad[k] * value[k];
+      }
+    }
+    memcpy(total + first, sum, (size_t)count * sizeof(float));
+  }
+}
+
 /* Cross entropy of rows of logits against one target each; z becomes the gradient of the loss by the logits, times
  * grad_scale. A target outside [0, width) gives loss 0 and gradient 0. */
 void pk_cross_entropy(float *restrict z, const int64_t *restrict target, float *restrict loss, float *restrict lse,

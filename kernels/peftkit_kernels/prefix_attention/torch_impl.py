@@ -12,6 +12,9 @@ from peftkit_kernels.attention import native_obstacle
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.low_rank import cast
 
+_MIN_QUERIES = 16
+"""Fewer are left to torch: the native passes take blocks of 64 queries."""
+
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -31,7 +34,7 @@ class Pass(NamedTuple):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The output ``[B, S, H, D]`` and the log-sum-exp ``[B, H, S]``; 0 and minus infinity for a query that sees nothing."""
-        if native_obstacle(q, k, v, self.mask) is None:
+        if self.is_native(q, k, v):
             out, lse = native.attention(q, k, v, self.scale, self.causal, self.mask)
         else:
             out, lse = _FORWARD(
@@ -51,7 +54,7 @@ class Pass(NamedTuple):
 
         With the output and log-sum-exp of several passes merged these are the parts of the joint gradient.
         """
-        if native_obstacle(q, k, v, self.mask) is None:
+        if self.is_native(q, k, v):
             return native.attention_backward(
                 dout, q, k, v, out, lse, self.scale, self.causal, self.mask
             )
@@ -60,6 +63,10 @@ class Pass(NamedTuple):
             attn_mask=self._additive(q),
             scale=self.scale,
         )
+
+    def is_native(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether the native library takes the pass."""
+        return q.shape[2] >= _MIN_QUERIES and native_obstacle(q, k, v, self.mask) is None
 
     def _additive(self, q: Tensor) -> Tensor | None:
         if self.mask is None:
@@ -73,7 +80,7 @@ class PrefixAttention(torch.autograd.Function):
 
     The probabilities of both parts are ``exp(scores - L)``, so each pass backward gets ``out`` and ``L`` and gives its
     part; the two ``dq`` are added. With a gate ``out = o1 + g o2``, each pass has its own log-sum-exp, and
-    ``dg = Σ dout ∘ o2``.
+    ``dg = Σ dout ∘ o2``. Without one the native library needs one pass: it walks over the prefix before the other keys.
     """
 
     @staticmethod
@@ -89,6 +96,13 @@ class PrefixAttention(torch.autograd.Function):
         scale: float,
         causal: bool,
     ) -> Tensor:
+        one = gate is None and Pass(scale, causal, mask).is_native(q, k, v)
+        ctx.scale, ctx.causal, ctx.one = scale, causal, one
+        if one:
+            before = cast(prefix_k, q.dtype).contiguous(), cast(prefix_v, q.dtype).contiguous()
+            out, total = native.attention(q, k, v, scale, causal, mask, before)
+            ctx.save_for_backward(q, k, v, prefix_k, prefix_v, gate, mask, out, total)
+            return out
         o1, l1 = Pass(scale, causal, mask).forward(q, k, v)
         o2, l2 = Pass(scale).forward(q, _of_batch(prefix_k, q), _of_batch(prefix_v, q))
         if gate is None:
@@ -100,7 +114,6 @@ class PrefixAttention(torch.autograd.Function):
             out = (o1 + o2 * wide[:, None]).to(q.dtype)
             kept = (o1, l1, o2, l2)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, gate, mask, *kept)
-        ctx.scale, ctx.causal = scale, causal
         return out
 
     @staticmethod
@@ -108,6 +121,16 @@ class PrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, prefix_k, prefix_v, gate, mask, *kept = ctx.saved_tensors
         dout, dgate = dout.contiguous(), None
+        if ctx.one:
+            before = cast(prefix_k, q.dtype).contiguous(), cast(prefix_v, q.dtype).contiguous()
+            dq, dk, dv, dprefix_k, dprefix_v = native.attention_backward(
+                *(dout, q, k, v, *kept, ctx.scale, ctx.causal, mask, before)
+            )
+            return (
+                *(dq, dk, dv),
+                *(_over_batch(dprefix_k, prefix_k), _over_batch(dprefix_v, prefix_v)),
+                *(None, None, None, None),
+            )
         to_prefix, (o1, l1), (o2, l2) = dout, kept[:2], kept[-2:]
         if gate is not None:
             wide = cast(gate, torch.promote_types(gate.dtype, l1.dtype))

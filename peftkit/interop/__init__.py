@@ -1,0 +1,5 @@
+"""Reading adapters that other libraries wrote: PEFT's prefix tuning and AdapterHub's bottleneck adapters."""
+
+from peftkit.interop.importing import import_adapter
+
+__all__ = ["import_adapter"]

@@ -1,0 +1,317 @@
+"""AdapterHub's bottleneck adapters: ``double_seq_bn`` (Houlsby), ``seq_bn`` (Pfeiffer) and ``par_bn`` (parallel).
+
+With h a sub-layer's output, r the residual stream that enters it, LN the norm that closes it where the model is post-norm, and
+``A(x) = scaling · up(act(down(x)))``, that library computes (Poth et al., 2023, arXiv:2311.11077; its page "Bottleneck Adapters"):
+
+    Houlsby   LN(h + A(h) + r)             after attention and MLP
+    Pfeiffer  LN(s + A(LN(s))), s = h + r  after the MLP; pre-norm models: s + A(s)
+    parallel  LN(h + A(r) + r)             beside the MLP; r is taken before a pre-norm model's norm
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.bottleneck import BottleneckConfig
+from peftkit.bottleneck.inject import CHILD
+from peftkit.contract import ContractError
+from peftkit.contract.errors import listing
+from peftkit.interop.files import Checkpoint
+from peftkit.points import Point, find_points
+from peftkit.targets import wrapped_modules
+from peftkit.wrap import wrap
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How AdapterHub names the places of one architecture, relative to the layer."""
+
+    attention: str
+    output: str
+    norm_before_mlp: str | None = None
+    """Name of the module whose input is the residual stream entering the MLP; the MLP's own input where left out."""
+
+
+_IN_THE_BLOCKS = _Layout("attention.output", "output")
+_BESIDE = ("attention_adapters", "output_adapters")
+_LAYOUTS = {
+    "bert": _IN_THE_BLOCKS,
+    "electra": _IN_THE_BLOCKS,
+    "roberta": _IN_THE_BLOCKS,
+    "xlm-roberta": _IN_THE_BLOCKS,
+    "distilbert": _Layout(*_BESIDE),
+    "gpt2": _Layout(*_BESIDE, norm_before_mlp="ln_2"),
+}
+"""Model types whose outputs have been compared with that library's."""
+
+_REASONS = {
+    "llama": "the library's own Llama attention (adapters 1.2.0) transposes the heads twice, so that even without an adapter its "
+    "model gives other outputs than transformers'",
+}
+_ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "swish": "silu",
+    "silu": "silu",
+    "tanh": "tanh",
+    "linear": "linear",
+}
+_LEGACY_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+"""What the names meant in configs without a version."""
+
+_LEGACY_KEYS = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
+
+_HAS_TO_BE: dict[str, tuple[Any, str]] = {
+    "phm_layer": (False, "its projections are sums of Kronecker products (Compacter)"),
+    "use_gating": (False, "its gate averages over the tokens of a sequence"),
+    "inv_adapter": (None, "it has an invertible adapter on the embeddings"),
+    "ln_after": (False, "it has a norm of its own after the adapter"),
+    "original_ln_after": (True, "it leaves out the model's norm and residual sum"),
+    "cross_adapter": (False, "it has adapters after cross-attentions"),
+}
+_READ = {
+    *("mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "original_ln_before"),
+    *("ln_before", "is_parallel", "scaling", "residual_before_ln", "leave_out", "architecture"),
+}
+_WITHOUT_EFFECT = re.compile(
+    r"init_weights(_seed)?|dropout|stochastic_depth|adapter_residual_before_ln|inv_adapter_reduction_factor|"
+    r".*phm.*|hypercomplex_nonlinearity"
+)
+"""Initialisation, training, and details of what ``_HAS_TO_BE`` excludes."""
+
+
+def import_bottlenecks(model: Any, checkpoint: Checkpoint, adapter_name: str) -> PeftModel:
+    """Put an AdapterHub adapter on a model; ``import_adapter`` has the contract."""
+    options = _options(checkpoint)
+    layout = _layout(model, checkpoint)
+    parts = _parts(checkpoint, layout)
+    points = _points(model, options["placement"])
+    targets: dict[str, dict[str, Tensor]] = {}
+    sources: dict[str, str] = {}
+    widths: dict[str, int] = {}
+    index = {point.layer: point.index for point in points}
+    layers = _matched_layers(checkpoint, {layer for layer, _ in parts}, set(index))
+    _check_complete(checkpoint, {(layers[layer], kind) for layer, kind in parts}, index)
+    for (layer, kind), tensors in parts.items():
+        if options["placement"] == "pfeiffer":
+            kind = "end"
+        point = next(p for p in points if (p.layer, p.kind) == (layers[layer], kind))
+        targets[point.output], widths[point.output] = tensors, point.width
+        if options["placement"] == "parallel":
+            norm = layout.norm_before_mlp
+            sources[point.output] = f"{point.layer}.{norm}" if norm else point.source
+    options["bottleneck_size"] = _bottleneck_size(checkpoint, targets)
+    config = BottleneckConfig(**options, target_modules=list(targets), sources=sources or None)
+    renamed = {
+        name: _renamed(f"{checkpoint.weights}: {name}", tensors, _shapes(widths[name], config))
+        for name, tensors in targets.items()
+    }
+    imported = wrap(model, config, adapter_name=adapter_name)
+    modules = {name: outer for name, outer, _ in wrapped_modules(imported)}
+    with torch.no_grad():
+        for name, tensors in renamed.items():
+            site: Any = modules[name]._modules[CHILD]
+            for own, parameter in site.adapters[adapter_name].named_parameters():
+                parameter.copy_(tensors[own])
+    _say_that_the_head_stays(checkpoint)
+    return imported
+
+
+def _options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of a ``BottleneckConfig`` that mean the same, but for sizes and places."""
+    written = dict(checkpoint.config["config"])
+    if written.pop("invertible_adapter", None):  # how the first version spelled it
+        written["inv_adapter"] = "nested"
+    kind = written.get("architecture")
+    if kind is not None:
+        raise _refused(checkpoint, f"it is a {kind} adapter, and only bottleneck adapters are read")
+    for field, (needed, why) in _HAS_TO_BE.items():
+        if written.get(field, needed) != needed:
+            raise _refused(checkpoint, f"{field}={written[field]!r}: {why}")
+    unknown = [
+        field
+        for field in written
+        if field not in _READ | _HAS_TO_BE.keys() and not _WITHOUT_EFFECT.fullmatch(field)
+    ]
+    if unknown:
+        raise _refused(
+            checkpoint, f"its config has {unknown[0]!r}, whose meaning is not known here"
+        )
+
+    parallel, before = written.get("is_parallel", False), written.get("original_ln_before", False)
+    attention, output = written.get("mh_adapter", False), written.get("output_adapter", False)
+    if not (attention or output):
+        raise _refused(checkpoint, "mh_adapter and output_adapter are both off, so it does nothing")
+    if attention and (parallel or before):
+        where = "parallel adapters" if parallel else "adapters behind the residual sum"
+        raise _refused(checkpoint, f"mh_adapter=True: {where} are only computed for the MLP")
+    residual = written.get("residual_before_ln", True)
+    if before and not parallel and residual is not True:
+        raise _refused(checkpoint, f"residual_before_ln={residual!r}: only True is computed")
+    scaling = written.get("scaling", 1.0)
+    if scaling != "learned" and not isinstance(scaling, (int, float)):
+        raise _refused(checkpoint, f"scaling={scaling!r}: one factor is read, fixed or learned")
+    activation = str(written.get("non_linearity")).lower()
+    if "version" not in checkpoint.config:
+        activation = _LEGACY_ACTIVATIONS.get(activation, activation)
+    if activation not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise _refused(checkpoint, f"non_linearity={activation!r}: only {known} are computed")
+    return {
+        "placement": "parallel" if parallel else "pfeiffer" if before else "houlsby",
+        "activation": _ACTIVATIONS[activation],
+        "scaling": scaling,
+        "layer_norm": bool(written.get("ln_before", False)),
+    }
+
+
+def _layout(model: Any, checkpoint: Checkpoint) -> _Layout:
+    kind = model.config.model_type
+    trained_on = checkpoint.config.get("model_type", kind)
+    if trained_on != kind:
+        name = checkpoint.config.get("model_name", "a model without a name")
+        raise ContractError(
+            f"{checkpoint.folder} was trained on {name!r}, a {trained_on} model, and this is a {kind} model; load that model"
+        )
+    if kind in _REASONS:
+        raise _refused(checkpoint, f"{kind}: {_REASONS[kind]}")
+    if kind not in _LAYOUTS:
+        raise _refused(
+            checkpoint,
+            f"its outputs on {kind} models have not been compared with that library's; on {', '.join(_LAYOUTS)} they have",
+        )
+    return _LAYOUTS[kind]
+
+
+def _parts(checkpoint: Checkpoint, layout: _Layout) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """The tensors of each adapter by the layer's name in the file and the kind of place."""
+    name = checkpoint.config.get("name", "")
+    parts: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    left_over = []
+    for key, tensor in checkpoint.tensors.items():
+        place, found, role = _LEGACY_KEYS.sub(".adapters.", key).partition(f".adapters.{name}.")
+        for kind, ending in (("attention", f".{layout.attention}"), ("mlp", f".{layout.output}")):
+            if found and place.endswith(ending):
+                parts[place.removesuffix(ending), kind][role] = tensor
+                break
+        else:
+            left_over.append(key)
+    if left_over:
+        raise _refused(
+            checkpoint, f"{len(left_over)} keys have no place here:\n{listing(left_over)}"
+        )
+    return parts
+
+
+def _points(model: nn.Module, placement: str) -> list[Point]:
+    kinds = {"houlsby": ("attention", "mlp"), "pfeiffer": ("end",), "parallel": ("mlp",)}
+    return [point for point in find_points(model) if point.kind in kinds[placement]]
+
+
+def _matched_layers(checkpoint: Checkpoint, written: set[str], own: set[str]) -> dict[str, str]:
+    """The model's layer for each layer of the file; a model with a head has one more name in front."""
+    matched = {}
+    for layer in written:
+        fit = [
+            name
+            for name in own
+            if name == layer or name.endswith(f".{layer}") or layer.endswith(f".{name}")
+        ]
+        if len(fit) != 1:
+            raise ContractError(
+                f"{checkpoint.weights} has adapters for {layer!r}, and the model has the layers\n{listing(sorted(own))}\n"
+                "load the model it was trained on"
+            )
+        matched[layer] = fit[0]
+    return matched
+
+
+def _check_complete(
+    checkpoint: Checkpoint, places: set[tuple[str, str]], index: dict[str, int]
+) -> None:
+    """Raise unless there is an adapter at every place the config names, and nowhere else."""
+    written = checkpoint.config["config"]
+    fields = (("attention", "mh_adapter"), ("mlp", "output_adapter"))
+    kinds = [kind for kind, field in fields if written.get(field)]
+    left_out = written.get("leave_out") or []
+    wanted = {(layer, kind) for layer in index for kind in kinds if index[layer] not in left_out}
+    if odd := sorted(wanted ^ places):
+        lines = [
+            f"{layer}, {kind}: {'missing' if (layer, kind) in wanted else 'left over'}"
+            for layer, kind in odd
+        ]
+        raise ContractError(
+            f"{checkpoint.weights} does not hold the adapters its config names:\n{listing(lines)}\ncopy or save it again"
+        )
+
+
+def _bottleneck_size(checkpoint: Checkpoint, targets: dict[str, dict[str, Tensor]]) -> int:
+    sizes = {
+        tensors["adapter_up.weight"].shape[-1]
+        for tensors in targets.values()
+        if "adapter_up.weight" in tensors
+    }
+    if len(sizes) != 1:
+        raise _refused(
+            checkpoint,
+            f"its bottlenecks are of different sizes ({', '.join(map(str, sorted(sizes)))}), and ours have one",
+        )
+    return sizes.pop()
+
+
+def _renamed(
+    where: str, tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The tensors of one adapter under the names of our parameters, which have to be exactly the ``wanted`` ones."""
+    down = 1 if "norm.weight" in wanted else 0
+    names = {f"adapter_down.{down}": "down", "adapter_up": "up", "adapter_norm_before": "norm"}
+    if down:  # the norm is stored under both of its names
+        names["adapter_down.0"] = "norm"
+    found = {}
+    for role, tensor in tensors.items():
+        module, _, leaf = role.rpartition(".")
+        name = f"{names[module]}.{leaf}" if module in names else role
+        found[name] = tensor.reshape(()) if name == "scaling" and tensor.numel() == 1 else tensor
+    if odd := sorted(found.keys() ^ wanted.keys()):
+        raise ContractError(f"{where}: these are missing or left over:\n{listing(odd)}")
+    for name, shape in wanted.items():
+        if tuple(found[name].shape) != shape:
+            raise ContractError(
+                f"{where}: {name} is {list(found[name].shape)} in the checkpoint and {list(shape)} in the model"
+            )
+    return found
+
+
+def _shapes(width: int, config: BottleneckConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of one adapter."""
+    size = config.bottleneck_size or 0
+    shapes: dict[str, tuple[int, ...]] = {"down.weight": (size, width), "down.bias": (size,)}
+    shapes |= {"up.weight": (width, size), "up.bias": (width,)}
+    if config.layer_norm:
+        shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    return shapes | ({"scaling": ()} if config.scaling == "learned" else {})
+
+
+def _say_that_the_head_stays(checkpoint: Checkpoint) -> None:
+    heads = [p.name for p in checkpoint.folder.glob("*head*") if p.suffix != ".json"]
+    if heads:
+        warnings.warn(
+            f"{heads[0]} in {checkpoint.folder} is not read: the model keeps its own head",
+            stacklevel=4,
+        )
+
+
+def _refused(checkpoint: Checkpoint, why: str) -> ContractError:
+    return ContractError(
+        f"{checkpoint.folder} cannot be imported exactly: {why}; use the adapters library for it, or train again"
+    )
