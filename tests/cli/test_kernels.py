@@ -90,10 +90,10 @@ def test_a_problem_is_the_exit_status(gives, command):
 
 
 def test_bytes_beside_the_rule_are_the_exit_status(gives):
-    row = {"op": "lora_linear", "kernel": "sum", "unique_bytes": 3, "formula_bytes": 3}
+    row = {"op": "lora_linear", "kernel": "sum", "unique_bytes": 3, "as_formula": True}
     gives([row])
     run("traffic")
-    gives([row | {"unique_bytes": 4}])
+    gives([row, row | {"as_formula": False}])
     run("traffic", status=1)
 
 
