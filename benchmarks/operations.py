@@ -23,7 +23,7 @@ from report import environment, machine, save, update_readme
 
 from peftkit_kernels import calibration
 from peftkit_kernels.dispatch import triton_obstacle
-from peftkit_kernels.lab.cases import OPERATIONS, Case, Sizes, build
+from peftkit_kernels.lab.cases import FACTOR, OPERATIONS, Case, Sizes, build
 from peftkit_kernels.testing import assert_no_worse_than
 
 HELP = "each operation on its own"
@@ -31,9 +31,6 @@ HELP = "each operation on its own"
 Call = Callable[[], Any]
 
 PROVIDERS = ("peftkit", "eager", "compiled")
-FACTOR = 4.0
-"""How many times plain torch's error a result may have before it is called wrong; a flash backward, which makes the probabilities
-again from rounded numbers, has up to twice, and a wrong result thousands of times."""
 _WIDE = {"lora_swiglu_mlp": 8192, "linear_cross_entropy": 32768}
 """The width that is not the model's: an MLP's inner one, a vocabulary."""
 _CPU = Sizes(M=512, K=2048, N=2048)

@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +12,8 @@ from typer.testing import CliRunner
 from peftkit.cli.main import app
 from peftkit_kernels.lab import child
 from peftkit_kernels.lab.cases import OPERATIONS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments, status=0):
@@ -60,6 +64,13 @@ def test_list_names_every_operation(monkeypatch):
     assert "A frozen linear with a low-rank update." in run("list").stdout
 
 
+def test_the_index_of_operations_says_the_same():
+    page = (ROOT / "kernels" / "README.md").read_text()
+    index = re.findall(r"^\| (`[a-z0-9_`, ]+`) \| .+ \| (.+) \|$", page, flags=re.MULTILINE)
+    kept = {name: words for names, words in index for name in re.findall(r"`(\w+)`", names)}
+    assert kept == {op: found.keeps or "nothing" for op, found in OPERATIONS.items()}
+
+
 def test_check_compares_in_a_child_that_interprets():
     found = rows("check", "--op", "lora_linear")
     assert {row["dtype"] for row in found} == {"bfloat16", "float16", "float32"}
@@ -79,10 +90,10 @@ def test_a_problem_is_the_exit_status(gives, command):
 
 
 def test_bytes_beside_the_rule_are_the_exit_status(gives):
-    row = {"op": "lora_linear", "kernel": "sum", "unique_bytes": 3, "formula_bytes": 3}
+    row = {"op": "lora_linear", "kernel": "sum", "unique_bytes": 3, "as_formula": True}
     gives([row])
     run("traffic")
-    gives([row | {"unique_bytes": 4}])
+    gives([row, row | {"as_formula": False}])
     run("traffic", status=1)
 
 

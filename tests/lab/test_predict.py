@@ -117,7 +117,8 @@ def test_every_launch_moves_what_the_rule_says(op):
     launches = [row for row in rows if row["kernel"].endswith("_kernel")]
     assert launches
     for row in rows:
-        assert row["unique_bytes"] == row["formula_bytes"], row
+        assert row["as_formula"], row
+        assert row["unique_bytes"] <= row["formula_bytes"]
         assert row["requested_bytes"] >= row["unique_bytes"]
     for row in rows:
         if row["kernel"] == "sum":
@@ -125,7 +126,20 @@ def test_every_launch_moves_what_the_rule_says(op):
             assert row["unique_bytes"] < 1.01 * row["eager_bytes"]
 
 
-@pytest.mark.parametrize("op", OPS)
+def test_more_or_less_than_the_rule_says_is_noticed(monkeypatch):
+    monkeypatch.setattr(volumes, "moved_bytes", lambda kernel, arguments: 17)
+    launched, summed = volumes.rows(["int8"])[0::2]
+    assert not launched["as_formula"]
+    assert not summed["as_formula"]
+
+
+QUICK_OPS = ("lora_linear", "int8")
+"""The values of every op are the matter of its own tests; the rest is checked by `make slow`."""
+
+
+@pytest.mark.parametrize(
+    "op", [op if op in QUICK_OPS else pytest.param(op, marks=pytest.mark.slow) for op in OPS]
+)
 def test_kernels_pass_their_check(op):
     for row in check.rows([op]):
         assert row["problems"] == []

@@ -168,6 +168,8 @@ class Report:
         stream = STREAMS.get(self.kernel)
         if stream is None or self.arch != H100.arch or self.occupancy is None:
             return None
+        if self._exact_float32:
+            return None
         return self.occupancy.blocks * self._tile(stream) * stream.loads * self.itemsize
 
     @property
@@ -177,7 +179,7 @@ class Report:
         stream = STREAMS.get(self.kernel)
         if stream is None or device is None or not self.loops:
             return None
-        if self.constants.get("BLOCK_R", 0) > _STREAMING_RANK:
+        if self.constants.get("BLOCK_R", 0) > _STREAMING_RANK or self._exact_float32:
             return None
         elements = self._tile(stream) / (32 * self.warps)
         loop = max(self.loops, key=lambda loop: sum(loop.values()))
@@ -187,6 +189,11 @@ class Report:
     def loop_clocks(self) -> int | None:
         """Lower bound on the clocks of one iteration of the largest innermost loop; ``None`` without one, or on AMD."""
         return max((clocks(loop)[0] for loop in self.loops), default=None)
+
+    @property
+    def _exact_float32(self) -> bool:
+        """Whether products are what limits it: of float32 read exactly, which no tensor core does."""
+        return self.itemsize == 4 and self.constants.get("PRECISION") == "ieee"
 
     def _instruction_bound(self) -> bool:
         known = STREAMS[self.kernel].instruction_bound

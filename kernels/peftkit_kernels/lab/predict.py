@@ -42,28 +42,36 @@ class Work(NamedTuple):
 
     Attributes:
         product: The arguments M, N and K where it is a product of large matrices.
+        rate: Of that product, in units of the 16-bit one.
         in_place: Arguments read as well as written, each with the constant under which it is (``""``: always).
+        bounded: Whether the data say how much of an argument is touched, so that the rule is an upper bound.
     """
 
     product: tuple[str, ...] = ()
+    rate: float = 1.0
     in_place: tuple[tuple[str, str], ...] = ()
+    bounded: bool = False
 
 
 WORK: dict[str, Work] = {
     "gemm_lora_kernel": Work(product=("M", "N", "K")),
     "expand_kernel": Work(in_place=(("y_ptr", "ADD"),)),
     "xent_kernel": Work(in_place=(("z_ptr", "GRAD"),)),
+    "int8_gemm_kernel": Work(product=("M", "N", "K"), rate=2.0),
+    # room for one partial sum a tile more for every adapter, of which those without rows need none
+    "grouped_tall_kernel": Work(bounded=True),
+    "grouped_sum_kernel": Work(bounded=True),
 }
-"""By the name of the kernel; the rank-r passes multiply less than they move at every rank there is."""
+"""By the name of the kernel; the rank-r passes take longer to move than to multiply at every rank there is."""
 
 
 class Kernel(NamedTuple):
-    """One kernel of a list: what it moves at least, what it moves to and from DRAM, and what it multiplies."""
+    """One kernel of a list: what it moves at least, what to and from DRAM, and its FLOPs, as 16-bit ones."""
 
     name: str
     unique_bytes: int
     dram_bytes: int
-    flops: int
+    flops: float
     triton_gemm: bool = False
 
     def seconds(self, device: Device) -> float:
@@ -93,17 +101,17 @@ def launch_kernel(launch: Launch, device: Device) -> Kernel:
     """What a launch costs."""
     name, arguments = launch.kernel.fn.__name__, arguments_of(launch)
     unique = moved_bytes(name, arguments)
-    product = WORK.get(name, Work()).product
-    if not product:
+    work = WORK.get(name, Work())
+    if not work.product:
         return Kernel(name, unique, unique, 0)
-    M, N, K = (arguments[size] for size in product)
+    M, N, K = (arguments[size] for size in work.product)
     blocks = (arguments[f"BLOCK_{axis}"] for axis in "MNK")
     tiling = Tiling(*blocks, group_m=arguments.get("GROUP", 1), programs=device.sms)
     itemsize = next(v for v in arguments.values() if isinstance(v, Tensor)).element_size()
     # the operands again and again; what else it moves, once
     once = itemsize * (M * K + N * K + M * N)
     dram = unique - once + _volume(M, N, K, itemsize, device.l2_mib, tiling, False)
-    return Kernel(name, unique, dram, 2 * M * N * K, True)
+    return Kernel(name, unique, dram, 2 * M * N * K / work.rate, True)
 
 
 def op_kernel(op: Op, device: Device) -> Kernel:
