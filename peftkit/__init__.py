@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftkit.bridge import BottleneckConfig, PrefixConfig
     from peftkit.contract import ContractError, check, load_adapter
     from peftkit.explain import Report, explain
+    from peftkit.lora.plus import lora_plus_groups
     from peftkit.wrap import accelerate, restore, wrap
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "check",
     "explain",
     "load_adapter",
+    "lora_plus_groups",
     "restore",
     "wrap",
 ]
@@ -44,6 +46,7 @@ _HOME_OF = {
     "check": "peftkit.contract",
     "explain": "peftkit.explain",
     "load_adapter": "peftkit.contract",
+    "lora_plus_groups": "peftkit.lora.plus",
     "restore": "peftkit.wrap",
     "wrap": "peftkit.wrap",
 }
