@@ -22,6 +22,9 @@ GATES = ("silu", "gelu_tanh")
 """The activations there are native passes for, in the order of the source. The exact GELU stays with torch: its erf has no
 vector form in C, and one element at a time it is fifty times slower than torch's."""
 
+_SUM_ROWS = 64
+"""Rows whose sums ``dora.c`` leaves as one partial sum."""
+
 MAX_RANK = 256
 """Of ``updated_norm``: factors it keeps on the stack."""
 
@@ -146,21 +149,21 @@ def scaled_gate_backward(
         where ``de`` and ``du`` are the gradients by the two scaled values.
     """
     de, du = torch.empty_like(dh), torch.empty_like(dh)
-    sums = dh.new_empty(4, dh.shape[1])
+    partial = dh.new_empty(-(-dh.shape[0] // _SUM_ROWS), 4, dh.shape[1])
     _call(
         "pk_scaled_gate_backward",
-        *(dh, *zs, *gs, *biases, de, du, sums),
+        *(dh, *zs, *gs, *biases, de, du, partial),
         *dh.shape,
         GATES.index(act),
     )
-    return de, du, sums
+    return de, du, partial.sum(0)
 
 
 def scale_backward(dy: Tensor, z: Tensor, g: Tensor, dz: Tensor) -> Tensor:
     """``dz = dy ∘ g`` for ``dy [M, N]`` and ``g [N]``, written; returns ``Σ dy ∘ z`` over the rows, ``[N]``."""
-    total = dy.new_empty(dy.shape[1])
-    _call("pk_scale_backward", dy, z, g, dz, total, *dy.shape)
-    return total
+    partial = dy.new_empty(-(-dy.shape[0] // _SUM_ROWS), dy.shape[1])
+    _call("pk_scale_backward", dy, z, g, dz, partial, *dy.shape)
+    return partial.sum(0)
 
 
 def cross_entropy_(

@@ -5,7 +5,7 @@
 
 #include "activation.h"
 
-enum { COLUMNS = 256, NORM_ROWS = 4, MAX_RANK = 256 };
+enum { SUM_ROWS = 64, NORM_ROWS = 4, MAX_RANK = 256 };
 
 #ifdef __AVX512F__
 enum { LANES = 16 };
@@ -27,6 +27,9 @@ static inline __attribute__((always_inline)) void updated_squares(const float *w
     for (int i = 0; i < count; i++) {
       u[i][0] = *(const vec *)(w + i * width + k);
       u[i][1] = *(const vec *)(w + i * width + k + LANES);
+      /* the rows that come next: too many short streams for the hardware to foresee */
+      __builtin_prefetch(w + (i + count) * width + k);
+      __builtin_prefetch(w + (i + count) * width + k + LANES);
     }
     for (int64_t r = 0; r < rank; r++) {
       vec a0 = *(const vec *)(a + r * width + k), a1 = *(const vec *)(a + r * width + k + LANES);
@@ -74,23 +77,24 @@ void pk_updated_norm(const float *restrict w, const float *restrict a, const flo
   }
 }
 
-/* dz = dy g columnwise, total = sum over the rows of dy z; threads share out columns, so every sum has one order */
+/* dz = dy g columnwise; partial [ceil(rows / SUM_ROWS), width] = the sums of dy z over every SUM_ROWS rows, blocks that do
+ * not depend on the number of threads */
 void pk_scale_backward(const float *restrict dy, const float *restrict z, const float *restrict g, float *restrict dz,
-                       float *restrict total, int64_t rows, int64_t width, int threads) {
+                       float *restrict partial, int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t first = 0; first < width; first += COLUMNS) {
-    int64_t count = width - first < COLUMNS ? width - first : COLUMNS;
-    float sum[COLUMNS] = {0.0f};
-    for (int64_t m = 0; m < rows; m++) {
-      const float *grad = dy + m * width + first, *value = z + m * width + first;
-      float *out = dz + m * width + first;
+  for (int64_t first = 0; first < rows; first += SUM_ROWS) {
+    int64_t last = first + SUM_ROWS < rows ? first + SUM_ROWS : rows;
+    float *sum = partial + first / SUM_ROWS * width;
+    memset(sum, 0, (size_t)width * sizeof(float));
+    for (int64_t m = first; m < last; m++) {
+      const float *grad = dy + m * width, *value = z + m * width;
+      float *out = dz + m * width;
 #pragma omp simd
-      for (int64_t k = 0; k < count; k++) {
-        out[k] = grad[k] * g[first + k];
+      for (int64_t k = 0; k < width; k++) {
+        out[k] = grad[k] * g[k];
         sum[k] += grad[k] * value[k];
       }
     }
-    memcpy(total + first, sum, (size_t)count * sizeof(float));
   }
 }
 
@@ -119,32 +123,33 @@ void pk_scaled_gate(const float *restrict ze, const float *restrict zu, const fl
 }
 
 #define SCALED_GATE_BACKWARD_LOOP(act)                                                     \
-  for (int64_t first = 0; first < width; first += COLUMNS) {                               \
-    int64_t count = width - first < COLUMNS ? width - first : COLUMNS;                     \
-    float sums[4][COLUMNS] = {0};                                                          \
-    for (int64_t m = 0; m < rows; m++) {                                                   \
-      int64_t at = m * width + first;                                                      \
-      _Pragma("omp simd") for (int64_t k = 0; k < count; k++) {                            \
+  for (int64_t first = 0; first < rows; first += SUM_ROWS) {                               \
+    int64_t last = first + SUM_ROWS < rows ? first + SUM_ROWS : rows;                      \
+    float *dez = partial + first / SUM_ROWS * 4 * width, *duz = dez + width;               \
+    float *des = duz + width, *dus = des + width;                                          \
+    memset(dez, 0, (size_t)(4 * width) * sizeof(float));                                   \
+    for (int64_t m = first; m < last; m++) {                                               \
+      int64_t at = m * width;                                                              \
+      _Pragma("omp simd") for (int64_t k = 0; k < width; k++) {                            \
         float value, slope, grad = dh[at + k], e = ze[at + k], u = zu[at + k];             \
-        act(e * ge[first + k] + be[first + k], &value, &slope);                            \
-        float de = grad * (u * gu[first + k] + bu[first + k]) * slope, du = grad * value;  \
-        dze[at + k] = de * ge[first + k];                                                  \
-        dzu[at + k] = du * gu[first + k];                                                  \
-        sums[0][k] += de * e;                                                              \
-        sums[1][k] += du * u;                                                              \
-        sums[2][k] += de;                                                                  \
-        sums[3][k] += du;                                                                  \
+        act(e * ge[k] + be[k], &value, &slope);                                            \
+        float de = grad * (u * gu[k] + bu[k]) * slope, du = grad * value;                  \
+        dze[at + k] = de * ge[k];                                                          \
+        dzu[at + k] = du * gu[k];                                                          \
+        dez[k] += de * e;                                                                  \
+        duz[k] += du * u;                                                                  \
+        des[k] += de;                                                                      \
+        dus[k] += du;                                                                      \
       }                                                                                    \
     }                                                                                      \
-    for (int i = 0; i < 4; i++) memcpy(total + i * width + first, sums[i], (size_t)count * sizeof(float)); \
   }
 
-/* The gradients of pk_scaled_gate by ze and zu; total [4, width] = sums over the rows of de ze, du zu, de and du, where
- * de and du are the gradients by the two scaled values. */
+/* The gradients of pk_scaled_gate by ze and zu; partial [ceil(rows / SUM_ROWS), 4, width] = sums over every SUM_ROWS rows of
+ * de ze, du zu, de and du, where de and du are the gradients by the two scaled values. */
 void pk_scaled_gate_backward(const float *restrict dh, const float *restrict ze, const float *restrict zu,
                              const float *restrict ge, const float *restrict gu, const float *restrict be,
-                             const float *restrict bu, float *restrict dze, float *restrict dzu, float *restrict total,
-                             int64_t rows, int64_t width, int act, int threads) {
+                             const float *restrict bu, float *restrict dze, float *restrict dzu,
+                             float *restrict partial, int64_t rows, int64_t width, int act, int threads) {
   if (act == SILU) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     SCALED_GATE_BACKWARD_LOOP(silu)
