@@ -3,6 +3,7 @@
     python benchmarks/run.py training                      # both cases, all providers
     python benchmarks/run.py training --case smollm2 --providers peftkit peft full floor --rounds 3
     python benchmarks/run.py parts                         # which part of peftkit gains what
+    python benchmarks/run.py family                        # DoRA against LoRA; LoRA on the experts of a mixture
     python benchmarks/run.py overhead                      # import, wrapping and Python time a layer
 
 A speed is printed only where the losses agree with those of stock PEFT on the same batches. Results go to
@@ -26,6 +27,10 @@ from cases import CASES, PARTS
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 PROVIDERS = ("floor", "peftkit", "peft", "full", "peftkit-checkpointed", "peft-checkpointed")
+FAMILY = {
+    "smollm2": ("peft", "peftkit", "peft-dora", "peftkit-dora"),
+    "experts": ("peft", "peftkit"),
+}
 LOSS_TOLERANCE = 1e-5
 """Largest relative difference from stock PEFT's losses; the steps are the same up to float32 rounding."""
 
@@ -47,10 +52,19 @@ def main() -> int:
     parts.add_argument("--rounds", type=int, default=2)
     parts.add_argument("--steps", type=int, default=4)
     parts.add_argument("--update-readme", action="store_true")
+    family = commands.add_parser("family", help="DoRA, and LoRA on stacked experts")
+    family.add_argument("--rounds", type=int, default=3)
+    family.add_argument("--steps", type=int, default=4)
     commands.add_parser("overhead", help="import, wrapping and Python time a layer")
     arguments = parser.parse_args(sys.argv[1:] or ["training"])
     if arguments.command == "overhead":
         return subprocess.run([sys.executable, str(HERE / "overhead.py")], check=False).returncode
+    if arguments.command == "family":
+        for case, providers in FAMILY.items():
+            result = measure(case, list(providers), arguments.rounds, arguments.steps)
+            save(result, f"family-{case}")
+            print(table(result), flush=True)
+        return 0
     if arguments.command == "parts":
         providers = ["peft", *(f"parts-{count + 1}" for count in range(len(PARTS)))]
         result = measure(arguments.case, providers, arguments.rounds, arguments.steps)
@@ -103,10 +117,13 @@ def run_once(case: str, provider: str, steps: int) -> dict[str, Any]:
 
 def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
     """Stop where a provider's losses are not those of stock PEFT; full fine-tuning shares only the first."""
-    if "peft" not in runs:
-        raise SystemExit("providers must contain peft: every speed is checked against its losses")
-    expected = runs["peft"][0]["losses"]
     for provider, results in runs.items():
+        stock = "peft-dora" if provider.endswith("-dora") else "peft"
+        if stock not in runs:
+            raise SystemExit(
+                f"providers must contain {stock}: every speed is checked against its losses"
+            )
+        expected = runs[stock][0]["losses"]
         for result in results:
             losses = result.get("losses", [])[: 1 if provider == "full" else None]
             for step, (loss, wanted) in enumerate(zip(losses, expected, strict=False)):
@@ -147,6 +164,9 @@ def table(result: dict[str, Any]) -> str:
             f"{step / floors['torch']:.2f} x that), {floors['chosen']:.2f} s by the routine peftkit chooses "
             f"({step / floors['chosen']:.2f} x).",
         ]
+    if "peftkit-dora" in best and "peftkit" in best:
+        ratio = best["peftkit-dora"]["step_seconds"] / best["peftkit"]["step_seconds"]
+        lines += ["", f"peftkit's DoRA step is {ratio:.2f} x its LoRA step."]
     if "full" in best and "peftkit" in best:
         ratio = best["peftkit"]["step_seconds"] / best["full"]["step_seconds"]
         lines.append(f"peftkit's step is {ratio:.2f} x that of full fine-tuning.")

@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, PROVIDERS, Case
+from cases import CASES, FAMILY_CASES, PROVIDERS, Case
 from torch import Tensor, nn
 
 
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=CASES, required=True)
+    parser.add_argument("--case", choices=[*CASES, *FAMILY_CASES], required=True)
     parser.add_argument("--provider", choices=[*PROVIDERS, "floor"], required=True)
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one that warms up")
     arguments = parser.parse_args()
-    case = CASES[arguments.case]
+    case = (CASES | FAMILY_CASES)[arguments.case]
     run = floor if arguments.provider == "floor" else train
     json.dump(run(case, arguments.provider, arguments.steps), sys.stdout)
     print()
