@@ -16,10 +16,21 @@ OTHER_METHODS = ("full", "peftkit-bottleneck", "peftkit-prefix")
 """Providers that train something else than LoRA: they share the first loss, that of the base model, and no other."""
 
 
+METHODS = {
+    "smollm2": (
+        *("peftkit", "peftkit-dora", "peftkit-bottleneck", "peftkit-prefix"),
+        *("peft", "peft-dora", "full"),
+    ),
+    "experts": ("peftkit", "peft"),
+}
+"""Providers of the benchmark ``methods``, by case."""
+
+
 class Training:
     """peftkit, stock PEFT and full fine-tuning: time and memory of a step."""
 
     HELP = "steps of fine-tuning: time and memory"
+    CASES = ("smollm2", "llama-1b-cut")
     PROVIDERS = (
         "floor",
         "peftkit",
@@ -33,41 +44,44 @@ class Training:
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """The options of the command."""
-        parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+        parser.add_argument("--case", choices=cls.CASES, action="append", help="default: all")
         _add_run_options(parser, cls.PROVIDERS)
 
-    @staticmethod
-    def run(arguments: argparse.Namespace) -> None:
+    @classmethod
+    def run(cls, arguments: argparse.Namespace) -> None:
         """Measure, save, print; the README gets the newest results of all cases."""
-        for case in arguments.case or CASES:
+        for case in arguments.case or cls.CASES:
             result = measure(case, arguments)
             save(result, f"training-{case}")
             print(table(result), flush=True)
         if arguments.update_readme:
-            tables = [table(load(f"training-{case}")) for case in CASES]
+            tables = [table(load(f"training-{case}")) for case in cls.CASES]
             update_readme("benchmark", "\n\n".join(tables))
 
 
 class Methods:
-    """DoRA, bottlenecks and prefixes beside LoRA."""
+    """DoRA, bottlenecks and prefixes beside LoRA, and LoRA on the experts of a mixture."""
 
-    HELP = "a step of each method, equal parameter counts"
-    PROVIDERS = ("peftkit", "peftkit-bottleneck", "peftkit-prefix", "peft", "full")
+    HELP = "a step of each method, equal parameter counts; LoRA on stacked experts"
 
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
         """The options of the command."""
-        parser.add_argument("--case", choices=CASES, default="smollm2")
-        _add_run_options(parser, cls.PROVIDERS)
+        parser.add_argument("--case", choices=METHODS, action="append", help="default: all")
+        _add_run_options(parser, None)
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> None:
-        """Measure, save, print."""
-        result = measure(arguments.case, arguments)
-        save(result, f"methods-{arguments.case}")
-        print(table(result))
+        """Measure, save, print; the README gets the newest results of all cases."""
+        chosen = arguments.providers
+        for case in arguments.case or METHODS:
+            arguments.providers = chosen or METHODS[case]
+            result = measure(case, arguments)
+            save(result, f"methods-{case}")
+            print(table(result), flush=True)
         if arguments.update_readme:
-            update_readme("methods", table(result))
+            tables = [table(load(f"methods-{case}")) for case in METHODS]
+            update_readme("methods", "\n\n".join(tables))
 
 
 class Parts:
@@ -92,7 +106,7 @@ class Parts:
 
 
 def _add_run_options(parser: argparse.ArgumentParser, providers: Any) -> None:
-    parser.add_argument("--providers", nargs="+", default=list(providers))
+    parser.add_argument("--providers", nargs="+", default=providers)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each provider, in turn")
     parser.add_argument("--steps", type=int, default=4, help="timed steps a run")
     parser.add_argument("--update-readme", action="store_true")
@@ -113,10 +127,13 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
     """Stop where a provider's losses are not those of stock PEFT; other methods share only the first."""
-    if "peft" not in runs:
-        raise SystemExit("providers must contain peft: every speed is checked against its losses")
-    expected = runs["peft"][0]["losses"]
     for provider, results in runs.items():
+        stock = "peft-dora" if provider.endswith("-dora") else "peft"
+        if stock not in runs:
+            raise SystemExit(
+                f"providers must contain {stock}: every speed is checked against its losses"
+            )
+        expected = runs[stock][0]["losses"]
         for result in results:
             losses = result.get("losses", [])[: 1 if provider in OTHER_METHODS else None]
             for step, (loss, wanted) in enumerate(zip(losses, expected, strict=False)):
@@ -145,25 +162,30 @@ def table(result: dict[str, Any]) -> str:
             f"{run['tokens_per_second']:.0f} | {peak / 2**20:.0f} | {peak / stock['peak_bytes']:.2f} | "
             f"{run['trainable']:,} |"
         )
-    if "floor" in best and "peftkit" in best:
+    remarks = []
+    if "floor" in best:
+        step = best["peftkit"]["step_seconds"]
         floors = {
             name: min(run[f"{name}_seconds"] for run in result["runs"]["floor"])
             for name in ("torch", "chosen")
         }
-        step = best["peftkit"]["step_seconds"]
-        lines += [
-            "",
+        remarks.append(
             f"Frozen products of a step alone: {floors['torch']:.2f} s by torch.mm (peftkit's step is "
             f"{step / floors['torch']:.2f} x that), {floors['chosen']:.2f} s by the routine peftkit chooses "
-            f"({step / floors['chosen']:.2f} x).",
-        ]
-    if "full" in best and "peftkit" in best:
-        ratio = best["peftkit"]["step_seconds"] / best["full"]["step_seconds"]
-        lines.append(f"peftkit's step is {ratio:.2f} x that of full fine-tuning.")
-    if "peftkit-bottleneck" in best and "peftkit" in best:
-        ratio = best["peftkit-bottleneck"]["step_seconds"] / best["peftkit"]["step_seconds"]
-        lines.append(f"A step of bottlenecks is {ratio:.2f} x one of LoRA with as many parameters.")
-    return "\n".join(lines)
+            f"({step / floors['chosen']:.2f} x)."
+        )
+    for provider, rival, sentence in (
+        ("peftkit", "full", "peftkit's step is {:.2f} x that of full fine-tuning."),
+        ("peftkit-dora", "peftkit", "A step of DoRA is {:.2f} x one of LoRA."),
+        (
+            *("peftkit-bottleneck", "peftkit"),
+            "A step of bottlenecks is {:.2f} x one of LoRA with as many parameters.",
+        ),
+    ):
+        if provider in best and rival in best:
+            ratio = best[provider]["step_seconds"] / best[rival]["step_seconds"]
+            remarks.append(sentence.format(ratio))
+    return "\n".join([*lines, "", *remarks] if remarks else lines)
 
 
 def parts_table(result: dict[str, Any]) -> str:

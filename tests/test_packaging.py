@@ -46,6 +46,7 @@ def test_public_names_resolve():
         *("ContractError", "LoraConfig", "Report", "__version__", "accelerate", "check"),
         *("explain", "load_adapter", "restore", "wrap", "BottleneckConfig", "PrefixConfig"),
         "import_adapter",
+        "lora_plus_groups",
     }
     assert all(callable(value) for name, value in values.items() if name != "__version__")
     assert dir(peftkit) == sorted(peftkit.__all__)

@@ -47,18 +47,20 @@ def linear(x: Tensor, part: Frozen) -> Tensor:
     """
     if part.magnitude is None:
         return _product(x, part.weight, part.bias, part.lora)
-    return dora_scale(_product(x, part.weight, None, part.lora), _scale(x, part))
+    scale = _scale(x, part)  # first: it leaves the weight in the cache
+    return dora_scale(_product(x, part.weight, None, part.lora), scale)
 
 
 def linears(x: Tensor, parts: Sequence[Frozen]) -> tuple[Tensor, ...]:
     """Several linears of one input; what they share is computed once."""
     if all(part.magnitude is None for part in parts):
         return lora_qkv(x, *_columns(parts))
-    biases = [part.bias if part.magnitude is None else None for part in parts]
-    zs = lora_qkv(x, [part.weight for part in parts], biases, [part.lora for part in parts])
+    scales = [None if part.magnitude is None else _scale(x, part) for part in parts]
+    weights, biases, loras = _columns(parts)
+    own = [bias if scale is None else None for bias, scale in zip(biases, scales, strict=True)]
     return tuple(
-        z if part.magnitude is None else dora_scale(z, _scale(x, part))
-        for z, part in zip(zs, parts, strict=True)
+        z if scale is None else dora_scale(z, scale)
+        for z, scale in zip(lora_qkv(x, weights, own, loras), scales, strict=True)
     )
 
 
@@ -73,8 +75,9 @@ def gated_mlp(x: Tensor, parts: Sequence[Frozen], act: str) -> Tensor:
     if all(part.magnitude is None for part in parts):
         return lora_swiglu_mlp(x, *_columns(parts), act)
     gate, up, down = parts
+    scales = _scale(x, gate), _scale(x, up)
     z_gate, z_up = lora_qkv(x, (gate.weight, up.weight), (None, None), (gate.lora, up.lora))
-    return linear(dora_gate((z_gate, z_up), (_scale(x, gate), _scale(x, up)), act), down)
+    return linear(dora_gate((z_gate, z_up), scales, act), down)
 
 
 def _columns(parts: Sequence[Frozen]) -> tuple[list, list, list]:

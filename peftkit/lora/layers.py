@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import Tensor, nn
 
+from peftkit.lora import convolution
 from peftkit.lora.compute import Frozen, linear
 from peftkit.lora.eligibility import (
     class_obstacle,
@@ -274,7 +275,11 @@ def frozen_part(module: Any, x: Tensor) -> Frozen | None:
 
 def fuse_layer(module: nn.Module) -> bool:
     """Give one PEFT LoRA layer its fused forward; ``False`` where there is none for its class."""
-    fused = _fused_class(type(module))
+    kind = type(module)
+    if kind in convolution.CLASSES:
+        module.__class__ = convolution.CLASSES[kind]
+        return False
+    fused = _fused_class(kind)
     if fused is None or class_obstacle(module):
         return False
     module.__class__ = fused

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit_kernels import low_rank, remake, workspace
+from peftkit_kernels import low_rank, native, remake, workspace
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.dora.reference import Weight
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
@@ -32,6 +32,8 @@ def weight_norm(weight: Weight, lora: LoRA) -> Tensor:
     else:
         weight = decode(weight, wide)
     A, B = cast(lora.A, wide), cast(lora.B, wide)
+    if A.shape[0] <= native.MAX_RANK and native.takes(weight, A, B):
+        return native.updated_norm(weight, A, B, lora.scale)
     squares = A.new_empty(weight.shape[0])
     for start in range(0, weight.shape[0], _NORM_ROWS):
         part, factor = (t[start : start + _NORM_ROWS] for t in (weight, B))

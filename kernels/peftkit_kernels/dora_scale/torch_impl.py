@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,12 +52,19 @@ def scaled_backward(
     if native.takes(dy, z, g):
         total = native.scale_backward(dy, z, g, dz)
     else:
-        total = torch.zeros_like(norm)
-        for start in range(0, dy.shape[0], _ROWS):
-            part = slice(start, start + _ROWS)
-            torch.mul(dy[part], g, out=dz[part])
-            total.add_((cast(dy[part], norm.dtype) * z[part]).sum(0))
-    return dz, cast(total.div_(norm), dtype)
+        torch.mul(dy, g, out=dz)
+        total = column_products(dy, z)
+    return dz, cast(total / norm, dtype)
+
+
+def column_products(left: Tensor, right: Tensor) -> Tensor:
+    """``Σ left ∘ right`` over the rows, ``[N]``, summed in float32 or wider from blocks of rows."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    total = left.new_zeros(left.shape[1], dtype=wide)
+    for start in range(0, left.shape[0], _ROWS):
+        part = slice(start, start + _ROWS)
+        total.add_((cast(left[part], wide) * right[part]).sum(0))
+    return total
 
 
 class DoRAScale(torch.autograd.Function):
@@ -114,21 +122,65 @@ class DoRAGate(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         zs, gs, norms, biases = (saved[i : i + 2] for i in range(0, 8, 2))
-        flat = [rows(z) for z in zs]
-        e, u = (scaled(*parts) for parts in zip(flat, gs, biases, strict=True))
-        # the pass writes over the gradient it gets, and this one may be somebody else's too
-        de, du, _ = gate_backward(rows(dh).clone(), e, u, ctx.act)
         needs_bias = ctx.needs_input_grad[7:]
-        dz, dmagnitude, dbias = ([None, None] for _ in range(3))
-        for i, grad in enumerate((de, du)):
-            if needs_bias[i]:
-                dbias[i] = cast(grad.sum(0), biases[i].dtype)
-            z = None if ctx.dtypes[i] is None else flat[i]
-            dz[i], dmagnitude[i] = scaled_backward(grad, z, gs[i], norms[i], ctx.dtypes[i])
+        dz, sums = gate_gradients(rows(dh), [rows(z) for z in zs], gs, biases, ctx.act)
+        dmagnitude = [
+            None if dtype is None else cast(total / norm, dtype)
+            for total, norm, dtype in zip(sums[:2], norms, ctx.dtypes, strict=True)
+        ]
+        dbias = [
+            cast(total, bias.dtype) if needed else None
+            for total, bias, needed in zip(sums[2:], biases, needs_bias, strict=True)
+        ]
         return None, *(grad.view(dh.shape) for grad in dz), *dmagnitude, None, None, *dbias
 
 
-def gate_of(zs: Any, gs: Any, biases: Any, act: str) -> Tensor:
+Sides = Sequence[Tensor | None]
+"""What belongs to ``e`` and what belongs to ``u``."""
+
+
+def gate_of(zs: Sides, gs: Sides, biases: Sides, act: str) -> Tensor:
     """``act(e) ∘ u``, ``[M, F]``, with ``e`` and ``u`` scaled from ``zs``."""
-    e, u = (scaled(rows(z), g, bias) for z, g, bias in zip(zs, gs, biases, strict=True))
+    flat = [rows(z) for z in zs if z is not None]
+    whole = _native_sides(flat, gs, biases, act)
+    if whole is not None:
+        return native.scaled_gate(flat, *whole, act)
+    e, u = (scaled(z, g, bias) for z, g, bias in zip(flat, gs, biases, strict=True))
     return gate(e.contiguous(), u.contiguous(), act)
+
+
+def gate_gradients(
+    dh: Tensor, zs: Sequence[Tensor], gs: Sides, biases: Sides, act: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of ``gate_of`` by ``zs``, and the sums its other gradients are had from.
+
+    Returns:
+        ``[M, F]`` twice; and ``Σ de ∘ z``, ``Σ du ∘ z``, ``Σ de`` and ``Σ du``, ``[F]`` each.
+    """
+    whole = _native_sides([dh, *zs], gs, biases, act)
+    if whole is not None:
+        *dz, sums = native.scaled_gate_backward(dh, zs, *whole, act)
+        return dz, list(sums)
+    e, u = (scaled(*parts).contiguous() for parts in zip(zs, gs, biases, strict=True))
+    # the pass writes over the gradient it gets, and this one may be somebody else's too
+    grads = gate_backward(dh.clone(memory_format=torch.contiguous_format), e, u, act)[:2]
+    dz, products = [], []
+    for grad, z, g in zip(grads, zs, gs, strict=True):
+        dz.append(grad if g is None else torch.mul(grad, g, out=torch.empty_like(grad)))
+        products.append(column_products(grad, z))
+    return dz, [*products, *(grad.sum(0) for grad in grads)]
+
+
+def _native_sides(
+    tensors: Sequence[Tensor], gs: Sides, biases: Sides, act: str
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Factors and biases without gaps for the native passes, or ``None`` where those cannot run."""
+    given = [side for side in (*gs, *biases) if side is not None]
+    if act not in native.GATES or not native.takes(*tensors, *given):
+        return None
+    like = tensors[0]
+    ones, zeros = like.new_ones(like.shape[1]), like.new_zeros(like.shape[1])
+    return (
+        [ones if g is None else g for g in gs],
+        [zeros if bias is None else bias for bias in biases],
+    )

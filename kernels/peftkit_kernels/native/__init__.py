@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +22,21 @@ GATES = ("silu", "gelu_tanh")
 """The activations there are native passes for, in the order of the source. The exact GELU stays with torch: its erf has no
 vector form in C, and one element at a time it is fifty times slower than torch's."""
 
+_SUM_ROWS = 64
+"""Rows whose sums ``dora.c`` leaves as one partial sum."""
+
+MAX_RANK = 256
+"""Of ``updated_norm``: factors it keeps on the stack."""
+
 _SIGNATURES = {
     "pk_gate": (*[_POINTER] * 3, _INT64, _INT, _INT),
     "pk_gate_backward": (*[_POINTER] * 5, _INT64, _INT, _INT),
     "pk_rms_norm": (*[_POINTER] * 4, _INT64, _INT64, _FLOAT, _FLOAT, _INT),
     "pk_rms_norm_backward": (*[_POINTER] * 5, _INT64, _INT64, _FLOAT, _INT),
+    "pk_updated_norm": (*[_POINTER] * 4, *[_INT64] * 3, _FLOAT, _INT),
     "pk_scale_backward": (*[_POINTER] * 5, _INT64, _INT64, _INT),
+    "pk_scaled_gate": (*[_POINTER] * 7, _INT64, _INT64, _INT, _INT),
+    "pk_scaled_gate_backward": (*[_POINTER] * 10, _INT64, _INT64, _INT, _INT),
     "pk_cross_entropy": (*[_POINTER] * 4, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, _INT),
     "pk_attention": (_POINTER,) * 8,
     "pk_attention_backward": (_POINTER,) * 14,
@@ -114,11 +124,47 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offse
     return dx
 
 
+def updated_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``|W + scale · B A|`` of every row in one read of ``W [N, K]``; the rank is at most ``MAX_RANK``."""
+    norm = weight.new_empty(weight.shape[0])
+    _call("pk_updated_norm", weight, A, B, norm, *weight.shape, A.shape[0], scale)
+    return norm
+
+
+def scaled_gate(
+    zs: Sequence[Tensor], gs: Sequence[Tensor], biases: Sequence[Tensor], act: str
+) -> Tensor:
+    """``act(z0 ∘ g0 + b0) ∘ (z1 ∘ g1 + b1)`` for ``zs [M, F]`` and the others ``[F]``; an ``act`` of ``GATES``."""
+    h = torch.empty_like(zs[0])
+    _call("pk_scaled_gate", *zs, *gs, *biases, h, *h.shape, GATES.index(act))
+    return h
+
+
+def scaled_gate_backward(
+    dh: Tensor, zs: Sequence[Tensor], gs: Sequence[Tensor], biases: Sequence[Tensor], act: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dz0, dz1, sums)`` of ``scaled_gate``.
+
+    Returns:
+        The gradients by the two ``zs``, and ``[4, F]``: summed over the rows, ``de ∘ z0``, ``du ∘ z1``, ``de`` and ``du``,
+        where ``de`` and ``du`` are the gradients by the two scaled values.
+    """
+    de, du = torch.empty_like(dh), torch.empty_like(dh)
+    partial = dh.new_empty(-(-dh.shape[0] // _SUM_ROWS), 4, dh.shape[1])
+    _call(
+        "pk_scaled_gate_backward",
+        *(dh, *zs, *gs, *biases, de, du, partial),
+        *dh.shape,
+        GATES.index(act),
+    )
+    return de, du, partial.sum(0)
+
+
 def scale_backward(dy: Tensor, z: Tensor, g: Tensor, dz: Tensor) -> Tensor:
     """``dz = dy ∘ g`` for ``dy [M, N]`` and ``g [N]``, written; returns ``Σ dy ∘ z`` over the rows, ``[N]``."""
-    total = dy.new_empty(dy.shape[1])
-    _call("pk_scale_backward", dy, z, g, dz, total, *dy.shape)
-    return total
+    partial = dy.new_empty(-(-dy.shape[0] // _SUM_ROWS), dy.shape[1])
+    _call("pk_scale_backward", dy, z, g, dz, partial, *dy.shape)
+    return partial.sum(0)
 
 
 def cross_entropy_(
