@@ -9,6 +9,7 @@ NAMES = (
     "lora_linear",
     "lora_qkv",
     "lora_swiglu_mlp",
+    "bottleneck",
     "frozen_rms_norm",
     "frozen_layer_norm",
     "nf4_linear",

@@ -61,12 +61,16 @@ class Stream(NamedTuple):
         tile: The constants that make its tile.
         loads: Tiles it loads a step.
         stores: Tiles it stores a step.
+        loops: Loops over the same tiles that its loads and stores are spread over.
+        beside: The constants of another tile that a step loads, from L2: it is in flight as well.
         instruction_bound: Values of constants with which instructions and not DRAM limit it, as its README says.
     """
 
     tile: tuple[str, ...]
     loads: int
     stores: int = 0
+    loops: int = 1
+    beside: tuple[str, ...] = ()
     instruction_bound: dict[str, tuple[Any, ...]] | None = None
 
 
@@ -74,8 +78,19 @@ _GELU_WITH_DROPOUT = {"ACT": ("gelu", "gelu_tanh"), "DROPOUT": (True,)}
 STREAMS = {
     "shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
     "tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
-    "gate_forward_kernel": Stream(("BLOCK_M", "BLOCK_F"), 2, 1, _GELU_WITH_DROPOUT),
-    "gate_backward_kernel": Stream(("BLOCK_M", "BLOCK_F"), 3, 2, _GELU_WITH_DROPOUT),
+    "gate_forward_kernel": Stream(
+        ("BLOCK_M", "BLOCK_F"), 2, 1, instruction_bound=_GELU_WITH_DROPOUT
+    ),
+    "gate_backward_kernel": Stream(
+        ("BLOCK_M", "BLOCK_F"), 3, 2, instruction_bound=_GELU_WITH_DROPOUT
+    ),
+    # two loops over the rows: DRAM sees their reads in the first, their writes in the second
+    "bottleneck_forward_kernel": Stream(
+        ("BLOCK_M", "BLOCK_D"), 1, 1, loops=2, beside=("BLOCK_D", "BLOCK_R")
+    ),
+    "bottleneck_backward_kernel": Stream(
+        ("BLOCK_M", "BLOCK_D"), 1, 1, loops=2, beside=("BLOCK_D", "BLOCK_R")
+    ),
     "norm_forward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1, 1),
     "norm_backward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 2, 1),
     "grouped_shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
@@ -170,7 +185,10 @@ class Report:
             return None
         if self._exact_float32:
             return None
-        return self.occupancy.blocks * self._tile(stream) * stream.loads * self.itemsize
+        elements = self._elements(stream.tile) * stream.loads
+        if stream.beside:
+            elements += self._elements(stream.beside)
+        return self.occupancy.blocks * elements * self.itemsize
 
     @property
     def dram_margin(self) -> float | None:
@@ -181,8 +199,9 @@ class Report:
             return None
         if self.constants.get("BLOCK_R", 0) > _STREAMING_RANK or self._exact_float32:
             return None
-        elements = self._tile(stream) / (32 * self.warps)
-        loop = max(self.loops, key=lambda loop: sum(loop.values()))
+        elements = self._elements(stream.tile) / (32 * self.warps)
+        longest = sorted(self.loops, key=lambda loop: sum(loop.values()))[-stream.loops :]
+        loop = sum(longest, Counter[str]())
         return dram_margin(loop, device, elements, self.itemsize * (stream.loads + stream.stores))
 
     @property
@@ -199,8 +218,8 @@ class Report:
         known = STREAMS[self.kernel].instruction_bound
         return known is not None and all(self.constants[k] in known[k] for k in known)
 
-    def _tile(self, stream: Stream) -> int:
-        return math.prod(self.constants[name] for name in stream.tile)
+    def _elements(self, tile: tuple[str, ...]) -> int:
+        return math.prod(self.constants[name] for name in tile)
 
     def row(self) -> dict[str, Any]:
         """As plain data, for tables and JSON."""

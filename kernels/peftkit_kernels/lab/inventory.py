@@ -124,6 +124,20 @@ def _lora_swiglu_mlp(rank: int, dtype: torch.dtype) -> None:
         backward(y, weights, x, e, g, As, Bs, s, *numbers, act, *needs)
 
 
+def _bottleneck(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.bottleneck.config import MAX_BOTTLENECK
+    from peftkit_kernels.bottleneck.triton_impl import backward, forward
+
+    D, act = 4096, "gelu"
+    for R in sorted({rank, min(4 * rank, MAX_BOTTLENECK)}):  # wider than any adapter's rank
+        bias, wide = _meta(R, dtype=dtype), _meta(D, dtype=dtype)
+        down, up = _meta(R, D, dtype=dtype), _meta(D, R, dtype=dtype)
+        for M in (_M, 1024):
+            h = _meta(M, D, dtype=dtype)
+            y, z = forward(h, down, bias, up, wide, 1.0, act)
+            backward(y, h, z, down, up, 1.0, act, [True] * 4)
+
+
 def _frozen_norm(rank: int, dtype: torch.dtype) -> None:
     from peftkit_kernels.frozen_norm.triton_impl import backward, layer_forward, rms_forward
 
@@ -249,6 +263,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
     "lora_swiglu_mlp": _lora_swiglu_mlp,
+    "bottleneck": _bottleneck,
     "frozen_norm": _frozen_norm,
     "linear_cross_entropy": _linear_cross_entropy,
     "nf4": _nf4,
