@@ -10,7 +10,8 @@ _PROGRAMS_A_MULTIPROCESSOR = 4
 _MIN_STEPS = 8
 """Blocks of F a program of the forward has at least, so that its partial sums of s are worth little."""
 _MIN_CHUNK_M = 256
-_MAX_FLOAT32_RANK = 64
+_MAX_FLOAT32_RANK = 16
+"""Exact float32 products are made of registers and instructions: rank 32 streams at 0.7 of DRAM bandwidth, 64 spills on sm_90."""
 
 
 def obstacle(rank: int, itemsize: int) -> str | None:
@@ -42,14 +43,11 @@ class GateConfig:
         cls, M: int, F: int, block_r: int, *, itemsize: int, dropout: bool, target: Target
     ) -> GateConfig:
         """Split F until every multiprocessor has several programs, whose loads hide each other's latency."""
-        block_m, block_f, num_stages = 64, 32, 2
-        if itemsize == 4 and block_r > 16:
-            # exact float32 products are made of registers: larger tiles spill
-            block_m, block_f, num_stages = 32, 16 if block_r > 32 else 32, 1
+        block_m, block_f = 64, 32
         programs = cdiv(M, block_m)
         wanted = cdiv(_PROGRAMS_A_MULTIPROCESSOR * target.sms, programs)
         splits = min(wanted, cdiv(cdiv(F, block_f), _MIN_STEPS))
-        return cls(block_m, block_f, splits, num_stages=num_stages)
+        return cls(block_m, block_f, splits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +69,11 @@ class GateBackwardConfig:
         block_m, block_f = (32, 64) if block_r <= 16 else (64, 32)
         if block_r > 64:
             block_m = 32  # and 64 rows of 128 on sm_90
-        num_warps, num_stages = 4, 2
+        num_stages = 2
         if itemsize == 4:
-            block_m, block_f, num_warps, num_stages = 32, 32, 4 if block_r <= 16 else 8, 1
+            block_m, block_f, num_stages = 32, 32, 1
         chunk_m = 1024
         wanted = _PROGRAMS_A_MULTIPROCESSOR * target.sms
         while chunk_m > _MIN_CHUNK_M and cdiv(M, chunk_m) * cdiv(F, block_f) < wanted:
             chunk_m //= 2
-        return cls(block_m, block_f, chunk_m, num_warps, num_stages)
+        return cls(block_m, block_f, chunk_m, num_stages=num_stages)
