@@ -1,7 +1,11 @@
 """The machine-code inspector: real targets, and each kind of fault found."""
 
+from collections import Counter
+
 import pytest
 from compiler import machine_code
+
+from peftkit_kernels.lab import aot
 
 SCRIPT = """
 import json, torch, lab_kernels as kernels
@@ -80,3 +84,30 @@ def test_exact_float32_products_need_no_tensor_core(reports):
 def test_each_fault_is_named(reports, case, problem):
     (row,) = reports[case]
     assert any(problem in found for found in row["problems"]), row
+
+
+def stream_report(kernel, dropout=False, act="silu", clocks=1):
+    """A kernel on an H100 with one loop of ``clocks`` instructions an element, as the inspector would report it."""
+    tile = {"BLOCK_M": 64, "BLOCK_F": 32, "BLOCK_D": 32, "BLOCK_R": 16}
+    found = aot.Report(kernel, "", "cuda:90", registers=64, shared_bytes=1024, warps=4)
+    found.constants = tile | {"DROPOUT": dropout, "ACT": act}
+    found.loads = Counter({"128": 1})
+    found.loops = [Counter({"FFMA": clocks * 16})]
+    return found
+
+
+def test_a_kernel_that_says_it_is_bound_by_instructions_may_be():
+    slow = stream_report("gate_forward_kernel", dropout=True, act="gelu", clocks=60)
+    assert slow.dram_margin < 1
+    assert slow.problems() == []
+    for dropout, act in ((False, "gelu"), (True, "silu")):
+        (problem,) = stream_report("gate_forward_kernel", dropout, act, clocks=60).problems()
+        assert "instruction-bound" in problem
+
+
+def test_streams_spread_over_two_loops_are_timed_together():
+    one, two = (stream_report("bottleneck_forward_kernel", clocks=10) for _ in range(2))
+    two.loops = two.loops * 2
+    assert one.dram_margin == 2 * two.dram_margin
+    # the tile of rows and that of a factor
+    assert one.bytes_in_flight == one.occupancy.blocks * 2 * (64 * 32 + 32 * 16)

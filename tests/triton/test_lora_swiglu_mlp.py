@@ -151,6 +151,13 @@ def test_any_linear_may_lack_an_adapter_or_a_bias(adapted, biased):
     assert len(check(x, parts)) == 2 + len(biased) + 2 * len(adapted)
 
 
+def test_ranks_beyond_the_registers_in_float32_are_refused():
+    x, parts = make(rank=17)
+    with pytest.raises(ValueError, match=r"the rank is 17 in float32; .* up to 16; use backend="):
+        check(x, parts)
+    assert lora_swiglu_mlp(x, *tensors(parts)).shape == x.shape
+
+
 def test_one_mask_for_gate_and_up():
     x, parts = make((0.2,) * 3, dtype=torch.bfloat16)
     parts[1] = replace(parts[1], lora=replace(parts[1].lora, seed=parts[0].lora.seed))

@@ -82,7 +82,11 @@ STREAMS = {
         ("BLOCK_M", "BLOCK_F"), 2, 1, instruction_bound=_GELU_WITH_DROPOUT
     ),
     "gate_backward_kernel": Stream(
-        ("BLOCK_M", "BLOCK_F"), 3, 2, instruction_bound=_GELU_WITH_DROPOUT
+        ("BLOCK_M", "BLOCK_F"),
+        3,
+        2,
+        beside=("BLOCK_M", "BLOCK_R"),
+        instruction_bound=_GELU_WITH_DROPOUT,
     ),
     # two loops over the rows: DRAM sees their reads in the first, their writes in the second
     "bottleneck_forward_kernel": Stream(

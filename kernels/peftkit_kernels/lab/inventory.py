@@ -105,9 +105,12 @@ def _lora_qkv(rank: int, dtype: torch.dtype) -> None:
 
 def _lora_swiglu_mlp(rank: int, dtype: torch.dtype) -> None:
     from peftkit_kernels.lora_qkv.triton_impl import compact
+    from peftkit_kernels.lora_swiglu_mlp.config import obstacle
     from peftkit_kernels.lora_swiglu_mlp.triton_impl import backward, forward
     from peftkit_kernels.low_rank import LoRA
 
+    if obstacle(rank, dtype.itemsize):
+        return
     D, F = 4096, 14336
     sizes = ((F, D), (F, D), (D, F))
     x, weights = _meta(_M, D, dtype=dtype), [_meta(*size, dtype=dtype) for size in sizes]

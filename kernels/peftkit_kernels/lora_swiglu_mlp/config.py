@@ -10,6 +10,18 @@ _PROGRAMS_A_MULTIPROCESSOR = 4
 _MIN_STEPS = 8
 """Blocks of F a program of the forward has at least, so that its partial sums of s are worth little."""
 _MIN_CHUNK_M = 256
+_MAX_FLOAT32_RANK = 16
+"""Exact float32 products are made of registers and instructions: rank 32 streams at 0.7 of DRAM bandwidth, 64 spills on sm_90."""
+
+
+def obstacle(rank: int, itemsize: int) -> str | None:
+    """Why adapters of this rank cannot be computed by the gate's kernels, or ``None``."""
+    if itemsize == 4 and rank > _MAX_FLOAT32_RANK:
+        return (
+            f"the rank is {rank} in float32; the gate's kernels keep a tile of each adapter in registers, "
+            f"up to {_MAX_FLOAT32_RANK}"
+        )
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +46,8 @@ class GateConfig:
         block_m, block_f = 64, 32
         programs = cdiv(M, block_m)
         wanted = cdiv(_PROGRAMS_A_MULTIPROCESSOR * target.sms, programs)
-        return cls(block_m, block_f, min(wanted, cdiv(cdiv(F, block_f), _MIN_STEPS)))
+        splits = min(wanted, cdiv(cdiv(F, block_f), _MIN_STEPS))
+        return cls(block_m, block_f, splits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +67,13 @@ class GateBackwardConfig:
         """Long chunks make few partial sums of dA; shorter ones where the GPU would not be full."""
         # the factors stay in registers: 64 of them beside 64 columns spill
         block_m, block_f = (32, 64) if block_r <= 16 else (64, 32)
+        if block_r > 64:
+            block_m = 32  # and 64 rows of 128 on sm_90
+        num_stages = 2
+        if itemsize == 4:
+            block_m, block_f, num_stages = 32, 32, 1
         chunk_m = 1024
         wanted = _PROGRAMS_A_MULTIPROCESSOR * target.sms
         while chunk_m > _MIN_CHUNK_M and cdiv(M, chunk_m) * cdiv(F, block_f) < wanted:
             chunk_m //= 2
-        return cls(block_m, block_f, chunk_m)
+        return cls(block_m, block_f, chunk_m, num_stages=num_stages)

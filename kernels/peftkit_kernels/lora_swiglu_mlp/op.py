@@ -17,6 +17,7 @@ from peftkit_kernels.checks import (
 )
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.lora_swiglu_mlp.activation import ACTIVATIONS
+from peftkit_kernels.lora_swiglu_mlp.config import obstacle
 from peftkit_kernels.lora_swiglu_mlp.reference import lora_swiglu_mlp_reference
 from peftkit_kernels.lora_swiglu_mlp.torch_impl import Call, LoRASwiGLUMLP
 from peftkit_kernels.lora_swiglu_mlp.triton_impl import run_triton
@@ -85,7 +86,8 @@ def lora_swiglu_mlp(
     ]
     As, Bs, numbers = zip(*factors, strict=True)
     rank = max([0, *(A.shape[0] for A in As if A is not None)])
-    chosen = choose_backend("lora_swiglu_mlp", backend, x, *weights, *biases, *As, *Bs, rank=rank)
+    tensors, own = (x, *weights, *biases, *As, *Bs), obstacle(rank, x.element_size())
+    chosen = choose_backend("lora_swiglu_mlp", backend, *tensors, rank=rank, own_obstacle=own)
     if chosen == "reference":
         return lora_swiglu_mlp_reference(x, weights, biases, loras, act)
     if chosen == "triton":
