@@ -165,6 +165,19 @@ def _quantized_linear(rank: int, dtype: torch.dtype) -> None:
         backward(dy, *stored, x, *factors, s, 2.0, 0.0, _SEED, [True, False, False])
 
 
+def _dora(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.dora.triton_impl import magnitude_grad, weight_norm
+
+    N, K = 4096, 4096
+    for weight in (_meta(N, K, dtype=dtype), *_nf4_weights(N, K), _int8_weight(N, K)):
+        for factors in dict.fromkeys((dtype, torch.float32)):
+            A, B = _meta(rank, K, dtype=factors), _meta(N, rank, dtype=factors)
+            weight_norm(weight, A, B, 2.0)
+    dy, bias = _meta(_M, N, dtype=dtype), _meta(N, dtype=dtype)
+    for shift in (bias, None):
+        magnitude_grad(dy, torch.empty_like(dy), shift, _meta(N, dtype=torch.float32))
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
@@ -172,5 +185,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "nf4": _nf4,
     "int8": _int8,
     "quantized_linear": _quantized_linear,
+    "dora": _dora,
 }
 """Ops with Triton kernels."""
