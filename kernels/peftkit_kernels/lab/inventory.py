@@ -165,6 +165,23 @@ def _quantized_linear(rank: int, dtype: torch.dtype) -> None:
         backward(dy, *stored, x, *factors, s, 2.0, 0.0, _SEED, [True, False, False])
 
 
+def _int8_compute_linear(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.int8_compute_linear.triton_impl import backward, forward, quantize
+
+    N, K = 4096, 4096
+    q, skip = _int8_weight(N, K).tensors(), _meta(K, dtype=torch.bool)
+    factors = _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
+    for M in (64, _M):
+        x, bias = _meta(M, K, dtype=dtype), _meta(N, dtype=dtype)
+        for p in (0.0, 0.1):
+            y, s = forward(x, *q, bias, *factors, 2.0, p, _SEED, None)
+            dy = torch.empty_like(y)
+            backward(dy, *q, x, *factors, s, 2.0, p, _SEED, [True, True, True])
+            quantize(x, factors[0], p=p, skip=skip)
+        forward(x, *q, bias, None, None, 0.0, 0.0, 0, None)
+        backward(dy, *q, None, None, None, None, 0.0, 0.0, 0, [True, False, False])
+
+
 def _dora(rank: int, dtype: torch.dtype) -> None:
     from peftkit_kernels.dora.triton_impl import magnitude_grad, weight_norm
 
@@ -185,6 +202,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "nf4": _nf4,
     "int8": _int8,
     "quantized_linear": _quantized_linear,
+    "int8_compute_linear": _int8_compute_linear,
     "dora": _dora,
 }
 """Ops with Triton kernels."""
