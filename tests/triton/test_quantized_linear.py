@@ -126,7 +126,7 @@ def test_within_the_error_bound(dtype, factors, p, rows, storage):
 
 @every_storage
 @pytest.mark.parametrize(("rank", "bias"), [(0, True), (0, False), (1, False), (64, True)])
-@pytest.mark.parametrize("rows", [1, 3, 16, 65])
+@pytest.mark.parametrize("rows", [1, 16, 65])
 def test_any_number_of_rows_and_rank(rows, rank, bias, storage):
     names = {"y", "x"} | ({"A", "B"} if rank else set()) | ({"bias"} if bias else set())
     case = make(storage, x=(rows, 64), rank=rank, dtype=torch.bfloat16, bias=bias)
@@ -178,7 +178,7 @@ def test_codes_may_have_any_strides(layout):
         assert torch.equal(value, strided[name]), name
 
 
-@pytest.mark.parametrize(("storage", "rows"), [("nf4_nested", MANY), ("int8", FEW)])
+@pytest.mark.parametrize(("storage", "rows"), [("nf4_nested", FEW)])
 @pytest.mark.parametrize("trained", subsets(TRAINED), ids="-".join)
 def test_each_subset_of_trained_tensors(trained, storage, rows):
     case = make(storage, x=(rows, 64), trained=trained, p=0.1)

@@ -20,7 +20,9 @@ class NormConfig:
     @classmethod
     def choose(cls, R: int, *, itemsize: int) -> NormConfig:
         """Few rows a program: the norm of a weight of 4096 rows is 256 programs."""
-        return cls(16, 64 if itemsize == 4 or block_r(R) > 64 else 128)
+        if itemsize == 4:
+            return cls(16, 64 if block_r(R) < 64 else 32)
+        return cls(16, 128 if block_r(R) < 64 else 64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from peftkit_kernels.nf4.kernels import block_absmax, decode_words, level_table
 def norm_kernel(
     w_ptr,  # w[N, K] by strides: numbers, codes, or words of eight codes
     absmax_ptr, code_ptr, nested_ptr, offset_ptr,  # of a 4-bit w; absmax[N] of an 8-bit one; or None
-    a_ptr, b_ptr, gram_ptr, norm_ptr,  # a[R, K], b[N, R] by strides  gram[R, R] = A Aᵀ  norm[N]
+    a_ptr, b_ptr, update_ptr, norm_ptr,  # a[R, K], b[N, R] by strides  update[N] = |scale · B A|²  norm[N]
     scale, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     STORAGE: tl.constexpr,  # "dense", "nf4" or "int8"
@@ -72,13 +72,8 @@ def norm_kernel(
     mask_b = mask_n[:, None] & mask_r[None, :]
     b_ptrs = b_ptr + rows * stride_bn + offs_r[None, :] * stride_br
     b = tl.load(b_ptrs, mask=mask_b, other=0.0).to(tl.float32)
-    gram = tl.load(
-        gram_ptr + offs_r[:, None] * R + offs_r[None, :],
-        mask=mask_r[:, None] & mask_r[None, :],
-        other=0.0,
-    )
-    update = tl.sum(tl.dot(b, gram, input_precision="ieee") * b, 1)
-    squares += 2.0 * scale * tl.sum(cross * b, 1) + scale * scale * update
+    squares += 2.0 * scale * tl.sum(cross * b, 1)
+    squares += tl.load(update_ptr + offs_n, mask=mask_n, other=0.0)
     # 3. below 0 by rounding counts as 0; NaN stays
     norm = tl.math.sqrt_rn(tl.where(squares < 0.0, 0.0, squares))
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)

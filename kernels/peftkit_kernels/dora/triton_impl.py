@@ -71,14 +71,15 @@ def weight_norm(
     else:
         storage, stored = "nf4", (words_of(weight.packed)[0], *absmax_arguments(weight))
         strides, constants = (0, 0), absmax_constants(weight)
-    R, wide = A.shape[0], A.float()
-    gram = wide @ wide.t()
+    R, wide, tall = A.shape[0], A.float(), B.float()
+    # [R, R] and [N, R]: small, and in the kernel they would take its registers
+    update = (tall @ (wide @ wide.t())).mul_(tall).sum(1).mul_(scale * scale)
     A = cast(A, dtype)
     c = config or NormConfig.choose(R, itemsize=A.element_size())
     launch(
         _kernels().norm_kernel,
         (cdiv(N, c.block_n),),
-        *(*stored, A, B, gram, norm, scale, N, K, R),
+        *(*stored, A, B, update, norm, scale, N, K, R),
         *(*strides, *A.stride(), *B.stride()),
         STORAGE=storage,
         **constants,

@@ -262,6 +262,36 @@ def _prefix_attention(rank: int, dtype: torch.dtype) -> None:
         gate_grad(o, o, gate)
 
 
+def _int8_compute_linear(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.int8_compute_linear.triton_impl import backward, forward, quantize
+
+    N, K = 4096, 4096
+    q, skip = _int8_weight(N, K).tensors(), _meta(K, dtype=torch.bool)
+    factors = _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
+    for M in (64, _M):
+        x, bias = _meta(M, K, dtype=dtype), _meta(N, dtype=dtype)
+        for p in (0.0, 0.1):
+            y, s = forward(x, *q, bias, *factors, 2.0, p, _SEED, None)
+            dy = torch.empty_like(y)
+            backward(dy, *q, x, *factors, s, 2.0, p, _SEED, [True, True, True])
+            quantize(x, factors[0], p=p, skip=skip)
+        forward(x, *q, bias, None, None, 0.0, 0.0, 0, None)
+        backward(dy, *q, None, None, None, None, 0.0, 0.0, 0, [True, False, False])
+
+
+def _dora(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.dora.triton_impl import magnitude_grad, weight_norm
+
+    N, K = 4096, 4096
+    for weight in (_meta(N, K, dtype=dtype), *_nf4_weights(N, K), _int8_weight(N, K)):
+        for factors in dict.fromkeys((dtype, torch.float32)):
+            A, B = _meta(rank, K, dtype=factors), _meta(N, rank, dtype=factors)
+            weight_norm(weight, A, B, 2.0)
+    dy, bias = _meta(_M, N, dtype=dtype), _meta(N, dtype=dtype)
+    for shift in (bias, None):
+        magnitude_grad(dy, torch.empty_like(dy), shift, _meta(N, dtype=torch.float32))
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
@@ -274,5 +304,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "quantized_linear": _quantized_linear,
     "grouped_lora": _grouped_lora,
     "prefix_attention": _prefix_attention,
+    "int8_compute_linear": _int8_compute_linear,
+    "dora": _dora,
 }
 """Ops with Triton kernels."""
