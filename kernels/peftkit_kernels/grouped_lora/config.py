@@ -9,8 +9,8 @@ from peftkit_kernels.low_rank.config import block_r
 
 MAX_BLOCK = 64
 """Most rows of a plan's tile: larger ones would not fit the registers beside the factor."""
-_FLOAT32_RANK = 64
-"""Above it a float32 factor leaves no registers for rows with an address of their own."""
+_FLOAT32_RANK = 16
+"""Float32 products have no tensor cores: at rank 64 the passes reach 0.4 of DRAM bandwidth by their instructions, and spill."""
 _MIN_STEPS = 4
 """Blocks of K a program of a split shrink has at least, so that its loads are worth pipelining."""
 

@@ -35,7 +35,7 @@ def grouped_lora(
         B: ``[E, N, R]``, the dtype of ``A``; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
         scale: ``Float[E]``; it has no gradient.
         plan: From ``plan_groups``, for the rows of ``x`` in their flattened order.
-        backend: ``"auto"``, ``"triton"`` (tiles of up to 64 rows, in float32 ranks up to 64), ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"`` (tiles of up to 64 rows, in float32 ranks up to 16), ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., N]``, a new tensor.
