@@ -9,8 +9,25 @@ from peftkit_kernels.low_rank.config import block_r
 
 MAX_BLOCK = 64
 """Most rows of a plan's tile: larger ones would not fit the registers beside the factor."""
+_FLOAT32_RANK = 16
+"""Float32 products have no tensor cores: at rank 64 the passes reach 0.4 of DRAM bandwidth by their instructions, and spill."""
 _MIN_STEPS = 4
 """Blocks of K a program of a split shrink has at least, so that its loads are worth pipelining."""
+
+
+def obstacle(block: int, R: int, *, itemsize: int) -> str | None:
+    """Why the kernels do not take tiles of ``block`` rows and rank ``R``, as a sentence, or ``None``."""
+    if block > MAX_BLOCK:
+        return (
+            f"the plan has tiles of {block} rows and the kernels take up to {MAX_BLOCK}; "
+            f"use plan_groups(block={MAX_BLOCK}) or backend='auto'"
+        )
+    if itemsize == 4 and block_r(R) > _FLOAT32_RANK:
+        return (
+            f"the rank is {R} and the kernels take up to {_FLOAT32_RANK} in float32; "
+            "use 16 bits or backend='auto'"
+        )
+    return None
 
 
 def block_m(block: int) -> int:
@@ -34,7 +51,9 @@ class GroupedShrinkConfig:
         narrow = block_r(R) <= 32 and block_m(block) == 16
         block_k = 32 if itemsize == 4 else 128 if narrow else 64
         splits = min(cdiv(target.sms, cdiv(M, block)), cdiv(cdiv(K, block_k), _MIN_STEPS))
-        return cls(block_k, splits)
+        # 64 rows beside a wide factor spill in four warps on sm_100
+        wide = block_m(block) == MAX_BLOCK and block_r(R) >= 64
+        return cls(block_k, splits, 8 if wide else 4)
 
 
 @dataclass(frozen=True, slots=True)

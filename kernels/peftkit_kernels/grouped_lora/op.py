@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.dispatch import Backend, choose_backend
-from peftkit_kernels.grouped_lora.config import MAX_BLOCK
+from peftkit_kernels.grouped_lora.config import obstacle
 from peftkit_kernels.grouped_lora.plan import GroupPlan
 from peftkit_kernels.grouped_lora.reference import grouped_lora_reference
 from peftkit_kernels.grouped_lora.torch_impl import GroupedLoRA
@@ -35,7 +35,7 @@ def grouped_lora(
         B: ``[E, N, R]``, the dtype of ``A``; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
         scale: ``Float[E]``; it has no gradient.
         plan: From ``plan_groups``, for the rows of ``x`` in their flattened order.
-        backend: ``"auto"``, ``"triton"`` (plans with tiles of up to 64 rows), ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"`` (tiles of up to 64 rows, in float32 ranks up to 16), ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., N]``, a new tensor.
@@ -48,12 +48,10 @@ def grouped_lora(
     _check(y, x, A, B, scale, plan)
     rank = A.shape[1]
     chosen = choose_backend("grouped_lora", backend, x, y, A, B, scale, plan.ids, rank=rank)
-    if chosen == "triton" and plan.block > MAX_BLOCK:
+    reason = obstacle(plan.block, rank, itemsize=x.element_size()) if chosen == "triton" else None
+    if reason is not None:
         if backend == "triton":
-            raise ValueError(
-                f"backend='triton': the plan has tiles of {plan.block} rows and the kernels take up to {MAX_BLOCK}; "
-                f"use plan_groups(block={MAX_BLOCK}) or backend='auto'"
-            )
+            raise ValueError(f"backend='triton': {reason}")
         chosen = "reference" if torch.compiler.is_compiling() else "torch"
     # nothing to sort into tiles
     empty = plan.ids.numel() == 0

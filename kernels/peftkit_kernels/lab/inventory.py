@@ -235,12 +235,15 @@ def _quantized_linear(rank: int, dtype: torch.dtype) -> None:
 
 
 def _grouped_lora(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.grouped_lora.config import obstacle
     from peftkit_kernels.grouped_lora.plan import plan_groups
     from peftkit_kernels.grouped_lora.triton_impl import backward, forward, table_of
 
     E, K, N = 32, 4096, 4096
     factors = _meta(E, rank, K, dtype=dtype), _meta(E, N, rank, dtype=dtype)
     for M, block in ((_M, 64), (_M, 16), (64, 16), (64, 64)):
+        if obstacle(block, rank, itemsize=dtype.itemsize):
+            continue
         plan = plan_groups(_meta(M, dtype=torch.int64), E, block=block)
         y, x = _meta(M, N, dtype=dtype), _meta(M, K, dtype=dtype)
         scale, tables = _meta(E, dtype=torch.float32), table_of(plan)
