@@ -19,17 +19,20 @@ SPEEDUPS = {
     ("lora_linear", 1024, 0.1): (1.55, 1.77, 1.62),
     ("lora_qkv", 4096, 0.0): (1.35, 1.53, 1.41),
     ("lora_qkv", 4096, 0.1): (1.51, 1.77, 1.60),
+    ("lora_swiglu_mlp", 14336, 0.0): (1.19, 1.28, 1.22),
+    ("lora_swiglu_mlp", 14336, 0.1): (1.23, 1.35, 1.27),
 }
 OVERHEADS = {
     ("lora_linear", 4096): (0.09, 0.14, 0.11),
     ("lora_linear", 1024): (0.25, 0.40, 0.30),
     ("lora_qkv", 4096): (0.07, 0.12, 0.09),
+    ("lora_swiglu_mlp", 14336): (0.02, 0.04, 0.03),
 }
 PRINTED = 0.015
 """The table is printed to 0.01 (half of that is rounding); filling the GPU with shorter chunks, which it left out, costs 0.01."""
 
 
-@pytest.mark.parametrize(("op", "N", "p"), SPEEDUPS, ids=str)
+@pytest.mark.parametrize(("op", "N", "p"), [key for key in SPEEDUPS if key[0] in OPS], ids=str)
 def test_the_table_of_the_specification(op, N, p):
     for device, speedup in zip(DEVICES, SPEEDUPS[op, N, p], strict=True):
         row = predict.predict(op, op, Sizes(8192, 4096, N, p=p), device)

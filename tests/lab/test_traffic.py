@@ -150,6 +150,18 @@ def test_torch_ops_on_meta_tensors_are_counted():
     assert addition.read_bytes == 2 * (4096 + 8192 * 4096)
 
 
+def test_products_are_counted_below_autograd_too():
+    x, weight = torch.randn(64, 48), torch.randn(80, 48)
+    with torch._C._AutoDispatchBelowAutograd(), EagerTraffic() as traffic:
+        F.linear(x, weight)
+        x @ weight.t()
+    assert [op.product for op in traffic.ops] == [(64, 80, 48)] * 2
+    assert traffic.flops == 2 * 2 * 64 * 48 * 80
+    with torch._C._AutoDispatchBelowAutograd(), EagerTraffic() as traffic:
+        torch.ops.aten.silu_backward(x, x)  # taken apart by some, and one kernel all the same
+    assert [op.name for op in traffic.ops] == ["silu_backward"]
+
+
 def test_torch_ops_in_place_of_a_sum_without_its_start():
     x = torch.randn(8, 8)
     with EagerTraffic() as traffic:

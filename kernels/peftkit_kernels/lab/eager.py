@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,6 +64,11 @@ class EagerTraffic(TorchDispatchMode):
         if namespace == "peftkit":
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
+            with self:  # below autograd nobody else has taken `linear` or `matmul` apart
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if name in _MOVES_NOTHING or not outputs:

@@ -97,7 +97,7 @@ class TallConfig:
             # 64 x 128; at rank 32 1.24 and 1.14, against 1.15 and 1.07
             block_m, block_c = 32, 256
         if rank > 64:
-            block_m, num_warps = 16 if wide else 32, 8
+            block_m, block_c, num_warps = 32, 32 if wide else block_c, 8
         chunk_m = 1024
         while chunk_m > _MIN_CHUNK_M and 4 * cdiv(M, chunk_m) * cdiv(C, block_c) < 3 * target.sms:
             chunk_m //= 2
