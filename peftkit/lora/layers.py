@@ -289,8 +289,8 @@ def fuse_layer(module: nn.Module) -> bool:
 def restore_layer(module: nn.Module) -> None:
     """Make a fused layer PEFT's own again."""
     if getattr(type(module), "_peftkit_fused", False):
-        for name in [name for name in vars(module) if name.startswith("_peftkit_")]:
-            del vars(module)[name]
+        for name in ("_peftkit_plan", "_peftkit_group"):
+            vars(module).pop(name, None)
         module.__class__ = type(module)._peftkit_stock  # pyright: ignore[reportAttributeAccessIssue]
 
 
