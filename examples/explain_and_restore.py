@@ -52,8 +52,11 @@ print("3. Would it train? One forward and backward, without a trace in the model
 print(f"{check(model, {'input_ids': ids, 'labels': ids})}\n")
 
 print("4. What is not fused says why; strict=True makes it an error.")
-model.add_adapter("dora", LoraConfig(r=8, target_modules=[target], use_dora=True))
-model.set_adapter("dora")
+model.add_adapter(
+    "alora",
+    LoraConfig(r=8, target_modules=[target], alora_invocation_tokens=[1], task_type="CAUSAL_LM"),
+)
+model.set_adapter("alora")
 reasons = {layer.reason for layer in explain(model).layers if target in layer.name}
 print(f"   {target}: {', '.join(reasons)}")
 try:
@@ -61,7 +64,7 @@ try:
 except ContractError as error:
     print(f"   {error}\n")
 model.set_adapter("default")
-model.delete_adapter("dora")
+model.delete_adapter("alora")
 
 print("5. restore undoes it: every module has the class it had, and PEFT's own code runs.")
 restore(model)

@@ -59,7 +59,7 @@ class FusedLoRA:
             kwargs: As PEFT's own forward, which then runs.
         """
         if args or kwargs:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         group = self.__dict__.get("_peftkit_group")
         if group is not None:
             y = group.take(self, x)
@@ -69,7 +69,7 @@ class FusedLoRA:
         if parts is not None:
             return self._run(x, parts)
         y = self._dora_with_dropout(x)
-        return super().forward(x) if y is None else y
+        return super().forward(x) if y is None else y  # pyright: ignore[reportAttributeAccessIssue]
 
     def frozen_linear(self: Any, x: Tensor) -> Frozen | None:
         """The tensors of this forward, dropout seed drawn, or ``None`` where another forward has to run."""
@@ -289,8 +289,8 @@ def fuse_layer(module: nn.Module) -> bool:
 def restore_layer(module: nn.Module) -> None:
     """Make a fused layer PEFT's own again."""
     if getattr(type(module), "_peftkit_fused", False):
-        for name in [name for name in vars(module) if name.startswith("_peftkit_")]:
-            del vars(module)[name]
+        for name in ("_peftkit_plan", "_peftkit_group"):
+            vars(module).pop(name, None)
         module.__class__ = type(module)._peftkit_stock  # pyright: ignore[reportAttributeAccessIssue]
 
 
