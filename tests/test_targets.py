@@ -329,7 +329,12 @@ def test_names_peft_takes_for_experts_are_reached_by_their_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [LoraConfig(lora_dropout=0.1), LoHaConfig(target_modules="all-linear")]
+    "config",
+    [
+        LoraConfig(lora_dropout=0.1),
+        LoraConfig(use_dora=True),
+        LoHaConfig(target_modules="all-linear"),
+    ],
 )
 def test_weights_that_a_method_cannot_reach_are_left_out_with_the_reason(config):
     model = _qwen3_next()
