@@ -25,6 +25,9 @@ PROBE_TOKENS = 8
 _PROBE_SAMPLES = 3200
 """Wav2Vec2's convolutions turn 320 samples into one position; a fifth of a second at 16 kHz."""
 
+_ANY_IMAGE = 64
+"""Convolutional networks take any size; five halvings leave two pixels of this one."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -131,7 +134,7 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
 
 
 def _size(config: Any) -> tuple[int, int]:
-    size = config.image_size
+    size = getattr(config, "image_size", _ANY_IMAGE)
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
@@ -187,6 +190,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode while inside; each module's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module in model.modules():
+        if type(module._parameters.get("weight")).__name__ == "Params4bit":
+            # in evaluation bitsandbytes repacks such a weight in place on some processors, and rounds its scales to bfloat16
+            module.training = True
     try:
         yield
     finally:
