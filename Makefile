@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint slow conformance bench clean
+.PHONY: help demo test lint slow conformance matrix bench clean
 
 help:
 	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint         the same without the tests"
 	@echo "make slow         the tests that take minutes"
 	@echo "make conformance  PEFT's own test suite, on fused layers"
+	@echo "make matrix       every method on every architecture; writes docs/compatibility.md"
 	@echo "make bench        time and memory against plain PEFT and full fine-tuning"
 	@echo "make clean        remove the environment and build outputs"
 
@@ -37,6 +38,9 @@ slow: $(VENV)/.test
 
 conformance: $(VENV)/.conformance
 	$(BIN)/python tests/conformance/run.py $(ARGS)
+
+matrix: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/compatibility/run.py $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),training)
