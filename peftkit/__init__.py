@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peftkit.contract import ContractError, check, load_adapter
     from peftkit.explain import Report, explain
     from peftkit.interop import import_adapter
+    from peftkit.lora.plus import lora_plus_groups
     from peftkit.wrap import accelerate, restore, wrap
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "explain",
     "import_adapter",
     "load_adapter",
+    "lora_plus_groups",
     "restore",
     "wrap",
 ]
@@ -47,6 +49,7 @@ _HOME_OF = {
     "explain": "peftkit.explain",
     "import_adapter": "peftkit.interop",
     "load_adapter": "peftkit.contract",
+    "lora_plus_groups": "peftkit.lora.plus",
     "restore": "peftkit.wrap",
     "wrap": "peftkit.wrap",
 }

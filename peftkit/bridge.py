@@ -122,10 +122,6 @@ class _OwnLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Nothing is ever merged."""
 
-    def peftkit_verdict(self) -> tuple[str, str]:
-        """The path a forward takes: our own code."""
-        return "torch", ""
-
 
 class BottleneckLayer(_OwnLayer, BottleneckSite):
     """The bottleneck adapters of one module, by name."""
@@ -245,6 +241,8 @@ class PrefixTuner(_OwnTuner):
 
 class MixTuner(_OwnTuner, LoraModel):
     """LoRA, injected by PEFT, with prefixes and bottlenecks placed around it."""
+
+    target_module_mapping = LoraModel.target_module_mapping
 
     def inject_adapter(
         self,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from peftkit.targets import REWRITTEN, all_linear, base_modules, is_linear_like, suffixes
+from peftkit.targets import REWRITTEN, STACKED, all_linear, base_modules, is_linear_like, suffixes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -167,8 +167,10 @@ def _method(layer: nn.Module) -> str:
     """``peft.tuners.lora.layer.Linear`` is LoRA: PEFT keeps each method in a package of its name."""
     from peft.tuners.lora import LoraLayer
 
+    from peftkit.lora.eligibility import method
+
     if isinstance(layer, LoraLayer):
-        return "LoRA"
+        return method(layer)
     homes = (cls.__module__ for cls in type(layer).__mro__)
     return next(home for home in homes if home.startswith("peft.tuners.")).split(".")[2].upper()
 
@@ -204,6 +206,7 @@ def _left_out(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]
         if {*suffixes(f"{name}.weight")} & {*selection.parameters}
     }
     reasons = selection.left_out | dict.fromkeys(bare, REWRITTEN)
+    reasons |= dict.fromkeys(selection.stacks, STACKED.format(ndim=3))
 
     left_out = {}
     for name, module in modules.items():

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from peftkit.lora.blocks import probe_input, same_up_to_rounding
 from peftkit.lora.eligibility import has_hooks
 from peftkit.swap import swap_in
+from peftkit_kernels.dispatch import choose_backend
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
+from peftkit_kernels.frozen_norm.config import obstacle
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 
@@ -36,8 +38,12 @@ class FusedNorm(nn.Module):
 
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path a forward takes in the present state, and the reason where it is the module's own."""
-        trained = any(parameter.requires_grad for parameter in self.parameters())
-        return ("peft", "its weight is trained") if trained else ("fused:torch", "")
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            return "peft", "its weight is trained"
+        weight = self._parameters["weight"]
+        own = obstacle(weight.shape[0])
+        backend = choose_backend("frozen_norm", "auto", weight, has_dot=False, own_obstacle=own)
+        return f"fused:{backend}", ""
 
 
 def fuse_norms(model: nn.Module) -> int:

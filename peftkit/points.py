@@ -187,12 +187,15 @@ def first_tensor(value: Any) -> Tensor | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode while inside; each module's own mode afterwards."""
+    """Evaluation mode while inside; each module's own mode afterwards.
+
+    4-bit linears, which have no other use for their mode, stay in training: on the CPU bitsandbytes would repack their weights
+    for good in the first evaluation, with block maxima rounded to bfloat16.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    for module in model.modules():
-        if type(module._parameters.get("weight")).__name__ == "Params4bit":
-            # in evaluation bitsandbytes repacks such a weight in place on some processors, and rounds its scales to bfloat16
+    for module, _ in modes:
+        if hasattr(getattr(module, "weight", None), "quant_state"):
             module.training = True
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which modules "all-linear" means: every linear-like layer of the backbone, and the reasons for what is left out.
+"""Which modules "all-linear" means: every linear-like layer of the backbone, stacked experts included, and why what is left out is.
 
 PEFT's own "all-linear" depends on the architecture: on mixtures of experts it adds the router, drops shared experts and
 doubles ranks. Ours means the same everywhere, and says what it left out.
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 HEAD = "output head; list it in modules_to_save to train it"
 ROUTER = "router or gate of a mixture of experts"
-STACKED = "experts are stored as {ndim}-D parameters; pass target_parameters"
+STACKED = "experts are stored as {ndim}-D parameters, which take LoRA without dropout, DoRA or bias through target_parameters"
 PACKED = (
     "experts are stored packed ({dtype}); load the model unquantised and pass target_parameters"
 )
@@ -43,15 +43,18 @@ class Selection:
     Attributes:
         names: For PEFT's ``target_modules``: the shortest suffixes that match the chosen modules and nothing else; a
             regular expression where no list can be that exact.
-        parameters: For PEFT's ``target_parameters``: weights of linear layers that cannot be reached through
-            ``target_modules``, because PEFT rewrites their names to those of the experts. Empty for most models.
-        modules: Full names of all chosen modules, those of ``parameters`` included.
+        parameters: For PEFT's ``target_parameters``: the stacked weights of experts, and weights of linear layers that
+            cannot be reached through ``target_modules``, because PEFT rewrites their names to those of the experts. Empty
+            for most models.
+        modules: Full names of all chosen modules, those with a weight in ``parameters`` included.
+        stacks: Full names of the chosen parameters that hold the weights of all experts of a layer.
         left_out: Reason by full name, for every linear-like module and expert parameter that was not chosen.
     """
 
     names: list[str] | str
     parameters: list[str]
     modules: tuple[str, ...]
+    stacks: tuple[str, ...]
     left_out: dict[str, str]
 
 
@@ -63,7 +66,7 @@ def all_linear(model: nn.Module) -> Selection:
     """
     modules = dict(base_modules(model))
     model = modules[""]
-    left_out = _experts_and_routers(modules)
+    left_out, stacks = _experts_and_routers(modules)
     heads = _heads(model, modules)
     mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES
 
@@ -97,10 +100,14 @@ def all_linear(model: nn.Module) -> Selection:
         else:
             left_out[name] = REWRITTEN
     parameters = {f"{name}.{own}" for name, module in modules.items() for own in module._parameters}
+    others = parameters - indirect - set(stacks)
     return Selection(
         names=_shortest_entries(direct, set(modules) - direct),
-        parameters=_shortest_suffixes(indirect, parameters - indirect),
+        parameters=sorted(
+            [*_shortest_suffixes(indirect, others), *_shortest_suffixes(set(stacks), others, 2)]
+        ),
         modules=tuple(name for name in chosen if name not in left_out),
+        stacks=tuple(stacks),
         left_out=left_out,
     )
 
@@ -122,19 +129,26 @@ def fill_targets(model: nn.Module, config: Any) -> Selection | None:
     if not wanted and not (unsaid and config.peft_type == "LORA"):
         return None
     selection = all_linear(model)
-    bare_weights = config.peft_type == "LORA" and not (config.lora_dropout or config.use_dora)
-    if selection.parameters and not bare_weights:
+    if selection.parameters and not _takes_parameters(config):
         lost = {
             name: REWRITTEN
             for name in selection.modules
             if any(_has_suffix(f"{name}.weight", entry) for entry in selection.parameters)
         }
         kept = tuple(name for name in selection.modules if name not in lost)
-        selection = Selection(selection.names, [], kept, {**selection.left_out, **lost})
+        lost |= dict.fromkeys(selection.stacks, STACKED.format(ndim=3))
+        selection = Selection(selection.names, [], kept, (), {**selection.left_out, **lost})
     config.target_modules = selection.names
     if selection.parameters:
         config.target_parameters = [*(config.target_parameters or []), *selection.parameters]
     return selection
+
+
+def _takes_parameters(config: Any) -> bool:
+    """Whether PEFT can adapt bare parameters by this config."""
+    return config.peft_type == "LORA" and not (
+        config.lora_dropout or config.use_dora or config.lora_bias
+    )
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -204,9 +218,10 @@ def is_linear_like(module: nn.Module) -> bool:
 def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     """Names of the modules that turn the backbone's output into logits, and of everything else outside the backbone."""
     heads: set[str] = set()
-    embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    embeddings = {storage_of(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     for name, module in modules.items():
-        if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) in embeddings:
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        if weight is not None and storage_of(weight) in embeddings:
             heads.add(name)
         if hasattr(
             module, "get_output_embeddings"
@@ -225,6 +240,14 @@ def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     return heads
 
 
+def storage_of(weight: Tensor) -> Any:
+    """What tells tied weights from others: the memory they lie in, whichever ``Parameter`` is around it."""
+    if weight.is_meta:
+        return id(weight)
+    storage = weight.untyped_storage()
+    return (storage.data_ptr(), weight.storage_offset()) if storage.nbytes() else id(weight)
+
+
 def _ancestors(name: str) -> list[str]:
     """``"a.b.c"`` gives ``["a.b", "a"]``."""
     parts = name.split(".")
@@ -237,12 +260,13 @@ def suffixes(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
-def _experts_and_routers(modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Reasons for the parts of mixture-of-experts blocks that "all-linear" does not adapt.
+def _experts_and_routers(modules: dict[str, nn.Module]) -> tuple[dict[str, str], list[str]]:
+    """Reasons for the parts of mixture-of-experts blocks that "all-linear" does not adapt, and the stacks that it does.
 
     A block is whatever holds a container of experts: a child called ``experts``, or one whose class says so.
     """
     left_out: dict[str, str] = {}
+    stacks: list[str] = []
     names = list(modules)
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
@@ -251,13 +275,15 @@ def _experts_and_routers(modules: dict[str, nn.Module]) -> dict[str, str]:
         inside = {name, *_below(names, name)}
         for inner in inside:
             if not is_linear_like(modules[inner]):
-                left_out |= _stacked_weights(inner, modules[inner])
+                odd, whole = _stacked_weights(inner, modules[inner])
+                left_out |= odd
+                stacks += whole
         count = _count_experts(module)
         for other in _below(names, parent):
             beside = other.removeprefix(f"{parent}.") if parent else other
             if other not in inside and _is_router(beside, modules[other], count):
                 left_out[other] = ROUTER
-    return left_out
+    return left_out, list(dict.fromkeys(stacks))
 
 
 def _below(names: list[str], parent: str) -> Iterator[str]:
@@ -267,15 +293,21 @@ def _below(names: list[str], parent: str) -> Iterator[str]:
     return itertools.takewhile(lambda name: name.startswith(prefix), inside)
 
 
-def _stacked_weights(name: str, module: nn.Module) -> dict[str, str]:
-    reasons = {}
+def _stacked_weights(name: str, module: nn.Module) -> tuple[dict[str, str], list[str]]:
+    """The expert weights of one module: those that cannot be adapted with the reason, and those that can."""
+    reasons, stacks = {}, []
     for own, weight in module._parameters.items():
         if weight is None or weight.ndim < 2 or own.endswith("bias"):
             continue
-        packed = PACKED.format(dtype=str(weight.dtype).removeprefix("torch."))
-        stacked = STACKED.format(ndim=weight.ndim)
-        reasons[f"{name}.{own}"] = stacked if weight.is_floating_point() else packed
-    return reasons
+        if not weight.is_floating_point():
+            dtype = str(weight.dtype).removeprefix("torch.")
+            reasons[f"{name}.{own}"] = PACKED.format(dtype=dtype)
+        elif weight.ndim == 3:
+            stacks.append(f"{name}.{own}")
+        else:
+            # PEFT would put one low-rank pair over all experts
+            reasons[f"{name}.{own}"] = STACKED.format(ndim=weight.ndim)
+    return reasons, stacks
 
 
 def _count_experts(container: nn.Module) -> int | None:
@@ -330,10 +362,12 @@ def _shortest_entries(chosen: set[str], others: set[str]) -> list[str] | str:
     return entries
 
 
-def _shortest_suffixes(chosen: set[str], others: set[str]) -> list[str]:
-    """The shortest suffix of each chosen name that no other name ends with; the whole name failing that."""
+def _shortest_suffixes(chosen: set[str], others: set[str], parts: int = 1) -> list[str]:
+    """The shortest suffix of each chosen name, of at least so many parts, that no other name ends with; the whole name failing that."""
     taken = {suffix for other in others for suffix in suffixes(other)}
-    found = {next((s for s in suffixes(name) if s not in taken), name) for name in chosen}
+    found = {
+        next((s for s in suffixes(name)[parts - 1 :] if s not in taken), name) for name in chosen
+    }
     # What ends in another entry is already matched by it.
     return sorted(s for s in found if found.isdisjoint(suffixes(s)[:-1]))
 

@@ -10,6 +10,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Read when triton is first imported: kernels run in its interpreter, on CPU tensors. What asks the compiler runs in a child
 # process without it (``compiler.py``).
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Read when torch is first imported, here and in child processes: with several workers each has one core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

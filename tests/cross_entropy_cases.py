@@ -7,6 +7,7 @@ from peftkit_kernels.linear_cross_entropy import linear_cross_entropy
 from peftkit_kernels.low_rank import LoRA
 
 IGNORE = -100
+LORA_SCALE = 0.5
 NAMES = ("hidden", "weight", "bias", "A", "B")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,23 +28,30 @@ def inputs(
     return tensors, target
 
 
-def loss_and_grads(tensors, target, *, dtype=None, backend="torch", **options):
+def loss_and_grads(
+    tensors, target, *, dtype=None, backend="torch", op=linear_cross_entropy, **options
+):
     """The loss and every gradient by name; in ``dtype``, with the same values, where that is given."""
     leaves = {
         name: t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad)
         for name, t in tensors.items()
     }
     bias = leaves["bias"] if options.pop("bias", False) else None
-    lora = LoRA(leaves["A"], leaves["B"], 0.5) if options.pop("lora", False) else None
-    loss = linear_cross_entropy(
+    lora = LoRA(leaves["A"], leaves["B"], LORA_SCALE) if options.pop("lora", False) else None
+    loss = op(
         leaves["hidden"], leaves["weight"], target, bias=bias, lora=lora, backend=backend, **options
     )
-    # A different weight for each row, so that a wrong factor in backward shows.
-    (loss * torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape)).sum().backward()
+    if loss.requires_grad:
+        loss.backward(output_grad(loss))
     return {
         "loss": loss.detach(),
         **{name: t.grad for name, t in leaves.items() if t.grad is not None},
     }
+
+
+def output_grad(loss):
+    """A different weight for each row, so that a wrong factor in backward shows."""
+    return torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
 
 
 class LargestResult(TorchDispatchMode):

@@ -12,12 +12,16 @@ from peft.tuners.lora.layer import Linear
 
 from peftkit import accelerate
 from peftkit.targets import all_linear
+from peftkit_kernels.dora_scale.torch_impl import DoRAGate, DoRAScale
 from peftkit_kernels.frozen_norm.torch_impl import FrozenLayerNorm, FrozenRMSNorm
 from peftkit_kernels.lora_linear.torch_impl import LoRALinear
 from peftkit_kernels.lora_qkv.torch_impl import LoRAQKV
 from peftkit_kernels.lora_swiglu_mlp.torch_impl import LoRASwiGLUMLP
 
-OPS = (LoRALinear, LoRAQKV, LoRASwiGLUMLP, FrozenRMSNorm, FrozenLayerNorm)
+OPS = (
+    *(LoRALinear, LoRAQKV, LoRASwiGLUMLP),
+    *(FrozenRMSNorm, FrozenLayerNorm, DoRAScale, DoRAGate),
+)
 
 
 def stock(name, dtype=torch.float32, model_dropout=0.0, **config):
@@ -39,7 +43,10 @@ def fill_factors(model, seed=0):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data.copy_(values * 0.2)
+            if "magnitude" in name:
+                parameter.data.mul_(1 + 0.2 * values)
+            else:
+                parameter.data.copy_(values * 0.2)
 
 
 def pair(name, dtype=torch.float32, logit_free=True, **config):

@@ -5,6 +5,7 @@ import pickle
 
 import families
 import models
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ def test_houlsby_and_parallel_in_a_pre_norm_decoder():
         h = plain.mlp.forward(z)
         read = h if placement == "houlsby" else z
         expected = r + h + part(layer.mlp.bottleneck.adapters["default"], read)
-        assert torch.allclose(seen[">"], expected, rtol=1e-12, atol=1e-12), placement
+        oracles.assert_equals(seen[">"], expected)
 
 
 @pytest.mark.parametrize("name", ["bert", "opt"])
@@ -129,7 +130,7 @@ def test_parallel_between_two_linears(name):
     site = layers[1].get_submodule(last).bottleneck
     h = plain.forward(seen[f"{last}<"])
     expected = h + part(site.adapters["default"], seen[f"{first}<"])
-    assert torch.allclose(seen[f"{last}>"], expected, rtol=1e-12, atol=1e-12)
+    oracles.assert_equals(seen[f"{last}>"], expected)
     assert site.carry.value is None  # nothing outlives the forward
 
 
@@ -146,7 +147,7 @@ def test_pfeiffer_in_a_post_norm_encoder():
         return F.layer_norm(v, (32,), norm.weight, norm.bias, norm.eps)
 
     expected = ln(s + part(norm.bottleneck.adapters["default"], ln(s)))
-    assert torch.allclose(seen[">"], expected, rtol=1e-12, atol=1e-12)
+    oracles.assert_equals(seen[">"], expected)
 
 
 def test_pfeiffer_in_a_pre_norm_decoder():
@@ -159,7 +160,26 @@ def test_pfeiffer_in_a_pre_norm_decoder():
     r = seen["<"] + seen["self_attn>"]
     z = r + plain.mlp(plain.post_attention_layernorm(r))
     expected = z + part(layer.bottleneck.adapters["default"], z)
-    assert torch.allclose(seen[">"], expected, rtol=1e-12, atol=1e-12)
+    oracles.assert_equals(seen[">"], expected)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", ["llama", "bert", "qwen3_moe", "t5"])
+def test_float32_against_the_formula_in_float64(name, placement):
+    """Each adapted module's output from what the adapter was given; where that is, the tests above say."""
+    model = families.family(name)
+    add_bottlenecks(model, BottleneckConfig(bottleneck_size=4, placement=placement, scaling=4.0))
+    calls = []
+    for module in randomised(model).modules():
+        if isinstance(module, BottleneckSite):
+            module.register_forward_hook(lambda *call: calls.append(call))
+    outputs(model, probe_inputs(model))
+    assert len(calls) >= 2
+    for site, (base, read, x), actual in calls:
+        given = x if placement == "parallel" else base if read is None else read
+        adapter = copy.deepcopy(site.adapters["default"]).double()
+        assert actual.dtype is torch.float32
+        oracles.assert_equals(actual, base.double() + part(adapter, given.double()))
 
 
 def test_learned_scaling_layer_norm_and_activation():
@@ -173,7 +193,7 @@ def test_learned_scaling_layer_norm_and_activation():
     a = z @ d.weight.T + d.bias
     a = a * 0.5 * (1 + torch.erf(a / 2**0.5))
     expected = base + adapter.scaling * (a @ u.weight.T + u.bias)
-    assert torch.allclose(adapter(base, x), expected, rtol=1e-12, atol=1e-12)
+    oracles.assert_equals(adapter(base, x), expected)
     assert torch.autograd.gradcheck(adapter, (base.requires_grad_(), x.requires_grad_()))
     assert "scaling=learned" in repr(adapter)
 
@@ -243,6 +263,7 @@ def test_checkpointing_gives_the_same_gradients(name, use_reentrant, placement):
         ({"bottleneck_size": 4, "reduction_factor": 2}, "say the same thing"),
         ({"activation": "elu"}, "activation='elu' is unknown; use one of relu"),
         ({"bottleneck_size": 0}, "bottleneck_size=0 is below 1"),
+        ({"reduction_factor": 0}, "reduction_factor=0 is not above 0"),
         ({"scaling": "big"}, "scaling='big': use a number or 'learned'"),
         ({"layers": [0, 2]}, "there is no layer 2; the model has layers 0 to 1"),
         ({"target_modules": ["mlp"]}, "'mlp' is not a module of LlamaForCausalLM"),

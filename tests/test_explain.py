@@ -53,12 +53,17 @@ def test_one_obstacle_is_told_of_its_layer_alone():
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (LoraConfig(target_modules=["q_proj"], use_dora=True), "variant"),
+        (
+            LoraConfig(
+                target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM"
+            ),
+            "variant",
+        ),
         (LoraConfig(target_modules=["embed_tokens"]), "Embedding"),
-        (LoraConfig(target_modules=[], target_parameters=["q_proj.weight"]), "ParamWrapper"),
+        (LoraConfig(target_modules=[], target_parameters=["embed_tokens.weight"]), "neither"),
         (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "IA3 has no fused forward"),
     ],
-    ids=["dora", "embedding", "parameter", "ia3"],
+    ids=["alora", "embedding", "parameter", "ia3"],
 )
 def test_layers_without_a_fused_forward_have_a_reason(config, reason):
     report = explain(wrap(models.tiny("llama"), config))

@@ -46,6 +46,7 @@ def test_public_names_resolve():
         *("ContractError", "LoraConfig", "Report", "__version__", "accelerate", "check"),
         *("explain", "load_adapter", "restore", "wrap", "BottleneckConfig", "PrefixConfig"),
         "import_adapter",
+        "lora_plus_groups",
     }
     assert all(callable(value) for name, value in values.items() if name != "__version__")
     assert dir(peftkit) == sorted(peftkit.__all__)
@@ -142,7 +143,7 @@ def test_wheel_contains_both_packages_and_nothing_else(wheel):
     expected = set()
     for root, package in ((ROOT, "peftkit"), (ROOT / "kernels", "peftkit_kernels")):
         for path in (root / package).rglob("*"):
-            if path.suffix in {".py", ".c", ".h", ".json", ".html", ".css", ".typed"}:
+            if path.suffix in {".py", ".c", ".h", ".json", ".html", ".css", ".md", ".typed"}:
                 expected.add(path.relative_to(root).as_posix())
     assert {name for name in names if not name.split("/")[0].endswith(".dist-info")} == expected
 
@@ -165,7 +166,7 @@ def test_imports_keep_their_contracts():
 
 
 def test_kernels_import_without_transformers_peft_and_triton():
-    needs_triton = {"kernels", "tiles", "aot", "interp", "patching", "traffic"}
+    needs_triton = {"kernels", "tiles", "aot", "interp", "patching", "traffic", "check", "volumes"}
     code = f"""
 import pkgutil, sys
 for name in ("transformers", "peft", "triton", "accelerate"):

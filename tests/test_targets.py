@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -167,9 +168,7 @@ TRUTH = {
     "mixtral": (
         _mixtral,
         _expand(f"model.layers.[0-1].{_QKVO}"),
-        _LM_HEAD
-        | dict.fromkeys(_expand(_EXPERTS), _STACKED)
-        | dict.fromkeys(_expand("model.layers.[0-1].mlp.gate"), ROUTER),
+        _LM_HEAD | dict.fromkeys(_expand("model.layers.[0-1].mlp.gate"), ROUTER),
     ),
     "qwen2_moe": (
         _qwen2_moe,
@@ -178,15 +177,12 @@ TRUTH = {
             "model.layers.[0-1].mlp.shared_expert.{gate_proj,up_proj,down_proj}",
         ),
         _LM_HEAD
-        | dict.fromkeys(_expand(_EXPERTS), _STACKED)
         | dict.fromkeys(_expand("model.layers.[0-1].mlp.{gate,shared_expert_gate}"), ROUTER),
     ),
     "qwen3_moe": (
         _qwen3_moe,
         _expand(f"model.layers.[0-1].{_QKVO}", f"model.layers.0.{_GATED}"),
-        _LM_HEAD
-        | dict.fromkeys(_expand("model.layers.1.mlp.experts.{gate_up_proj,down_proj}"), _STACKED)
-        | {"model.layers.1.mlp.gate": ROUTER},
+        _LM_HEAD | {"model.layers.1.mlp.gate": ROUTER},
     ),
     "qwen3_next": (
         _qwen3_next,
@@ -196,16 +192,13 @@ TRUTH = {
             "model.layers.[0-1].mlp.shared_expert.{gate_proj,up_proj,down_proj}",
         ),
         _LM_HEAD
-        | dict.fromkeys(_expand(_EXPERTS), _STACKED)
         | dict.fromkeys(_expand("model.layers.[0-1].mlp.{gate,shared_expert_gate}"), ROUTER)
         | {"model.layers.0.linear_attn.conv1d": CONVOLUTION},
     ),
     "gpt_oss": (
         _gpt_oss,
         _expand(f"model.layers.[0-1].{_QKVO}"),
-        _LM_HEAD
-        | dict.fromkeys(_expand(_EXPERTS), _STACKED)
-        | dict.fromkeys(_expand("model.layers.[0-1].mlp.router"), ROUTER),
+        _LM_HEAD | dict.fromkeys(_expand("model.layers.[0-1].mlp.router"), ROUTER),
     ),
     "distilbert": (
         _distilbert,
@@ -239,27 +232,45 @@ TRUTH = {
 }
 
 
+STACKS = {
+    "mixtral": _expand(_EXPERTS),
+    "qwen2_moe": _expand(_EXPERTS),
+    "qwen3_moe": _expand("model.layers.1.mlp.experts.{gate_up_proj,down_proj}"),
+    "qwen3_next": _expand(_EXPERTS),
+    "gpt_oss": _expand(_EXPERTS),
+}
+"""The parameters that hold the weights of all experts of a layer."""
+
+
 @pytest.fixture(params=TRUTH)
 def case(request):
     build, chosen, left_out = TRUTH[request.param]
-    return build(), chosen, left_out
+    return build(), chosen, STACKS.get(request.param, set()), left_out
 
 
 def test_every_linear_layer_of_the_backbone_and_nothing_else(case):
-    model, chosen, left_out = case
+    model, chosen, stacks, left_out = case
     selection = all_linear(model)
     assert set(selection.modules) == chosen
+    assert set(selection.stacks) == stacks
     assert selection.left_out == left_out
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_peft_adapts_exactly_the_selection(case):
-    model, chosen, _ = case
+    model, chosen, stacks, _ = case
     config = LoraConfig()
     fill_targets(model, config)
     tuner = get_peft_model(model, config).base_model
-    adapted = {n for n, m in tuner.model.named_modules() if isinstance(m, BaseTunerLayer)}
-    assert adapted == chosen
+    adapted, parameters = set(), set()
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, ParamWrapper):
+            parameters.add(f"{name.replace('.base_layer', '')}.{module.parameter_name}")
+        elif isinstance(module, BaseTunerLayer):
+            adapted.add(name)
+    bare = {f"{name}.weight" for name in chosen - adapted}
+    assert adapted | {name.removesuffix(".weight") for name in bare} == chosen
+    assert parameters == stacks | bare
 
 
 def test_the_head_of_a_language_model_inside_another_module():
@@ -313,7 +324,8 @@ def test_names_peft_takes_for_experts_are_reached_by_their_weights(tmp_path):
     model = _qwen3_next().eval()
     config = LoraConfig(init_lora_weights=False)
     selection = fill_targets(model, config)
-    assert selection.parameters == ["down_proj.weight", "gate_proj.weight", "up_proj.weight"]
+    bare = ["down_proj.weight", "gate_proj.weight", "up_proj.weight"]
+    assert selection.parameters == sorted([*bare, "experts.down_proj", "experts.gate_up_proj"])
     base = {name: p.clone() for name, p in model.named_parameters()}
     wrapped = get_peft_model(model, config)
     ids = models.batch("llama")["input_ids"]
@@ -341,6 +353,8 @@ def test_weights_that_a_method_cannot_reach_are_left_out_with_the_reason(config)
     selection = fill_targets(model, config)
     assert selection.parameters == []
     assert selection.left_out["model.layers.0.mlp.shared_expert.up_proj"] == REWRITTEN
+    assert selection.left_out["model.layers.0.mlp.experts.down_proj"] == _STACKED
+    assert selection.stacks == ()
     assert not any("shared_expert" in name for name in selection.modules)
 
 

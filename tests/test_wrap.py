@@ -44,9 +44,11 @@ def test_strict_names_what_is_not_fused_and_leaves_the_model_as_it_was():
     before = {name: (type(module), list(module.__dict__)) for name, module in model.named_modules()}
     trained = [p.requires_grad for p in model.parameters()]
     expected = model(**models.batch("llama")).loss
-    config = LoraConfig(use_dora=True, target_modules=["q_proj", "v_proj"])
+    config = LoraConfig(
+        alora_invocation_tokens=[5], task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]
+    )
     with pytest.raises(
-        ContractError, match=r"4 of 4 adapter layers .*(\n.*)*q_proj: .*DoraLinearVariant"
+        ContractError, match=r"4 of 4 adapter layers .*(\n.*)*q_proj: .*ALoraLinearVariant"
     ):
         wrap(model, config, strict=True)
     after = {name: (type(module), list(module.__dict__)) for name, module in model.named_modules()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,9 +15,17 @@ from peftkit_kernels.low_rank import LoRA
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast wants ``x`` in, or ``None`` where autocast is off or leaves ``x`` alone."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64 or not x.is_floating_point():
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    if x.dtype is torch.float64 or not x.is_floating_point():
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast switched off where ``x`` is; tensors without values know none."""
+    kind = x.device.type
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def check_counts(

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from peftkit_kernels.launch import is_recording
 from peftkit_kernels.low_rank.config import MAX_RANK
 
 Backend = Literal["auto", "reference", "torch", "triton"]
@@ -22,7 +23,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def triton_obstacle(
-    op: str, *tensors: Tensor | None, rank: int = 0, has_dot: bool = True
+    op: str,
+    *tensors: Tensor | None,
+    rank: int = 0,
+    has_dot: bool = True,
+    own_obstacle: str | None = None,
 ) -> str | None:
     """Why ``op`` cannot run on Triton here, as a sentence, or ``None`` when it can.
 
@@ -31,6 +36,7 @@ def triton_obstacle(
         tensors: What it would run on, its input first; none where the op has no Triton kernel.
         rank: Of its adapters.
         has_dot: Whether its kernels multiply matrices.
+        own_obstacle: What only the op itself knows to stand in the way, as a sentence.
     """
     present = [t for t in tensors if t is not None]
     if not present:
@@ -45,6 +51,10 @@ def triton_obstacle(
         return f"its input is {x.dtype}; the kernels compute in bfloat16, float16 and float32"
     if rank > MAX_RANK:
         return f"the rank is {rank}; the kernels keep a tile of it in registers, up to {MAX_RANK}"
+    if own_obstacle is not None:
+        return own_obstacle
+    if x.device.type == "meta" and is_recording():
+        return None
     ask = _device_obstacle if torch.compiler.is_compiling() else _cached_device_obstacle
     return ask(x.device.type, x.device.index, x.dtype, has_dot)
 
@@ -85,8 +95,9 @@ def choose_backend(
     *tensors: Tensor | None,
     rank: int = 0,
     has_dot: bool = True,
+    own_obstacle: str | None = None,
 ) -> Literal["reference", "torch", "triton"]:
-    """Resolve the backend of one call; ``tensors``, ``rank`` and ``has_dot`` as in ``triton_obstacle``.
+    """Resolve the backend of one call; the other arguments are those of ``triton_obstacle``.
 
     The automatic choice is ``triton`` on a GPU where nothing stands in its way, and ``torch`` otherwise. Under
     ``torch.compile`` it is ``reference`` in place of ``torch``: the compiler fuses and differentiates plain torch ops
@@ -98,7 +109,9 @@ def choose_backend(
     if backend not in _BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(_BACKENDS)}")
     if backend == "triton":
-        obstacle = triton_obstacle(op, *tensors, rank=rank, has_dot=has_dot)
+        obstacle = triton_obstacle(
+            op, *tensors, rank=rank, has_dot=has_dot, own_obstacle=own_obstacle
+        )
         if obstacle is not None:
             raise ValueError(
                 f"backend='triton': {op} cannot run on it: {obstacle}; use backend='auto'"
@@ -107,6 +120,10 @@ def choose_backend(
     if backend != "auto":
         return backend
     on_gpu = bool(tensors) and tensors[0] is not None and tensors[0].device.type == "cuda"
-    if on_gpu and triton_obstacle(op, *tensors, rank=rank, has_dot=has_dot) is None:
-        return "triton"
+    if on_gpu:
+        obstacle = triton_obstacle(
+            op, *tensors, rank=rank, has_dot=has_dot, own_obstacle=own_obstacle
+        )
+        if obstacle is None:
+            return "triton"
     return "reference" if torch.compiler.is_compiling() else "torch"

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftkit_kernels.calibration import Calibration, load
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -24,10 +26,12 @@ class Target:
     Attributes:
         arch: ``"cuda:90"`` or ``"hip:gfx942"``.
         sms: Streaming multiprocessors, or compute units.
+        calibration: Crossovers measured there, or the defaults.
     """
 
     arch: str
     sms: int
+    calibration: Calibration = Calibration()  # noqa: RUF009 - frozen
 
     @property
     def capability(self) -> int | None:
@@ -49,6 +53,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    fp_fusion: bool = True
 
 
 @dataclass
@@ -89,12 +94,10 @@ def target_of(tensor: Tensor) -> Target:
 @functools.cache
 def _target_of_gpu(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
+    arch = f"cuda:{10 * properties.major + properties.minor}"
     if torch.version.hip:
-        return Target(
-            f"hip:{properties.gcnArchName.split(':')[0]}", properties.multi_processor_count
-        )
-    number = 10 * properties.major + properties.minor
-    return Target(f"cuda:{number}", properties.multi_processor_count)
+        arch = f"hip:{properties.gcnArchName.split(':')[0]}"
+    return Target(arch, properties.multi_processor_count, load(properties.name))
 
 
 def launch(
@@ -103,6 +106,7 @@ def launch(
     *arguments: Any,
     num_warps: int,
     num_stages: int,
+    fp_fusion: bool = True,
     **constants: Any,
 ) -> None:
     """Run ``kernel`` on ``grid``, or record that.
@@ -113,18 +117,27 @@ def launch(
         arguments: The kernel's arguments that are not constexpr; an absent tensor is ``None``.
         num_warps: Warps a program.
         num_stages: Software-pipeline stages of its loops.
+        fp_fusion: Whether a product and a sum may become one instruction with one rounding; not where bits are promised.
         constants: The constexpr arguments.
     """
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.launches.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+        recorder.launches.append(
+            Launch(kernel, grid, arguments, constants, num_warps, num_stages, fp_fusion)
+        )
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     guard = contextlib.nullcontext()
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         guard = torch.cuda.device(device)
     with guard:
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](
+            *arguments,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            enable_fp_fusion=fp_fusion,
+            **constants,
+        )
 
 
 def cdiv(a: int, b: int) -> int:

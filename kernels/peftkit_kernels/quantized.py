@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from peftkit_kernels import int8, nf4, workspace
 from peftkit_kernels.int8 import Int8Weight
+from peftkit_kernels.int8 import triton_impl as int8_triton
 from peftkit_kernels.nf4 import NF4Weight
+from peftkit_kernels.nf4 import triton_impl as nf4_triton
 
 QuantizedWeight = NF4Weight | Int8Weight
 
@@ -27,6 +31,28 @@ def decode(q: QuantizedWeight, dtype: torch.dtype, row_scale: Tensor | None = No
     if isinstance(q, NF4Weight):
         return nf4.dequantize_nf4(q, out=out, row_scale=row_scale, backend="torch")
     return int8.dequantize_int8(q, out=out, row_scale=row_scale, backend="torch")
+
+
+def decode_triton(
+    q: QuantizedWeight, dtype: torch.dtype, row_scale: Tensor | None = None
+) -> Tensor:
+    """``decode`` by a Triton kernel."""
+    out = workspace.take(q.shape, dtype, q.device)
+    if isinstance(q, NF4Weight):
+        return nf4_triton.dequantize_into(q, out, row_scale)
+    return int8_triton.dequantize_into(q, out, row_scale)
+
+
+def layout_of(q: QuantizedWeight) -> list[int]:
+    """The numbers a torch.library op takes beside ``q.tensors()``; never empty, which it would take for a list of tensors."""
+    return q.layout() if isinstance(q, NF4Weight) else list(q.shape)
+
+
+def rebuild(tensors: Sequence[Tensor], layout: Sequence[int]) -> QuantizedWeight:
+    """The weight that ``tensors()`` and ``layout_of`` came from."""
+    if tensors[0].dtype is torch.int8:
+        return Int8Weight(*tensors)
+    return NF4Weight.rebuild(tensors, layout)
 
 
 def check_quantized(x: Tensor, q: QuantizedWeight, kind: type, name: str = "q") -> None:

@@ -191,15 +191,22 @@ def assert_no_worse_than(
     assert actual.dtype == plain.dtype, f"{name} is {actual.dtype}, plain torch's is {plain.dtype}"
     if not actual.numel():
         return
-    truth = truth.detach().double()
-    largest = float(truth.abs().max())
-    floor = torch.finfo(actual.dtype).eps * largest
-    allowed = factor * float((plain.detach().double() - truth).abs().max()) + floor
-    error = float((actual.detach().double() - truth).abs().max())
+    error, allowed = error_and_allowed(actual, plain, truth, factor)
+    largest = float(truth.detach().double().abs().max())
     assert largest > 10 * allowed, (
         f"{name}: at most {largest:.3g} in size and {allowed:.3g} off allowed; a wrong result would pass"
     )
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def error_and_allowed(
+    actual: Tensor, plain: Tensor, truth: Tensor, factor: float = 2.0
+) -> tuple[float, float]:
+    """The largest error of ``actual`` and how large it may be; arguments as ``assert_no_worse_than``, not empty."""
+    truth = truth.detach().double()
+    floor = torch.finfo(actual.dtype).eps * float(truth.abs().max())
+    allowed = factor * float((plain.detach().double() - truth).abs().max()) + floor
+    return float((actual.detach().double() - truth).abs().max()), allowed
 
 
 class Kept:

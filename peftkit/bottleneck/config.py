@@ -65,3 +65,7 @@ class BottleneckConfig(PeftConfig):
                 f"bottleneck_size={self.bottleneck_size} and reduction_factor={self.reduction_factor} say the same thing; "
                 "give one of them"
             )
+        if self.reduction_factor is not None and not self.reduction_factor > 0:
+            raise ValueError(
+                f"reduction_factor={self.reduction_factor} is not above 0; it divides the width, mostly by 2 to 64"
+            )

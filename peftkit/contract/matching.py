@@ -12,7 +12,10 @@ from typing import Any
 from torch import nn
 
 from peftkit.contract.errors import ContractError, listing
-from peftkit.targets import base_modules, peft_rewrite, suffixes
+from peftkit.targets import base_modules, peft_rewrite, storage_of, suffixes
+
+Matches = dict[tuple[str, str], list[str]]
+"""Names by ``(field, entry)``."""
 
 # PEFT's word for a config that adapts no module; a mix without LoRA has it
 _NONE = "dummy-target-modules"
@@ -32,11 +35,14 @@ def check_targets(model: nn.Module, config: Any) -> None:
         config: Any ``peft.PeftConfig``.
 
     Raises:
-        ContractError: An entry matches nothing, or PEFT would take a module's name for the experts' and leave the module
-            itself without an adapter.
+        ContractError: An entry matches nothing, PEFT would take a module's name for the experts' and leave the module
+            itself without an adapter, one of several modules that share a weight is meant, or a rank does not fit a
+            grouped convolution.
     """
     _check_nothing_shadowed(model, config)
     matches = match_targets(model, config)
+    _check_ties(model, config, matches)
+    _check_convolutions(model, config, matches)
     unmatched = [where for where, names in matches.items() if not names]
     if not unmatched:
         return
@@ -67,6 +73,74 @@ def _check_nothing_shadowed(model: nn.Module, config: Any) -> None:
         )
 
 
+def _check_ties(model: nn.Module, config: Any, matches: Matches) -> None:
+    """Modules that share a weight, by its storage: an adapter on one of them leaves open what becomes of the others."""
+    if getattr(config, "ensure_weight_tying", False):
+        return
+    modules = dict(base_modules(model))
+    sharing: dict[Any, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            sharing[storage_of(weight)].append(name)
+    adapted, replaced = _touched(matches)
+    for names in sharing.values():
+        # a merged adapter, or a trained copy, would change or untie what the others see
+        touched = [name for name in names if name in adapted or _inside(name, replaced)]
+        if len(names) > 1 and touched:
+            others = [name for name in names if name not in touched] or names
+            raise ContractError(
+                f"{', '.join(touched)} shares its weight with {', '.join(others)}, and this {type(config).__name__} does not "
+                "say whether they stay one: pass ensure_weight_tying=True to adapt or train them as one, untie them first "
+                f"({names[-1]}.weight = torch.nn.Parameter({names[-1]}.weight.detach().clone()) and "
+                "config.tie_word_embeddings = False), or leave them out"
+            )
+
+
+def _touched(matches: Matches) -> tuple[set[str], set[str]]:
+    """Modules that get an adapter on their weight, and modules that are trained as a copy."""
+    adapted, replaced = set(), set()
+    for (field, _), names in matches.items():
+        if field == "target_modules":
+            adapted |= set(names)
+        elif field == "target_parameters":
+            adapted |= {name.rpartition(".")[0] for name in names}
+        elif field == "modules_to_save":
+            replaced |= set(names)
+    return adapted, replaced
+
+
+def _inside(name: str, parents: set[str]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def _check_convolutions(model: nn.Module, config: Any, matches: Matches) -> None:
+    """PEFT divides the rank among the groups of a convolution."""
+    if getattr(config, "r", None) is None:
+        return
+    modules = dict(base_modules(model))
+    for (field, _), names in matches.items():
+        for name in names if field == "target_modules" else ():
+            module = modules.get(name)  # PEFT reads some names as those of parameters
+            if not isinstance(module, nn.modules.conv._ConvNd):
+                continue
+            groups, rank = module.groups, _rank(config, name)
+            if rank % groups:
+                raise ContractError(
+                    f"{name} is a {type(module).__name__} of {groups} groups, and its rank is {rank}: the rank must be a "
+                    f"multiple of the groups. Pass r={groups * -(-rank // groups)}, or "
+                    f"rank_pattern={{{name!r}: {groups}}}, or leave it out by exclude_modules. (LoRA on a grouped convolution "
+                    "cannot be merged.)"
+                )
+
+
+def _rank(config: Any, name: str) -> int:
+    """The rank PEFT gives to a module."""
+    patterns = getattr(config, "rank_pattern", None) or {}
+    found = (rank for entry, rank in patterns.items() if re.match(rf"(.*\.)?({entry})$", name))
+    return next(found, config.r)
+
+
 def _way_out(field: str, entry: str, modules: dict[str, nn.Module], matches) -> str:
     if field == "layers_to_transform":
         return " among the targeted layers; give layer numbers that the model has"
@@ -93,7 +167,7 @@ def _close_matches(entry: str, names: Iterable[str]) -> str:
     return f"; names look like {names[len(names) // 2]!r}" if names else ""
 
 
-def match_targets(model: nn.Module, config: Any) -> dict[tuple[str, str], list[str]]:
+def match_targets(model: nn.Module, config: Any) -> Matches:
     """Find what each entry of a config matches, by PEFT's own rules.
 
     Args:
@@ -107,7 +181,7 @@ def match_targets(model: nn.Module, config: Any) -> dict[tuple[str, str], list[s
     modules = dict(base_modules(model))
     by_suffix = _by_suffix(modules)
     parameters = _by_suffix(f"{name}.{own}" for name, m in modules.items() for own in m._parameters)
-    matches: dict[tuple[str, str], list[str]] = {}
+    matches: Matches = {}
     for entry, names in _targeted(config, modules, by_suffix).items():
         matches["target_modules", entry] = names
     for entry, names in _rewritten(modules[""], config, parameters).items():

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.lora.layers import Frozen, FusedLinear, frozen_part
+from peftkit.lora.compute import Frozen, gated_mlp, linears
+from peftkit.lora.experts import FusedParamWrapper
+from peftkit.lora.layers import FusedLinear, frozen_part
 from peftkit.swap import swap_in
 from peftkit.targets import is_cross_attention
-from peftkit_kernels.lora_qkv import lora_qkv
-from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp
+from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
 from peftkit_kernels.lora_swiglu_mlp.activation import activate
 from peftkit_kernels.low_rank import LoRA
 
@@ -62,7 +63,7 @@ class SharedInput:
         parts = [part.frozen_linear(x) for part in self.members]
         if any(part is None for part in parts):
             return None
-        outputs = lora_qkv(x, *zip(*parts, strict=True))
+        outputs = linears(x, parts)
         self._input, self._key = x, key
         self._outputs = {
             id(m): (y, _state(m)) for m, y in zip(self.members[1:], outputs[1:], strict=True)
@@ -94,9 +95,10 @@ def _state(member: FusedLinear) -> tuple[Any, ...]:
     plan = member.__dict__.get("_peftkit_plan")
     if plan is None or plan.base is None:
         return ()
-    A, B = plan.A._parameters["weight"], plan.B._parameters["weight"]
-    versions = () if A.is_inference() or B.is_inference() else (A._version, B._version)
-    return id(A), id(B), versions, member.scaling[plan.name], plan.dropout.training
+    modules = (plan.A, plan.B) if plan.magnitude is None else (plan.A, plan.B, plan.magnitude)
+    tensors = [module._parameters["weight"] for module in modules]
+    versions = [None if t.is_inference() else t._version for t in tensors]
+    return *map(id, tensors), *versions, member.scaling[plan.name], plan.dropout.training
 
 
 class FusedGatedMLP(nn.Module):
@@ -111,16 +113,21 @@ class FusedGatedMLP(nn.Module):
         parts = gated_parts(self, args[0])
         if parts is None:
             return super().forward(*args)
-        weights, biases, loras = zip(*parts, strict=True)
-        return lora_swiglu_mlp(args[0], weights, biases, loras, self._peftkit_act)
+        return gated_mlp(args[0], parts, self._peftkit_act)
 
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path a forward takes in the present state, and the reason where it is the module's own."""
+        paths = set()
         for name in _names(self) or ():
             part = getattr(self, name)
-            if isinstance(part, FusedLinear) and part.peftkit_verdict()[1]:
-                return "peft", f"{name}: {part.peftkit_verdict()[1]}"
-        return "fused:torch", ""
+            if isinstance(part, (FusedLinear, FusedParamWrapper)):
+                path, reason = part.peftkit_verdict()
+                if reason:
+                    return "peft", f"{name}: {reason}"
+                paths.add(path)
+            if isinstance(part, FusedLinear) and part.drops_within_dora():
+                return "peft", f"{name}: dropout within DoRA takes each linear by itself"
+        return paths.pop() if len(paths) == 1 else "fused:torch", ""
 
 
 def group_shared_inputs(model: nn.Module) -> int:
@@ -193,6 +200,7 @@ def _rows(part: Frozen, rows: slice) -> Frozen:
         part.weight[rows],
         None if part.bias is None else part.bias[rows],
         None if lora is None else LoRA(lora.A, lora.B[rows], lora.scale),
+        None if part.magnitude is None else part.magnitude[rows],
     )
 
 
@@ -211,6 +219,8 @@ def _act_fn(module: nn.Module) -> Any:
 
 
 def _is_linear(module: nn.Module | None) -> bool:
+    if isinstance(module, FusedParamWrapper):
+        module = module.base_layer  # LoRA on the bare weight of a linear
     return type(module) is nn.Linear or isinstance(module, FusedLinear)
 
 
@@ -244,9 +254,7 @@ def _verified_activation(module: nn.Module, x: Tensor, parts: list[Frozen]) -> s
     act = _activation_name(_act_fn(module), x.device)
     if act is None:
         return None
-    weights, biases, loras = zip(*parts, strict=True)
-    fused = lora_swiglu_mlp(x, weights, biases, loras, act)
-    return act if same_up_to_rounding(fused, module(x)) else None
+    return act if same_up_to_rounding(gated_mlp(x, parts, act), module(x)) else None
 
 
 def _activation_name(act_fn: Any, device: torch.device) -> str | None:

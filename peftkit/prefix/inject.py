@@ -12,16 +12,9 @@ from torch import nn
 from peftkit.own_attention import dispatches
 from peftkit.placing import device_and_dtype, refuse_peft_fields
 from peftkit.points import evaluating
+from peftkit.prefix.attention import IMPLEMENTATION, RECORD, prefix_attention
 from peftkit.prefix.config import PrefixConfig
-from peftkit.prefix.module import (
-    CHILD,
-    IMPLEMENTATION,
-    RECORD,
-    Prefix,
-    PrefixAttention,
-    PrefixSite,
-    prefix_attention,
-)
+from peftkit.prefix.module import CHILD, Prefix, PrefixAttention, PrefixSite
 from peftkit.prefix.positions import move_positions, restore_positions
 from peftkit.swap import swap_in, swap_out
 from peftkit.targets import base_modules, is_cross_attention
@@ -80,6 +73,7 @@ def attach(module: nn.Module, site: PrefixSite) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(IMPLEMENTATION, prefix_attention)
+    site.owner = (module,)
     module.add_module(CHILD, site)
     swap_in(module, PrefixAttention)
 

@@ -2,8 +2,9 @@
 
 Loaded by ``run.py`` with ``-p plugin``. Two environment variables steer it:
 ``PEFTKIT_CONFORMANCE_OUT`` names the JSON file that receives
-``{"outcomes": {test: outcome}, "fused_layers": number}``, and ``PEFTKIT_CONFORMANCE_MODE`` is ``stock``,
-``fused``, or ``fused-torch-blas``: fused with the matrix products that PyTorch itself would have used.
+``{"outcomes": {test: outcome}, "fused_layers": number, "skipped": {test: reason}}``, and ``PEFTKIT_CONFORMANCE_MODE`` is
+``stock``, ``fused``, ``fused-torch-blas`` (fused with the matrix products that PyTorch itself would have used), or ``own``:
+the common tests over peftkit's own methods instead (``own_types.py``).
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy
+import own_types
 import pytest
 import torch
 
@@ -51,6 +53,7 @@ _WHOLE_MODULES = {
 
 _outcomes = pytest.StashKey[dict[str, str]]()
 _fused = pytest.StashKey[Counter]()
+_skipped = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,19 +64,29 @@ def pytest_configure(config: pytest.Config) -> None:
     testing_utils.hub_online_once = lambda model_id: contextlib.nullcontext()
     config.stash[_outcomes] = {}
     config.stash[_fused] = Counter()
+    config.stash[_skipped] = {}
     mode = os.environ["PEFTKIT_CONFORMANCE_MODE"]
     if mode.startswith("fused"):
         _fuse_at_creation(config.stash[_fused])
     if mode == "fused-torch-blas":
         _multiply_as_torch_does()
+    if mode == "own":
+        own_types.install()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what has nothing to do with LoRA."""
+    """Deselect what has nothing to do with LoRA, or in mode ``own`` with our methods."""
+    own = os.environ["PEFTKIT_CONFORMANCE_MODE"] == "own"
     kept, dropped = [], []
     for item in items:
-        about_lora = item.path.name in _WHOLE_MODULES or _LORA.search(item.nodeid)
-        (kept if about_lora else dropped).append(item)
+        if own:
+            wanted = own_types.method_of(item.nodeid) is not None
+            reason = own_types.reason_against(item.nodeid)
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+        else:
+            wanted = item.path.name in _WHOLE_MODULES or _LORA.search(item.nodeid)
+        (kept if wanted else dropped).append(item)
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
 
@@ -94,6 +107,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     if outcomes.get(report.nodeid, "passed") == "passed":
         broken_outside = report.failed and report.when != "call"
         outcomes[report.nodeid] = "error" if broken_outside else report.outcome
+    if report.skipped and isinstance(report.longrepr, tuple):
+        item.config.stash[_skipped][report.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
     return report
 
 
@@ -102,6 +117,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     result = {
         "outcomes": session.config.stash[_outcomes],
         "fused_layers": session.config.stash[_fused]["layers"],
+        "skipped": session.config.stash[_skipped],
     }
     Path(os.environ["PEFTKIT_CONFORMANCE_OUT"]).write_text(json.dumps(result, indent=1))
 

@@ -1,10 +1,11 @@
 """Compare the outcomes of two runs of PEFT's tests, and write the comparison down."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from known import KNOWN
+from own_types import NAMES, method_of
 
 _ROUNDING = (
     "asks for less error than the rounding of oneDNN's matrix product, which peftkit uses on this processor; "
@@ -14,10 +15,11 @@ _ROUNDING = (
 
 @dataclass
 class Results:
-    """What one run left: ``outcomes`` by test id, and how many layers were fused in it."""
+    """What one run left: ``outcomes`` by test id, how many layers were fused in it, and why tests were skipped."""
 
     outcomes: dict[str, str]
     fused_layers: int
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,35 @@ def compare(stock: Results, fused: Results, torch_blas: Results | None = None) -
 
 
 def write(path: Path, comparison: Comparison, versions: dict[str, str]) -> None:
-    """Write the comparison as Markdown, replacing ``path`` in one step."""
+    """Write the comparison as Markdown into its part of the page."""
+    _replace_part(path, "fused", _markdown(comparison, versions))
+
+
+def write_own(path: Path, own: Results, versions: dict[str, str]) -> None:
+    """Write the outcomes of the common tests over our own methods into their part of the page.
+
+    Raises:
+        ValueError: One of the methods was not tested.
+    """
+    untested = [name for name in NAMES if name not in map(method_of, own.outcomes)]
+    if untested:
+        raise ValueError(f"no test ran over {untested[0]}; run all test modules first")
+    _replace_part(path, "own", _own_markdown(own, versions))
+
+
+def _replace_part(path: Path, part: str, text: str) -> None:
+    """Put ``text`` into one part of the page, leaving the other as it is; the file is replaced in one step."""
+    marks = {name: (f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("fused", "own")}
+    page = path.read_text() if path.exists() else ""
+    texts = {}
+    for name, (begin, end) in marks.items():
+        found = page.partition(begin)[2].partition(end)
+        texts[name] = found[0].strip("\n") if found[1] else ""
+    texts[part] = text.strip("\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(_markdown(comparison, versions))
+    parts = [f"{marks[name][0]}\n{texts[name]}\n{marks[name][1]}" for name in marks if texts[name]]
+    unfinished.write_text("\n\n".join(parts) + "\n")
     unfinished.replace(path)
 
 
@@ -136,6 +163,39 @@ def _markdown(comparison: Comparison, versions: dict[str, str]) -> str:
             "",
             *_by_module(stock),
             "",
+        ]
+    )
+
+
+def _own_markdown(own: Results, versions: dict[str, str]) -> str:
+    columns = ("passed", "failed", "error", "skipped")
+    rows = []
+    for name in NAMES:
+        counts = Counter(out for test, out in own.outcomes.items() if method_of(test) == name)
+        rows.append(f"| `{name}` | " + " | ".join(str(counts[c]) for c in columns) + " |")
+    failing = [f"- `{t}`" for t, out in own.outcomes.items() if out in ("failed", "error")]
+    reasons = Counter(own.skipped.values())
+    return "\n".join(
+        [
+            "# PEFT's common tests on peftkit's own methods",
+            "",
+            "Written by `make conformance ARGS=--own`: the tests that PEFT runs over each of its methods, with prefixes, bottlenecks",
+            "and their mix with LoRA in place of them, on every model of PEFT's lists for decoders, encoder-decoders, feature",
+            "extraction and sequence classification.",
+            "",
+            "With " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ":",
+            "",
+            "| method | " + " | ".join(columns) + " |",
+            "|---|" + "---|" * len(columns),
+            *rows,
+            "",
+            "## Skipped, and why",
+            "",
+            *(f"- {count}: {reason}" for reason, count in reasons.most_common()),
+            "",
+            "## Failing",
+            "",
+            *(failing or ["None."]),
         ]
     )
 

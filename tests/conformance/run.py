@@ -1,9 +1,11 @@
 """Run PEFT's own LoRA tests with stock and with fused layers, and compare them test by test.
 
     python tests/conformance/run.py
+    python tests/conformance/run.py --own     # its common tests over prefixes, bottlenecks and their mix with LoRA
 
 README.md beside this file says what is run and how to run parts of it. Exits with status 1 when a
-test passes with stock layers and not with fused ones, unless ``known.py`` gives a reason.
+test passes with stock layers and not with fused ones, unless ``known.py`` gives a reason, or when one of the common tests fails
+over a method of peftkit's own.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import fake_hub
+import own_types
 import report
 
 HERE = Path(__file__).resolve().parent
@@ -39,11 +42,13 @@ def main() -> int:
     hub = work / "hub"
     fake_hub.build(hub)
 
+    suite = Suite(work, hub, tests)
+    if arguments.own:
+        return _run_own(suite, arguments)
     names = arguments.modules or _modules_about_lora(tests)
     runs = [(mode, name) for name in names for mode in arguments.modes.split(",")]
     if arguments.compare_only:
         runs = []
-    suite = Suite(work, hub, tests)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for line in pool.map(lambda run: suite.run(*run, [f"tests/{run[1]}"]), runs):
             print(line, flush=True)
@@ -58,6 +63,23 @@ def main() -> int:
     report.write(arguments.report, comparison, _versions())
     print(f"\nwritten: {arguments.report}\n{comparison.summary()}")
     return 1 if comparison.regressions else 0
+
+
+def _run_own(suite: "Suite", arguments: argparse.Namespace) -> int:
+    """The common tests over our own methods; 1 where one fails."""
+    names = arguments.modules or [f"{name}.py" for name in own_types.TASKS]
+    if not arguments.compare_only:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for line in pool.map(lambda name: suite.run("own", name, [f"tests/{name}"]), names):
+                print(line, flush=True)
+    if arguments.modules:
+        return 0  # a part of the tests: no page yet
+    own = suite.results("own")
+    report.write_own(arguments.report, own, _versions())
+    failing = [test for test, outcome in own.outcomes.items() if outcome in ("failed", "error")]
+    print(f"\nwritten: {arguments.report}\n{len(failing)} of {len(own.outcomes)} tests fail")
+    print("\n".join(failing))
+    return 1 if failing else 0
 
 
 def fetch_tests(work: Path) -> Path:
@@ -102,7 +124,7 @@ class Suite:
         """Run ``targets``, as pytest takes them, in a process of their own and keep the outcomes.
 
         Args:
-            mode: ``stock``, ``fused`` or ``fused-torch-blas``.
+            mode: ``stock``, ``fused``, ``fused-torch-blas`` or ``own``.
             name: Of the files that keep outcomes and log.
             targets: Test modules or test ids.
 
@@ -145,6 +167,7 @@ class Suite:
             one = json.loads(path.read_text())
             merged.outcomes.update(one["outcomes"])
             merged.fused_layers += one["fused_layers"]
+            merged.skipped.update(one["skipped"])
         return merged
 
     def _folder(self, mode: str) -> Path:
@@ -171,6 +194,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("modules", nargs="*", help="only these test modules, e.g. test_other.py")
     parser.add_argument("--modes", default=",".join(MODES), help="stock, fused, or both (default)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="modules run side by side")
+    parser.add_argument("--own", action="store_true", help="the common tests over our own methods")
     parser.add_argument("--compare-only", action="store_true", help="compare the results there are")
     parser.add_argument("--work", type=Path, default=Path(".conformance"), help="scratch folder")
     parser.add_argument("--report", type=Path, default=Path("docs/conformance.md"))

@@ -61,3 +61,25 @@ def test_page_states_counts_versions_and_differences(report, tmp_path):
     assert "- `a`: not explained" in text
     assert "- `tests/x.py`: 1" in text
     assert list(page.parent.iterdir()) == [page]
+
+
+def test_own_methods_have_a_part_of_the_page(report, tmp_path):
+    page, versions = tmp_path / "page.md", {"peft": "0.21.2"}
+    ids = [f"tests/x.py::t[{name}-config_kwargs0-model]" for name in report.NAMES]
+    own = results(report)
+    own.outcomes.update(zip(ids, ("passed", "skipped", "failed"), strict=True))
+    own.skipped[ids[1]] = "no weight equals it"
+    report.write_own(page, own, versions)
+    fused = report.compare(results(report, a="passed"), results(report, 1, a="passed"))
+    report.write(page, fused, versions)
+    report.write_own(page, own, versions)
+    text = page.read_text()
+    assert text.count("# PEFT's own tests on fused layers") == 1
+    assert text.count("# PEFT's common tests on peftkit's own methods") == 1
+    assert "| `BottleneckConfig` | 1 | 0 | 0 | 0 |" in text
+    assert "| `PrefixConfig` | 0 | 0 | 0 | 1 |" in text
+    assert "- 1: no weight equals it" in text
+    assert f"- `{ids[2]}`" in text
+    del own.outcomes[ids[0]]
+    with pytest.raises(ValueError, match="no test ran over BottleneckConfig"):
+        report.write_own(page, own, versions)

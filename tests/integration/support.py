@@ -24,9 +24,11 @@ LOSS_TOLERANCE = 1e-5
 """How far 20 optimiser steps may take the losses of a fused model from those of stock PEFT."""
 
 FUSED_OPS = (
-    "peftkit.lora.layers.lora_linear",
-    "peftkit.lora.blocks.lora_qkv",
-    "peftkit.lora.blocks.lora_swiglu_mlp",
+    "peftkit.lora.compute.lora_linear",
+    "peftkit.lora.compute.lora_qkv",
+    "peftkit.lora.compute.lora_swiglu_mlp",
+    "peftkit.lora.compute.nf4_linear",
+    "peftkit.lora.compute.int8_linear",
     "peftkit.norms.frozen_rms_norm",
     "peftkit.norms.frozen_layer_norm",
     "peftkit.loss.install.linear_cross_entropy",

@@ -1,4 +1,4 @@
-"""A 4-bit bitsandbytes base under ``wrap``: its linears run PEFT's forward and say so; norms and loss are fused still."""
+"""A 4-bit bitsandbytes base under ``wrap``: its linears are fused on the weights as they are stored."""
 
 from collections import Counter
 
@@ -20,13 +20,18 @@ from integration.support import (
 
 import peftkit
 
-NORMS_AND_LOSS = Counter(frozen_rms_norm=5, linear_cross_entropy=1)
+FORWARD = Counter(nf4_linear=14, frozen_rms_norm=5, linear_cross_entropy=1)
+"""Calls in one forward of two layers."""
 
 
 @pytest.fixture
 def quantized(tmp_path):
-    """Load the tiny Llama with NF4 linears, ready for training."""
-    models.tiny("llama").save_pretrained(tmp_path / "base")
+    """Load a small Llama with NF4 linears, ready for training."""
+    # rows are whole blocks of 64: bitsandbytes decodes others wrongly on the CPU
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    settings = models.tiny("llama").config.to_dict() | sizes | {"head_dim": 16}
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**settings)).save_pretrained(tmp_path / "base")
 
     def load():
         settings = hf.BitsAndBytesConfig(
@@ -43,16 +48,14 @@ def quantized(tmp_path):
 def test_losses_equal_those_of_stock_peft(quantized, tmp_path):
     stock = trainer(tiny_peft(fused=False, base=quantized()), tmp_path, max_steps=10)
     stock.train()
-    with pytest.raises(peftkit.ContractError, match=r"14 of 14 .*\n.*Linear4bit"):
-        tiny_peft(fused=True, base=quantized())
     torch.manual_seed(1)
-    model = peftkit.wrap(quantized(), adapter_config())
+    model = peftkit.wrap(quantized(), adapter_config(), strict=True)
     start = adapter_tensors(model)
     fused = trainer(model, tmp_path, max_steps=10)
     with fused_calls() as calls:
         fused.train()
 
-    assert calls == times(NORMS_AND_LOSS, 10)
+    assert calls == times(FORWARD, 10)
     assert fused.losses == pytest.approx(stock.losses, rel=0, abs=LOSS_TOLERANCE)
     assert largest_difference(adapter_tensors(model), start) > 5e-3
 
@@ -62,8 +65,7 @@ def test_default_config_adapts_every_4_bit_linear_and_explains_it(quantized):
     layers = {layer.name: layer for layer in peftkit.explain(model).layers}
     adapted = [layer for name, layer in layers.items() if name.endswith("_proj")]
     assert len(adapted) == 14
-    assert {layer.path for layer in adapted} == {"peft"}
-    assert all("Linear4bit" in layer.reason for layer in adapted)
+    assert {(layer.path, layer.reason) for layer in adapted} == {("fused:torch", "")}
     norms = [layer for name, layer in layers.items() if name.endswith("norm")]
     assert len(norms) == 5
     assert {layer.path for layer in norms} == {"fused:torch"}

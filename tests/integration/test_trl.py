@@ -3,6 +3,7 @@
 from collections import Counter
 
 import datasets
+import methods
 import models
 import pytest
 import tokenizers
@@ -124,3 +125,16 @@ def test_model_that_trl_gave_its_adapter_can_be_accelerated(tokenizer, tmp_path)
         run.train()
 
     assert calls == times(BLOCKS, 4) + Counter(frozen_rms_norm=2)
+
+
+@pytest.mark.parametrize("method", ["parallel", "prefix", "gated prefix", "all three"])
+def test_own_methods_train_by_sft_with_checkpointing_and_packing(method, tokenizer, tmp_path):
+    losses = []
+    for changes in ({"packing": True}, {"packing": True, "gradient_checkpointing": False}):
+        model = methods.on(wide_llama(), method)
+        run = sft(model, tokenizer, tmp_path, max_steps=10, optim="sgd", **changes)
+        run.train()
+        losses.append(run.losses)
+    # checkpointing is SFTTrainer's default
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=LOSS_TOLERANCE)
+    assert losses[0][-1] < losses[0][0]

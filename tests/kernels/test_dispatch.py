@@ -45,6 +45,13 @@ def test_obstacles(tensors, rank, sentence):
     assert choose_backend("op", "auto", *tensors, rank=rank) == "torch"
 
 
+def test_an_obstacle_only_the_op_knows():
+    assert triton_obstacle("op", X, own_obstacle="its rows are long") == "its rows are long"
+    with pytest.raises(ValueError, match="op cannot run on it: its rows are long; use"):
+        choose_backend("op", "triton", X, own_obstacle="its rows are long")
+    assert choose_backend("op", "auto", X, own_obstacle="its rows are long") == "torch"
+
+
 def test_without_the_interpreter_the_cpu_is_one(monkeypatch):
     monkeypatch.setattr(knobs.runtime, "interpret", False)
     assert "TRITON_INTERPRET=1, set before triton is imported" in triton_obstacle("op", X)

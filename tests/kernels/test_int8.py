@@ -90,7 +90,7 @@ def test_storage_that_does_not_fit_is_refused(codes, row_absmax, message):
         ({"out": torch.zeros(4, 3)}, r"out is \(4, 3\) on cpu; it must be \(4, 4\)"),
         ({"dtype": torch.int8}, r"dtype is torch.int8"),
         ({"row_scale": torch.zeros(3)}, r"row_scale is torch.float32 \(3,\)"),
-        ({"backend": "triton"}, r"backend='triton'"),
+        ({"backend": "cuda"}, r"backend='cuda' is unknown; use one of auto, reference"),
     ],
 )
 def test_errors_name_the_argument(options, message):

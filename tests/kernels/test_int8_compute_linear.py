@@ -240,6 +240,20 @@ def test_native_codes_are_those_of_the_definition(shape, scaled):
 
 
 @needs_library
+def test_native_codes_round_the_factor_as_the_definition_does():
+    # rows of ties between two codes: the last bit of the factor decides, which one division rounds otherwise
+    m = torch.arange(1.0, 200.0)[:, None]
+    x = m * (torch.arange(64) + 0.5)
+    x[:, 0] = 127 * m[:, 0]
+    codes = torch.empty(199, 64, dtype=torch.int8)
+    native.quantize_rows(x, None, codes)
+    expected, absmax = quantize_rows_reference(x)
+    assert torch.equal(codes, expected)
+    divided = x * (torch.full_like(absmax, 127.0) / absmax)[:, None]
+    assert not torch.equal(divided.round().to(torch.int8), expected)
+
+
+@needs_library
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_value_is_the_largest_of_its_row(bad):
     x = torch.ones(3, 40)

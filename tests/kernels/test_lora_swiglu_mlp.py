@@ -7,55 +7,18 @@ from lora_cases import (
     LAYOUTS,
     MIXED,
     Linear,
-    Shape,
     activation,
     activation_and_slope,
-    draw,
     explicit,
     gradients,
     input_grad,
     subsets,
 )
+from mlp_cases import INNER, LINEARS, NAMES, make, named, output_grad, run, tensors
 
 from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.testing import Bound, assert_no_worse_than, kept_for_backward
-
-INNER = 21
-LINEARS = ("_gate", "_up", "_down")
-NAMES = tuple(name + linear for linear in LINEARS for name in ("bias", "A", "B"))
-
-
-def make(p=(0.0, 0.0, 0.0), adapted=LINEARS, biased=LINEARS, **options):
-    """``x`` and the three projections of a case; options as ``Shape``."""
-    case = Shape(**({"x": (17, 33)} | options))
-    x, K = case.input(), case.x[-1]
-    rank, parts = case.rank, []
-    for linear, rate, size in zip(LINEARS, p, ((INNER, K), (INNER, K), (K, INNER)), strict=True):
-        case.p, case.bias, case.rank = rate, linear in biased, rank if linear in adapted else 0
-        parts.append(case.projection(*size, linear))
-    return x, parts
-
-
-def named(x, parts):
-    leaves = {"x": x}
-    for part, linear in zip(parts, LINEARS, strict=True):
-        leaves |= {name + linear: tensor for name, tensor in part.tensors().items()}
-    return leaves
-
-
-def tensors(parts):
-    return zip(*((part.weight, part.bias, part.lora) for part in parts), strict=True)
-
-
-def output_grad(x, layout="contiguous"):
-    return draw(tuple(x.shape), x.dtype, torch.Generator().manual_seed(1), layout)
-
-
-def run(x, parts, dy, act="silu", **options):
-    """The output and every gradient by name."""
-    y = lora_swiglu_mlp(x, *tensors(parts), act, **options)
-    return {"y": y.detach(), **gradients(y, dy, named(x, parts))}
 
 
 def bounds(x, parts, dy, act):

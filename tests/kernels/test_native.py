@@ -108,6 +108,9 @@ def test_bits_do_not_depend_on_the_number_of_threads():
             *native.gate_backward(dy.clone(), x, y, "silu"),
             native.rms_norm_backward(dy, x, weight, rstd, 0.0),
             native.dropout(x, 6554, 1.1, 2**40),
+            *native.scaled_gate_backward(dy, (x, y), (weight,) * 2, (weight,) * 2, "silu"),
+            native.scale_backward(dy, x, weight, torch.empty_like(x)),
+            native.updated_norm(x, dy[:5], y[:, :5].contiguous(), 0.5),
         )
         torch.set_num_threads(before)
         return y, *values
@@ -262,3 +265,39 @@ def test_without_a_library_everything_runs(monkeypatch):
             assert op_cases.build(name).run()["x"].isfinite().all()
     finally:
         native._library.cache_clear()
+
+
+@needs_library
+@pytest.mark.parametrize("rank", [1, 7, native.MAX_RANK])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (4, 32), (29, 301), (65, 1000)], ids=str)
+def test_norm_of_an_updated_weight(shape, rank):
+    weight, A, B = tensors(shape, (rank, shape[1]), (shape[0], rank), scale=0.5)
+    actual = native.updated_norm(weight, A, B, -0.7)
+    # the row is formed in float32 and its squares are summed; what the root makes of their error depends on their size
+    updated = Bound.of(weight).addmm(Bound.of(B), Bound.of(A), -0.7)
+    squares = (updated * updated).sum(1)
+    smallest = (squares.value - squares.error).clamp(min=1e-30)
+    squares.map(torch.sqrt, 0.5 / smallest.sqrt(), 1.0).check(actual)
+
+
+@needs_library
+@pytest.mark.parametrize("act", native.GATES)
+@pytest.mark.parametrize("shape", [(1, 1), (63, 7), (64, 33), (200, 129)], ids=str)
+def test_scaled_gate_and_its_gradient(shape, act):
+    dh, ze, zu, ge, gu, be, bu = tensors(*[shape] * 3, *[shape[1:]] * 4)
+    h = native.scaled_gate((ze, zu), (ge, gu), (be, bu), act)
+    dze, dzu, sums = native.scaled_gate_backward(dh, (ze, zu), (ge, gu), (be, bu), act)
+    total = native.scale_backward(dh, ze, ge, scaled := torch.empty_like(dh))
+    dh, ze, zu, ge, gu, be, bu = map(Bound.of, (dh, ze, zu, ge, gu, be, bu))
+    e, u = ze * ge + be, zu * gu + bu
+    value, slope = activation_and_slope(e, act)
+    de, du = dh * u * slope, dh * value
+    (value * u).check(h, "h")
+    (de * ge).check(dze, "dze")
+    (du * gu).check(dzu, "dzu")
+    for name, bound, actual in zip(
+        ("de z", "du z", "de", "du"), (de * ze, du * zu, de, du), sums, strict=True
+    ):
+        bound.sum(0).check(actual, name)
+    (dh * ge).check(scaled, "scaled")
+    (dh * ze).sum(0).check(total, "total")

@@ -159,10 +159,16 @@ def test_torch_ops_in_place_of_a_sum_without_its_start():
     assert (traffic.ops[-1].read_bytes, traffic.ops[-1].written_bytes) == (12, 12)
 
 
-def test_an_op_that_hides_its_parts_is_refused():
+def test_of_our_own_ops_what_they_are_made_of_is_counted():
     from peftkit_kernels.lora_linear import lora_linear
     from peftkit_kernels.low_rank import LoRA
 
-    lora = LoRA(torch.zeros(1, 4), torch.zeros(3, 1), 1.0)
-    with EagerTraffic(), pytest.raises(RuntimeError, match="count its implementation"):
-        lora_linear(torch.zeros(2, 4), torch.zeros(3, 4), None, lora, backend="triton")
+    x, A, B = torch.zeros(2, 2100, requires_grad=True), torch.zeros(1, 2100), torch.zeros(3, 1)
+    weight, lora = torch.zeros(3, 2100), LoRA(A.requires_grad_(), B.requires_grad_(), 1.0)
+    with EagerTraffic() as torch_ops, Traffic() as traffic, faithful():
+        y = lora_linear(x, weight, None, lora, backend="triton")
+        torch.autograd.grad(y, (x, lora.A, lora.B), torch.ones_like(y))
+    kernels_run = [launch.kernel for launch in traffic.check().launches]
+    assert {"shrink_kernel", "expand_kernel", "tall_kernel"} <= set(kernels_run)
+    products = [op for op in torch_ops.ops if op.flops]
+    assert [op.product for op in products] == [(2, 3, 2100), (2, 2100, 3)]

@@ -101,7 +101,14 @@ def test_the_forward_follows_the_verdict(reason, monkeypatch):
             {"target_modules": ["embed_tokens"]},
             "lora.Embedding layers have no fused forward",
         ),
-        ({"target_modules": ["q_proj"], "use_dora": True}, "is a LoRA variant (DoraLinearVariant)"),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "alora_invocation_tokens": [5],
+                "task_type": "CAUSAL_LM",
+            },
+            "is a LoRA variant (ALoraLinearVariant)",
+        ),
     ],
 )
 def test_reason_by_config(config, reason):
@@ -116,9 +123,10 @@ def test_convolutions_have_no_fused_forward():
     model = get_peft_model(model, LoraConfig(target_modules=["0"]))
     layer = next(m for m in model.modules() if isinstance(m, BaseTunerLayer))
     assert obstacle(layer) == "lora.Conv2d layers have no fused forward"
-    before = type(layer)
+    forward = type(layer).forward
     accelerate(model)
-    assert type(layer) is before
+    assert type(layer).forward is forward
+    assert obstacle(layer) == "lora.Conv2d layers have no fused forward"
 
 
 def test_a_conv1d_base_can_be_fused():

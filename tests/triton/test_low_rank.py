@@ -139,6 +139,14 @@ def test_gemm_lora(dtype, p, backward):
         assert traffic.unique_bytes == sum(t.nbytes for t in tensors)
 
 
+def test_sums_of_partials():
+    partial = draw(3, 80, 70)
+    with watched(int32_limit=INT32_LIMIT) as traffic:
+        total = passes.sum_partials(partial, torch.empty(80, 70, dtype=torch.bfloat16))
+    Bound.of(partial).sum(0).round(torch.bfloat16).check(total)
+    assert traffic.unique_bytes == partial.nbytes + total.nbytes
+
+
 @sizes
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_any_size(rows, width, rank, p):

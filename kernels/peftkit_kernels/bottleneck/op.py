@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkit_kernels.bottleneck.config import obstacle
 from peftkit_kernels.bottleneck.reference import ACTIVATIONS, bottleneck_reference
 from peftkit_kernels.bottleneck.torch_impl import Bottleneck
+from peftkit_kernels.bottleneck.triton_impl import bottleneck_triton
 from peftkit_kernels.checks import autocast_dtype
 from peftkit_kernels.dispatch import Backend, choose_backend
 
@@ -34,7 +36,7 @@ def bottleneck(
         up_bias: ``[D]`` or ``None``.
         scale: Factor on what is added to ``h``.
         act: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., D]`` in the dtype of ``h`` (of autocast where that is on). Float32 parameters on a 16-bit ``h`` are cast,
@@ -52,8 +54,12 @@ def bottleneck(
                 h.to(dtype), down, down_bias, up, up_bias, scale, act, backend=backend
             )
     _check(h, down, down_bias, up, up_bias, act)
-    if choose_backend("bottleneck", backend) == "reference":
+    tensors, own = (h, down, down_bias, up, up_bias), obstacle(down.shape[0])
+    chosen = choose_backend("bottleneck", backend, *tensors, own_obstacle=own)
+    if chosen == "reference":
         return bottleneck_reference(h, down, down_bias, up, up_bias, scale, act)
+    if chosen == "triton":
+        return bottleneck_triton(*tensors, scale, act)[0]
     return Bottleneck.apply(h, down, down_bias, up, up_bias, (scale, act))
 
 

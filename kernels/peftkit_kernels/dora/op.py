@@ -9,6 +9,7 @@ from peftkit_kernels.checks import autocast_dtype, check_bias, check_lora, check
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.dora.reference import Weight, dora_linear_reference, dora_norm_reference
 from peftkit_kernels.dora.torch_impl import Call, DoRALinear, weight_norm
+from peftkit_kernels.dora.triton_impl import dora_norm_triton, parts_of, run_triton
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.quantized import check_quantized
 
@@ -20,7 +21,7 @@ def dora_norm(weight: Weight, lora: LoRA, *, backend: Backend = "auto") -> Tenso
     Args:
         weight: ``[N, K]``, or a weight in NF4 or 8-bit storage.
         lora: The adapter.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``Float32[N]``; float64 for a float64 weight or adapter.
@@ -33,7 +34,12 @@ def dora_norm(weight: Weight, lora: LoRA, *, backend: Backend = "auto") -> Tenso
     if len(weight.shape) != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [N, K]")
     check_lora(lora, weight, "lora")
-    if choose_backend("dora_norm", backend) == "reference":
+    stored, layout = parts_of(weight)
+    tensors = lora.A, lora.B, *stored
+    chosen = choose_backend("dora_norm", backend, *tensors, rank=lora.A.shape[0])
+    if chosen == "triton":
+        return dora_norm_triton(stored, layout, lora.A, lora.B, lora.scale)
+    if chosen == "reference":
         dtype = torch.promote_types(lora.A.dtype, torch.float32)
         if isinstance(weight, Tensor):
             dtype = torch.promote_types(dtype, weight.dtype)
@@ -63,7 +69,7 @@ def dora_linear(
         lora: The adapter; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
         magnitude: ``[N]``, none of it exactly 0, where its gradient could not be had from the output.
         norm: What ``dora_norm`` gives for these factors, or ``None`` to have it computed.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
@@ -89,7 +95,11 @@ def dora_linear(
     check_bias(norm, weight, "norm")
     if norm.requires_grad:
         raise ValueError("norm requires a gradient, and DoRA gives it none; pass norm.detach()")
-    if choose_backend("dora_linear", backend) == "reference":
+    tensors = x, *parts_of(weight)[0], bias, lora.A, lora.B, magnitude, norm
+    chosen = choose_backend("dora_linear", backend, *tensors, rank=lora.A.shape[0])
+    if chosen == "reference":
         return dora_linear_reference(x, weight, bias, lora, magnitude, norm)
+    if chosen == "triton":
+        return run_triton(x, weight, bias, lora, magnitude, norm)
     call = Call(weight, lora.numbers())
     return DoRALinear.apply(x, call, bias, lora.A, lora.B, magnitude, norm)

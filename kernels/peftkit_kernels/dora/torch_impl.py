@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from peftkit_kernels import low_rank, remake, workspace
+from peftkit_kernels import low_rank, native, remake, workspace
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.dora.reference import Weight
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
@@ -31,6 +32,8 @@ def weight_norm(weight: Weight, lora: LoRA) -> Tensor:
     else:
         weight = decode(weight, wide)
     A, B = cast(lora.A, wide), cast(lora.B, wide)
+    if A.shape[0] <= native.MAX_RANK and native.takes(weight, A, B):
+        return native.updated_norm(weight, A, B, lora.scale)
     squares = A.new_empty(weight.shape[0])
     for start in range(0, weight.shape[0], _NORM_ROWS):
         part, factor = (t[start : start + _NORM_ROWS] for t in (weight, B))
@@ -48,8 +51,10 @@ def folds(rows: int, weight: Weight) -> bool:
     return not isinstance(weight, Tensor) or rows >= weight.shape[1]
 
 
-def scaled_weight(weight: Weight, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``factor`` times the rows of the weight in ``dtype``, in the workspace."""
+def scaled_weight(
+    weight: Weight, factor: Tensor, dtype: torch.dtype, decode: Callable[..., Tensor] = decode
+) -> Tensor:
+    """``factor`` times the rows of the weight in ``dtype``, in the workspace; ``decode`` as that of ``quantized``."""
     if isinstance(weight, Tensor):
         out = workspace.take(tuple(weight.shape), dtype, weight.device)
         return torch.mul(cast(weight, dtype), cast(factor, dtype)[:, None], out=out)

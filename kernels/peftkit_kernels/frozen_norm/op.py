@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from peftkit_kernels import remake
 from peftkit_kernels.autograd import run
 from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.frozen_norm.config import obstacle
 from peftkit_kernels.frozen_norm.reference import layer_norm_reference, rms_norm_reference
 from peftkit_kernels.frozen_norm.torch_impl import (
     FrozenLayerNorm,
     FrozenRMSNorm,
     rms_norm_forward,
+)
+from peftkit_kernels.frozen_norm.triton_impl import (
+    frozen_layer_norm_triton,
+    frozen_rms_norm_triton,
+    layer_forward,
+    rms_forward,
 )
 
 
@@ -32,7 +40,7 @@ def frozen_rms_norm(
         eps: Added to the mean square.
         offset: 0 for Llama's norm, 1 for Gemma's.
         round_first: Round the normalised value to the dtype of ``x`` before the weight (Llama) or not (Gemma).
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Raises:
         ValueError: The weight does not fit or requires a gradient, or the backend cannot run.
@@ -40,12 +48,19 @@ def frozen_rms_norm(
     Source: Zhang and Sennrich, 2019, arXiv:1910.07467.
     """
     _check(x, weight)
-    if choose_backend("frozen_rms_norm", backend) == "reference":
+    chosen = _choose("frozen_rms_norm", backend, x, weight)
+    if chosen == "reference":
         return rms_norm_reference(x, weight, eps, offset=offset, round_first=round_first)
-    y = run(FrozenRMSNorm, x, weight, eps, offset, round_first)
+    numbers = eps, offset, round_first
+    if chosen == "triton":
+        forward, y = rms_forward, frozen_rms_norm_triton(x, weight, *numbers)[0]
+    else:
+        forward, y = rms_norm_forward, run(FrozenRMSNorm, x, weight, *numbers)
+    if torch.compiler.is_compiling():
+        return y
 
     def make(x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm_forward(x, weight, eps, offset, round_first)[0]
+        return forward(x, weight, *numbers)[0]
 
     return remake.mark(y, make, x, weight)
 
@@ -60,7 +75,7 @@ def frozen_layer_norm(
         weight: ``[K]``, frozen.
         bias: ``[K]``, frozen, or ``None``.
         eps: Added to the variance.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Raises:
         ValueError: Weight or bias do not fit or require a gradient, or the backend cannot run.
@@ -70,14 +85,28 @@ def frozen_layer_norm(
     _check(x, weight)
     if bias is not None:
         _check(x, bias, "bias")
-    if choose_backend("frozen_layer_norm", backend) == "reference":
+    chosen = _choose("frozen_layer_norm", backend, x, weight, bias)
+    if chosen == "reference":
         return layer_norm_reference(x, weight, bias, eps)
-    y = run(FrozenLayerNorm, x, weight, bias, eps)
+    on_triton = chosen == "triton"
+    if on_triton:
+        y = frozen_layer_norm_triton(x, weight, bias, eps)[0]
+    else:
+        y = run(FrozenLayerNorm, x, weight, bias, eps)
+    if torch.compiler.is_compiling():
+        return y
 
     def make(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if on_triton:
+            return layer_forward(x, weight, bias, eps)[0]
         return layer_norm_reference(x, weight, bias, eps)
 
     return remake.mark(y, make, x, weight, bias)
+
+
+def _choose(op: str, backend: Backend, x: Tensor, *parameters: Tensor | None) -> str:
+    own = obstacle(x.shape[-1])
+    return choose_backend(op, backend, x, *parameters, has_dot=False, own_obstacle=own)
 
 
 def _check(x: Tensor, parameter: Tensor, name: str = "weight") -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.grouped_lora.config import MAX_BLOCK
 from peftkit_kernels.grouped_lora.plan import GroupPlan
 from peftkit_kernels.grouped_lora.reference import grouped_lora_reference
 from peftkit_kernels.grouped_lora.torch_impl import GroupedLoRA
+from peftkit_kernels.grouped_lora.triton_impl import grouped_lora_triton
 
 
 def grouped_lora(
@@ -23,7 +26,7 @@ def grouped_lora(
     """Add to each row the update of its adapter: ``y[m] + scale[e] · B[e] A[e] x[m]`` with ``e = plan.ids[m]``.
 
     Rows without an adapter come out as they were, and what they or other adapters hold never reaches a row, be it NaN.
-    Kept for backward: ``x`` where A is trained, and ``s = A[e] x[m]`` in tiles where B is.
+    Kept for backward: ``x`` where A is trained, and ``s = A[e] x[m]`` where B is.
 
     Args:
         y: ``[..., N]``, what the frozen linear gives, in the dtype of ``x``.
@@ -32,7 +35,7 @@ def grouped_lora(
         B: ``[E, N, R]``, the dtype of ``A``; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
         scale: ``Float[E]``; it has no gradient.
         plan: From ``plan_groups``, for the rows of ``x`` in their flattened order.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"`` (plans with tiles of up to 64 rows), ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., N]``, a new tensor.
@@ -43,10 +46,21 @@ def grouped_lora(
     Source: Chen et al., 2023, arXiv:2310.18547 (many adapters in one batch).
     """
     _check(y, x, A, B, scale, plan)
+    rank = A.shape[1]
+    chosen = choose_backend("grouped_lora", backend, x, y, A, B, scale, plan.ids, rank=rank)
+    if chosen == "triton" and plan.block > MAX_BLOCK:
+        if backend == "triton":
+            raise ValueError(
+                f"backend='triton': the plan has tiles of {plan.block} rows and the kernels take up to {MAX_BLOCK}; "
+                f"use plan_groups(block={MAX_BLOCK}) or backend='auto'"
+            )
+        chosen = "reference" if torch.compiler.is_compiling() else "torch"
     # nothing to sort into tiles
     empty = plan.ids.numel() == 0
-    if choose_backend("grouped_lora", backend) == "reference" or empty:
+    if chosen == "reference" or empty:
         return grouped_lora_reference(y, x, A, B, scale, plan.ids)
+    if chosen == "triton":
+        return grouped_lora_triton(y, x, A, B, scale, plan)
     return GroupedLoRA.apply(y, x, A, B, scale, plan)
 
 

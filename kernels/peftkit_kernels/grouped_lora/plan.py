@@ -15,11 +15,15 @@ class GroupPlan:
     Attributes:
         ids: ``Int64[M]``, the adapter of each row, -1 for none.
         order: ``Int64[M]``, the rows sorted by adapter, each adapter's in their own order, those without one last.
-        tiles: ``Int64[T, 3]``: adapter, first position in ``order``, count; ``T = ceil(M / block) + E``, and those not
-            needed have adapter -1 and count 0.
+        tiles: ``Int64[T, 3]``: adapter, first position in ``order``, count; ``T = ceil(M / block) + min(M, E)``, and those
+            not needed have adapter -1 and count 0.
         rows: ``Int64[T, block]``: the rows of each tile; places beyond its count repeat its first row.
         filled: ``Bool[T, block]``: places within the count.
         place: ``Int64[M]``: where each row lies among the ``T · block`` places; 0 for a row without an adapter.
+        adapted: ``Int64[]``: how many rows have an adapter.
+        segments: ``Int64[S, 3]``: the same rows as ``tiles`` in runs of up to ``segment_rows(M)``, whose gradients are summed
+            in one go; ``S`` as ``T``.
+        first_segment: ``Int64[E + 1]``: where the segments of an adapter start; they end where the next one's do.
         adapters: E.
         block: Places in a tile.
     """
@@ -30,6 +34,9 @@ class GroupPlan:
     rows: Tensor
     filled: Tensor
     place: Tensor
+    adapted: Tensor
+    segments: Tensor
+    first_segment: Tensor
     adapters: int
     block: int
 
@@ -64,16 +71,8 @@ def plan_groups(ids: Tensor, adapters: int, *, block: int = 16) -> GroupPlan:
     counts = torch.zeros(adapters + 1, dtype=torch.int64, device=device)
     counts.index_add_(0, key, torch.ones_like(key))
     starts = counts.cumsum(0) - counts
-    per_adapter = (counts[:adapters] + block - 1) // block
-    last_tile = per_adapter.cumsum(0)
-    first_tile = torch.nn.functional.pad(last_tile - per_adapter, (0, 1))
-    tile = torch.arange(-(-M // block) + adapters, device=device)
-    adapter = torch.searchsorted(last_tile, tile, right=True)
-    used = adapter < adapters
-    first = starts[adapter] + (tile - first_tile[adapter]) * block
-    count = (starts[adapter] + counts[adapter] - first).clamp(max=block)
-    first, count = (torch.where(used, t, 0) for t in (first, count))
-    tiles = torch.stack([torch.where(used, adapter, -1), first, count], 1)
+    tiles, first_tile = _cut(starts, counts, M, block)
+    _, first, count = tiles.unbind(1)
     inside = torch.arange(block, device=device)
     filled = inside < count[:, None]
     position = first[:, None] + torch.where(filled, inside, 0)
@@ -81,4 +80,35 @@ def plan_groups(ids: Tensor, adapters: int, *, block: int = 16) -> GroupPlan:
     offset = torch.arange(M, device=device) - starts[key[order]]
     place = torch.zeros_like(ids)
     place[order] = first_tile[key[order]] * block + offset
-    return GroupPlan(ids, order, tiles, rows, filled, place * (ids >= 0), adapters, block)
+    place *= ids >= 0
+    segments, first_segment = _cut(starts, counts, M, segment_rows(M))
+    return GroupPlan(
+        *(ids, order, tiles, rows, filled, place, starts[adapters]),
+        *(segments, first_segment, adapters, block),
+    )
+
+
+def segment_rows(M: int) -> int:
+    """Rows whose gradients one program sums: long runs make few partial sums, short ones keep a GPU busy with few rows.
+
+    At 1024 rows and rank 16 the partial sums move 6% of what a 16-bit ``x`` does, at 256 rows 25%.
+    """
+    return 1024 if M >= 8192 else 256
+
+
+def _cut(starts: Tensor, counts: Tensor, M: int, block: int) -> tuple[Tensor, Tensor]:
+    """Each adapter's rows in pieces of ``block``, ``Int64[T, 3]`` as ``tiles``, and the first piece of each, ``Int64[E + 1]``.
+
+    ``starts`` and ``counts`` are ``[E + 1]``: of every adapter, and of the rows without one, which get no pieces.
+    """
+    adapters = counts.shape[0] - 1
+    per_adapter = (counts[:adapters] + block - 1) // block
+    ends = per_adapter.cumsum(0)
+    first_piece = torch.nn.functional.pad(ends, (1, 0))
+    piece = torch.arange(-(-M // block) + min(M, adapters), device=counts.device)
+    adapter = torch.searchsorted(ends, piece, right=True)
+    used = adapter < adapters
+    first = starts[adapter] + (piece - first_piece[adapter]) * block
+    count = (starts[adapter] + counts[adapter] - first).clamp(max=block)
+    first, count = (torch.where(used, t, 0) for t in (first, count))
+    return torch.stack([torch.where(used, adapter, -1), first, count], 1), first_piece

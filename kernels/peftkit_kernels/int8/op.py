@@ -8,6 +8,7 @@ from torch import Tensor
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.int8.reference import dequantize_int8_reference, quantize_rows_reference
 from peftkit_kernels.int8.torch_impl import dequantize_into
+from peftkit_kernels.int8.triton_impl import dequantize_triton
 from peftkit_kernels.int8.weight import Int8Weight
 
 
@@ -45,7 +46,7 @@ def dequantize_int8(
         dtype: Of the result where ``out`` is ``None``.
         out: ``[N, K]`` to write to, in its own dtype.
         row_scale: ``Float32[N]``, a factor on each row.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``out``, or a new ``[N, K]`` of ``dtype``. All backends give the same bits.
@@ -66,9 +67,12 @@ def dequantize_int8(
         raise ValueError(
             f"row_scale is {row_scale.dtype} {tuple(row_scale.shape)}; it must be float32 {q.shape[:1]}"
         )
-    if choose_backend("dequantize_int8", backend) == "reference":
+    result = torch.empty(q.shape, dtype=dtype, device=q.device) if out is None else out
+    chosen = choose_backend("dequantize_int8", backend, result, *q.tensors(), has_dot=False)
+    if chosen == "reference":
         values = dequantize_int8_reference(q, dtype, row_scale)
         return values if out is None else out.copy_(values)
-    if out is None:
-        out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    return dequantize_into(q, out, row_scale)
+    if chosen == "triton":
+        dequantize_triton(*q.tensors(), None if row_scale is None else row_scale.detach(), result)
+        return result
+    return dequantize_into(q, result, row_scale)

@@ -44,6 +44,10 @@ class Int8Weight:
         """Where the weight is."""
         return self.codes.device
 
+    def tensors(self) -> list[Tensor]:
+        """What is stored, as a torch.library op takes it; ``Int8Weight(*tensors)`` puts it together again."""
+        return [self.codes, self.row_absmax]
+
     def row_scale(self) -> Tensor:
         """``Float32[N]``: what one step of a code is worth, rounded to float32."""
         return self.row_absmax / 127

@@ -10,6 +10,7 @@ from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.int8_compute_linear.reference import int8_compute_linear_reference
 from peftkit_kernels.int8_compute_linear.torch_impl import Int8ComputeLinear
+from peftkit_kernels.int8_compute_linear.triton_impl import run_triton
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.quantized import check_quantized
 
@@ -39,7 +40,7 @@ def int8_compute_linear(
         lora: The adapter or ``None``; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
         threshold: Columns of ``x`` in which a magnitude reaches it are left out of the quantisation and multiplied in the
             dtype of ``x``, as LLM.int8() does (with 6.0); ``None`` for none.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
@@ -67,7 +68,11 @@ def int8_compute_linear(
         raise ValueError(
             f"q has shape {q.shape}; sums of more than {_MAX_WIDTH} products overflow 32 bits: use int8_linear"
         )
-    if choose_backend("int8_compute_linear", backend) == "reference":
-        return int8_compute_linear_reference(x, q, bias, lora, threshold=threshold)
     A, B, numbers = (None,) * 3 if lora is None else (lora.A, lora.B, lora.numbers())
+    rank = 0 if lora is None else lora.A.shape[0]
+    chosen = choose_backend("int8_compute_linear", backend, x, *q.tensors(), bias, A, B, rank=rank)
+    if chosen == "reference":
+        return int8_compute_linear_reference(x, q, bias, lora, threshold=threshold)
+    if chosen == "triton":
+        return run_triton(x, q, bias, lora, threshold)
     return Int8ComputeLinear.apply(x, q, bias, A, B, numbers, threshold)

@@ -31,6 +31,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from peftkit_kernels.lab import inventory
 from peftkit_kernels.lab.devices import A100, H100, LIMITS, Device, Occupancy, occupancy
 from peftkit_kernels.launch import Launch
 
@@ -54,16 +55,46 @@ _SPILLS = ("LDL", "STL")
 
 
 class Stream(NamedTuple):
-    """A kernel whose loop streams tensors: the constants that make its tile, tiles it loads and stores a step."""
+    """A kernel whose loop streams tensors.
+
+    Attributes:
+        tile: The constants that make its tile.
+        loads: Tiles it loads a step.
+        stores: Tiles it stores a step.
+        loops: Loops over the same tiles that its loads and stores are spread over.
+        beside: The constants of another tile that a step loads, from L2: it is in flight as well.
+        instruction_bound: Values of constants with which instructions and not DRAM limit it, as its README says.
+    """
 
     tile: tuple[str, ...]
     loads: int
     stores: int = 0
+    loops: int = 1
+    beside: tuple[str, ...] = ()
+    instruction_bound: dict[str, tuple[Any, ...]] | None = None
 
 
+_GELU_WITH_DROPOUT = {"ACT": ("gelu", "gelu_tanh"), "DROPOUT": (True,)}
 STREAMS = {
     "shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
     "tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
+    "gate_forward_kernel": Stream(
+        ("BLOCK_M", "BLOCK_F"), 2, 1, instruction_bound=_GELU_WITH_DROPOUT
+    ),
+    "gate_backward_kernel": Stream(
+        ("BLOCK_M", "BLOCK_F"), 3, 2, instruction_bound=_GELU_WITH_DROPOUT
+    ),
+    # two loops over the rows: DRAM sees their reads in the first, their writes in the second
+    "bottleneck_forward_kernel": Stream(
+        ("BLOCK_M", "BLOCK_D"), 1, 1, loops=2, beside=("BLOCK_D", "BLOCK_R")
+    ),
+    "bottleneck_backward_kernel": Stream(
+        ("BLOCK_M", "BLOCK_D"), 1, 1, loops=2, beside=("BLOCK_D", "BLOCK_R")
+    ),
+    "norm_forward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1, 1),
+    "norm_backward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 2, 1),
+    "grouped_shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
+    "grouped_tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
 }
 
 _MIN_BYTES_IN_FLIGHT = 16 * 1024
@@ -85,6 +116,7 @@ class Report:
         registers: A thread.
         stack_bytes: Local memory of a thread; 0 when nothing spills.
         spills: Instructions that load or store a spilled register.
+        instructions: In the whole kernel, loops counted once; 0 where it is not known (AMD).
         shared_bytes: A block, static and dynamic.
         warps: A block.
         dots: Products in the source that tensor cores can do: 16-bit, int8, TF32.
@@ -103,6 +135,7 @@ class Report:
     registers: int = 0
     stack_bytes: int = 0
     spills: int = 0
+    instructions: int = 0
     shared_bytes: int = 0
     warps: int = 0
     dots: int = 0
@@ -139,8 +172,9 @@ class Report:
             found.append(f"has no 128-bit access, only {dict(widths)}")
         if self.bytes_in_flight is not None and self.bytes_in_flight < _MIN_BYTES_IN_FLIGHT:
             found.append(f"keeps {self.bytes_in_flight} bytes in flight a multiprocessor, too few")
-        if self.dram_margin is not None and self.dram_margin < _MIN_DRAM_MARGIN:
-            found.append(f"streams at {self.dram_margin:.2f} of DRAM bandwidth: instruction-bound")
+        margin = self.dram_margin
+        if margin is not None and margin < _MIN_DRAM_MARGIN and not self._instruction_bound():
+            found.append(f"streams at {margin:.2f} of DRAM bandwidth: instruction-bound")
         return found
 
     @property
@@ -149,7 +183,12 @@ class Report:
         stream = STREAMS.get(self.kernel)
         if stream is None or self.arch != H100.arch or self.occupancy is None:
             return None
-        return self.occupancy.blocks * self._tile(stream) * stream.loads * self.itemsize
+        if self._exact_float32:
+            return None
+        elements = self._elements(stream.tile) * stream.loads
+        if stream.beside:
+            elements += self._elements(stream.beside)
+        return self.occupancy.blocks * elements * self.itemsize
 
     @property
     def dram_margin(self) -> float | None:
@@ -158,14 +197,29 @@ class Report:
         stream = STREAMS.get(self.kernel)
         if stream is None or device is None or not self.loops:
             return None
-        if self.constants.get("BLOCK_R", 0) > _STREAMING_RANK:
+        if self.constants.get("BLOCK_R", 0) > _STREAMING_RANK or self._exact_float32:
             return None
-        elements = self._tile(stream) / (32 * self.warps)
-        loop = max(self.loops, key=lambda loop: sum(loop.values()))
+        elements = self._elements(stream.tile) / (32 * self.warps)
+        longest = sorted(self.loops, key=lambda loop: sum(loop.values()))[-stream.loops :]
+        loop = sum(longest, Counter[str]())
         return dram_margin(loop, device, elements, self.itemsize * (stream.loads + stream.stores))
 
-    def _tile(self, stream: Stream) -> int:
-        return math.prod(self.constants[name] for name in stream.tile)
+    @property
+    def loop_clocks(self) -> int | None:
+        """Lower bound on the clocks of one iteration of the largest innermost loop; ``None`` without one, or on AMD."""
+        return max((clocks(loop)[0] for loop in self.loops), default=None)
+
+    @property
+    def _exact_float32(self) -> bool:
+        """Whether products are what limits it: of float32 read exactly, which no tensor core does."""
+        return self.itemsize == 4 and self.constants.get("PRECISION") == "ieee"
+
+    def _instruction_bound(self) -> bool:
+        known = STREAMS[self.kernel].instruction_bound
+        return known is not None and all(self.constants[k] in known[k] for k in known)
+
+    def _elements(self, tile: tuple[str, ...]) -> int:
+        return math.prod(self.constants[name] for name in tile)
 
     def row(self) -> dict[str, Any]:
         """As plain data, for tables and JSON."""
@@ -177,14 +231,38 @@ class Report:
             "registers": self.registers,
             "stack": self.stack_bytes,
             "spills": self.spills,
+            "instructions": self.instructions,
             "shared_bytes": self.shared_bytes,
             "occupancy": None if self.occupancy is None else round(self.occupancy.fraction, 3),
             "tensor_instructions": dict(self.tensor_instructions),
             "load_widths": dict(self.loads),
+            "store_widths": dict(self.stores),
             "bytes_in_flight": self.bytes_in_flight,
+            "loop_clocks": self.loop_clocks,
             "dram_margin": None if self.dram_margin is None else round(self.dram_margin, 2),
             "problems": self.problems(),
         }
+
+
+def rows(
+    ops: Iterable[str] | None = None, archs: Iterable[str] | None = None, *, every: bool = False
+) -> list[dict[str, Any]]:
+    """``Report.row`` of every kernel the dispatcher can choose.
+
+    Args:
+        ops: Keys of ``inventory.OPS``; all when ``None``.
+        archs: Some of ``ARCHS``; the quick ones when ``None``, or all with ``every``.
+        every: Whether all ranks and dtypes are compiled rather than ranks 16 and 64 in bfloat16.
+    """
+    options: dict[str, Any] = {}
+    if every:
+        options = {"ranks": inventory.RANKS, "dtypes": inventory.DTYPES}
+    found = []
+    for arch in inventory.known_archs(archs or (ARCHS if every else QUICK_ARCHS)):
+        for op in ops or inventory.OPS:
+            reports = inspect_launches(inventory.launches(op, arch, **options), arch)
+            found += [{"op": op} | report.row() for report in reports]
+    return found
 
 
 def inspect_launches(launches: Iterable[Launch], arch: str) -> list[Report]:
@@ -203,6 +281,7 @@ def inspect_launches(launches: Iterable[Launch], arch: str) -> list[Report]:
             str(constants),
             launch.num_warps,
             launch.num_stages,
+            launch.fp_fusion,
         )
         sources[key] = (launch, signature, constants, hints)
     return [_inspect(*parts, arch) for parts in sources.values()]
@@ -257,7 +336,7 @@ def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
-        "enable_fp_fusion": True,  # as the JIT sets it
+        "enable_fp_fusion": launch.fp_fusion,
     }
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas prints the whole program
@@ -308,6 +387,7 @@ def read_nvidia(report: Report, cubin: bytes) -> None:
 def read_sass(report: Report, text: str) -> None:
     """Count the instructions of a disassembly."""
     code = [(int(at, 16), op, rest) for at, op, rest in _INSTRUCTION.findall(text)]
+    report.instructions = sum(op != "NOP" for _, op, _ in code)
     for _, op, _ in code:
         name = op.split(".")[0]
         if name in _SPILLS:

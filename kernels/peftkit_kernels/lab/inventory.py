@@ -6,7 +6,7 @@ of the kernels that run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,14 @@ _SMS = {
 """Of the largest part: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI300X."""
 
 
+def known_archs(archs: Iterable[str]) -> list[str]:
+    """``archs`` as they are; raises ``ValueError`` for one that kernels are not compiled for."""
+    for arch in archs:
+        if arch not in _SMS:
+            raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(_SMS)}")
+    return list(archs)
+
+
 def launches(
     op: str,
     arch: str,
@@ -56,7 +64,7 @@ def launches(
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _lora_linear(rank: int, dtype: torch.dtype) -> None:
@@ -95,21 +103,173 @@ def _lora_qkv(rank: int, dtype: torch.dtype) -> None:
         backward(dys, weights, x, As, Bs, joint, *numbers, True, True, [True] * 3)
 
 
-def _linear_cross_entropy(rank: int, dtype: torch.dtype) -> None:
-    from peftkit_kernels.linear_cross_entropy.reference import RowLoss
-    from peftkit_kernels.linear_cross_entropy.triton_impl import xent_rows_triton_
+def _lora_swiglu_mlp(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.lora_qkv.triton_impl import compact
+    from peftkit_kernels.lora_swiglu_mlp.triton_impl import backward, forward
+    from peftkit_kernels.low_rank import LoRA
 
-    del rank  # the adapter of a head takes the library's products
-    z = _meta(1024, 128256, dtype=dtype)
-    target = _meta(1024, dtype=torch.int64)
-    for row_loss in (RowLoss(), RowLoss(1.0, None, 0.1, 1e-4), RowLoss(0.5, 30.0, 0.1, 1e-4)):
-        for want_grad in (True, False):
-            xent_rows_triton_(z, target, row_loss, ignored=None, want_grad=want_grad)
+    D, F = 4096, 14336
+    sizes = ((F, D), (F, D), (D, F))
+    x, weights = _meta(_M, D, dtype=dtype), [_meta(*size, dtype=dtype) for size in sizes]
+    # the dropout adds to every activation alike
+    for act, p in (("silu", 0.0), ("silu", 0.1), ("gelu", 0.1), ("gelu_tanh", 0.1)):
+        loras = [
+            LoRA(_meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype), 2.0, p, _SEED + i)
+            for i, (N, K) in enumerate(sizes)
+        ]
+        arguments = compact([None] * 3, loras)
+        y, e, g, s = forward(x, weights, *arguments, act)
+        _, As, Bs, _, *numbers = arguments
+        needs = True, [False, False], [True] * 3, [True] * 3
+        backward(y, weights, x, e, g, As, Bs, s, *numbers, act, *needs)
+
+
+def _bottleneck(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.bottleneck.config import MAX_BOTTLENECK
+    from peftkit_kernels.bottleneck.triton_impl import backward, forward
+
+    D, act = 4096, "gelu"
+    for R in sorted({rank, min(4 * rank, MAX_BOTTLENECK)}):  # wider than any adapter's rank
+        bias, wide = _meta(R, dtype=dtype), _meta(D, dtype=dtype)
+        down, up = _meta(R, D, dtype=dtype), _meta(D, R, dtype=dtype)
+        for M in (_M, 1024):
+            h = _meta(M, D, dtype=dtype)
+            y, z = forward(h, down, bias, up, wide, 1.0, act)
+            backward(y, h, z, down, up, 1.0, act, [True] * 4)
+
+
+def _frozen_norm(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.frozen_norm.triton_impl import backward, layer_forward, rms_forward
+
+    del rank  # a norm has none
+    for K in (64, 4096, 16384):  # many rows a program, one, and the longest
+        x, weight = _meta(_M, K, dtype=dtype), _meta(K, dtype=dtype)
+        for offset, round_first in ((0.0, True), (1.0, False)):
+            y, rstd = rms_forward(x, weight, 1e-6, offset, round_first)
+            backward(y, x, weight, None, rstd, offset)
+        y, mean, rstd = layer_forward(x, weight, weight, 1e-6)
+        backward(y, x, weight, mean, rstd, 0.0)
+
+
+def _linear_cross_entropy(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.linear_cross_entropy.triton_impl import deferred, forward
+
+    M, D, V = 1024, 4096, 128256
+    hidden, weight = _meta(M, D, dtype=dtype), _meta(V, D, dtype=dtype)
+    target = _meta(M, dtype=torch.int64)
+    factors = _meta(rank, D, dtype=dtype), _meta(V, rank, dtype=dtype)
+    frozen, adapted = [True, *[False] * 4], [True, False, False, True, True]
+    sizes = -100, M, dtype
+    for row_loss in ((1.0, None, 0.0, 0.0), (1.0, None, 0.1, 1e-4), (0.5, 30.0, 0.1, 1e-4)):
+        for needs in (frozen, [False] * 5):
+            forward(
+                *(hidden, weight, None, None, None, target),
+                *(1.0, *row_loss, *sizes, False, needs),
+            )
+        dloss = _meta(M, dtype=torch.float32)
+        deferred(
+            *(dloss, hidden, weight, _meta(V, dtype=dtype), *factors, target),
+            *(2.0, *row_loss, *sizes, adapted),
+        )
+
+
+def _nf4_weights(N: int, K: int) -> list[Any]:
+    """Single and nested, with blocks of 64."""
+    from peftkit_kernels.nf4 import NestedAbsmax, NF4Weight
+
+    packed, blocks = _meta(N * K // 2, dtype=torch.uint8), N * K // 64
+    single = NF4Weight(packed, _meta(blocks, dtype=torch.float32), (N, K))
+    outer = _meta(256, dtype=torch.float32), _meta(-(-blocks // 256), dtype=torch.float32)
+    nested = NestedAbsmax(*outer, _meta(dtype=torch.float32))
+    return [single, NF4Weight(packed, _meta(blocks, dtype=torch.uint8), (N, K), 64, nested)]
+
+
+def _int8_weight(N: int, K: int) -> Any:
+    from peftkit_kernels.int8 import Int8Weight
+
+    return Int8Weight(_meta(N, K, dtype=torch.int8), _meta(N, dtype=torch.float32))
+
+
+def _nf4(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.nf4.triton_impl import dequantize_into, quantize
+    from peftkit_kernels.nf4.weight import BLOCKSIZES
+
+    del rank
+    for q in _nf4_weights(4096, 4096):
+        out = _meta(4096, 4096, dtype=dtype)
+        for row_scale in (None, _meta(4096, dtype=torch.float32)):
+            dequantize_into(q, out, row_scale)
+    for blocksize in BLOCKSIZES:
+        quantize(_meta(4096, 4096, dtype=dtype), blocksize)
+
+
+def _int8(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.int8.triton_impl import dequantize_into
+
+    del rank
+    out = _meta(4096, 4096, dtype=dtype)
+    for row_scale in (None, _meta(4096, dtype=torch.float32)):
+        dequantize_into(_int8_weight(4096, 4096), out, row_scale)
+
+
+def _quantized_linear(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.quantized import layout_of
+    from peftkit_kernels.quantized_linear.triton_impl import backward, forward
+
+    N, K = (
+        14336,
+        4096,
+    )  # columns enough for the largest number of rows that is decoded in the product
+    factors = _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
+    for q in (*_nf4_weights(N, K), _int8_weight(N, K)):
+        stored = q.tensors(), layout_of(q)
+        for M in (1, 32, 64, 128, _M):
+            x, bias = _meta(M, K, dtype=dtype), _meta(N, dtype=dtype)
+            for lora in (factors, (None, None)):
+                y, s = forward(x, *stored, bias, *lora, 2.0, 0.0, _SEED)
+        dy = torch.empty_like(y)
+        backward(dy, *stored, x, *factors, s, 2.0, 0.0, _SEED, [True, False, False])
+
+
+def _grouped_lora(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.grouped_lora.plan import plan_groups
+    from peftkit_kernels.grouped_lora.triton_impl import backward, forward, table_of
+
+    E, K, N = 32, 4096, 4096
+    factors = _meta(E, rank, K, dtype=dtype), _meta(E, N, rank, dtype=dtype)
+    for M, block in ((_M, 64), (_M, 16), (64, 16), (64, 64)):
+        plan = plan_groups(_meta(M, dtype=torch.int64), E, block=block)
+        y, x = _meta(M, N, dtype=dtype), _meta(M, K, dtype=dtype)
+        scale, tables = _meta(E, dtype=torch.float32), table_of(plan)
+        out, s = forward(y, x, *factors, scale, *tables)
+        backward(out, x, *factors, s, scale, *tables, [True] * 3)
+
+
+def _prefix_attention(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.prefix_attention.triton_impl import add_gated, gate_grad, merge
+
+    del rank
+    H = 32
+    gate = _meta(H, dtype=dtype)
+    for S, D in ((2048, 64), (2048, 128), (2048, 256), (1, 128)):
+        o = _meta(2, S, H, D, dtype=dtype)
+        lse = _meta(2, H, S, dtype=torch.float32)
+        merge(o, lse, o, lse)
+        add_gated(o, o, gate)
+        gate_grad(o, o, gate)
 
 
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
+    "lora_swiglu_mlp": _lora_swiglu_mlp,
+    "bottleneck": _bottleneck,
+    "frozen_norm": _frozen_norm,
     "linear_cross_entropy": _linear_cross_entropy,
+    "nf4": _nf4,
+    "int8": _int8,
+    "quantized_linear": _quantized_linear,
+    "grouped_lora": _grouped_lora,
+    "prefix_attention": _prefix_attention,
 }
 """Ops with Triton kernels."""

@@ -110,10 +110,11 @@ class Argument:
 
 @dataclass
 class Launch:
-    """One kernel launch; ``dot_flops`` counts what the dots issue, padding included."""
+    """One kernel launch; ``dot_flops`` counts what the dots issue, padding included, ``values`` is what was passed."""
 
     kernel: str
     arguments: dict[str, Argument]
+    values: dict[str, Any] = field(default_factory=dict, repr=False)
     grid: tuple[int, int, int] = (0, 0, 0)
     dot_flops: int = 0
     findings: list[Finding] = field(default_factory=list)
@@ -174,8 +175,9 @@ class Traffic(contextlib.AbstractContextManager):
         def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
             names = inspect.signature(executor.fn).parameters
             passed = {name: value for name, value in kwargs.items() if name in names}
-            tensors = _tensors(inspect.getcallargs(executor.fn, *args, **passed))
-            current = Launch(executor.fn.__name__, {n: Argument(n, t) for n, t in tensors.items()})
+            values = inspect.getcallargs(executor.fn, *args, **passed)
+            arguments = {name: Argument(name, t) for name, t in _tensors(values).items()}
+            current = Launch(executor.fn.__name__, arguments, values)
             self._current = current
             try:
                 with (

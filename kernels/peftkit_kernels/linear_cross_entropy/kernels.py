@@ -22,13 +22,14 @@ def _capped(z, logit_scale, softcap, CAP: tl.constexpr):
 
 @triton.jit
 def xent_kernel(
-    z_ptr, target_ptr, loss_ptr, lse_ptr,  # z[C, V], overwritten  target[C], negative where ignored
+    z_ptr, target_ptr, factor_ptr,  # z[C, V], overwritten  target[C], negative where ignored  factor[C]
+    loss_ptr, lse_ptr,  # [C]
     V, stride_zm,
     logit_scale, softcap, smoothing, z_loss,
-    GRAD: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
+    GRAD: tl.constexpr, HAS_FACTOR: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: running maximum and sum over V, then ``z ← dloss/dz``; the second read of the row is served by L2.
+    """One program a row: running maximum and sum over V, then ``z ← factor · dloss/dz``; the second read of the row is served by L2.
 
     The running maximum is kept for each 8 neighbours, what one thread loads with 16 bytes: one exponential a logit and no
     traffic between lanes in the loop. On sm_90 that makes 9 clocks a logit instead of 21, with exp2, which unlike exp does
@@ -79,15 +80,18 @@ def xent_kernel(
 
     # 3. its gradient, over the logits
     if GRAD:
-        factor = 1.0
+        share_p = 1.0
         if Z_LOSS:
-            factor = 1.0 + 2.0 * z_loss * lse
+            share_p = 1.0 + 2.0 * z_loss * lse
+        factor = logit_scale
+        if HAS_FACTOR:
+            factor *= tl.load(factor_ptr + row)
         for v in range(0, V, BLOCK_V):
             offs_v = v + tl.arange(0, BLOCK_V)
             mask = offs_v < V
             z = tl.load(z_row + offs_v, mask=mask, other=0.0).to(tl.float32)
             y = _capped(z, logit_scale, softcap, CAP)
-            dz = tl.exp2(y * 1.4426950408889634 - lse2) * factor
+            dz = tl.exp2(y * 1.4426950408889634 - lse2) * share_p
             if SMOOTH:
                 dz -= tl.where(offs_v == target, 1.0 - smoothing, 0.0) + smoothing / V
             else:
@@ -95,5 +99,4 @@ def xent_kernel(
             if CAP:
                 share = y / softcap
                 dz *= 1.0 - share * share
-            dz *= logit_scale
-            tl.store(z_row + offs_v, dz.to(z_ptr.dtype.element_ty), mask=mask)
+            tl.store(z_row + offs_v, (dz * factor).to(z_ptr.dtype.element_ty), mask=mask)

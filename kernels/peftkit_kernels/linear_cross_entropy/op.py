@@ -7,10 +7,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from peftkit_kernels.checks import autocast_dtype, check_lora
+from peftkit_kernels.checks import autocast_dtype, check_lora, without_autocast
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.linear_cross_entropy.reference import RowLoss, linear_cross_entropy_reference
 from peftkit_kernels.linear_cross_entropy.torch_impl import linear_cross_entropy_torch
+from peftkit_kernels.linear_cross_entropy.triton_impl import linear_cross_entropy_triton
 from peftkit_kernels.low_rank import LoRA
 
 Reduction = Literal["mean", "sum", "none"]
@@ -41,6 +42,7 @@ def linear_cross_entropy(
     recomputed and what is kept for backward is ``dhidden`` (``[M, D]``) and the gradients of the trained parameters of
     the head: ``float32[V, D]`` for a trained ``weight``, ``float32[R, D]`` and ``float32[V, R]`` for ``lora``. Only
     ``reduction="none"`` with trained parameters computes the logits a second time, in backward.
+    Under ``torch.compile`` on the CPU the definition runs, which the compiler fuses itself.
 
     Args:
         hidden: ``[..., D]``.
@@ -75,11 +77,15 @@ def linear_cross_entropy(
     if not torch.compiler.is_compiling():
         check_target(target, weight.shape[0], ignore_index)
     row_loss = RowLoss(logit_scale, softcap, label_smoothing, z_loss)
-    with torch.autocast(hidden.device.type, enabled=False):
-        tensors = hidden, weight, target, bias
-        # the compiler fuses the definition itself
-        tensors = () if torch.compiler.is_compiling() else tensors
-        chosen = choose_backend("linear_cross_entropy", backend, *tensors, has_dot=False)
+    with without_autocast(hidden):
+        # the kernels see the dtype of the products
+        first = hidden if dtype is hidden.dtype else hidden.new_empty(0, dtype=dtype)
+        tensors, rank = [first, hidden, weight, target, bias], 0
+        if lora is not None:
+            tensors, rank = [*tensors, lora.A, lora.B], lora.A.shape[0]
+        chosen = choose_backend(
+            "linear_cross_entropy", backend, *tensors, rank=rank, has_dot=lora is not None
+        )
         if chosen == "reference":
             return linear_cross_entropy_reference(
                 hidden,
@@ -93,7 +99,8 @@ def linear_cross_entropy(
                 num_items=num_items,
                 compute_dtype=dtype,
             )
-        losses = linear_cross_entropy_torch(
+        run = linear_cross_entropy_triton if chosen == "triton" else linear_cross_entropy_torch
+        losses = run(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
             target.reshape(-1),
@@ -105,7 +112,6 @@ def linear_cross_entropy(
             num_items=num_items,
             chunk=chunk,
             compute_dtype=dtype,
-            triton=chosen == "triton",
         )
     return losses.reshape(target.shape) if reduction == "none" else losses
 

@@ -95,5 +95,9 @@ def linear_cross_entropy_reference(
 
 def mean_divisor(count: Tensor | int, like: Tensor) -> Tensor:
     """``count`` as a number of the dtype and on the device of ``like``; zero, where the sum is zero too, becomes one."""
-    divisor = torch.as_tensor(count, dtype=like.dtype, device=like.device)
+    if isinstance(count, Tensor):
+        divisor = count.to(like.device, like.dtype)
+    else:
+        # filled on the device: a copy from the host would be waited for
+        divisor = like.new_full((), count)
     return divisor.where(divisor != 0, 1.0)

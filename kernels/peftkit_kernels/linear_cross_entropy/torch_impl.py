@@ -13,7 +13,6 @@ from peftkit_kernels import low_rank, native
 from peftkit_kernels.autograd import once_differentiable, run
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.linear_cross_entropy.reference import RowLoss, mean_divisor, wide_dtype
-from peftkit_kernels.linear_cross_entropy.triton_impl import xent_rows_triton_
 from peftkit_kernels.low_rank import LoRA
 
 _CPU_CHUNK_BYTES = 2**25
@@ -49,8 +48,6 @@ class Plan:
     chunk: int
     dtype: torch.dtype
     """Of the products with the head."""
-    triton: bool = False
-    """Whether the pass over a chunk of logits is the Triton kernel."""
 
 
 def linear_cross_entropy_torch(
@@ -66,9 +63,8 @@ def linear_cross_entropy_torch(
     num_items: Tensor | int | None,
     chunk: int | None,
     compute_dtype: torch.dtype,
-    triton: bool = False,
 ) -> Tensor:
-    """As ``linear_cross_entropy_reference``, for ``hidden [M, D]`` and ``target [M]``; ``triton`` as in ``Plan``."""
+    """As ``linear_cross_entropy_reference``, for ``hidden [M, D]`` and ``target [M]``."""
     M, V = hidden.shape[0], weight.shape[0]
     plan = Plan(
         row_loss,
@@ -78,7 +74,6 @@ def linear_cross_entropy_torch(
         chunk
         or choose_chunk(M, V, itemsize=compute_dtype.itemsize, cpu=hidden.device.type == "cpu"),
         compute_dtype,
-        triton,
     )
     head = Head(weight, bias, lora.A if lora else None, lora.B if lora else None)
     return run(_LinearCrossEntropy, hidden, *head, target, num_items, plan)
@@ -112,7 +107,7 @@ def xent_rows_(
     if z.dtype.itemsize >= 4:
         return _xent_wide_rows_(z, target, row_loss, ignored, want_grad)
     loss, lse = z.new_empty(2, z.shape[0], dtype=torch.float32)
-    for rows in _tiles(z.shape[0], z.shape[1]):
+    for rows in tiles(z.shape[0], z.shape[1]):
         y = z[rows].float()
         skip = None if ignored is None else ignored[rows]
         loss[rows], lse[rows] = _xent_wide_rows_(y, target[rows], row_loss, skip, want_grad)
@@ -298,8 +293,7 @@ def _sweep(
         if lora is not None and s is not None:
             low_rank.expand_(z, s, lora.B, lora.scale)
         skip = None if ignored is None else ignored[chunk]
-        row_pass = xent_rows_triton_ if plan.triton else xent_rows_
-        losses[chunk], _ = row_pass(
+        losses[chunk], _ = xent_rows_(
             z, target[chunk], plan.row_loss, ignored=skip, want_grad=want_grad
         )
         if not want_grad:
@@ -309,16 +303,16 @@ def _sweep(
         if row_factor is not None:
             z.mul_(row_factor[chunk, None].to(z.dtype))
         if dweight is not None:
-            _add_tall_(dweight, z, h, 1.0)
+            add_tall_(dweight, z, h, 1.0)
         if dbias is not None:
             dbias.add_(z.sum(0, dtype=wide))
         if dB is not None and lora is not None and s is not None:
-            _add_tall_(dB, z, s, lora.scale)
-        dh = _hidden_grad(z, weight) if needs_hidden else None
+            add_tall_(dB, z, s, lora.scale)
+        dh = hidden_grad(z, weight) if needs_hidden else None
         if lora is not None and (needs_hidden or dA is not None):
             ds = low_rank.grad_s(z, lora.B, lora.scale)
             if dA is not None:
-                _add_tall_(dA, ds, h, 1.0)
+                add_tall_(dA, ds, h, 1.0)
             if dh is not None:
                 low_rank.expand_(dh, ds, lora.A.t(), 1.0)
         if dhidden is not None and dh is not None:
@@ -332,7 +326,7 @@ def _logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dtype == h.dtype:
         return _linear(h, weight, bias)
     z = h.new_empty(h.shape[0], weight.shape[0])
-    for tile in _tiles(*weight.shape):
+    for tile in tiles(*weight.shape):
         z[:, tile] = _linear(h, weight[tile].to(h.dtype), None if bias is None else bias[tile])
     return z
 
@@ -347,27 +341,27 @@ def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return matmul_nt(h, weight).add_(bias)
 
 
-def _hidden_grad(dz: Tensor, weight: Tensor) -> Tensor:
+def hidden_grad(dz: Tensor, weight: Tensor) -> Tensor:
     """``dz W`` in the dtype of ``dz``; a weight of another dtype is cast a tile at a time."""
     if weight.dtype == dz.dtype:
         return matmul_nn(dz, weight)
     dh = dz.new_zeros(dz.shape[0], weight.shape[1], dtype=wide_dtype(dz.dtype))
-    for tile in _tiles(*weight.shape):
+    for tile in tiles(*weight.shape):
         dh.add_(matmul_nn(dz[:, tile], weight[tile].to(dz.dtype)))
     return dh.to(dz.dtype)
 
 
-def _add_tall_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def add_tall_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """``total += scale · leftᵀ right`` in the dtype of ``total``, columns of a 16-bit ``left`` cast a tile at a time."""
     if left.dtype == total.dtype:
         total.addmm_(left.t(), right, alpha=scale)
         return
     right = right.to(total.dtype)
-    for tile in _tiles(left.shape[1], left.shape[0]):
+    for tile in tiles(left.shape[1], left.shape[0]):
         total[tile].addmm_(left[:, tile].to(total.dtype).t(), right, alpha=scale)
 
 
-def _tiles(rows: int, columns: int) -> Iterator[slice]:
+def tiles(rows: int, columns: int) -> Iterator[slice]:
     """Slices of ``rows`` such that ``columns`` float32 numbers a row stay within ``_TILE_BYTES``."""
     step = max(_TILE_BYTES // (4 * max(columns, 1)), 1)
     for start in range(0, rows, step):

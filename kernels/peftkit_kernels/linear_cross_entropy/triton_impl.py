@@ -1,16 +1,33 @@
-"""The pass over a chunk of logits as one Triton kernel; the sweep over the chunks is that of ``torch_impl``."""
+"""``linear_cross_entropy`` by Triton kernels around the library's GEMMs, as torch.library ops: traceable, differentiable once.
+
+The op gives the sum over all rows, or one loss a row; the mean divides it outside. The gradients are made in the forward,
+chunk by chunk, and are outputs of the op that autograd keeps. All rows are computed, those without a target masked: their number is
+never waited for.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.launch import launch
 from peftkit_kernels.linear_cross_entropy.config import RowConfig
-from peftkit_kernels.linear_cross_entropy.reference import RowLoss
+from peftkit_kernels.linear_cross_entropy.reference import RowLoss, mean_divisor
+from peftkit_kernels.linear_cross_entropy.torch_impl import (
+    add_tall_,
+    choose_chunk,
+    hidden_grad,
+    tiles,
+)
+from peftkit_kernels.low_rank import LoRA, cast, passes
+
+Tensors = list[Tensor]
 
 
 @functools.cache
@@ -25,23 +42,35 @@ def xent_rows_triton_(
     target: Tensor,
     row_loss: RowLoss,
     *,
-    ignored: Tensor | None,
     want_grad: bool,
+    factor: Tensor | None = None,
     config: RowConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``torch_impl.xent_rows_``: every logit is read twice (once from L2) and written once, nothing else is allocated."""
+    """One pass over a chunk of raw logits: every logit is read twice (once from L2) and written once.
+
+    Args:
+        z: ``[C, V]``. Afterwards ``factor · dloss/dz``, or as it was unless ``want_grad``.
+        target: ``Int64[C]``; rows with one outside [0, V) have loss and gradient 0.
+        row_loss: The loss of one row.
+        want_grad: Whether the gradient is needed.
+        factor: ``Float32[C]``, one factor a row on the gradient; ``None`` is 1.
+        config: Overrides the choice.
+
+    Returns:
+        ``(loss, lse)``, both ``Float32[C]``.
+    """
     (C, V), capped = z.shape, row_loss.softcap is not None
     loss, lse = (torch.empty(C, dtype=torch.float32, device=z.device) for _ in range(2))
     if not C:
         return loss, lse
     c = config or RowConfig.choose(V, capped=capped)
-    counted = target if ignored is None else target.masked_fill(ignored, -1)
     launch(
         _kernels().xent_kernel,
         (C,),
-        *(z, counted, loss, lse, V, z.stride(0), row_loss.logit_scale),
+        *(z, target, factor, loss, lse, V, z.stride(0), row_loss.logit_scale),
         *(row_loss.softcap or 1.0, row_loss.label_smoothing, row_loss.z_loss),
         GRAD=want_grad,
+        HAS_FACTOR=factor is not None,
         CAP=capped,
         SMOOTH=row_loss.label_smoothing > 0,
         Z_LOSS=row_loss.z_loss != 0,
@@ -50,3 +79,316 @@ def xent_rows_triton_(
         num_stages=1,
     )
     return loss, lse
+
+
+def sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    target: Tensor,
+    lora_scale: float,
+    row_loss: RowLoss,
+    chunk: int,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensors]:
+    """The loss of every row, and those gradients of the first five arguments that ``needs`` asks for.
+
+    Each row's gradient is multiplied by ``factor [M]`` where that is given. That of ``hidden`` has its dtype, the others are
+    float32 sums over the chunks.
+    """
+    needs_hidden, needs_ds = needs[0], needs[0] or needs[3]
+    losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    grads = _like_grads(hidden, weight, bias, A, B, needs)
+    for grad in grads[needs_hidden:]:
+        grad.zero_()
+    found = iter(grads)
+    dhidden, dweight, dbias, dA, dB = (next(found) if needed else None for needed in needs)
+    lora = None if A is None or B is None else LoRA(cast(A, dtype), cast(B, dtype), lora_scale)
+    for start in range(0, hidden.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        h = cast(hidden[rows], dtype)
+        s = None if lora is None else passes.shrink(h, lora.A)
+        z = _logits(h, weight, bias, s, lora)
+        losses[rows], _ = xent_rows_triton_(
+            *(z, target[rows], row_loss),
+            want_grad=any(needs),
+            factor=None if factor is None else factor[rows],
+        )
+        if any(needs):
+            if dweight is not None:
+                add_tall_(dweight, z, h, 1.0)
+            if dbias is not None:
+                dbias.add_(z.sum(0, dtype=torch.float32))
+            ds = _reach(z, s, lora, dB, needs_ds)
+            if dA is not None:
+                dA.add_(passes.grad_a(ds, h, torch.float32))
+            if dhidden is not None:
+                _write_hidden_grad(dhidden[rows], z, weight, ds, lora)
+        # freed before the next chunk is allocated, so that the allocator hands out the same memory again
+        del z
+    return losses, grads
+
+
+def _like_grads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    needs: Sequence[bool],
+) -> Tensors:
+    grads = [hidden.new_empty(hidden.shape)] if needs[0] else []
+    parameters = zip((weight, bias, A, B), needs[1:], strict=True)
+    return grads + [
+        t.new_empty(t.shape, dtype=torch.float32)
+        for t, needed in parameters
+        if needed and t is not None
+    ]
+
+
+def _logits(
+    h: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor | None, lora: LoRA | None
+) -> Tensor:
+    """``h Wᵀ + bias + scale · s Bᵀ``; the update is written first and the library's GEMM adds to it.
+
+    A weight of another dtype is cast a tile at a time.
+    """
+    bias, z = None if bias is None else cast(bias, h.dtype), None
+    if s is not None and lora is not None:
+        z = passes.expand(s, lora.B, lora.scale, bias=bias)
+    if weight.dtype is h.dtype:
+        return F.linear(h, weight, bias) if z is None else z.addmm_(h, weight.t())
+    added = z is not None
+    z = h.new_empty(h.shape[0], weight.shape[0]) if z is None else z
+    for tile in tiles(*weight.shape):
+        part = weight[tile].to(h.dtype)
+        if added:
+            z[:, tile].addmm_(h, part.t())
+        else:
+            z[:, tile] = F.linear(h, part, None if bias is None else bias[tile])
+    return z
+
+
+def _reach(
+    dz: Tensor, s: Tensor | None, lora: LoRA | None, dB: Tensor | None, needs_ds: bool
+) -> Tensor | None:
+    """Adds the chunk's part to ``dB``; returns ``ds = scale · dz B`` if needed, from the same pass over ``dz``."""
+    if lora is None:
+        return None
+    if dB is None:
+        return passes.grad_s(dz, lora.B, lora.scale) if needs_ds else None
+    if needs_ds:
+        part, ds = passes.grad_b_and_s(dz, s, lora.B, lora.scale, torch.float32)
+    else:
+        part, ds = passes.grad_b(dz, s, lora.scale, torch.float32), None
+    dB.add_(part)
+    return ds
+
+
+def _write_hidden_grad(
+    out: Tensor, dz: Tensor, weight: Tensor, ds: Tensor | None, lora: LoRA | None
+) -> None:
+    """``out = dz W + ds A``."""
+    update = None
+    if lora is not None and ds is not None:
+        update = passes.expand(ds, lora.A.t(), 1.0)
+    if not dz.dtype is weight.dtype is out.dtype:
+        dh = hidden_grad(dz, weight)
+        out.copy_(dh if update is None else dh.add_(update))
+    elif update is None:
+        torch.mm(dz, weight, out=out)
+    else:
+        torch.addmm(update, dz, weight, out=out)
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    target: Tensor,
+    lora_scale: float,
+    logit_scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    ignore_index: int,
+    chunk: int,
+    dtype: torch.dtype,
+    per_row: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensors]:
+    """The loss of ``hidden [M, D]``, summed or ``per_row``, and its gradients for those of the first five arguments that need one.
+
+    Gradients of parameters do not commute with one number a row: with ``per_row`` none is made if any of them is needed,
+    ``deferred`` makes them all in backward.
+    """
+    made = needs if _makes_grads(per_row, needs) else [False] * 5
+    losses, grads = sweep(
+        *(hidden, weight, bias, A, B, _counted(target, ignore_index), lora_scale),
+        *(RowLoss(logit_scale, softcap, label_smoothing, z_loss), chunk, dtype, made),
+    )
+    return losses if per_row else losses.sum(), grads
+
+
+def _makes_grads(per_row: bool, needs: Sequence[bool]) -> bool:
+    return not per_row or not any(needs[1:])
+
+
+def _counted(target: Tensor, ignore_index: int) -> Tensor:
+    return target.masked_fill(target == ignore_index, -1)
+
+
+def _empty_outputs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    target: Tensor,
+    *numbers: Any,
+) -> tuple[Tensor, Tensors]:
+    *_, per_row, needs = numbers
+    loss = hidden.new_empty(target.shape if per_row else (), dtype=torch.float32)
+    made = _makes_grads(per_row, needs)
+    return loss, _like_grads(hidden, weight, bias, A, B, needs) if made else []
+
+
+def deferred(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    target: Tensor,
+    lora_scale: float,
+    logit_scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    ignore_index: int,
+    chunk: int,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> Tensors:
+    """The gradients for ``dloss [M]``, one number a row, from logits computed again."""
+    _, grads = sweep(
+        *(hidden, weight, bias, A, B, _counted(target, ignore_index), lora_scale),
+        *(RowLoss(logit_scale, softcap, label_smoothing, z_loss), chunk, dtype, needs),
+        # a sum over the losses comes as one number for all rows, without a stride
+        factor=dloss.contiguous(),
+    )
+    return grads
+
+
+def _deferred_like(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    target: Tensor,
+    *numbers: Any,
+) -> Tensors:
+    return _like_grads(hidden, weight, bias, A, B, numbers[-1])
+
+
+def scale_rows(grad: Tensor, factor: Tensor) -> Tensor:
+    """``factor · grad`` in the dtype of ``grad [M, D]``, for ``Float32[]`` or ``Float32[M]``: one pass, rounded once."""
+    return torch.mul(grad, factor.reshape(-1, 1), out=torch.empty_like(grad))
+
+
+_TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? A, Tensor? B, Tensor target"
+_NUMBERS = (
+    "float lora_scale, float logit_scale, float? softcap, float label_smoothing, float z_loss, int ignore_index,"
+    " int chunk, ScalarType dtype"
+)
+_op = torch.library.custom_op(
+    "peftkit::linear_cross_entropy",
+    forward,
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_NUMBERS}, bool per_row, bool[] needs) -> (Tensor, Tensor[])",
+)
+_deferred_op = torch.library.custom_op(
+    "peftkit::linear_cross_entropy_deferred",
+    deferred,
+    mutates_args=(),
+    schema=f"(Tensor dloss, {_TENSORS}, {_NUMBERS}, bool[] needs) -> Tensor[]",
+)
+_scale_op = torch.library.custom_op(
+    "peftkit::scale_rows",
+    scale_rows,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor factor) -> Tensor",
+)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensors]) -> None:
+    *numbers, per_row, needs = inputs[6:]
+    ctx.makes_grads, ctx.numbers, ctx.needs = _makes_grads(per_row, needs), numbers, needs
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
+    ctx.save_for_backward(*(output[1] if ctx.makes_grads else inputs[:6]))
+    ctx.mark_non_differentiable(*output[1])
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
+    """All gradients are linear in ``dloss``: those made in the forward are multiplied by it."""
+    if ctx.makes_grads:
+        found = iter(ctx.saved_tensors)
+        grads = [next(found) if needed else None for needed in ctx.needs]
+        if grads[0] is not None:
+            grads[0] = _scale_op(grads[0], dloss)
+        grads[1:] = [None if grad is None else grad * dloss for grad in grads[1:]]
+    else:
+        found = iter(_deferred_op(dloss, *ctx.saved_tensors, *ctx.numbers, ctx.needs))
+        grads = [next(found) if needed else None for needed in ctx.needs]
+    pairs = zip(grads, ctx.dtypes, strict=True)
+    grads = [None if grad is None else cast(grad, dtype) for grad, dtype in pairs]
+    return *grads, *([None] * (3 + len(ctx.numbers)))
+
+
+_op.register_fake(_empty_outputs)
+_deferred_op.register_fake(_deferred_like)
+_scale_op.register_fake(lambda grad, factor: torch.empty_like(grad))
+_op.register_autograd(_backward, setup_context=_keep)
+
+
+def linear_cross_entropy_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    lora: LoRA | None,
+    row_loss: RowLoss,
+    ignore_index: int,
+    reduction: str,
+    num_items: Tensor | int | None,
+    chunk: int | None,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """As ``linear_cross_entropy_reference``, for ``hidden [M, D]`` and ``target [M]``; nothing waits for the device."""
+    factors = (None, None) if lora is None else (lora.A, lora.B)
+    tensors = hidden, weight, bias, *factors
+    enabled = torch.is_grad_enabled()
+    needs = [enabled and t is not None and t.requires_grad for t in tensors]
+    M, V = hidden.shape[0], weight.shape[0]
+    loss, _ = _op(
+        *(*tensors, target, 1.0 if lora is None else lora.scale),
+        *(row_loss.logit_scale, row_loss.softcap, row_loss.label_smoothing, row_loss.z_loss),
+        *(ignore_index, chunk or choose_chunk(M, V, itemsize=compute_dtype.itemsize, cpu=False)),
+        *(compute_dtype, reduction == "none", needs),
+    )
+    if reduction != "mean":
+        return loss
+    count = (target != ignore_index).sum() if num_items is None else num_items
+    return loss / mean_divisor(count, loss)

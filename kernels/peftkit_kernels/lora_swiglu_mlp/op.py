@@ -19,6 +19,7 @@ from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.lora_swiglu_mlp.activation import ACTIVATIONS
 from peftkit_kernels.lora_swiglu_mlp.reference import lora_swiglu_mlp_reference
 from peftkit_kernels.lora_swiglu_mlp.torch_impl import Call, LoRASwiGLUMLP
+from peftkit_kernels.lora_swiglu_mlp.triton_impl import run_triton
 from peftkit_kernels.low_rank import LoRA
 
 
@@ -41,7 +42,7 @@ def lora_swiglu_mlp(
         biases: One or ``None`` a linear, same order.
         loras: One or ``None`` a linear, same order.
         act: One of ``ACTIVATIONS``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., D]``.
@@ -79,10 +80,14 @@ def lora_swiglu_mlp(
         check_bias(bias, weight, f"biases[{i}]")
         if lora is not None:
             check_lora(lora, weight, f"loras[{i}]")
-    if choose_backend("lora_swiglu_mlp", backend) == "reference":
-        return lora_swiglu_mlp_reference(x, weights, biases, loras, act)
     factors = [
         (None, None, None) if lora is None else (lora.A, lora.B, lora.numbers()) for lora in loras
     ]
     As, Bs, numbers = zip(*factors, strict=True)
+    rank = max([0, *(A.shape[0] for A in As if A is not None)])
+    chosen = choose_backend("lora_swiglu_mlp", backend, x, *weights, *biases, *As, *Bs, rank=rank)
+    if chosen == "reference":
+        return lora_swiglu_mlp_reference(x, weights, biases, loras, act)
+    if chosen == "triton":
+        return run_triton(x, weights, biases, loras, act)
     return run(LoRASwiGLUMLP, Call(numbers, act), x, *weights, *biases, *As, *Bs)

@@ -34,18 +34,20 @@ class ShrinkConfig:
     def choose(
         cls, M: int, K: int, R: int, *, itemsize: int, dropout: bool, target: Target
     ) -> ShrinkConfig:
-        """Fill the GPU with programs even where there are few rows."""
+        """Share K among programs where row blocks alone would leave the GPU three quarters full or less."""
         wide = itemsize == 4
         block_k = 32 if wide else 64 if dropout or block_r(R) > 32 else 128
         block_m = 64
         if block_r(R) == 64 and dropout and not wide:
             # philox beside a wide product: 1.11 x DRAM bandwidth on A100, against 1.02 for 64 x 64
             block_m, block_k = 128, 32
+        # rank 32 in exact float32 spills a few registers with 4 warps on sm_90
+        num_warps = 8 if wide and block_r(R) >= 32 else 4
         programs = cdiv(M, block_m)
         splits = 1
-        if programs < target.sms:
+        if 4 * programs < 3 * target.sms:
             splits = min(cdiv(target.sms, programs), cdiv(cdiv(K, block_k), _MIN_STEPS))
-        return cls(block_m, block_k, splits)
+        return cls(block_m, block_k, splits, num_warps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,9 @@ class ExpandConfig:
     @classmethod
     def choose(cls, R: int, *, itemsize: int, dropout: bool) -> ExpandConfig:
         """The mask of a wide tile does not fit the registers beside the tile."""
+        if itemsize == 4 and block_r(R) >= 64:
+            # without tensor cores the whole product is unrolled, and 64 x 64 spills kilobytes
+            return cls(32, 32, num_warps=8)
         return cls(64, 64 if dropout or itemsize == 4 or block_r(R) > 64 else 128)
 
 
@@ -87,11 +92,12 @@ class TallConfig:
                 64 if wide else 128,
                 8 if dropout else 4,
             )
-        if rank == 64 and dropout and not wide:
-            # philox beside a wide product: 1.2 x DRAM bandwidth on A100 and H100, against 0.98 and 1.10 for 64 x 128
+        if rank in (32, 64) and dropout and not wide:
+            # philox beside a wide product: at rank 64 1.2 x DRAM bandwidth on A100 and H100, against 0.98 and 1.10 for
+            # 64 x 128; at rank 32 1.24 and 1.14, against 1.15 and 1.07
             block_m, block_c = 32, 256
         if rank > 64:
-            block_m, num_warps = 32, 8
+            block_m, num_warps = 16 if wide else 32, 8
         chunk_m = 1024
         while chunk_m > _MIN_CHUNK_M and 4 * cdiv(M, chunk_m) * cdiv(C, block_c) < 3 * target.sms:
             chunk_m //= 2
@@ -118,8 +124,8 @@ def one_dy_pass(R: int, *, target: Target) -> bool:
 def fuses_gemm(N: int, K: int, *, itemsize: int, target: Target) -> bool:
     """Whether ``gemm_lora`` replaces expand and the library's GEMM.
 
-    Only for small layers, where the two are equal or launches dominate; a pointer-based Triton GEMM is not competitive in
-    float32 or on sm_100, and on sm_75 it has no tensor cores.
+    Only for small layers, where the two are equal or launches dominate, unless a calibration of the GPU says otherwise; a
+    pointer-based Triton GEMM is not competitive in float32 or on sm_100, and on sm_75 it has no tensor cores.
     """
-    capability = target.capability or 80
-    return itemsize == 2 and max(N, K) <= 2048 and 80 <= capability != 100
+    capability, width = target.capability or 80, target.calibration.fused_width
+    return itemsize == 2 and max(N, K) <= width and 80 <= capability != 100

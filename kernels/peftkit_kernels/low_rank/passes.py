@@ -70,7 +70,7 @@ def shrink(
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
-    return s if splits == 1 else _sum_partials(partial, s)
+    return s if splits == 1 else sum_partials(partial, s)
 
 
 def expand(
@@ -244,16 +244,21 @@ def _tall(
         num_stages=c.num_stages,
     )
     if chunks > 1:
-        _sum_partials(g, g_out)
+        sum_partials(g, g_out)
     if p_out is not None and partial_p is not None and blocks > 1:
-        _sum_partials(partial_p, p_out)
+        sum_partials(partial_p, p_out)
 
 
-def _sum_partials(partial: Tensor, out: Tensor) -> Tensor:
+def sum_tile(columns: int) -> tuple[int, int]:
+    """Rows and columns of one tile of a sum over partial results."""
+    block_n = min(_SUM_TILE, max(16, 1 << (columns - 1).bit_length()))
+    return _SUM_TILE // block_n, block_n
+
+
+def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
     """``out [rows, columns] = Σ partial`` over its first axis."""
     count, rows, columns = partial.shape
-    block_n = min(_SUM_TILE, max(16, 1 << (columns - 1).bit_length()))
-    block_m = _SUM_TILE // block_n
+    block_m, block_n = sum_tile(columns)
     launch(
         _kernels().sum_kernel,
         (cdiv(rows, block_m), cdiv(columns, block_n)),

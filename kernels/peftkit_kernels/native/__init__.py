@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,14 +22,24 @@ GATES = ("silu", "gelu_tanh")
 """The activations there are native passes for, in the order of the source. The exact GELU stays with torch: its erf has no
 vector form in C, and one element at a time it is fifty times slower than torch's."""
 
+_SUM_ROWS = 64
+"""Rows whose sums ``dora.c`` leaves as one partial sum."""
+
+MAX_RANK = 256
+"""Of ``updated_norm``: factors it keeps on the stack."""
+
 _SIGNATURES = {
     "pk_gate": (*[_POINTER] * 3, _INT64, _INT, _INT),
     "pk_gate_backward": (*[_POINTER] * 5, _INT64, _INT, _INT),
     "pk_rms_norm": (*[_POINTER] * 4, _INT64, _INT64, _FLOAT, _FLOAT, _INT),
     "pk_rms_norm_backward": (*[_POINTER] * 5, _INT64, _INT64, _FLOAT, _INT),
+    "pk_updated_norm": (*[_POINTER] * 4, *[_INT64] * 3, _FLOAT, _INT),
+    "pk_scale_backward": (*[_POINTER] * 5, _INT64, _INT64, _INT),
+    "pk_scaled_gate": (*[_POINTER] * 7, _INT64, _INT64, _INT, _INT),
+    "pk_scaled_gate_backward": (*[_POINTER] * 10, _INT64, _INT64, _INT, _INT),
     "pk_cross_entropy": (*[_POINTER] * 4, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, _INT),
-    "pk_attention": (_POINTER,) * 6,
-    "pk_attention_backward": (_POINTER,) * 10,
+    "pk_attention": (_POINTER,) * 8,
+    "pk_attention_backward": (_POINTER,) * 14,
     "pk_dropout": (*[_POINTER] * 2, _INT64, _INT64, _INT64, _FLOAT, _INT64, _INT),
     "pk_quantize_rows": (*[_POINTER] * 4, _INT64, _INT64, _INT),
     "pk_int8_epilogue": (*[_POINTER] * 7, *[_INT64] * 3, _INT),
@@ -57,6 +68,7 @@ class _Problem(ctypes.Structure):
         ("mask", _POINTER),
         ("mask_batch", _INT64),
         ("mask_query", _INT64),
+        ("prefix", _INT64),
     )
 
 
@@ -110,6 +122,49 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offse
     dx = torch.empty_like(x)
     _call("pk_rms_norm_backward", dy, x, weight, rstd, dx, rstd.numel(), x.shape[-1], offset)
     return dx
+
+
+def updated_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``|W + scale · B A|`` of every row in one read of ``W [N, K]``; the rank is at most ``MAX_RANK``."""
+    norm = weight.new_empty(weight.shape[0])
+    _call("pk_updated_norm", weight, A, B, norm, *weight.shape, A.shape[0], scale)
+    return norm
+
+
+def scaled_gate(
+    zs: Sequence[Tensor], gs: Sequence[Tensor], biases: Sequence[Tensor], act: str
+) -> Tensor:
+    """``act(z0 ∘ g0 + b0) ∘ (z1 ∘ g1 + b1)`` for ``zs [M, F]`` and the others ``[F]``; an ``act`` of ``GATES``."""
+    h = torch.empty_like(zs[0])
+    _call("pk_scaled_gate", *zs, *gs, *biases, h, *h.shape, GATES.index(act))
+    return h
+
+
+def scaled_gate_backward(
+    dh: Tensor, zs: Sequence[Tensor], gs: Sequence[Tensor], biases: Sequence[Tensor], act: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dz0, dz1, sums)`` of ``scaled_gate``.
+
+    Returns:
+        The gradients by the two ``zs``, and ``[4, F]``: summed over the rows, ``de ∘ z0``, ``du ∘ z1``, ``de`` and ``du``,
+        where ``de`` and ``du`` are the gradients by the two scaled values.
+    """
+    de, du = torch.empty_like(dh), torch.empty_like(dh)
+    partial = dh.new_empty(-(-dh.shape[0] // _SUM_ROWS), 4, dh.shape[1])
+    _call(
+        "pk_scaled_gate_backward",
+        *(dh, *zs, *gs, *biases, de, du, partial),
+        *dh.shape,
+        GATES.index(act),
+    )
+    return de, du, partial.sum(0)
+
+
+def scale_backward(dy: Tensor, z: Tensor, g: Tensor, dz: Tensor) -> Tensor:
+    """``dz = dy ∘ g`` for ``dy [M, N]`` and ``g [N]``, written; returns ``Σ dy ∘ z`` over the rows, ``[N]``."""
+    partial = dy.new_empty(-(-dy.shape[0] // _SUM_ROWS), dy.shape[1])
+    _call("pk_scale_backward", dy, z, g, dz, partial, *dy.shape)
+    return partial.sum(0)
 
 
 def cross_entropy_(
@@ -210,7 +265,13 @@ def int8_epilogue(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale q kᵀ) v`` and the log-sum-exp of every row of scores.
 
@@ -221,14 +282,15 @@ def attention(
         scale: Factor on the scores.
         causal: Query ``i`` sees keys up to ``i``.
         mask: ``Bool[B, 1, S, T]``, true where a query may see a key; keys contiguous.
+        prefix: Keys and values ``[H_kv, P, D]`` that every query sees besides, features contiguous.
 
     Returns:
         ``[B, S, H, D]``, contiguous (a query that sees nothing gives 0), and ``[B, H, S]``.
     """
     B, H, S, D = q.shape
     out, lse = q.new_empty(B, S, H, D), q.new_empty(B, H, S)
-    problem = _problem(q, k, scale, causal, mask)
-    tensors = [_tensor4(t) for t in (q, k, v, out.transpose(1, 2))]
+    problem = _problem(q, k, scale, causal, mask, prefix)
+    tensors = [_tensor4(t) for t in (q, k, v, *(prefix or (None, None)), out.transpose(1, 2))]
     _run("pk_attention", problem, *tensors, lse.data_ptr())
     return out, lse
 
@@ -243,24 +305,44 @@ def attention_backward(
     scale: float,
     causal: bool,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)`` of ``attention``, in the layouts of ``q``, ``k`` and ``v``; ``dout`` and ``out`` are ``[B, S, H, D]``."""
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """``(dq, dk, dv)`` of ``attention``, in the layouts of ``q``, ``k`` and ``v``; ``dout`` and ``out`` are ``[B, S, H, D]``.
+
+    With a prefix also its two gradients, a part for each sequence: ``[B, H_kv, P, D]``.
+    """
     grads = [torch.empty_like(t) for t in (q, k, v)]
-    problem = _problem(q, k, scale, causal, mask)
-    before = [_tensor4(t) for t in (dout.transpose(1, 2), q, k, v, out.transpose(1, 2))]
-    _run("pk_attention_backward", problem, *before, lse.data_ptr(), *map(_tensor4, grads))
-    return grads[0], grads[1], grads[2]
+    grads += [t.new_empty(q.shape[0], *t.shape) for t in prefix or ()]
+    problem = _problem(q, k, scale, causal, mask, prefix)
+    own = prefix or (None, None)
+    before = [_tensor4(t) for t in (dout.transpose(1, 2), q, k, v, *own, out.transpose(1, 2))]
+    after = [_tensor4(t) for t in (*grads, None, None)[:5]]
+    _run("pk_attention_backward", problem, *before, lse.data_ptr(), *after)
+    return tuple(grads)
 
 
-def _tensor4(t: Tensor) -> _Tensor4:
-    return _Tensor4(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
+def _tensor4(t: Tensor | None) -> _Tensor4 | None:
+    """A tensor as ``attention.c`` reads it; one of three axes is the same for every batch."""
+    if t is None:
+        return None
+    batch, head, position = t.stride()[:3] if t.dim() == 4 else (0, *t.stride()[:2])
+    return _Tensor4(t.data_ptr(), batch, head, position)
 
 
-def _problem(q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | None) -> _Problem:
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None,
+) -> _Problem:
     B, H, S, D = q.shape
     strides = (None, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0), mask.stride(2))
+    before = 0 if prefix is None else prefix[0].shape[1]
     return _Problem(
-        B, H, k.shape[1], S, k.shape[2], D, scale, causal, torch.get_num_threads(), *strides
+        *(B, H, k.shape[1], S, k.shape[2], D, scale, causal, torch.get_num_threads()),
+        *(*strides, before),
     )
 
 

@@ -31,6 +31,7 @@ typedef struct {
   int causal, threads;
   const uint8_t *mask; /* 1 where a query may see a key, or NULL */
   int64_t mask_batch, mask_query;
+  int64_t prefix; /* keys before the others that every query sees, numbered -prefix .. -1 */
 } problem;
 
 static inline float *rows_of(tensor4 t, int64_t b, int64_t h, int64_t start) {
@@ -104,9 +105,18 @@ static inline int64_t key_limit(const problem *p, int64_t first_query, int64_t q
   return p->causal ? least(p->keys, first_query + queries) : p->keys;
 }
 
+/* How many keys the block has that starts at j0; it is of the prefix or of the others, never of both. */
+static inline int64_t block_keys(int64_t j0, int64_t limit) { return least(BLOCK, j0 < 0 ? -j0 : limit - j0); }
+
+/* Rows of the block that starts at key j0, from the prefix where that is negative. */
+static inline float *key_rows_of(const problem *p, const tensor4 *prefix, const tensor4 *others, int64_t b, int64_t h,
+                                 int64_t j0) {
+  return j0 < 0 ? rows_of(*prefix, b, h, p->prefix + j0) : rows_of(*others, b, h, j0);
+}
+
 /* Returns 0, or 1 where there is no memory for the work space. lse is [batches, heads, queries]. */
-int pk_attention(const problem *p, const tensor4 *q, const tensor4 *k, const tensor4 *v, const tensor4 *out,
-                 float *lse) {
+int pk_attention(const problem *p, const tensor4 *q, const tensor4 *k, const tensor4 *v, const tensor4 *prefix_k,
+                 const tensor4 *prefix_v, const tensor4 *out, float *lse) {
   int64_t blocks = (p->queries + BLOCK - 1) / BLOCK, D = p->features, group = p->heads / p->key_heads;
   int64_t space = D * BLOCK + BLOCK * BLOCK + BLOCK * D, failed = 0;
 #pragma omp parallel num_threads(p->threads)
@@ -127,10 +137,11 @@ int pk_attention(const problem *p, const tensor4 *q, const tensor4 *k, const ten
       for (int64_t i = 0; i < BLOCK; i++) top[i] = -INFINITY, sum[i] = 0.0f;
       memset(o, 0, (size_t)(BLOCK * D) * sizeof(float));
       int64_t limit = key_limit(p, first, count);
-      for (int64_t j0 = 0; j0 < limit; j0 += BLOCK) {
-        int64_t keys = least(BLOCK, limit - j0);
-        multiply(rows_of(*k, b, h / group, j0), k->position, 1, qt, BLOCK, s, BLOCK, keys, BLOCK, D, 0);
-        hide(p, b, first, count, j0, keys, s);
+      for (int64_t j0 = -p->prefix, keys; j0 < limit; j0 += keys) {
+        const tensor4 *ks = j0 < 0 ? prefix_k : k, *vs = j0 < 0 ? prefix_v : v;
+        keys = block_keys(j0, limit);
+        multiply(key_rows_of(p, prefix_k, k, b, h / group, j0), ks->position, 1, qt, BLOCK, s, BLOCK, keys, BLOCK, D, 0);
+        if (j0 >= 0) hide(p, b, first, count, j0, keys, s);
         float peak[BLOCK];
         memcpy(peak, top, sizeof peak);
         for (int64_t j = 0; j < keys; j++) {
@@ -153,13 +164,13 @@ int pk_attention(const problem *p, const tensor4 *q, const tensor4 *k, const ten
             sum[i] += e;
           }
         }
-        if (j0 > 0) {
+        if (j0 > -p->prefix) {
           for (int64_t i = 0; i < count; i++) {
 #pragma omp simd
             for (int64_t d = 0; d < D; d++) o[i * D + d] *= shrink[i];
           }
         }
-        multiply(s, 1, BLOCK, rows_of(*v, b, h / group, j0), v->position, o, D, count, D, keys, 1);
+        multiply(s, 1, BLOCK, key_rows_of(p, prefix_v, v, b, h / group, j0), vs->position, o, D, count, D, keys, 1);
       }
       float *y = rows_of(*out, b, h, first), *l = lse + (b * p->heads + h) * p->queries + first;
       for (int64_t i = 0; i < count; i++) {
@@ -175,10 +186,11 @@ int pk_attention(const problem *p, const tensor4 *q, const tensor4 *k, const ten
 }
 
 /* With P = exp(scale q k^T - lse), delta = rowsum(dout out), dS = P (dout v^T - delta):
- * dv = P^T dout, dk = scale dS^T q, dq = scale dS k. All of dq, dk, dv is written. */
+ * dv = P^T dout, dk = scale dS^T q, dq = scale dS k. All of dq, dk, dv is written, and of the prefix's, by batch. */
 int pk_attention_backward(const problem *p, const tensor4 *dout, const tensor4 *q, const tensor4 *k, const tensor4 *v,
-                          const tensor4 *out, const float *lse, const tensor4 *dq, const tensor4 *dk,
-                          const tensor4 *dv) {
+                          const tensor4 *prefix_k, const tensor4 *prefix_v, const tensor4 *out, const float *lse,
+                          const tensor4 *dq, const tensor4 *dk, const tensor4 *dv, const tensor4 *prefix_dk,
+                          const tensor4 *prefix_dv) {
   int64_t D = p->features, group = p->heads / p->key_heads, failed = 0;
   int64_t space = 2 * D * BLOCK + 2 * BLOCK * BLOCK + BLOCK * D;
 #pragma omp parallel num_threads(p->threads)
@@ -193,9 +205,9 @@ int pk_attention_backward(const problem *p, const tensor4 *dout, const tensor4 *
     for (int64_t unit = 0; unit < p->batches * p->key_heads; unit++) {
       if (!qt) continue;
       int64_t kh = unit % p->key_heads, b = unit / p->key_heads;
-      for (int64_t j = 0; j < p->keys; j++) {
-        memset(rows_of(*dk, b, kh, j), 0, (size_t)D * sizeof(float));
-        memset(rows_of(*dv, b, kh, j), 0, (size_t)D * sizeof(float));
+      for (int64_t j = -p->prefix; j < p->keys; j++) {
+        memset(key_rows_of(p, prefix_dk, dk, b, kh, j), 0, (size_t)D * sizeof(float));
+        memset(key_rows_of(p, prefix_dv, dv, b, kh, j), 0, (size_t)D * sizeof(float));
       }
       for (int64_t h = kh * group; h < (kh + 1) * group; h++) {
         for (int64_t first = 0; first < p->queries; first += BLOCK) {
@@ -212,12 +224,14 @@ int pk_attention_backward(const problem *p, const tensor4 *dout, const tensor4 *
           }
           transpose(queries, q->position, count, D, p->scale, qt);
           transpose(g, dout->position, count, D, 1.0f, gt);
-          for (int64_t j0 = 0; j0 < limit; j0 += BLOCK) {
-            int64_t keys = least(BLOCK, limit - j0);
-            float *key_rows = rows_of(*k, b, kh, j0);
-            multiply(key_rows, k->position, 1, qt, BLOCK, s, BLOCK, keys, BLOCK, D, 0);
-            hide(p, b, first, count, j0, keys, s);
-            multiply(rows_of(*v, b, kh, j0), v->position, 1, gt, BLOCK, ds, BLOCK, keys, BLOCK, D, 0);
+          for (int64_t j0 = -p->prefix, keys; j0 < limit; j0 += keys) {
+            const tensor4 *ks = j0 < 0 ? prefix_k : k, *vs = j0 < 0 ? prefix_v : v;
+            const tensor4 *dks = j0 < 0 ? prefix_dk : dk, *dvs = j0 < 0 ? prefix_dv : dv;
+            float *key_rows = key_rows_of(p, prefix_k, k, b, kh, j0);
+            keys = block_keys(j0, limit);
+            multiply(key_rows, ks->position, 1, qt, BLOCK, s, BLOCK, keys, BLOCK, D, 0);
+            if (j0 >= 0) hide(p, b, first, count, j0, keys, s);
+            multiply(key_rows_of(p, prefix_v, v, b, kh, j0), vs->position, 1, gt, BLOCK, ds, BLOCK, keys, BLOCK, D, 0);
             for (int64_t j = 0; j < keys; j++) {
 #pragma omp simd
               for (int64_t i = 0; i < BLOCK; i++) {
@@ -226,9 +240,11 @@ int pk_attention_backward(const problem *p, const tensor4 *dout, const tensor4 *
                 ds[j * BLOCK + i] = e * (ds[j * BLOCK + i] - delta[i]) * p->scale;
               }
             }
-            multiply(s, BLOCK, 1, g, dout->position, rows_of(*dv, b, kh, j0), dv->position, keys, D, count, 1);
-            multiply(ds, BLOCK, 1, queries, q->position, rows_of(*dk, b, kh, j0), dk->position, keys, D, count, 1);
-            multiply(ds, 1, BLOCK, key_rows, k->position, dq_block, D, count, D, keys, j0 > 0);
+            multiply(s, BLOCK, 1, g, dout->position, key_rows_of(p, prefix_dv, dv, b, kh, j0), dvs->position, keys, D,
+                     count, 1);
+            multiply(ds, BLOCK, 1, queries, q->position, key_rows_of(p, prefix_dk, dk, b, kh, j0), dks->position, keys, D,
+                     count, 1);
+            multiply(ds, 1, BLOCK, key_rows, ks->position, dq_block, D, count, D, keys, j0 > -p->prefix);
           }
           for (int64_t i = 0; i < count; i++)
             memcpy(rows_of(*dq, b, h, first + i), dq_block + i * D, (size_t)D * sizeof(float));

@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from peftkit_kernels.cache import cache_folder
+
 _FOLDER = Path(__file__).parent
 _FLAGS = (
     "-O3",
@@ -32,7 +34,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     if platform.system() != "Linux":
         return None, f"the native passes are built on Linux only, not on {platform.system()}"
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    library = _cache_folder() / f"peftkit-cpu-{_fingerprint(compiler)}.so"
+    library = cache_folder() / f"peftkit-cpu-{_fingerprint(compiler)}.so"
     if not library.exists():
         if compiler is None:
             return None, "no C compiler (cc, gcc or clang) is on the PATH"
@@ -43,10 +45,6 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         return ctypes.CDLL(str(library)), str(library)
     except OSError as error:
         return None, f"{library} cannot be loaded: {error}"
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftkit"
 
 
 def _fingerprint(compiler: str | None) -> str:

@@ -42,7 +42,7 @@ void pk_nf4(const uint8_t *restrict packed, const float *restrict absmax, const 
   }
 }
 
-/* codes = round(x f) with f = 127 / absmax of the row, x times column_scale first (all ones where NULL); a row of zeros
+/* codes = round(x f) with f = 127 (1 / absmax of the row), x times column_scale first (all ones where NULL); a row of zeros
  * gives zeros. Magnitudes are compared as integers: so NaN is the largest of all and spoils its row. */
 void pk_quantize_rows(const float *restrict x, const float *restrict column_scale, int8_t *restrict codes,
                       float *restrict absmax, int64_t rows, int64_t width, int threads) {
@@ -61,7 +61,7 @@ void pk_quantize_rows(const float *restrict x, const float *restrict column_scal
     }
     float largest;
     memcpy(&largest, &top, 4);
-    float factor = top ? 127.0f / largest : 0.0f;
+    float factor = top ? 127.0f * (1.0f / largest) : 0.0f;
     absmax[m] = largest;
 #pragma omp simd
     for (int64_t k = 0; k < width; k++) {

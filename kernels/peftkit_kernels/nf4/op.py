@@ -6,30 +6,42 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.dispatch import Backend, choose_backend
-from peftkit_kernels.nf4.reference import dequantize_nf4_reference, quantize_nf4_reference
+from peftkit_kernels.nf4.reference import (
+    assemble,
+    dequantize_nf4_reference,
+    quantize_nf4_reference,
+)
 from peftkit_kernels.nf4.torch_impl import dequantize_into
+from peftkit_kernels.nf4.triton_impl import dequantize_triton, quantize_triton
 from peftkit_kernels.nf4.weight import NF4Weight, check_blocksize
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def quantize_nf4(weight: Tensor, blocksize: int = 64, *, nested: bool = False) -> NF4Weight:
+def quantize_nf4(
+    weight: Tensor, blocksize: int = 64, *, nested: bool = False, backend: Backend = "auto"
+) -> NF4Weight:
     """Store a weight in four bits an element, bit for bit as bitsandbytes does.
 
     Args:
         weight: Any shape, float32 or a 16-bit dtype.
         blocksize: Elements that share one maximum; a power of two from 32 to 4096.
         nested: Whether the maxima are stored in 8 bits themselves: 4.127 instead of 4.5 bits a weight at blocks of 64.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; all give the same bits, and the last two are one.
 
     Raises:
-        ValueError: The weight is not floating point, or the block size is unknown.
+        ValueError: The weight is not floating point, the block size is unknown, or the backend cannot run.
 
     Source: Dettmers et al., 2023, arXiv:2305.14314, section 3.
     """
     check_blocksize(blocksize)
     if not weight.is_floating_point():
         raise ValueError(f"weight is {weight.dtype}; pass a floating-point weight")
-    return quantize_nf4_reference(weight.detach(), blocksize, nested)
+    weight = weight.detach()
+    if choose_backend("quantize_nf4", backend, weight, has_dot=False) != "triton":
+        return quantize_nf4_reference(weight, blocksize, nested)
+    packed, absmax = quantize_triton(weight, blocksize)
+    return assemble(packed, absmax, tuple(weight.shape), blocksize, nested)
 
 
 def dequantize_nf4(
@@ -47,7 +59,7 @@ def dequantize_nf4(
         dtype: Of the result where ``out`` is ``None``.
         out: ``[*q.shape]`` to write to, in its own dtype; rows may lie apart.
         row_scale: ``Float32[N]``, a factor on each row.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``out``, or a new ``[*q.shape]`` of ``dtype``. All backends give the same bits.
@@ -69,14 +81,20 @@ def dequantize_nf4(
         raise ValueError(
             f"row_scale is {row_scale.dtype} {tuple(row_scale.shape)}; it must be float32 {shape[:1]}"
         )
-    if choose_backend("dequantize_nf4", backend) == "reference":
+    result = torch.empty(shape, dtype=dtype, device=q.device) if out is None else out
+    stored = q.tensors()
+    chosen = choose_backend("dequantize_nf4", backend, result, *stored, has_dot=False)
+    if chosen == "reference":
         values = dequantize_nf4_reference(q, dtype, row_scale)
         return values if out is None else out.copy_(values)
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=q.device)
-    if len(shape) == 2 and out.stride(1) == 1:
-        return dequantize_into(q, out, row_scale)
-    flat = (shape[0] if shape else 1, torch.Size(shape[1:]).numel())
-    matrix = NF4Weight(q.packed, q.absmax, flat, q.blocksize, q.nested)
-    values = dequantize_into(matrix, torch.empty(flat, dtype=dtype, device=q.device), row_scale)
-    return out.copy_(values.view(shape))
+    matrix = result
+    if len(shape) != 2 or result.stride(1) != 1:
+        rows = shape[0] if shape else 1
+        matrix = result.new_empty(rows, torch.Size(shape[1:]).numel())
+    if chosen == "triton":
+        scale = None if row_scale is None else row_scale.detach()
+        dequantize_triton(stored, [*q.layout()[:2], *matrix.shape], scale, matrix)
+    else:
+        flat = NF4Weight(q.packed, q.absmax, tuple(matrix.shape), q.blocksize, q.nested)
+        dequantize_into(flat, matrix, row_scale)
+    return result if matrix is result else result.copy_(matrix.view(shape))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkit_kernels.nf4.weight import NestedAbsmax, NF4Weight, dynamic_code, level_table
-
-_SMALLEST_ABSMAX = 1e-38
-"""Blocks below this are divided by it instead: a block of zeros stays one, and no reciprocal overflows."""
+from peftkit_kernels.nf4.weight import (
+    SMALLEST_ABSMAX,
+    NestedAbsmax,
+    NF4Weight,
+    dynamic_code,
+    level_table,
+    midpoints,
+)
 
 
 def quantize_nf4_reference(weight: Tensor, blocksize: int = 64, nested: bool = False) -> NF4Weight:
@@ -18,13 +22,18 @@ def quantize_nf4_reference(weight: Tensor, blocksize: int = 64, nested: bool = F
         # 7 is the code of zero
         codes = torch.nn.functional.pad(codes, (0, 1), value=7)
     packed = codes[::2] << 4 | codes[1::2]
+    return assemble(packed, absmax, tuple(weight.shape), blocksize, nested)
+
+
+def assemble(
+    packed: Tensor, absmax: Tensor, shape: tuple[int, ...], blocksize: int, nested: bool
+) -> NF4Weight:
+    """The weight with these codes and block maxima, the maxima stored in 8 bits themselves where ``nested``."""
     if not nested:
-        return NF4Weight(packed, absmax, tuple(weight.shape), blocksize)
-    offset, code = absmax.mean(), dynamic_code().to(weight.device)
-    codes, absmax = _nearest(absmax - offset, 256, code)
-    return NF4Weight(
-        packed, codes, tuple(weight.shape), blocksize, NestedAbsmax(code, absmax, offset)
-    )
+        return NF4Weight(packed, absmax, shape, blocksize)
+    offset, code = absmax.mean(), dynamic_code().to(packed.device)
+    codes, outer = _nearest(absmax - offset, 256, code)
+    return NF4Weight(packed, codes, shape, blocksize, NestedAbsmax(code, outer, offset))
 
 
 def _nearest(values: Tensor, blocksize: int, code: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,9 +47,9 @@ def _nearest(values: Tensor, blocksize: int, code: Tensor) -> tuple[Tensor, Tens
     padded = torch.nn.functional.pad(flat, (0, blocks * blocksize - flat.numel()))
     rows = padded.view(blocks, blocksize)
     absmax = rows.abs().amax(1)
-    scaled = (rows * (1.0 / absmax.clamp(min=_SMALLEST_ABSMAX))[:, None]).clamp(-1, 1)
-    midpoints = (code[:-1] + code[1:]) / 2
-    return torch.bucketize(scaled.view(-1)[: flat.numel()], midpoints).to(torch.uint8), absmax
+    scaled = (rows * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX))[:, None]).clamp(-1, 1)
+    index = torch.bucketize(scaled.view(-1)[: flat.numel()], midpoints(code))
+    return index.to(torch.uint8), absmax
 
 
 def dequantize_nf4_reference(

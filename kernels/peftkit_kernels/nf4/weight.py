@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ LEVELS = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 """What the sixteen codes stand for. Source: Dettmers et al., 2023, arXiv:2305.14314, appendix E."""
+
+SMALLEST_ABSMAX = 1e-38
+"""Blocks below this are divided by it instead: a block of zeros stays one, and no reciprocal overflows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,24 @@ class NF4Weight:
         """Where the weight is."""
         return self.packed.device
 
+    def tensors(self) -> list[Tensor]:
+        """What is stored, as a torch.library op takes it; ``rebuild`` puts it together again."""
+        nested = self.nested
+        more = [] if nested is None else [nested.code, nested.absmax, nested.offset]
+        return [self.packed, self.absmax, *more]
+
+    def layout(self) -> list[int]:
+        """The numbers that go with ``tensors``."""
+        return [self.blocksize, self.nested.blocksize if self.nested else 0, *self.shape]
+
+    @classmethod
+    def rebuild(cls, tensors: Sequence[Tensor], layout: Sequence[int]) -> NF4Weight:
+        """The weight that ``tensors`` and ``layout`` came from."""
+        packed, absmax, *more = tensors
+        blocksize, nested_blocksize, *shape = layout
+        nested = NestedAbsmax(*more, nested_blocksize) if more else None
+        return cls(packed, absmax, tuple(shape), blocksize, nested)
+
     def block_absmax(self) -> Tensor:
         """``Float32[blocks]``: the block maxima, decoded where they are nested (product and sum each rounded)."""
         if self.nested is None:
@@ -101,6 +123,11 @@ def check_blocksize(blocksize: int) -> None:
 def level_table(device: torch.device | str = "cpu") -> Tensor:
     """``Float32[16]``: ``LEVELS`` as a tensor."""
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
+
+
+def midpoints(code: Tensor) -> Tensor:
+    """Half-way between neighbouring entries of an ascending table, ``[n - 1]``."""
+    return (code[:-1] + code[1:]) / 2
 
 
 @functools.cache

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from peftkit_kernels.checks import autocast_dtype
 from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.prefix_attention.flash import Pass
 from peftkit_kernels.prefix_attention.reference import prefix_attention_reference
 from peftkit_kernels.prefix_attention.torch_impl import PrefixAttention
+from peftkit_kernels.prefix_attention.triton_impl import prefix_attention_triton
 
 
 def prefix_attention(
@@ -41,7 +43,8 @@ def prefix_attention(
         causal: Query ``i`` sees keys up to ``i``; needs ``S == T``.
         mask: ``Bool[B, 1, S, T]``, true where a query may see a key.
         gate: ``[H]``, one factor a head on what the prefix contributes, or ``None``.
-        backend: ``"auto"`` takes the passes on the CPU, else ``"reference"``.
+        backend: ``"auto"``, ``"triton"`` (on a GPU 16 bits without a mask, head sizes that are multiples of 8),
+            ``"torch"`` (on the CPU) or ``"reference"``.
 
     Returns:
         ``[B, S, H, D]`` in the dtype of ``q`` (of autocast where that is on).
@@ -59,20 +62,23 @@ def prefix_attention(
                 **{"causal": causal, "mask": mask, "gate": gate, "backend": backend},
             )
     _check(q, k, v, prefix_k, prefix_v, causal, mask, gate)
-    obstacle = _obstacle(q, k, prefix_k)
-    choice = choose_backend("prefix_attention", backend)
-    if backend == "torch" and obstacle:
-        raise ValueError(f"backend='torch': {obstacle}; use backend='auto'")
-    if choice == "reference" or obstacle:
+    tensors = q, k, v, prefix_k, prefix_v, gate, mask
+    chosen = choose_backend("prefix_attention", backend, *tensors, has_dot=False)
+    obstacle = _obstacle(chosen, q, k, prefix_k) or Pass(scale, causal, mask).obstacle(q)
+    if obstacle and backend == chosen != "reference":
+        raise ValueError(f"backend={backend!r}: {obstacle}; use backend='auto'")
+    if obstacle or chosen == "reference":
         return prefix_attention_reference(
             q, k, v, prefix_k, prefix_v, scale, causal=causal, mask=mask, gate=gate
         )
-    return PrefixAttention.apply(q, k, v, prefix_k, prefix_v, gate, mask, scale, causal)
+    if chosen == "triton":
+        return prefix_attention_triton(*tensors, scale, causal)
+    return PrefixAttention.apply(*tensors, scale, causal)
 
 
-def _obstacle(q: Tensor, k: Tensor, prefix_k: Tensor) -> str | None:
-    if q.device.type != "cpu":
-        return f"the passes run on the CPU, and q is on {q.device}"
+def _obstacle(chosen: str, q: Tensor, k: Tensor, prefix_k: Tensor) -> str | None:
+    if chosen == "torch" and q.device.type != "cpu":
+        return f"the merge from torch ops is for the CPU, and q is on {q.device}"
     for name, tensor in (("q", q), ("k", k), ("prefix_k", prefix_k)):
         if tensor.numel() == 0:
             return f"{name} is empty"

@@ -2,70 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkit_kernels import native
-from peftkit_kernels.attention import native_obstacle
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.low_rank import cast
-
-_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class Pass(NamedTuple):
-    """One flash pass over some keys; by the native library where that takes the tensors, else by torch's own.
-
-    Attributes:
-        scale: Factor on the scores.
-        causal: Query ``i`` sees keys up to ``i``.
-        mask: ``Bool[B, 1, S, T]`` or ``None``.
-    """
-
-    scale: float
-    causal: bool = False
-    mask: Tensor | None = None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The output ``[B, S, H, D]`` and the log-sum-exp ``[B, H, S]``; 0 and minus infinity for a query that sees nothing."""
-        if native_obstacle(q, k, v, self.mask) is None:
-            out, lse = native.attention(q, k, v, self.scale, self.causal, self.mask)
-        else:
-            out, lse = _FORWARD(
-                q, k, v, 0.0, self.causal, attn_mask=self._additive(q), scale=self.scale
-            )
-            out = out.transpose(1, 2)
-        if self.mask is not None:
-            # both libraries call it 0
-            visible = self.mask.tril() if self.causal else self.mask
-            lse = lse.masked_fill(~visible.any(-1), -torch.inf)
-        return out, lse
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, ...]:
-        """``(dq, dk, dv)`` for ``P = exp(scale q kᵀ - lse)`` and ``dS = P ∘ (dout vᵀ - rowsum(dout ∘ out))``.
-
-        With the output and log-sum-exp of several passes merged these are the parts of the joint gradient.
-        """
-        if native_obstacle(q, k, v, self.mask) is None:
-            return native.attention_backward(
-                dout, q, k, v, out, lse, self.scale, self.causal, self.mask
-            )
-        return _BACKWARD(
-            *(dout.transpose(1, 2), q, k, v, out.transpose(1, 2), lse, 0.0, self.causal),
-            attn_mask=self._additive(q),
-            scale=self.scale,
-        )
-
-    def _additive(self, q: Tensor) -> Tensor | None:
-        if self.mask is None:
-            return None
-        hidden = torch.zeros(self.mask.shape, dtype=q.dtype, device=q.device)
-        return hidden.masked_fill_(~self.mask, -torch.inf)
+from peftkit_kernels.prefix_attention.flash import Pass, of_batch, over_batch
 
 
 class PrefixAttention(torch.autograd.Function):
@@ -73,7 +18,7 @@ class PrefixAttention(torch.autograd.Function):
 
     The probabilities of both parts are ``exp(scores - L)``, so each pass backward gets ``out`` and ``L`` and gives its
     part; the two ``dq`` are added. With a gate ``out = o1 + g o2``, each pass has its own log-sum-exp, and
-    ``dg = Σ dout ∘ o2``.
+    ``dg = Σ dout ∘ o2``. Without one the native library needs one pass: it walks over the prefix before the other keys.
     """
 
     @staticmethod
@@ -89,8 +34,15 @@ class PrefixAttention(torch.autograd.Function):
         scale: float,
         causal: bool,
     ) -> Tensor:
+        one = gate is None and Pass(scale, causal, mask).is_native(q, k, v)
+        ctx.scale, ctx.causal, ctx.one = scale, causal, one
+        if one:
+            before = _contiguous(prefix_k, prefix_v, q.dtype)
+            out, total = native.attention(q, k, v, scale, causal, mask, before)
+            ctx.save_for_backward(q, k, v, prefix_k, prefix_v, gate, mask, out, total)
+            return out
         o1, l1 = Pass(scale, causal, mask).forward(q, k, v)
-        o2, l2 = Pass(scale).forward(q, _of_batch(prefix_k, q), _of_batch(prefix_v, q))
+        o2, l2 = Pass(scale).forward(q, of_batch(prefix_k, q), of_batch(prefix_v, q))
         if gate is None:
             total = torch.logaddexp(l1, l2)
             out = _weighted(o1, _columns(l1 - total), o2, _columns(l2 - total))
@@ -100,7 +52,6 @@ class PrefixAttention(torch.autograd.Function):
             out = (o1 + o2 * wide[:, None]).to(q.dtype)
             kept = (o1, l1, o2, l2)
         ctx.save_for_backward(q, k, v, prefix_k, prefix_v, gate, mask, *kept)
-        ctx.scale, ctx.causal = scale, causal
         return out
 
     @staticmethod
@@ -108,6 +59,16 @@ class PrefixAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, prefix_k, prefix_v, gate, mask, *kept = ctx.saved_tensors
         dout, dgate = dout.contiguous(), None
+        if ctx.one:
+            before = _contiguous(prefix_k, prefix_v, q.dtype)
+            dq, dk, dv, dprefix_k, dprefix_v = native.attention_backward(
+                *(dout, q, k, v, *kept, ctx.scale, ctx.causal, mask, before)
+            )
+            return (
+                *(dq, dk, dv),
+                *(over_batch(dprefix_k, prefix_k), over_batch(dprefix_v, prefix_v)),
+                *(None, None, None, None),
+            )
         to_prefix, (o1, l1), (o2, l2) = dout, kept[:2], kept[-2:]
         if gate is not None:
             wide = cast(gate, torch.promote_types(gate.dtype, l1.dtype))
@@ -115,24 +76,18 @@ class PrefixAttention(torch.autograd.Function):
             dgate = (dout.to(wide.dtype) * o2).sum((0, 1, 3)).to(gate.dtype)
             # a query that sees nothing but the prefix
             l1 = l1.masked_fill(l1 == -torch.inf, 0.0)
-        before = _of_batch(prefix_k, q), _of_batch(prefix_v, q)
+        before = of_batch(prefix_k, q), of_batch(prefix_v, q)
         dq, dk, dv = Pass(ctx.scale, ctx.causal, mask).backward(dout, q, k, v, o1, l1)
         more, dprefix_k, dprefix_v = Pass(ctx.scale).backward(to_prefix, q, *before, o2, l2)
         return (
             *(dq.add_(more), dk, dv),
-            *(_over_batch(dprefix_k, prefix_k), _over_batch(dprefix_v, prefix_v)),
+            *(over_batch(dprefix_k, prefix_k), over_batch(dprefix_v, prefix_v)),
             *(dgate, None, None, None),
         )
 
 
-def _of_batch(prefix: Tensor, q: Tensor) -> Tensor:
-    """``[H_kv, P, D]`` as ``[B, H_kv, P, D]`` without a copy for every sequence."""
-    return cast(prefix, q.dtype).expand(q.shape[0], *prefix.shape)
-
-
-def _over_batch(grad: Tensor, prefix: Tensor) -> Tensor:
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    return grad.sum(0, dtype=wide).to(prefix.dtype)
+def _contiguous(prefix_k: Tensor, prefix_v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return cast(prefix_k, dtype).contiguous(), cast(prefix_v, dtype).contiguous()
 
 
 def _columns(log_weight: Tensor) -> Tensor:

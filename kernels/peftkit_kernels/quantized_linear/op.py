@@ -13,6 +13,7 @@ from peftkit_kernels.nf4 import NF4Weight
 from peftkit_kernels.quantized import QuantizedWeight, check_quantized
 from peftkit_kernels.quantized_linear.reference import quantized_linear_reference
 from peftkit_kernels.quantized_linear.torch_impl import QuantizedLinear
+from peftkit_kernels.quantized_linear.triton_impl import run_triton
 
 
 def nf4_linear(
@@ -33,7 +34,7 @@ def nf4_linear(
         q: The weight ``(N, K)``; it has no gradient.
         bias: ``[N]`` or ``None``.
         lora: The adapter or ``None``; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
@@ -61,7 +62,7 @@ def int8_linear(
         q: The weight ``(N, K)``; it has no gradient.
         bias: ``[N]`` or ``None``.
         lora: The adapter or ``None``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
@@ -89,7 +90,11 @@ def _linear(
     check_bias(bias, q, "bias")
     if lora is not None:
         check_lora(lora, q, "lora")
-    if choose_backend(op, backend) == "reference":
-        return quantized_linear_reference(x, q, bias, lora)
     A, B, numbers = (None,) * 3 if lora is None else (lora.A, lora.B, lora.numbers())
+    rank = 0 if lora is None else lora.A.shape[0]
+    chosen = choose_backend(op, backend, x, *q.tensors(), bias, A, B, rank=rank)
+    if chosen == "reference":
+        return quantized_linear_reference(x, q, bias, lora)
+    if chosen == "triton":
+        return run_triton(x, q, bias, lora)
     return QuantizedLinear.apply(x, q, bias, A, B, numbers)

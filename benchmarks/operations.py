@@ -1,0 +1,326 @@
+"""Time of each operation against eager torch and torch.compile on the device at hand; crossovers of schedules on a GPU.
+
+    python benchmarks/run.py kernels                       # on the CPU, float32, 512 rows of width 2048
+    python benchmarks/run.py kernels --op lora_linear --providers peftkit eager
+    python benchmarks/run.py kernels --gpu                 # bfloat16 at the sizes of the predictions, beside them
+    python benchmarks/run.py kernels --calibrate           # measure where this GPU's schedules cross, and keep it
+
+Eager torch is the operation's definition under autograd. Before anything is timed, every output and gradient is compared with
+float64. Providers run in turn, so that a machine that slows down slows them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from report import environment, machine, save, update_readme
+
+from peftkit_kernels import calibration
+from peftkit_kernels.dispatch import triton_obstacle
+from peftkit_kernels.lab.cases import FACTOR, OPERATIONS, Case, Sizes, build
+from peftkit_kernels.testing import assert_no_worse_than
+
+HELP = "each operation on its own"
+
+Call = Callable[[], Any]
+
+PROVIDERS = ("peftkit", "eager", "compiled")
+_WIDE = {"lora_swiglu_mlp": 8192, "linear_cross_entropy": 32768}
+"""The width that is not the model's: an MLP's inner one, a vocabulary."""
+_CPU = Sizes(M=512, K=2048, N=2048)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--op", choices=OPERATIONS, action="append", help="default: all")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--rounds", type=int, default=9, help="timed calls of each provider")
+    parser.add_argument("--gpu", action="store_true", help="on the GPU, beside the predictions")
+    parser.add_argument("--calibrate", action="store_true", help="measure the GPU's crossovers")
+    parser.add_argument("--update-readme", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Each operation against eager torch and torch.compile, or the crossovers of this GPU."""
+    if arguments.calibrate:
+        print(calibrate_and_keep())
+        return
+    rows, found = measure_all(arguments), environment()
+    save({"environment": found, "rows": rows}, f"kernels-{'gpu' if arguments.gpu else 'cpu'}")
+    text = table(rows, torch.cuda.get_device_name() if arguments.gpu else machine(found))
+    print(text)
+    if arguments.update_readme:
+        update_readme("kernels", text)
+
+
+def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the operations asked for.
+
+    Raises:
+        SystemExit: ``--gpu`` without a GPU.
+    """
+    device = "cuda" if arguments.gpu else "cpu"
+    if arguments.gpu:
+        require_gpu()
+    rows = []
+    for op in arguments.op or OPERATIONS:
+        sizes = gpu_sizes(op) if arguments.gpu else cpu_sizes(op)
+        for variant in OPERATIONS[op].variants:
+            print(f"{variant} on {device}", file=sys.stderr, flush=True)
+            rows += measure(
+                *(op, variant, sizes),
+                device=device,
+                providers=arguments.providers,
+                rounds=arguments.rounds,
+            )
+    if arguments.gpu:
+        add_predictions(rows, torch.cuda.get_device_name())
+    return rows
+
+
+def require_gpu() -> None:
+    """Stop with a sentence where nothing can be measured on a GPU."""
+    obstacle = "torch sees no GPU on this machine"
+    if torch.cuda.is_available():
+        x = torch.empty(1, device="cuda", dtype=torch.bfloat16)
+        obstacle = triton_obstacle("lora_linear", x)
+    if obstacle is not None:
+        raise SystemExit(
+            f"{obstacle}: there is nothing for --gpu and --calibrate to measure; without them the CPU is measured"
+        )
+
+
+def calibrate_and_keep() -> str:
+    """Measure this GPU's crossovers, keep them for later processes, and say what and where."""
+    require_gpu()
+    device, found = torch.cuda.get_device_name(), calibrate()
+    return f"{device}: {found}, kept in {calibration.save(device, found)}"
+
+
+def cpu_sizes(op: str) -> Sizes:
+    """Training sizes for a CPU: 512 tokens of width 2048."""
+    return dataclasses.replace(_CPU, N=_WIDE.get(op, _CPU.N))
+
+
+def gpu_sizes(op: str) -> Sizes:
+    """The sizes of the prediction."""
+    from peftkit_kernels.lab.predict import SIZES
+
+    return SIZES.get(op, SIZES["lora_linear"])[0]
+
+
+def measure(
+    op: str,
+    variant: str,
+    sizes: Sizes,
+    *,
+    device: str = "cpu",
+    providers: Sequence[str] = PROVIDERS,
+    rounds: int = 9,
+    timer: Callable[[Call], float] | None = None,
+) -> list[dict[str, Any]]:
+    """One row a mode (``forward``, ``step``) and provider, in milliseconds.
+
+    Args:
+        op: A key of ``OPERATIONS``.
+        variant: One of its variants.
+        sizes: How large.
+        device: ``"cpu"`` (float32) or ``"cuda"`` (bfloat16).
+        providers: Some of ``PROVIDERS``.
+        rounds: Times each provider runs, after one that warms up.
+        timer: Seconds a call takes; the clock of the device by default.
+
+    Raises:
+        AssertionError: A result is further from float64 than plain torch's rounding explains.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    case = build(op, variant, sizes, dtype=dtype, device=device)
+    check(case)
+    rows = []
+    for mode, run in modes(case).items():
+        calls = {provider: run(function_of(case, provider)) for provider in providers}
+        times = interleaved(calls, rounds, timer or clock(device))
+        eager = quantile(times["eager"], 0.5) if "eager" in times else None
+        for provider, seconds in times.items():
+            median = quantile(seconds, 0.5)
+            rows.append(
+                {
+                    "op": variant,
+                    **dataclasses.asdict(sizes),
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "mode": mode,
+                    "provider": provider,
+                    "median_ms": round(1e3 * median, 4),
+                    "p20_ms": round(1e3 * quantile(seconds, 0.2), 4),
+                    "p80_ms": round(1e3 * quantile(seconds, 0.8), 4),
+                    "over_eager": None if eager is None else round(median / eager, 3),
+                }
+            )
+    return rows
+
+
+def check(case: Case) -> None:
+    """Raise unless every output and gradient of the operation is as near to float64 as plain torch's."""
+    case = dataclasses.replace(case, call=case.by_rows or case.call)
+    actual, plain = case.run("auto"), case.run("reference")
+    truth = case.to(torch.float64).run("reference")
+    for name, value in actual.items():
+        assert_no_worse_than(value, plain[name], truth[name], name, FACTOR)
+
+
+def function_of(case: Case, provider: str) -> Callable[[dict], Any]:
+    """What a provider runs, given the tensors."""
+    if provider == "peftkit":
+        return lambda leaves: case.call(leaves, "auto")
+    if provider == "eager":
+        return lambda leaves: case.call(leaves, "reference")
+    return torch.compile(lambda leaves: case.call(leaves, "reference"))
+
+
+def modes(case: Case) -> dict[str, Callable[[Callable], Call]]:
+    """How a provider's function is run: without gradients, and forward and backward where anything is trained."""
+
+    def forward(function: Callable) -> Call:
+        def call() -> None:
+            with torch.no_grad():
+                function(case.leaves)
+
+        return call
+
+    trained = [leaf for leaf in case.leaves.values() if leaf.requires_grad]
+    grads: list[torch.Tensor] = []
+
+    def step(function: Callable) -> Call:
+        def call() -> None:
+            outputs = function(case.leaves)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            if not grads:
+                grads.extend(torch.randn_like(y) for y in outputs)
+            torch.autograd.grad(outputs, trained, grads)
+
+        return call
+
+    return {"forward": forward, "step": step} if trained else {"forward": forward}
+
+
+def interleaved(
+    calls: Mapping[str, Call], rounds: int, timer: Callable[[Call], float]
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round, in turn, after a round that is not kept."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            seconds = timer(call)
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share`` of the values do not exceed."""
+    ranked = sorted(values)
+    return ranked[max(0, -int(-share * len(ranked) // 1) - 1)]
+
+
+def clock(device: str) -> Callable[[Call], float]:
+    """Seconds of one call on the device, whose queue is empty before and after."""
+
+    def seconds(call: Call) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def add_predictions(rows: list[dict[str, Any]], gpu: str) -> None:
+    """Put the prediction for the GPU of that name beside each step of the operations that have one."""
+    from peftkit_kernels.lab import predict
+    from peftkit_kernels.lab.devices import DEVICES
+
+    device = next((d for d in DEVICES if d.name.replace(" ", "") in gpu.replace(" ", "")), None)
+    for row in rows:
+        row["predicted_ms"] = None
+        op = next(op for op, found in OPERATIONS.items() if row["op"] in found.variants)
+        if device is None or op not in predict.OPS or row["mode"] != "step":
+            continue
+        sizes = Sizes(*(row[field.name] for field in dataclasses.fields(Sizes)))
+        expected = predict.predict(op, row["op"], sizes, device)
+        key = {"peftkit": "microseconds", "eager": "eager_microseconds"}.get(row["provider"])
+        row["predicted_ms"] = None if key is None else expected[key] / 1e3
+
+
+def table(rows: Sequence[Mapping[str, Any]], where: str) -> str:
+    """The rows as Markdown, a line an operation and mode, each provider beside its ratio to eager torch."""
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    predicted = any(row.get("predicted_ms") is not None for row in rows)
+    head = ["operation", "M, K, N", "mode"]
+    for provider in providers:
+        head += [f"{provider} (ms)", *([] if provider == "eager" else ["/ eager"])]
+        head += ["predicted (ms)"] if predicted and provider != "compiled" else []
+    lines = [where, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    groups: dict[tuple, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        sizes = f"{row['M']}, {row['K']}, {row['N']}"
+        groups.setdefault((row["op"], sizes, row["mode"]), {})[row["provider"]] = row
+    for key, found in groups.items():
+        cells = list(key)
+        for provider in providers:
+            row = found[provider]
+            cells.append(f"{row['median_ms']:.2f}")
+            cells += [] if provider == "eager" else [f"{row['over_eager']:.2f}"]
+            if predicted and provider != "compiled":
+                value = row["predicted_ms"]
+                cells.append("" if value is None else f"{value:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def crossover(
+    sizes: Sequence[int], first: Callable[[int], float], second: Callable[[int], float]
+) -> int:
+    """The largest of the ascending ``sizes`` up to which ``first`` takes no longer than ``second``; 0 when there is none."""
+    found = 0
+    for size in sizes:
+        if first(size) > second(size):
+            break
+        found = size
+    return found
+
+
+def calibrate(timer: Callable[[Call], float] | None = None) -> calibration.Calibration:
+    """Measure where on this GPU the update inside the product overtakes the update before it."""
+    from peftkit_kernels.low_rank import passes
+
+    timer = timer or clock("cuda")
+    M, R = 8192, 16
+
+    def tensors(width: int) -> list[torch.Tensor]:
+        shapes = (M, width), (width, width), (M, R), (width, R)
+        return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+
+    def fused(width: int) -> float:
+        x, weight, s, B = tensors(width)
+        return best(lambda: passes.gemm_lora(x, weight, s, B, 1.0), timer)
+
+    def added(width: int) -> float:
+        x, weight, s, B = tensors(width)
+        return best(lambda: passes.expand(s, B, 1.0).addmm_(x, weight.t()), timer)
+
+    widths = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+    return calibration.Calibration(fused_width=crossover(widths, fused, added))
+
+
+def best(call: Call, timer: Callable[[Call], float], rounds: int = 20) -> float:
+    """The median of some calls after one that compiles."""
+    return quantile(interleaved({"": call}, rounds, timer)[""], 0.5)

@@ -1,0 +1,212 @@
+"""Steps of fine-tuning: providers interleaved, one process a run, each checked against the losses of stock PEFT."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from cases import CASES, PARTS
+from report import environment, load, machine, run_script, save, update_readme
+
+LOSS_TOLERANCE = 1e-5
+"""Largest relative difference from stock PEFT's losses; the steps are the same up to float32 rounding."""
+
+OTHER_METHODS = ("full", "peftkit-bottleneck", "peftkit-prefix")
+"""Providers that train something else than LoRA: they share the first loss, that of the base model, and no other."""
+
+
+METHODS = {
+    "smollm2": (
+        *("peftkit", "peftkit-dora", "peftkit-bottleneck", "peftkit-prefix"),
+        *("peft", "peft-dora", "full"),
+    ),
+    "experts": ("peftkit", "peft"),
+}
+"""Providers of the benchmark ``methods``, by case."""
+
+
+class Training:
+    """peftkit, stock PEFT and full fine-tuning: time and memory of a step."""
+
+    HELP = "steps of fine-tuning: time and memory"
+    CASES = ("smollm2", "llama-1b-cut")
+    PROVIDERS = (
+        "floor",
+        "peftkit",
+        "peft",
+        "full",
+        "peftkit-checkpointed",
+        "peft-checkpointed",
+        "peft-compiled",
+    )
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """The options of the command."""
+        parser.add_argument("--case", choices=cls.CASES, action="append", help="default: all")
+        _add_run_options(parser, cls.PROVIDERS)
+
+    @classmethod
+    def run(cls, arguments: argparse.Namespace) -> None:
+        """Measure, save, print; the README gets the newest results of all cases."""
+        for case in arguments.case or cls.CASES:
+            result = measure(case, arguments)
+            save(result, f"training-{case}")
+            print(table(result), flush=True)
+        if arguments.update_readme:
+            tables = [table(load(f"training-{case}")) for case in cls.CASES]
+            update_readme("benchmark", "\n\n".join(tables))
+
+
+class Methods:
+    """DoRA, bottlenecks and prefixes beside LoRA, and LoRA on the experts of a mixture."""
+
+    HELP = "a step of each method, equal parameter counts; LoRA on stacked experts"
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """The options of the command."""
+        parser.add_argument("--case", choices=METHODS, action="append", help="default: all")
+        _add_run_options(parser, None)
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> None:
+        """Measure, save, print; the README gets the newest results of all cases."""
+        chosen = arguments.providers
+        for case in arguments.case or METHODS:
+            arguments.providers = chosen or METHODS[case]
+            result = measure(case, arguments)
+            save(result, f"methods-{case}")
+            print(table(result), flush=True)
+        if arguments.update_readme:
+            tables = [table(load(f"methods-{case}")) for case in METHODS]
+            update_readme("methods", "\n\n".join(tables))
+
+
+class Parts:
+    """peftkit built up part by part."""
+
+    HELP = "which part of peftkit gains what"
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """The options of the command."""
+        parser.add_argument("--case", choices=CASES, default="smollm2")
+        _add_run_options(parser, ["peft", *(f"parts-{count + 1}" for count in range(len(PARTS)))])
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> None:
+        """Measure, save, print."""
+        result = measure(arguments.case, arguments)
+        save(result, f"parts-{arguments.case}")
+        print(parts_table(result))
+        if arguments.update_readme:
+            update_readme("parts", parts_table(result))
+
+
+def _add_run_options(parser: argparse.ArgumentParser, providers: Any) -> None:
+    parser.add_argument("--providers", nargs="+", default=providers)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each provider, in turn")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps a run")
+    parser.add_argument("--update-readme", action="store_true")
+
+
+def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run every provider ``rounds`` times in turn."""
+    runs: dict[str, list[dict[str, Any]]] = {provider: [] for provider in arguments.providers}
+    for number in range(arguments.rounds):
+        for provider in arguments.providers:
+            where = f"{case}: round {number + 1} of {arguments.rounds}, {provider}"
+            print(where, file=sys.stderr, flush=True)
+            options = ["--case", case, "--provider", provider, "--steps", str(arguments.steps)]
+            runs[provider].append(run_script("training.py", *options))
+    check_losses(runs)
+    return {"case": case, "environment": environment(), "runs": runs}
+
+
+def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Stop where a provider's losses are not those of stock PEFT; other methods share only the first."""
+    for provider, results in runs.items():
+        stock = "peft-dora" if provider.endswith("-dora") else "peft"
+        if stock not in runs:
+            raise SystemExit(
+                f"providers must contain {stock}: every speed is checked against its losses"
+            )
+        expected = runs[stock][0]["losses"]
+        for result in results:
+            losses = result.get("losses", [])[: 1 if provider in OTHER_METHODS else None]
+            for step, (loss, wanted) in enumerate(zip(losses, expected, strict=False)):
+                if not abs(loss - wanted) <= LOSS_TOLERANCE * abs(wanted):
+                    raise SystemExit(
+                        f"{provider}: loss {loss} at step {step}, stock PEFT has {wanted}; no speed printed"
+                    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """The case as a Markdown table, each figure beside its ratio to stock PEFT."""
+    best = {provider: best_run(runs) for provider, runs in result["runs"].items()}
+    stock = best["peft"]
+    lines = [
+        f"**{result['case']}** ({machine(result['environment'])})",
+        "",
+        "| method | step (s) | / PEFT | first step (s) | tokens/s | peak growth (MiB) | / PEFT | trained parameters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for provider, run in best.items():
+        if provider == "floor":
+            continue
+        step, peak = run["step_seconds"], run["peak_bytes"]
+        lines.append(
+            f"| {provider} | {step:.2f} | {step / stock['step_seconds']:.2f} | {run['first_seconds']:.2f} | "
+            f"{run['tokens_per_second']:.0f} | {peak / 2**20:.0f} | {peak / stock['peak_bytes']:.2f} | "
+            f"{run['trainable']:,} |"
+        )
+    remarks = []
+    if "floor" in best:
+        step = best["peftkit"]["step_seconds"]
+        floors = {
+            name: min(run[f"{name}_seconds"] for run in result["runs"]["floor"])
+            for name in ("torch", "chosen")
+        }
+        remarks.append(
+            f"Frozen products of a step alone: {floors['torch']:.2f} s by torch.mm (peftkit's step is "
+            f"{step / floors['torch']:.2f} x that), {floors['chosen']:.2f} s by the routine peftkit chooses "
+            f"({step / floors['chosen']:.2f} x)."
+        )
+    for provider, rival, sentence in (
+        ("peftkit", "full", "peftkit's step is {:.2f} x that of full fine-tuning."),
+        ("peftkit-dora", "peftkit", "A step of DoRA is {:.2f} x one of LoRA."),
+        (
+            *("peftkit-bottleneck", "peftkit"),
+            "A step of bottlenecks is {:.2f} x one of LoRA with as many parameters.",
+        ),
+    ):
+        if provider in best and rival in best:
+            ratio = best[provider]["step_seconds"] / best[rival]["step_seconds"]
+            remarks.append(sentence.format(ratio))
+    return "\n".join([*lines, "", *remarks] if remarks else lines)
+
+
+def parts_table(result: dict[str, Any]) -> str:
+    """What each part adds, as a Markdown table."""
+    rows = [("stock PEFT", ""), *((f"+ {part}", saves) for part, saves in PARTS.items())]
+    lines = [
+        f"**{result['case']}** ({machine(result['environment'])})",
+        "",
+        "| | what it saves | step (s) | / PEFT | peak growth (MiB) | / PEFT |",
+        "|---|---|---|---|---|---|",
+    ]
+    best = [best_run(runs) for runs in result["runs"].values()]
+    for (name, saves), run in zip(rows, best, strict=True):
+        step, peak = run["step_seconds"], run["peak_bytes"]
+        lines.append(
+            f"| {name} | {saves} | {step:.2f} | {step / best[0]['step_seconds']:.2f} | "
+            f"{peak / 2**20:.0f} | {peak / best[0]['peak_bytes']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def best_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run with the shortest median step."""
+    return min(runs, key=lambda run: run.get("step_seconds", 0))

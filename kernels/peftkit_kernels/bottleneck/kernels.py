@@ -1,0 +1,125 @@
+"""A bottleneck adapter, forward and backward: a program narrows its rows, and widens the result on top of the same rows.
+
+The rows are read twice, the second time from L2: DRAM sees one read and one write of them. The bottleneck R is padded to BLOCK_R by
+masks. Offsets of rows are int64.
+"""
+
+import triton
+import triton.language as tl
+
+from peftkit_kernels.tiles import activation
+
+
+@triton.jit
+def _narrow(
+    x_rows, w_ptr, mask_m, D, R, stride_wd, stride_wr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``x w`` in float32, ``[BLOCK_M, BLOCK_R]``, for ``w[D, R]`` by strides."""
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        x = tl.load(x_rows + offs_d[None, :], mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+        w = tl.load(
+            w_ptr + offs_d[:, None] * stride_wd + offs_r[None, :] * stride_wr,
+            mask=mask_d[:, None] & (offs_r < R)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _widen(
+    x_rows, a, w_ptr, bias_ptr, y_rows, scale, mask_m, D, R, stride_wr, stride_wd,
+    HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``y = x + scale · (a w + bias)`` for ``w[R, D]`` by strides."""
+    offs_r = tl.arange(0, BLOCK_R)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        mask = mask_m[:, None] & mask_d[None, :]
+        x = tl.load(x_rows + offs_d[None, :], mask=mask, other=0.0)
+        w = tl.load(
+            w_ptr + offs_r[:, None] * stride_wr + offs_d[None, :] * stride_wd,
+            mask=(offs_r < R)[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        y = tl.dot(a, w, input_precision=PRECISION)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+        y = x.to(tl.float32) + scale * y
+        tl.store(y_rows + offs_d[None, :], y.to(y_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def bottleneck_forward_kernel(
+    h_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr,  # h[M, D]  down[R, D], up[D, R] by strides  biases or None
+    y_ptr, z_ptr,  # y[M, D]  z[M, R]
+    scale,
+    M, D, R,
+    stride_hm, stride_dr, stride_dd, stride_ud, stride_ur, stride_ym,
+    HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``z = h downᵀ + down_bias`` and ``y = h + scale · (act(z) upᵀ + up_bias)``.
+
+    The activation is that of the rounded z, which is what the backward has.
+    """
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    rows = offs_m.to(tl.int64)[:, None]
+    h_rows = h_ptr + rows * stride_hm
+    z = _narrow(
+        h_rows, down_ptr, mask_m, D, R, stride_dd, stride_dr, BLOCK_M, BLOCK_D, BLOCK_R, PRECISION
+    )
+    if HAS_DOWN_BIAS:
+        z += tl.load(down_bias_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+    z = z.to(z_ptr.dtype.element_ty)
+    tl.store(z_ptr + rows * R + offs_r[None, :], z, mask=mask_m[:, None] & mask_r[None, :])
+    a, _ = activation(z.to(tl.float32), ACT)
+    _widen(
+        h_rows, a.to(h_ptr.dtype.element_ty), up_ptr, up_bias_ptr, y_ptr + rows * stride_ym, scale,
+        mask_m, D, R, stride_ur, stride_ud, HAS_UP_BIAS, BLOCK_D, BLOCK_R, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def bottleneck_backward_kernel(
+    dy_ptr, z_ptr, down_ptr, up_ptr,  # dy[M, D]  z[M, R]  down[R, D], up[D, R] by strides
+    a_ptr, dz_ptr, dh_ptr,  # a, dz[M, R]  dh[M, D], each of the three or None
+    scale,
+    M, D, R,
+    stride_dym, stride_dr, stride_dd, stride_ud, stride_ur, stride_dhm,
+    WITH_A: tl.constexpr, WITH_DZ: tl.constexpr, WITH_DH: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``a = act(z)``, ``dz = act'(z) ∘ (scale · dy up)`` and ``dh = dy + dz down``."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_m = offs_m < M
+    rows = offs_m.to(tl.int64)[:, None]
+    dy_rows = dy_ptr + rows * stride_dym
+    da = scale * _narrow(
+        dy_rows, up_ptr, mask_m, D, R, stride_ud, stride_ur, BLOCK_M, BLOCK_D, BLOCK_R, PRECISION
+    )
+    offs_z = rows * R + offs_r[None, :]
+    mask_z = mask_m[:, None] & (offs_r < R)[None, :]
+    z = tl.load(z_ptr + offs_z, mask=mask_z, other=0.0).to(tl.float32)
+    a, slope = activation(z, ACT)
+    dz = (da * slope).to(dy_ptr.dtype.element_ty)
+    if WITH_A:
+        tl.store(a_ptr + offs_z, a.to(a_ptr.dtype.element_ty), mask=mask_z)
+    if WITH_DZ:
+        tl.store(dz_ptr + offs_z, dz, mask=mask_z)
+    if WITH_DH:
+        _widen(
+            dy_rows, dz, down_ptr, None, dh_ptr + rows * stride_dhm, 1.0,
+            mask_m, D, R, stride_dr, stride_dd, False, BLOCK_D, BLOCK_R, PRECISION,
+        )  # fmt: skip

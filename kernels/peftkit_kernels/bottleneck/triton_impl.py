@@ -1,0 +1,212 @@
+"""``bottleneck`` by Triton kernels, as torch.library ops: traceable, and differentiable once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels import remake
+from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.bottleneck.config import BottleneckConfig
+from peftkit_kernels.bottleneck.reference import ACTIVATIONS
+from peftkit_kernels.launch import cdiv, dot_precision, launch, target_of
+from peftkit_kernels.low_rank import cast, passes, rows
+from peftkit_kernels.low_rank.config import MAX_RANK, block_r
+from peftkit_kernels.low_rank.passes import readable
+
+
+@functools.cache
+def _kernels() -> Any:
+    from peftkit_kernels.bottleneck import kernels
+
+    return kernels
+
+
+def forward(
+    h: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    scale: float,
+    act: str,
+    *,
+    config: BottleneckConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``y`` as ``bottleneck`` defines it, and the input ``z`` of its activation, ``[M, R]``."""
+    y, z = _like_outputs(h, down)
+    if not h.numel():
+        return y, z
+    flat, flat_y, dtype, R = readable(rows(h)), rows(y), h.dtype, down.shape[0]
+    M, D = flat.shape
+    c = config or _choose(flat, R)
+    down, up = cast(down, dtype), cast(up, dtype)
+    down_bias, up_bias = (None if b is None else readable(b) for b in (down_bias, up_bias))
+    launch(
+        _kernels().bottleneck_forward_kernel,
+        (cdiv(M, c.block_m),),
+        *(flat, down, down_bias, up, up_bias, flat_y, z, scale, M, D, R),
+        *(flat.stride(0), *down.stride(), *up.stride(), flat_y.stride(0)),
+        HAS_DOWN_BIAS=down_bias is not None,
+        HAS_UP_BIAS=up_bias is not None,
+        **_constants(c, R, act, dtype),
+    )
+    return y, z
+
+
+def _like_outputs(h: Tensor, down: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), h.new_empty(h.shape[:-1].numel(), down.shape[0])
+
+
+def backward(
+    dy: Tensor,
+    h: Tensor | None,
+    z: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    act: str,
+    needs: Sequence[bool],
+    *,
+    config: BottleneckConfig | None = None,
+) -> list[Tensor]:
+    """Those of ``dh``, ``ddown``, ``ddown_bias`` (float32) and ``dup`` that ``needs`` asks for; ``h`` is needed for ddown."""
+    if not dy.numel():
+        return [grad.zero_() for grad in _like_grads(dy, h, z, down, up, scale, act, needs)]
+    needs_h, needs_down, needs_bias, needs_up = needs
+    flat, dtype = readable(rows(dy)), dy.dtype
+    dh = ddown = ddown_bias = dup = a = dz = None
+    if any(needs[:3]):
+        dh = dy.new_empty(dy.shape) if needs_h else None
+        a = torch.empty_like(z) if needs_up else None
+        dz = torch.empty_like(z) if needs_down or needs_bias else None
+        _launch_backward(flat, z, cast(down, dtype), cast(up, dtype), a, dz, dh, scale, act, config)
+    elif needs_up:
+        a = ACTIVATIONS[act](z)
+    if needs_down:
+        ddown = _joined([passes.grad_a(part, rows(h), down.dtype) for part in _narrow(dz)], 0)
+    if needs_bias and dz is not None:
+        ddown_bias = dz.sum(0, dtype=torch.float32)
+    if needs_up:
+        dup = _joined([passes.grad_b(flat, part, scale, up.dtype) for part in _narrow(a)], 1)
+    return [grad for grad in (dh, ddown, ddown_bias, dup) if grad is not None]
+
+
+def _launch_backward(
+    dy: Tensor,
+    z: Tensor,
+    down: Tensor,
+    up: Tensor,
+    a: Tensor | None,
+    dz: Tensor | None,
+    dh: Tensor | None,
+    scale: float,
+    act: str,
+    config: BottleneckConfig | None,
+) -> None:
+    """Fill ``a``, ``dz`` and ``dh``, those that are there."""
+    (M, D), R, flat_dh = dy.shape, z.shape[1], None if dh is None else rows(dh)
+    c = config or _choose(dy, R)
+    launch(
+        _kernels().bottleneck_backward_kernel,
+        (cdiv(M, c.block_m),),
+        *(dy, z, down, up, a, dz, flat_dh, scale, M, D, R, dy.stride(0)),
+        *(*down.stride(), *up.stride(), 0 if flat_dh is None else flat_dh.stride(0)),
+        WITH_A=a is not None,
+        WITH_DZ=dz is not None,
+        WITH_DH=dh is not None,
+        **_constants(c, R, act, dy.dtype),
+    )
+
+
+def _narrow(t: Tensor) -> Sequence[Tensor]:
+    """``t [M, R]`` in parts no wider than the tall passes take."""
+    return t.split(MAX_RANK, 1)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _choose(x: Tensor, R: int) -> BottleneckConfig:
+    target = target_of(x)
+    return BottleneckConfig.choose(x.shape[0], R, itemsize=x.element_size(), target=target)
+
+
+def _constants(c: BottleneckConfig, R: int, act: str, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "ACT": act,
+        "BLOCK_M": c.block_m,
+        "BLOCK_D": c.block_d,
+        "BLOCK_R": block_r(R),
+        "PRECISION": dot_precision(dtype),
+        "num_warps": c.num_warps,
+        "num_stages": c.num_stages,
+    }
+
+
+def _like_grads(
+    dy: Tensor,
+    h: Tensor | None,
+    z: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    act: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    bias = dy.new_empty(down.shape[0], dtype=torch.float32)
+    grads = dy.new_empty(dy.shape), down.new_empty(down.shape), bias, up.new_empty(up.shape)
+    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
+
+
+bottleneck_triton = torch.library.custom_op(
+    "peftkit::bottleneck",
+    forward,
+    mutates_args=(),
+    schema="(Tensor h, Tensor down, Tensor? down_bias, Tensor up, Tensor? up_bias, float scale, str act)"
+    " -> (Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "peftkit::bottleneck_backward",
+    backward,
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? h, Tensor z, Tensor down, Tensor up, float scale, str act, bool[] needs) -> Tensor[]",
+)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    h, down, down_bias, up, up_bias, *ctx.numbers = inputs
+    z = output[1]
+    ctx.make_h, h_parts = remake.kept(h, ctx.needs_input_grad[1])
+    ctx.save_for_backward(z if any(ctx.needs_input_grad[:4]) else None, down, up, *h_parts)
+    ctx.dtypes = tuple(None if b is None else b.dtype for b in (down_bias, up_bias))
+    ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    z, down, up, *h_parts = ctx.saved_tensors
+    scale, act = ctx.numbers
+    *needs, needs_up_bias = ctx.needs_input_grad[:5]
+    dup_bias = None
+    if needs_up_bias:
+        dup_bias = cast(rows(dy).sum(0, dtype=torch.float32).mul_(scale), ctx.dtypes[1])
+    grads: list[Tensor] = []
+    if any(needs):
+        h = remake.again(ctx.make_h, h_parts)
+        grads = list(_backward_op(dy, h, z, down, up, scale, act, needs))
+    dh, ddown, ddown_bias, dup = (grads.pop(0) if needed else None for needed in needs)
+    if ddown_bias is not None:
+        ddown_bias = cast(ddown_bias, ctx.dtypes[0])
+    return dh, ddown, ddown_bias, dup, dup_bias, None, None
+
+
+bottleneck_triton.register_fake(_like_outputs)
+_backward_op.register_fake(_like_grads)
+bottleneck_triton.register_autograd(_backward, setup_context=_keep)

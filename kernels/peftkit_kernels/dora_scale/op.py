@@ -1,0 +1,103 @@
+"""The public functions: checks, choice of backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peftkit_kernels import remake
+from peftkit_kernels.autograd import run
+from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.dora_scale.reference import (
+    Scale,
+    dora_gate_reference,
+    dora_scale_reference,
+)
+from peftkit_kernels.dora_scale.torch_impl import DoRAGate, DoRAScale, factor, gate_of
+from peftkit_kernels.lora_linear.torch_impl import unflatten
+from peftkit_kernels.lora_swiglu_mlp.activation import ACTIVATIONS
+
+
+def dora_scale(z: Tensor, scale: Scale, *, backend: Backend = "auto") -> Tensor:
+    """The output of a DoRA linear from that of its LoRA linear: ``y = z ∘ magnitude / norm + bias``.
+
+    Kept for backward: ``z`` where the magnitude is trained.
+
+    Args:
+        z: ``[..., N]``: ``x Wᵀ + scale · drop(x) Aᵀ Bᵀ``, without bias.
+        scale: Magnitude, norm (of ``dora_norm``) and bias.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[..., N]``, a new tensor in the dtype of ``z``; computed in the dtype of the norm and rounded once.
+
+    Raises:
+        ValueError: Shapes do not fit, the norm requires a gradient or is missing, or the backend cannot run.
+
+    Source: Liu et al., 2024, arXiv:2402.09353, equation 5 and section 4.3.
+    """
+    _check(z, scale, "scale")
+    if choose_backend("dora_scale", backend) == "reference":
+        return dora_scale_reference(z, scale)
+    return run(DoRAScale, z, *scale)
+
+
+def dora_gate(
+    zs: tuple[Tensor, Tensor],
+    scales: tuple[Scale, Scale],
+    act: str = "silu",
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The middle of a gated MLP of DoRA linears: ``h = act(e) ∘ u`` with ``e`` and ``u`` each as ``dora_scale`` gives them.
+
+    Kept for backward: the two ``z``. What consumes ``h`` can make it again from them and need not keep it.
+
+    Args:
+        zs: ``[..., F]`` each: what the LoRA linears of gate and up give, without bias.
+        scales: Of gate and up; a side without a magnitude only gets its bias.
+        act: One of ``lora_swiglu_mlp.ACTIVATIONS``.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[..., F]`` in the dtype of the ``zs``.
+
+    Raises:
+        ValueError: Shapes do not fit, a norm requires a gradient or is missing, ``act`` is unknown, or the backend
+            cannot run.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act={act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+    if len(zs) != 2 or len(scales) != 2 or zs[0].shape != zs[1].shape:
+        raise ValueError(
+            f"zs have shapes {[tuple(z.shape) for z in zs]} with {len(scales)} scales; gate and up must be two of one shape"
+        )
+    for i, (z, scale) in enumerate(zip(zs, scales, strict=True)):
+        _check(z, scale, f"scales[{i}]")
+    if choose_backend("dora_gate", backend) == "reference":
+        return dora_gate_reference(zs, scales, act)
+    magnitudes, norms, biases = zip(*scales, strict=True)
+    h = run(DoRAGate, act, *zs, *magnitudes, *norms, *biases)
+    if not h.requires_grad:
+        return h
+    shape = h.shape
+
+    def make(*tensors: Tensor | None) -> Tensor:
+        return unflatten(gate_of(tensors[:2], tensors[2:4], tensors[4:], act), shape)
+
+    # the factors of this forward, which no optimiser step changes
+    gs = (factor(*pair) for pair in zip(magnitudes, norms, strict=True))
+    return remake.mark(h, make, *zs, *(None if g is None else g.detach() for g in gs), *biases)
+
+
+def _check(z: Tensor, scale: Scale, name: str) -> None:
+    for part, tensor in zip(Scale._fields, scale, strict=True):
+        if tensor is not None and tensor.shape != z.shape[-1:]:
+            raise ValueError(
+                f"{name}.{part} has shape {tuple(tensor.shape)}; z {tuple(z.shape)} takes [{z.shape[-1]}]"
+            )
+    if (scale.magnitude is None) != (scale.norm is None):
+        raise ValueError(f"{name} has a magnitude or a norm alone; pass both, or neither")
+    if scale.norm is not None and scale.norm.requires_grad:
+        raise ValueError(
+            f"{name}.norm requires a gradient, and DoRA gives it none; pass norm.detach()"
+        )

@@ -1,0 +1,186 @@
+"""DoRA's magnitude from torch ops: the direction is kept, everything that can be made from it is made again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels import native
+from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.lora_linear.torch_impl import unflatten
+from peftkit_kernels.lora_swiglu_mlp.activation import gate, gate_backward
+from peftkit_kernels.low_rank import cast, rows
+
+_ROWS = 64
+"""Rows whose products are summed at a time: 1 MiB at a width of 2,048 and two tensors stays in the second-level cache."""
+
+
+def factor(magnitude: Tensor | None, norm: Tensor | None) -> Tensor | None:
+    """``magnitude / norm`` in the dtype of the norm, ``[N]``."""
+    return None if magnitude is None or norm is None else cast(magnitude, norm.dtype) / norm
+
+
+def scaled(z: Tensor, g: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``z ∘ g + bias`` for ``z [M, N]``, computed in the dtype of ``g`` and rounded once; ``z`` itself where there is neither."""
+    if g is None:
+        return z if bias is None else z + cast(bias, z.dtype)
+    if bias is None:
+        return torch.mul(z, g, out=torch.empty_like(z))
+    return torch.addcmul(cast(bias, g.dtype), z, g, out=torch.empty_like(z))
+
+
+def scaled_backward(
+    dy: Tensor, z: Tensor | None, g: Tensor | None, norm: Tensor | None, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of ``scaled`` by ``z`` and by the magnitude.
+
+    Args:
+        dy: ``[M, N]``.
+        z: ``[M, N]``, or ``None`` where the magnitude needs no gradient.
+        g: As ``scaled``.
+        norm: ``[N]``.
+        dtype: Of the magnitude.
+    """
+    if g is None:
+        return dy, None
+    dz = torch.empty_like(dy)
+    if z is None or norm is None or dtype is None:
+        return torch.mul(dy, g, out=dz), None
+    if native.takes(dy, z, g):
+        total = native.scale_backward(dy, z, g, dz)
+    else:
+        torch.mul(dy, g, out=dz)
+        total = column_products(dy, z)
+    return dz, cast(total / norm, dtype)
+
+
+def column_products(left: Tensor, right: Tensor) -> Tensor:
+    """``Σ left ∘ right`` over the rows, ``[N]``, summed in float32 or wider from blocks of rows."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    total = left.new_zeros(left.shape[1], dtype=wide)
+    for start in range(0, left.shape[0], _ROWS):
+        part = slice(start, start + _ROWS)
+        total.add_((cast(left[part], wide) * right[part]).sum(0))
+    return total
+
+
+class DoRAScale(torch.autograd.Function):
+    """With ``g = magnitude / norm``, where the norm counts as a constant:
+
+    ``dz = dy ∘ g``, ``dmagnitude = Σ dy ∘ z / norm``, ``dbias = Σ dy``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, magnitude: Tensor | None, norm: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        g = factor(magnitude, norm)
+        y = rows(z).clone() if g is None and bias is None else scaled(rows(z), g, bias)
+        _, needs_magnitude, _, needs_bias = ctx.needs_input_grad
+        ctx.save_for_backward(z if needs_magnitude else None, g, norm)
+        ctx.dtype = magnitude.dtype if magnitude is not None and needs_magnitude else None
+        ctx.bias_dtype = bias.dtype if bias is not None and needs_bias else None
+        return unflatten(y, z.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, g, norm = ctx.saved_tensors
+        flat = rows(dy)
+        dbias = None if ctx.bias_dtype is None else cast(flat.sum(0), ctx.bias_dtype)
+        dz, dmagnitude = scaled_backward(flat, None if z is None else rows(z), g, norm, ctx.dtype)
+        return dz.view(dy.shape), dmagnitude, None, dbias
+
+
+class DoRAGate(torch.autograd.Function):
+    """The chain rule of ``DoRAScale`` for ``e`` and for ``u``, with what arrives at them from ``h = act(e) ∘ u``:
+
+    ``du = dh ∘ act(e)``, ``de = dh ∘ u ∘ act'(e)``.
+
+    Tensors come in pairs: the ``z``, magnitudes, norms and biases of ``e`` and ``u``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, act: str, *tensors: Tensor | None) -> Tensor:
+        zs, magnitudes, norms, biases = (tensors[i : i + 2] for i in range(0, 8, 2))
+        gs = [factor(*pair) for pair in zip(magnitudes, norms, strict=True)]
+        h = gate_of(zs, gs, biases, act)
+        needs = ctx.needs_input_grad[1:]
+        ctx.save_for_backward(*zs, *gs, *norms, *biases)
+        ctx.act = act
+        ctx.dtypes = [
+            None if m is None or not needed else m.dtype
+            for m, needed in zip(magnitudes, needs[2:4], strict=True)
+        ]
+        return unflatten(h, zs[0].shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        zs, gs, norms, biases = (saved[i : i + 2] for i in range(0, 8, 2))
+        needs_bias = ctx.needs_input_grad[7:]
+        dz, sums = gate_gradients(rows(dh), [rows(z) for z in zs], gs, biases, ctx.act)
+        dmagnitude = [
+            None if dtype is None else cast(total / norm, dtype)
+            for total, norm, dtype in zip(sums[:2], norms, ctx.dtypes, strict=True)
+        ]
+        dbias = [
+            cast(total, bias.dtype) if needed else None
+            for total, bias, needed in zip(sums[2:], biases, needs_bias, strict=True)
+        ]
+        return None, *(grad.view(dh.shape) for grad in dz), *dmagnitude, None, None, *dbias
+
+
+Sides = Sequence[Tensor | None]
+"""What belongs to ``e`` and what belongs to ``u``."""
+
+
+def gate_of(zs: Sides, gs: Sides, biases: Sides, act: str) -> Tensor:
+    """``act(e) ∘ u``, ``[M, F]``, with ``e`` and ``u`` scaled from ``zs``."""
+    flat = [rows(z) for z in zs if z is not None]
+    whole = _native_sides(flat, gs, biases, act)
+    if whole is not None:
+        return native.scaled_gate(flat, *whole, act)
+    e, u = (scaled(z, g, bias) for z, g, bias in zip(flat, gs, biases, strict=True))
+    return gate(e.contiguous(), u.contiguous(), act)
+
+
+def gate_gradients(
+    dh: Tensor, zs: Sequence[Tensor], gs: Sides, biases: Sides, act: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of ``gate_of`` by ``zs``, and the sums its other gradients are had from.
+
+    Returns:
+        ``[M, F]`` twice; and ``Σ de ∘ z``, ``Σ du ∘ z``, ``Σ de`` and ``Σ du``, ``[F]`` each.
+    """
+    whole = _native_sides([dh, *zs], gs, biases, act)
+    if whole is not None:
+        *dz, sums = native.scaled_gate_backward(dh, zs, *whole, act)
+        return dz, list(sums)
+    e, u = (scaled(*parts).contiguous() for parts in zip(zs, gs, biases, strict=True))
+    # the pass writes over the gradient it gets, and this one may be somebody else's too
+    grads = gate_backward(dh.clone(memory_format=torch.contiguous_format), e, u, act)[:2]
+    dz, products = [], []
+    for grad, z, g in zip(grads, zs, gs, strict=True):
+        dz.append(grad if g is None else torch.mul(grad, g, out=torch.empty_like(grad)))
+        products.append(column_products(grad, z))
+    return dz, [*products, *(grad.sum(0) for grad in grads)]
+
+
+def _native_sides(
+    tensors: Sequence[Tensor], gs: Sides, biases: Sides, act: str
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Factors and biases without gaps for the native passes, or ``None`` where those cannot run."""
+    given = [side for side in (*gs, *biases) if side is not None]
+    if act not in native.GATES or not native.takes(*tensors, *given):
+        return None
+    like = tensors[0]
+    ones, zeros = like.new_ones(like.shape[1]), like.new_zeros(like.shape[1])
+    return (
+        [ones if g is None else g for g in gs],
+        [zeros if bias is None else bias for bias in biases],
+    )

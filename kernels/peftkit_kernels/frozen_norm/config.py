@@ -1,0 +1,35 @@
+"""Launch configuration of the norms: whole rows in registers, so that each is read once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_WIDTH = 16384
+"""Elements of a row: 32 warps, the most a program may have, with 16 elements a thread."""
+
+_ELEMENTS_A_WARP = 512
+"""16 elements a thread: two 128-bit loads of 16-bit elements. With 32 the backward, which holds three rows, spills."""
+_MIN_WARPS = 4
+
+
+def obstacle(K: int) -> str | None:
+    """Why rows of ``K`` elements cannot be normalised by the kernels, or ``None``."""
+    if K > MAX_WIDTH:
+        return f"a row has {K} elements; the kernels keep one in registers, up to {MAX_WIDTH}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class NormConfig:
+    """``block_m`` rows a program, padded to ``block_k``."""
+
+    block_m: int
+    block_k: int
+    num_warps: int
+
+    @classmethod
+    def choose(cls, K: int) -> NormConfig:
+        """Short rows (of one attention head, say) share a program."""
+        block_k = max(16, 1 << (K - 1).bit_length())
+        block_m = max(1, _MIN_WARPS * _ELEMENTS_A_WARP // block_k)
+        return cls(block_m, block_k, max(_MIN_WARPS, block_k // _ELEMENTS_A_WARP))

@@ -1,0 +1,175 @@
+"""The frozen norms by one Triton kernel each way, as torch.library ops: traceable, and differentiable once."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.frozen_norm.config import NormConfig
+from peftkit_kernels.launch import cdiv, launch
+from peftkit_kernels.low_rank import rows
+from peftkit_kernels.low_rank.passes import readable
+
+
+@functools.cache
+def _kernels() -> Any:
+    from peftkit_kernels.frozen_norm import kernels
+
+    return kernels
+
+
+def rms_forward(
+    x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
+    """``y`` as ``rms_norm_reference`` defines it and ``rstd = rsqrt(mean(x²) + eps)``, ``Float32[M]``."""
+    y, rstd = x.new_empty(x.shape, dtype=_rms_dtype(x, weight, round_first)), _numbers(x)
+    _launch_forward(x, weight, None, y, None, rstd, eps, offset, round_first)
+    return y, rstd
+
+
+def _rms_dtype(x: Tensor, weight: Tensor, round_first: bool) -> torch.dtype:
+    return torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
+
+
+def layer_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y`` as ``layer_norm_reference`` defines it, mean and ``rstd = rsqrt(var + eps)``, ``Float32[M]`` each."""
+    y, mean, rstd = x.new_empty(x.shape), _numbers(x), _numbers(x)
+    _launch_forward(x, weight, bias, y, mean, rstd, eps, 0.0, False)
+    return y, mean, rstd
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """One a row, not yet filled."""
+    return x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+def _launch_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    offset: float,
+    round_first: bool,
+) -> None:
+    """Fill ``y``, ``mean`` (of LayerNorm; ``None`` makes it RMSNorm) and ``rstd``."""
+    flat, y = readable(rows(x)), rows(y)
+    M, K = flat.shape
+    if not M:
+        return
+    weight, bias = readable(weight), None if bias is None else readable(bias)
+    c = NormConfig.choose(K)
+    launch(
+        _kernels().norm_forward_kernel,
+        (cdiv(M, c.block_m),),
+        *(flat, weight, bias, y, mean, rstd, eps, offset, M, K, flat.stride(0), y.stride(0)),
+        CENTRE=mean is not None,
+        HAS_BIAS=bias is not None,
+        HAS_OFFSET=offset != 0.0,
+        ROUND_FIRST=round_first,
+        BLOCK_M=c.block_m,
+        BLOCK_K=c.block_k,
+        num_warps=c.num_warps,
+        num_stages=1,
+    )
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor, offset: float
+) -> Tensor:
+    """``dx``: of LayerNorm where there is a ``mean``, otherwise of RMSNorm."""
+    dx = x.new_empty(x.shape)
+    flat_dy, flat, flat_dx = readable(rows(dy)), readable(rows(x)), rows(dx)
+    M, K = flat.shape
+    if M:
+        c = NormConfig.choose(K)
+        launch(
+            _kernels().norm_backward_kernel,
+            (cdiv(M, c.block_m),),
+            *(flat_dy, flat, readable(weight), mean, rstd, flat_dx, offset),
+            *(M, K, flat_dy.stride(0), flat.stride(0), flat_dx.stride(0)),
+            CENTRE=mean is not None,
+            HAS_OFFSET=offset != 0.0,
+            BLOCK_M=c.block_m,
+            BLOCK_K=c.block_k,
+            num_warps=c.num_warps,
+            num_stages=1,
+        )
+    return dx
+
+
+frozen_rms_norm_triton = torch.library.custom_op(
+    "peftkit::frozen_rms_norm",
+    rms_forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, float eps, float offset, bool round_first) -> (Tensor, Tensor)",
+)
+frozen_layer_norm_triton = torch.library.custom_op(
+    "peftkit::frozen_layer_norm",
+    layer_forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "peftkit::frozen_norm_backward",
+    backward,
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor? mean, Tensor rstd, float offset) -> Tensor",
+)
+
+
+@frozen_rms_norm_triton.register_fake
+def _rms_like(
+    x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=_rms_dtype(x, weight, round_first)), _numbers(x)
+
+
+@frozen_layer_norm_triton.register_fake
+def _layer_like(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), _numbers(x), _numbers(x)
+
+
+@_backward_op.register_fake
+def _grad_like(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep_rms(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, ctx.offset, _ = inputs
+    rstd = output[1]
+    ctx.save_for_backward(x, weight, rstd)
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _keep_layer(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, _, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _rms_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x, weight, rstd = ctx.saved_tensors
+    return _backward_op(dy, x, weight, None, rstd, ctx.offset), None, None, None, None
+
+
+@once_differentiable
+def _layer_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, mean, rstd = ctx.saved_tensors
+    return _backward_op(dy, x, weight, mean, rstd, 0.0), None, None, None
+
+
+frozen_rms_norm_triton.register_autograd(_rms_backward, setup_context=_keep_rms)
+frozen_layer_norm_triton.register_autograd(_layer_backward, setup_context=_keep_layer)

@@ -1,0 +1,69 @@
+"""Launch configurations of the passes over tiles of rows, chosen by pure functions of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftkit_kernels.launch import Target, cdiv
+from peftkit_kernels.low_rank.config import block_r
+
+MAX_BLOCK = 64
+"""Most rows of a plan's tile: larger ones would not fit the registers beside the factor."""
+_MIN_STEPS = 4
+"""Blocks of K a program of a split shrink has at least, so that its loads are worth pipelining."""
+
+
+def block_m(block: int) -> int:
+    """Rows a program holds for tiles of ``block``: the least that ``tl.dot`` takes, for decoding, or the most."""
+    return 16 if block <= 16 else MAX_BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedShrinkConfig:
+    """``splits`` programs share the K of one tile."""
+
+    block_k: int
+    splits: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @classmethod
+    def choose(cls, M: int, K: int, R: int, *, block: int, itemsize: int, target: Target):
+        """Fill the GPU with programs even where there are few rows; how many tiles are needed is not known, at least M / block."""
+        # 64 x 128 spills on sm_80, where each row has an address of its own
+        narrow = block_r(R) <= 32 and block_m(block) == 16
+        block_k = 32 if itemsize == 4 else 128 if narrow else 64
+        splits = min(cdiv(target.sms, cdiv(M, block)), cdiv(cdiv(K, block_k), _MIN_STEPS))
+        return cls(block_k, splits)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedExpandConfig:
+    """One tile of rows and ``block_n`` columns a program."""
+
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @classmethod
+    def choose(cls, R: int, *, itemsize: int):
+        """As the expand of one adapter."""
+        return cls(64 if itemsize == 4 or block_r(R) > 64 else 128)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedTallConfig:
+    """``block_c`` columns of one segment a program, ``block_m`` rows at a time."""
+
+    block_m: int
+    block_c: int
+    num_warps: int
+    num_stages: int = 2
+
+    @classmethod
+    def choose(cls, R: int, *, itemsize: int):
+        """As the tall pass of one adapter."""
+        wide = itemsize == 4
+        if block_r(R) > 64:
+            return cls(32, 64 if wide else 128, 8)
+        return cls(32 if wide else 64, 64 if wide else 128, 4)

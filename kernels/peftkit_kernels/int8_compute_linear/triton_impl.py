@@ -1,0 +1,295 @@
+"""``int8_compute_linear`` by Triton kernels, as torch.library ops: traceable, and differentiable once.
+
+Two kernels a direction: one quantises the rows beside the low-rank product that needs them too, one multiplies the codes and adds the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels import remake, workspace
+from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.dropout import keep_scale, threshold
+from peftkit_kernels.int8 import Int8Weight
+from peftkit_kernels.int8_compute_linear.config import Int8GemmConfig, QuantizeConfig
+from peftkit_kernels.int8_compute_linear.reference import outlier_columns
+from peftkit_kernels.launch import cdiv, dot_precision, launch
+from peftkit_kernels.lora_linear.torch_impl import unflatten
+from peftkit_kernels.low_rank import LoRA, cast, passes, rows
+from peftkit_kernels.low_rank.config import block_r
+
+
+@functools.cache
+def _kernels() -> Any:
+    from peftkit_kernels.int8_compute_linear import kernels
+
+    return kernels
+
+
+def quantize(
+    x: Tensor,
+    A: Tensor | None,
+    *,
+    scale: float = 1.0,
+    p: float = 0.0,
+    seed: int = 0,
+    column_scale: Tensor | None = None,
+    skip: Tensor | None = None,
+    config: QuantizeConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The codes of ``x`` by rows, what one of them is worth, and ``scale · drop(x) Aᵀ``: DRAM gives ``x`` once.
+
+    Args:
+        x: ``[M, K]``, at least one row.
+        A: ``[R, K]`` in the dtype of ``x``, any strides, or ``None``.
+        scale: On the low-rank product.
+        p: Dropout before it.
+        seed: Of that.
+        column_scale: ``Float32[K]``, on what is quantised, or ``None``.
+        skip: ``Bool[K]``, columns that are quantised as 0, or ``None``.
+        config: Overrides the choice.
+
+    Returns:
+        ``Int8[M, K]`` in the workspace, ``Float32[M]``, and ``[M, R]`` in the dtype of ``x`` or ``None``.
+    """
+    (M, K), x = x.shape, passes.readable(x)
+    c = config or QuantizeConfig.choose(itemsize=x.element_size(), dropout=p > 0)
+    codes = workspace.take((M, K), torch.int8, x.device)
+    step = x.new_empty(M, dtype=torch.float32)
+    R = 0 if A is None else A.shape[0]
+    s = None if A is None else x.new_empty(M, R)
+    launch(
+        _kernels().quantize_kernel,
+        (cdiv(M, c.block_m),),
+        *(x, column_scale, None if skip is None else skip.view(torch.uint8), A, codes, step, s),
+        *(scale * keep_scale(p), seed, threshold(p), M, K, R, x.stride(0)),
+        *((0, 0) if A is None else A.stride()),
+        *(K, 0 if s is None else s.stride(0)),
+        HAS_SCALE=column_scale is not None,
+        HAS_SKIP=skip is not None,
+        HAS_LORA=A is not None,
+        DROPOUT=p > 0,
+        BLOCK_M=c.block_m,
+        BLOCK_K=c.block_k,
+        BLOCK_R=block_r(max(R, 1)),
+        PRECISION=dot_precision(x.dtype),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+        # a code is a product, rounded, and then rounded by a sum
+        fp_fusion=False,
+    )
+    return codes, step, s
+
+
+def product(
+    codes: Tensor,
+    weight: Tensor,
+    row_step: Tensor,
+    column_step: Tensor | None,
+    s: Tensor | None,
+    B: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: int = 0,
+    config: Int8GemmConfig | None = None,
+) -> Tensor:
+    """``(codes weightᵀ) · row_step · column_step + mask ∘ (scale · s Bᵀ) + bias``, ``[M, N]`` in ``dtype``, rounded once.
+
+    Args:
+        codes: ``Int8[M, K]``.
+        weight: ``Int8[N, K]``, any strides.
+        row_step: ``Float32[M]``.
+        column_step: ``Float32[N]`` or ``None``.
+        s: ``[M, R]`` or ``None``.
+        B: ``[N, R]``, the dtype of ``s``, any strides, or ``None``.
+        scale: Of the update.
+        dtype: Of the result.
+        bias: ``[N]`` or ``None``.
+        p: Of a dropout over the update's columns.
+        seed: Of that.
+        config: Overrides the choice.
+    """
+    (M, K), N = codes.shape, weight.shape[0]
+    c = config or Int8GemmConfig.choose(M, dropout=p > 0)
+    y = codes.new_empty(M, N, dtype=dtype)
+    R = 0 if s is None else s.shape[1]
+    launch(
+        _kernels().int8_gemm_kernel,
+        (cdiv(M, c.block_m) * cdiv(N, c.block_n),),
+        *(codes, weight, row_step, column_step, s, B, bias, y),
+        *(scale * keep_scale(p), seed, threshold(p), M, N, K, R),
+        *(codes.stride(0), *weight.stride()),
+        *((0, 0, 0) if s is None or B is None else (s.stride(0), *B.stride())),
+        N,
+        HAS_STEP=column_step is not None,
+        HAS_LORA=s is not None,
+        HAS_BIAS=bias is not None,
+        DROPOUT=p > 0,
+        BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n,
+        BLOCK_K=c.block_k,
+        BLOCK_R=block_r(max(R, 1)),
+        GROUP=c.group,
+        PRECISION=dot_precision(dtype),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    return y
+
+
+def forward(
+    x: Tensor,
+    codes: Tensor,
+    row_absmax: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    scale: float,
+    p: float,
+    seed: int,
+    outlier: float | None,
+) -> tuple[Tensor, Tensor]:
+    """``y``, ``[..., N]``, and ``s = drop(x) Aᵀ``, ``[M, R]`` (``[M, 0]`` without an adapter)."""
+    if not x.numel():
+        return _empty_outputs(x, codes, row_absmax, bias, A)
+    flat, dtype, q = rows(x), x.dtype, Int8Weight(codes, row_absmax)
+    narrow_A, narrow_B, bias = (None if t is None else cast(t, dtype) for t in (A, B, bias))
+    skip = outlier_columns(flat, outlier)
+    x8, step, s = quantize(flat, narrow_A, p=p, seed=seed, skip=skip)
+    y = product(x8, codes, step, q.row_scale(), s, narrow_B, scale, dtype, bias=bias)
+    if skip is not None:
+        # how many there are decides what is launched: the one place where the host waits for the device
+        columns = skip.nonzero().view(-1)
+        if columns.numel():
+            weight = codes[:, columns] * q.row_scale()[:, None]
+            y.addmm_(flat[:, columns], cast(weight, dtype).t())
+    return unflatten(y, x.shape), flat.new_empty(flat.shape[0], 0) if s is None else s
+
+
+def _empty_outputs(
+    x: Tensor, codes: Tensor, row_absmax: Tensor, bias: Any, A: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(*x.shape[:-1], codes.shape[0])
+    return y, x.new_empty(x.shape[:-1].numel(), 0 if A is None else A.shape[0])
+
+
+def backward(
+    dy: Tensor,
+    codes: Tensor,
+    row_absmax: Tensor,
+    x: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    s: Tensor | None,
+    scale: float,
+    p: float,
+    seed: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Those of ``dx``, ``dA`` and ``dB`` that ``needs`` asks for; ``x`` is needed for dA and ``s`` for dB."""
+    if not dy.numel():
+        grads = _like_grads(dy, codes, row_absmax, x, A, B, s, scale, p, seed, needs)
+        return [grad.zero_() for grad in grads]
+    needs_x, needs_A, needs_B = needs
+    flat, dtype = rows(dy), dy.dtype
+    narrow_A, narrow_B = (None if t is None else cast(t, dtype) for t in (A, B))
+    dx = dA = dB = ds = None
+    if needs_B and B is not None:
+        dB = passes.grad_b(flat, s, scale, B.dtype)
+    if needs_x:
+        steps = Int8Weight(codes, row_absmax).row_scale()
+        factor = None if narrow_B is None else narrow_B.t()
+        g8, step, ds = quantize(flat, factor, scale=scale, column_scale=steps)
+        update = None if narrow_A is None else narrow_A.t()
+        dx = product(g8, codes.t(), step, None, ds, update, 1.0, dtype, p=p, seed=seed)
+        dx = unflatten(dx, dy.shape)
+    elif needs_A:
+        ds = passes.grad_s(flat, narrow_B, scale)
+    if needs_A and A is not None:
+        dA = passes.grad_a(ds, rows(x), A.dtype, p, seed)
+    return [grad for grad in (dx, dA, dB) if grad is not None]
+
+
+def _like_grads(
+    dy: Tensor,
+    codes: Tensor,
+    row_absmax: Tensor,
+    x: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    s: Tensor | None,
+    scale: float,
+    p: float,
+    seed: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    like = dy.new_empty(*dy.shape[:-1], codes.shape[1]), A, B
+    return [
+        t.new_empty(t.shape)
+        for t, needed in zip(like, needs, strict=True)
+        if needed and t is not None
+    ]
+
+
+int8_compute_linear_triton = torch.library.custom_op(
+    "peftkit::int8_compute_linear",
+    forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor row_absmax, Tensor? bias, Tensor? A, Tensor? B, float scale, float p,"
+    " int seed, float? outlier) -> (Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "peftkit::int8_compute_linear_backward",
+    backward,
+    mutates_args=(),
+    schema="(Tensor dy, Tensor codes, Tensor row_absmax, Tensor? x, Tensor? A, Tensor? B, Tensor? s, float scale,"
+    " float p, int seed, bool[] needs) -> Tensor[]",
+)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, codes, row_absmax, _, A, B, *numbers, _ = inputs
+    _, _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+    ctx.make_x, x_parts = remake.kept(x, needs_A)
+    ctx.save_for_backward(codes, row_absmax, A, B, output[1] if needs_B else None, *x_parts)
+    ctx.numbers = numbers
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    codes, row_absmax, A, B, s, *x_parts = ctx.saved_tensors
+    needs_x, _, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+    dbias = rows(dy).sum(0) if needs_bias else None
+    needs = [needs_x, needs_A, needs_B]
+    grads: Sequence[Tensor] = []
+    if any(needs):
+        x = remake.again(ctx.make_x, x_parts)
+        grads = _backward_op(dy, codes, row_absmax, x, A, B, s, *ctx.numbers, needs)
+    found = iter(grads)
+    dx, dA, dB = (next(found) if needed else None for needed in needs)
+    return dx, None, None, dbias, dA, dB, None, None, None, None
+
+
+int8_compute_linear_triton.register_fake(_empty_outputs)
+_backward_op.register_fake(_like_grads)
+int8_compute_linear_triton.register_autograd(_backward, setup_context=_keep)
+
+
+def run_triton(
+    x: Tensor, q: Int8Weight, bias: Tensor | None, lora: LoRA | None, outlier: float | None
+) -> Tensor:
+    """``int8_compute_linear`` on Triton."""
+    A, B, numbers = (
+        (None, None, (0.0, 0.0, 0)) if lora is None else (lora.A, lora.B, lora.numbers())
+    )
+    return int8_compute_linear_triton(x, *q.tensors(), bias, A, B, *numbers, outlier)[0]

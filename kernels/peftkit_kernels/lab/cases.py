@@ -1,0 +1,462 @@
+"""One case of every operation at any size, on any device: what the tools check, count, predict and time.
+
+A case is made of public functions only, so a new operation needs an entry of ``OPERATIONS`` and nothing else here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkit_kernels.attention import attention
+from peftkit_kernels.bottleneck import bottleneck
+from peftkit_kernels.dora import dora_linear
+from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
+from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
+from peftkit_kernels.int8 import dequantize_int8, quantize_int8
+from peftkit_kernels.int8_compute_linear import int8_compute_linear
+from peftkit_kernels.linear_cross_entropy import linear_cross_entropy
+from peftkit_kernels.lora_linear import lora_linear
+from peftkit_kernels.lora_qkv import lora_qkv
+from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.nf4 import dequantize_nf4, quantize_nf4
+from peftkit_kernels.prefix_attention import prefix_attention
+from peftkit_kernels.quantized_linear import int8_linear, nf4_linear
+
+Tensors = dict[str, Tensor]
+
+FACTOR = 4.0
+"""How many times plain torch's error a result may have before it is called wrong. A flash backward, which makes the probabilities
+again from rounded numbers, has up to three times of it, a bug thousands; the tests hold each op to a bound of its own."""
+_SCALE = 2.0
+_SEED = 2**62 + 7
+_HEAD_SIZE = 64
+_ADAPTERS = 4
+_PREFIX = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large a case is.
+
+    Attributes:
+        M: Rows.
+        K: Width of the input.
+        N: The other width: outputs, inner width of an MLP, vocabulary; of q in ``lora_qkv``, whose k and v have a quarter.
+        R: Rank, or width of a bottleneck.
+        p: Dropout of the adapters.
+    """
+
+    M: int
+    K: int
+    N: int
+    R: int = 16
+    p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation applied to tensors by name.
+
+    Attributes:
+        leaves: The tensors; those that require a gradient are trained.
+        call: The operation, given tensors and a backend.
+        plain: What one would write with torch, dropout by torch's kernel; ``None`` where that is the definition.
+        frozen: The same without what is trained; ``None`` where nothing is left.
+        by_rows: ``call`` with a number a row where that gives one number, in which errors cancel.
+        frozen_bytes: What its element-wise passes move, forward and backward, each fused into one.
+    """
+
+    leaves: Tensors
+    call: Callable[[Tensors, Any], Any]
+    plain: Callable[[Tensors], Any] | None = None
+    frozen: Callable[[Tensors], Any] | None = None
+    by_rows: Callable[[Tensors, Any], Any] | None = None
+    frozen_bytes: int = 0
+
+    def eager(self, leaves: Tensors) -> Any:
+        """The outputs by plain torch."""
+        return self.call(leaves, "reference") if self.plain is None else self.plain(leaves)
+
+    def run(self, backend: str) -> Tensors:
+        """Every output and gradient by name."""
+        return step(lambda leaves: self.call(leaves, backend), self.leaves)
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same values in ``dtype``."""
+
+        def cast(leaf: Tensor) -> Tensor:
+            if not leaf.is_floating_point():
+                return leaf
+            return leaf.detach().to(dtype).requires_grad_(leaf.requires_grad)
+
+        return replace(self, leaves={name: cast(leaf) for name, leaf in self.leaves.items()})
+
+
+def step(function: Callable[[Tensors], Any], leaves: Tensors) -> Tensors:
+    """``function(leaves)`` and the gradients of a fixed weighted sum of its outputs, by name."""
+    outputs = function(leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    values = {f"output{i}": y.detach() for i, y in enumerate(outputs)}
+    trained = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    if trained and outputs[0].requires_grad:
+        grads = torch.autograd.grad(
+            outputs, list(trained.values()), output_grads(outputs), allow_unused=True
+        )
+        found = {name: grad for name, grad in zip(trained, grads, strict=True) if grad is not None}
+        values |= {f"d{name}": grad for name, grad in found.items()}
+    return values
+
+
+def output_grads(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """A gradient for every output, different in each element."""
+    grads = []
+    for y in outputs:
+        if y.device.type == "meta":
+            grads.append(torch.empty_like(y))
+        else:
+            generator = torch.Generator().manual_seed(1)
+            values = torch.randn(y.shape, generator=generator)
+            grads.append(values.to(y))
+    return grads
+
+
+class Draw:
+    """Makes the tensors of a case: normal numbers, or shapes alone on the meta device."""
+
+    def __init__(self, dtype: torch.dtype, device: str, factors: torch.dtype | None):
+        self.dtype, self.device, self.factors = dtype, device, factors or dtype
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(
+        self,
+        *shape: int,
+        trained: bool = False,
+        size: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """A tensor of standard deviation ``size``."""
+        dtype = dtype or self.dtype
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta").requires_grad_(trained)
+        values = torch.randn(shape, generator=self._generator) * size
+        return values.to(self.device, dtype).requires_grad_(trained)
+
+    def integers(self, count: int, below: int) -> Tensor:
+        """``Int64[count]`` in [0, below)."""
+        if self.device == "meta":
+            return torch.empty(count, dtype=torch.int64, device="meta")
+        return torch.randint(below, (count,), generator=self._generator).to(self.device)
+
+    def weight(self, N: int, K: int) -> Tensor:
+        """A frozen weight."""
+        return self(N, K, size=K**-0.5)
+
+    def adapter(self, N: int, K: int, R: int, suffix: str = "") -> Tensors:
+        """The two factors of an adapter."""
+        A = self(R, K, trained=True, size=K**-0.5, dtype=self.factors)
+        B = self(N, R, trained=True, size=R**-0.5, dtype=self.factors)
+        return {f"A{suffix}": A, f"B{suffix}": B}
+
+
+def _lora(leaves: Tensors, sizes: Sizes, suffix: str = "", seed: int = _SEED) -> LoRA:
+    parts = leaves[f"A{suffix}"], leaves[f"B{suffix}"]
+    return LoRA(*parts, _SCALE, sizes.p, seed if sizes.p else 0)
+
+
+def _plain_linear(t: Tensors, x: Tensor, sizes: Sizes, suffix: str = "") -> Tensor:
+    """PEFT's layer, with the dropout a GPU runs as one kernel."""
+    dropped = torch.native_dropout(x, sizes.p, True)[0] if sizes.p else x
+    s = F.linear(dropped, t[f"A{suffix}"].to(x.dtype))
+    update = F.linear(s, t[f"B{suffix}"].to(x.dtype))
+    return F.linear(x, t[f"weight{suffix}"]) + update * _SCALE
+
+
+def _lora_linear(sizes: Sizes, draw: Draw) -> Case:
+    leaves = {"x": draw(sizes.M, sizes.K, trained=True), "weight": draw.weight(sizes.N, sizes.K)}
+    return Case(
+        leaves | draw.adapter(sizes.N, sizes.K, sizes.R),
+        lambda t, backend: lora_linear(t["x"], t["weight"], None, _lora(t, sizes), backend=backend),
+        lambda t: _plain_linear(t, t["x"], sizes),
+        lambda t: F.linear(t["x"], t["weight"]),
+    )
+
+
+def _lora_qkv(sizes: Sizes, draw: Draw) -> Case:
+    widths = {"_q": sizes.N, "_k": sizes.N // 4, "_v": sizes.N // 4}
+    leaves = {"x": draw(sizes.M, sizes.K, trained=True)}
+    for suffix, width in widths.items():
+        leaves[f"weight{suffix}"] = draw.weight(width, sizes.K)
+        leaves |= draw.adapter(width, sizes.K, sizes.R, suffix)
+
+    def call(t: Tensors, backend: Any) -> tuple[Tensor, ...]:
+        weights = [t[f"weight{suffix}"] for suffix in widths]
+        loras = [_lora(t, sizes, suffix) for suffix in widths]
+        return lora_qkv(t["x"], weights, [None] * 3, loras, backend=backend)
+
+    return Case(
+        leaves,
+        call,
+        lambda t: tuple(_plain_linear(t, t["x"], sizes, suffix) for suffix in widths),
+        lambda t: tuple(F.linear(t["x"], t[f"weight{suffix}"]) for suffix in widths),
+    )
+
+
+def _lora_swiglu_mlp(sizes: Sizes, draw: Draw) -> Case:
+    K, N = sizes.K, sizes.N
+    shapes = {"_gate": (N, K), "_up": (N, K), "_down": (K, N)}
+    leaves = {"x": draw(sizes.M, K, trained=True)}
+    for suffix, shape in shapes.items():
+        leaves[f"weight{suffix}"] = draw.weight(*shape)
+        leaves |= draw.adapter(*shape, sizes.R, suffix)
+
+    def call(t: Tensors, backend: Any) -> Tensor:
+        weights = [t[f"weight{suffix}"] for suffix in shapes]
+        loras = [_lora(t, sizes, suffix, _SEED + i // 2) for i, suffix in enumerate(shapes)]
+        return lora_swiglu_mlp(t["x"], weights, [None] * 3, loras, backend=backend)
+
+    def plain(t: Tensors) -> Tensor:
+        e, g = (_plain_linear(t, t["x"], sizes, suffix) for suffix in ("_gate", "_up"))
+        return _plain_linear(t, F.silu(e) * g, sizes, "_down")
+
+    def frozen(t: Tensors) -> Tensor:
+        e, g = (F.linear(t["x"], t[f"weight{suffix}"]) for suffix in ("_gate", "_up"))
+        return F.linear(F.silu(e) * g, t["weight_down"])
+
+    # act(e) g reads two and writes one of them, its gradient reads three and writes two
+    return Case(
+        leaves, call, plain, frozen, frozen_bytes=8 * sizes.M * N * leaves["x"].element_size()
+    )
+
+
+def _linear_cross_entropy(sizes: Sizes, draw: Draw, *, adapter: bool = False) -> Case:
+    target = draw.integers(sizes.M, sizes.N)
+    leaves = {
+        "hidden": draw(sizes.M, sizes.K, trained=True),
+        "weight": draw.weight(sizes.N, sizes.K),
+    }
+    if adapter:
+        leaves |= draw.adapter(sizes.N, sizes.K, sizes.R)
+    frozen = replace(sizes, p=0.0)
+
+    def call(t: Tensors, backend: Any, reduction: Any = "mean") -> Tensor:
+        options = {"lora": _lora(t, frozen) if adapter else None, "reduction": reduction}
+        return linear_cross_entropy(t["hidden"], t["weight"], target, backend=backend, **options)
+
+    def plain(t: Tensors) -> Tensor:
+        h = t["hidden"]
+        z = _plain_linear(t, h, frozen) if adapter else F.linear(h, t["weight"])
+        return F.cross_entropy(z.float() if z.dtype.itemsize < 4 else z, target)
+
+    return Case(leaves, call, plain, by_rows=lambda t, backend: call(t, backend, "none"))
+
+
+def _rms_norm(sizes: Sizes, draw: Draw) -> Case:
+    leaves = {"x": draw(sizes.M, sizes.K, trained=True), "weight": draw(sizes.K)}
+    return Case(
+        leaves, lambda t, backend: frozen_rms_norm(t["x"], t["weight"], 1e-6, backend=backend)
+    )
+
+
+def _layer_norm(sizes: Sizes, draw: Draw) -> Case:
+    leaves = {"x": draw(sizes.M, sizes.K, trained=True), "weight": draw(sizes.K)}
+    leaves["bias"] = draw(sizes.K)
+    return Case(leaves, lambda t, backend: frozen_layer_norm(*t.values(), 1e-5, backend=backend))
+
+
+def _bottleneck(sizes: Sizes, draw: Draw) -> Case:
+    K, R = sizes.K, sizes.R
+    leaves = {
+        "h": draw(sizes.M, K, trained=True),
+        "down": draw(R, K, trained=True, size=K**-0.5, dtype=draw.factors),
+        "down_bias": draw(R, trained=True, dtype=draw.factors),
+        "up": draw(K, R, trained=True, size=R**-0.5, dtype=draw.factors),
+        "up_bias": draw(K, trained=True, dtype=draw.factors),
+    }
+    return Case(leaves, lambda t, backend: bottleneck(*t.values(), _SCALE, "relu", backend=backend))
+
+
+def _dora(sizes: Sizes, draw: Draw) -> Case:
+    leaves = {"x": draw(sizes.M, sizes.K, trained=True), "weight": draw.weight(sizes.N, sizes.K)}
+    leaves |= draw.adapter(sizes.N, sizes.K, sizes.R)
+    magnitude = draw(sizes.N, dtype=draw.factors).abs() + 0.5
+    leaves["magnitude"] = magnitude.requires_grad_()
+
+    def call(t: Tensors, backend: Any) -> Tensor:
+        lora = _lora(t, sizes)
+        return dora_linear(t["x"], t["weight"], None, lora, t["magnitude"], backend=backend)
+
+    return Case(leaves, call)
+
+
+def _grouped_lora(sizes: Sizes, draw: Draw) -> Case:
+    E, K, N, R = _ADAPTERS, sizes.K, sizes.N, sizes.R
+    leaves = {
+        "y": draw(sizes.M, N),
+        "x": draw(sizes.M, K, trained=True),
+        "A": draw(E, R, K, trained=True, size=K**-0.5, dtype=draw.factors),
+        "B": draw(E, N, R, trained=True, size=R**-0.5, dtype=draw.factors),
+    }
+    scale = draw(E, dtype=torch.float32)
+    plan = plan_groups(draw.integers(sizes.M, E), E)
+    return Case(leaves, lambda t, backend: grouped_lora(*t.values(), scale, plan, backend=backend))
+
+
+def _quantized(sizes: Sizes, draw: Draw, op: Any, quantize: Any) -> Case:
+    weight = draw(sizes.N, sizes.K, size=sizes.K**-0.5, dtype=torch.float32)
+    stored = quantize(weight)
+    leaves = {"x": draw(sizes.M, sizes.K, trained=True)}
+    leaves |= draw.adapter(sizes.N, sizes.K, sizes.R)
+    return Case(
+        leaves,
+        lambda t, backend: op(t["x"], stored, None, _lora(t, sizes), backend=backend),
+    )
+
+
+def _dequantized(sizes: Sizes, draw: Draw, quantize: Any, dequantize: Any) -> Case:
+    stored = quantize(draw(sizes.N, sizes.K, dtype=torch.float32))
+    like = draw(1)  # says in which dtype
+    return Case(
+        {"like": like},
+        lambda t, backend: dequantize(stored, t["like"].dtype, backend=backend),
+    )
+
+
+def _heads(sizes: Sizes, draw: Draw) -> Tensors:
+    heads = max(1, sizes.K // _HEAD_SIZE)
+    groups = max(1, heads // 4)
+    shapes = {"q": heads, "k": groups, "v": groups}
+    return {name: draw(1, n, sizes.M, _HEAD_SIZE, trained=True) for name, n in shapes.items()}
+
+
+def _attention(sizes: Sizes, draw: Draw) -> Case:
+    scale = _HEAD_SIZE**-0.5
+    return Case(
+        _heads(sizes, draw),
+        lambda t, backend: attention(*t.values(), scale, causal=True, backend=backend),
+    )
+
+
+def _prefix_attention(sizes: Sizes, draw: Draw, *, gated: bool = False) -> Case:
+    leaves = _heads(sizes, draw)
+    shape = leaves["k"].shape[1], _PREFIX, _HEAD_SIZE
+    for name in ("prefix_k", "prefix_v"):
+        leaves[name] = draw(*shape, trained=True, dtype=draw.factors)
+    if gated:
+        leaves["gate"] = draw(leaves["q"].shape[1], trained=True, dtype=draw.factors)
+
+    def call(t: Tensors, backend: Any) -> Tensor:
+        parts = [t[name] for name in ("q", "k", "v", "prefix_k", "prefix_v")]
+        return prefix_attention(
+            *parts, _HEAD_SIZE**-0.5, causal=True, gate=t.get("gate"), backend=backend
+        )
+
+    return Case(leaves, call)
+
+
+Build = Callable[[Sizes, Draw], Case]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the package.
+
+    Attributes:
+        keeps: For the backward, in words.
+        variants: Its public functions or their modes by name, and how a case of each is built.
+    """
+
+    keeps: str
+    variants: Mapping[str, Build]
+
+
+OPERATIONS: dict[str, Operation] = {
+    "lora_linear": Operation("its input and `s = x Aᵀ`", {"lora_linear": _lora_linear}),
+    "lora_qkv": Operation("the input once, and each `s`", {"lora_qkv": _lora_qkv}),
+    "lora_swiglu_mlp": Operation(
+        "the input, both projections, and each `s`", {"lora_swiglu_mlp": _lora_swiglu_mlp}
+    ),
+    "frozen_norm": Operation(
+        "the input and one or two numbers a row",
+        {"frozen_rms_norm": _rms_norm, "frozen_layer_norm": _layer_norm},
+    ),
+    "attention": Operation("q, k, v, the output and one number a row", {"attention": _attention}),
+    "nf4": Operation(
+        "",
+        {"dequantize_nf4": lambda s, d: _dequantized(s, d, quantize_nf4, dequantize_nf4)},
+    ),
+    "int8": Operation(
+        "",
+        {"dequantize_int8": lambda s, d: _dequantized(s, d, quantize_int8, dequantize_int8)},
+    ),
+    "quantized_linear": Operation(
+        "as `lora_linear`; never the decoded weight",
+        {
+            "nf4_linear": lambda s, d: _quantized(s, d, nf4_linear, quantize_nf4),
+            "int8_linear": lambda s, d: _quantized(s, d, int8_linear, quantize_int8),
+        },
+    ),
+    "int8_compute_linear": Operation(
+        "as `lora_linear`; no codes",
+        {"int8_compute_linear": lambda s, d: _quantized(s, d, int8_compute_linear, quantize_int8)},
+    ),
+    "bottleneck": Operation("`h` and the input of the activation", {"bottleneck": _bottleneck}),
+    "prefix_attention": Operation(
+        "its arguments, the output and one number a row",
+        {
+            "prefix_attention": _prefix_attention,
+            "prefix_attention, gated": lambda s, d: _prefix_attention(s, d, gated=True),
+        },
+    ),
+    "grouped_lora": Operation("its input and `s`", {"grouped_lora": _grouped_lora}),
+    "dora": Operation("as `lora_linear`, and its output", {"dora_linear": _dora}),
+    "linear_cross_entropy": Operation(
+        "the gradients, made in the forward",
+        {
+            "linear_cross_entropy": _linear_cross_entropy,
+            "linear_cross_entropy, LoRA": lambda s, d: _linear_cross_entropy(s, d, adapter=True),
+        },
+    ),
+}
+"""By the names of their folders."""
+
+
+def build(
+    op: str,
+    variant: str,
+    sizes: Sizes,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    factors: torch.dtype | None = None,
+) -> Case:
+    """The case of one variant.
+
+    Args:
+        op: A key of ``OPERATIONS``.
+        variant: A key of its ``variants``.
+        sizes: How large.
+        dtype: Of the activations and dense weights.
+        device: Where; ``"meta"`` has shapes without values.
+        factors: Of the adapters; ``dtype`` when ``None``.
+    """
+    return OPERATIONS[op].variants[variant](sizes, Draw(dtype, device, factors))
+
+
+def chosen(names: list[str] | None, among: Mapping[str, Any] | list[str]) -> list[str]:
+    """``names``, or all of ``among``.
+
+    Raises:
+        ValueError: A name is not there.
+    """
+    known = list(among)
+    for name in names or []:
+        if name not in known:
+            raise ValueError(f"op={name!r} is unknown; use one of {', '.join(known)}")
+    return list(names or known)

@@ -1,0 +1,34 @@
+"""The operations of the package: what each computes, by which implementations, and what it keeps."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from typing import Any
+
+from peftkit_kernels.lab.cases import OPERATIONS, chosen
+from peftkit_kernels.lab.inventory import OPS
+
+
+def rows(ops: list[str] | None = None) -> list[dict[str, Any]]:
+    """One row an operation: ``op``, ``implementations``, ``keeps`` and the first sentence of its README, ``computes``.
+
+    Args:
+        ops: Keys of ``cases.OPERATIONS``; all when ``None``.
+    """
+    return [
+        {
+            "op": op,
+            "implementations": ["reference", "torch", *(["triton"] if op in OPS else [])],
+            "computes": first_sentence(op),
+            "keeps": OPERATIONS[op].keeps or "nothing",
+        }
+        for op in chosen(ops, OPERATIONS)
+    ]
+
+
+def first_sentence(op: str) -> str:
+    """The first sentence of an operation's README, below its title."""
+    text = (files("peftkit_kernels") / op / "README.md").read_text(encoding="utf-8")
+    paragraph = " ".join(text.split("\n\n")[1].split())
+    return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0]

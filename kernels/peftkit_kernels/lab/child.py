@@ -1,0 +1,55 @@
+"""Call a function of the lab in a child process: Triton interprets or compiles, never both in one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+_SCRIPT = """
+import contextlib, importlib, json, sys
+with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+    module = importlib.import_module("peftkit_kernels.lab." + sys.argv[1])
+    result = getattr(module, sys.argv[2])(**json.load(sys.stdin))
+json.dump(result, sys.stdout)
+"""
+
+
+def call(module: str, function: str, *, interpret: bool, **arguments: Any) -> Any:
+    """What a function of ``peftkit_kernels.lab`` returns; arguments and result are plain data.
+
+    Args:
+        module: Name of the module within the lab.
+        function: Name of the function.
+        interpret: Whether kernels run in Triton's interpreter, or can be compiled.
+        arguments: Of the function.
+
+    Raises:
+        ValueError: Triton is not installed.
+        RuntimeError: The child failed; it has said on stderr why.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "Triton is not installed, and without it kernels can neither be interpreted nor compiled; "
+            "it comes for Linux: pip install triton"
+        )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpret:
+        env["TRITON_INTERPRET"] = "1"
+    # the child finds this package where this process did, and nothing in the working directory
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    env["PYTHONSAFEPATH"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, module, function],
+        input=json.dumps(arguments),
+        stdout=subprocess.PIPE,
+        env=env,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module}.{function} failed in a child process; the error is above")
+    return json.loads(done.stdout)

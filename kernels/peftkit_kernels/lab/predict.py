@@ -1,0 +1,213 @@
+"""Predicted times of the ops on GPUs that are not there, against eager torch and against the frozen layer alone.
+
+An op is a list of kernels: the launches it would make at these sizes on that GPU, recorded on meta tensors, and the torch ops
+between them; eager torch is the list of its aten ops. A kernel takes the longer of its products and its bytes (a roofline with
+the efficiencies of ``devices``), where
+
+* a launch moves each of its arguments once, and those it changes in place twice; ``volumes`` measures that rule,
+* a product of matrices moves what misses the L2 cache of the GPU (``l2sim``), any other torch op its arguments.
+
+Nothing here is a measurement. Gaps between launches are left out, of which eager torch has more.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.lab.cases import OPERATIONS, Case, Sizes, build, chosen, step
+from peftkit_kernels.lab.devices import DEVICES, Device, roofline_seconds
+from peftkit_kernels.lab.eager import EagerTraffic, Op, touched_bytes
+from peftkit_kernels.lab.inventory import OPS
+from peftkit_kernels.lab.l2sim import Tiling, gemm_volume
+from peftkit_kernels.launch import Launch, Target, recording
+
+SIZES: dict[str, tuple[Sizes, ...]] = {
+    "lora_linear": (Sizes(8192, 4096, 4096), Sizes(8192, 4096, 1024)),
+    "lora_qkv": (Sizes(8192, 4096, 4096),),
+    "lora_swiglu_mlp": (Sizes(8192, 4096, 14336),),
+    "linear_cross_entropy": (Sizes(8192, 4096, 128256), Sizes(8192, 576, 49152)),
+}
+"""What is predicted of an op; others at the first sizes."""
+_DROPOUT = "lora_linear", "lora_qkv", "lora_swiglu_mlp"
+
+
+class Work(NamedTuple):
+    """What a launch does besides moving each argument once.
+
+    Attributes:
+        product: The arguments M, N and K where it is a product of large matrices.
+        rate: Of that product, in units of the 16-bit one.
+        in_place: Arguments read as well as written, each with the constant under which it is (``""``: always).
+        bounded: Whether the data say how much of an argument is touched, so that the rule is an upper bound.
+    """
+
+    product: tuple[str, ...] = ()
+    rate: float = 1.0
+    in_place: tuple[tuple[str, str], ...] = ()
+    bounded: bool = False
+
+
+WORK: dict[str, Work] = {
+    "gemm_lora_kernel": Work(product=("M", "N", "K")),
+    "expand_kernel": Work(in_place=(("y_ptr", "ADD"),)),
+    "xent_kernel": Work(in_place=(("z_ptr", "GRAD"),)),
+    "int8_gemm_kernel": Work(product=("M", "N", "K"), rate=2.0),
+    # room for one partial sum a tile more for every adapter, of which those without rows need none
+    "grouped_tall_kernel": Work(bounded=True),
+    "grouped_sum_kernel": Work(bounded=True),
+}
+"""By the name of the kernel; the rank-r passes take longer to move than to multiply at every rank there is."""
+
+
+class Kernel(NamedTuple):
+    """One kernel of a list: what it moves at least, what to and from DRAM, and its FLOPs, as 16-bit ones."""
+
+    name: str
+    unique_bytes: int
+    dram_bytes: int
+    flops: float
+    triton_gemm: bool = False
+
+    def seconds(self, device: Device) -> float:
+        """By the roofline."""
+        return roofline_seconds(device, self.flops, self.dram_bytes, triton_gemm=self.triton_gemm)
+
+
+def arguments_of(launch: Launch) -> dict[str, Any]:
+    """The arguments of a recorded launch by name, constants included."""
+    names, values = inspect.signature(launch.kernel.fn).parameters, iter(launch.arguments)
+    given = launch.constants
+    return {name: given[name] if name in given else next(values) for name in names}
+
+
+def moved_bytes(kernel: str, arguments: dict[str, Any]) -> int:
+    """Unique bytes of a launch by the rule: each tensor once, and twice where it is changed in place."""
+    in_place = WORK.get(kernel, Work()).in_place
+    twice = {name for name, flag in in_place if not flag or arguments[flag]}
+    return sum(
+        touched_bytes(value) * (2 if name in twice else 1)
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+    )
+
+
+def launch_kernel(launch: Launch, device: Device) -> Kernel:
+    """What a launch costs."""
+    name, arguments = launch.kernel.fn.__name__, arguments_of(launch)
+    unique = moved_bytes(name, arguments)
+    work = WORK.get(name, Work())
+    if not work.product:
+        return Kernel(name, unique, unique, 0)
+    M, N, K = (arguments[size] for size in work.product)
+    blocks = (arguments[f"BLOCK_{axis}"] for axis in "MNK")
+    tiling = Tiling(*blocks, group_m=arguments.get("GROUP", 1), programs=device.sms)
+    itemsize = next(v for v in arguments.values() if isinstance(v, Tensor)).element_size()
+    # the operands again and again; what else it moves, once
+    once = itemsize * (M * K + N * K + M * N)
+    dram = unique - once + _volume(M, N, K, itemsize, device.l2_mib, tiling, False)
+    return Kernel(name, unique, dram, 2 * M * N * K / work.rate, True)
+
+
+def op_kernel(op: Op, device: Device) -> Kernel:
+    """What a torch op costs."""
+    unique = op.read_bytes + op.written_bytes
+    if op.product is None:
+        return Kernel(op.name, unique, unique, op.flops)
+    M, N, K = op.product
+    added = op.name == "addmm_"
+    once = M * K + N * K + M * N * (2 if added else 1)
+    itemsize = round(unique / once)
+    tiling = Tiling(programs=device.sms)
+    dram = _volume(M, N, K, max(itemsize, 1), device.l2_mib, tiling, added)
+    return Kernel(op.name, unique, max(dram, unique), op.flops)
+
+
+@functools.cache
+def _volume(
+    M: int, N: int, K: int, itemsize: int, l2_mib: float, tiling: Tiling, accumulates: bool
+) -> int:
+    volume = gemm_volume(
+        M, N, K, itemsize=itemsize, l2_mib=l2_mib, tiling=tiling, accumulates=accumulates
+    )
+    return volume.total_bytes
+
+
+def kernels_of_op(case: Case, device: Device) -> list[Kernel]:
+    """What an op runs on ``device``, forward and backward; ``case`` is on the meta device."""
+    with recording(Target(device.arch, device.sms)) as launches, EagerTraffic() as torch_ops:
+        case.run("triton")
+    found = [launch_kernel(launch, device) for launch in launches]
+    return found + [op_kernel(op, device) for op in torch_ops.ops]
+
+
+def kernels_of_torch(
+    function: Callable[[dict[str, Tensor]], Any], case: Case, device: Device
+) -> list[Kernel]:
+    """What ``function`` of the case's tensors runs in eager torch, forward and backward."""
+    with EagerTraffic() as torch_ops:
+        step(function, case.leaves)
+    return [op_kernel(op, device) for op in torch_ops.ops]
+
+
+def seconds(kernels: list[Kernel], device: Device) -> float:
+    """One after the other."""
+    return sum(kernel.seconds(device) for kernel in kernels)
+
+
+def predict(op: str, variant: str, sizes: Sizes, device: Device) -> dict[str, Any]:
+    """One row: bytes and predicted microseconds, forward and backward in bfloat16, of the op, eager torch and the frozen layer.
+
+    Args:
+        op: A key of ``inventory.OPS``.
+        variant: One of its variants in ``cases.OPERATIONS``.
+        sizes: How large.
+        device: On which GPU.
+
+    Returns:
+        ``speedup`` is over eager torch; ``overhead`` and ``eager_overhead`` are over the frozen layer's products and fused
+        element-wise passes, ``None`` where nothing is left without the adapter.
+    """
+    case = build(op, variant, sizes, dtype=torch.bfloat16, device="meta")
+    ours, eager = kernels_of_op(case, device), kernels_of_torch(case.eager, case, device)
+    ours_seconds, eager_seconds = seconds(ours, device), seconds(eager, device)
+    row = {
+        "op": variant,
+        **{name: getattr(sizes, name) for name in ("M", "K", "N", "R", "p")},
+        "device": device.name,
+        "unique_bytes": sum(kernel.unique_bytes for kernel in ours),
+        "eager_unique_bytes": sum(kernel.unique_bytes for kernel in eager),
+        "dram_bytes": sum(kernel.dram_bytes for kernel in ours),
+        "eager_dram_bytes": sum(kernel.dram_bytes for kernel in eager),
+        "kernels": len(ours),
+        "eager_kernels": len(eager),
+        "microseconds": round(1e6 * ours_seconds, 1),
+        "eager_microseconds": round(1e6 * eager_seconds, 1),
+        "speedup": round(eager_seconds / ours_seconds, 3),
+        "overhead": None,
+        "eager_overhead": None,
+    }
+    if case.frozen is not None:
+        frozen = kernels_of_torch(case.frozen, case, device)
+        passes = Kernel("passes", case.frozen_bytes, case.frozen_bytes, 0)
+        floor = seconds([passes, *(kernel for kernel in frozen if kernel.flops)], device)
+        row["overhead"] = round(ours_seconds / floor - 1, 3)
+        row["eager_overhead"] = round(eager_seconds / floor - 1, 3)
+    return row
+
+
+def rows(ops: list[str] | None = None) -> list[dict[str, Any]]:
+    """The table of predictions for the ops with Triton kernels, or for those named."""
+    found = []
+    for op in chosen(ops, OPS):
+        for sizes in SIZES.get(op, SIZES["lora_linear"][:1]):
+            for p in (0.0, 0.1) if op in _DROPOUT else (0.0,):
+                for variant in OPERATIONS[op].variants:
+                    drawn = Sizes(sizes.M, sizes.K, sizes.N, sizes.R, p)
+                    found += [predict(op, variant, drawn, device) for device in DEVICES]
+    return found

@@ -1,0 +1,75 @@
+"""Bytes of every launch of an op, measured in the interpreter, beside the rule of ``predict`` and eager torch's bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peftkit_kernels.lab.cases import OPERATIONS, Case, Sizes, build, chosen, step
+from peftkit_kernels.lab.eager import EagerTraffic
+from peftkit_kernels.lab.interp import faithful
+from peftkit_kernels.lab.inventory import OPS
+from peftkit_kernels.lab.predict import WORK, Work, moved_bytes
+from peftkit_kernels.lab.traffic import Launch, Traffic
+
+SIZES = Sizes(M=192, K=256, N=512)
+"""Rows of 32-byte multiples, several tiles; small enough for the interpreter."""
+FEW_ROWS = {"linear_cross_entropy": Sizes(M=24, K=64, N=1024)}
+"""Where every row is a program."""
+
+
+def rows(ops: list[str] | None = None) -> list[dict[str, Any]]:
+    """A row for every launch, one for the library's ops together, and one for the sum, which ``eager_bytes`` belongs to.
+
+    ``formula_bytes`` is what the launch moves by the rule that predictions are made with: each argument once. ``as_formula`` says
+    whether it does; where the data decide, no more than that.
+
+    Args:
+        ops: Keys of ``inventory.OPS``; all when ``None``.
+    """
+    found = []
+    for op in chosen(ops, OPS):
+        for variant in OPERATIONS[op].variants:
+            sizes = FEW_ROWS.get(op, SIZES)
+            found += _measure(variant, build(op, variant, sizes, dtype=torch.bfloat16))
+    return found
+
+
+def _measure(name: str, case: Case) -> list[dict[str, Any]]:
+    with Traffic() as traffic, EagerTraffic() as torch_ops, faithful():
+        case.run("triton")
+    with EagerTraffic() as eager:
+        step(case.eager, case.leaves)
+    found = [_row(name, launch) for launch in traffic.check().launches]
+    library = torch_ops.unique_bytes
+    sums = {
+        key: library + sum(row[key] for row in found)
+        for key in ("unique_bytes", "requested_bytes", "sector_bytes", "formula_bytes")
+    }
+    calls = {"op": name, "kernel": f"{len(torch_ops.ops)} torch ops"}
+    rest = {"eager_bytes": None, "as_formula": True}
+    total = {
+        "eager_bytes": eager.unique_bytes,
+        "as_formula": all(row["as_formula"] for row in found),
+    }
+    return [
+        *found,
+        calls | dict.fromkeys(sums, library) | rest,
+        {"op": name, "kernel": "sum"} | sums | total,
+    ]
+
+
+def _row(name: str, launch: Launch) -> dict[str, Any]:
+    unique, formula = launch.total("unique_bytes"), moved_bytes(launch.kernel, launch.values)
+    bounded = WORK.get(launch.kernel, Work()).bounded
+    return {
+        "op": name,
+        "kernel": launch.kernel,
+        "unique_bytes": unique,
+        "requested_bytes": launch.total("requested_bytes"),
+        "sector_bytes": launch.total("sector_bytes"),
+        "formula_bytes": formula,
+        "eager_bytes": None,
+        "as_formula": unique == formula or (bounded and unique < formula),
+    }

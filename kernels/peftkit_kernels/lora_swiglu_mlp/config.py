@@ -1,0 +1,61 @@
+"""Launch configurations of the gate, chosen by pure functions of numbers; the machine-code tests compile each one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftkit_kernels.launch import Target, cdiv
+
+_PROGRAMS_A_MULTIPROCESSOR = 4
+_MIN_STEPS = 8
+"""Blocks of F a program of the forward has at least, so that its partial sums of s are worth little."""
+_MIN_CHUNK_M = 256
+
+
+@dataclass(frozen=True, slots=True)
+class GateConfig:
+    """``splits`` programs share the F of one row block.
+
+    ``block_m`` is at least 16 rows a warp: with fewer, several warps share a tile of the products and each evaluates the
+    activation of all of it, 46 clocks an element on sm_80 instead of 25.
+    """
+
+    block_m: int
+    block_f: int
+    splits: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @classmethod
+    def choose(
+        cls, M: int, F: int, block_r: int, *, itemsize: int, dropout: bool, target: Target
+    ) -> GateConfig:
+        """Split F until every multiprocessor has several programs, whose loads hide each other's latency."""
+        block_m, block_f = 64, 32
+        programs = cdiv(M, block_m)
+        wanted = cdiv(_PROGRAMS_A_MULTIPROCESSOR * target.sms, programs)
+        return cls(block_m, block_f, min(wanted, cdiv(cdiv(F, block_f), _MIN_STEPS)))
+
+
+@dataclass(frozen=True, slots=True)
+class GateBackwardConfig:
+    """``chunk_m`` rows and ``block_f`` columns a program."""
+
+    block_m: int
+    block_f: int
+    chunk_m: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @classmethod
+    def choose(
+        cls, M: int, F: int, block_r: int, *, itemsize: int, dropout: bool, target: Target
+    ) -> GateBackwardConfig:
+        """Long chunks make few partial sums of dA; shorter ones where the GPU would not be full."""
+        # the factors stay in registers: 64 of them beside 64 columns spill
+        block_m, block_f = (32, 64) if block_r <= 16 else (64, 32)
+        chunk_m = 1024
+        wanted = _PROGRAMS_A_MULTIPROCESSOR * target.sms
+        while chunk_m > _MIN_CHUNK_M and cdiv(M, chunk_m) * cdiv(F, block_f) < wanted:
+            chunk_m //= 2
+        return cls(block_m, block_f, chunk_m)

@@ -1,0 +1,271 @@
+"""``lora_swiglu_mlp`` by Triton kernels around the library's GEMMs: two passes of the gate's own, and ``lora_qkv`` for gate and up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels import remake
+from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.lora_linear.torch_impl import unflatten
+from peftkit_kernels.lora_linear.triton_impl import project
+from peftkit_kernels.lora_qkv import triton_impl as qkv
+from peftkit_kernels.lora_qkv.triton_impl import compact, linear, split, spread
+from peftkit_kernels.lora_swiglu_mlp.passes import gate_backward, gate_forward
+from peftkit_kernels.low_rank import LoRA, cast, passes, rows
+from peftkit_kernels.low_rank.groups import group, members_of, rank_of, shrink_groups
+
+Tensors = Sequence[Tensor | None]
+DOWN = 2
+"""Index of the down projection; gate and up come before it and share their input."""
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biased: Sequence[int],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """``y`` as ``lora_swiglu_mlp`` defines it, gate and up without their updates (``[M, F]``), and the ``drop(x) Aᵀ``.
+
+    The last are one a group of adapters of gate and up, and that of the down projection after them if it has one. Lists hold
+    what is there, as in ``lora_qkv``.
+    """
+    if not x.numel():
+        return _empty_outputs(x, weights, biases, As, Bs, biased, adapted, scales, ps, seeds, act)
+    flat, loras = rows(x), _loras(As, Bs, adapted, scales, ps, seeds)
+    bias = spread(biases, biased, 3)
+    groups = group(loras[:DOWN])
+    joint = shrink_groups(flat, loras[:DOWN], groups)
+    e, g = (linear(flat, weights[i], bias[i]) for i in range(DOWN))
+    h, s = gate_forward(e, g, members_of(joint, loras[:DOWN], groups, 1), loras, act)
+    down = loras[DOWN]
+    if down is None or s is None:
+        return unflatten(linear(h, weights[DOWN], bias[DOWN]), x.shape), e, g, joint
+    shift = None if bias[DOWN] is None else cast(bias[DOWN], x.dtype)
+    W, B = cast(weights[DOWN], x.dtype), cast(down.B, x.dtype)
+    y = project(h, W, s, B, down.scale, bias=shift)
+    return unflatten(y, x.shape), e, g, [*joint, s]
+
+
+def _empty_outputs(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biased: Sequence[int],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    loras = _loras(As, Bs, adapted, scales, ps, seeds)
+    M, F = x.shape[:-1].numel(), weights[0].shape[0]
+    ranks = [rank_of(loras, members) for members in group(loras[:DOWN])]
+    if loras[DOWN] is not None:
+        ranks.append(rank_of(loras, [DOWN]))
+    y = x.new_empty(*x.shape[:-1], weights[DOWN].shape[0])
+    return y, x.new_empty(M, F), x.new_empty(M, F), [x.new_empty(M, rank) for rank in ranks]
+
+
+def backward(
+    dy: Tensor,
+    weights: Sequence[Tensor],
+    x: Tensor | None,
+    e: Tensor | None,
+    g: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    s: Tensors,
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    act: str,
+    needs_x: bool,
+    needs_bias: Sequence[bool],
+    needs_A: Sequence[bool],
+    needs_B: Sequence[bool],
+) -> list[Tensor]:
+    """Those gradients that are needed, in this order.
+
+    ``dx``; the biases of gate and up; dA of every group of gate and up (``[ΣR, D]``), if any is needed; dB of gate and up; dA and
+    dB of down.
+    """
+    wanted = needs_x, needs_bias, needs_A, needs_B
+    numbers = adapted, scales, ps, seeds
+    if not dy.numel():
+        grads = _like_grads(dy, weights, x, e, g, As, Bs, s, *numbers, act, *wanted)
+        return [grad.zero_() for grad in grads]
+    flat, loras = rows(dy), _loras(As, Bs, *numbers)
+    outer, groups, down = sum(i < DOWN for i in adapted), group(loras[:DOWN]), loras[DOWN]
+    needs_outer = needs_x or any(needs_bias) or any(needs_A[:outer]) or any(needs_B[:outer])
+    needs_dA = any(needs_A[outer:])
+    dB = ds = dA = None
+    if down is not None:
+        ds = flat.new_empty(flat.shape[0], down.A.shape[0])
+        needs_ds = needs_outer or needs_dA
+        (dB,) = qkv.reach([flat], s[-1:], [ds], [down], needs_B[outer:], needs_ds)
+    found: list[Tensor] = []
+    if e is not None and g is not None:
+        joint = s[: len(groups)]
+        ss = members_of(joint, loras[:DOWN], groups, 1)
+        if needs_outer:
+            dh = flat @ cast(weights[DOWN], dy.dtype)
+            de, dg, dA = gate_backward(dh, e, g, ss, ds, loras, act, needs_dA=needs_dA)
+            found = qkv.backward(
+                *([de, dg], weights[:DOWN], x, As[:outer], Bs[:outer], joint),
+                *(values[:outer] for values in numbers),
+                *(needs_x, any(needs_A[:outer]), needs_B[:outer]),
+            )
+            shifts = [d.sum(0) for d, needed in zip((de, dg), needs_bias, strict=True) if needed]
+            found[needs_x:needs_x] = shifts
+        elif needs_dA and down is not None:
+            h, _ = gate_forward(e, g, ss, [*loras[:DOWN], None], act)
+            dA = passes.grad_a(ds, h, down.A.dtype, down.p, down.seed)
+    if found and needs_x:
+        found[0] = unflatten(found[0], torch.Size((*dy.shape[:-1], found[0].shape[-1])))
+    return found + [grad for grad in (dA, dB) if grad is not None]
+
+
+def _like_grads(
+    dy: Tensor,
+    weights: Sequence[Tensor],
+    x: Tensor | None,
+    e: Tensor | None,
+    g: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    s: Tensors,
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    act: str,
+    needs_x: bool,
+    needs_bias: Sequence[bool],
+    needs_A: Sequence[bool],
+    needs_B: Sequence[bool],
+) -> list[Tensor]:
+    F, D = weights[0].shape
+    loras, outer = _loras(As, Bs, adapted, scales, ps, seeds), sum(i < DOWN for i in adapted)
+    grads = [dy.new_empty(*dy.shape[:-1], D)] if needs_x else []
+    grads += [dy.new_empty(F) for needed in needs_bias if needed]
+    if any(needs_A[:outer]):
+        for members in group(loras[:DOWN]):
+            A = loras[members[0]].A  # pyright: ignore[reportOptionalMemberAccess]
+            grads.append(A.new_empty(rank_of(loras, members), D))
+    inner = zip(Bs[:outer], needs_B[:outer], strict=True)
+    down = zip((*As[outer:], *Bs[outer:]), (*needs_A[outer:], *needs_B[outer:]), strict=True)
+    return grads + [t.new_empty(t.shape) for t, needed in (*inner, *down) if needed]
+
+
+def _loras(
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+) -> list[LoRA | None]:
+    parts = zip(As, Bs, scales, ps, seeds, strict=True)
+    return spread([LoRA(*values) for values in parts], adapted, 3)
+
+
+_NUMBERS = "int[] adapted, float[] scales, float[] ps, int[] seeds, str act"
+lora_swiglu_mlp_triton = torch.library.custom_op(
+    "peftkit::lora_swiglu_mlp",
+    forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
+    f" {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
+_backward_op = torch.library.custom_op(
+    "peftkit::lora_swiglu_mlp_backward",
+    backward,
+    mutates_args=(),
+    schema="(Tensor dy, Tensor[] weights, Tensor? x, Tensor? e, Tensor? g, Tensor[] As, Tensor[] Bs, Tensor?[] s,"
+    f" {_NUMBERS}, bool needs_x, bool[] needs_bias, bool[] needs_A, bool[] needs_B) -> Tensor[]",
+)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weights, biases, As, Bs, biased, *numbers = inputs
+    _, e, g, s = output
+    outer = sum(i < DOWN for i in numbers[0])
+    trained = [
+        *As[:outer],
+        *Bs[:outer],
+        *(b for i, b in zip(biased, biases, strict=True) if i < DOWN),
+    ]
+    needs_gate = x.requires_grad or any(t.requires_grad for t in (*trained, *As[outer:]))
+    needs_down = any(B.requires_grad for B in Bs[outer:])
+    groups = len(s) - len(As[outer:])
+    kept = [t if needs_gate else None for t in (e, g, *s[:groups])]
+    kept += [t if needs_down else None for t in s[groups:]]
+    ctx.make_x, x_parts = remake.kept(x, any(A.requires_grad for A in As[:outer]))
+    ctx.save_for_backward(*weights, *As, *Bs, *kept, *x_parts)
+    ctx.counts, ctx.biased, ctx.numbers = (len(As), len(kept)), biased, numbers
+    ctx.mark_non_differentiable(e, g, *s)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    adapters, count = ctx.counts
+    adapted = ctx.numbers[0]
+    weights, As, Bs, kept, x_parts = split(ctx.saved_tensors, 3, adapters, adapters, count)
+    e, g, s = kept[0], kept[1], kept[2:]
+    needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+    bias = spread(needs_bias, ctx.biased, 3)
+    wanted = needs_x, [bool(needed) for needed in bias[:DOWN]], list(needs_A), list(needs_B)
+    grads: list[Tensor] = []
+    if needs_x or any((*wanted[1], *needs_A, *needs_B)):
+        x = remake.again(ctx.make_x, x_parts)
+        grads = list(_backward_op(dy, weights, x, e, g, As, Bs, s, *ctx.numbers, *wanted))
+    dx = grads.pop(0) if needs_x else None
+    dbias: list[Tensor | None] = [grads.pop(0) if needed else None for needed in wanted[1]]
+    dbias.append(rows(dy).sum(0) if bias[DOWN] else None)
+    loras, outer = _loras(As, Bs, *ctx.numbers[:-1])[:DOWN], sum(i < DOWN for i in adapted)
+    dA: list[Tensor | None] = [None] * adapters
+    if any(needs_A[:outer]):
+        groups = group(loras)
+        parts = members_of([grads.pop(0) for _ in groups], loras, groups, 0)
+        dA = [
+            parts[i] if i < DOWN and needed else None
+            for i, needed in zip(adapted, needs_A, strict=True)
+        ]
+    dB = [grads.pop(0) if needed else None for needed in needs_B[:outer]]
+    dA[outer:] = [grads.pop(0) if needed else None for needed in needs_A[outer:]]
+    dB += [grads.pop(0) if needed else None for needed in needs_B[outer:]]
+    # an empty list passes for one of tensors, and its "gradient" has to be one too
+    none = [None if values else [] for values in (ctx.biased, *ctx.numbers)]
+    return dx, [None] * 3, [dbias[i] for i in ctx.biased], dA, dB, *none
+
+
+lora_swiglu_mlp_triton.register_fake(_empty_outputs)
+_backward_op.register_fake(_like_grads)
+lora_swiglu_mlp_triton.register_autograd(_backward, setup_context=_keep)
+
+
+def run_triton(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Tensors,
+    loras: Sequence[LoRA | None],
+    act: str,
+) -> Tensor:
+    """``lora_swiglu_mlp`` on Triton, from lists with gaps."""
+    return lora_swiglu_mlp_triton(x, list(weights), *compact(biases, loras), act)[0]

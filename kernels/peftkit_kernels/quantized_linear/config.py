@@ -1,0 +1,71 @@
+"""Where the weight is decoded inside the product, and the launch configurations of that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftkit_kernels.launch import Target, cdiv
+
+_MIN_STEPS = 4
+"""Steps of K a program has at least, so that its loads are worth their latency."""
+
+_SMALL_ROWS = {100: 16, 90: 32, 80: 64}
+"""By compute capability: rows up to which decoding inside the product is predicted to beat decoding first."""
+
+_SMALL_ROWS_ELSEWHERE = 128
+"""On consumer parts (86, 89, 120), whose DRAM is slow against their tensor cores."""
+
+_LARGEST_STEP = 128
+
+
+def small_rows(N: int, *, target: Target) -> int:
+    """Rows up to which the weight is decoded inside the product: half of that where the columns do not fill the GPU.
+
+    The defaults come from published calibrations of a comparable CUDA kernel; nothing has been measured with these.
+    """
+    rows = _SMALL_ROWS.get(target.capability or 80, _SMALL_ROWS_ELSEWHERE)
+    return rows // 2 if cdiv(N, 64) < target.sms else rows
+
+
+def nf4_step(K: int, blocksize: int) -> int:
+    """Elements of K a step: one block, or a part of a large one; 0 where rows are not whole steps."""
+    step = min(blocksize, _LARGEST_STEP)
+    return 0 if K % step else step
+
+
+@dataclass(frozen=True, slots=True)
+class SmallConfig:
+    """One tile of y a program, ``splits`` programs share its K."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @classmethod
+    def choose(
+        cls,
+        M: int,
+        N: int,
+        K: int,
+        *,
+        block_k: int,
+        itemsize: int,
+        nested: bool,
+        target: Target,
+    ) -> SmallConfig:
+        """The smallest tile that holds the rows, up to 64, and enough programs to fill the GPU.
+
+        Decoding costs 11.4 clocks a weight in 4 warps and 14.5 in 8, which a tile of 64 rows needs, and one of 32 whose maxima are
+        nested: in 4 warps that spills on sm_80.
+        """
+        block_m = min(64, max(16, 1 << (M - 1).bit_length()))
+        block_n = 32 if itemsize == 4 else 64
+        programs = cdiv(N, block_n) * cdiv(M, block_m)
+        splits = 1
+        if programs < target.sms:
+            splits = min(cdiv(target.sms, programs), cdiv(cdiv(K, block_k), _MIN_STEPS))
+        narrow = block_m <= (16 if nested else 32)
+        return cls(block_m, block_n, block_k, splits, 4 if narrow else 8)

@@ -1,0 +1,74 @@
+"""bitsandbytes' weights read as tensors: the storages of ``peftkit_kernels``, and the reasons why one cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from peftkit_kernels.int8 import Int8Weight
+from peftkit_kernels.nf4 import NF4Weight
+from peftkit_kernels.nf4.weight import BLOCKSIZES, NestedAbsmax, level_table
+
+
+def nf4_obstacle(base: Any) -> str | None:
+    """Why the weight of a ``bitsandbytes.nn.Linear4bit`` cannot be read as NF4, or ``None``."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return "its base weight is not quantised yet (move the model to its device)"
+    if not is_nf4_packed(base):
+        return "its base weight has been repacked by bitsandbytes for inference on the CPU"
+    if state.quant_type != "nf4":
+        return f"its base weight is stored as {state.quant_type}; only nf4 can be read"
+    if not torch.equal(state.code.cpu(), level_table()):
+        return "its base weight has a code table of its own"
+    if tuple(state.shape) != (base.out_features, base.in_features):
+        return f"its base weight was quantised as {tuple(state.shape)}, transposed"
+    if state.blocksize not in BLOCKSIZES:
+        return f"its base weight is stored in blocks of {state.blocksize}"
+    return None
+
+
+def is_nf4_packed(base: Any) -> bool:
+    """The part of ``nf4_obstacle`` that a forward can change: bitsandbytes repacks weights for inference on some CPUs."""
+    state = getattr(base.weight, "quant_state", None)
+    return state is not None and not getattr(state, "packing_format_for_cpu", False)
+
+
+def nf4_weight(base: Any) -> NF4Weight:
+    """The weight of a ``Linear4bit`` that ``nf4_obstacle`` has nothing against; shares its memory."""
+    state = base.weight.quant_state
+    nested = None
+    if state.nested:
+        inner = state.state2
+        nested = NestedAbsmax(inner.code, inner.absmax, state.offset, inner.blocksize)
+    # quant_storage may be any dtype, so that FSDP can shard it
+    packed = base.weight.data.view(torch.uint8)
+    return NF4Weight(packed, state.absmax, tuple(state.shape), state.blocksize, nested)
+
+
+def int8_obstacle(base: Any) -> str | None:
+    """Why a ``bitsandbytes.nn.Linear8bitLt`` is not the product with one weight of 8 bits, or ``None``."""
+    if base.state.has_fp16_weights:
+        return "its base weight is quantised anew in every forward (has_fp16_weights=True)"
+    if _codes(base) is None:
+        return "its base weight is not quantised yet (move the model to its device)"
+    if base.weight.device.type != "cpu":
+        return "bitsandbytes quantises the activations too on this device"
+    if not base.training:
+        return "bitsandbytes quantises the activations too in evaluation; it is fused in training"
+    return None
+
+
+def int8_weight(base: Any) -> Int8Weight:
+    """The weight of a ``Linear8bitLt`` that ``int8_obstacle`` has nothing against; shares its memory."""
+    codes, absmax = _codes(base)
+    return Int8Weight(codes, absmax)
+
+
+def _codes(base: Any) -> Any:
+    """Codes and row maxima: in the state after the first forward, on the weight before it."""
+    for holder in (base.state, base.weight):
+        if holder.CB is not None and holder.SCB is not None:
+            return holder.CB, holder.SCB
+    return None

@@ -1,0 +1,280 @@
+"""``dora_scale`` and ``dora_gate``: within the error bound of every element, and what all ops promise."""
+
+import op_cases
+import pytest
+import torch
+import torch.nn.functional as F
+from lora_cases import DTYPES, LAYOUTS, MIXED, activation_and_slope, draw, gradients, subsets
+
+from peftkit_kernels import native, remake
+from peftkit_kernels.dora_scale import Scale, dora_gate, dora_gate_reference, dora_scale
+from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
+from peftkit_kernels.testing import Bound, kept_for_backward
+
+TRAINED = ("z", "magnitude", "bias")
+N = 29
+
+
+def leaves(dtype=torch.float32, own=None, leading=(3, 5), trained=TRAINED, layout="contiguous"):
+    """``z``, magnitude, norm and bias by name; ``own`` is the dtype of the magnitude where it differs."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(own or dtype, torch.float32)
+    tensors = {
+        "z": draw((*leading, N), dtype, generator, layout),
+        "magnitude": draw((N,), own or dtype, generator),
+        "norm": draw((N,), wide, generator).abs() + 0.5,
+        "bias": draw((N,), dtype, generator),
+    }
+    return {name: t.requires_grad_(name in trained) for name, t in tensors.items()}
+
+
+def apply(tensors, **options):
+    z, *scale = tensors.values()
+    return dora_scale(z, Scale(*scale), **options)
+
+
+def results(tensors, dy, **options):
+    y = apply(tensors, **options)
+    return {"y": y.detach()} | gradients(y, dy, tensors)
+
+
+def bounds(tensors, dy):
+    """The steps of ``dora_scale`` on bounds, rounded where it rounds."""
+    z, magnitude, norm, bias = (Bound.of(t) for t in tensors.values())
+    inverse = norm.map(torch.reciprocal, norm.value.square().reciprocal(), 1.0)
+    g, dtype = magnitude * inverse, tensors["z"].dtype
+    z, dy = z.reshape(-1, N), Bound.of(dy).reshape(-1, N)
+    return {
+        "y": (z * g + bias).round(dtype),
+        "z": (dy * g).round(dtype),
+        "magnitude": ((dy * z).sum(0) * inverse).round(tensors["magnitude"].dtype),
+        "bias": dy.sum(0).round(dtype),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "own"), [*((d, None) for d in DTYPES), *MIXED], ids=lambda d: str(d)[6:]
+)
+def test_every_element_is_within_its_bound(dtype, own, layout):
+    tensors = leaves(dtype, own, layout=layout)
+    dy = draw((3, 5, N), dtype, torch.Generator().manual_seed(1), layout)
+    actual = results(tensors, dy)
+    definition = results(tensors, dy, backend="reference")
+    for name, bound in bounds(tensors, dy).items():
+        bound.check(actual[name].reshape(bound.value.shape), name)
+        assert actual[name].dtype == (tensors[name].dtype if name in tensors else dtype)
+        if dtype.itemsize > 2 or name == "y":  # autograd sums the definition's gradients in 16 bits
+            bound.check(definition[name].reshape(bound.value.shape), name)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 300])
+def test_sums_over_many_rows(rows):
+    tensors = leaves(leading=(rows,))
+    dy = draw((rows, N), torch.float32, torch.Generator().manual_seed(1))
+    actual = results(tensors, dy)
+    for name, bound in bounds(tensors, dy).items():
+        bound.check(actual[name], name)
+
+
+@pytest.mark.parametrize("trained", subsets(TRAINED), ids="-".join)
+def test_each_subset_of_trained_tensors(trained):
+    dy = draw((3, 5, N), torch.float32, torch.Generator().manual_seed(1))
+    every, tensors = results(leaves(), dy), leaves(trained=trained)
+    actual = results(tensors, dy)
+    assert actual.keys() == {"y", *trained}
+    for name, value in actual.items():
+        assert torch.equal(value, every[name]), name
+    with kept_for_backward(*tensors.values()) as kept:
+        y = apply(tensors | {"z": tensors["z"] * 1})
+    assert y.requires_grad
+    assert kept.total_bytes == 4 * N * (1 + 15 * ("magnitude" in trained))
+
+
+def test_absent_parts():
+    tensors = leaves(torch.float64)
+    z, magnitude, norm, bias = tensors.values()
+    assert torch.equal(dora_scale(z, Scale(None, None, None)), z)
+    assert torch.equal(dora_scale(z, Scale(None, None, bias)), z + bias)
+    torch.testing.assert_close(
+        dora_scale(z, Scale(magnitude, norm, None)), z * magnitude / norm, rtol=1e-15, atol=1e-15
+    )
+    plain = dora_scale(z, Scale(None, None, None))
+    plain += 1.0
+    assert not torch.equal(plain, z), "an output of its own"
+
+
+def test_gradients_of_the_definition():
+    tensors = leaves(torch.float64, leading=(3,))
+    _, _, norm, _ = tensors.values()
+
+    def op(z, magnitude, bias):
+        return dora_scale(z, Scale(magnitude, norm, bias), backend="reference")
+
+    z, magnitude, _, bias = tensors.values()
+    assert torch.autograd.gradcheck(op, (z, magnitude, bias))
+
+
+def gate_case(act, dtype=torch.float32, magnitudes=(True, True), leading=(17,)):
+    """The leaves of a gate by name, and the function of them."""
+    generator = torch.Generator().manual_seed(0)
+    found, norms = {}, []
+    for side, has_magnitude in zip(("e", "u"), magnitudes, strict=True):
+        found[f"z_{side}"] = draw((*leading, N), dtype, generator)
+        found[f"bias_{side}"] = draw((N,), dtype, generator)
+        if has_magnitude:
+            found[f"magnitude_{side}"] = draw((N,), dtype, generator)
+        norms.append(draw((N,), dtype, generator).abs() + 0.5 if has_magnitude else None)
+    for leaf in found.values():
+        leaf.requires_grad_()
+
+    def scales(tensors):
+        return tuple(
+            Scale(tensors.get(f"magnitude_{side}"), norm, tensors[f"bias_{side}"])
+            for side, norm in zip(("e", "u"), norms, strict=True)
+        )
+
+    def op(tensors, **options):
+        return dora_gate((tensors["z_e"], tensors["z_u"]), scales(tensors), act, **options)
+
+    return op_cases.Case(found, op), norms
+
+
+@pytest.mark.parametrize("magnitudes", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_gate_and_gradients_within_the_bound(act, magnitudes):
+    case, norms = gate_case(act, magnitudes=magnitudes)
+    actual = case.run()
+    (dh,) = op_cases.weights([actual["output0"]])
+    dh, sides = Bound.of(dh), {}
+    for side, norm in zip(("e", "u"), norms, strict=True):
+        z, bias = (Bound.of(case.leaves[f"{name}_{side}"]) for name in ("z", "bias"))
+        sides[side] = (z + bias).round(torch.float32)
+        if norm is not None:
+            length = Bound.of(norm)
+            inverse = length.map(torch.reciprocal, length.value.square().reciprocal(), 1.0)
+            g = Bound.of(case.leaves[f"magnitude_{side}"]) * inverse
+            sides[side] = (z * g + bias).round(torch.float32)
+    value, slope = activation_and_slope(sides["e"], act)
+    (value * sides["u"]).check(actual["output0"], "h")
+    grads = {"e": dh * sides["u"] * slope, "u": dh * value}
+    for side, norm in zip(("e", "u"), norms, strict=True):
+        grad, z = grads[side], Bound.of(case.leaves[f"z_{side}"])
+        grad.sum(0).check(actual[f"bias_{side}"], f"bias_{side}")
+        if norm is None:
+            grad.check(actual[f"z_{side}"], f"z_{side}")
+            continue
+        length = Bound.of(norm)
+        inverse = length.map(torch.reciprocal, length.value.square().reciprocal(), 1.0)
+        g = Bound.of(case.leaves[f"magnitude_{side}"]) * inverse
+        (grad * g).check(actual[f"z_{side}"], f"z_{side}")
+        ((grad * z).sum(0) * inverse).check(actual[f"magnitude_{side}"], f"magnitude_{side}")
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_gate_is_the_definition_in_float64(act):
+    case, _ = gate_case(act, torch.float64, leading=(2, 3))
+    assert torch.autograd.gradcheck(
+        lambda *t: case.apply(dict(zip(case.leaves, t, strict=True)), backend="reference"),
+        tuple(case.leaves.values()),
+    )
+    actual, expected = case.run(), case.run(backend="reference")
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_what_consumes_the_gate_makes_it_again_instead_of_keeping_it():
+    case, _ = gate_case("silu")
+    h = case.apply(case.leaves)
+    make, ingredients = remake.kept(h, True)
+    assert make is not None
+    with torch.no_grad():
+        case.leaves["magnitude_e"].mul_(2.0)
+        assert torch.equal(remake.again(make, ingredients), h), "as it was in this forward"
+    with kept_for_backward(*case.leaves.values()) as kept:
+        h = case.apply({name: leaf * 1 for name, leaf in case.leaves.items()})
+    assert h.requires_grad
+    assert kept.total_bytes == 4 * N * (2 * 17 + 6), "two z, two factors, two norms, two biases"
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["scale", "gate"])
+def test_modes_and_repetition(gated):
+    if gated:
+        case, _ = gate_case("silu")
+    else:
+        tensors = leaves()
+        norm = tensors.pop("norm")
+
+        def op(named, **options):
+            scale = Scale(named["magnitude"], norm, named["bias"])
+            return dora_scale(named["z"], scale, **options)
+
+        case = op_cases.Case(tensors, op)
+    first = case.run()
+    for name, value in case.run().items():
+        assert torch.equal(value, first[name]), name
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            (y,) = case.outputs()
+        assert torch.equal(y, first["output0"])
+        assert not y.requires_grad
+    z = next(iter(case.trained.values()))
+    (dz,) = torch.autograd.grad(case.outputs()[0].square().sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="is once_differentiable"):
+        dz.sum().backward()
+    y = case.outputs()[0]
+    y *= 2.0
+    twice = torch.autograd.grad(y, z, op_cases.weights([y]))[0]
+    assert torch.equal(twice, 2 * first[next(iter(case.trained))])
+    torch.compiler.reset()
+    compiled = torch.compile(case.apply, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(case.leaves), first["output0"])
+    empty = {name: t[:0] if name[0] == "z" else t for name, t in case.leaves.items()}
+    grads = torch.autograd.grad(
+        case.apply(empty).sum(), case.leaves["bias" if not gated else "bias_e"]
+    )
+    assert not grads[0].any()
+
+
+def test_native_and_torch_passes_agree(monkeypatch):
+    tensors, dy = leaves(), draw((3, 5, N), torch.float32, torch.Generator().manual_seed(1))
+    by_default = results(tensors, dy)
+    monkeypatch.setattr(native, "takes", lambda *tensors: False)
+    by_torch = results(tensors, dy)
+    for name, bound in bounds(tensors, dy).items():
+        bound.check(by_torch[name].reshape(bound.value.shape), name)
+        bound.check(by_default[name].reshape(bound.value.shape), name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"magnitude": torch.zeros(28)}, r"scale.magnitude has shape \(28,\); z .* takes \[29\]"),
+        ({"bias": torch.zeros(28)}, r"scale.bias has shape \(28,\)"),
+        ({"norm": None}, "scale has a magnitude or a norm alone"),
+        ({"norm": torch.ones(29, requires_grad=True)}, r"norm requires a gradient.*norm.detach"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    with pytest.raises(ValueError, match=message):
+        apply(leaves() | change)
+
+
+def test_errors_of_the_gate():
+    case, _ = gate_case("silu")
+    z = case.leaves["z_e"]
+    with pytest.raises(ValueError, match="act='relu' is unknown"):
+        dora_gate((z, z), (Scale(None, None, None),) * 2, "relu")
+    with pytest.raises(ValueError, match="two of one shape"):
+        dora_gate((z, z[1:]), (Scale(None, None, None),) * 2)
+    with pytest.raises(ValueError, match=r"scales\[1\].bias has shape"):
+        dora_gate((z, z), (Scale(None, None, None), Scale(None, None, z[0, 1:])))
+    with pytest.raises(ValueError, match="has no Triton kernel"):
+        dora_gate((z, z), (Scale(None, None, None),) * 2, backend="triton")
+
+
+def test_the_definition_of_the_gate():
+    generator = torch.Generator().manual_seed(0)
+    e, u = (draw((3, N), torch.float64, generator) for _ in range(2))
+    h = dora_gate_reference((e, u), (Scale(None, None, None),) * 2, "silu")
+    assert torch.equal(h, F.silu(e) * u)

@@ -1,0 +1,211 @@
+"""The logic of the operations' benchmark, with a clock that says what it is told."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftkit_kernels.calibration import Calibration
+from peftkit_kernels.lab.cases import OPERATIONS, Sizes
+from peftkit_kernels.low_rank import passes
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+SMALL = Sizes(M=20, K=64, N=64, R=4)
+
+
+def load_script(name):
+    """A file of benchmarks/, which sees its siblings while it is loaded."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(FOLDER))
+    before = set(sys.modules)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+        for sibling in set(sys.modules) - before:
+            if (FOLDER / f"{sibling}.py").is_file():
+                del sys.modules[sibling]
+    return module
+
+
+@pytest.fixture(scope="module")
+def operations():
+    """benchmarks/operations.py, a script rather than a module of a package."""
+    return load_script("operations")
+
+
+@pytest.fixture
+def arguments(operations):
+    """What the command line gives."""
+    parser = operations.argparse.ArgumentParser()
+    operations.add_options(parser)
+    return parser.parse_args
+
+
+class Clock:
+    """Calls, and says one second more each time."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, call):
+        call()
+        self.calls += 1
+        return float(self.calls)
+
+
+def test_providers_take_turns_and_the_first_round_is_not_kept(operations):
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = operations.interleaved(calls, 2, Clock())
+    assert order == list("ababab")
+    assert times == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+@pytest.mark.parametrize(("share", "value"), [(0.0, 1), (0.2, 1), (0.5, 3), (0.8, 4), (1.0, 5)])
+def test_quantiles(operations, share, value):
+    assert operations.quantile([5, 3, 1, 4, 2], share) == value
+
+
+def test_rows_hold_medians_in_milliseconds_beside_eager(operations):
+    clock = Clock()
+    rows = operations.measure(
+        "lora_linear",
+        "lora_linear",
+        SMALL,
+        providers=("peftkit", "eager"),
+        rounds=3,
+        timer=clock,
+    )
+    assert [(row["mode"], row["provider"]) for row in rows] == [
+        ("forward", "peftkit"),
+        ("forward", "eager"),
+        ("step", "peftkit"),
+        ("step", "eager"),
+    ]
+    # peftkit has the calls 3, 5, 7 and eager 4, 6, 8: the first two warm up
+    first, second = rows[:2]
+    assert (first["p20_ms"], first["median_ms"], first["p80_ms"]) == (3000, 5000, 7000)
+    assert second["median_ms"] == 6000
+    assert (first["over_eager"], second["over_eager"]) == (round(5 / 6, 3), 1.0)
+    table = operations.table(rows, "here").splitlines()
+    assert table[0] == "here"
+    assert table[-2] == "| lora_linear | 20, 64, 64 | forward | 5000.00 | 0.83 | 6000.00 |"
+
+
+def test_nothing_is_timed_before_it_is_right(operations, monkeypatch):
+    from peftkit_kernels.lora_linear import torch_impl
+
+    monkeypatch.setattr(torch_impl, "project", lambda x, weight, *rest: x @ weight.t() + 1)
+    clock = Clock()
+    with pytest.raises(AssertionError, match="output0: error"):
+        operations.measure("lora_linear", "lora_linear", SMALL, timer=clock)
+    assert clock.calls == 0
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_operation_is_right_at_some_size(operations, op):
+    for variant in OPERATIONS[op].variants:
+        providers = ("peftkit", "eager")
+        rows = operations.measure(op, variant, SMALL, providers=providers, rounds=1, timer=Clock())
+        assert {row["provider"] for row in rows} == set(providers)
+
+
+def test_the_compiled_provider_gives_what_eager_gives(operations):
+    case = operations.build("lora_linear", "lora_linear", SMALL)
+    compiled = torch.compile(
+        operations.function_of(case, "compiled"), backend="eager", fullgraph=True
+    )
+    expected = operations.function_of(case, "eager")(case.leaves)
+    torch.testing.assert_close(compiled(case.leaves), expected)
+
+
+def test_predictions_stand_beside_the_steps_of_a_known_gpu(operations):
+    sizes = {"M": 8192, "K": 4096, "N": 4096, "R": 16, "p": 0.0}
+    rows = [
+        {"op": "lora_linear", **sizes, "mode": mode, "provider": provider}
+        for mode in ("forward", "step")
+        for provider in operations.PROVIDERS
+    ]
+    operations.add_predictions(rows, "NVIDIA H100 80GB HBM3")
+    predicted = [row["predicted_ms"] for row in rows]
+    assert predicted[:3] == [None] * 3
+    assert predicted[3] == pytest.approx(0.94, abs=0.01)
+    assert predicted[4] > predicted[3]
+    assert predicted[5] is None
+    operations.add_predictions(rows, "Some other GPU")
+    assert {row["predicted_ms"] for row in rows} == {None}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [([1, 2, 3, 9], [2, 3, 4, 8], 30), ([3, 1], [2, 2], 0), ([1, 1], [1, 1], 20)],
+)
+def test_a_crossover_is_the_last_size_before_the_other_wins(operations, first, second, expected):
+    sizes = [10 * (i + 1) for i in range(len(first))]
+    by_size = [dict(zip(sizes, times, strict=True)) for times in (first, second)]
+    assert operations.crossover(sizes, *(times.__getitem__ for times in by_size)) == expected
+
+
+def test_calibration_asks_the_clock_for_both_schedules(operations, monkeypatch):
+    ran = []
+    real = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: real(4, 4))
+    monkeypatch.setattr(passes, "gemm_lora", lambda *a, **k: ran.append("fused"))
+    monkeypatch.setattr(passes, "expand", lambda *a, **k: ran.append("added") or real(4, 4))
+    widths = iter(range(100))
+
+    def clock(call):
+        ran.clear()
+        call()
+        # 20 calls and one more of each: the update inside the product wins three times
+        return float(ran[0] == "fused" and next(widths) >= 3 * 21)
+
+    assert operations.calibrate(clock) == Calibration(fused_width=1536)
+
+
+def test_without_a_gpu_gpu_options_are_refused_in_a_sentence(operations, arguments):
+    with pytest.raises(SystemExit, match="torch sees no GPU on this machine: there is nothing"):
+        operations.run(arguments(["--gpu"]))
+    with pytest.raises(SystemExit, match="without them the CPU is measured"):
+        operations.calibrate_and_keep()
+
+
+def test_the_command_measures_what_it_is_asked(operations, arguments, monkeypatch):
+    asked = []
+    monkeypatch.setattr(operations, "measure", lambda *a, **k: asked.append((a, k)) or [])
+    options = ["--op", "nf4", "--op", "frozen_norm", "--rounds", "3", "--providers", "peftkit"]
+    assert operations.measure_all(arguments(options)) == []
+    assert [a[1] for a, _ in asked] == ["dequantize_nf4", "frozen_rms_norm", "frozen_layer_norm"]
+    assert asked[0][0][2] == Sizes(512, 2048, 2048)
+    assert asked[0][1] == {"device": "cpu", "providers": ["peftkit"], "rounds": 3}
+
+
+def test_every_benchmark_is_on_the_command_line(monkeypatch, capsys):
+    run = load_script("run")
+    for name in run.BENCHMARKS:
+        monkeypatch.setattr(sys, "argv", ["run.py", name, "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            run.main()
+        assert f"run.py {name}" in capsys.readouterr().out
+
+
+def test_a_speed_with_other_losses_is_refused():
+    steps = load_script("steps")
+    peft = [{"losses": [2.0, 1.0]}]
+    steps.check_losses({"peft": peft, "full": [{"losses": [2.0, 0.5]}], "peftkit": peft})
+    with pytest.raises(SystemExit, match=r"peftkit: loss 1\.001 at step 1, stock PEFT has 1\.0"):
+        steps.check_losses({"peft": peft, "peftkit": [{"losses": [2.0, 1.001]}]})
+    with pytest.raises(SystemExit, match="providers must contain peft"):
+        steps.check_losses({"peftkit": peft})
+
+
+def test_committed_results_are_those_in_the_readme():
+    steps, report = load_script("steps"), load_script("report")
+    page = report.README.read_text()
+    for case in ("smollm2", "llama-1b-cut"):
+        assert steps.table(report.load(f"training-{case}")) in page
+    assert steps.parts_table(report.load("parts-smollm2")) in page

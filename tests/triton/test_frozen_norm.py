@@ -1,0 +1,228 @@
+"""The frozen norms by Triton: outputs and gradients within their bounds, each row read once, what is kept and made again."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lora_cases import LAYOUTS, draw
+from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, watched
+
+from peftkit_kernels.frozen_norm import (
+    frozen_layer_norm,
+    frozen_rms_norm,
+    rms_norm_reference,
+    triton_impl,
+)
+from peftkit_kernels.frozen_norm.config import MAX_WIDTH, NormConfig
+from peftkit_kernels.lab.eager import EagerTraffic
+from peftkit_kernels.lora_linear import lora_linear
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.testing import Bound, kept_for_backward
+
+EPS = 1e-5
+RSQRT_ULPS = 2.0
+"""Error of the GPU's approximation, CUDA C++ Programming Guide, table of intrinsic functions."""
+RMS = {"llama": (0.0, True), "gemma": (1.0, False), "both": (1.0, True)}
+"""Offset and whether the normalised value is rounded before the weight."""
+KINDS = (*RMS, "layer", "layer_no_bias")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(shape=(17, 33), dtype=torch.float32, layout="contiguous", weight_dtype=None):
+    """``x``, weight, bias and the gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    x = draw(shape, dtype, generator, layout).requires_grad_()
+    weight, bias = (draw(shape[-1:], weight_dtype or dtype, generator) for _ in range(2))
+    return x, weight, bias, draw(shape, dtype, generator, layout)
+
+
+def apply(kind, x, weight, bias, **options):
+    options = {"backend": "triton"} | options
+    if kind in RMS:
+        offset, round_first = RMS[kind]
+        return frozen_rms_norm(x, weight, EPS, offset=offset, round_first=round_first, **options)
+    return frozen_layer_norm(x, weight, bias if kind == "layer" else None, EPS, **options)
+
+
+def bounds(kind, x, weight, bias, dy):
+    """Bounds on the output and the input gradient, in the kernels' roundings."""
+    rows, K, dtype = Bound.of(x.reshape(-1, x.shape[-1])), x.shape[-1], x.dtype
+    offset, round_first = RMS.get(kind, (0.0, False))
+    centred = rows if kind in RMS else rows - rows.sum(1, keepdim=True) * (1 / K)
+    eps = Bound.of(torch.tensor([EPS], dtype=torch.float64)).round(torch.float32)
+    square = (centred * centred).sum(1, keepdim=True) * (1 / K)
+    square = square + Bound(eps.value, eps.error, rows.unit)
+    # the derivative of v^(-1/2), where it is largest within the error
+    steepest = 0.5 * (square.value - square.error).pow(-1.5)
+    rstd = square.map(torch.rsqrt, steepest, RSQRT_ULPS)
+    n = centred * rstd
+    factor = Bound.of(weight)
+    if offset:
+        one = torch.tensor([offset], dtype=torch.float64)
+        factor = factor + Bound(one, torch.zeros_like(one), rows.unit)
+    y = n.round(dtype) * factor.round(weight.dtype) if round_first else n * factor
+    if kind == "layer":
+        y = y + Bound.of(bias)
+
+    u = Bound.of(dy.reshape(-1, K)) * factor
+    dx = u - n * ((u * n).sum(1, keepdim=True) * (1 / K))
+    if kind not in RMS:
+        dx = dx - u.sum(1, keepdim=True) * (1 / K)
+    out = torch.promote_types(dtype, weight.dtype) if round_first else dtype
+    return y.round(out).reshape(*x.shape), (dx * rstd).round(dtype).reshape(*x.shape)
+
+
+def check(kind, x, weight, bias, dy, **watch):
+    """Run one case, watched, and compare all of it; returns the launches."""
+    with watched(**watch) as traffic:
+        y = apply(kind, x, weight, bias)
+        (dx,) = torch.autograd.grad(y, x, dy.to(y.dtype))
+    assert dx.dtype == x.dtype
+    for name, value, bound in zip("yx", (y, dx), bounds(kind, x, weight, bias, dy), strict=True):
+        bound.check(value, name)
+    assert [launch.kernel for launch in traffic.launches] == [
+        "norm_forward_kernel",
+        "norm_backward_kernel",
+    ]
+    return traffic.launches
+
+
+@every_kind
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_within_the_error_bound(dtype, layout, kind):
+    check(kind, *make((5, 7, 33), dtype, layout))
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "shape", [(33,), (1, 33), (65, 1), (3, 5, 2, 7), (16, 64), (3, 2050), (150, 16)], ids=str
+)
+def test_any_shape(shape, kind):
+    for dtype in (torch.float32, torch.bfloat16):
+        check(kind, *make(shape, dtype))
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weight_of_a_wider_dtype(dtype, kind):
+    """A float32 norm in a 16-bit model."""
+    x, weight, bias, dy = make(dtype=dtype, weight_dtype=torch.float32)
+    check(kind, x, weight, bias, dy)
+    wide = kind in RMS and RMS[kind][1]
+    assert apply(kind, x, weight, bias).dtype == (torch.float32 if wide else dtype)
+
+
+@every_kind
+def test_each_row_is_read_once_and_written_once(kind):
+    """Kernels README: x and y forward; dy, x and dx backward."""
+    x, weight, bias, dy = make((40, 64), torch.bfloat16)
+    forward, backward = check(kind, x, weight, bias, dy)
+    numbers = 4 * 40 * (1 if kind in RMS else 2)
+    affine = weight.nbytes * (2 if kind == "layer" else 1)
+    assert forward.total() == 2 * x.nbytes + affine + numbers
+    assert backward.total() == 3 * x.nbytes + weight.nbytes + numbers
+    streams = [
+        forward.arguments["x_ptr"].load,
+        forward.arguments["y_ptr"].store,
+        backward.arguments["x_ptr"].load,
+        backward.arguments["dy_ptr"].load,
+        backward.arguments["dx_ptr"].store,
+    ]
+    for stream in streams:
+        assert stream.requested_bytes == stream.unique_bytes == stream.sector_bytes == x.nbytes
+
+
+def test_bytes_against_eager_at_training_sizes():
+    """At M 8192, K 4096: the passes by the formula that the test above holds them to, eager counted on meta."""
+    x = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(4096, dtype=torch.bfloat16, device="meta")
+    with EagerTraffic() as plain:
+        y = rms_norm_reference(x, weight, EPS)
+        y.backward(torch.empty_like(y))
+    assert 5 * x.nbytes / plain.unique_bytes <= 0.084
+
+
+@every_kind
+def test_offsets_of_rows_do_not_overflow(kind):
+    check(kind, *make((90, 72), torch.bfloat16), int32_limit=INT32_LIMIT)
+
+
+@every_kind
+def test_results_do_not_depend_on_the_order_of_programs(kind):
+    x, weight, bias, dy = make((130, 33), torch.bfloat16)
+
+    def run():
+        y = apply(kind, x, weight, bias)
+        return y.detach(), *torch.autograd.grad(y, x, dy)
+
+    assert_same_bits_in_any_order(run)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_kind
+def test_keeps_x_and_one_or_two_numbers_a_row(kind, dtype):
+    x, weight, bias, _ = make(dtype=dtype)
+    with kept_for_backward(weight, bias) as kept:
+        y = apply(kind, x, weight, bias)
+    assert y.requires_grad
+    assert kept.total_bytes == 17 * (33 * dtype.itemsize + 4 * (1 if kind in RMS else 2))
+
+
+@every_kind
+def test_what_it_makes_is_made_again_rather_than_kept(kind):
+    x, weight, bias, _ = make((24, 16), torch.bfloat16)
+    frozen, A, B = draw((3 * 16, 16), torch.bfloat16, torch.Generator().manual_seed(1)).split(16)
+    lora = LoRA(A.clone().requires_grad_(), B.clone().requires_grad_(), 0.5)
+    gradients = []
+    for again in (True, False):
+        y = apply(kind, x, weight, bias)
+        y = y if again else y * 1
+        with kept_for_backward(frozen, lora.A, lora.B, weight, bias) as kept:
+            z = lora_linear(y, frozen, None, lora)
+        assert (y.untyped_storage().data_ptr() in kept.storages) != again
+        gradients.append(torch.autograd.grad(z.sum(), (x, lora.A, lora.B)))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_strided_parameters():
+    x, weight, bias, dy = make()
+    wide = torch.stack([weight, bias], 1)
+    check("layer", x, wide[:, 0], wide[:, 1], dy)
+
+
+def test_rows_that_do_not_fit_the_registers_are_refused():
+    x = torch.zeros(1, MAX_WIDTH + 1)
+    with pytest.raises(ValueError, match=r"a row has 16385 elements; .* up to 16384; use backend="):
+        frozen_rms_norm(x, x[0], EPS, backend="triton")
+    assert torch.equal(frozen_rms_norm(x, x[0], EPS), x)
+
+
+@pytest.mark.parametrize("K", [1, 64, 576, 4096, MAX_WIDTH])
+def test_a_program_holds_whole_rows(K):
+    c = NormConfig.choose(K)
+    assert c.block_k >= K
+    assert c.block_m * c.block_k <= 512 * c.num_warps
+    assert c.num_warps <= 32
+
+
+@pytest.mark.parametrize("kind", ["llama", "layer"])
+def test_agrees_with_torchs_own(kind):
+    x, weight, bias, _ = make((9, 64))
+    own = F.rms_norm(x, (64,), weight, EPS)
+    if kind == "layer":
+        own = F.layer_norm(x, (64,), weight, bias, EPS)
+    exact, _ = bounds(kind, x, weight, bias, x)
+    exact.check(own, "torch's")
+    exact.check(apply(kind, x, weight, bias), "the kernel's")
+
+
+def test_opcheck():
+    x, weight, bias, dy = make((3, 33), torch.bfloat16)
+    ops = torch.ops.peftkit
+    torch.library.opcheck(ops.frozen_rms_norm.default, (x, weight, EPS, 1.0, False))
+    torch.library.opcheck(ops.frozen_rms_norm.default, (x, weight.float(), EPS, 0.0, True))
+    torch.library.opcheck(ops.frozen_layer_norm.default, (x, weight, bias, EPS))
+    x, (_, mean, rstd) = x.detach(), triton_impl.layer_forward(x, weight, bias, EPS)
+    for kept in (None, mean):
+        arguments = dy, x, weight, kept, rstd, 0.0
+        torch.library.opcheck(ops.frozen_norm_backward.default, arguments)
