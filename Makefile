@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint slow conformance bench mutations clean
+.PHONY: help demo test lint slow conformance matrix bench mutations clean
 
 help:
 	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
@@ -20,6 +20,7 @@ help:
 	@echo "make slow         the tests that take minutes"
 	@echo "make mutations    plant bugs into the kernels; each has to be noticed by its test"
 	@echo "make conformance  PEFT's own test suite, on fused layers"
+	@echo "make matrix       every method on every architecture; writes docs/compatibility.md"
 	@echo "make bench        time and memory against plain PEFT and full fine-tuning"
 	@echo "make clean        remove the environment and build outputs"
 
@@ -43,6 +44,9 @@ mutations: $(VENV)/.test
 
 conformance: $(VENV)/.conformance
 	$(BIN)/python tests/conformance/run.py $(ARGS)
+
+matrix: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/compatibility/run.py $(ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),training)

@@ -25,6 +25,9 @@ PROBE_TOKENS = 8
 _PROBE_SAMPLES = 3200
 """Wav2Vec2's convolutions turn 320 samples into one position; a fifth of a second at 16 kHz."""
 
+_ANY_IMAGE = 64
+"""Convolutional networks take any size; five halvings leave two pixels of this one."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -131,7 +134,7 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
 
 
 def _size(config: Any) -> tuple[int, int]:
-    size = config.image_size
+    size = getattr(config, "image_size", _ANY_IMAGE)
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

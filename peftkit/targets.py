@@ -28,10 +28,11 @@ MAMBA = "Mamba's fused scan multiplies by this weight itself; PEFT refuses it"
 CONVOLUTION = "a convolution, not a linear layer; name it in target_modules to adapt it"
 REWRITTEN = (
     "PEFT takes a module of this name for the experts here; its weight can be reached through target_parameters, by LoRA "
-    "without dropout on an unquantised model"
+    "without dropout and DoRA on an unquantised model"
 )
 
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_CROSS = re.compile(r"cross|encoder_attn|EncDec|encdec", re.IGNORECASE)
 _HEAD_NAMES = {"classifier", "score", "qa_outputs", "classification_head", "lm_head", "proj_out"}
 
 
@@ -180,6 +181,11 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Modul
 def is_own_adapter(module: nn.Module) -> bool:
     """Whether this is a prefix or bottleneck module of ours, which stands beside the model's modules, not around them."""
     return getattr(module, "peftkit_adapter", False) is True
+
+
+def is_cross_attention(name: str, module: nn.Module) -> bool:
+    """Whether an attention reads its keys and values from another stack, by what the families call it."""
+    return bool(_CROSS.search(name.rpartition(".")[2])) or "Cross" in type(module).__name__
 
 
 def _without_adapters(module: nn.Module) -> nn.Module:

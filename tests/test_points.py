@@ -104,3 +104,19 @@ def test_an_mlp_that_does_not_write_to_the_residual_stream_is_named():
         match=r"the MLP of 0 does not end with a linear of 4 features \(its last one is 0.odd",
     ):
         find_points(model, example={"input": torch.zeros(1, 4)})
+
+
+def test_a_4_bit_base_keeps_every_bit(tmp_path):
+    """In evaluation, bitsandbytes repacks weights in place on processors with bfloat16 instructions."""
+    import transformers as hf
+
+    models.tiny("llama").save_pretrained(tmp_path)
+    settings = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
+    layer = model.model.layers[0].self_attn.q_proj
+    packed, scales = layer.weight.data.clone(), layer.weight.quant_state.absmax.clone()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert len(find_points(model)) == 6
+    assert torch.equal(layer.weight.data, packed)
+    assert torch.equal(layer.weight.quant_state.absmax, scales)
+    assert {name: module.training for name, module in model.named_modules()} == modes

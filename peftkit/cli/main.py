@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from peftkit import __version__
+from peftkit.cli.check import check
 from peftkit.cli.demo import demo
 from peftkit.cli.doctor import doctor
 from peftkit.cli.errors import OneLineErrors
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("check")(check)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.add_typer(kernels, name="kernels")

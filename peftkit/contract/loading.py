@@ -67,8 +67,7 @@ def load_adapter(
         )
     folder = Path(path)
     config = _read_config(folder)
-    tensors = _read_tensors(folder, model, config)
-    _check_fits(folder, model, config, tensors, adapter_name)
+    _check_fits(folder, model, config, _read_tensors(folder, model, config), adapter_name)
 
     if isinstance(model, PeftModel):
         model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
@@ -80,6 +79,22 @@ def load_adapter(
     if accelerate:
         fuse(loaded)
     return loaded
+
+
+def check_fits(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
+    """Raise unless ``load_adapter`` would load this checkpoint into this model; both stay as they are.
+
+    Args:
+        model: As for ``load_adapter``; it may be on the meta device, without weights.
+        path: As for ``load_adapter``.
+        adapter_name: As for ``load_adapter``.
+
+    Raises:
+        ContractError: It would not; the message says why.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    _check_fits(folder, model, config, _read_tensors(folder, model, config), adapter_name)
 
 
 def _read_config(folder: Path) -> PeftConfig:

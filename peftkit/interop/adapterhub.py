@@ -52,7 +52,7 @@ _LAYOUTS = {
     "distilbert": _Layout(*_BESIDE),
     "gpt2": _Layout(*_BESIDE, norm_before_mlp="ln_2"),
 }
-"""Model types whose outputs have been compared with that library's."""
+"""Model types for which the library's source has the places and formulas above."""
 
 _REASONS = {
     "llama": "the library's own Llama attention (adapters 1.2.0) transposes the heads twice, so that even without an adapter its "
@@ -188,7 +188,7 @@ def _layout(model: Any, checkpoint: Checkpoint) -> _Layout:
     if kind not in _LAYOUTS:
         raise _refused(
             checkpoint,
-            f"its outputs on {kind} models have not been compared with that library's; on {', '.join(_LAYOUTS)} they have",
+            f"where that library puts adapters in {kind} models is not known here; it is for {', '.join(_LAYOUTS)}",
         )
     return _LAYOUTS[kind]
 

@@ -14,6 +14,7 @@ from peftkit.lora.compute import Frozen, gated_mlp, linears
 from peftkit.lora.experts import FusedParamWrapper
 from peftkit.lora.layers import FusedLinear, frozen_part
 from peftkit.swap import swap_in
+from peftkit.targets import is_cross_attention
 from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
 from peftkit_kernels.lora_swiglu_mlp.activation import activate
 from peftkit_kernels.low_rank import LoRA
@@ -132,10 +133,12 @@ class FusedGatedMLP(nn.Module):
 def group_shared_inputs(model: nn.Module) -> int:
     """Let fused LoRA siblings that share an input by their names be computed together; returns the number of groups."""
     count = 0
-    for parent in model.modules():
+    for name, parent in model.named_modules():
         for names in _SHARED:
+            # learning of a query's own input in the first forward would be too late for its recomputation under checkpointing
+            shared = names[1:] if is_cross_attention(name, parent) else names
             members = [
-                m for m in (parent._modules.get(n) for n in names) if isinstance(m, FusedLinear)
+                m for m in (parent._modules.get(n) for n in shared) if isinstance(m, FusedLinear)
             ]
             if len(members) > 1 and len({m.in_features for m in members}) == 1:
                 group = SharedInput(members)

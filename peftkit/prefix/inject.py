@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,11 +17,10 @@ from peftkit.prefix.config import PrefixConfig
 from peftkit.prefix.module import CHILD, Prefix, PrefixAttention, PrefixSite
 from peftkit.prefix.positions import move_positions, restore_positions
 from peftkit.swap import swap_in, swap_out
-from peftkit.targets import base_modules
+from peftkit.targets import base_modules, is_cross_attention
 
 _HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _KEY_NAMES = ("k_proj", "key", "k", "k_lin", "key_proj")
-_CROSS = re.compile(r"cross|encoder_attn|EncDec|encdec", re.IGNORECASE)
 
 
 def add_prefixes(model: nn.Module, config: PrefixConfig) -> list[str]:
@@ -127,7 +125,7 @@ def _refusal(modules: dict[str, nn.Module], module: nn.Module | None = None) -> 
 
 
 def _stack(name: str, module: nn.Module) -> str:
-    if _CROSS.search(name.rpartition(".")[2]) or "Cross" in type(module).__name__:
+    if is_cross_attention(name, module):
         return "cross"
     return "encoder" if "encoder" in name.split(".") else "decoder"
 

@@ -335,3 +335,28 @@ def test_names_of_every_tiny_model_are_grouped_or_known():
         "vit": (2, 0),
     }
     assert found == four | rest
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_cross_attention_groups_leave_the_query_out_before_the_first_forward(name):
+    """Under checkpointing the recomputation of the first forward has to save what that forward saved."""
+    import families
+
+    model = accelerate(
+        get_peft_model(families.family(name), LoraConfig(r=4, target_modules="all-linear"))
+    ).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    ids = torch.arange(3, 11)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    groups = {
+        n: [
+            len(m.__dict__["_peftkit_group"].members)
+            for m in attention.children()
+            if "_peftkit_group" in vars(m)
+        ]
+        for n, attention in model.named_modules()
+        if n.endswith(("EncDecAttention", "encoder_attn"))
+    }
+    assert groups
+    assert all(sizes == [2, 2] for sizes in groups.values())

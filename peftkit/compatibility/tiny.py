@@ -1,0 +1,155 @@
+"""A tiny model of any architecture transformers knows: its own config, with every size cut down."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftkit.compatibility.cells import Case
+
+_SMALL = {
+    r"hidden_size|d_model|n_embd|dim|embedding_size|word_embed_proj_dim|embed_dim": 32,
+    r"num_hidden_layers|n_layers?|num_layers|(encoder|decoder|num_decoder)_layers": 2,
+    r"num_attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads": 4,
+    r"num_key_value_heads": 2,
+    r"(qk_(rope|nope)_|v_)?head_dim|d_kv|query_pre_attn_scalar|(kv|q)_lora_rank": 8,
+    r"rotary_dim": 4,
+    r"qk_head_dim": 16,
+    r"intermediate_size|ffn_dim|d_ff|n_inner|hidden_dim|(encoder|decoder)_ffn_dim": 48,
+    r"moe_intermediate_size|(shared_)?(expert|experts)_intermediate_size": 24,
+    r"num_(local_)?experts|n_routed_experts": 4,
+    r"num_experts_per_tok": 2,
+    r"vocab_size": 96,
+    r"max_position_embeddings|n_positions|max_target_positions": 64,
+    r"max_source_positions|image_size|projection_dim|num_conv_pos_embeddings": 16,
+    r"patch_size|sliding_window|num_mel_bins": 8,
+}
+_RANDOM = re.compile(r".*(dropout|drop_?(path|connect|rate)|layer_?drop|_pdrop|stochastic_depth).*")
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_HEADS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_CTC_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+)
+
+
+def family_case(name_or_config: str) -> Case:
+    """An architecture to try ``run_cells`` on; ``tiny_model`` has the argument.
+
+    Raises:
+        ValueError: The architecture is not known, or no tiny model of it can be built.
+    """
+    return Case(name_or_config, lambda: tiny_model(name_or_config))
+
+
+def tiny_model(name_or_config: str) -> nn.Module:
+    """Build a tiny model with seeded random weights, in evaluation mode and with nothing random in training mode.
+
+    Args:
+        name_or_config: A model type of transformers (``"qwen2"``), a folder or file with a ``config.json``, or the id of a
+            model on the hub, of which only the config is read. Sizes are only ever reduced.
+
+    Raises:
+        ValueError: The architecture is not known, or no tiny model of it can be built.
+    """
+    config = _config(name_or_config)
+    shrink(config)
+    cls = _class(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = cls(config)
+        except Exception as error:  # whatever an unknown architecture makes of small sizes
+            raise ValueError(
+                f"a tiny {cls.__name__} cannot be built ({type(error).__name__}: {error}); pass a folder whose config.json has "
+                "small sizes that fit together"
+            ) from error
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # initial scales near 0.02 and norm weights of exactly one would hide wrong factors
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def shrink(config: Any) -> None:
+    """Cut every size of a config down, in place, and switch everything random off; parts of a config likewise."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    grouped = getattr(config, "num_key_value_heads", None) != getattr(
+        config, "num_attention_heads", None
+    )
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            shrink(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            small = next((n for key, n in _SMALL.items() if re.fullmatch(key, name)), value)
+            if name == "num_key_value_heads" and not grouped:
+                small = 4
+            setattr(config, name, min(value, small))
+        elif isinstance(value, (list, tuple)) and len(value) == layers > 2:
+            # one of each kind of layer
+            first = {item: index for index, item in reversed(list(enumerate(value)))}
+            kept = sorted({0, 1, *first.values()})[: max(2, len(first))]
+            setattr(config, name, [value[index] for index in kept])
+            config.num_hidden_layers = len(kept)
+    without_randomness(config)
+    for index, name in enumerate(_TOKENS):
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, index)
+    if getattr(config, "decoder_start_token_id", None) is not None:
+        config.decoder_start_token_id = 1
+
+
+def without_randomness(config: Any) -> None:
+    """Set every dropout of a config to zero, in place."""
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            without_randomness(value)
+        elif _RANDOM.fullmatch(name) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    if hasattr(config, "apply_spec_augment"):
+        config.apply_spec_augment = False
+
+
+def _config(name_or_config: str) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if name_or_config in CONFIG_MAPPING:
+        return AutoConfig.for_model(name_or_config)
+    path = Path(name_or_config)
+    try:
+        return AutoConfig.from_pretrained(path if path.exists() else name_or_config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name_or_config!r} is no model type of transformers, no folder with a config.json, and no model on the hub "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _class(config: Any) -> Any:
+    """The class the config names, or the first one with a head that transformers has for its type."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    named = getattr(config, "architectures", None) or []
+    for mapping in _HEADS:
+        held = getattr(modeling_auto, mapping).get(config.model_type)
+        named += [held] if isinstance(held, str) else list(held or [])
+    found = next((cls for name in named if (cls := getattr(transformers, name, None))), None)
+    if found is None:
+        raise ValueError(
+            f"transformers has no class with a head for {config.model_type!r} here, so there is nothing to train; the kinds that "
+            "are looked for are language models, classifiers and CTC"
+        )
+    return found

@@ -1,0 +1,76 @@
+"""The matrix as a page: a summary, then one table a method with its reasons below."""
+
+from collections import Counter
+from typing import Any
+
+from peftkit.compatibility.cells import describe_cells
+
+_SIGNS = {"yes": "✓", "-": "–", "no": "no", "fails": "**fails**"}
+
+Row = dict[str, dict[str, list[str]]]
+"""Verdict and reason by method and cell."""
+
+
+def counts(row: Row) -> str:
+    """How many cells of an architecture came out how."""
+    verdicts = Counter(verdict for cells in row.values() for verdict, _ in cells.values())
+    return ", ".join(f"{verdicts[kind]} {kind}" for kind in _SIGNS if verdicts[kind])
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The whole page."""
+    families: dict[str, Row] = results["families"]
+    methods = list(next(iter(families.values())))
+    with_versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    lines = [
+        "# What works on which architecture",
+        "",
+        "Written by `make matrix`: every cell was run on a tiny model with random weights, on the CPU. An architecture that is not",
+        "listed is tried by `peftkit check --family NAME_OR_CONFIG`.",
+        "",
+        f"With {with_versions}.",
+        "",
+        "✓: as it should be. no: refused, with the reason below the table. –: there is no such thing for this model.",
+        "**fails**: an error nobody intended, or a wrong result.",
+        "",
+        *(f"- **{name}**: {what}" for name, what in describe_cells().items()),
+        "",
+        "## Summary",
+        "",
+        "Cells that came out right, of those that apply.",
+        "",
+        "| | " + " | ".join(methods) + " |",
+        "|---|" + "---|" * len(methods),
+        *(
+            f"| {name} | " + " | ".join(_share(row[method]) for method in methods) + " |"
+            for name, row in families.items()
+        ),
+    ]
+    for method in methods:
+        lines += ["", f"## {method}", "", *_table(families, method, results["cells"])]
+    return "\n".join(lines) + "\n"
+
+
+def _share(cells: dict[str, list[str]]) -> str:
+    verdicts = [verdict for verdict, _ in cells.values() if verdict != "-"]
+    if set(verdicts) == {"no"}:
+        return "no"
+    share = f"{verdicts.count('yes')}/{len(verdicts)}"
+    return f"**{share}**" if "fails" in verdicts else share
+
+
+def _table(families: dict[str, Row], method: str, cells: list[str]) -> list[str]:
+    reasons: dict[str, int] = {}
+    rows = []
+    for name, row in families.items():
+        signs = []
+        for cell in cells:
+            verdict, why = row[method][cell]
+            sign = _SIGNS[verdict]
+            if verdict in ("no", "fails"):
+                sign += f" {reasons.setdefault(why, len(reasons) + 1)}"
+            signs.append(sign)
+        rows.append(f"| {name} | " + " | ".join(signs) + " |")
+    head = ["| | " + " | ".join(cells) + " |", "|---|" + "---|" * len(cells)]
+    notes = [f"{number}. {why}" for why, number in reasons.items()]
+    return [*head, *rows, *(["", *notes] if notes else [])]
