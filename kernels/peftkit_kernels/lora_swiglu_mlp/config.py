@@ -39,9 +39,7 @@ class GateConfig:
     num_stages: int = 2
 
     @classmethod
-    def choose(
-        cls, M: int, F: int, block_r: int, *, itemsize: int, dropout: bool, target: Target
-    ) -> GateConfig:
+    def choose(cls, M: int, F: int, *, target: Target) -> GateConfig:
         """Split F until every multiprocessor has several programs, whose loads hide each other's latency."""
         block_m, block_f = 64, 32
         programs = cdiv(M, block_m)
@@ -62,7 +60,7 @@ class GateBackwardConfig:
 
     @classmethod
     def choose(
-        cls, M: int, F: int, block_r: int, *, itemsize: int, dropout: bool, target: Target
+        cls, M: int, F: int, block_r: int, *, itemsize: int, target: Target
     ) -> GateBackwardConfig:
         """Long chunks make few partial sums of dA; shorter ones where the GPU would not be full."""
         # the factors stay in registers: 64 of them beside 64 columns spill

@@ -51,12 +51,7 @@ def gate_forward(
     """
     (M, F), dtype, (gate, up, down) = e.shape, e.dtype, loras
     p, seed = (down.p, down.seed) if down else (0.0, 0)
-    c = config or GateConfig.choose(
-        *(M, F, _block_r(loras)),
-        itemsize=e.element_size(),
-        dropout=p > 0,
-        target=target_of(e),
-    )
+    c = config or GateConfig.choose(M, F, target=target_of(e))
     h = e.new_empty(M, F)
     blocks = cdiv(F, c.block_f)
     steps = cdiv(blocks, c.splits)
@@ -117,10 +112,7 @@ def gate_backward(
     (M, F), dtype, (gate, up, down) = e.shape, e.dtype, loras
     p, seed = (down.p, down.seed) if down else (0.0, 0)
     c = config or GateBackwardConfig.choose(
-        *(M, F, _block_r(loras)),
-        itemsize=e.element_size(),
-        dropout=p > 0,
-        target=target_of(e),
+        M, F, _block_r(loras), itemsize=e.element_size(), target=target_of(e)
     )
     de, dg = e.new_empty(M, 2 * F).split(F, 1)
     chunks = cdiv(M, c.chunk_m)
