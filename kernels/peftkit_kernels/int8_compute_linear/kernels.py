@@ -118,7 +118,7 @@ def int8_gemm_kernel(
         )
         offs_w = offs_n.to(tl.int64)[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
         w = tl.load(w_ptr + offs_w, mask=mask_n[None, :] & mask_k[:, None], other=0)
-        total = tl.dot(x, w, total)
+        total = tl.dot(x, w, total, out_dtype=tl.int32)
     # 3. scales, update and bias
     acc = total.to(tl.float32) * tl.load(row_step_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
     if HAS_STEP:
