@@ -49,7 +49,7 @@ class GroupedShrinkConfig:
         """Fill the GPU with programs even where there are few rows; how many tiles are needed is not known, at least M / block."""
         # 64 x 128 spills on sm_80, where each row has an address of its own
         narrow = block_r(R) <= 32 and block_m(block) == 16
-        block_k = 32 if itemsize == 4 else 128 if narrow else 64
+        block_k = (128 if narrow else 64) * 2 // itemsize
         splits = min(cdiv(target.sms, cdiv(M, block)), cdiv(cdiv(K, block_k), _MIN_STEPS))
         # 64 rows beside a wide factor spill in four warps on sm_100
         wide = block_m(block) == MAX_BLOCK and block_r(R) >= 64
