@@ -26,6 +26,11 @@ def nf4_obstacle(base: Any) -> str | None:
         return f"its base weight was quantised as {tuple(state.shape)}, transposed"
     if state.blocksize not in BLOCKSIZES:
         return f"its base weight is stored in blocks of {state.blocksize}"
+    if base.weight.device.type == "cpu" and base.in_features % state.blocksize:
+        return (
+            f"its {base.in_features} columns are no multiple of the block of {state.blocksize}: bitsandbytes decodes such a weight "
+            "differently on the CPU than it quantised it"
+        )
     return None
 
 

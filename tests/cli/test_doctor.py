@@ -27,7 +27,7 @@ def test_data_names_versions_and_a_path_with_its_reason_for_every_operation():
     for row in rows.values():
         assert row["path"] == "torch"
         assert row["reason"]
-    assert "no Triton kernel" in rows["prefix_attention"]["reason"]
+    assert "no Triton kernel" in rows["attention"]["reason"]
     assert "no Triton kernel" not in rows["lora_linear"]["reason"]
 
 

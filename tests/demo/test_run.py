@@ -28,6 +28,14 @@ PROVED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C as in a terminal: a process that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def no_proof(monkeypatch):
     """Leaves out the fresh process, which costs ten seconds."""
