@@ -41,8 +41,9 @@ class FusedNorm(nn.Module):
         if any(parameter.requires_grad for parameter in self.parameters()):
             return "peft", "its weight is trained"
         weight = self._parameters["weight"]
-        own = obstacle(weight.shape[0])
-        backend = choose_backend("frozen_norm", "auto", weight, has_dot=False, own_obstacle=own)
+        op = f"frozen_{self._peftkit_norm['kind']}_norm"
+        own = obstacle(op, weight.shape[0])
+        backend = choose_backend(op, "auto", weight, has_dot=False, own_obstacle=own)
         return f"fused:{backend}", ""
 
 

@@ -190,14 +190,20 @@ def test_strided_parameters():
     check("layer", x, wide[:, 0], wide[:, 1], dy)
 
 
-def test_rows_that_do_not_fit_the_registers_are_refused():
-    x = torch.zeros(1, MAX_WIDTH + 1)
-    with pytest.raises(ValueError, match=r"a row has 16385 elements; .* up to 16384; use backend="):
-        frozen_rms_norm(x, x[0], EPS, backend="triton")
-    assert torch.equal(frozen_rms_norm(x, x[0], EPS), x)
+@pytest.mark.parametrize(("op", "widest"), MAX_WIDTH.items())
+def test_rows_that_do_not_fit_the_registers_are_refused(op, widest):
+    norm = {
+        "frozen_rms_norm": lambda x, **options: frozen_rms_norm(x, x[0], EPS, **options),
+        "frozen_layer_norm": lambda x, **options: frozen_layer_norm(x, x[0], None, EPS, **options),
+    }[op]
+    x = torch.zeros(1, widest + 1)
+    said = rf"a row has {widest + 1} elements; .* up to {widest}; use backend="
+    with pytest.raises(ValueError, match=said):
+        norm(x, backend="triton")
+    assert torch.equal(norm(x), x)
 
 
-@pytest.mark.parametrize("K", [1, 64, 576, 4096, MAX_WIDTH])
+@pytest.mark.parametrize("K", [1, 64, 576, 4096, 16384])
 def test_a_program_holds_whole_rows(K):
     c = NormConfig.choose(K)
     assert c.block_k >= K

@@ -105,7 +105,7 @@ def frozen_layer_norm(
 
 
 def _choose(op: str, backend: Backend, x: Tensor, *parameters: Tensor | None) -> str:
-    own = obstacle(x.shape[-1])
+    own = obstacle(op, x.shape[-1])
     return choose_backend(op, backend, x, *parameters, has_dot=False, own_obstacle=own)
 
 

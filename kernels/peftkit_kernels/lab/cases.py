@@ -16,6 +16,7 @@ from torch import Tensor
 from peftkit_kernels.attention import attention
 from peftkit_kernels.bottleneck import bottleneck
 from peftkit_kernels.dora import dora_linear
+from peftkit_kernels.dora_scale import Scale, dora_scale
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
 from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
 from peftkit_kernels.int8 import dequantize_int8, quantize_int8
@@ -295,6 +296,20 @@ def _dora(sizes: Sizes, draw: Draw) -> Case:
     return Case(leaves, call)
 
 
+def _dora_scale(sizes: Sizes, draw: Draw) -> Case:
+    leaves = {
+        "z": draw(sizes.M, sizes.N, trained=True),
+        "norm": draw(sizes.N, dtype=draw.factors).abs() + 0.5,
+        "bias": draw(sizes.N),
+        "magnitude": (draw(sizes.N, dtype=draw.factors).abs() + 0.5).requires_grad_(),
+    }
+
+    def call(t: Tensors, backend: Any) -> Tensor:
+        return dora_scale(t["z"], Scale(t["magnitude"], t["norm"], t["bias"]), backend=backend)
+
+    return Case(leaves, call)
+
+
 def _grouped_lora(sizes: Sizes, draw: Draw) -> Case:
     E, K, N, R = _ADAPTERS, sizes.K, sizes.N, sizes.R
     leaves = {
@@ -416,6 +431,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "grouped_lora": Operation("its input and `s`", {"grouped_lora": _grouped_lora}),
     "dora": Operation("as `lora_linear`, and its output", {"dora_linear": _dora}),
+    "dora_scale": Operation("the direction `z`", {"dora_scale": _dora_scale}),
     "linear_cross_entropy": Operation(
         "the gradients, made in the forward",
         {

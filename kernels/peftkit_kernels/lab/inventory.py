@@ -142,16 +142,18 @@ def _bottleneck(rank: int, dtype: torch.dtype) -> None:
 
 
 def _frozen_norm(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.frozen_norm.config import MAX_WIDTH, obstacle
     from peftkit_kernels.frozen_norm.triton_impl import backward, layer_forward, rms_forward
 
     del rank  # a norm has none
-    for K in (64, 4096, 16384):  # many rows a program, one, and the longest
+    for K in (64, 4096, *MAX_WIDTH.values()):  # many rows a program, one, and the longest
         x, weight = _meta(_M, K, dtype=dtype), _meta(K, dtype=dtype)
         for offset, round_first in ((0.0, True), (1.0, False)):
             y, rstd = rms_forward(x, weight, 1e-6, offset, round_first)
             backward(y, x, weight, None, rstd, offset)
-        y, mean, rstd = layer_forward(x, weight, weight, 1e-6)
-        backward(y, x, weight, mean, rstd, 0.0)
+        if obstacle("frozen_layer_norm", K) is None:
+            y, mean, rstd = layer_forward(x, weight, weight, 1e-6)
+            backward(y, x, weight, mean, rstd, 0.0)
 
 
 def _linear_cross_entropy(rank: int, dtype: torch.dtype) -> None:
