@@ -122,7 +122,10 @@ def base_obstacle(layer: Any) -> str | None:
         ("dropout", layer.lora_dropout[name]),
     ]
     if is_dora(layer, name):
-        parts.append(("magnitude", layer.lora_magnitude_vector[name]))
+        magnitude = layer.lora_magnitude_vector[name]
+        if keeps_norm(magnitude):
+            return "DoraCaching is on: PEFT's own forward keeps the norm from one forward to the next"
+        parts.append(("magnitude", magnitude))
     for part, module in parts:
         if has_hooks(module):
             return f"its {part} has hooks"
@@ -142,6 +145,13 @@ def is_dora(layer: Any, name: str) -> bool:
     return (
         type(layer.lora_variant[name]) is DoraLinearVariant and type(magnitude) is DoraLinearLayer
     )
+
+
+def keeps_norm(magnitude: Any) -> bool:
+    """Whether PEFT's forward would take this DoRA's norm from its cache, or put it there."""
+    from peft.tuners.lora import dora
+
+    return dora.ENABLE_DORA_CACHING and not magnitude.training
 
 
 def method(layer: Any) -> str:

@@ -18,6 +18,7 @@ from peftkit.lora.eligibility import (
     class_obstacle,
     has_hooks,
     is_dora,
+    keeps_norm,
     method,
     obstacle,
     state_obstacle,
@@ -135,7 +136,10 @@ class FusedLoRA:
         if weight is None or A.dtype not in _FACTOR_DTYPES or A.dtype is not B.dtype:
             return None
         lora = LoRA(A, B, self.scaling[plan.name], p, draw_seed() if p else 0)
-        magnitude = None if plan.magnitude is None else plan.magnitude._parameters["weight"]
+        magnitude = None
+        if plan.magnitude is not None:
+            plan.magnitude._cache_clear()  # as PEFT's forward does where it keeps nothing
+            magnitude = plan.magnitude._parameters["weight"]
         return Frozen(weight, plan.base._parameters["bias"], lora, magnitude)
 
     def _open_plan(self: Any, x: Tensor) -> _Plan | None:
@@ -173,7 +177,8 @@ class FusedLoRA:
         base, A, B, dropout = plan.base, plan.A, plan.B, plan.dropout
         if has_hooks(base) or has_hooks(A) or has_hooks(B) or has_hooks(dropout):
             return False
-        if plan.magnitude is not None and has_hooks(plan.magnitude):
+        magnitude = plan.magnitude
+        if magnitude is not None and (has_hooks(magnitude) or keeps_norm(magnitude)):
             return False
         return (
             "weight" in base._parameters and "weight" in A._parameters and "weight" in B._parameters

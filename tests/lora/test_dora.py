@@ -7,6 +7,7 @@ import pairs
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import DoraCaching
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
@@ -200,6 +201,34 @@ def test_nothing_of_an_earlier_forward_is_used(change, leaf):
         changes()[change](model.get_submodule(f"base_model.model.model.layers.0.{leaf}"))
     torch.testing.assert_close(logits(fused), logits(plain), rtol=1e-10, atol=1e-10)
     assert torch.allclose(logits(fused), before, rtol=1e-10) == (change == "merged")
+
+
+def test_a_norm_is_kept_where_pefts_dora_caching_asks_for_it_and_nowhere_else():
+    plain, fused = pair()
+    expected = logits(plain)
+    caches = [m._dora_cache for m in fused.modules() if isinstance(m, DoraLinearLayer)]
+    assert len(caches) == 14
+    fused.eval()
+    with DoraCaching():
+        reasons = {r.reason for r in explain(fused).layers if r.is_adapter}
+        assert len(reasons) == 1
+        assert "DoraCaching is on" in reasons.pop()
+        assert torch.equal(logits(fused), logits(fused))
+        assert all(caches)
+        fused.train()
+        assert explain(fused).fused_fraction == 1.0
+        fused.eval()
+        logits(fused)
+    assert all(caches)
+    for leaf in ("self_attn.k_proj", "mlp.up_proj", "self_attn.o_proj"):
+        changes()["optimiser_step"](
+            fused.get_submodule(f"base_model.model.model.layers.0.{leaf}")
+        )
+    changed = logits(fused)
+    assert not any(caches), "a forward outside forgets what was kept, as PEFT's does"
+    assert not torch.allclose(changed, expected, rtol=1e-3)
+    with DoraCaching():
+        torch.testing.assert_close(logits(fused), changed, rtol=1e-10, atol=1e-10)
 
 
 def test_an_output_may_be_changed_in_place():
