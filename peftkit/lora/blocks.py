@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from peftkit.lora.experts import FusedParamWrapper
 from peftkit.lora.layers import FusedLinear, frozen_part
 from peftkit.swap import swap_in
 from peftkit.targets import is_cross_attention
+from peftkit_kernels.joined import joined
 from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
 from peftkit_kernels.lora_swiglu_mlp.activation import activate
 from peftkit_kernels.low_rank import LoRA
@@ -113,6 +114,8 @@ class FusedGatedMLP(nn.Module):
         parts = gated_parts(self, args[0])
         if parts is None:
             return super().forward(*args)
+        if _on_one_gpu(args[0]):
+            bring_together([part.weight for part in parts[:2]])
         return gated_mlp(args[0], parts, self._peftkit_act)
 
     def peftkit_verdict(self) -> tuple[str, str]:
@@ -176,6 +179,37 @@ def fuse_gated_mlps(model: nn.Module) -> int:
             module.__dict__["_peftkit_act"] = act
             count += 1
     return count
+
+
+def _on_one_gpu(x: Tensor) -> bool:
+    """Whether weights stay where a forward on ``x`` puts them: what shares work among processes has buffers of its own."""
+    return x.is_cuda and not (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    )
+
+
+@torch.no_grad()
+def bring_together(weights: Sequence[Tensor]) -> None:
+    """Make frozen weights of one width the parts of one buffer, so that each product with them is one; no bit of them changes.
+
+    Left as they are where they lie so already, differ in kind, or where one is itself a part of something larger. What moves or
+    copies the model parts them again, and costs nothing but the speed.
+    """
+    if (
+        joined(weights, 0) is not None
+        or len({(w.dtype, w.device, w.shape[1]) for w in weights}) > 1
+    ):
+        return
+    if all(
+        type(w) is nn.Parameter
+        and not w.is_inference()
+        and w.is_contiguous()
+        and w.untyped_storage().nbytes() == w.nbytes
+        for w in weights
+    ):
+        whole = torch.cat([w.data for w in weights])
+        for weight, part in zip(weights, whole.split([len(w) for w in weights]), strict=True):
+            weight.data = part
 
 
 def gated_parts(module: nn.Module, x: Tensor) -> list[Frozen] | None:

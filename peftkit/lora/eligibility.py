@@ -124,7 +124,9 @@ def base_obstacle(layer: Any) -> str | None:
     if is_dora(layer, name):
         magnitude = layer.lora_magnitude_vector[name]
         if keeps_norm(magnitude):
-            return "DoraCaching is on: PEFT's own forward keeps the norm from one forward to the next"
+            return (
+                "DoraCaching is on: PEFT's own forward keeps the norm from one forward to the next"
+            )
         parts.append(("magnitude", magnitude))
     for part, module in parts:
         if has_hooks(module):

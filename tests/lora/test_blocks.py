@@ -11,8 +11,16 @@ from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaMLP
 
 from peftkit import accelerate, explain
-from peftkit.lora.blocks import FusedGatedMLP, SharedInput, fuse_gated_mlps, group_shared_inputs
+from peftkit.lora import blocks
+from peftkit.lora.blocks import (
+    FusedGatedMLP,
+    SharedInput,
+    bring_together,
+    fuse_gated_mlps,
+    group_shared_inputs,
+)
 from peftkit.lora.layers import fuse_layer
+from peftkit_kernels.joined import joined
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -306,6 +314,44 @@ def test_a_joint_projection_with_dropout_runs_its_own_forward(monkeypatch):
         actual = fused.eval()(**batch).logits
     assert calls["LoRASwiGLUMLP"] == 2
     torch.testing.assert_close(actual, plain.eval()(**batch).logits, rtol=1e-10, atol=1e-10)
+
+
+def test_on_one_gpu_gate_and_up_are_brought_together_without_changing_a_bit(monkeypatch, tmp_path):
+    base = models.tiny("llama")
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    model = accelerate(get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")))
+    batch = models.batch("llama")
+    expected = model(**batch).loss
+    mlps = [m for m in base.modules() if isinstance(m, FusedGatedMLP)]
+    weights = [[m.gate_proj.base_layer.weight, m.up_proj.base_layer.weight] for m in mlps]
+    assert [joined(pair, 0) for pair in weights] == [None, None], "on the CPU they stay as they are"
+    monkeypatch.setattr(blocks, "_on_one_gpu", lambda x: True)
+    places = []
+    for _ in range(2):
+        assert torch.equal(model(**batch).loss, expected)
+        whole = [joined(pair, 0) for pair in weights]
+        assert [w.shape for w in whole] == [(2 * len(pair[0]), 32) for pair in weights]
+        places.append([w.data_ptr() for w in whole])
+    assert places[0] == places[1], "moved once"
+    assert all(p.grad is None and not p.requires_grad for pair in weights for p in pair)
+    model.unload().save_pretrained(tmp_path)
+    pairs.assert_equal(type(base).from_pretrained(tmp_path).state_dict(), state)
+
+
+def test_weights_that_are_not_alone_or_not_alike_stay_where_they_are():
+    def weight(*shape, dtype=torch.float32):
+        return nn.Parameter(torch.ones(*shape, dtype=dtype), requires_grad=False)
+
+    buffer = torch.zeros(8, 4)
+    part = nn.Parameter(buffer[1:4], requires_grad=False)
+    for other in (part, weight(3, 4, dtype=torch.bfloat16), weight(3, 5), weight(3, 4).data):
+        first = weight(3, 4)
+        places = first.data_ptr(), other.data_ptr()
+        bring_together([first, other])
+        assert (first.data_ptr(), other.data_ptr()) == places
+    first, second = weight(3, 4), weight(2, 4)
+    bring_together([first, second])
+    assert joined([first, second], 0).shape == (5, 4)
 
 
 def test_blocks_are_explained():

@@ -221,9 +221,7 @@ def test_a_norm_is_kept_where_pefts_dora_caching_asks_for_it_and_nowhere_else():
         logits(fused)
     assert all(caches)
     for leaf in ("self_attn.k_proj", "mlp.up_proj", "self_attn.o_proj"):
-        changes()["optimiser_step"](
-            fused.get_submodule(f"base_model.model.model.layers.0.{leaf}")
-        )
+        changes()["optimiser_step"](fused.get_submodule(f"base_model.model.model.layers.0.{leaf}"))
     changed = logits(fused)
     assert not any(caches), "a forward outside forgets what was kept, as PEFT's does"
     assert not torch.allclose(changed, expected, rtol=1e-3)

@@ -210,23 +210,30 @@ def _lora_qkv(sizes: Sizes, draw: Draw) -> Case:
 
 
 def _lora_swiglu_mlp(sizes: Sizes, draw: Draw) -> Case:
+    """Gate and up in one buffer, as ``accelerate`` puts them on a GPU."""
     K, N = sizes.K, sizes.N
     shapes = {"_gate": (N, K), "_up": (N, K), "_down": (K, N)}
     leaves = {"x": draw(sizes.M, K, trained=True)}
+    leaves |= {"weight_gate_up": draw.weight(2 * N, K), "weight_down": draw.weight(K, N)}
     for suffix, shape in shapes.items():
-        leaves[f"weight{suffix}"] = draw.weight(*shape)
         leaves |= draw.adapter(*shape, sizes.R, suffix)
 
+    def cut(t: Tensors) -> Tensors:
+        gate, up = t["weight_gate_up"].split(N)
+        return t | {"weight_gate": gate, "weight_up": up}
+
     def call(t: Tensors, backend: Any) -> Tensor:
-        weights = [t[f"weight{suffix}"] for suffix in shapes]
+        weights = [cut(t)[f"weight{suffix}"] for suffix in shapes]
         loras = [_lora(t, sizes, suffix, _SEED + i // 2) for i, suffix in enumerate(shapes)]
         return lora_swiglu_mlp(t["x"], weights, [None] * 3, loras, backend=backend)
 
     def plain(t: Tensors) -> Tensor:
+        t = cut(t)
         e, g = (_plain_linear(t, t["x"], sizes, suffix) for suffix in ("_gate", "_up"))
         return _plain_linear(t, F.silu(e) * g, sizes, "_down")
 
     def frozen(t: Tensors) -> Tensor:
+        t = cut(t)
         e, g = (F.linear(t["x"], t[f"weight{suffix}"]) for suffix in ("_gate", "_up"))
         return F.linear(F.silu(e) * g, t["weight_down"])
 

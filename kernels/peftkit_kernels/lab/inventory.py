@@ -121,10 +121,10 @@ def _lora_swiglu_mlp(rank: int, dtype: torch.dtype) -> None:
             for i, (N, K) in enumerate(sizes)
         ]
         arguments = compact([None] * 3, loras)
-        y, e, g, s = forward(x, weights, *arguments, act)
+        y, eg, s = forward(x, weights, *arguments, act)
         _, As, Bs, _, *numbers = arguments
         needs = True, [False, False], [True] * 3, [True] * 3
-        backward(y, weights, x, e, g, As, Bs, s, *numbers, act, *needs)
+        backward(y, weights, x, eg, As, Bs, s, *numbers, act, *needs)
 
 
 def _bottleneck(rank: int, dtype: torch.dtype) -> None:

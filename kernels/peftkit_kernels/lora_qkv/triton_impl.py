@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peftkit_kernels import remake
 from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.joined import joined
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.lora_linear.triton_impl import project
 from peftkit_kernels.low_rank import LoRA, cast, passes, rows
@@ -131,13 +132,19 @@ def backward(
     dB = reach(flat, ss, members_of(ds, loras, groups, 1), loras, needed, needs_x or needs_A)
     dx = add_updates(None, ds, loras, groups) if needs_x else None
     if needs_x:
-        for dy, weight in zip(flat, weights, strict=True):
-            if dy is not None:
-                W = cast(weight, dtype)
-                dx = dy @ W if dx is None else dx.addmm_(dy, W)
+        for dy, W in _products(flat, [cast(weight, dtype) for weight in weights]):
+            dx = dy @ W if dx is None else dx.addmm_(dy, W)
     dA = grads_of_a(rows(x), ds, loras, groups) if needs_A and x is not None else []
     grads = [*([] if dx is None else [unflatten(dx, present[0].shape)]), *dA]
     return grads + [grad for grad in dB if grad is not None]
+
+
+def _products(dys: Tensors, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What dx is the sum of; one product where gradients and weights each lie in one buffer."""
+    present = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if dy is not None]
+    left = joined([dy for dy, _ in present], 1)
+    right = None if left is None else joined([weight for _, weight in present], 0)
+    return present if left is None or right is None else [(left, right)]
 
 
 def reach(

@@ -1,4 +1,8 @@
-"""``lora_swiglu_mlp`` by Triton kernels around the library's GEMMs: two passes of the gate's own, and ``lora_qkv`` for gate and up."""
+"""``lora_swiglu_mlp`` by Triton kernels around the library's GEMMs: two passes of the gate's own, and ``lora_qkv`` for gate and up.
+
+Gate and up lie side by side in every ``[M, 2F]``. Where their weights do too (one above the other in one buffer), each of
+their products is one.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from torch import Tensor
 
 from peftkit_kernels import remake
 from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.joined import joined
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.lora_linear.triton_impl import project
 from peftkit_kernels.lora_qkv import triton_impl as qkv
@@ -35,8 +40,8 @@ def forward(
     ps: Sequence[float],
     seeds: Sequence[int],
     act: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """``y`` as ``lora_swiglu_mlp`` defines it, gate and up without their updates (``[M, F]``), and the ``drop(x) Aᵀ``.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``y`` as ``lora_swiglu_mlp`` defines it, gate and up without their updates (``[M, 2F]``), and the ``drop(x) Aᵀ``.
 
     The last are one a group of adapters of gate and up, and that of the down projection after them if it has one. Lists hold
     what is there, as in ``lora_qkv``.
@@ -47,15 +52,36 @@ def forward(
     bias = spread(biases, biased, 3)
     groups = group(loras[:DOWN])
     joint = shrink_groups(flat, loras[:DOWN], groups)
-    e, g = (linear(flat, weights[i], bias[i]) for i in range(DOWN))
-    h, s = gate_forward(e, g, members_of(joint, loras[:DOWN], groups, 1), loras, act)
+    eg = _gate_and_up(flat, weights[:DOWN], bias[:DOWN])
+    h, s = gate_forward(*_halves(eg), members_of(joint, loras[:DOWN], groups, 1), loras, act)
     down = loras[DOWN]
     if down is None or s is None:
-        return unflatten(linear(h, weights[DOWN], bias[DOWN]), x.shape), e, g, joint
+        return unflatten(linear(h, weights[DOWN], bias[DOWN]), x.shape), eg, joint
     shift = None if bias[DOWN] is None else cast(bias[DOWN], x.dtype)
     W, B = cast(weights[DOWN], x.dtype), cast(down.B, x.dtype)
     y = project(h, W, s, B, down.scale, bias=shift)
-    return unflatten(y, x.shape), e, g, [*joint, s]
+    return unflatten(y, x.shape), eg, [*joint, s]
+
+
+def _gate_and_up(x: Tensor, weights: Sequence[Tensor], biases: Tensors) -> Tensor:
+    """``x Wᵀ + bias`` of both, ``[M, 2F]``."""
+    weights = [cast(weight, x.dtype) for weight in weights]
+    shifts = [None if bias is None else cast(bias, x.dtype) for bias in biases]
+    out = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
+    parts = list(zip(weights, shifts, _halves(out), strict=True))
+    whole, there = joined(weights, 0), [shift for shift in shifts if shift is not None]
+    if whole is not None and len(there) != 1:
+        parts = [(whole, torch.cat(there) if there else None, out)]
+    for weight, shift, part in parts:
+        if shift is None:
+            torch.mm(x, weight.t(), out=part)
+        else:
+            torch.addmm(shift, x, weight.t(), out=part)
+    return out
+
+
+def _halves(eg: Tensor) -> Sequence[Tensor]:
+    return eg.split(eg.shape[1] // 2, 1)
 
 
 def _empty_outputs(
@@ -70,22 +96,21 @@ def _empty_outputs(
     ps: Sequence[float],
     seeds: Sequence[int],
     act: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     loras = _loras(As, Bs, adapted, scales, ps, seeds)
     M, F = x.shape[:-1].numel(), weights[0].shape[0]
     ranks = [rank_of(loras, members) for members in group(loras[:DOWN])]
     if loras[DOWN] is not None:
         ranks.append(rank_of(loras, [DOWN]))
     y = x.new_empty(*x.shape[:-1], weights[DOWN].shape[0])
-    return y, x.new_empty(M, F), x.new_empty(M, F), [x.new_empty(M, rank) for rank in ranks]
+    return y, x.new_empty(M, 2 * F), [x.new_empty(M, rank) for rank in ranks]
 
 
 def backward(
     dy: Tensor,
     weights: Sequence[Tensor],
     x: Tensor | None,
-    e: Tensor | None,
-    g: Tensor | None,
+    eg: Tensor | None,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     s: Tensors,
@@ -107,7 +132,7 @@ def backward(
     wanted = needs_x, needs_bias, needs_A, needs_B
     numbers = adapted, scales, ps, seeds
     if not dy.numel():
-        grads = _like_grads(dy, weights, x, e, g, As, Bs, s, *numbers, act, *wanted)
+        grads = _like_grads(dy, weights, x, eg, As, Bs, s, *numbers, act, *wanted)
         return [grad.zero_() for grad in grads]
     flat, loras = rows(dy), _loras(As, Bs, *numbers)
     outer, groups, down = sum(i < DOWN for i in adapted), group(loras[:DOWN]), loras[DOWN]
@@ -119,7 +144,8 @@ def backward(
         needs_ds = needs_outer or needs_dA
         (dB,) = qkv.reach([flat], s[-1:], [ds], [down], needs_B[outer:], needs_ds)
     found: list[Tensor] = []
-    if e is not None and g is not None:
+    if eg is not None:
+        e, g = _halves(eg)
         joint = s[: len(groups)]
         ss = members_of(joint, loras[:DOWN], groups, 1)
         if needs_outer:
@@ -144,8 +170,7 @@ def _like_grads(
     dy: Tensor,
     weights: Sequence[Tensor],
     x: Tensor | None,
-    e: Tensor | None,
-    g: Tensor | None,
+    eg: Tensor | None,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     s: Tensors,
@@ -190,20 +215,20 @@ lora_swiglu_mlp_triton = torch.library.custom_op(
     forward,
     mutates_args=(),
     schema="(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
-    f" {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor[])",
+    f" {_NUMBERS}) -> (Tensor, Tensor, Tensor[])",
 )
 _backward_op = torch.library.custom_op(
     "peftkit::lora_swiglu_mlp_backward",
     backward,
     mutates_args=(),
-    schema="(Tensor dy, Tensor[] weights, Tensor? x, Tensor? e, Tensor? g, Tensor[] As, Tensor[] Bs, Tensor?[] s,"
+    schema="(Tensor dy, Tensor[] weights, Tensor? x, Tensor? eg, Tensor[] As, Tensor[] Bs, Tensor?[] s,"
     f" {_NUMBERS}, bool needs_x, bool[] needs_bias, bool[] needs_A, bool[] needs_B) -> Tensor[]",
 )
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weights, biases, As, Bs, biased, *numbers = inputs
-    _, e, g, s = output
+    _, eg, s = output
     outer = sum(i < DOWN for i in numbers[0])
     trained = [
         *As[:outer],
@@ -213,12 +238,12 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     needs_gate = x.requires_grad or any(t.requires_grad for t in (*trained, *As[outer:]))
     needs_down = any(B.requires_grad for B in Bs[outer:])
     groups = len(s) - len(As[outer:])
-    kept = [t if needs_gate else None for t in (e, g, *s[:groups])]
+    kept = [t if needs_gate else None for t in (eg, *s[:groups])]
     kept += [t if needs_down else None for t in s[groups:]]
     ctx.make_x, x_parts = remake.kept(x, any(A.requires_grad for A in As[:outer]))
     ctx.save_for_backward(*weights, *As, *Bs, *kept, *x_parts)
     ctx.counts, ctx.biased, ctx.numbers = (len(As), len(kept)), biased, numbers
-    ctx.mark_non_differentiable(e, g, *s)
+    ctx.mark_non_differentiable(eg, *s)
     ctx.set_materialize_grads(False)
 
 
@@ -227,14 +252,14 @@ def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     adapters, count = ctx.counts
     adapted = ctx.numbers[0]
     weights, As, Bs, kept, x_parts = split(ctx.saved_tensors, 3, adapters, adapters, count)
-    e, g, s = kept[0], kept[1], kept[2:]
+    eg, s = kept[0], kept[1:]
     needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
     bias = spread(needs_bias, ctx.biased, 3)
     wanted = needs_x, [bool(needed) for needed in bias[:DOWN]], list(needs_A), list(needs_B)
     grads: list[Tensor] = []
     if needs_x or any((*wanted[1], *needs_A, *needs_B)):
         x = remake.again(ctx.make_x, x_parts)
-        grads = list(_backward_op(dy, weights, x, e, g, As, Bs, s, *ctx.numbers, *wanted))
+        grads = list(_backward_op(dy, weights, x, eg, As, Bs, s, *ctx.numbers, *wanted))
     dx = grads.pop(0) if needs_x else None
     dbias: list[Tensor | None] = [grads.pop(0) if needed else None for needed in wanted[1]]
     dbias.append(rows(dy).sum(0) if bias[DOWN] else None)
