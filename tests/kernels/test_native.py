@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lora_cases import activation, activation_and_slope
 
 from peftkit_kernels import native
-from peftkit_kernels.frozen_norm import rms_norm_reference
+from peftkit_kernels.frozen_norm import layer_norm_reference, rms_norm_reference
 from peftkit_kernels.native import build
 from peftkit_kernels.testing import Bound, assert_no_worse_than
 
@@ -72,6 +72,27 @@ def test_rms_norm_and_its_gradient(shape, offset):
 
 
 @needs_library
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_layer_norm_and_its_gradient(shape, biased):
+    x, dy, weight, bias = tensors(shape, shape, *[shape[-1:]] * 2)
+    x += 3.0  # not centred to begin with
+
+    def by_autograd(dtype):
+        leaf, shift = x.to(dtype).requires_grad_(), bias.to(dtype) if biased else None
+        y = layer_norm_reference(leaf, weight.to(dtype), shift, 1e-2)
+        return y.detach(), torch.autograd.grad(y, leaf, dy.to(dtype))[0]
+
+    y, mean, rstd = native.layer_norm(x, weight, bias if biased else None, 1e-2)
+    dx = native.layer_norm_backward(dy, x, weight, mean, rstd)
+    assert mean.shape == rstd.shape == (shape[0], 1)
+    for name, *values in zip(
+        ("y", "dx"), (y, dx), by_autograd(torch.float32), by_autograd(torch.float64), strict=True
+    ):
+        assert_no_worse_than(*values, name)
+
+
+@needs_library
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.05)])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 64), (17, 1001)], ids=str)
 def test_cross_entropy_and_its_gradient(shape, smoothing, z_loss):
@@ -104,7 +125,10 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         y, rstd = native.rms_norm(x, weight, 1e-5, 0.0)
+        z, *statistics = native.layer_norm(x, weight, weight, 1e-5)
         values = (
+            z,
+            native.layer_norm_backward(dy, x, weight, *statistics),
             *native.gate_backward(dy.clone(), x, y, "silu"),
             native.rms_norm_backward(dy, x, weight, rstd, 0.0),
             native.dropout(x, 6554, 1.1, 2**40),

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lora_cases import LAYOUTS, draw
+from norm_cases import EPS, KINDS, RMS, apply, bounds, make
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, watched
 
 from peftkit_kernels.frozen_norm import (
@@ -16,65 +17,15 @@ from peftkit_kernels.frozen_norm.config import MAX_WIDTH, NormConfig
 from peftkit_kernels.lab.eager import EagerTraffic
 from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.testing import Bound, kept_for_backward
+from peftkit_kernels.testing import kept_for_backward
 
-EPS = 1e-5
-RSQRT_ULPS = 2.0
-"""Error of the GPU's approximation, CUDA C++ Programming Guide, table of intrinsic functions."""
-RMS = {"llama": (0.0, True), "gemma": (1.0, False), "both": (1.0, True)}
-"""Offset and whether the normalised value is rounded before the weight."""
-KINDS = (*RMS, "layer", "layer_no_bias")
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def make(shape=(17, 33), dtype=torch.float32, layout="contiguous", weight_dtype=None):
-    """``x``, weight, bias and the gradient of the output."""
-    generator = torch.Generator().manual_seed(0)
-    x = draw(shape, dtype, generator, layout).requires_grad_()
-    weight, bias = (draw(shape[-1:], weight_dtype or dtype, generator) for _ in range(2))
-    return x, weight, bias, draw(shape, dtype, generator, layout)
-
-
-def apply(kind, x, weight, bias, **options):
-    options = {"backend": "triton"} | options
-    if kind in RMS:
-        offset, round_first = RMS[kind]
-        return frozen_rms_norm(x, weight, EPS, offset=offset, round_first=round_first, **options)
-    return frozen_layer_norm(x, weight, bias if kind == "layer" else None, EPS, **options)
-
-
-def bounds(kind, x, weight, bias, dy):
-    """Bounds on the output and the input gradient, in the kernels' roundings."""
-    rows, K, dtype = Bound.of(x.reshape(-1, x.shape[-1])), x.shape[-1], x.dtype
-    offset, round_first = RMS.get(kind, (0.0, False))
-    centred = rows if kind in RMS else rows - rows.sum(1, keepdim=True) * (1 / K)
-    eps = Bound.of(torch.tensor([EPS], dtype=torch.float64)).round(torch.float32)
-    square = (centred * centred).sum(1, keepdim=True) * (1 / K)
-    square = square + Bound(eps.value, eps.error, rows.unit)
-    # the derivative of v^(-1/2), where it is largest within the error
-    steepest = 0.5 * (square.value - square.error).pow(-1.5)
-    rstd = square.map(torch.rsqrt, steepest, RSQRT_ULPS)
-    n = centred * rstd
-    factor = Bound.of(weight)
-    if offset:
-        one = torch.tensor([offset], dtype=torch.float64)
-        factor = factor + Bound(one, torch.zeros_like(one), rows.unit)
-    y = n.round(dtype) * factor.round(weight.dtype) if round_first else n * factor
-    if kind == "layer":
-        y = y + Bound.of(bias)
-
-    u = Bound.of(dy.reshape(-1, K)) * factor
-    dx = u - n * ((u * n).sum(1, keepdim=True) * (1 / K))
-    if kind not in RMS:
-        dx = dx - u.sum(1, keepdim=True) * (1 / K)
-    out = torch.promote_types(dtype, weight.dtype) if round_first else dtype
-    return y.round(out).reshape(*x.shape), (dx * rstd).round(dtype).reshape(*x.shape)
 
 
 def check(kind, x, weight, bias, dy, **watch):
     """Run one case, watched, and compare all of it; returns the launches."""
     with watched(**watch) as traffic:
-        y = apply(kind, x, weight, bias)
+        y = apply(kind, x, weight, bias, backend="triton")
         (dx,) = torch.autograd.grad(y, x, dy.to(y.dtype))
     assert dx.dtype == x.dtype
     for name, value, bound in zip("yx", (y, dx), bounds(kind, x, weight, bias, dy), strict=True):
@@ -109,7 +60,9 @@ def test_weight_of_a_wider_dtype(dtype, kind):
     x, weight, bias, dy = make(dtype=dtype, weight_dtype=torch.float32)
     check(kind, x, weight, bias, dy)
     wide = kind in RMS and RMS[kind][1]
-    assert apply(kind, x, weight, bias).dtype == (torch.float32 if wide else dtype)
+    assert apply(kind, x, weight, bias, backend="triton").dtype == (
+        torch.float32 if wide else dtype
+    )
 
 
 @every_kind
@@ -152,7 +105,7 @@ def test_results_do_not_depend_on_the_order_of_programs(kind):
     x, weight, bias, dy = make((130, 33), torch.bfloat16)
 
     def run():
-        y = apply(kind, x, weight, bias)
+        y = apply(kind, x, weight, bias, backend="triton")
         return y.detach(), *torch.autograd.grad(y, x, dy)
 
     assert_same_bits_in_any_order(run)
@@ -163,7 +116,7 @@ def test_results_do_not_depend_on_the_order_of_programs(kind):
 def test_keeps_x_and_one_or_two_numbers_a_row(kind, dtype):
     x, weight, bias, _ = make(dtype=dtype)
     with kept_for_backward(weight, bias) as kept:
-        y = apply(kind, x, weight, bias)
+        y = apply(kind, x, weight, bias, backend="triton")
     assert y.requires_grad
     assert kept.total_bytes == 17 * (33 * dtype.itemsize + 4 * (1 if kind in RMS else 2))
 
@@ -175,7 +128,7 @@ def test_what_it_makes_is_made_again_rather_than_kept(kind):
     lora = LoRA(A.clone().requires_grad_(), B.clone().requires_grad_(), 0.5)
     gradients = []
     for again in (True, False):
-        y = apply(kind, x, weight, bias)
+        y = apply(kind, x, weight, bias, backend="triton")
         y = y if again else y * 1
         with kept_for_backward(frozen, lora.A, lora.B, weight, bias) as kept:
             z = lora_linear(y, frozen, None, lora)
@@ -219,7 +172,7 @@ def test_agrees_with_torchs_own(kind):
         own = F.layer_norm(x, (64,), weight, bias, EPS)
     exact, _ = bounds(kind, x, weight, bias, x)
     exact.check(own, "torch's")
-    exact.check(apply(kind, x, weight, bias), "the kernel's")
+    exact.check(apply(kind, x, weight, bias, backend="triton"), "the kernel's")
 
 
 def test_opcheck():

@@ -13,6 +13,7 @@ from peftkit_kernels.frozen_norm.reference import layer_norm_reference, rms_norm
 from peftkit_kernels.frozen_norm.torch_impl import (
     FrozenLayerNorm,
     FrozenRMSNorm,
+    layer_norm_forward,
     rms_norm_forward,
 )
 from peftkit_kernels.frozen_norm.triton_impl import (
@@ -88,18 +89,15 @@ def frozen_layer_norm(
     chosen = _choose("frozen_layer_norm", backend, x, weight, bias)
     if chosen == "reference":
         return layer_norm_reference(x, weight, bias, eps)
-    on_triton = chosen == "triton"
-    if on_triton:
-        y = frozen_layer_norm_triton(x, weight, bias, eps)[0]
+    if chosen == "triton":
+        forward, y = layer_forward, frozen_layer_norm_triton(x, weight, bias, eps)[0]
     else:
-        y = run(FrozenLayerNorm, x, weight, bias, eps)
+        forward, y = layer_norm_forward, run(FrozenLayerNorm, x, weight, bias, eps)
     if torch.compiler.is_compiling():
         return y
 
     def make(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if on_triton:
-            return layer_forward(x, weight, bias, eps)[0]
-        return layer_norm_reference(x, weight, bias, eps)
+        return forward(x, weight, bias, eps)[0]
 
     return remake.mark(y, make, x, weight, bias)
 

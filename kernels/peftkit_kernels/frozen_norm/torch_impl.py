@@ -50,12 +50,21 @@ class FrozenRMSNorm(torch.autograd.Function):
         return u.sub_(wide * correction).mul_(rstd).to(x.dtype), None, None, None, None
 
 
+def layer_norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised ``x``, its mean and ``rsqrt(var + eps)``, ``[..., 1]``; as ``layer_norm_reference``."""
+    if native.takes(x, weight, *(() if bias is None else (bias,))):
+        return native.layer_norm(x, weight, bias, eps)
+    return torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
 class FrozenLayerNorm(torch.autograd.Function):
     """With ``n = (x - mean) r`` and ``u = dy ∘ w``: ``dx = r (u - mean(u) - n mean(u ∘ n))``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
+        y, mean, rstd = layer_norm_forward(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 
@@ -63,7 +72,10 @@ class FrozenLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
+        dy = dy.contiguous()
+        if native.takes(x, weight, dy):
+            return native.layer_norm_backward(dy, x, weight, mean, rstd), None, None, None
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dy.contiguous(), x, (x.shape[-1],), mean, rstd, weight, None, [True, False, False]
+            dy, x, (x.shape[-1],), mean, rstd, weight, None, [True, False, False]
         )
         return dx, None, None, None

@@ -33,6 +33,8 @@ _SIGNATURES = {
     "pk_gate_backward": (*[_POINTER] * 5, _INT64, _INT, _INT),
     "pk_rms_norm": (*[_POINTER] * 4, _INT64, _INT64, _FLOAT, _FLOAT, _INT),
     "pk_rms_norm_backward": (*[_POINTER] * 5, _INT64, _INT64, _FLOAT, _INT),
+    "pk_layer_norm": (*[_POINTER] * 6, _INT64, _INT64, _FLOAT, _INT),
+    "pk_layer_norm_backward": (*[_POINTER] * 6, _INT64, _INT64, _INT),
     "pk_updated_norm": (*[_POINTER] * 4, *[_INT64] * 3, _FLOAT, _INT),
     "pk_scale_backward": (*[_POINTER] * 5, _INT64, _INT64, _INT),
     "pk_scaled_gate": (*[_POINTER] * 7, _INT64, _INT64, _INT, _INT),
@@ -121,6 +123,24 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offse
     """``dx`` of ``rms_norm``."""
     dx = torch.empty_like(x)
     _call("pk_rms_norm_backward", dy, x, weight, rstd, dx, rstd.numel(), x.shape[-1], offset)
+    return dx
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(y, mean, rstd)`` for ``x [..., K]``; the last two are ``[..., 1]``."""
+    y, (mean, rstd) = torch.empty_like(x), x.new_empty(2, *x.shape[:-1], 1)
+    _call("pk_layer_norm", x, weight, bias, y, mean, rstd, rstd.numel(), x.shape[-1], eps)
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    """``dx`` of ``layer_norm``."""
+    dx = torch.empty_like(x)
+    _call("pk_layer_norm_backward", dy, x, weight, mean, rstd, dx, rstd.numel(), x.shape[-1])
     return dx
 
 

@@ -76,6 +76,51 @@ void pk_rms_norm_backward(const float *restrict dy, const float *restrict x, con
   }
 }
 
+/* y = (x - mean) r w + bias with r = 1 / sqrt(var + eps), the variance that of the centred row; bias may be null */
+void pk_layer_norm(const float *restrict x, const float *restrict w, const float *restrict bias, float *restrict y,
+                   float *restrict mean, float *restrict rstd, int64_t rows, int64_t width, float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t m = 0; m < rows; m++) {
+    const float *xm = x + m * width;
+    float *ym = y + m * width, sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < width; k++) sum += xm[k];
+    float middle = sum / (float)width;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t k = 0; k < width; k++) squares += (xm[k] - middle) * (xm[k] - middle);
+    float r = 1.0f / sqrtf(squares / (float)width + eps);
+    mean[m] = middle;
+    rstd[m] = r;
+    if (bias) {
+#pragma omp simd
+      for (int64_t k = 0; k < width; k++) ym[k] = (xm[k] - middle) * r * w[k] + bias[k];
+    } else {
+#pragma omp simd
+      for (int64_t k = 0; k < width; k++) ym[k] = (xm[k] - middle) * r * w[k];
+    }
+  }
+}
+
+/* dx = r (u - mean(u) - n mean(u n)) with n = (x - mean) r and u = dy w */
+void pk_layer_norm_backward(const float *restrict dy, const float *restrict x, const float *restrict w,
+                            const float *restrict mean, const float *restrict rstd, float *restrict dx, int64_t rows,
+                            int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t m = 0; m < rows; m++) {
+    const float *xm = x + m * width, *gm = dy + m * width;
+    float *dm = dx + m * width, sum = 0.0f, products = 0.0f, middle = mean[m], r = rstd[m];
+#pragma omp simd reduction(+ : sum, products)
+    for (int64_t k = 0; k < width; k++) {
+      float u = gm[k] * w[k];
+      sum += u;
+      products += u * ((xm[k] - middle) * r);
+    }
+    float shift = sum / (float)width, slope = products / (float)width * r;
+#pragma omp simd
+    for (int64_t k = 0; k < width; k++) dm[k] = r * (gm[k] * w[k] - shift - (xm[k] - middle) * slope);
+  }
+}
+
 /* Cross entropy of rows of logits against one target each; z becomes the gradient of the loss by the logits, times
  * grad_scale. A target outside [0, width) gives loss 0 and gradient 0. */
 void pk_cross_entropy(float *restrict z, const int64_t *restrict target, float *restrict loss, float *restrict lse,
