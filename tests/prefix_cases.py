@@ -11,6 +11,7 @@ SHAPES = {
     # B, H, H_kv, S, T, P, D
     "native": (2, 2, 2, 64, 64, 16, 32),
     "native, grouped heads, ragged": (2, 6, 2, 70, 70, 5, 64),
+    "native, prefix of two blocks": (1, 4, 2, 33, 33, 70, 32),
     "one query": (2, 4, 2, 1, 33, 7, 32),
     "odd head size": (2, 4, 4, 17, 17, 3, 7),
     "odd head size, grouped heads": (1, 4, 2, 5, 20, 2, 12),

@@ -196,7 +196,7 @@ def test_adapters_of_a_bf16_base_are_float32_and_as_near_as_plain_torch(method, 
 
 
 FUSED_BOTTLENECK = ("bottleneck", "fused:torch", "")
-GATED = ("prefix", "torch", "a softmax of its own, added to the model's attention")
+GATED = ("prefix", "torch", "a softmax of its own, added to the model's: its attention is sdpa")
 PARALLEL = ("bottleneck", "torch", "it reads the MLP's input and adds to its output")
 EXPLAINED = {
     "LoRA": set(),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkit.attention import IMPLEMENTATION as NATIVE
+from peftkit_kernels.attention import native_obstacle
 from peftkit_kernels.dispatch import triton_obstacle
 from peftkit_kernels.prefix_attention import prefix_attention as merged_attention
 from peftkit_kernels.prefix_attention.flash import Pass
@@ -18,7 +20,7 @@ IMPLEMENTATION = "peftkit_prefix"
 RECORD = "_peftkit_record"
 """Name under which an attention module keeps a list while the keys and values of a text are recorded."""
 
-_SDPA = ("sdpa", "peftkit_sdpa")
+_SDPA = ("sdpa", NATIVE)
 _SHARED_SOFTMAX = (*_SDPA, "eager")
 """Functions that take any mask; the others mask by lengths or windows, which would also hide the prefix."""
 
@@ -39,7 +41,7 @@ def prefix_attention(
 
     Prefixes that share the tokens' softmax are one ``peftkit_kernels.prefix_attention`` with the keys where they lie; where
     ``obstacle`` gives a reason against it they are joined to the keys, for the function that the model's config names.
-    What prefixes with a gate attend to is added to the result of either.
+    What prefixes with a gate attend to is added to the result of either, by the same passes where there is one such prefix alone.
 
     Raises:
         NotImplementedError: A prefix without a gate meets a function whose masks would hide it.
@@ -60,22 +62,34 @@ def prefix_attention(
 
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    before, extra = site(query, key, scale, kwargs.get("softcap"))
-    if before is None:
-        output, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
-    else:
-        reason = obstacle(name, query, key, value, attention_mask, *args, **kwargs)
-        if not torch.compiler.is_compiling():
-            site.joined_because = reason or ""
+    before, gated = site(query, key)
+    arguments = query, key, value, attention_mask
+    causal = _hides_later_tokens(module, query, attention_mask, kwargs)
+    if before is None and len(gated) == 1:
+        reason = gated_obstacle(name, causal, *arguments, *args, **kwargs)
+        if query.shape[2] > 1:
+            site.note(reason)
         if reason is None:
-            causal = _hides_later_tokens(module, query, attention_mask, kwargs)
+            (prefix,) = gated
+            opened = torch.tanh(prefix.gate)
+            part = prefix.key, prefix.value
+            return _merged(query, key, value, part, attention_mask, causal, scale, opened), None
+    if before is None:
+        output, weights = function(module, *arguments, *args, **kwargs)
+    else:
+        reason = obstacle(name, *arguments, *args, **kwargs)
+        site.note(reason)
+        if reason is None:
             output = _merged(query, key, value, before, attention_mask, causal, scale)
             weights = None
         else:
             output, weights = _joined(
                 function, module, name, query, key, value, before, attention_mask, args, kwargs
             )
-    return output if extra is None else output + extra, weights
+    for prefix in gated:
+        pk, pv = prefix.key.to(query.dtype), prefix.value.to(query.dtype)
+        output = output + gated_attention(query, pk, pv, prefix.gate, scale, kwargs.get("softcap"))
+    return output, weights
 
 
 def obstacle(
@@ -104,6 +118,38 @@ def obstacle(
     if mask is not None and (mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[1] != 1):
         return f"its mask is {mask.dtype} {tuple(mask.shape)}, not bool with one head"
     return Pass(1.0, mask=mask).obstacle(query)
+
+
+def gated_obstacle(
+    name: str | None,
+    causal: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> str | None:
+    """Why the tokens and a prefix with a gate cannot be one pass in this call, as a sentence, or ``None``.
+
+    It has to be the pass that would run without a prefix, so that a closed gate changes no bit.
+    """
+    reason = standing_gated_obstacle(name, query) or obstacle(
+        name, query, key, value, mask, *args, **kwargs
+    )
+    if reason is None and causal and query.shape[2] != key.shape[2]:
+        return f"{query.shape[2]} queries of {key.shape[2]} tokens"
+    if reason is None and not Pass(1.0, mask=mask).is_native(query, key, value):
+        return "the native passes do not take its queries or mask"
+    return reason
+
+
+def standing_gated_obstacle(name: str | None, like: Tensor) -> str | None:
+    """The part of ``gated_obstacle`` that is known without a call; ``like`` as keys, with or without an axis for sequences."""
+    if name != NATIVE:
+        return f"its attention is {name}"
+    like = like[None] if like.dim() == 3 else like
+    return native_obstacle(like, like, like, None)
 
 
 def standing_obstacle(name: str | None, like: Tensor) -> str | None:
@@ -159,6 +205,7 @@ def _merged(
     mask: Tensor | None,
     causal: bool,
     scale: float,
+    gate: Tensor | None = None,
 ) -> Tensor:
     queries, tokens = query.shape[2], key.shape[2]
     if causal and tokens > queries:
@@ -172,7 +219,9 @@ def _merged(
         query = query.reshape(batch, key.shape[1], -1, size)
     if mask is not None:
         mask = mask.expand(batch, 1, query.shape[2], tokens)
-    output = merged_attention(query, key, value, *before, scale, causal=causal, mask=mask)
+    output = merged_attention(
+        query, key, value, *before, scale, causal=causal, mask=mask, gate=gate
+    )
     return output.transpose(1, 2).reshape(batch, 1, heads, size) if queries == 1 else output
 
 

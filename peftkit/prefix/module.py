@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.own_attention import OwnAttention
-from peftkit.prefix.attention import IMPLEMENTATION, OP, gated_attention, standing_obstacle
+from peftkit.prefix.attention import (
+    IMPLEMENTATION,
+    OP,
+    standing_gated_obstacle,
+    standing_obstacle,
+)
 from peftkit_kernels.dispatch import choose_backend
 
 CHILD = "kv_prefix"
@@ -55,8 +60,8 @@ class PrefixSite(nn.Module):
     """Child of an attention module; one prefix a name, all in use.
 
     Attributes:
-        joined_because: Why the last call put the prefix in front of the keys instead of merging two passes; empty where it
-            merged them, ``None`` before the first call.
+        joined_because: Why the last call did not merge the passes over prefix and tokens; empty where it did, ``None`` before the
+            first call.
         owner: The attention module, in a tuple, so that it is not taken for a child.
     """
 
@@ -74,51 +79,52 @@ class PrefixSite(nn.Module):
 
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path of the last call, or of the next one as far as it can be told, and the reason where it is not fused."""
-        if any(prefix.gate is not None for prefix in self.chosen()):
-            return "torch", "a softmax of its own, added to the model's attention"
-        reason, keys = self.joined_because, [prefix.key for prefix in self.chosen()]
+        reason, chosen = self.joined_because, self.chosen()
+        gated = any(prefix.gate is not None for prefix in chosen)
+        keys = [prefix.key for prefix in chosen]
         if reason is None and self.owner and keys:
             (module,) = self.owner
-            reason = standing_obstacle(module.peftkit_function(), keys[0])
+            standing = standing_gated_obstacle if gated else standing_obstacle
+            reason = standing(module.peftkit_function(), keys[0])
+        if gated and len(chosen) > 1:
+            reason = f"{len(chosen)} prefixes are active"
         if reason:
-            return "torch", f"in front of the keys: {reason}"
+            how = "a softmax of its own, added to the model's" if gated else "in front of the keys"
+            return "torch", f"{how}: {reason}"
         return f"fused:{choose_backend(OP, 'auto', *keys, has_dot=False)}", ""
 
+    def note(self, reason: str | None) -> None:
+        """Keep why a call did not merge the passes, for ``peftkit_verdict``."""
+        if not torch.compiler.is_compiling():
+            self.joined_because = reason or ""
+
     def forward(
-        self, query: Tensor, key: Tensor, scale: float, softcap: float | None
-    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-        """Collect the prefixes without a gate, and compute the attention of those with one.
+        self, query: Tensor, key: Tensor
+    ) -> tuple[tuple[Tensor, Tensor] | None, list[Prefix]]:
+        """Collect the prefixes, those without a gate one behind the other.
 
         Args:
             query: ``[B, H, S, D]``.
             key: ``[B, H_kv, T, D]``.
-            scale: Factor on the scores.
-            softcap: Bound on the scores, for models that have one.
 
         Returns:
-            Keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of those without a gate, and ``[B, S, H, D_v]``, what those
-            with one add; each ``None`` where there are none.
+            Keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of those without a gate, or ``None``; and those with one.
 
         Raises:
             ValueError: A prefix is not of the shape of the keys.
         """
-        keys, values, extra = [], [], None
+        shared, gated = [], []
         for prefix in self.chosen():
             if prefix.key.shape[0] != key.shape[1] or prefix.key.shape[2] != key.shape[3]:
                 raise ValueError(
                     f"the prefix has {prefix.key.shape[0]} heads of {prefix.key.shape[2]} features, the keys of this attention "
                     f"{key.shape[1]} of {key.shape[3]}; leave the module out by exclude_modules"
                 )
-            if prefix.gate is None:
-                keys.append(prefix.key)
-                values.append(prefix.value)
-            else:
-                pk, pv = prefix.key.to(query.dtype), prefix.value.to(query.dtype)
-                part = gated_attention(query, pk, pv, prefix.gate, scale, softcap)
-                extra = part if extra is None else extra + part
-        if len(keys) > 1:
+            (shared if prefix.gate is None else gated).append(prefix)
+        keys, values = [p.key for p in shared], [p.value for p in shared]
+        if len(shared) > 1:
             keys, values = [torch.cat(keys, 1)], [torch.cat(values, 1)]
-        return ((keys[0], values[0]) if keys else None), extra
+        return ((keys[0], values[0]) if shared else None), gated
 
 
 class PrefixAttention(OwnAttention):

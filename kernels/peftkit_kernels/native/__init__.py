@@ -41,7 +41,7 @@ _SIGNATURES = {
     "pk_scaled_gate_backward": (*[_POINTER] * 10, _INT64, _INT64, _INT, _INT),
     "pk_cross_entropy": (*[_POINTER] * 4, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, _INT),
     "pk_attention": (_POINTER,) * 8,
-    "pk_attention_backward": (_POINTER,) * 14,
+    "pk_attention_backward": (_POINTER,) * 15,
     "pk_dropout": (*[_POINTER] * 2, _INT64, _INT64, _INT64, _FLOAT, _INT64, _INT),
     "pk_quantize_rows": (*[_POINTER] * 4, _INT64, _INT64, _INT),
     "pk_int8_epilogue": (*[_POINTER] * 7, *[_INT64] * 3, _INT),
@@ -71,6 +71,7 @@ class _Problem(ctypes.Structure):
         ("mask_batch", _INT64),
         ("mask_query", _INT64),
         ("prefix", _INT64),
+        ("gate", _POINTER),
     )
 
 
@@ -292,6 +293,7 @@ def attention(
     causal: bool,
     mask: Tensor | None,
     prefix: tuple[Tensor, Tensor] | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale q kᵀ) v`` and the log-sum-exp of every row of scores.
 
@@ -303,13 +305,15 @@ def attention(
         causal: Query ``i`` sees keys up to ``i``.
         mask: ``Bool[B, 1, S, T]``, true where a query may see a key; keys contiguous.
         prefix: Keys and values ``[H_kv, P, D]`` that every query sees besides, features contiguous.
+        gate: ``Float32[H]``, contiguous: the prefix has a softmax of its own and this share in the output.
 
     Returns:
-        ``[B, S, H, D]``, contiguous (a query that sees nothing gives 0), and ``[B, H, S]``.
+        ``[B, S, H, D]``, contiguous (a query that sees nothing gives 0), and ``[B, H, S]``; with a gate ``[2, B, H, S]``, that of
+        the keys and that of the prefix.
     """
     B, H, S, D = q.shape
-    out, lse = q.new_empty(B, S, H, D), q.new_empty(B, H, S)
-    problem = _problem(q, k, scale, causal, mask, prefix)
+    out, lse = q.new_empty(B, S, H, D), q.new_empty(*(() if gate is None else (2,)), B, H, S)
+    problem = _problem(q, k, scale, causal, mask, prefix, gate)
     tensors = [_tensor4(t) for t in (q, k, v, *(prefix or (None, None)), out.transpose(1, 2))]
     _run("pk_attention", problem, *tensors, lse.data_ptr())
     return out, lse
@@ -326,19 +330,22 @@ def attention_backward(
     causal: bool,
     mask: Tensor | None,
     prefix: tuple[Tensor, Tensor] | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """``(dq, dk, dv)`` of ``attention``, in the layouts of ``q``, ``k`` and ``v``; ``dout`` and ``out`` are ``[B, S, H, D]``.
 
-    With a prefix also its two gradients, a part for each sequence: ``[B, H_kv, P, D]``.
+    With a prefix also its two gradients, and with a gate that of it, a part for each sequence: ``[B, H_kv, P, D]`` and ``[B, H]``.
     """
     grads = [torch.empty_like(t) for t in (q, k, v)]
     grads += [t.new_empty(q.shape[0], *t.shape) for t in prefix or ()]
-    problem = _problem(q, k, scale, causal, mask, prefix)
+    dgate = [] if gate is None else [gate.new_empty(q.shape[:2])]
+    problem = _problem(q, k, scale, causal, mask, prefix, gate)
     own = prefix or (None, None)
     before = [_tensor4(t) for t in (dout.transpose(1, 2), q, k, v, *own, out.transpose(1, 2))]
     after = [_tensor4(t) for t in (*grads, None, None)[:5]]
-    _run("pk_attention_backward", problem, *before, lse.data_ptr(), *after)
-    return tuple(grads)
+    pointer = dgate[0].data_ptr() if dgate else None
+    _run("pk_attention_backward", problem, *before, lse.data_ptr(), *after, pointer)
+    return *grads, *dgate
 
 
 def _tensor4(t: Tensor | None) -> _Tensor4 | None:
@@ -356,13 +363,14 @@ def _problem(
     causal: bool,
     mask: Tensor | None,
     prefix: tuple[Tensor, Tensor] | None,
+    gate: Tensor | None,
 ) -> _Problem:
     B, H, S, D = q.shape
     strides = (None, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0), mask.stride(2))
     before = 0 if prefix is None else prefix[0].shape[1]
     return _Problem(
         *(B, H, k.shape[1], S, k.shape[2], D, scale, causal, torch.get_num_threads()),
-        *(*strides, before),
+        *(*strides, before, None if gate is None else gate.data_ptr()),
     )
 
 

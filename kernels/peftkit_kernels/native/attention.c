@@ -32,6 +32,7 @@ typedef struct {
   const uint8_t *mask; /* 1 where a query may see a key, or NULL */
   int64_t mask_batch, mask_query;
   int64_t prefix; /* keys before the others that every query sees, numbered -prefix .. -1 */
+  const float *gate; /* by head: the prefix has a softmax of its own, and this share in the output; or NULL */
 } problem;
 
 static inline float *rows_of(tensor4 t, int64_t b, int64_t h, int64_t start) {
@@ -114,10 +115,72 @@ static inline float *key_rows_of(const problem *p, const tensor4 *prefix, const 
   return j0 < 0 ? rows_of(*prefix, b, h, p->prefix + j0) : rows_of(*others, b, h, j0);
 }
 
-/* Returns 0, or 1 where there is no memory for the work space. lse is [batches, heads, queries]. */
+/* o, top and sum of the online softmax of a block of queries over the keys from .. to - 1; s is work space. */
+static void attend(const problem *p, const tensor4 *k, const tensor4 *v, const tensor4 *prefix_k,
+                   const tensor4 *prefix_v, int64_t b, int64_t h, int64_t first, int64_t count, int64_t from, int64_t to,
+                   const float *qt, float *s, float *o, float *top, float *sum) {
+  int64_t D = p->features, kh = h / (p->heads / p->key_heads);
+  float shrink[BLOCK];
+  for (int64_t i = 0; i < BLOCK; i++) top[i] = -INFINITY, sum[i] = 0.0f;
+  memset(o, 0, (size_t)(BLOCK * D) * sizeof(float));
+  for (int64_t j0 = from, keys; j0 < to; j0 += keys) {
+    const tensor4 *ks = j0 < 0 ? prefix_k : k, *vs = j0 < 0 ? prefix_v : v;
+    keys = block_keys(j0, to);
+    multiply(key_rows_of(p, prefix_k, k, b, kh, j0), ks->position, 1, qt, BLOCK, s, BLOCK, keys, BLOCK, D, 0);
+    if (j0 >= 0) hide(p, b, first, count, j0, keys, s);
+    float peak[BLOCK];
+    memcpy(peak, top, sizeof peak);
+    for (int64_t j = 0; j < keys; j++) {
+#pragma omp simd
+      for (int64_t i = 0; i < BLOCK; i++) peak[i] = s[j * BLOCK + i] > peak[i] ? s[j * BLOCK + i] : peak[i];
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; i++) {
+      float base = peak[i] == -INFINITY ? 0.0f : peak[i]; /* a row that sees nothing yet */
+      shrink[i] = exp_f32(top[i] - base);
+      top[i] = peak[i];
+      peak[i] = base;
+      sum[i] *= shrink[i];
+    }
+    for (int64_t j = 0; j < keys; j++) {
+#pragma omp simd
+      for (int64_t i = 0; i < BLOCK; i++) {
+        float e = exp_f32(s[j * BLOCK + i] - peak[i]);
+        s[j * BLOCK + i] = e;
+        sum[i] += e;
+      }
+    }
+    if (j0 > from) {
+      for (int64_t i = 0; i < count; i++) {
+#pragma omp simd
+        for (int64_t d = 0; d < D; d++) o[i * D + d] *= shrink[i];
+      }
+    }
+    multiply(s, 1, BLOCK, key_rows_of(p, prefix_v, v, b, kh, j0), vs->position, o, D, count, D, keys, 1);
+  }
+}
+
+/* y (+)= weight o / sum and the log-sum-exp; a query that sees nothing gives 0 and 0 */
+static void finish(const float *o, const float *top, const float *sum, float weight, int add, int64_t count, int64_t D,
+                   float *y, int64_t y_row, float *lse) {
+  for (int64_t i = 0; i < count; i++) {
+    float inverse = sum[i] > 0.0f ? weight / sum[i] : (sum[i] == 0.0f ? 0.0f : sum[i]);
+    lse[i] = sum[i] == 0.0f ? 0.0f : top[i] + logf(sum[i]);
+    if (add) {
+#pragma omp simd
+      for (int64_t d = 0; d < D; d++) y[i * y_row + d] += o[i * D + d] * inverse;
+    } else {
+#pragma omp simd
+      for (int64_t d = 0; d < D; d++) y[i * y_row + d] = o[i * D + d] * inverse;
+    }
+  }
+}
+
+/* Returns 0, or 1 where there is no memory for the work space. lse is [batches, heads, queries], with a gate two of them:
+ * that of the keys and that of the prefix. */
 int pk_attention(const problem *p, const tensor4 *q, const tensor4 *k, const tensor4 *v, const tensor4 *prefix_k,
                  const tensor4 *prefix_v, const tensor4 *out, float *lse) {
-  int64_t blocks = (p->queries + BLOCK - 1) / BLOCK, D = p->features, group = p->heads / p->key_heads;
+  int64_t blocks = (p->queries + BLOCK - 1) / BLOCK, D = p->features, rows = p->batches * p->heads * p->queries;
   int64_t space = D * BLOCK + BLOCK * BLOCK + BLOCK * D, failed = 0;
 #pragma omp parallel num_threads(p->threads)
   {
@@ -131,67 +194,46 @@ int pk_attention(const problem *p, const tensor4 *q, const tensor4 *k, const ten
     for (int64_t unit = 0; unit < p->batches * p->heads * blocks; unit++) {
       if (!qt) continue;
       int64_t block = blocks - 1 - unit % blocks, h = unit / blocks % p->heads, b = unit / blocks / p->heads;
-      int64_t first = block * BLOCK, count = least(BLOCK, p->queries - first);
-      float top[BLOCK], sum[BLOCK], shrink[BLOCK];
-      transpose(rows_of(*q, b, h, first), q->position, count, D, p->scale, qt);
-      for (int64_t i = 0; i < BLOCK; i++) top[i] = -INFINITY, sum[i] = 0.0f;
-      memset(o, 0, (size_t)(BLOCK * D) * sizeof(float));
-      int64_t limit = key_limit(p, first, count);
-      for (int64_t j0 = -p->prefix, keys; j0 < limit; j0 += keys) {
-        const tensor4 *ks = j0 < 0 ? prefix_k : k, *vs = j0 < 0 ? prefix_v : v;
-        keys = block_keys(j0, limit);
-        multiply(key_rows_of(p, prefix_k, k, b, h / group, j0), ks->position, 1, qt, BLOCK, s, BLOCK, keys, BLOCK, D, 0);
-        if (j0 >= 0) hide(p, b, first, count, j0, keys, s);
-        float peak[BLOCK];
-        memcpy(peak, top, sizeof peak);
-        for (int64_t j = 0; j < keys; j++) {
-#pragma omp simd
-          for (int64_t i = 0; i < BLOCK; i++) peak[i] = s[j * BLOCK + i] > peak[i] ? s[j * BLOCK + i] : peak[i];
-        }
-#pragma omp simd
-        for (int64_t i = 0; i < BLOCK; i++) {
-          float base = peak[i] == -INFINITY ? 0.0f : peak[i]; /* a row that sees nothing yet */
-          shrink[i] = exp_f32(top[i] - base);
-          top[i] = peak[i];
-          peak[i] = base;
-          sum[i] *= shrink[i];
-        }
-        for (int64_t j = 0; j < keys; j++) {
-#pragma omp simd
-          for (int64_t i = 0; i < BLOCK; i++) {
-            float e = exp_f32(s[j * BLOCK + i] - peak[i]);
-            s[j * BLOCK + i] = e;
-            sum[i] += e;
-          }
-        }
-        if (j0 > -p->prefix) {
-          for (int64_t i = 0; i < count; i++) {
-#pragma omp simd
-            for (int64_t d = 0; d < D; d++) o[i * D + d] *= shrink[i];
-          }
-        }
-        multiply(s, 1, BLOCK, key_rows_of(p, prefix_v, v, b, h / group, j0), vs->position, o, D, count, D, keys, 1);
-      }
+      int64_t first = block * BLOCK, count = least(BLOCK, p->queries - first), limit = key_limit(p, first, count);
+      float top[BLOCK], sum[BLOCK];
       float *y = rows_of(*out, b, h, first), *l = lse + (b * p->heads + h) * p->queries + first;
-      for (int64_t i = 0; i < count; i++) {
-        float inverse = sum[i] > 0.0f ? 1.0f / sum[i] : (sum[i] == 0.0f ? 0.0f : sum[i]);
-        l[i] = sum[i] == 0.0f ? 0.0f : top[i] + logf(sum[i]);
-#pragma omp simd
-        for (int64_t d = 0; d < D; d++) y[i * out->position + d] = o[i * D + d] * inverse;
+      transpose(rows_of(*q, b, h, first), q->position, count, D, p->scale, qt);
+      if (p->gate) {
+        attend(p, k, v, prefix_k, prefix_v, b, h, first, count, -p->prefix, 0, qt, s, o, top, sum);
+        finish(o, top, sum, p->gate[h], 0, count, D, y, out->position, l + rows);
       }
+      attend(p, k, v, prefix_k, prefix_v, b, h, first, count, p->gate ? 0 : -p->prefix, limit, qt, s, o, top, sum);
+      finish(o, top, sum, 1.0f, p->gate != NULL, count, D, y, out->position, l);
     }
     free(qt);
   }
   return (int)failed;
 }
 
+/* s [keys, BLOCK] = weight exp(scale k q^T - lse), ds = dout v^T, for the block of keys that starts at j0 */
+static void probabilities(const problem *p, const tensor4 *k, const tensor4 *v, const tensor4 *prefix_k,
+                          const tensor4 *prefix_v, int64_t b, int64_t kh, int64_t first, int64_t count, int64_t j0,
+                          int64_t keys, const float *qt, const float *gt, const float *lse, float weight, float *s,
+                          float *ds) {
+  int64_t D = p->features, k_row = (j0 < 0 ? prefix_k : k)->position, v_row = (j0 < 0 ? prefix_v : v)->position;
+  multiply(key_rows_of(p, prefix_k, k, b, kh, j0), k_row, 1, qt, BLOCK, s, BLOCK, keys, BLOCK, D, 0);
+  if (j0 >= 0) hide(p, b, first, count, j0, keys, s);
+  multiply(key_rows_of(p, prefix_v, v, b, kh, j0), v_row, 1, gt, BLOCK, ds, BLOCK, keys, BLOCK, D, 0);
+  for (int64_t j = 0; j < keys; j++) {
+#pragma omp simd
+    for (int64_t i = 0; i < BLOCK; i++) s[j * BLOCK + i] = weight * exp_f32(s[j * BLOCK + i] - lse[i]);
+  }
+}
+
 /* With P = exp(scale q k^T - lse), delta = rowsum(dout out), dS = P (dout v^T - delta):
- * dv = P^T dout, dk = scale dS^T q, dq = scale dS k. All of dq, dk, dv is written, and of the prefix's, by batch. */
+ * dv = P^T dout, dk = scale dS^T q, dq = scale dS k. All of dq, dk, dv is written, and of the prefix's, by batch.
+ * With a gate g and the prefix's P2: delta2 = rowsum(P2 (dout v2^T)), dS2 = g P2 (dout v2^T - delta2), dv2 = g P2^T dout,
+ * dgate [batches, heads] = sum(delta2), and delta is without g delta2, the prefix's part of the output. */
 int pk_attention_backward(const problem *p, const tensor4 *dout, const tensor4 *q, const tensor4 *k, const tensor4 *v,
                           const tensor4 *prefix_k, const tensor4 *prefix_v, const tensor4 *out, const float *lse,
                           const tensor4 *dq, const tensor4 *dk, const tensor4 *dv, const tensor4 *prefix_dk,
-                          const tensor4 *prefix_dv) {
-  int64_t D = p->features, group = p->heads / p->key_heads, failed = 0;
+                          const tensor4 *prefix_dv, float *dgate) {
+  int64_t D = p->features, group = p->heads / p->key_heads, rows = p->batches * p->heads * p->queries, failed = 0;
   int64_t space = 2 * D * BLOCK + 2 * BLOCK * BLOCK + BLOCK * D;
 #pragma omp parallel num_threads(p->threads)
   {
@@ -210,41 +252,57 @@ int pk_attention_backward(const problem *p, const tensor4 *dout, const tensor4 *
         memset(key_rows_of(p, prefix_dv, dv, b, kh, j), 0, (size_t)D * sizeof(float));
       }
       for (int64_t h = kh * group; h < (kh + 1) * group; h++) {
+        float share = p->gate ? p->gate[h] : 1.0f;
+        if (p->gate) dgate[b * p->heads + h] = 0.0f;
         for (int64_t first = 0; first < p->queries; first += BLOCK) {
           int64_t count = least(BLOCK, p->queries - first), limit = key_limit(p, first, count);
           const float *g = rows_of(*dout, b, h, first), *y = rows_of(*out, b, h, first);
           const float *l = lse + (b * p->heads + h) * p->queries + first, *queries = rows_of(*q, b, h, first);
-          float delta[BLOCK] = {0}, log_sum[BLOCK] = {0};
+          float delta[BLOCK] = {0}, log_sum[BLOCK] = {0}, prefix_delta[BLOCK] = {0}, prefix_log_sum[BLOCK] = {0};
           for (int64_t i = 0; i < count; i++) {
             float total = 0.0f;
 #pragma omp simd reduction(+ : total)
             for (int64_t d = 0; d < D; d++) total += g[i * dout->position + d] * y[i * out->position + d];
             delta[i] = total;
             log_sum[i] = l[i];
+            if (p->gate) prefix_log_sum[i] = l[rows + i];
           }
           transpose(queries, q->position, count, D, p->scale, qt);
           transpose(g, dout->position, count, D, 1.0f, gt);
+          if (p->gate) {
+            for (int64_t j0 = -p->prefix, keys; j0 < 0; j0 += keys) {
+              keys = block_keys(j0, 0);
+              probabilities(p, k, v, prefix_k, prefix_v, b, kh, first, count, j0, keys, qt, gt, prefix_log_sum, 1.0f, s, ds);
+              for (int64_t j = 0; j < keys; j++) {
+#pragma omp simd
+                for (int64_t i = 0; i < BLOCK; i++) prefix_delta[i] += s[j * BLOCK + i] * ds[j * BLOCK + i];
+              }
+            }
+            float total = 0.0f;
+            for (int64_t i = 0; i < count; i++) {
+              total += prefix_delta[i];
+              delta[i] -= share * prefix_delta[i];
+            }
+            dgate[b * p->heads + h] += total;
+          }
           for (int64_t j0 = -p->prefix, keys; j0 < limit; j0 += keys) {
-            const tensor4 *ks = j0 < 0 ? prefix_k : k, *vs = j0 < 0 ? prefix_v : v;
-            const tensor4 *dks = j0 < 0 ? prefix_dk : dk, *dvs = j0 < 0 ? prefix_dv : dv;
-            float *key_rows = key_rows_of(p, prefix_k, k, b, kh, j0);
+            int before = j0 < 0, apart = before && p->gate;
+            const tensor4 *ks = before ? prefix_k : k, *dks = before ? prefix_dk : dk, *dvs = before ? prefix_dv : dv;
+            const float *shift = apart ? prefix_delta : delta;
             keys = block_keys(j0, limit);
-            multiply(key_rows, ks->position, 1, qt, BLOCK, s, BLOCK, keys, BLOCK, D, 0);
-            if (j0 >= 0) hide(p, b, first, count, j0, keys, s);
-            multiply(key_rows_of(p, prefix_v, v, b, kh, j0), vs->position, 1, gt, BLOCK, ds, BLOCK, keys, BLOCK, D, 0);
+            probabilities(p, k, v, prefix_k, prefix_v, b, kh, first, count, j0, keys, qt, gt,
+                          apart ? prefix_log_sum : log_sum, apart ? share : 1.0f, s, ds);
             for (int64_t j = 0; j < keys; j++) {
 #pragma omp simd
-              for (int64_t i = 0; i < BLOCK; i++) {
-                float e = exp_f32(s[j * BLOCK + i] - log_sum[i]);
-                s[j * BLOCK + i] = e;
-                ds[j * BLOCK + i] = e * (ds[j * BLOCK + i] - delta[i]) * p->scale;
-              }
+              for (int64_t i = 0; i < BLOCK; i++)
+                ds[j * BLOCK + i] = s[j * BLOCK + i] * (ds[j * BLOCK + i] - shift[i]) * p->scale;
             }
             multiply(s, BLOCK, 1, g, dout->position, key_rows_of(p, prefix_dv, dv, b, kh, j0), dvs->position, keys, D,
                      count, 1);
             multiply(ds, BLOCK, 1, queries, q->position, key_rows_of(p, prefix_dk, dk, b, kh, j0), dks->position, keys, D,
                      count, 1);
-            multiply(ds, 1, BLOCK, key_rows, ks->position, dq_block, D, count, D, keys, j0 > -p->prefix);
+            multiply(ds, 1, BLOCK, key_rows_of(p, prefix_k, k, b, kh, j0), ks->position, dq_block, D, count, D, keys,
+                     j0 > -p->prefix);
           }
           for (int64_t i = 0; i < count; i++)
             memcpy(rows_of(*dq, b, h, first + i), dq_block + i * D, (size_t)D * sizeof(float));

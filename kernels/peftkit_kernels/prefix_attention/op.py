@@ -30,8 +30,8 @@ def prefix_attention(
 
     ``softmax(scale q [prefix_k; k]ᵀ) [prefix_v; v]``, as two passes over keys where they lie: the cache is not copied,
     nor are keys of grouped-query heads repeated. With a gate the parts have a softmax each and ``out = own + gate ·
-    prefix``, so that a gate of zero changes nothing. Kept for backward: the arguments, the output (with a gate the two
-    parts of it) and one number a query and head (with a gate two).
+    prefix``, so that a gate of zero changes nothing. Kept for backward: the arguments, the output (with a gate, outside of
+    the native pass, the two parts of it) and one number a query and head (with a gate two).
 
     Args:
         q: ``[B, H, S, D]``.

@@ -1,4 +1,4 @@
-"""``prefix_attention`` as two flash passes: neither keys nor scores are ever joined."""
+"""``prefix_attention`` as two flash passes, or one that walks over both parts: neither keys nor scores are ever joined."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PrefixAttention(torch.autograd.Function):
 
     The probabilities of both parts are ``exp(scores - L)``, so each pass backward gets ``out`` and ``L`` and gives its
     part; the two ``dq`` are added. With a gate ``out = o1 + g o2``, each pass has its own log-sum-exp, and
-    ``dg = Σ dout ∘ o2``. Without one the native library needs one pass: it walks over the prefix before the other keys.
+    ``dg = Σ dout ∘ o2``. The native library needs one pass: it walks over the prefix before the other keys.
     """
 
     @staticmethod
@@ -34,12 +34,12 @@ class PrefixAttention(torch.autograd.Function):
         scale: float,
         causal: bool,
     ) -> Tensor:
-        one = gate is None and Pass(scale, causal, mask).is_native(q, k, v)
+        one = Pass(scale, causal, mask).is_native(q, k, v)
         ctx.scale, ctx.causal, ctx.one = scale, causal, one
         if one:
-            before = _contiguous(prefix_k, prefix_v, q.dtype)
-            out, total = native.attention(q, k, v, scale, causal, mask, before)
-            ctx.save_for_backward(q, k, v, prefix_k, prefix_v, gate, mask, out, total)
+            before = _contiguous(prefix_k, prefix_v, gate, q.dtype)
+            out, lse = native.attention(q, k, v, scale, causal, mask, *before)
+            ctx.save_for_backward(q, k, v, prefix_k, prefix_v, gate, mask, out, lse)
             return out
         o1, l1 = Pass(scale, causal, mask).forward(q, k, v)
         o2, l2 = Pass(scale).forward(q, of_batch(prefix_k, q), of_batch(prefix_v, q))
@@ -60,15 +60,13 @@ class PrefixAttention(torch.autograd.Function):
         q, k, v, prefix_k, prefix_v, gate, mask, *kept = ctx.saved_tensors
         dout, dgate = dout.contiguous(), None
         if ctx.one:
-            before = _contiguous(prefix_k, prefix_v, q.dtype)
-            dq, dk, dv, dprefix_k, dprefix_v = native.attention_backward(
-                *(dout, q, k, v, *kept, ctx.scale, ctx.causal, mask, before)
+            before = _contiguous(prefix_k, prefix_v, gate, q.dtype)
+            dq, dk, dv, *parts = native.attention_backward(
+                *(dout, q, k, v, *kept, ctx.scale, ctx.causal, mask, *before)
             )
-            return (
-                *(dq, dk, dv),
-                *(over_batch(dprefix_k, prefix_k), over_batch(dprefix_v, prefix_v)),
-                *(None, None, None, None),
-            )
+            of_prefix = zip(parts, (prefix_k, prefix_v, gate), strict=False)
+            grads = [over_batch(part, t) for part, t in of_prefix if t is not None]
+            return dq, dk, dv, *(*grads, None)[:3], None, None, None
         to_prefix, (o1, l1), (o2, l2) = dout, kept[:2], kept[-2:]
         if gate is not None:
             wide = cast(gate, torch.promote_types(gate.dtype, l1.dtype))
@@ -86,8 +84,11 @@ class PrefixAttention(torch.autograd.Function):
         )
 
 
-def _contiguous(prefix_k: Tensor, prefix_v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return cast(prefix_k, dtype).contiguous(), cast(prefix_v, dtype).contiguous()
+def _contiguous(
+    prefix_k: Tensor, prefix_v: Tensor, gate: Tensor | None, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    k, v = (cast(t, dtype).contiguous() for t in (prefix_k, prefix_v))
+    return (k, v), None if gate is None else cast(gate, dtype).contiguous()
 
 
 def _columns(log_weight: Tensor) -> Tensor:
