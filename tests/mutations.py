@@ -39,8 +39,6 @@ _GRAD_A = _LOW_RANK + "test_grad_a[0.1-torch.bfloat16]"
 _SUMS = _LOW_RANK + "test_sums_of_partials"
 _GEMM = _LOW_RANK + "test_gemm_lora[backward-0.1-torch.bfloat16]"
 _RULE = _LOW_RANK + "test_the_mask_is_the_rule_whatever_the_tiles[16]"
-_QKV = "tests/triton/test_lora_qkv.py::"
-_ROWS = "tests/triton/test_linear_cross_entropy.py::test_rows_are_within_their_bounds[1031-torch.float32]"
 
 
 def _tests(file):
@@ -129,9 +127,24 @@ MUTATIONS = [
     *_of(
         "linear_cross_entropy.kernels",
         "xent_kernel",
-        ("stride", "z_ptr + row * stride_zm", "z_ptr + row * (stride_zm + 1)", _ROWS),
-        ("mask", "mask = v + group < V", "mask = v + group < V + 1", _ROWS),
-        ("race", "row = tl.program_id(0)", "row = (tl.program_id(0) // 2)", _ROWS),
+        (
+            "stride",
+            "z_ptr + row * stride_zm",
+            "z_ptr + row * (stride_zm + 1)",
+            _loss("rows_are_within_their_bounds"),
+        ),
+        (
+            "mask",
+            "mask = v + group < V",
+            "mask = v + group < V + 1",
+            _loss("rows_are_within_their_bounds"),
+        ),
+        (
+            "race",
+            "row = tl.program_id(0)",
+            "row = (tl.program_id(0) // 2)",
+            _loss("rows_are_within_their_bounds"),
+        ),
     ),
     *_of(
         "linear_cross_entropy.kernels",
@@ -147,7 +160,7 @@ MUTATIONS = [
         (
             "tile",
             "for v in range(0, V, BLOCK_V):\n        mask",
-            "for v in range(0, V - 1, BLOCK_V):\n        mask",
+            "for v in range(0, V - BLOCK_V, BLOCK_V):\n        mask",
             _loss("every_option_of_a_row"),
         ),
     ),

@@ -33,6 +33,10 @@ class Case:
         outputs = self.apply(self.leaves, **options)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
+    def at(self, **leaves):
+        """The same op at other tensors."""
+        return replace(self, leaves=self.leaves | leaves)
+
     @property
     def trained(self):
         """The tensors that require a gradient, by name."""

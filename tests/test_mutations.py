@@ -25,6 +25,13 @@ def test_every_bug_can_be_planted(mutation):
     assert mutation.kind in KINDS
 
 
+@pytest.mark.parametrize("test", sorted({m.test for m in MUTATIONS}))
+def test_every_named_test_exists(test):
+    path, _, name = test.partition("::")
+    function = name.partition("[")[0]
+    assert f"\ndef {function}(" in (mutate.ROOT / path).read_text()
+
+
 def test_the_quick_ones_are_of_every_kind():
     assert {mutation.kind for mutation in MUTATIONS if mutation.quick} == set(KINDS)
 

@@ -7,11 +7,12 @@ import models
 import pairs
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from peftkit import accelerate, explain
+from peftkit import accelerate, explain, restore, wrap
 from peftkit.lora import experts as implementation
 from peftkit.lora.experts import FusedParamWrapper, grouped_product
 from peftkit_kernels.testing import Made
@@ -74,6 +75,28 @@ def test_a_step_is_pefts(name, targets, counted):
     assert counted["peft"] > 0
     paths = {(r.method, r.path, r.reason) for r in explain(fused).layers if r.is_adapter}
     assert paths == {("LoRA", "fused:torch", "")}
+
+
+def test_experts_that_see_every_token_are_adapted_and_their_gate_is_not():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    config = hf.Qwen2MoeConfig(
+        **sizes, **heads, vocab_size=96, num_experts=4, num_experts_per_tok=2
+    )
+    model = wrap(eager(hf.Qwen2MoeForCausalLM(config).double()), logit_free=False)
+    report = explain(model)
+    mlp = "base_model.model.model.layers.0.mlp"
+    adapted = {r.name.removeprefix(f"{mlp}.") for r in report.layers if r.is_adapter}
+    shared = {f"shared_expert.{name}_proj" for name in ("gate", "up", "down")}
+    assert shared | {"experts", "experts.base_layer"} <= adapted
+    assert {name.rpartition("mlp.")[2] for name in report.left_out} == {
+        *("gate", "shared_expert_gate", "lm_head")
+    }
+    assert report.fused_fraction == 1.0
+    pairs.fill_factors(model)
+    plain = restore(copy.deepcopy(model))
+    pairs.assert_close(step(model), step(plain), 1e-10)
 
 
 @pytest.mark.parametrize("name", NAMES)
