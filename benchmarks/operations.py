@@ -299,10 +299,15 @@ def crossover(
 
 
 def calibrate(timer: Callable[[Call], float] | None = None) -> calibration.Calibration:
-    """Measure where on this GPU the update inside the product overtakes the update before it."""
+    """Measure where one schedule overtakes another on this GPU; the fields of ``Calibration`` say which."""
+    timer = timer or clock("cuda")
+    return calibration.Calibration(fused_width(timer), small_m(timer))
+
+
+def fused_width(timer: Callable[[Call], float]) -> int:
+    """Up to which width the update inside the product is no slower than the update before it."""
     from peftkit_kernels.low_rank import passes
 
-    timer = timer or clock("cuda")
     M, R = 8192, 16
 
     def tensors(width: int) -> list[torch.Tensor]:
@@ -317,8 +322,27 @@ def calibrate(timer: Callable[[Call], float] | None = None) -> calibration.Calib
         x, weight, s, B = tensors(width)
         return best(lambda: passes.expand(s, B, 1.0).addmm_(x, weight.t()), timer)
 
-    widths = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-    return calibration.Calibration(fused_width=crossover(widths, fused, added))
+    return crossover((512, 1024, 1536, 2048, 3072, 4096, 6144, 8192), fused, added)
+
+
+def small_m(timer: Callable[[Call], float]) -> int:
+    """Up to how many rows decoding an NF4 weight inside the product is no slower than decoding it before."""
+    from peftkit_kernels.nf4 import quantize_nf4
+    from peftkit_kernels.quantized import decode_triton
+    from peftkit_kernels.quantized_linear import triton_impl
+
+    N, K, dtype = 16384, 4096, torch.bfloat16  # enough columns for every GPU
+    q = quantize_nf4(torch.randn((N, K), device="cuda", dtype=dtype))
+
+    def inside(rows: int) -> float:
+        x = torch.randn((rows, K), device="cuda", dtype=dtype)
+        return best(lambda: triton_impl.small_m(x, q, None, None, None, 1.0), timer)
+
+    def before(rows: int) -> float:
+        x = torch.randn((rows, K), device="cuda", dtype=dtype)
+        return best(lambda: torch.mm(x, decode_triton(q, dtype).t()), timer)
+
+    return crossover((1, 8, 16, 32, 64, 128, 256, 512), inside, before)
 
 
 def best(call: Call, timer: Callable[[Call], float], rounds: int = 20) -> float:

@@ -21,15 +21,20 @@ BOUNDED = {
 EVALUATION_ULPS = 8.0
 
 
-def make(bias=True, **options):
-    leaves = bottleneck_leaves(Shape(scale=SCALE, **options))
+def make(bias=True, base=False, **options):
+    """The tensors by name; with ``base`` one that the adapter adds to without reading it."""
+    case = Shape(scale=SCALE, **options)
+    leaves = bottleneck_leaves(case)
     if not bias:
         leaves["bias_down"] = leaves["bias_up"] = None
+    if base:
+        leaves["base"] = case.input()
     return leaves
 
 
 def apply(leaves, act="gelu", scale=SCALE, **options):
-    return bottleneck(*(leaves[name] for name in TRAINED), scale, act, **options)
+    parts = (leaves[name] for name in TRAINED)
+    return bottleneck(*parts, scale, act, leaves.get("base"), **options)
 
 
 def run(leaves, dy, **options):

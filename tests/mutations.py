@@ -222,7 +222,7 @@ MUTATIONS = [
         (
             "tile",
             "first + steps * BLOCK_F), BLOCK_F",
-            "first + (steps - 1) * BLOCK_F + 1), BLOCK_F",
+            "first + (steps - 1) * BLOCK_F), BLOCK_F",
             _gate("tiles_do_not_matter_and_each_stream_moves_once"),
         ),
         (
@@ -305,8 +305,8 @@ MUTATIONS = [
     *_of(
         "bottleneck.kernels",
         "_widen",
-        ("scale", "scale * y", "y", _bottleneck("scale")),
-        ("rule", "x.to(tl.float32) + ", "", _bottleneck("within_the_error_bound")),
+        ("scale", "y *= scale", "y *= 1.0", _bottleneck("scale")),
+        ("rule", "if ADD:", "if not ADD:", _bottleneck("within_the_error_bound")),
     ),
     *_of(
         "bottleneck.kernels",
@@ -361,7 +361,7 @@ MUTATIONS = [
         (
             "tile",
             "start + steps * BLOCK_K)",
-            "start + (steps - 1) * BLOCK_K + 1)",
+            "start + (steps - 1) * BLOCK_K)",
             _grouped("partial_sums_of_every_pass"),
         ),
         ("race", "(pid_k.to(tl.int64) * M + rows)", "rows", _grouped("partial_sums_of_every_pass")),

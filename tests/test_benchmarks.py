@@ -154,17 +154,24 @@ def test_calibration_asks_the_clock_for_both_schedules(operations, monkeypatch):
     ran = []
     real = torch.randn
     monkeypatch.setattr(torch, "randn", lambda shape, **_: real(4, 4))
+    monkeypatch.setattr(torch, "mm", lambda *_: ran.append("decoded before"))
     monkeypatch.setattr(passes, "gemm_lora", lambda *a, **k: ran.append("fused"))
     monkeypatch.setattr(passes, "expand", lambda *a, **k: ran.append("added") or real(4, 4))
-    widths = iter(range(100))
+    monkeypatch.setattr("peftkit_kernels.nf4.quantize_nf4", lambda w: w)
+    monkeypatch.setattr("peftkit_kernels.quantized.decode_triton", lambda q, dtype: q)
+    small_m = "peftkit_kernels.quantized_linear.triton_impl.small_m"
+    monkeypatch.setattr(small_m, lambda *a: ran.append("decoded inside"))
+    turns = {"fused": iter(range(1000)), "decoded inside": iter(range(1000))}
+    wins = {"fused": 3, "decoded inside": 5}
 
     def clock(call):
         ran.clear()
         call()
-        # 20 calls and one more of each: the update inside the product wins three times
-        return float(ran[0] == "fused" and next(widths) >= 3 * 21)
+        (first, *_) = ran
+        # 20 calls and one more of each size: the schedule inside the product wins at some sizes
+        return float(first in turns and next(turns[first]) >= wins[first] * 21)
 
-    assert operations.calibrate(clock) == Calibration(fused_width=1536)
+    assert operations.calibrate(clock) == Calibration(fused_width=1536, small_m=64)
 
 
 def test_without_a_gpu_gpu_options_are_refused_in_a_sentence(operations, arguments):

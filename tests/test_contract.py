@@ -197,16 +197,15 @@ def test_adapters_of_a_bf16_base_are_float32_and_as_near_as_plain_torch(method, 
 
 FUSED_BOTTLENECK = ("bottleneck", "fused:torch", "")
 GATED = ("prefix", "torch", "a softmax of its own, added to the model's: its attention is sdpa")
-PARALLEL = ("bottleneck", "torch", "it reads the MLP's input and adds to its output")
 EXPLAINED = {
     "LoRA": set(),
     "bottleneck": {FUSED_BOTTLENECK},
-    "pfeiffer": {("bottleneck", "torch", "its input is normalised first")},
-    "parallel": {PARALLEL},
+    "pfeiffer": {FUSED_BOTTLENECK},
+    "parallel": {FUSED_BOTTLENECK},
     "prefix": {("prefix", "fused:torch", "")},
     "gated prefix": {GATED},
     "prefix and bottleneck": {GATED, FUSED_BOTTLENECK},
-    "LoRA and parallel": {PARALLEL},
+    "LoRA and parallel": {FUSED_BOTTLENECK},
     "all three": {GATED, FUSED_BOTTLENECK},
 }
 

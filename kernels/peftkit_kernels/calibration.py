@@ -18,7 +18,8 @@ class Calibration:
 
     Attributes:
         fused_width: Layers up to this width take the update inside the product (kernel ``gemm_lora``) instead of before it.
-        small_m: Rows up to which a quantised weight is decoded inside the product; ``None`` is the architecture's default.
+        small_m: Rows up to which a quantised weight is decoded inside the product where its columns fill the GPU; ``None`` is the
+            architecture's default.
     """
 
     fused_width: int = 2048

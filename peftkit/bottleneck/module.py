@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftkit_kernels.bottleneck import ACTIVATIONS as OP_ACTIVATIONS
@@ -79,21 +78,12 @@ class Bottleneck(nn.Module):
         if isinstance(scale, nn.Parameter):
             # on the [width, bottleneck_size] weight it costs less than on the adapter's output
             up, up_bias, scale = up * scale, up_bias * scale, 1.0
-        if x is base and self.norm is None:
-            act = "identity" if self.activation == "linear" else self.activation
-            down, down_bias = self.down.weight, self.down.bias
-            return bottleneck(base, down, down_bias, up, up_bias, scale, act)
-        x = x.to(self.down.weight.dtype)
+        own = x is not base or self.norm is not None
         if self.norm is not None:
-            x = self.norm(x)
-        part = F.linear(ACTIVATIONS[self.activation](self.down(x)), up, up_bias)
-        return base + (part * scale).to(base.dtype)
-
-    def obstacle(self) -> str | None:
-        """Why the adapter is no single op, as a sentence, or ``None``; the op adds to what it reads."""
-        if self.parallel:
-            return "it reads the MLP's input and adds to its output"
-        return None if self.norm is None else "its input is normalised first"
+            x = self.norm(x.to(self.norm.weight.dtype))
+        act = "identity" if self.activation == "linear" else self.activation
+        factors = self.down.weight, self.down.bias, up, up_bias
+        return bottleneck(x.to(base.dtype), *factors, scale, act, base if own else None)
 
     def extra_repr(self) -> str:
         """What ``print`` shows besides the layers."""
@@ -143,12 +133,9 @@ class BottleneckSite(nn.Module):
 
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path a forward takes, and the reason where it is not fused."""
-        if self.normed:
-            return "torch", "it reads the output of the norm and adds to its input"
         adapters: list[Any] = list(self.adapters.values())
-        reason = next(filter(None, (adapter.obstacle() for adapter in adapters)), None)
-        if reason is not None or not adapters:
-            return "torch", reason or "no adapter is active"
+        if not adapters:
+            return "torch", "no adapter is active"
         return f"fused:{choose_backend('bottleneck', 'auto', adapters[0].down.weight)}", ""
 
     def forward(self, base: Tensor, read: Tensor | None, x: Tensor | None) -> Tensor:

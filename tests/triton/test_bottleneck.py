@@ -40,9 +40,15 @@ def bounds(leaves, dy, act, scale):
         added = added + Bound.of(leaves["bias_up"])
     slope = z.map(lambda v: derivative(v, act), second, EVALUATION_ULPS, size)
     dz = (scaled(grad @ up, scale) * slope).round(dtype)
+    onto, dx = h, dz @ down
+    if "base" in leaves:
+        onto = Bound.of(leaves["base"].detach().reshape(-1, x.shape[-1]))
+    else:
+        dx = dx + grad
     results = {
-        "y": (scaled(added, scale) + h).round(dtype).reshape(*x.shape),
-        "x": (dz @ down + grad).round(dtype).reshape(*x.shape),
+        "y": (scaled(added, scale) + onto).round(dtype).reshape(*x.shape),
+        "x": dx.round(dtype).reshape(*x.shape),
+        "base": Bound.of(dy),
         "down": (dz.T @ h).round(factors),
         "up": scaled(grad.T @ a, scale).round(factors),
     }
@@ -60,7 +66,7 @@ def check(leaves, layout="contiguous", act="gelu", scale=SCALE, **watch):
         results = run(leaves, dy, act=act, scale=scale, backend="triton")
     expected = bounds(leaves, dy, act, scale)
     for name, value in results.items():
-        assert value.dtype == (x.dtype if name in "yx" else leaves["down"].dtype)
+        assert value.dtype == (leaves["down"].dtype if name[0] in "du" or "_" in name else x.dtype)
         expected[name].check(value, name)
     return set(results), traffic.launches
 
@@ -70,10 +76,10 @@ def check(leaves, layout="contiguous", act="gelu", scale=SCALE, **watch):
     ("dtype", "factors"), [*((d, None) for d in DTYPES), *MIXED], ids=lambda d: str(d)[6:]
 )
 def test_within_the_error_bound(dtype, factors, act):
-    for bias in (True, False):
-        leaves = make(bias, x=(17, 33), dtype=dtype, factors=factors)
+    for bias, base in ((True, False), (False, True)):
+        leaves = make(bias, base, x=(17, 33), dtype=dtype, factors=factors)
         names, _ = check(leaves, act=act)
-        assert names == {"y", "x", "down", "up"} | ({"bias_down", "bias_up"} if bias else set())
+        assert names == {"y"} | {name for name, leaf in leaves.items() if leaf is not None}
 
 
 @pytest.mark.parametrize("rank", [1, 16, 24, 64, 150, 256])
@@ -91,8 +97,8 @@ def test_any_width(D):
 @pytest.mark.parametrize("dy_layout", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_and_offsets(layout, dy_layout):
-    leaves = make(x=(2, 5, 33), layout=layout, dtype=torch.bfloat16)
-    assert len(check(leaves, dy_layout)[0]) == 6
+    leaves = make(base=True, x=(2, 5, 33), layout=layout, dtype=torch.bfloat16)
+    assert len(check(leaves, dy_layout)[0]) == 7
 
 
 def test_strided_factors():
@@ -120,8 +126,8 @@ def test_each_subset_of_trained_tensors(trained):
 
 
 def test_offsets_of_rows_do_not_overflow():
-    leaves = make(x=(70, 88), rank=8, dtype=torch.bfloat16)
-    assert len(check(leaves, int32_limit=INT32_LIMIT)[0]) == 6
+    leaves = make(base=True, x=(70, 88), rank=8, dtype=torch.bfloat16)
+    assert len(check(leaves, int32_limit=INT32_LIMIT)[0]) == 7
 
 
 def test_results_do_not_depend_on_the_order_of_programs():
@@ -138,25 +144,28 @@ def test_a_new_adapter_changes_nothing():
     assert torch.equal(apply(leaves, backend="triton"), leaves["x"])
 
 
+@pytest.mark.parametrize("has_base", [False, True], ids=["", "base"])
 @pytest.mark.parametrize("rank", [16, 256])
-def test_bytes_are_those_of_the_formula(rank):
-    """Operation's README: h and y forward; 2 dy, dh and h backward, the narrow tensors and the factors."""
+def test_bytes_are_those_of_the_formula(rank, has_base):
+    """Operation's README: h, y and a base forward; 2 dy, dh and h backward, the narrow tensors and the factors."""
     M, D = 40, 64
-    leaves = make(False, x=(M, D), rank=rank, dtype=torch.bfloat16)
-    h, down, _, up, _ = (None if t is None else t.detach() for t in leaves.values())
+    leaves = make(False, has_base, x=(M, D), rank=rank, dtype=torch.bfloat16)
+    h, down, _, up, _, *base = (None if t is None else t.detach() for t in leaves.values())
+    (base,) = base or (None,)
     dy = draw((M, D), h.dtype, torch.Generator().manual_seed(1))
     torch.use_deterministic_algorithms(False)  # filling new memory with NaN is traffic of its own
     with watched() as traffic, EagerTraffic() as torch_ops:
-        _, z = triton_impl.forward(h, down, None, up, None, SCALE, "gelu")
+        _, z = triton_impl.forward(h, down, None, up, None, base, SCALE, "gelu")
         needs = [True, True, False, True]
-        triton_impl.backward(dy, h, z, down, up, SCALE, "gelu", needs)
+        triton_impl.backward(dy, h, z, down, up, SCALE, "gelu", has_base, needs)
     forward, backward = traffic.launches[:2]
     factors = down.nbytes + up.nbytes
-    assert forward.total() == 2 * h.nbytes + z.nbytes + factors
+    assert forward.total() == (2 + has_base) * h.nbytes + z.nbytes + factors
     assert backward.total() == 2 * h.nbytes + 3 * z.nbytes + factors
-    # the second read is of rows that the program has just had
+    # without a base the second read is of rows that the program has just had
+    reads = 1 if has_base else 2
     read = forward.arguments["h_ptr"].load
-    assert read.requested_bytes == read.sector_bytes == 2 * read.unique_bytes
+    assert read.requested_bytes == read.sector_bytes == reads * read.unique_bytes
     written = forward.arguments["y_ptr"].store
     assert written.requested_bytes == written.unique_bytes == written.sector_bytes == h.nbytes
     passes = traffic.launches[2:]
@@ -187,9 +196,10 @@ def test_few_rows_make_smaller_blocks(M):
 def test_opcheck():
     leaves = make(x=(3, 33), dtype=torch.bfloat16, factors=torch.float32)
     op = torch.ops.peftkit.bottleneck.default
-    torch.library.opcheck(op, (*(leaves[name] for name in TRAINED), SCALE, "gelu"))
+    for base in (None, leaves["x"].detach().clone().requires_grad_()):
+        torch.library.opcheck(op, (*(leaves[name] for name in TRAINED), base, SCALE, "gelu"))
     h, down, _, up, _ = (leaves[name].detach() for name in TRAINED)
-    _, z = triton_impl.forward(h, down, None, up, None, SCALE, "silu")
+    _, z = triton_impl.forward(h, down, None, up, None, None, SCALE, "silu")
     for needs in ([True] * 4, [False, True, False, False], [False, False, False, True]):
-        arguments = h, h, z, down, up, SCALE, "silu", needs
+        arguments = h, h, z, down, up, SCALE, "silu", False, needs
         torch.library.opcheck(torch.ops.peftkit.bottleneck_backward.default, arguments)

@@ -6,6 +6,7 @@ from lora_cases import LAYOUTS, MIXED, Projection, Shape, draw, gradients, subse
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, scaled, watched
 from triton_linear import Linear, output_grad
 
+from peftkit_kernels.calibration import Calibration
 from peftkit_kernels.int8 import Int8Weight, quantize_int8
 from peftkit_kernels.lab.eager import EagerTraffic
 from peftkit_kernels.launch import INTERPRETED, Target
@@ -269,6 +270,8 @@ def _shares(traffic):
 def test_where_few_rows_end(arch, rows):
     assert small_rows(64 * 200, target=Target(arch, 132)) == rows
     assert small_rows(64 * 100, target=Target(arch, 132)) == rows // 2
+    assert small_rows(64 * 200, target=Target(arch, 132, Calibration(small_m=48))) == 48
+    assert small_rows(64 * 200, target=Target(arch, 132, Calibration(small_m=0))) == 0
 
 
 def test_rows_that_are_not_whole_steps_are_decoded_first():

@@ -34,15 +34,15 @@ def _narrow(
 @triton.jit
 def _widen(
     x_rows, a, w_ptr, bias_ptr, y_rows, scale, mask_m, D, R, stride_wr, stride_wd,
-    HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``y = x + scale · (a w + bias)`` for ``w[R, D]`` by strides."""
+    """``y = x + scale · (a w + bias)`` for ``w[R, D]`` by strides; without ADD there is no x."""
     offs_r = tl.arange(0, BLOCK_R)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         mask = mask_m[:, None] & mask_d[None, :]
-        x = tl.load(x_rows + offs_d[None, :], mask=mask, other=0.0)
         w = tl.load(
             w_ptr + offs_r[:, None] * stride_wr + offs_d[None, :] * stride_wd,
             mask=(offs_r < R)[:, None] & mask_d[None, :],
@@ -51,22 +51,24 @@ def _widen(
         y = tl.dot(a, w, input_precision=PRECISION)
         if HAS_BIAS:
             y += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-        y = x.to(tl.float32) + scale * y
+        y *= scale
+        if ADD:
+            y += tl.load(x_rows + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(y_rows + offs_d[None, :], y.to(y_rows.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def bottleneck_forward_kernel(
     h_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr,  # h[M, D]  down[R, D], up[D, R] by strides  biases or None
-    y_ptr, z_ptr,  # y[M, D]  z[M, R]
+    base_ptr, y_ptr, z_ptr,  # base[M, D] or None, then h is added to  y[M, D]  z[M, R]
     scale,
     M, D, R,
-    stride_hm, stride_dr, stride_dd, stride_ud, stride_ur, stride_ym,
-    HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, ACT: tl.constexpr,
+    stride_hm, stride_dr, stride_dd, stride_ud, stride_ur, stride_bm, stride_ym,
+    HAS_BASE: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``z = h downᵀ + down_bias`` and ``y = h + scale · (act(z) upᵀ + up_bias)``.
+    """``z = h downᵀ + down_bias`` and ``y = base + scale · (act(z) upᵀ + up_bias)``.
 
     The activation is that of the rounded z, which is what the backward has.
     """
@@ -83,9 +85,12 @@ def bottleneck_forward_kernel(
     z = z.to(z_ptr.dtype.element_ty)
     tl.store(z_ptr + rows * R + offs_r[None, :], z, mask=mask_m[:, None] & mask_r[None, :])
     a, _ = activation(z.to(tl.float32), ACT)
+    base_rows = h_rows
+    if HAS_BASE:
+        base_rows = base_ptr + rows * stride_bm
     _widen(
-        h_rows, a.to(h_ptr.dtype.element_ty), up_ptr, up_bias_ptr, y_ptr + rows * stride_ym, scale,
-        mask_m, D, R, stride_ur, stride_ud, HAS_UP_BIAS, BLOCK_D, BLOCK_R, PRECISION,
+        base_rows, a.to(h_ptr.dtype.element_ty), up_ptr, up_bias_ptr, y_ptr + rows * stride_ym, scale,
+        mask_m, D, R, stride_ur, stride_ud, True, HAS_UP_BIAS, BLOCK_D, BLOCK_R, PRECISION,
     )  # fmt: skip
 
 
@@ -96,11 +101,12 @@ def bottleneck_backward_kernel(
     scale,
     M, D, R,
     stride_dym, stride_dr, stride_dd, stride_ud, stride_ur, stride_dhm,
-    WITH_A: tl.constexpr, WITH_DZ: tl.constexpr, WITH_DH: tl.constexpr, ACT: tl.constexpr,
+    HAS_BASE: tl.constexpr, WITH_A: tl.constexpr, WITH_DZ: tl.constexpr, WITH_DH: tl.constexpr,
+    ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``a = act(z)``, ``dz = act'(z) ∘ (scale · dy up)`` and ``dh = dy + dz down``."""
+    """``a = act(z)``, ``dz = act'(z) ∘ (scale · dy up)`` and ``dh = dz down``, with dy added where there is no base."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     mask_m = offs_m < M
@@ -121,5 +127,5 @@ def bottleneck_backward_kernel(
     if WITH_DH:
         _widen(
             dy_rows, dz, down_ptr, None, dh_ptr + rows * stride_dhm, 1.0,
-            mask_m, D, R, stride_dr, stride_dd, False, BLOCK_D, BLOCK_R, PRECISION,
+            mask_m, D, R, stride_dr, stride_dd, not HAS_BASE, False, BLOCK_D, BLOCK_R, PRECISION,
         )  # fmt: skip

@@ -21,10 +21,11 @@ def bottleneck(
     up_bias: Tensor | None,
     scale: float = 1.0,
     act: str = "relu",
+    base: Tensor | None = None,
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """A bottleneck adapter: ``y = h + scale · (act(h downᵀ + down_bias) upᵀ + up_bias)``.
+    """A bottleneck adapter: ``y = base + scale · (act(h downᵀ + down_bias) upᵀ + up_bias)``; the base is mostly ``h`` itself.
 
     Kept for backward: ``h`` where ``down`` is trained, and the ``[M, R]`` input of the activation.
 
@@ -34,8 +35,9 @@ def bottleneck(
         down_bias: ``[R]`` or ``None``.
         up: ``[D, R]``.
         up_bias: ``[D]`` or ``None``.
-        scale: Factor on what is added to ``h``.
+        scale: Factor on what is added to the base.
         act: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
+        base: ``[..., D]`` in the dtype of ``h``, for an adapter that adds to something else than it reads; ``None`` for ``h``.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -45,22 +47,23 @@ def bottleneck(
     Raises:
         ValueError: Shapes or dtypes do not fit, the activation is unknown, or the backend cannot run.
 
-    Source: Houlsby et al., 2019, arXiv:1902.00751.
+    Source: Houlsby et al., 2019, arXiv:1902.00751; with a base: He et al., 2022, arXiv:2110.04366 (parallel adapters).
     """
     dtype = autocast_dtype(h)
     if dtype is not None:
         with torch.autocast(h.device.type, enabled=False):
+            base = None if base is None else base.to(dtype)
             return bottleneck(
-                h.to(dtype), down, down_bias, up, up_bias, scale, act, backend=backend
+                h.to(dtype), down, down_bias, up, up_bias, scale, act, base, backend=backend
             )
-    _check(h, down, down_bias, up, up_bias, act)
-    tensors, own = (h, down, down_bias, up, up_bias), obstacle(down.shape[0])
+    _check(h, down, down_bias, up, up_bias, base, act)
+    tensors, own = (h, down, down_bias, up, up_bias, base), obstacle(down.shape[0])
     chosen = choose_backend("bottleneck", backend, *tensors, own_obstacle=own)
     if chosen == "reference":
-        return bottleneck_reference(h, down, down_bias, up, up_bias, scale, act)
+        return bottleneck_reference(h, down, down_bias, up, up_bias, scale, act, base)
     if chosen == "triton":
         return bottleneck_triton(*tensors, scale, act)[0]
-    return Bottleneck.apply(h, down, down_bias, up, up_bias, (scale, act))
+    return Bottleneck.apply(*tensors, (scale, act))
 
 
 def _check(
@@ -69,6 +72,7 @@ def _check(
     down_bias: Tensor | None,
     up: Tensor,
     up_bias: Tensor | None,
+    base: Tensor | None,
     act: str,
 ) -> None:
     if h.dim() < 1 or down.dim() != 2 or down.shape[1] != h.shape[-1] or up.shape != down.T.shape:
@@ -82,5 +86,9 @@ def _check(
     ):
         if bias is not None and bias.shape != (size,):
             raise ValueError(f"{name} has shape {tuple(bias.shape)}; it must be [{size}]")
+    if base is not None and (base.shape != h.shape or base.dtype is not h.dtype):
+        raise ValueError(
+            f"base is {base.dtype} {tuple(base.shape)} and h {h.dtype} {tuple(h.shape)}; they must be of one dtype and shape"
+        )
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")

@@ -26,10 +26,11 @@ def bottleneck_reference(
     up_bias: Tensor | None,
     scale: float,
     act: str = "relu",
+    base: Tensor | None = None,
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``y = h + scale · (act(h downᵀ + down_bias) upᵀ + up_bias)``, evaluated in ``compute_dtype`` (default: of ``h``).
+    """``y = base + scale · (act(h downᵀ + down_bias) upᵀ + up_bias)``, evaluated in ``compute_dtype`` (default: of ``h``).
 
     Args:
         h: ``[..., D]``.
@@ -37,12 +38,13 @@ def bottleneck_reference(
         down_bias: ``[R]`` or ``None``.
         up: ``[D, R]``.
         up_bias: ``[D]`` or ``None``.
-        scale: Factor on what is added to ``h``.
+        scale: Factor on what is added to the base.
         act: One of ``ACTIVATIONS``.
+        base: ``[..., D]``; ``h`` where there is none.
         compute_dtype: Dtype of every product.
     """
     dtype = compute_dtype or h.dtype
     h, down, up = (t.to(dtype) for t in (h, down, up))
     down_bias, up_bias = (None if b is None else b.to(dtype) for b in (down_bias, up_bias))
     a = ACTIVATIONS[act](F.linear(h, down, down_bias))
-    return h + scale * F.linear(a, up, up_bias)
+    return (h if base is None else base.to(dtype)) + scale * F.linear(a, up, up_bias)

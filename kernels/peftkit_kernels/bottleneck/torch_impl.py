@@ -21,6 +21,8 @@ class Bottleneck(torch.autograd.Function):
     """With ``z = h downᵀ + down_bias``, ``a = act(z)`` and ``dz = act'(z) ∘ (scale · dy up)``:
 
     ``dup = scale · dyᵀ a``, ``dup_bias = scale · Σ dy``, ``ddown = dzᵀ h``, ``ddown_bias = Σ dz``, ``dh = dy + dz down``.
+
+    With a base ``dbase = dy``, and ``dh`` is without ``dy``.
     """
 
     @staticmethod
@@ -31,18 +33,20 @@ class Bottleneck(torch.autograd.Function):
         down_bias: Tensor | None,
         up: Tensor,
         up_bias: Tensor | None,
+        base: Tensor | None,
         numbers: Numbers,
     ) -> Tensor:
         scale, act = numbers
         flat, dtype = rows(h), h.dtype
         z = matmul_nt(flat, cast(down, dtype), _cast_bias(down_bias, dtype))
         shift = None if up_bias is None else cast(up_bias, dtype) * scale
-        y = matmul_nt(ACTIVATIONS[act](z).mul(scale), cast(up, dtype), shift).add_(flat)
-        _, needs_down, _, needs_up, _, _ = ctx.needs_input_grad
+        y = matmul_nt(ACTIVATIONS[act](z).mul(scale), cast(up, dtype), shift)
+        y.add_(flat if base is None else rows(base))
+        _, needs_down, _, needs_up, *_ = ctx.needs_input_grad
         inner = any(ctx.needs_input_grad[:3])
         ctx.make_h, h_parts = remake.kept(h, needs_down)
         ctx.save_for_backward(z if inner or needs_up else None, down, up, *h_parts)
-        ctx.numbers, ctx.shape = numbers, h.shape
+        ctx.numbers, ctx.shape, ctx.has_base = numbers, h.shape, base is not None
         ctx.dtypes = tuple(None if b is None else b.dtype for b in (down_bias, up_bias))
         return unflatten(y, h.shape)
 
@@ -51,8 +55,10 @@ class Bottleneck(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, down, up, *h_parts = ctx.saved_tensors
         scale, act = ctx.numbers
-        needs_h, needs_down, needs_down_bias, needs_up, needs_up_bias, _ = ctx.needs_input_grad
-        dy = rows(dy)
+        needs_h, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_base, _ = (
+            ctx.needs_input_grad
+        )
+        dbase, dy = dy if needs_base else None, rows(dy)
         dh = ddown = ddown_bias = dup = dup_bias = None
         if needs_up_bias:
             dup_bias = cast(_sum(dy, ctx.dtypes[1]).mul_(scale), ctx.dtypes[1])
@@ -65,12 +71,13 @@ class Bottleneck(torch.autograd.Function):
             if needs_down_bias:
                 ddown_bias = cast(_sum(dz, ctx.dtypes[0]), ctx.dtypes[0])
             if needs_h:
-                dh = matmul_nn(dz, cast(down, dz.dtype)).add_(dy).view(ctx.shape)
+                dh = matmul_nn(dz, cast(down, dz.dtype))
+                dh = (dh if ctx.has_base else dh.add_(dy)).view(ctx.shape)
         elif needs_up:
             a = ACTIVATIONS[act](z)
         if needs_up:
             dup = low_rank.grad_b(dy, a, scale, up.dtype)
-        return dh, ddown, ddown_bias, dup, dup_bias, None
+        return dh, ddown, ddown_bias, dup, dup_bias, dbase, None
 
 
 def _activation_backward(da: Tensor, z: Tensor, act: str) -> tuple[Tensor, Tensor]:

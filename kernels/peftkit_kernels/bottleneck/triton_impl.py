@@ -32,6 +32,7 @@ def forward(
     down_bias: Tensor | None,
     up: Tensor,
     up_bias: Tensor | None,
+    base: Tensor | None,
     scale: float,
     act: str,
     *,
@@ -42,6 +43,7 @@ def forward(
     if not h.numel():
         return y, z
     flat, flat_y, dtype, R = readable(rows(h)), rows(y), h.dtype, down.shape[0]
+    flat_base = None if base is None else readable(rows(base))
     M, D = flat.shape
     c = config or _choose(flat, R)
     down, up = cast(down, dtype), cast(up, dtype)
@@ -49,8 +51,10 @@ def forward(
     launch(
         _kernels().bottleneck_forward_kernel,
         (cdiv(M, c.block_m),),
-        *(flat, down, down_bias, up, up_bias, flat_y, z, scale, M, D, R),
-        *(flat.stride(0), *down.stride(), *up.stride(), flat_y.stride(0)),
+        *(flat, down, down_bias, up, up_bias, flat_base, flat_y, z, scale, M, D, R),
+        *(flat.stride(0), *down.stride(), *up.stride()),
+        *(0 if flat_base is None else flat_base.stride(0), flat_y.stride(0)),
+        HAS_BASE=base is not None,
         HAS_DOWN_BIAS=down_bias is not None,
         HAS_UP_BIAS=up_bias is not None,
         **_constants(c, R, act, dtype),
@@ -70,13 +74,18 @@ def backward(
     up: Tensor,
     scale: float,
     act: str,
+    has_base: bool,
     needs: Sequence[bool],
     *,
     config: BottleneckConfig | None = None,
 ) -> list[Tensor]:
-    """Those of ``dh``, ``ddown``, ``ddown_bias`` (float32) and ``dup`` that ``needs`` asks for; ``h`` is needed for ddown."""
+    """Those of ``dh``, ``ddown``, ``ddown_bias`` (float32) and ``dup`` that ``needs`` asks for; ``h`` is needed for ddown.
+
+    The gradient of a base is ``dy``; without one ``dy`` is a part of ``dh``.
+    """
     if not dy.numel():
-        return [grad.zero_() for grad in _like_grads(dy, h, z, down, up, scale, act, needs)]
+        grads = _like_grads(dy, h, z, down, up, scale, act, has_base, needs)
+        return [grad.zero_() for grad in grads]
     needs_h, needs_down, needs_bias, needs_up = needs
     flat, dtype = readable(rows(dy)), dy.dtype
     dh = ddown = ddown_bias = dup = a = dz = None
@@ -84,7 +93,8 @@ def backward(
         dh = dy.new_empty(dy.shape) if needs_h else None
         a = torch.empty_like(z) if needs_up else None
         dz = torch.empty_like(z) if needs_down or needs_bias else None
-        _launch_backward(flat, z, cast(down, dtype), cast(up, dtype), a, dz, dh, scale, act, config)
+        factors = cast(down, dtype), cast(up, dtype)
+        _launch_backward(flat, z, *factors, a, dz, dh, scale, act, has_base, config)
     elif needs_up:
         a = ACTIVATIONS[act](z)
     if needs_down:
@@ -106,6 +116,7 @@ def _launch_backward(
     dh: Tensor | None,
     scale: float,
     act: str,
+    has_base: bool,
     config: BottleneckConfig | None,
 ) -> None:
     """Fill ``a``, ``dz`` and ``dh``, those that are there."""
@@ -116,6 +127,7 @@ def _launch_backward(
         (cdiv(M, c.block_m),),
         *(dy, z, down, up, a, dz, flat_dh, scale, M, D, R, dy.stride(0)),
         *(*down.stride(), *up.stride(), 0 if flat_dh is None else flat_dh.stride(0)),
+        HAS_BASE=has_base,
         WITH_A=a is not None,
         WITH_DZ=dz is not None,
         WITH_DH=dh is not None,
@@ -157,6 +169,7 @@ def _like_grads(
     up: Tensor,
     scale: float,
     act: str,
+    has_base: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     bias = dy.new_empty(down.shape[0], dtype=torch.float32)
@@ -168,23 +181,26 @@ bottleneck_triton = torch.library.custom_op(
     "peftkit::bottleneck",
     forward,
     mutates_args=(),
-    schema="(Tensor h, Tensor down, Tensor? down_bias, Tensor up, Tensor? up_bias, float scale, str act)"
+    schema="(Tensor h, Tensor down, Tensor? down_bias, Tensor up, Tensor? up_bias, Tensor? base, float scale,"
+    " str act)"
     " -> (Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
     "peftkit::bottleneck_backward",
     backward,
     mutates_args=(),
-    schema="(Tensor dy, Tensor? h, Tensor z, Tensor down, Tensor up, float scale, str act, bool[] needs) -> Tensor[]",
+    schema="(Tensor dy, Tensor? h, Tensor z, Tensor down, Tensor up, float scale, str act, bool has_base,"
+    " bool[] needs) -> Tensor[]",
 )
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    h, down, down_bias, up, up_bias, *ctx.numbers = inputs
+    h, down, down_bias, up, up_bias, base, *ctx.numbers = inputs
     z = output[1]
     ctx.make_h, h_parts = remake.kept(h, ctx.needs_input_grad[1])
     ctx.save_for_backward(z if any(ctx.needs_input_grad[:4]) else None, down, up, *h_parts)
     ctx.dtypes = tuple(None if b is None else b.dtype for b in (down_bias, up_bias))
+    ctx.has_base = base is not None
     ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)
 
@@ -193,18 +209,18 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     z, down, up, *h_parts = ctx.saved_tensors
     scale, act = ctx.numbers
-    *needs, needs_up_bias = ctx.needs_input_grad[:5]
+    *needs, needs_up_bias, needs_base = ctx.needs_input_grad[:6]
     dup_bias = None
     if needs_up_bias:
         dup_bias = cast(rows(dy).sum(0, dtype=torch.float32).mul_(scale), ctx.dtypes[1])
     grads: list[Tensor] = []
     if any(needs):
         h = remake.again(ctx.make_h, h_parts)
-        grads = list(_backward_op(dy, h, z, down, up, scale, act, needs))
+        grads = list(_backward_op(dy, h, z, down, up, scale, act, ctx.has_base, needs))
     dh, ddown, ddown_bias, dup = (grads.pop(0) if needed else None for needed in needs)
     if ddown_bias is not None:
         ddown_bias = cast(ddown_bias, ctx.dtypes[0])
-    return dh, ddown, ddown_bias, dup, dup_bias, None, None
+    return dh, ddown, ddown_bias, dup, dup_bias, dy if needs_base else None, None, None
 
 
 bottleneck_triton.register_fake(_like_outputs)

@@ -137,8 +137,9 @@ def _bottleneck(rank: int, dtype: torch.dtype) -> None:
         down, up = _meta(R, D, dtype=dtype), _meta(D, R, dtype=dtype)
         for M in (_M, 1024):
             h = _meta(M, D, dtype=dtype)
-            y, z = forward(h, down, bias, up, wide, 1.0, act)
-            backward(y, h, z, down, up, 1.0, act, [True] * 4)
+            for base in (None, h):
+                y, z = forward(h, down, bias, up, wide, base, 1.0, act)
+                backward(y, h, z, down, up, 1.0, act, base is not None, [True] * 4)
 
 
 def _frozen_norm(rank: int, dtype: torch.dtype) -> None:

@@ -21,9 +21,11 @@ _LARGEST_STEP = 128
 def small_rows(N: int, *, target: Target) -> int:
     """Rows up to which the weight is decoded inside the product: half of that where the columns do not fill the GPU.
 
-    The defaults come from published calibrations of a comparable CUDA kernel; nothing has been measured with these.
+    The defaults come from published calibrations of a comparable CUDA kernel; a calibration of the GPU takes their place.
     """
-    rows = _SMALL_ROWS.get(target.capability or 80, _SMALL_ROWS_ELSEWHERE)
+    rows = target.calibration.small_m
+    if rows is None:
+        rows = _SMALL_ROWS.get(target.capability or 80, _SMALL_ROWS_ELSEWHERE)
     return rows // 2 if cdiv(N, 64) < target.sms else rows
 
 
