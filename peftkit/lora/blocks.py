@@ -182,12 +182,14 @@ def fuse_gated_mlps(model: nn.Module) -> int:
 
 
 def _on_one_gpu(x: Tensor) -> bool:
-    """Whether weights stay where a forward on ``x`` puts them: what shares work among processes has buffers of its own."""
-    return x.is_cuda and not (
-        torch.distributed.is_available() and torch.distributed.is_initialized()
-    )
+    """Whether weights stay where a forward on ``x`` puts them: what shares work among processes has buffers of its own, and a
+    graph that is being captured would move them again whenever it runs."""
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return False
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def bring_together(weights: Sequence[Tensor]) -> None:
     """Make frozen weights of one width the parts of one buffer, so that each product with them is one; no bit of them changes.

@@ -350,8 +350,11 @@ def test_weights_that_are_not_alone_or_not_alike_stay_where_they_are():
         bring_together([first, other])
         assert (first.data_ptr(), other.data_ptr()) == places
     first, second = weight(3, 4), weight(2, 4)
-    bring_together([first, second])
+    with torch.inference_mode():
+        bring_together([first, second])
     assert joined([first, second], 0).shape == (5, 4)
+    assert not first.is_inference(), "training may follow"
+    assert (torch.ones(1, 4, requires_grad=True) @ first.T).sum().requires_grad
 
 
 def test_blocks_are_explained():
