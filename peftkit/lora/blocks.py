@@ -183,7 +183,8 @@ def fuse_gated_mlps(model: nn.Module) -> int:
 
 def _on_one_gpu(x: Tensor) -> bool:
     """Whether weights stay where a forward on ``x`` puts them: what shares work among processes has buffers of its own, and a
-    graph that is being captured would move them again whenever it runs."""
+    graph that is being captured would move them again whenever it runs.
+    """
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
         return False
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
