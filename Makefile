@@ -17,7 +17,7 @@ help:
 	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
 	@echo "make test         linters, types, import contracts and tests"
 	@echo "make lint         the same without the tests"
-	@echo "make slow         the tests that take minutes"
+	@echo "make slow         the tests that take minutes to hours"
 	@echo "make mutations    plant bugs into the kernels; each has to be noticed by its test"
 	@echo "make conformance  PEFT's own test suite, on fused layers"
 	@echo "make matrix       every method on every architecture; writes docs/compatibility.md"

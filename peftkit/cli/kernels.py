@@ -54,7 +54,7 @@ def inspect(
     ops: Ops = None,
     every: Annotated[
         bool,
-        typer.Option("--all", help="Every target, rank and dtype. Takes an hour on two cores."),
+        typer.Option("--all", help="Every target, rank and dtype: about 39,000 compilations, five hours on two cores."),
     ] = False,
     as_json: Json = False,
 ) -> None:
