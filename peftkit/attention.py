@@ -11,12 +11,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftkit.own_attention import OwnAttention
+from peftkit.own_attention import NATIVE, OwnAttention
 from peftkit.swap import swap_in
 from peftkit_kernels import native
 from peftkit_kernels.attention import HEAD_SIZE_MULTIPLE, attention, native_obstacle
-
-IMPLEMENTATION = "peftkit_sdpa"
 
 _MIN_QUERIES = 16
 """Decoding a few tokens is left to torch: a block of 64 queries would be mostly padding."""
@@ -28,7 +26,7 @@ class FusedAttention(OwnAttention):
     """Mixed into an attention module's own class: its ``sdpa`` is ours."""
 
     peftkit_method = "attention"
-    peftkit_renames: ClassVar[dict[str, str]] = {"sdpa": IMPLEMENTATION}
+    peftkit_renames: ClassVar[dict[str, str]] = {"sdpa": NATIVE}
 
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path a forward takes in the present state, and the reason where it is transformers' own."""
@@ -112,4 +110,4 @@ def _dispatches(module: nn.Module) -> bool:
 def _register() -> None:
     from transformers import AttentionInterface
 
-    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionInterface.register(NATIVE, attention_forward)

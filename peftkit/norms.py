@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from peftkit.lora.blocks import probe_input, same_up_to_rounding
 from peftkit.lora.eligibility import has_hooks
 from peftkit.swap import swap_in
+from peftkit.targets import is_own_adapter
 from peftkit_kernels.dispatch import choose_backend
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
 from peftkit_kernels.frozen_norm.config import obstacle
@@ -48,10 +49,14 @@ class FusedNorm(nn.Module):
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Fuse every norm that one of the known formulas reproduces; returns their number."""
+    """Fuse every norm that one of the known formulas reproduces; returns their number.
+
+    Those of adapters stay torch's, so that an adapter computes the same bits while it is trained and after it is loaded.
+    """
     count = 0
+    own = {id(part) for m in model.modules() if is_own_adapter(m) for part in m.modules()}
     for module in list(model.modules()):
-        if isinstance(module, FusedNorm):
+        if isinstance(module, FusedNorm) or id(module) in own:
             continue
         formula = _formula(module)
         if formula is not None:

@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+NATIVE = "peftkit_sdpa"
+"""Name of the attention function that runs the native passes."""
+
 
 class _Config:
     """A config as one attention module sees it."""

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from peftkit import BottleneckConfig, wrap
 from peftkit.norms import FusedNorm, fuse_norms
 
 WIDTH = 32
@@ -97,6 +98,15 @@ def test_a_trained_or_hooked_norm_is_left_alone():
     trained, hooked = LlamaRMSNorm(WIDTH), LlamaRMSNorm(WIDTH).requires_grad_(False)
     hooked.register_forward_hook(lambda *args: None)
     assert fuse_norms(nn.ModuleList([trained, hooked])) == 0
+
+
+def test_an_adapters_own_norm_is_left_alone_when_it_is_frozen_too():
+    config = BottleneckConfig(bottleneck_size=4, layer_norm=True)
+    model = wrap(models.tiny("llama").eval(), config).requires_grad_(False)
+    own = [m for n, m in model.named_modules() if n.endswith("adapters.default.norm")]
+    assert len(own) == 4
+    assert fuse_norms(model) == 0, "wrap has fused the model's"
+    assert {type(m) for m in own} == {nn.LayerNorm}
 
 
 def test_float64_is_left_to_modules_that_compute_it_in_float32():

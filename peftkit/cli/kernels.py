@@ -54,7 +54,10 @@ def inspect(
     ops: Ops = None,
     every: Annotated[
         bool,
-        typer.Option("--all", help="Every target, rank and dtype: about 39,000 compilations, five hours on two cores."),
+        typer.Option(
+            "--all",
+            help="Every target, rank and dtype: about 39,000 compilations, five hours on two cores.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:

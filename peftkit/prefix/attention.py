@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.attention import IMPLEMENTATION as NATIVE
+from peftkit.own_attention import NATIVE
 from peftkit_kernels.attention import native_obstacle
 from peftkit_kernels.dispatch import triton_obstacle
 from peftkit_kernels.prefix_attention import prefix_attention as merged_attention

@@ -253,7 +253,7 @@ int pk_attention_backward(const problem *p, const tensor4 *dout, const tensor4 *
       }
       for (int64_t h = kh * group; h < (kh + 1) * group; h++) {
         float share = p->gate ? p->gate[h] : 1.0f;
-        if (p->gate) dgate[b * p->heads + h] = 0.0f;
+        double gate_sum = 0.0;
         for (int64_t first = 0; first < p->queries; first += BLOCK) {
           int64_t count = least(BLOCK, p->queries - first), limit = key_limit(p, first, count);
           const float *g = rows_of(*dout, b, h, first), *y = rows_of(*out, b, h, first);
@@ -270,20 +270,24 @@ int pk_attention_backward(const problem *p, const tensor4 *dout, const tensor4 *
           transpose(queries, q->position, count, D, p->scale, qt);
           transpose(g, dout->position, count, D, 1.0f, gt);
           if (p->gate) {
+            double sums[BLOCK] = {0};
             for (int64_t j0 = -p->prefix, keys; j0 < 0; j0 += keys) {
               keys = block_keys(j0, 0);
               probabilities(p, k, v, prefix_k, prefix_v, b, kh, first, count, j0, keys, qt, gt, prefix_log_sum, 1.0f, s, ds);
               for (int64_t j = 0; j < keys; j++) {
 #pragma omp simd
-                for (int64_t i = 0; i < BLOCK; i++) prefix_delta[i] += s[j * BLOCK + i] * ds[j * BLOCK + i];
+                for (int64_t i = 0; i < BLOCK; i++) sums[i] += (double)s[j * BLOCK + i] * (double)ds[j * BLOCK + i];
               }
             }
-            float total = 0.0f;
+            /* the two parts of the output may cancel: sums of float products in double have no error of their own */
             for (int64_t i = 0; i < count; i++) {
-              total += prefix_delta[i];
-              delta[i] -= share * prefix_delta[i];
+              double total = 0.0;
+#pragma omp simd reduction(+ : total)
+              for (int64_t d = 0; d < D; d++) total += (double)g[i * dout->position + d] * (double)y[i * out->position + d];
+              gate_sum += sums[i];
+              prefix_delta[i] = (float)sums[i];
+              delta[i] = (float)(total - (double)share * sums[i]);
             }
-            dgate[b * p->heads + h] += total;
           }
           for (int64_t j0 = -p->prefix, keys; j0 < limit; j0 += keys) {
             int before = j0 < 0, apart = before && p->gate;
@@ -307,6 +311,7 @@ int pk_attention_backward(const problem *p, const tensor4 *dout, const tensor4 *
           for (int64_t i = 0; i < count; i++)
             memcpy(rows_of(*dq, b, h, first + i), dq_block + i * D, (size_t)D * sizeof(float));
         }
+        if (p->gate) dgate[b * p->heads + h] = (float)gate_sum;
       }
     }
     free(qt);
