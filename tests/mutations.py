@@ -251,7 +251,7 @@ MUTATIONS = [
             "stride",
             "rows * stride_dm",
             "rows * stride_em",
-            _gate("offsets_of_rows_do_not_overflow"),
+            _gate("tiles_do_not_matter_and_each_stream_moves_once"),
         ),
         (
             "mask",
@@ -410,7 +410,7 @@ MUTATIONS = [
             "tile",
             "range(0, count.to(tl.int32), BLOCK_M)",
             "range(0, BLOCK_M, BLOCK_M)",
-            _grouped("partial_sums_of_every_pass"),
+            _grouped("within_the_error_bound"),
         ),
     ),
     *_of(
@@ -424,9 +424,9 @@ MUTATIONS = [
         ),
         (
             "stride",
-            "adapter * stride_oe",
-            "adapter * stride_gi",
-            _grouped("partial_sums_of_every_pass"),
+            "offs_c[None, :] * stride_oc",
+            "offs_c[None, :]",
+            _grouped("within_the_error_bound"),
         ),
     ),
     *_of(
@@ -482,7 +482,7 @@ MUTATIONS = [
             "tile",
             "block // NESTED_BLOCK",
             "block // (NESTED_BLOCK * 2)",
-            _nf4("every_byte_is_read_once"),
+            _nf4("dequantises_to_the_bits_of_the_definition"),
         ),
     ),
     *_of(
@@ -520,7 +520,7 @@ MUTATIONS = [
         (
             "scale",
             "w * tl.math.div_rn(1.0, divisor)",
-            "w * 1.0 / (divisor + 0.0)",
+            "w * tl.math.div_rn(0.5, divisor)",
             _nf4("quantises_to_the_bits_of_the_definition"),
         ),
         (
@@ -558,7 +558,7 @@ MUTATIONS = [
     *_of(
         "quantized_linear.kernels",
         "_finish",
-        ("rule", "if share == 0:", "if share >= 0:", _few_rows("any_number_of_rows_and_rank")),
+        ("rule", "if share == 0:", "if share >= 0:", _few_rows("any_width")),
         (
             "scale",
             "input_precision=PRECISION) * factor",
@@ -569,7 +569,7 @@ MUTATIONS = [
             "race",
             "(share.to(tl.int64) * M + offs_m)",
             "offs_m",
-            _few_rows("any_number_of_rows_and_rank"),
+            _few_rows("any_width"),
         ),
         (
             "mask",
@@ -591,7 +591,7 @@ MUTATIONS = [
             "int32",
             "offs_n.to(tl.int64)[:, None]",
             "offs_n[:, None]",
-            _few_rows("offsets_of_rows_do_not_overflow"),
+            _few_rows("a_stored_byte_is_read_once_by_few_rows"),
         ),
         ("scale", " * absmax[None, :]", "", _few_rows("within_the_error_bound")),
     ),
@@ -603,7 +603,7 @@ MUTATIONS = [
             "mask",
             "mask_k = offs_k < K",
             "mask_k = offs_k < K + 1",
-            _few_rows("within_the_error_bound"),
+            _few_rows("any_width"),
         ),
         (
             "int32",
@@ -620,7 +620,7 @@ MUTATIONS = [
             "stride",
             "[:, None] * stride_cm",
             "[:, None] * stride_xm",
-            _int8_linear("codes_are_those_of_the_definition"),
+            _int8_linear("strided_inputs_and_gradients"),
         ),
         (
             "mask",
@@ -640,7 +640,7 @@ MUTATIONS = [
             "",
             _int8_linear("codes_are_those_of_the_definition"),
         ),
-        ("rule", "12582912.0", "12582912.5", _int8_linear("codes_are_those_of_the_definition")),
+        ("rule", "12582912.0", "12582913.0", _int8_linear("codes_are_those_of_the_definition")),
         (
             "rule",
             "kept(seed, offs_m, k,",
@@ -669,7 +669,7 @@ MUTATIONS = [
             "acc *= 1.0",
             _int8_linear("within_the_error_bound"),
         ),
-        ("race", "tile_n * BLOCK_N + ", "", _int8_linear("any_number_of_rows_and_rank")),
+        ("race", "tile_n * BLOCK_N + ", "", _int8_linear("any_width")),
         (
             "int32",
             "y_ptr + offs_m.to(tl.int64)[:, None]",
@@ -680,7 +680,7 @@ MUTATIONS = [
             "rule",
             "column = tile_n * BLOCK_N",
             "column = 0",
-            _int8_linear("any_number_of_rows_and_rank"),
+            _int8_linear("any_width"),
         ),
     ),
     *_of(
@@ -702,7 +702,7 @@ MUTATIONS = [
     *_of(
         "dora.kernels",
         "magnitude_grad_kernel",
-        ("stride", "rows * stride_ym", "rows * N", _dora("strided_inputs_and_gradients")),
+        ("stride", "rows * stride_dm", "rows * N", _dora("strided_inputs_and_gradients")),
         ("mask", "(offs_m < M)[:, None]", "(offs_m < M + 1)[:, None]", _dora("magnitude_grad")),
         ("race", "pid_m.to(tl.int64) * N + ", "", _dora("magnitude_grad")),
         ("rule", " - bias[None, :]", "", _dora("magnitude_grad")),

@@ -1,5 +1,7 @@
 """8-bit storage by Triton: the bits of the definition, each byte once, in any order of programs."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, draw, watched
@@ -24,10 +26,11 @@ def test_gives_the_bits_of_the_definition(shape, scaled, dtype):
     w[:1] = 0.0
     q, scale = quantize_int8(w), torch.linspace(-2, 3, shape[0]) if scaled else None
     expected = dequantize_int8_reference(q, dtype, scale)
-    assert torch.equal(dequantize_int8(q, dtype, row_scale=scale, backend="triton"), expected)
     wide = torch.full((shape[0], shape[1] + 7), torch.nan, dtype=dtype)
     window = wide[:, 3:-4]
-    assert dequantize_int8(q, out=window, row_scale=scale, backend="triton") is window
+    with watched() if 0 not in shape else nullcontext():
+        assert torch.equal(dequantize_int8(q, dtype, row_scale=scale, backend="triton"), expected)
+        assert dequantize_int8(q, out=window, row_scale=scale, backend="triton") is window
     assert torch.equal(window, expected)
     assert wide[:, :3].isnan().all()
     assert wide[:, -4:].isnan().all()

@@ -210,9 +210,10 @@ def test_results_do_not_depend_on_the_order_of_programs(rows, storage):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_stored_byte_is_read_once_by_few_rows(storage, splits):
     """Q + x + y + s + B + bias; with several shares of K also float32 partial sums, written and read."""
-    _, x, q, part = make(storage, x=(16, 256), N=64, rank=16, dtype=torch.bfloat16)
+    K = 1024
+    _, x, q, part = make(storage, x=(16, K), N=64, rank=16, dtype=torch.bfloat16)
     s = draw((16, 16), x.dtype, torch.Generator().manual_seed(2))
-    step = nf4_step(256, q.blocksize) if isinstance(q, NF4Weight) else 64
+    step = nf4_step(K, q.blocksize) if isinstance(q, NF4Weight) else 64
     config = SmallConfig(16, 64, step, splits)
     tensors = x, q, part.bias, s, part.lora.B
     with watched(int32_limit=INT32_LIMIT) as traffic, torch.no_grad():
@@ -226,8 +227,8 @@ def test_a_stored_byte_is_read_once_by_few_rows(storage, splits):
     if name == "packed_ptr" and q.nested is not None:
         small += q.nested.code[q.absmax.long().unique()].nbytes + q.nested.absmax.nbytes + 4
     streams = sum(t.nbytes for t in (x, stored, part.bias, s, part.lora.B, y))
-    steps = -(-(256 // step) // splits)
-    shares = -(-(256 // step) // steps)
+    steps = -(-(K // step) // splits)
+    shares = -(-(K // step) // steps)
     partials = 0 if shares == 1 else 2 * shares * y.numel() * 4
     assert traffic.unique_bytes == streams + small + partials
 
