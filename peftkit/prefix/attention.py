@@ -1,4 +1,4 @@
-"""The attention call of a module with prefixes: two merged passes where they can run, one over joined keys elsewhere."""
+"""The attention call of a module with prefixes: one op where it can run, the model's function over joined keys elsewhere."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def prefix_attention(
 
     Prefixes that share the tokens' softmax are one ``peftkit_kernels.prefix_attention`` with the keys where they lie; where
     ``obstacle`` gives a reason against it they are joined to the keys, for the function that the model's config names.
-    What prefixes with a gate attend to is added to the result of either, by the same passes where there is one such prefix alone.
+    What prefixes with a gate attend to is added to the result of either; one such prefix alone is computed in the same native
+    pass where that is the model's attention (``gated_obstacle``).
 
     Raises:
         NotImplementedError: A prefix without a gate meets a function whose masks would hide it.
