@@ -21,8 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import fake_hub
+import outcomes
 import own_types
-import report
 
 HERE = Path(__file__).resolve().parent
 MODES = ("stock", "fused")
@@ -56,11 +56,11 @@ def main() -> int:
         return 0  # a part of the suite: nothing to compare yet
 
     stock, fused = suite.results("stock"), suite.results("fused")
-    comparison = report.compare(stock, fused)
+    comparison = outcomes.compare(stock, fused)
     if comparison.regressions:
         print(suite.run(TORCH_BLAS, "lost", comparison.regressions), flush=True)
-        comparison = report.compare(stock, fused, suite.results(TORCH_BLAS))
-    report.write(arguments.report, comparison, _versions())
+        comparison = outcomes.compare(stock, fused, suite.results(TORCH_BLAS))
+    outcomes.write(arguments.report, comparison, _versions())
     print(f"\nwritten: {arguments.report}\n{comparison.summary()}")
     return 1 if comparison.regressions else 0
 
@@ -75,7 +75,7 @@ def _run_own(suite: "Suite", arguments: argparse.Namespace) -> int:
     if arguments.modules:
         return 0  # a part of the tests: no page yet
     own = suite.results("own")
-    report.write_own(arguments.report, own, _versions())
+    outcomes.write_own(arguments.report, own, _versions())
     failing = [test for test, outcome in own.outcomes.items() if outcome in ("failed", "error")]
     print(f"\nwritten: {arguments.report}\n{len(failing)} of {len(own.outcomes)} tests fail")
     print("\n".join(failing))
@@ -160,9 +160,9 @@ class Suite:
         unfinished.rename(result)
         return f"{mode} {name} {time.perf_counter() - start:.0f} s: {closing_line}"
 
-    def results(self, mode: str) -> report.Results:
+    def results(self, mode: str) -> outcomes.Results:
         """Merge what the runs of one mode have left."""
-        merged = report.Results({}, 0)
+        merged = outcomes.Results({}, 0)
         for path in sorted(self._folder(mode).glob("*.json")):
             one = json.loads(path.read_text())
             merged.outcomes.update(one["outcomes"])
