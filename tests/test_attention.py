@@ -5,15 +5,15 @@ import pickle
 
 import pytest
 import torch
+from markers import needs_native
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from peftkit import accelerate, explain, restore, wrap
 from peftkit.attention import FusedAttention
-from peftkit_kernels import native
 from peftkit_kernels.attention.torch_impl import Attention
 
-pytestmark = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+pytestmark = needs_native
 
 
 def llama(**changes) -> LlamaForCausalLM:

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from markers import needs_native
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
@@ -13,10 +14,9 @@ from peftkit import accelerate, restore
 from peftkit.attention import FusedAttention
 from peftkit.prefix import Prefix, PrefixConfig, add_prefixes, attention, remove_prefixes
 from peftkit.prefix.module import PrefixAttention
-from peftkit_kernels import native
 from peftkit_kernels.testing import assert_no_worse_than
 
-pytestmark = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+pytestmark = needs_native
 
 P = 3
 

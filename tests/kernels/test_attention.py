@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_bounds import attention_bounds
+from markers import needs_native
 from torch import Tensor
 
 from peftkit_kernels import native
@@ -14,8 +15,6 @@ SHAPES = {
     "one query": (1, 2, 1, 1, 5, 32),
     "more keys than queries": (1, 4, 1, 20, 150, 96),
 }
-
-needs_native = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from markers import needs_native
 
 from peftkit_kernels import native
 from peftkit_kernels.dropout import (
@@ -63,7 +64,7 @@ def test_mask_is_the_rule(columns):
             assert bool(mask[row, column]) == (draw >= 19661)
 
 
-@pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+@needs_native
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.999, 1.0])
 def test_native_pass_has_the_same_bits(p, seed, monkeypatch):

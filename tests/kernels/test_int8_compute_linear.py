@@ -12,6 +12,7 @@ from lora_cases import (
     gradients,
     subsets,
 )
+from markers import needs_native
 
 from peftkit_kernels import native, workspace
 from peftkit_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
@@ -23,7 +24,6 @@ from peftkit_kernels.testing import Bound, Made, kept_for_backward
 
 N = 29
 TRAINED = ("x", "bias", "A", "B")
-needs_library = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
 
 
 def make(**options):
@@ -224,7 +224,7 @@ def test_gradients_of_the_reference():
     )
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (17, 1001), (4, 64)], ids=str)
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "column_scale"])
 def test_native_codes_are_those_of_the_definition(shape, scaled):
@@ -239,7 +239,7 @@ def test_native_codes_are_those_of_the_definition(shape, scaled):
     assert torch.equal(absmax, largest)
 
 
-@needs_library
+@needs_native
 def test_native_codes_round_the_factor_as_the_definition_does():
     # rows of ties between two codes: the last bit of the factor decides, which one division rounds otherwise
     m = torch.arange(1.0, 200.0)[:, None]
@@ -253,7 +253,7 @@ def test_native_codes_round_the_factor_as_the_definition_does():
     assert not torch.equal(divided.round().to(torch.int8), expected)
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_value_is_the_largest_of_its_row(bad):
     x = torch.ones(3, 40)
@@ -262,7 +262,7 @@ def test_a_bad_value_is_the_largest_of_its_row(bad):
     assert absmax.isfinite().tolist() == [True, False, True]
 
 
-@needs_library
+@needs_native
 def test_bits_do_not_depend_on_the_number_of_threads():
     x, q, part = make(x=(65, 301))
     one = int8_compute_linear(x, q, part.bias, part.lora)

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lora_cases import activation, activation_and_slope
+from markers import needs_native
 
 from peftkit_kernels import native
 from peftkit_kernels.frozen_norm import layer_norm_reference, rms_norm_reference
 from peftkit_kernels.native import build
 from peftkit_kernels.testing import Bound, assert_no_worse_than
 
-needs_library = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
 SHAPES = [(1, 1), (1, 7), (3, 64), (17, 1001), (65, 33)]
 
 
@@ -24,7 +24,7 @@ def tensors(*shapes, scale=1.0):
     return [torch.randn(shape, generator=generator) * scale for shape in shapes]
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("act", native.GATES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gate_and_its_gradient(shape, act):
@@ -39,7 +39,7 @@ def test_gate_and_its_gradient(shape, act):
     (dh * value).check(dg, "dg")
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("act", native.GATES)
 def test_activations_over_their_whole_range(act):
     e = torch.cat([torch.linspace(-110, 110, 20001), torch.tensor([0.0, -0.0, 1e-30, -1e-30])])
@@ -51,7 +51,7 @@ def test_activations_over_their_whole_range(act):
     assert native.gate(bad, torch.ones(2), act).isfinite().logical_not().all()
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rms_norm_and_its_gradient(shape, offset):
@@ -71,7 +71,7 @@ def test_rms_norm_and_its_gradient(shape, offset):
         assert_no_worse_than(*values, name)
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_layer_norm_and_its_gradient(shape, biased):
@@ -92,7 +92,7 @@ def test_layer_norm_and_its_gradient(shape, biased):
         assert_no_worse_than(*values, name)
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.05)])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 64), (17, 1001)], ids=str)
 def test_cross_entropy_and_its_gradient(shape, smoothing, z_loss):
@@ -117,7 +117,7 @@ def test_cross_entropy_and_its_gradient(shape, smoothing, z_loss):
             assert_no_worse_than(*triple, name)
 
 
-@needs_library
+@needs_native
 def test_bits_do_not_depend_on_the_number_of_threads():
     x, dy, weight = tensors((64, 1001), (64, 1001), (1001,))
 
@@ -143,7 +143,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         assert torch.equal(one, three)
 
 
-@needs_library
+@needs_native
 def test_what_the_passes_do_not_take():
     x = torch.zeros(4, 6)
     assert native.takes(x, torch.nn.Parameter(x, requires_grad=False))
@@ -262,7 +262,7 @@ def test_something_that_is_no_library_is_a_sentence(builder):
     assert "cannot be loaded" in reason
 
 
-@needs_library
+@needs_native
 def test_the_library_appears_whole_and_is_found_again(builder):
     seen = builder.bin.parent / "seen"
     look = f'ls "{builder.cache}/peftkit" > "{seen}"; ls -i "$out" >> "{seen}"'
@@ -291,7 +291,7 @@ def test_without_a_library_everything_runs(monkeypatch):
         native._library.cache_clear()
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("rank", [1, 7, native.MAX_RANK])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (4, 32), (29, 301), (65, 1000)], ids=str)
 def test_norm_of_an_updated_weight(shape, rank):
@@ -304,7 +304,7 @@ def test_norm_of_an_updated_weight(shape, rank):
     squares.map(torch.sqrt, 0.5 / smallest.sqrt(), 1.0).check(actual)
 
 
-@needs_library
+@needs_native
 @pytest.mark.parametrize("act", native.GATES)
 @pytest.mark.parametrize("shape", [(1, 1), (63, 7), (64, 33), (200, 129)], ids=str)
 def test_scaled_gate_and_its_gradient(shape, act):
