@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from report import environment, machine, save, update_readme
 from torch import nn
 
 LAYERS = 32
@@ -24,33 +25,53 @@ CALLS = 2000
 MODEL_LAYERS = 16
 MODEL_CALLS = 20
 
-
 HELP = "import, wrapping and Python time a layer"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """There are none."""
+    """The options of the command."""
+    parser.add_argument("--update-readme", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure and print, one line a figure."""
-    print(f"import peftkit: {import_seconds():.3f} s (best of {REPEATS}, fresh processes)")
-    stock, fused = wrap_seconds()
-    print(
-        f"wrap, {LAYERS} layers: {fused:.2f} s, PEFT's injection alone {stock:.2f} s, "
-        f"difference {fused - stock:.2f} s (best of {REPEATS})"
-    )
-    torch.set_num_threads(1)  # nothing here is large enough for two
-    for what, rows in (
-        ("one tiny LoRA linear", layer_seconds()),
-        ("a tiny decoder layer", model_seconds()),
-    ):
-        for mode, seconds in rows.items():
-            ratio = seconds["peftkit"] / seconds["peft"]
-            print(
-                f"{what}, {mode}: {seconds['peftkit'] * 1e6:.1f} us, "
-                f"PEFT {seconds['peft'] * 1e6:.1f} us, ratio {ratio:.2f}"
+    """Measure, save, print."""
+    found = environment()
+    imports, wraps = import_seconds(), wrap_seconds()
+    torch.set_num_threads(1)  # nothing from here on is large enough for two
+    result = {
+        "environment": found,
+        "import_seconds": imports,
+        "wrap_seconds": wraps,
+        "call_seconds": {
+            f"{what}, {mode}": seconds
+            for what, modes in (
+                ("one tiny LoRA linear", layer_seconds()),
+                ("a tiny decoder layer", model_seconds()),
             )
+            for mode, seconds in modes.items()
+        },
+    }
+    save(result, "overhead")
+    print(table(result))
+    if arguments.update_readme:
+        update_readme("overhead", table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """What peftkit costs besides arithmetic as a Markdown table."""
+    wraps = result["wrap_seconds"]
+    lines = [
+        f"**overhead** ({machine(result['environment'])}; calls on one thread)",
+        "",
+        "| | peftkit | PEFT | / PEFT |",
+        "|---|---|---|---|",
+        f"| import (s) | {result['import_seconds']:.3f} | | |",
+        f"| wrapping {LAYERS} layers (s) | {wraps['peftkit']:.2f} | {wraps['peft']:.2f} | |",
+    ]
+    for what, seconds in result["call_seconds"].items():
+        own, stock = seconds["peftkit"], seconds["peft"]
+        lines.append(f"| {what} (us) | {own * 1e6:.1f} | {stock * 1e6:.1f} | {own / stock:.2f} |")
+    return "\n".join(lines)
 
 
 def import_seconds() -> float:
@@ -63,7 +84,7 @@ def import_seconds() -> float:
     return min(float(run.stdout) for run in runs)
 
 
-def wrap_seconds() -> tuple[float, float]:
+def wrap_seconds() -> dict[str, float]:
     """Seconds of PEFT's injection and of ``wrap`` on a model of ``LAYERS`` layers."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -93,7 +114,7 @@ def wrap_seconds() -> tuple[float, float]:
         fused.append(
             timed(lambda model=model: wrap(model, LoraConfig(r=16, target_modules=targets)))
         )
-    return min(stock), min(fused)
+    return {"peft": min(stock), "peftkit": min(fused)}
 
 
 def layer_seconds() -> dict[str, dict[str, float]]:

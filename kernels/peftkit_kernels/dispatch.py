@@ -119,7 +119,7 @@ def choose_backend(
         return "triton"
     if backend != "auto":
         return backend
-    on_gpu = bool(tensors) and tensors[0] is not None and tensors[0].device.type == "cuda"
+    on_gpu = bool(tensors) and tensors[0] is not None and tensors[0].is_cuda
     if on_gpu:
         obstacle = triton_obstacle(
             op, *tensors, rank=rank, has_dot=has_dot, own_obstacle=own_obstacle

@@ -43,7 +43,7 @@ def matmul_nt(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def matmul_nn(x: Tensor, w: Tensor) -> Tensor:
     """``x w`` for ``x [M, N]`` and ``w [N, K]``; otherwise as ``matmul_nt``."""
-    return matmul_nt(x, w.t())
+    return _onednn(x, w.t(), None) if _use_onednn(x, w) else torch.mm(x, w)
 
 
 def addmm_nt(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def addmm_nt(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
 
 def addmm_nn(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """``y + x w``; otherwise as ``addmm_nt``."""
-    return addmm_nt(y, x, w.t())
+    return addmm_nt(y, x, w.t()) if _use_onednn(x, w) else y.addmm_(x, w)
 
 
 def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,10 +87,10 @@ def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 def _use_onednn(x: Tensor, w: Tensor) -> bool:
     return (
-        x.dtype is torch.float32
-        and x.device.type == "cpu"
+        2 * x.shape[0] * w.numel() >= _MIN_FLOPS
+        and x.dtype is torch.float32
+        and x.is_cpu
         and w.dtype is torch.float32
-        and 2 * x.shape[0] * w.numel() >= _MIN_FLOPS
         and prefers_onednn()
         and not torch.compiler.is_compiling()
     )

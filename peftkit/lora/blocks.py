@@ -28,6 +28,10 @@ _SHARED = (
 )
 """Names of sibling linears that attention modules call on one input, in the order they are called."""
 
+_FEW_TOKENS = 16
+"""Up to here the members of a group on the CPU compute for themselves where no gradient is asked for: hardly anything would be
+shared, and keeping account of it costs more than that saves."""
+
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _GATED_JOINT = ("gate_up_proj", "down_proj")
 
@@ -50,7 +54,10 @@ class SharedInput:
         # inference tensors have no version that would tell of a change in place
         if torch.compiler.is_compiling() or len(self.members) < 2 or x.is_inference():
             return None
-        key = (x._version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
+        recording = torch.is_grad_enabled()
+        if not recording and x.is_cpu and x.shape[:-1].numel() <= _FEW_TOKENS:
+            return None
+        key = (x._version, recording, torch.is_autocast_enabled(x.device.type))
         if member is not self.members[0]:
             if self._input is None:
                 return None
@@ -62,7 +69,7 @@ class SharedInput:
                 return None
         self._forget()
         parts = [part.frozen_linear(x) for part in self.members]
-        if any(part is None for part in parts):
+        if None in parts:
             return None
         outputs = linears(x, parts)
         self._input, self._key = x, key
@@ -96,22 +103,29 @@ def _state(member: FusedLinear) -> tuple[Any, ...]:
     plan = member.__dict__.get("_peftkit_plan")
     if plan is None or plan.base is None:
         return ()
-    modules = (plan.A, plan.B) if plan.magnitude is None else (plan.A, plan.B, plan.magnitude)
-    tensors = [module._parameters["weight"] for module in modules]
-    versions = [None if t.is_inference() else t._version for t in tensors]
-    return *map(id, tensors), *versions, member.scaling[plan.name], plan.dropout.training
+    A, B = _version(plan.A), _version(plan.B)
+    magnitude = None if plan.magnitude is None else _version(plan.magnitude)
+    return A, B, magnitude, member.scaling[plan.name], plan.dropout.training
+
+
+def _version(module: nn.Module) -> tuple[int, int | None]:
+    """Which tensor the weight is, and how often it was changed."""
+    weight: Any = module._parameters["weight"]
+    return id(weight), None if weight.is_inference() else weight._version
 
 
 class FusedGatedMLP(nn.Module):
     """The forward of a gated MLP as one ``lora_swiglu_mlp``; mixed into the module's own class."""
 
     peftkit_method = "gated MLP"
+    _peftkit_act: str
+    _peftkit_names: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``down(act(gate(x)) ∘ up(x))`` for ``x [..., hidden_size]``; the module's own where it gets anything else."""
         if len(args) != 1 or kwargs or torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
-        parts = gated_parts(self, args[0])
+        parts = gated_parts(self, self._peftkit_names, args[0])
         if parts is None:
             return super().forward(*args)
         if _on_one_gpu(args[0]):
@@ -121,7 +135,7 @@ class FusedGatedMLP(nn.Module):
     def peftkit_verdict(self) -> tuple[str, str]:
         """The path a forward takes in the present state, and the reason where it is the module's own."""
         paths = set()
-        for name in _names(self) or ():
+        for name in self._peftkit_names:
             part = getattr(self, name)
             if isinstance(part, (FusedLinear, FusedParamWrapper)):
                 path, reason = part.peftkit_verdict()
@@ -168,7 +182,7 @@ def fuse_gated_mlps(model: nn.Module) -> int:
         kind = (type(module), settings, others, repr(_act_fn(module)), names)
         with _probing(module, names), torch.no_grad():
             x = _probe(module, names)
-            parts = None if x is None else gated_parts(module, x)
+            parts = None if x is None else gated_parts(module, names, x)
             if x is None or parts is None:
                 continue
             if kind not in verdicts:
@@ -176,7 +190,7 @@ def fuse_gated_mlps(model: nn.Module) -> int:
         act = verdicts[kind]
         if act is not None:
             swap_in(module, FusedGatedMLP)
-            module.__dict__["_peftkit_act"] = act
+            module.__dict__.update(_peftkit_act=act, _peftkit_names=names)
             count += 1
     return count
 
@@ -215,12 +229,10 @@ def bring_together(weights: Sequence[Tensor]) -> None:
             weight.data = part
 
 
-def gated_parts(module: nn.Module, x: Tensor) -> list[Frozen] | None:
-    """Gate, up and down of a gated MLP as tensors; a joint gate and up projection is cut in two."""
-    names = _names(module)
-    verdicts = [frozen_part(module._modules[name], x) for name in names or ()]
-    parts = [part for part in verdicts if part is not None]
-    if not parts or len(parts) < len(verdicts):
+def gated_parts(module: nn.Module, names: Sequence[str], x: Tensor) -> list[Frozen] | None:
+    """The linears of these names as gate, up and down of a gated MLP; a joint gate and up projection is cut in two."""
+    parts: list[Any] = [frozen_part(module._modules[name], x) for name in names]
+    if None in parts:
         return None
     if len(parts) == 3:
         return parts

@@ -16,6 +16,7 @@ from lora_cases import (
 )
 
 from peftkit_kernels.lora_linear import lora_linear
+from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.testing import Bound, assert_no_worse_than, kept_for_backward
 
@@ -97,6 +98,15 @@ def test_leading_axes(shape):
     assert results["y"].shape == (*shape[:-1], N)
     assert results["x"].shape == shape
     assert len(check(x, part)) == 5
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_a_result_gets_its_shape_without_being_a_view(layout):
+    values = torch.arange(30.0).view(6, 5)
+    y = values.clone() if layout == "contiguous" else values.t().contiguous().t()
+    shaped = unflatten(y, torch.Size((2, 3, 7)))
+    assert not shaped._is_view()
+    assert torch.equal(shaped, values.view(2, 3, 5))
 
 
 @pytest.mark.parametrize("dy_layout", LAYOUTS)

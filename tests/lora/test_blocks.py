@@ -95,6 +95,18 @@ def test_siblings_with_known_names_are_one_call(names, calls):
     assert calls == {"LoRAQKV": 1, "peft": 3}
 
 
+def test_few_tokens_without_gradients_are_a_call_each(calls):
+    names = ("q_proj", "k_proj", "v_proj")
+    plain, fused = attention()
+    x = draw(1, blocks._FEW_TOKENS, WIDTH)
+    with torch.no_grad():
+        for actual, expected in zip(call(fused, x, names), call(plain, x, names), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        call(fused, draw(1, blocks._FEW_TOKENS + 1, WIDTH), names)
+    call(fused, x, names)
+    assert calls == {"LoRALinear": 3, "LoRAQKV": 2, "peft": 3}
+
+
 def test_siblings_of_different_input_size_and_single_ones_are_not_grouped():
     groups = []
     for options in ({}, {"inputs": (WIDTH, 16, 16)}, {"names": ("q_proj", "b", "c")}):
@@ -135,7 +147,7 @@ def test_any_order_and_subset_of_calls_is_exact():
 def test_an_input_changed_in_place_is_noticed(mode):
     plain, fused = attention()
     with mode():
-        x = draw(2, 5, WIDTH)
+        x = draw(2, blocks._FEW_TOKENS, WIDTH)
         fused.q_proj(x)
         x.mul_(2.0)
         torch.testing.assert_close(fused.k_proj(x), plain.k_proj(x), rtol=1e-12, atol=1e-12)
@@ -188,7 +200,7 @@ def test_dropout_switched_off_after_the_query():
 
 def test_gradients_and_no_gradients_are_kept_apart():
     _, fused = attention()
-    x = draw(2, 5, WIDTH)
+    x = draw(2, blocks._FEW_TOKENS, WIDTH)
     with torch.no_grad():
         fused.q_proj(x)
     assert fused.k_proj(x).requires_grad

@@ -76,7 +76,7 @@ class Bottleneck(torch.autograd.Function):
         elif needs_up:
             a = ACTIVATIONS[act](z)
         if needs_up:
-            dup = low_rank.grad_b(dy, a, scale, up.dtype)
+            dup = low_rank.grad_b(dy, a, scale, up)
         return dh, ddown, ddown_bias, dup, dup_bias, dbase, None
 
 

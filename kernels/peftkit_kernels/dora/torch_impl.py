@@ -122,10 +122,11 @@ class DoRALinear(torch.autograd.Function):
         dx = dA = dB = dmagnitude = None
         if needs_magnitude:
             dmagnitude = _magnitude_grad(dy, rows(y), bias, magnitude)
+        grown = B * g[:, None]  # in the dtype of g
         if needs_B:
-            dB = low_rank.grad_b(dy, s, lora.scale, g.dtype).mul_(g[:, None]).to(B.dtype)
+            dB = low_rank.grad_b(dy, s, lora.scale, grown).mul_(g[:, None]).to(B.dtype)
         if needs_x or needs_A:
-            ds = low_rank.grad_s(dy, B * g[:, None], lora.scale)
+            ds = low_rank.grad_s(dy, grown, lora.scale)
             if needs_A:
                 x = remake.again(ctx.make_x, more[len(more) - ctx.parts :])
                 dA = low_rank.grad_a(ds, rows(x), A.dtype, lora.p, lora.seed)

@@ -137,7 +137,7 @@ class Int8ComputeLinear(torch.autograd.Function):
         dbias = dy.sum(0) if needs_bias else None
         dx = dA = dB = ds = None
         if lora is not None and needs_B:
-            dB = low_rank.grad_b(dy, s, lora.scale, lora.B.dtype)
+            dB = low_rank.grad_b(dy, s, lora.scale, lora.B)
         if lora is not None and (needs_x or needs_A):
             ds = low_rank.grad_s(dy, lora.B, lora.scale)
         if needs_A:

@@ -314,7 +314,7 @@ def _sweep(
             if dA is not None:
                 add_tall_(dA, ds, h, 1.0)
             if dh is not None:
-                low_rank.expand_(dh, ds, lora.A.t(), 1.0)
+                low_rank.expand_grad_(dh, ds, lora.A)
         if dhidden is not None and dh is not None:
             dhidden[chunk] = dh
         del z

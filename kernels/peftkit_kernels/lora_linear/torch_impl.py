@@ -24,19 +24,21 @@ def project(
 
 
 def unflatten(y: Tensor, shape: torch.Size) -> Tensor:
-    """``y [M, N]`` as ``[*shape[:-1], N]``, without autograd taking it for a view.
+    """``y [M, N]``, which the caller gives up, as ``[*shape[:-1], N]``, without autograd taking it for a view.
 
     A view returned by an autograd function could not be changed in place, and models do that.
     """
     if len(shape) == 2:
         return y
+    if y.is_contiguous():
+        return y.resize_(*shape[:-1], y.shape[-1])  # a fifth of the microseconds
     return torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
 
 def add_update_grad(dx: Tensor, ds: Tensor, lora: LoRA) -> Tensor:
     """``dx += drop'(ds A)``: the adapter's part of the input gradient, masked as the forward was."""
     if lora.p == 0.0:
-        return low_rank.expand_(dx, ds, lora.A.t(), 1.0)
+        return low_rank.expand_grad_(dx, ds, lora.A)
     return dx.add_(apply_dropout(torch.mm(ds, cast(lora.A, ds.dtype)), lora.p, lora.seed))
 
 
@@ -73,7 +75,7 @@ class LoRALinear(torch.autograd.Function):
         lora = LoRA(A, B, *ctx.numbers)
         needs_x, _, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
         dy = rows(dy)
-        dB = low_rank.grad_b(dy, s, lora.scale, B.dtype) if needs_B else None
+        dB = low_rank.grad_b(dy, s, lora.scale, B) if needs_B else None
         dbias = dy.sum(0) if needs_bias else None
         dx = dA = None
         if needs_x or needs_A:
@@ -82,7 +84,6 @@ class LoRALinear(torch.autograd.Function):
                 x = remake.again(ctx.make_x, x_parts)
                 dA = low_rank.grad_a(ds, rows(x), A.dtype, lora.p, lora.seed)
             if needs_x:
-                dx = add_update_grad(matmul_nn(dy, cast(weight, dy.dtype)), ds, lora).view(
-                    ctx.shape
-                )
+                dx = add_update_grad(matmul_nn(dy, cast(weight, dy.dtype)), ds, lora)
+                dx = unflatten(dx, ctx.shape)
         return dx, None, dbias, dA, dB, None

@@ -62,7 +62,7 @@ def shared_grads(
         adapters = [loras[i] for i in shared]
         joint = torch.cat([ds[i] for i in shared], dim=1)
         if dx is not None:
-            low_rank.expand_(dx, joint, torch.cat([lora.A for lora in adapters]).t(), 1.0)
+            low_rank.expand_grad_(dx, joint, torch.cat([lora.A for lora in adapters]))
         if x is not None:
             grads = low_rank.grad_a(joint, x, adapters[0].A.dtype)
             for i, part in zip(
@@ -120,12 +120,19 @@ class LoRAQKV(torch.autograd.Function):
             if loras[i] is not None:
                 ds[i] = low_rank.grad_s(dy, Bs[i], loras[i].scale)
                 if needs[3 * count + i]:
-                    dB[i] = low_rank.grad_b(dy, ss[i], loras[i].scale, Bs[i].dtype)
+                    dB[i] = low_rank.grad_b(dy, ss[i], loras[i].scale, Bs[i])
             if ctx.needs_input_grad[1]:
                 weight = cast(weights[i], dy.dtype)
                 dx = matmul_nn(dy, weight) if dx is None else addmm_nn(dx, dy, weight)
         dx, dA = shared_grads(dx, None if x is None else rows(x), ds, loras)
-        return (None, None if dx is None else dx.view(ctx.shape), *[None] * count, *dbias, *dA, *dB)
+        return (
+            None,
+            None if dx is None else unflatten(dx, ctx.shape),
+            *[None] * count,
+            *dbias,
+            *dA,
+            *dB,
+        )
 
 
 def make_loras(

@@ -63,7 +63,7 @@ class LoRASwiGLUMLP(torch.autograd.Function):
             if loras[i] is not None:
                 ds[i] = low_rank.grad_s(grad, Bs[i], loras[i].scale)
                 if needs[9 + i]:
-                    dB[i] = low_rank.grad_b(grad, s[i], loras[i].scale, Bs[i].dtype)
+                    dB[i] = low_rank.grad_b(grad, s[i], loras[i].scale, Bs[i])
 
         dy = rows(dy)
         reach(2, dy)
@@ -84,7 +84,7 @@ class LoRASwiGLUMLP(torch.autograd.Function):
         dx, dA[:2] = shared_grads(dx, flat, ds[:2], loras[:2])
         return (
             None,
-            None if dx is None else dx.view(ctx.shape),
+            None if dx is None else unflatten(dx, ctx.shape),
             None,
             None,
             None,

@@ -4,6 +4,7 @@ from peftkit_kernels.low_rank.torch_impl import (
     LoRA,
     cast,
     expand_,
+    expand_grad_,
     grad_a,
     grad_b,
     grad_s,
@@ -11,4 +12,14 @@ from peftkit_kernels.low_rank.torch_impl import (
     shrink,
 )
 
-__all__ = ["LoRA", "cast", "expand_", "grad_a", "grad_b", "grad_s", "rows", "shrink"]
+__all__ = [
+    "LoRA",
+    "cast",
+    "expand_",
+    "expand_grad_",
+    "grad_a",
+    "grad_b",
+    "grad_s",
+    "rows",
+    "shrink",
+]

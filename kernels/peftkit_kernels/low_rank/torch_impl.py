@@ -18,7 +18,8 @@ _CAST_ROWS = 256
 """Rows of a 16-bit tensor that are cast to float32 at a time."""
 
 
-@dataclass(frozen=True, slots=True)
+# made in every forward: frozen would triple the microseconds
+@dataclass(slots=True, eq=False)
 class LoRA:
     """One adapter on one linear: ``scale · drop(x) Aᵀ Bᵀ``.
 
@@ -61,14 +62,22 @@ def expand_(y: Tensor, s: Tensor, B: Tensor, scale: float) -> Tensor:
     return y.addmm_(s, cast(B, y.dtype).t(), alpha=scale)
 
 
+def expand_grad_(dx: Tensor, ds: Tensor, A: Tensor) -> Tensor:
+    """``dx += ds A`` in place."""
+    return dx.addmm_(ds, cast(A, dx.dtype))
+
+
 def grad_s(dy: Tensor, B: Tensor, scale: float) -> Tensor:
     """``scale · dy B``, ``[M, R]``: the gradient that reaches the adapter's bottleneck."""
     return torch.mm(dy, cast(B, dy.dtype)).mul_(scale)
 
 
-def grad_b(dy: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``scale · dyᵀ s``, ``[N, R]``."""
-    return cast(_tall(dy, s, dtype).mul_(scale), dtype)
+def grad_b(dy: Tensor, s: Tensor, scale: float, B: Tensor) -> Tensor:
+    """``scale · dyᵀ s``, ``[N, R]`` in the dtype of ``B``."""
+    if s.dtype is B.dtype:
+        # its beta of 0 leaves B unread: the scale without a pass of its own
+        return torch.addmm(B, dy.t(), s, beta=0, alpha=scale)
+    return cast(_tall(dy, s, B.dtype).mul_(scale), B.dtype)
 
 
 def grad_a(ds: Tensor, x: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Tensor:
@@ -78,7 +87,7 @@ def grad_a(ds: Tensor, x: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int 
 
 def _tall(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``leftᵀ right`` over the M rows; summed in float32 from blocks of rows where a 16-bit sum would lose digits."""
-    if right.dtype == dtype or right.dtype.itemsize >= 4:
+    if right.dtype is dtype or right.dtype.itemsize >= 4:
         return torch.mm(left.t(), right)
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=right.device)
     for start in range(0, right.shape[0], _CAST_ROWS):

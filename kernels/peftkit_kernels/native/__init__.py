@@ -82,11 +82,7 @@ def takes(*tensors: Tensor) -> bool:
     """
     recording = torch.is_grad_enabled()
     for tensor in tensors:
-        if (
-            tensor.dtype is not torch.float32
-            or tensor.device.type != "cpu"
-            or not tensor.is_contiguous()
-        ):
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
             return False
         if (recording and tensor.requires_grad) or type(tensor) not in (Tensor, torch.nn.Parameter):
             return False

@@ -52,7 +52,7 @@ class QuantizedLinear(torch.autograd.Function):
             dx = matmul_nn(dy, decode(ctx.q, dy.dtype))
         if lora is not None:
             if needs_B:
-                dB = low_rank.grad_b(dy, s, lora.scale, lora.B.dtype)
+                dB = low_rank.grad_b(dy, s, lora.scale, lora.B)
             if needs_x or needs_A:
                 ds = low_rank.grad_s(dy, lora.B, lora.scale)
             if needs_A:
