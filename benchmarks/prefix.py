@@ -140,7 +140,7 @@ def as_transformers(attention: Any) -> Call:
 
 def joined(attention: Any) -> Call:
     """The prefix of an attention in front of copies of its keys, and the mask that this needs."""
-    prefix = attention.kv_prefix.adapters["default"]
+    prefix = attention.virtual_tokens.adapters["default"]
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (

@@ -166,7 +166,7 @@ def _write_text(model: nn.Module, config: PrefixConfig, adapter: str) -> None:
     """Start the new prefixes from a text; not where a checkpoint is going to be read into them."""
     modules: dict[str, Any] = {name: inner for name, _, inner in wrapped_modules(model)}
     sites: dict[str, Any] = {
-        name: inner.kv_prefix.adapters[adapter]
+        name: inner.virtual_tokens.adapters[adapter]
         for name, inner in modules.items()
         if adapter in getattr(inner._modules.get(prefix.CHILD), "adapters", {})
     }

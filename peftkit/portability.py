@@ -31,7 +31,7 @@ _VLLM_WEIGHTS = "https://docs.vllm.ai/en/latest/api/vllm/lora/utils/"
 _VLLM_MODELS = "https://docs.vllm.ai/en/latest/models/supported_models/"
 _BRIDGE = "import peftkit.bridge"
 _ROLE = re.compile(
-    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l|bottleneck|kv_prefix)(\.|$)"
+    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|ia3_l|bottleneck|virtual_tokens)(\.|$)"
 )
 
 
@@ -164,7 +164,7 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, dict[int, int]]:
         elif re.search(r"\.(bottleneck\.adapters\.down|adapter_down\.\d)\.weight$", key):
             kind, size = "bottleneck size", tensor.shape[0]
             kind = kind if tensor.ndim == 2 else None  # a norm in front of it is a vector
-        elif key.endswith(".kv_prefix.adapters.key"):
+        elif key.endswith(".virtual_tokens.adapters.key"):
             kind, size = "virtual tokens", tensor.shape[1]
         elif key == "prompt_embeddings":
             kind, size = "virtual tokens", tensor.shape[0]

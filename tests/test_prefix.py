@@ -67,7 +67,9 @@ def test_a_closed_gate_changes_no_bit_and_removing_leaves_no_trace(name):
     added = {n for n, p in model.named_parameters() if p.requires_grad}
     assert added == set(model.state_dict()) - keys
     assert added == {
-        f"{n}.kv_prefix.adapters.default.{part}" for n in names for part in ("key", "value", "gate")
+        f"{n}.virtual_tokens.adapters.default.{part}"
+        for n in names
+        for part in ("key", "value", "gate")
     }
     assert all(
         type(m).__name__ == classes.get(n, type(m)).__name__ for n, m in model.named_modules()
@@ -260,7 +262,7 @@ def test_generation_with_any_cache_equals_generation_without(name, gate):
 def test_explain_names_what_kept_a_call_from_merged_passes():
     """Known before the first call, or since the last one; a call that can be merged takes the reason away."""
     model = prefixed("llama")
-    site = model.model.layers[0].self_attn.kv_prefix
+    site = model.model.layers[0].self_attn.virtual_tokens
     ids = torch.arange(3, 9)[None]
     assert site.peftkit_verdict() == ("fused:torch", "")
     additive = torch.zeros(1, 1, 6, 6).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -1e9)
@@ -275,7 +277,7 @@ def test_explain_names_what_kept_a_call_from_merged_passes():
         assert site.peftkit_verdict() == ("fused:torch", "")
         assert same_up_to_rounding(merged, joined)
     model.set_attn_implementation("eager")
-    model.model.layers[0].self_attn.kv_prefix.joined_because = None
+    model.model.layers[0].self_attn.virtual_tokens.joined_because = None
     assert site.peftkit_verdict()[1] == "in front of the keys: the model's attention is eager"
 
 
@@ -286,7 +288,7 @@ def test_dropout_of_the_attention_is_drawn_over_joined_keys():
     ids = torch.arange(3, 9)[None]
     one, two = model(input_ids=ids).logits, model(input_ids=ids).logits
     assert not torch.equal(one, two)
-    site = model.model.layers[0].self_attn.kv_prefix
+    site = model.model.layers[0].self_attn.virtual_tokens
     assert site.peftkit_verdict()[1] == "in front of the keys: attention dropout is on"
 
 
@@ -374,7 +376,7 @@ def test_text_gives_the_keys_and_values_of_the_base_model():
     config = PrefixConfig(num_virtual_tokens=3, init="text", init_token_ids=[5, 7])
     add_prefixes(model, config)
     for layer, held in zip(model.model.layers, cache.layers, strict=True):
-        prefix = layer.self_attn.kv_prefix.adapters["default"]
+        prefix = layer.self_attn.virtual_tokens.adapters["default"]
         assert torch.equal(prefix.key, held.keys[0])
         assert torch.equal(prefix.value, held.values[0])
     model = families.family("t5")
@@ -413,7 +415,7 @@ def test_other_attention_functions_are_refused_without_a_gate():
         if gate:
             assert torch.isfinite(model(input_ids=torch.arange(5)[None]).logits).all()
         else:
-            site = model.model.layers[0].self_attn.kv_prefix
+            site = model.model.layers[0].self_attn.virtual_tokens
             assert site.peftkit_verdict() == (
                 "torch",
                 "in front of the keys: the model's attention is lengths_only, whose masks would hide them: a forward raises",

@@ -54,7 +54,7 @@ def test_a_gated_prefix_is_one_pass_with_the_fused_attention(kind, monkeypatch):
     batch, results = padded(ids, kind), []
     truth = gated_llama(0.4, fused=False).double()
     for model in (gated_llama(0.4, fused=True), gated_llama(0.4, fused=False), truth):
-        site = model.model.layers[0].self_attn.kv_prefix
+        site = model.model.layers[0].self_attn.virtual_tokens
         before = site.peftkit_verdict()
         with monkeypatch.context() as patch:
             if before[0] == "fused:torch":
@@ -65,7 +65,7 @@ def test_a_gated_prefix_is_one_pass_with_the_fused_attention(kind, monkeypatch):
         grads = torch.autograd.grad(output.loss, parameters.values())
         assert any("gate" in name for name in parameters)
         results.append({"loss": output.loss.detach()} | dict(zip(parameters, grads, strict=True)))
-    sites = [m.model.layers[0].self_attn.kv_prefix for m in (gated_llama(0.4, True), model)]
+    sites = [m.model.layers[0].self_attn.virtual_tokens for m in (gated_llama(0.4, True), model)]
     assert [site.peftkit_verdict()[0] for site in sites] == ["fused:torch", "torch"]
     fused, plain, exact = results
     for name, value in exact.items():
@@ -85,11 +85,11 @@ def test_a_closed_gate_changes_no_bit_of_the_fused_attention():
 def test_several_gated_prefixes_and_few_queries_are_added():
     ids = torch.randint(64, (1, 40), generator=torch.Generator().manual_seed(1))
     model = gated_llama(0.4, fused=True)
-    site = model.model.layers[0].self_attn.kv_prefix
+    site = model.model.layers[0].self_attn.virtual_tokens
     site.adapters["second"] = Prefix(2, P, 32, 32, 1.0, 4)
     assert site.peftkit_verdict()[1].endswith("added to the model's: 2 prefixes are active")
     model = gated_llama(0.4, fused=True)
-    site = model.model.layers[0].self_attn.kv_prefix
+    site = model.model.layers[0].self_attn.virtual_tokens
     with torch.no_grad():
         whole = model(input_ids=ids).logits
         part = model(input_ids=ids[:, :39], use_cache=True)

@@ -55,7 +55,7 @@ def prefix_attention(
         name, getattr(modeling, "eager_attention_forward", None)
     )
     record = module.__dict__.get(RECORD)
-    site = module.kv_prefix
+    site = module.virtual_tokens
     if record is not None:
         record.append((key, value))
     if record is not None or not site.chosen():

@@ -16,7 +16,9 @@ from peftkit.prefix.attention import (
 )
 from peftkit_kernels.dispatch import choose_backend
 
-CHILD = "kv_prefix"
+CHILD = "virtual_tokens"
+"""Name of the child module. PEFT takes every key that contains an adapter's name for a key of that adapter, so no usual name
+may be part of it; TRL's reference adapter is called ``ref``, which rules out any ``prefix``."""
 
 
 class Prefix(nn.Module):

@@ -20,6 +20,16 @@ from torch import Tensor, nn
 import peftkit
 from peftkit_kernels import native
 
+TEXTS = [
+    "the cat sat on the mat",
+    "a dog ran over the green hill to the river",
+    "the river runs to the sea",
+    "two birds sat on the old wall and sang",
+    "the old dog sat",
+    "a green bird ran over the wall to the cat",
+]
+"""What TRL's trainers are given."""
+
 LOSS_TOLERANCE = 1e-5
 """How far 20 optimiser steps may take the losses of a fused model from those of stock PEFT."""
 

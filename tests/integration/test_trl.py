@@ -6,11 +6,10 @@ import datasets
 import methods
 import models
 import pytest
-import tokenizers
-import transformers as hf
 import trl
 from integration.support import (
     LOSS_TOLERANCE,
+    TEXTS,
     WIDE_FORWARD,
     adapter_config,
     fused_calls,
@@ -21,37 +20,11 @@ from integration.support import (
 
 import peftkit
 
-TEXTS = [
-    "the cat sat on the mat",
-    "a dog ran over the green hill to the river",
-    "the river runs to the sea",
-    "two birds sat on the old wall and sang",
-    "the old dog sat",
-    "a green bird ran over the wall to the cat",
-]
-
 # The name that every supported version of transformers knows, and that SFTConfig itself sets.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 
 BLOCKS = Counter(lora_qkv=2, lora_linear=2, lora_swiglu_mlp=2, frozen_rms_norm=4)
 """Fused calls of both layers of the tiny Llama; the last norm comes to it. TRL computes the loss with its own head."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """A word tokenizer for ``TEXTS``, with the special tokens of the tiny Llama."""
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    backend.train_from_iterator(TEXTS, tokenizers.trainers.WordLevelTrainer(special_tokens=special))
-    assert backend.get_vocab_size() <= models.VOCAB_SIZE
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
 
 
 class RecordingSFTTrainer(trl.SFTTrainer):
