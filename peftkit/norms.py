@@ -11,7 +11,7 @@ from peftkit.lora.blocks import probe_input, same_up_to_rounding
 from peftkit.lora.eligibility import has_hooks
 from peftkit.swap import swap_in
 from peftkit.targets import is_own_adapter
-from peftkit_kernels.dispatch import choose_backend
+from peftkit_kernels.dispatch import choose_backend, is_transformed
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
 from peftkit_kernels.frozen_norm.config import obstacle
 
@@ -24,7 +24,7 @@ class FusedNorm(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The norm over the last axis of the one argument; the module's own where its weight is trained or it gets more."""
         weight, bias = self._parameters["weight"], self._parameters.get("bias")
-        if len(args) != 1 or kwargs or weight is None or torch.compiler.is_compiling():
+        if len(args) != 1 or kwargs or weight is None or is_transformed():
             return super().forward(*args, **kwargs)
         x = args[0]
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -122,3 +122,25 @@ def test_compiled_with_dropout_and_without_gradients():
     with torch.no_grad():
         expected = fused.eval()(**batch).loss
         torch.testing.assert_close(compiled(**batch).loss, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert", "vit"])
+def test_gradients_of_each_sample_by_torch_func(name):
+    """What stock PEFT gives in ``vmap(grad(...))``, which has no rule for autograd functions, comes from plain operations."""
+    pair = pairs.pair(name, torch.float64)
+    # transformers looks into a padding mask, and torch has no such rule for its fused attention
+    batch = pairs.inputs(name, torch.float64)
+    batch.pop("attention_mask", None)
+
+    def of_each_sample(model):
+        model.set_attn_implementation("eager")
+        trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+        def loss(trained, sample):
+            sample = {key: value[None] for key, value in sample.items()}
+            return torch.func.functional_call(model, trained, kwargs=sample).loss
+
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, batch)
+
+    plain, fused = map(of_each_sample, pair)
+    pairs.assert_close(fused, plain, rtol=1e-10)

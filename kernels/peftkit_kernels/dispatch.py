@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from peftkit_kernels.launch import is_recording
 from peftkit_kernels.low_rank.config import MAX_RANK
@@ -20,6 +21,19 @@ Backend = Literal["auto", "reference", "torch", "triton"]
 
 _BACKENDS = get_args(Backend)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def is_transformed() -> bool:
+    """Whether operations are taken over one by one, so that plain torch operations are wanted.
+
+    ``torch.compile`` fuses and differentiates those itself. ``torch.func`` and forward-mode tangents have no rule for an
+    autograd function.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def triton_obstacle(
@@ -99,9 +113,8 @@ def choose_backend(
 ) -> Literal["reference", "torch", "triton"]:
     """Resolve the backend of one call; the other arguments are those of ``triton_obstacle``.
 
-    The automatic choice is ``triton`` on a GPU where nothing stands in its way, and ``torch`` otherwise. Under
-    ``torch.compile`` it is ``reference`` in place of ``torch``: the compiler fuses and differentiates plain torch ops
-    itself, and an opaque autograd function would only stand in its way.
+    The automatic choice is ``triton`` on a GPU where nothing stands in its way, and ``torch`` otherwise. In a transformation
+    (``is_transformed``) it is ``reference``; ``triton`` remains under ``torch.compile``, which takes its operations whole.
 
     Raises:
         ValueError: ``backend`` is unknown, or is ``"triton"`` where that cannot run.
@@ -119,11 +132,12 @@ def choose_backend(
         return "triton"
     if backend != "auto":
         return backend
+    transformed = is_transformed()
     on_gpu = bool(tensors) and tensors[0] is not None and tensors[0].is_cuda
-    if on_gpu:
+    if on_gpu and (not transformed or torch.compiler.is_compiling()):
         obstacle = triton_obstacle(
             op, *tensors, rank=rank, has_dot=has_dot, own_obstacle=own_obstacle
         )
         if obstacle is None:
             return "triton"
-    return "reference" if torch.compiler.is_compiling() else "torch"
+    return "reference" if transformed else "torch"

@@ -15,6 +15,7 @@ from peftkit.lora.experts import FusedParamWrapper
 from peftkit.lora.layers import FusedLinear, frozen_part
 from peftkit.swap import swap_in
 from peftkit.targets import is_cross_attention
+from peftkit_kernels.dispatch import is_transformed
 from peftkit_kernels.joined import joined
 from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
 from peftkit_kernels.lora_swiglu_mlp.activation import activate
@@ -52,7 +53,7 @@ class SharedInput:
     def take(self, member: FusedLinear, x: Tensor) -> Tensor | None:
         """``member(x)`` if the group has it or can compute it, else ``None``."""
         # inference tensors have no version that would tell of a change in place
-        if torch.compiler.is_compiling() or len(self.members) < 2 or x.is_inference():
+        if is_transformed() or len(self.members) < 2 or x.is_inference():
             return None
         recording = torch.is_grad_enabled()
         if not recording and x.is_cpu and x.shape[:-1].numel() <= _FEW_TOKENS:
@@ -123,7 +124,7 @@ class FusedGatedMLP(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``down(act(gate(x)) ∘ up(x))`` for ``x [..., hidden_size]``; the module's own where it gets anything else."""
-        if len(args) != 1 or kwargs or torch.compiler.is_compiling():
+        if len(args) != 1 or kwargs or is_transformed():
             return super().forward(*args, **kwargs)
         parts = gated_parts(self, self._peftkit_names, args[0])
         if parts is None:

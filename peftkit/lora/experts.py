@@ -13,7 +13,7 @@ from peftkit.lora.compute import Frozen, linear
 from peftkit.lora.eligibility import has_hooks, obstacle
 from peftkit.lora.layers import FusedLoRA, takes_input
 from peftkit_kernels.autograd import once_differentiable
-from peftkit_kernels.dispatch import choose_backend
+from peftkit_kernels.dispatch import choose_backend, is_transformed
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
 from peftkit_kernels.low_rank import LoRA, cast
@@ -78,7 +78,7 @@ class FusedParamWrapper(ParamWrapper):
     def _expert_updates(self, x: Tensor) -> dict[str, Update] | None:
         """The update of each adapted parameter by name, or ``None`` where PEFT's own forward has to run."""
         experts: Any = self.get_base_layer()
-        if torch.compiler.is_compiling() or getattr(experts, "_is_expert_parallel", False):
+        if is_transformed() or getattr(experts, "_is_expert_parallel", False):
             return None
         updates = {}
         for wrapper in self._chain():

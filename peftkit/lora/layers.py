@@ -23,7 +23,7 @@ from peftkit.lora.eligibility import (
     obstacle,
     state_obstacle,
 )
-from peftkit_kernels.dispatch import choose_backend
+from peftkit_kernels.dispatch import choose_backend, is_transformed
 from peftkit_kernels.dropout import draw_seed
 from peftkit_kernels.low_rank import LoRA
 
@@ -79,7 +79,7 @@ class FusedLoRA:
             return None
         p = _rate(plan.dropout)
         # a seed is a Python number, which would break the graph; and the dropout of DoRA is not that of the op
-        if p and (plan.magnitude is not None or torch.compiler.is_compiling()):
+        if p and (plan.magnitude is not None or is_transformed()):
             return None
         return self._frozen(plan, x, p)
 

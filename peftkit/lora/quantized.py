@@ -11,6 +11,7 @@ from torch import Tensor
 from peftkit.lora.compute import Frozen, linear
 from peftkit.lora.layers import FusedLoRA
 from peftkit.lora.storage import int8_obstacle, int8_weight, is_nf4_packed, nf4_weight
+from peftkit_kernels.dispatch import is_transformed
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.nf4 import NF4Weight
 
@@ -42,9 +43,9 @@ class FusedLinear8bitLt(FusedLoRA, bnb.Linear8bitLt):
 
 
 def _takes(base: Any, x: Tensor) -> bool:
-    """Whether the ops can multiply ``x`` by this base layer's weight; under ``torch.compile`` it is left to bitsandbytes."""
+    """Whether the ops can multiply ``x`` by this base layer's weight; under ``torch.compile`` and ``torch.func`` it is left to bitsandbytes."""
     return (
-        not torch.compiler.is_compiling()
+        not is_transformed()
         and x.is_floating_point()
         and x.device == base.weight.device
         and not base.weight.requires_grad

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from peftkit.loss.lazy import HeadTensors, LazyLogits
+from peftkit_kernels.dispatch import is_transformed
 from peftkit_kernels.linear_cross_entropy import linear_cross_entropy
 from peftkit_kernels.low_rank import LoRA
 
@@ -200,7 +201,7 @@ def _runs_more_than_its_class(module: nn.Module) -> bool:
 
 def _swap_in(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the forward: put the stand-ins in place if there are labels."""
-    if torch.compiler.is_compiling():
+    if is_transformed():
         return
     state: _State = getattr(model, _STATE)
     # An interrupted forward (Ctrl-C is no Exception) skips the hook after it.

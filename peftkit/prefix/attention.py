@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.own_attention import NATIVE
 from peftkit_kernels.attention import native_obstacle
-from peftkit_kernels.dispatch import triton_obstacle
+from peftkit_kernels.dispatch import is_transformed, triton_obstacle
 from peftkit_kernels.prefix_attention import prefix_attention as merged_attention
 from peftkit_kernels.prefix_attention.flash import Pass
 
@@ -107,8 +107,8 @@ def obstacle(
     reason = standing_obstacle(name, query)
     if reason is not None:
         return reason
-    if torch.compiler.is_compiling():
-        return "compiled: one attention over joined keys is what the compiler knows"
+    if is_transformed():
+        return "compiled or in torch.func: there one attention over joined keys is known"
     if args or dropout:
         return "attention dropout is on"
     own = [term for term in _OWN_TERMS if kwargs.get(term) is not None]

@@ -38,7 +38,7 @@ def test_forward_mode_is_refused_without_gradients_too(name):
     with torch.no_grad(), forward_ad.dual_level():
         x = forward_ad.make_dual(case.leaves["x"], torch.ones_like(case.leaves["x"]))
         with pytest.raises(RuntimeError, match="jvp"):
-            case.apply(case.leaves | {"x": x})
+            case.apply(case.leaves | {"x": x}, backend="torch")
 
 
 @every_op
@@ -46,7 +46,26 @@ def test_transforms_are_refused_without_gradients_too(name):
     case = build(name, leading=(3,))
     two = case.leaves["x"].detach().expand(2, -1, -1)
     with torch.no_grad(), pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda x: case.apply(case.leaves | {"x": x}))(two)
+        torch.vmap(lambda x: case.apply(case.leaves | {"x": x}, backend="torch"))(two)
+
+
+@pytest.mark.parametrize("name", [name for name in op_cases.NAMES if name != "int8_compute_linear"])
+def test_transforms_take_the_definition(name):
+    """All but the one that rounds, which has no derivative but its own."""
+    case = op_cases.build(name, leading=(3,), dtype=torch.float64)
+    trained = {key: leaf.detach() for key, leaf in case.trained.items()}
+
+    weights = op_cases.weights(case.outputs())
+
+    def total(leaves, index):
+        outputs = case.at(**leaves).outputs()
+        return (index + 1) * sum((y * w).sum() for y, w in zip(outputs, weights, strict=True))
+
+    expected = case.run(backend="reference")
+    each = torch.func.vmap(torch.func.grad(total), in_dims=(None, 0))(trained, torch.arange(2))
+    for key in trained:
+        for factor, actual in zip((1, 2), each[key], strict=True):
+            torch.testing.assert_close(actual, factor * expected[key], rtol=1e-12, atol=1e-12)
 
 
 @lora_op

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from peftkit_kernels import remake
 from peftkit_kernels.autograd import run
-from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.dispatch import Backend, choose_backend, is_transformed
 from peftkit_kernels.frozen_norm.config import obstacle
 from peftkit_kernels.frozen_norm.reference import layer_norm_reference, rms_norm_reference
 from peftkit_kernels.frozen_norm.torch_impl import (
@@ -57,7 +56,7 @@ def frozen_rms_norm(
         forward, y = rms_forward, frozen_rms_norm_triton(x, weight, *numbers)[0]
     else:
         forward, y = rms_norm_forward, run(FrozenRMSNorm, x, weight, *numbers)
-    if torch.compiler.is_compiling():
+    if is_transformed():
         return y
 
     def make(x: Tensor, weight: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ def frozen_layer_norm(
         forward, y = layer_forward, frozen_layer_norm_triton(x, weight, bias, eps)[0]
     else:
         forward, y = layer_norm_forward, run(FrozenLayerNorm, x, weight, bias, eps)
-    if torch.compiler.is_compiling():
+    if is_transformed():
         return y
 
     def make(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.dispatch import Backend, choose_backend, is_transformed
 from peftkit_kernels.grouped_lora.config import obstacle
 from peftkit_kernels.grouped_lora.plan import GroupPlan
 from peftkit_kernels.grouped_lora.reference import grouped_lora_reference
@@ -52,7 +51,7 @@ def grouped_lora(
     if reason is not None:
         if backend == "triton":
             raise ValueError(f"backend='triton': {reason}")
-        chosen = "reference" if torch.compiler.is_compiling() else "torch"
+        chosen = "reference" if is_transformed() else "torch"
     # nothing to sort into tiles
     empty = plan.ids.numel() == 0
     if chosen == "reference" or empty:

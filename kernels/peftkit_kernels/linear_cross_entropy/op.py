@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.checks import autocast_dtype, check_lora, without_autocast
-from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.dispatch import Backend, choose_backend, is_transformed
 from peftkit_kernels.linear_cross_entropy.reference import RowLoss, linear_cross_entropy_reference
 from peftkit_kernels.linear_cross_entropy.torch_impl import linear_cross_entropy_torch
 from peftkit_kernels.linear_cross_entropy.triton_impl import linear_cross_entropy_triton
@@ -74,7 +74,7 @@ def linear_cross_entropy(
     check_options(reduction, softcap, label_smoothing, num_items, chunk)
     if shift:
         target = torch.nn.functional.pad(target[..., 1:], (0, 1), value=ignore_index)
-    if not torch.compiler.is_compiling():
+    if not is_transformed():
         check_target(target, weight.shape[0], ignore_index)
     row_loss = RowLoss(logit_scale, softcap, label_smoothing, z_loss)
     with without_autocast(hidden):
