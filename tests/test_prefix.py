@@ -7,6 +7,7 @@ import models
 import oracles
 import pytest
 import torch
+from prefix_models import EAGER_ONLY, P, doubled, first, prefixed
 from torch import nn
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama import modeling_llama
@@ -18,33 +19,9 @@ from peftkit.prefix.attention import prefix_attention
 from peftkit.prefix.inject import attach
 from peftkit_kernels.testing import assert_no_worse_than
 
-P = 3
 REFUSING = ("gptj", "bloom", "falcon", "deberta_v2")
 DISPATCHING = tuple(name for name in families.NAMES if name not in REFUSING)
-EAGER_ONLY = ("gemma2", "gpt_oss")
 MIXTURES = ("mixtral", "qwen3_moe")
-
-
-def prefixed(name: str, implementation: str = "sdpa", **fields) -> nn.Module:
-    """A tiny model whose prefixes are of the size of its keys, so that a prefix lost or doubled shows."""
-    model = families.family(name)
-    model.set_attn_implementation(implementation)
-    add_prefixes(model, PrefixConfig(num_virtual_tokens=P, init_std=0.7, **fields))
-    for module in model.modules():
-        if isinstance(module, Prefix) and module.gate is not None:
-            nn.init.constant_(module.gate, 0.4)
-    return model
-
-
-def doubled(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same inputs in float64."""
-    return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-
-
-def first(output) -> torch.Tensor:
-    return next(
-        output[k] for k in ("logits", "logits_per_text", "last_hidden_state") if k in output
-    )
 
 
 @pytest.mark.parametrize("name", REFUSING)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.own_attention import NATIVE
+from peftkit.prefix.masks import widen
 from peftkit_kernels.attention import native_obstacle
 from peftkit_kernels.dispatch import is_transformed, triton_obstacle
 from peftkit_kernels.prefix_attention import prefix_attention as merged_attention
@@ -21,7 +22,8 @@ RECORD = "_peftkit_record"
 """Name under which an attention module keeps a list while the keys and values of a text are recorded."""
 
 _SDPA = ("sdpa", NATIVE)
-_SHARED_SOFTMAX = (*_SDPA, "eager")
+_FLEX = "flex_attention"
+_SHARED_SOFTMAX = (*_SDPA, "eager", _FLEX)
 """Functions that take any mask; the others mask by lengths or windows, which would also hide the prefix."""
 
 _OWN_TERMS = ("position_bias", "cache", "softcap", "s_aux")
@@ -158,7 +160,10 @@ def standing_obstacle(name: str | None, like: Tensor) -> str | None:
     if name not in _SHARED_SOFTMAX:
         return f"the model's attention is {name}, whose masks would hide them: a forward raises"
     if name not in _SDPA:
-        return f"the model's attention is {name}"
+        untrained = name == _FLEX and like.device.type == "cpu"
+        return f"the model's attention is {name}" + (
+            ", of which torch has no backward on the CPU" if untrained else ""
+        )
     return None if like.device.type == "cpu" else triton_obstacle(OP, like, has_dot=False)
 
 
@@ -245,15 +250,14 @@ def _joined(
             "attn_implementation='sdpa', or use PrefixConfig(gate=True), which runs in any"
         )
     queries, tokens, prefixed = query.shape[2], key.shape[2], before[0].shape[1]
-    if mask is None and name != "eager" and _hides_later_tokens(module, query, mask, kwargs):
-        mask = _triangle(queries, tokens, query.device)
+    if name in _SDPA:
+        if _hides_later_tokens(module, query, mask, kwargs):
+            mask = _triangle(queries, tokens, query.device)
+        kwargs["is_causal"] = False  # the mask says all of it
     if mask is not None:
-        seen = True if mask.dtype is torch.bool else 0.0
-        mask = torch.cat([mask.new_full((*mask.shape[:-1], prefixed), seen), mask], -1)
+        mask = widen(mask, prefixed)
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (prefixed, 0))
-    if name != "eager":
-        kwargs["is_causal"] = False  # the mask says all of it
     key, value = (
         torch.cat([part.to(own.dtype).expand(own.shape[0], -1, -1, -1), own], 2)
         for part, own in zip(before, (key, value), strict=True)
