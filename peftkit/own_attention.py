@@ -56,6 +56,17 @@ class OwnAttention(nn.Module):
         return self.peftkit_renames.get(name, name)
 
 
+class Undispatched:
+    """An attention module as seen by functions that read their own name in its config: flash attention loads its kernel by it."""
+
+    def __init__(self, module: OwnAttention):
+        self.peftkit_module = module
+        self.config = module.__dict__["config"]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.peftkit_module, name)
+
+
 def dispatches(module: nn.Module) -> bool:
     """Whether the module's own forward asks transformers' registry for the attention function."""
     forward = inspect.unwrap(type(module).forward)

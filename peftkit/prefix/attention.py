@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.own_attention import NATIVE
+from peftkit.own_attention import NATIVE, Undispatched
+from peftkit.prefix.flash import flash_obstacle, is_flash, without_limits
 from peftkit.prefix.masks import widen
 from peftkit_kernels.attention import native_obstacle
 from peftkit_kernels.dispatch import is_transformed, triton_obstacle
@@ -24,7 +25,7 @@ RECORD = "_peftkit_record"
 _SDPA = ("sdpa", NATIVE)
 _FLEX = "flex_attention"
 _SHARED_SOFTMAX = (*_SDPA, "eager", _FLEX)
-"""Functions that take any mask; the others mask by lengths or windows, which would also hide the prefix."""
+"""Functions that take any mask. Flash attention masks by lengths, which can leave a prefix seen; others are not known here."""
 
 _OWN_TERMS = ("position_bias", "cache", "softcap", "s_aux")
 """Arguments by which a model changes its scores or keys beyond a mask."""
@@ -47,7 +48,7 @@ def prefix_attention(
     pass where that is the model's attention (``gated_obstacle``).
 
     Raises:
-        NotImplementedError: A prefix without a gate meets a function whose masks would hide it.
+        NotImplementedError: A prefix without a gate meets a function, or a call of one, whose masks would hide it.
         ValueError: A prefix is not of the shape of the keys.
     """
     name = module.peftkit_function()
@@ -58,10 +59,11 @@ def prefix_attention(
     )
     record = module.__dict__.get(RECORD)
     site = module.virtual_tokens
+    caller = module if name in _SHARED_SOFTMAX else Undispatched(module)
     if record is not None:
         record.append((key, value))
     if record is not None or not site.chosen():
-        return function(module, query, key, value, attention_mask, *args, **kwargs)
+        return function(caller, query, key, value, attention_mask, *args, **kwargs)
 
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -78,7 +80,7 @@ def prefix_attention(
             part = prefix.key, prefix.value
             return _merged(query, key, value, part, attention_mask, causal, scale, opened), None
     if before is None:
-        output, weights = function(module, *arguments, *args, **kwargs)
+        output, weights = function(caller, *arguments, *args, **kwargs)
     else:
         reason = obstacle(name, *arguments, *args, **kwargs)
         site.note(reason)
@@ -87,7 +89,7 @@ def prefix_attention(
             weights = None
         else:
             output, weights = _joined(
-                function, module, name, query, key, value, before, attention_mask, args, kwargs
+                function, caller, name, query, key, value, before, attention_mask, args, kwargs
             )
     for prefix in gated:
         pk, pv = prefix.key.to(query.dtype), prefix.value.to(query.dtype)
@@ -158,7 +160,12 @@ def standing_gated_obstacle(name: str | None, like: Tensor) -> str | None:
 def standing_obstacle(name: str | None, like: Tensor) -> str | None:
     """The part of ``obstacle`` that is known without a call; ``like`` is a tensor of the attention's device and dtype."""
     if name not in _SHARED_SOFTMAX:
-        return f"the model's attention is {name}, whose masks would hide them: a forward raises"
+        raises = (
+            "where packed sequences, and windows shorter than the text, raise"
+            if is_flash(name)
+            else "whose masks would hide them: a forward raises"
+        )
+        return f"the model's attention is {name}, {raises}"
     if name not in _SDPA:
         untrained = name == _FLEX and like.device.type == "cpu"
         return f"the model's attention is {name}" + (
@@ -198,9 +205,12 @@ def _hides_later_tokens(
     module: Any, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> bool:
     """Whether ``sdpa`` would take the call as causal: aligned at the first token, also where a static cache is longer."""
+    return _is_causal(module, kwargs) and mask is None and query.shape[2] > 1
+
+
+def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
     causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    return bool(causal) and mask is None and query.shape[2] > 1
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _merged(
@@ -244,9 +254,10 @@ def _joined(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The function itself, over keys with the prefix in front, and a mask that shows it to every query."""
-    if name not in _SHARED_SOFTMAX or kwargs.get("cache") is not None:
+    reason = joining_obstacle(module, name, query, key, mask, kwargs)
+    if reason is not None:
         raise NotImplementedError(
-            f"a prefix without a gate cannot run in {name!r} attention, whose masks would hide it; load the model with "
+            f"a prefix without a gate cannot run in {name!r} attention: {reason}; load the model with "
             "attn_implementation='sdpa', or use PrefixConfig(gate=True), which runs in any"
         )
     queries, tokens, prefixed = query.shape[2], key.shape[2], before[0].shape[1]
@@ -254,6 +265,8 @@ def _joined(
         if _hides_later_tokens(module, query, mask, kwargs):
             mask = _triangle(queries, tokens, query.device)
         kwargs["is_causal"] = False  # the mask says all of it
+    elif name not in _SHARED_SOFTMAX:
+        kwargs = without_limits(kwargs)
     if mask is not None:
         mask = widen(mask, prefixed)
     if kwargs.get("position_bias") is not None:
@@ -263,6 +276,19 @@ def _joined(
         for part, own in zip(before, (key, value), strict=True)
     )
     return function(module, query, key, value, mask, *args, **kwargs)
+
+
+def joining_obstacle(
+    module: Any, name: str | None, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> str | None:
+    """Why the function cannot show keys in front of the others to every query, as a sentence, or ``None``."""
+    if kwargs.get("cache") is not None:
+        return "its keys lie in pages"
+    if name in _SHARED_SOFTMAX:
+        return None
+    if not is_flash(name):
+        return "its masks would hide it"
+    return flash_obstacle(query, key, mask, _is_causal(module, kwargs), kwargs)
 
 
 def _triangle(queries: int, tokens: int, device: torch.device) -> Tensor:
