@@ -3,6 +3,7 @@
 import itertools
 
 import flash_cases
+import pairs
 import pytest
 import torch
 from prefix_models import prefixed
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import StaticCache
 from transformers.integrations import flash_attention
 
+from peftkit.points import probe_inputs
 from peftkit.prefix import remove_prefixes
 from peftkit.prefix.attention import prefix_attention
 from peftkit_kernels.testing import assert_no_worse_than
@@ -45,6 +47,11 @@ def three_ways(model: nn.Module, run) -> tuple:
 BATCHES = {
     "one": {"input_ids": tokens(1)},
     "one with positions": {"input_ids": tokens(1), "position_ids": torch.arange(LENGTH)[None]},
+    "one, padded, with positions that start anew": {
+        "input_ids": tokens(1),
+        "attention_mask": padded("left")[1:],
+        "position_ids": torch.tensor([[0, 0, 0, 0, 1, 2, 3]]),
+    },
     "two": {"input_ids": tokens()},
     "padded on the left": {"input_ids": tokens(), "attention_mask": padded("left")},
     "padded on the right": {"input_ids": tokens(), "attention_mask": padded("right")},
@@ -70,8 +77,7 @@ def test_every_query_sees_the_prefix(kind, name, gate, gradients):
         return {"output": output}
 
     actual, plain, truth = three_ways(model, run)
-    for result in actual:
-        assert_no_worse_than(actual[result], plain[result], truth[result], result)
+    pairs.assert_near_enough([(actual, plain, truth)])
     if not gradients:
         remove_prefixes(model)
         without = run(model)["output"]
@@ -81,8 +87,6 @@ def test_every_query_sees_the_prefix(kind, name, gate, gradients):
 @torch.no_grad
 @pytest.mark.parametrize("name", ["bart", "whisper"])
 def test_cross_attention_without_padding(name):
-    from peftkit.points import probe_inputs
-
     model = prefixed(name)
     inputs = probe_inputs(model)
 
@@ -134,39 +138,61 @@ def test_soft_caps_hold_for_the_prefix_too():
         assert_no_worse_than(actual, plain, model.double()(input_ids=tokens()).logits)
 
 
-PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-LENGTHS = torch.tensor([0, 3, 7], dtype=torch.int32)
-VARLEN = {"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS, "max_length_q": 4, "max_length_k": 4}
+PACKED = torch.cat([torch.arange(n) for n in (3, 6, 1, 2)])[None]
+LENGTHS = torch.tensor([0, 3, 9, 10, 12], dtype=torch.int32)
+VARLEN = {"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS, "max_length_q": 6, "max_length_k": 6}
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["shared", "gated"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("told", ["positions", "lengths"])
+def test_each_of_packed_sequences_sees_the_prefix(told, name, gate):
+    """Together they are longer than the window, each of them is not."""
+    model, inputs = prefixed(name, gate=gate), {"input_ids": tokens(1, 12), "position_ids": PACKED}
+
+    def run(model):
+        model.zero_grad()
+        varlen = told == "lengths" and model.config._attn_implementation == flash_cases.NAME
+        output = model(**inputs, use_cache=False, **(VARLEN if varlen else {})).logits
+        weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype)
+        (output.flatten() * weights).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        return {"output": output.detach()} | gradients
+
+    actual, plain, truth = three_ways(model, run)
+    pairs.assert_near_enough([(actual, plain, truth)])
+
+
 REFUSED = {
-    "window": ("mistral", {"input_ids": tokens(length=9)}, "its window of 8 tokens"),
-    "positions": (
-        "llama",
-        {"input_ids": tokens(1), "position_ids": PACKED, "use_cache": False},
-        r"only the first of packed sequences \(position_ids\)",
+    "a window": ({"input_ids": tokens(length=9)}, "its window of 8 tokens, less than the 9"),
+    "a window of packed sequences": (
+        {
+            "input_ids": tokens(1, 12),
+            "position_ids": torch.cat([torch.arange(3), torch.arange(9)])[None],
+            "use_cache": False,
+        },
+        "its window of 8 tokens, less than the 9",
     ),
-    "lengths": (
-        "llama",
-        {"input_ids": tokens(1), "position_ids": PACKED, "use_cache": False, **VARLEN},
-        r"only the first of packed sequences \(cu_seq_lens_q\)",
+    "packed sequences in rows": (
+        {"input_ids": tokens(2, 6), "use_cache": False, **VARLEN},
+        "its packed sequences lie in 2 rows",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_hide_a_prefix_is_refused_without_a_gate(case):
-    name, inputs, reason = REFUSED[case]
+    inputs, reason = REFUSED[case]
     with pytest.raises(
         NotImplementedError, match=rf"cannot run in 'flash_attention_2' attention: {reason}.*gate="
     ):
-        flash_cases.use(prefixed(name))(**inputs)
-    plain = {key: value for key, value in inputs.items() if key not in VARLEN}
+        flash_cases.use(prefixed("mistral"))(**inputs)
 
-    @torch.no_grad
-    def run(model):
-        flash = model.config._attn_implementation == flash_cases.NAME
-        return model(**(inputs if flash else plain)).logits
 
-    assert_no_worse_than(*three_ways(prefixed(name, gate=True), run))
+@torch.no_grad
+def test_a_gate_is_open_to_windows():
+    model = prefixed("mistral", gate=True)
+    assert_no_worse_than(*three_ways(model, lambda model: model(input_ids=tokens(2, 12)).logits))
 
 
 def test_padding_of_other_keys_than_the_queries_own_is_refused():
@@ -174,6 +200,23 @@ def test_padding_of_other_keys_than_the_queries_own_is_refused():
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 4, LENGTH, 8)
     with pytest.raises(NotImplementedError, match="padding of 7 keys for that of 5 queries"):
         prefix_attention(module, q, k, k, padded("right"), scaling=0.4)
+
+
+@torch.no_grad
+def test_one_query_sees_the_prefix_and_keys_that_are_padded():
+    module = prefixed("bart").model.decoder.layers[0].encoder_attn
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 4, LENGTH, 8), torch.randn(2, 4, LENGTH, 8)
+    seen = padded("right")
+
+    def run(name, mask, dtype):
+        module.config._attn_implementation = name
+        tensors = (t.to(dtype) for t in (q, k, v))
+        return prefix_attention(module.to(dtype), *tensors, mask, scaling=0.4)[0]
+
+    added = torch.zeros(2, 1, 1, LENGTH).masked_fill(seen[:, None, None] == 0, -torch.inf)
+    actual, plain = run(flash_cases.NAME, seen, q.dtype), run("eager", added, q.dtype)
+    truth = run("sdpa", seen[:, None, None].bool(), torch.float64)
+    assert_no_worse_than(actual, plain, truth)
 
 
 def test_masks_aligned_to_the_first_key_are_refused(monkeypatch):
@@ -194,6 +237,6 @@ def test_explain_says_where_a_forward_raises():
     site = flash_cases.use(prefixed("llama")).model.layers[0].self_attn.virtual_tokens
     assert site.peftkit_verdict() == (
         "torch",
-        "in front of the keys: the model's attention is flash_attention_2, where packed sequences, and windows shorter than "
-        "the text, raise",
+        "in front of the keys: the model's attention is flash_attention_2, where a text longer than "
+        "a sliding window raises",
     )

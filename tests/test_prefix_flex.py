@@ -9,6 +9,7 @@ import weakref
 
 import families
 import models
+import pairs
 import pytest
 import torch
 from prefix_models import EAGER_ONLY, P, doubled, first, prefixed
@@ -128,8 +129,7 @@ def test_masks_mean_what_they_mean_in_eager(kind, name, gradients, written_out, 
         return {"logits": output}
 
     actual, plain, truth = three_ways(model, name, run)
-    for result in actual:
-        assert_no_worse_than(actual[result], plain[result], truth[result], result)
+    pairs.assert_near_enough([(actual, plain, truth)])
 
 
 @torch.no_grad
@@ -240,7 +240,7 @@ def test_the_kernel_reads_the_widened_blocks(one_thread):
     assert not wide.to_dense().all()
 
 
-@pytest.mark.parametrize("blocks", [16, (8, 16), 128], ids=str)
+@pytest.mark.parametrize("blocks", [16, (8, 16)], ids=str)
 def test_widened_blocks_leave_out_nothing_and_take_for_whole_only_what_is(blocks):
     windows = (7, 0), (200, 0), (200, 200)
     for queries, length, before, (back, ahead) in itertools.product(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.own_attention import NATIVE, Undispatched
-from peftkit.prefix.flash import flash_obstacle, is_flash, without_limits
+from peftkit.prefix.flash import by_lengths, flash_obstacle, in_front, is_flash
 from peftkit.prefix.masks import widen
 from peftkit_kernels.attention import native_obstacle
 from peftkit_kernels.dispatch import is_transformed, triton_obstacle
@@ -161,7 +161,7 @@ def standing_obstacle(name: str | None, like: Tensor) -> str | None:
     """The part of ``obstacle`` that is known without a call; ``like`` is a tensor of the attention's device and dtype."""
     if name not in _SHARED_SOFTMAX:
         raises = (
-            "where packed sequences, and windows shorter than the text, raise"
+            "where a text longer than a sliding window raises"
             if is_flash(name)
             else "whose masks would hide them: a forward raises"
         )
@@ -254,7 +254,10 @@ def _joined(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The function itself, over keys with the prefix in front, and a mask that shows it to every query."""
-    reason = joining_obstacle(module, name, query, key, mask, kwargs)
+    flash = name not in _SHARED_SOFTMAX and is_flash(name)
+    if flash:
+        kwargs = by_lengths(query, mask, kwargs)
+    reason = _joining_obstacle(module, name, query, key, mask, kwargs)
     if reason is not None:
         raise NotImplementedError(
             f"a prefix without a gate cannot run in {name!r} attention: {reason}; load the model with "
@@ -265,8 +268,6 @@ def _joined(
         if _hides_later_tokens(module, query, mask, kwargs):
             mask = _triangle(queries, tokens, query.device)
         kwargs["is_causal"] = False  # the mask says all of it
-    elif name not in _SHARED_SOFTMAX:
-        kwargs = without_limits(kwargs)
     if mask is not None:
         mask = widen(mask, prefixed)
     if kwargs.get("position_bias") is not None:
@@ -275,10 +276,12 @@ def _joined(
         torch.cat([part.to(own.dtype).expand(own.shape[0], -1, -1, -1), own], 2)
         for part, own in zip(before, (key, value), strict=True)
     )
+    if flash:
+        key, value, kwargs = in_front(key, value, prefixed, kwargs)
     return function(module, query, key, value, mask, *args, **kwargs)
 
 
-def joining_obstacle(
+def _joining_obstacle(
     module: Any, name: str | None, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> str | None:
     """Why the function cannot show keys in front of the others to every query, as a sentence, or ``None``."""

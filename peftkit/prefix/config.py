@@ -17,8 +17,8 @@ class PrefixConfig(PeftConfig):
     """KV prefix: trained keys and values in front of an attention's own, seen by every query, masked by nothing.
 
     With a gate it runs in any attention function of transformers. Without one it runs in ``sdpa``, ``eager``, ``flex_attention``
-    (which torch trains on GPUs only) and flash attention; that masks by lengths and raises where they would hide the prefix: in
-    packed sequences, and in texts longer than a sliding window.
+    (which torch trains on GPUs only) and flash attention, which raises where a text is longer than a sliding window: the window
+    would hide the prefix.
 
     Source: Li and Liang, 2021, arXiv:2101.00190; the gate: Zhang et al., 2023, arXiv:2303.16199, equation 6.
     """

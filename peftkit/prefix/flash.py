@@ -1,16 +1,19 @@
 """Keys with a prefix in front in transformers' flash attention, which masks by lengths: what they can say, and what they cannot.
 
 The causal mask of flash-attn ends at the last query and the last key, so every query sees whatever lies in front of the tokens.
-A window or the lengths of packed sequences would hide it.
+Packed sequences get a prefix each; a window would hide it.
 
-Source: docstring of ``flash_attn_func``; ``_flash_attention_forward`` of transformers 5.23.
+Source: docstrings of flash-attn 2.8; ``_flash_attention_forward`` of transformers 5.23.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def is_flash(name: str | None) -> bool:
@@ -21,6 +24,31 @@ def is_flash(name: str | None) -> bool:
     return ALL_ATTENTION_FUNCTIONS.get(name) is flash_attention_forward
 
 
+def by_lengths(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The model's arguments with packed sequences told by lengths alone, or not at all where flash attention would not look.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        mask: ``[B, T]``, which tokens are no padding; with it nothing is packed.
+        kwargs: Lengths of packed sequences, or positions that start anew in each.
+    """
+    from transformers.modeling_flash_attention_utils import (
+        _is_packed_sequence,
+        prepare_fa_kwargs_from_position_ids,
+    )
+
+    positions, packing = kwargs.get("position_ids"), [kwargs.get(name) for name in _PACKING]
+    rest = {key: v for key, v in kwargs.items() if key not in (*_PACKING, "position_ids")}
+    if mask is not None:
+        return rest
+    if any(part is None for part in packing):
+        if not _is_packed_sequence(positions, query.shape[0]):
+            return rest
+        starts, longest = prepare_fa_kwargs_from_position_ids(positions)
+        packing = *starts, *longest
+    return rest | dict(zip(_PACKING, packing, strict=True))
+
+
 def flash_obstacle(
     query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, kwargs: dict[str, Any]
 ) -> str | None:
@@ -29,20 +57,22 @@ def flash_obstacle(
     Args:
         query: ``[B, H, S, D]``.
         key: ``[B, H_kv, T, D]``, without the prefix.
-        mask: ``[B, T]``, which tokens are no padding; or ``None``.
+        mask: ``[B, T]`` or ``None``.
         causal: Whether later tokens are hidden.
-        kwargs: What the model passes beside them.
+        kwargs: As by ``by_lengths``.
     """
     from transformers.integrations import flash_attention
-    from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
     queries, tokens, window = query.shape[2], key.shape[2], kwargs.get("sliding_window")
-    if window is not None and tokens > window:
-        return f"its window of {window} tokens, less than the {tokens} there are, would hide it"
-    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
-        return "only the first of packed sequences (cu_seq_lens_q) would see it"
-    if mask is None and _is_packed_sequence(kwargs.get("position_ids"), query.shape[0]):
-        return "only the first of packed sequences (position_ids) would see it"
+    packed = kwargs.get("cu_seq_lens_k") is not None
+    if packed and len(query) > 1:
+        return f"its packed sequences lie in {len(query)} rows"
+    if window is not None:
+        longest = int(kwargs["max_length_k"]) if packed else tokens
+        if longest > window:
+            return (
+                f"its window of {window} tokens, less than the {longest} there are, would hide it"
+            )
     if causal and flash_attention._use_top_left_mask:
         return "this build aligns its causal mask to the first key, which hides tokens instead"
     if mask is not None and not causal and queries not in (1, tokens):
@@ -50,9 +80,27 @@ def flash_obstacle(
     return None
 
 
-def without_limits(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The model's arguments where ``flash_obstacle`` is ``None``, less those that were found not to matter.
+def in_front(
+    key: Tensor, value: Tensor, prefixed: int, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Keys, values and arguments of a call without an obstacle, with the prefix in front of each sequence.
 
-    The window reaches all tokens, but perhaps not all keys; positions are there to tell packed sequences, of which there are none.
+    Args:
+        key: ``[B, H_kv, P + T, D]``, with the prefix in front.
+        value: ``[B, H_kv, P + T, D_v]``.
+        prefixed: ``P``.
+        kwargs: As by ``by_lengths``; the window reaches all tokens, but perhaps not all keys.
     """
-    return kwargs | {"sliding_window": None, "position_ids": None}
+    kwargs = kwargs | {"sliding_window": None}
+    starts = kwargs.get("cu_seq_lens_k")
+    if starts is None:
+        return key, value, kwargs
+    like: dict[str, Any] = {"dtype": starts.dtype, "device": starts.device}
+    moved = starts + prefixed * torch.arange(len(starts), **like)
+    places = torch.arange(key.shape[2] + prefixed * (len(starts) - 2), **like)
+    sequence = torch.searchsorted(moved, places, right=True) - 1
+    place = places - moved[sequence]
+    # the prefix is taken from the front each time, a token from behind the prefix and the sequences before its own
+    order = place + starts[sequence] * (place >= prefixed)
+    kwargs |= {"cu_seq_lens_k": moved, "max_length_k": kwargs["max_length_k"] + prefixed}
+    return key.index_select(2, order), value.index_select(2, order), kwargs
