@@ -8,6 +8,7 @@ from lora_cases import Shape, draw
 
 from peftkit_kernels.bottleneck import bottleneck
 from peftkit_kernels.dora import dora_linear
+from peftkit_kernels.dora_scale import Scale, dora_gate, dora_scale
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
 from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
 from peftkit_kernels.int8 import quantize_int8
@@ -23,10 +24,14 @@ WIDTH, INNER = 33, 21
 
 @dataclass(frozen=True)
 class Case:
-    """An op applied to tensors by name; all but the weights require a gradient."""
+    """An op applied to tensors by name; all but the weights require a gradient.
+
+    ``made_from`` names those of which it keeps what it has made from them.
+    """
 
     leaves: dict[str, torch.Tensor]
     apply: Callable
+    made_from: tuple[str, ...] = ()
 
     def outputs(self, **options):
         """What the op returns, as a tuple."""
@@ -145,6 +150,41 @@ def _dora(shape):
     return Case(leaves, apply)
 
 
+def _scale_of(shape, suffix=""):
+    """The leaves of one ``Scale``, and its norm, which is no leaf."""
+    dtype = shape.factors or shape.dtype
+    leaves = {
+        f"magnitude{suffix}": draw((WIDTH,), dtype, shape.generator).requires_grad_(),
+        f"bias{suffix}": draw((WIDTH,), shape.dtype, shape.generator).requires_grad_(),
+    }
+    wide = torch.promote_types(dtype, torch.float32)
+    return leaves, draw((WIDTH,), wide, shape.generator).abs() + 0.5
+
+
+def _dora_scale(shape):
+    leaves, norm = _scale_of(shape)
+
+    def apply(leaves, **options):
+        return dora_scale(leaves["x"], Scale(leaves["magnitude"], norm, leaves["bias"]), **options)
+
+    return Case({"x": shape.input(), **leaves}, apply, made_from=("magnitude",))
+
+
+def _dora_gate(shape):
+    (gate, gate_norm), (up, up_norm) = _scale_of(shape, "_gate"), _scale_of(shape, "_up")
+
+    def apply(leaves, **options):
+        scales = (
+            Scale(leaves["magnitude_gate"], gate_norm, leaves["bias_gate"]),
+            Scale(leaves["magnitude_up"], up_norm, leaves["bias_up"]),
+        )
+        x = leaves["x"]
+        return dora_gate((x, leaves["z_up"].reshape(x.shape)), scales, **options)
+
+    leaves = {"x": shape.input(), "z_up": shape.input(), **gate, **up}
+    return Case(leaves, apply, made_from=("magnitude_gate", "magnitude_up"))
+
+
 def _grouped(shape):
     adapters, dtype = 3, shape.factors or shape.dtype
     leaves = {
@@ -190,13 +230,15 @@ _BUILDERS = {
     "int8_compute_linear": lambda shape: _quantized(shape, int8_compute_linear, quantize_int8),
     "bottleneck": _bottleneck,
     "dora_linear": _dora,
+    "dora_scale": _dora_scale,
+    "dora_gate": _dora_gate,
     "grouped_lora": _grouped,
     "frozen_rms_norm": lambda shape: _norm(shape, _rms, ["weight"]),
     "frozen_layer_norm": lambda shape: _norm(shape, frozen_layer_norm, ["weight", "bias"]),
 }
 NAMES = tuple(_BUILDERS)
 LORA_NAMES = NAMES[:6]
-LINEAR_NAMES = (*NAMES[:2], *NAMES[3:6], "dora_linear", "grouped_lora")
+LINEAR_NAMES = (*NAMES[:2], *NAMES[3:6], "dora_linear", "dora_scale", "grouped_lora")
 """Ops whose input gradient does not depend on their input."""
 
 

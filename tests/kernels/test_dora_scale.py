@@ -4,52 +4,13 @@ import op_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_cases import DTYPES, LAYOUTS, MIXED, activation_and_slope, draw, gradients, subsets
+from dora_scale_cases import TRAINED, N, apply, bounds, gate_bounds, gate_case, leaves, results
+from lora_cases import DTYPES, LAYOUTS, MIXED, draw, subsets
 
 from peftkit_kernels import native, remake
 from peftkit_kernels.dora_scale import Scale, dora_gate, dora_gate_reference, dora_scale
 from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
-from peftkit_kernels.testing import Bound, kept_for_backward
-
-TRAINED = ("z", "magnitude", "bias")
-N = 29
-
-
-def leaves(dtype=torch.float32, own=None, leading=(3, 5), trained=TRAINED, layout="contiguous"):
-    """``z``, magnitude, norm and bias by name; ``own`` is the dtype of the magnitude where it differs."""
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.promote_types(own or dtype, torch.float32)
-    tensors = {
-        "z": draw((*leading, N), dtype, generator, layout),
-        "magnitude": draw((N,), own or dtype, generator),
-        "norm": draw((N,), wide, generator).abs() + 0.5,
-        "bias": draw((N,), dtype, generator),
-    }
-    return {name: t.requires_grad_(name in trained) for name, t in tensors.items()}
-
-
-def apply(tensors, **options):
-    z, *scale = tensors.values()
-    return dora_scale(z, Scale(*scale), **options)
-
-
-def results(tensors, dy, **options):
-    y = apply(tensors, **options)
-    return {"y": y.detach()} | gradients(y, dy, tensors)
-
-
-def bounds(tensors, dy):
-    """The steps of ``dora_scale`` on bounds, rounded where it rounds."""
-    z, magnitude, norm, bias = (Bound.of(t) for t in tensors.values())
-    inverse = norm.map(torch.reciprocal, norm.value.square().reciprocal(), 1.0)
-    g, dtype = magnitude * inverse, tensors["z"].dtype
-    z, dy = z.reshape(-1, N), Bound.of(dy).reshape(-1, N)
-    return {
-        "y": (z * g + bias).round(dtype),
-        "z": (dy * g).round(dtype),
-        "magnitude": ((dy * z).sum(0) * inverse).round(tensors["magnitude"].dtype),
-        "bias": dy.sum(0).round(dtype),
-    }
+from peftkit_kernels.testing import kept_for_backward
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -115,60 +76,16 @@ def test_gradients_of_the_definition():
     assert torch.autograd.gradcheck(op, (z, magnitude, bias))
 
 
-def gate_case(act, dtype=torch.float32, magnitudes=(True, True), leading=(17,)):
-    """The leaves of a gate by name, and the function of them."""
-    generator = torch.Generator().manual_seed(0)
-    found, norms = {}, []
-    for side, has_magnitude in zip(("e", "u"), magnitudes, strict=True):
-        found[f"z_{side}"] = draw((*leading, N), dtype, generator)
-        found[f"bias_{side}"] = draw((N,), dtype, generator)
-        if has_magnitude:
-            found[f"magnitude_{side}"] = draw((N,), dtype, generator)
-        norms.append(draw((N,), dtype, generator).abs() + 0.5 if has_magnitude else None)
-    for leaf in found.values():
-        leaf.requires_grad_()
-
-    def scales(tensors):
-        return tuple(
-            Scale(tensors.get(f"magnitude_{side}"), norm, tensors[f"bias_{side}"])
-            for side, norm in zip(("e", "u"), norms, strict=True)
-        )
-
-    def op(tensors, **options):
-        return dora_gate((tensors["z_e"], tensors["z_u"]), scales(tensors), act, **options)
-
-    return op_cases.Case(found, op), norms
-
-
 @pytest.mark.parametrize("magnitudes", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_gate_and_gradients_within_the_bound(act, magnitudes):
     case, norms = gate_case(act, magnitudes=magnitudes)
     actual = case.run()
     (dh,) = op_cases.weights([actual["output0"]])
-    dh, sides = Bound.of(dh), {}
-    for side, norm in zip(("e", "u"), norms, strict=True):
-        z, bias = (Bound.of(case.leaves[f"{name}_{side}"]) for name in ("z", "bias"))
-        sides[side] = (z + bias).round(torch.float32)
-        if norm is not None:
-            length = Bound.of(norm)
-            inverse = length.map(torch.reciprocal, length.value.square().reciprocal(), 1.0)
-            g = Bound.of(case.leaves[f"magnitude_{side}"]) * inverse
-            sides[side] = (z * g + bias).round(torch.float32)
-    value, slope = activation_and_slope(sides["e"], act)
-    (value * sides["u"]).check(actual["output0"], "h")
-    grads = {"e": dh * sides["u"] * slope, "u": dh * value}
-    for side, norm in zip(("e", "u"), norms, strict=True):
-        grad, z = grads[side], Bound.of(case.leaves[f"z_{side}"])
-        grad.sum(0).check(actual[f"bias_{side}"], f"bias_{side}")
-        if norm is None:
-            grad.check(actual[f"z_{side}"], f"z_{side}")
-            continue
-        length = Bound.of(norm)
-        inverse = length.map(torch.reciprocal, length.value.square().reciprocal(), 1.0)
-        g = Bound.of(case.leaves[f"magnitude_{side}"]) * inverse
-        (grad * g).check(actual[f"z_{side}"], f"z_{side}")
-        ((grad * z).sum(0) * inverse).check(actual[f"magnitude_{side}"], f"magnitude_{side}")
+    expected = gate_bounds(case.leaves, norms, dh, act)
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        expected[name].check(value, name)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -269,8 +186,9 @@ def test_errors_of_the_gate():
         dora_gate((z, z[1:]), (Scale(None, None, None),) * 2)
     with pytest.raises(ValueError, match=r"scales\[1\].bias has shape"):
         dora_gate((z, z), (Scale(None, None, None), Scale(None, None, z[0, 1:])))
-    with pytest.raises(ValueError, match="has no Triton kernel"):
-        dora_gate((z, z), (Scale(None, None, None),) * 2, backend="triton")
+    wide = Scale(z[0], torch.ones(N, dtype=torch.float64), None)
+    with pytest.raises(ValueError, match=r"dora_gate .*: a norm is torch.float64; the kernels"):
+        dora_gate((z, z), (Scale(None, None, None), wide), backend="triton")
 
 
 def test_the_definition_of_the_gate():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from peftkit_kernels.dora_scale import Scale, dora_scale
+from peftkit_kernels.attention import attention
 
 every_op = pytest.mark.parametrize("name", op_cases.NAMES)
 lora_op = pytest.mark.parametrize("name", op_cases.LORA_NAMES)
@@ -173,6 +173,6 @@ def test_an_unknown_backend_is_refused(name):
 
 
 def test_an_op_without_triton_kernel_says_so():
-    z, scale = torch.ones(2, 3), Scale(torch.ones(3), torch.ones(3), None)
+    q = torch.ones(1, 2, 3, 4)
     with pytest.raises(ValueError, match=r"backend='triton': .*has no Triton kernel.*use backend="):
-        dora_scale(z, scale, backend="triton")
+        attention(q, q, q, 0.5, backend="triton")

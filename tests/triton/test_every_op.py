@@ -16,6 +16,8 @@ NAMES = (
     "int8_linear",
     "int8_compute_linear",
     "dora_linear",
+    "dora_scale",
+    "dora_gate",
 )
 every_op = pytest.mark.parametrize("name", NAMES)
 lora_op = pytest.mark.parametrize("name", [name for name in NAMES if name in op_cases.LORA_NAMES])
@@ -32,7 +34,7 @@ def build(name, **options):
     if name in op_cases.LORA_NAMES:
         options = {"p": 0.1} | options
     case = op_cases.build(name, **options)
-    return Case(case.leaves, case.apply)
+    return Case(case.leaves, case.apply, case.made_from)
 
 
 @every_op

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
 from torch import Tensor
 
 from peftkit_kernels import remake
@@ -13,6 +17,13 @@ from peftkit_kernels.dora_scale.reference import (
     dora_scale_reference,
 )
 from peftkit_kernels.dora_scale.torch_impl import DoRAGate, DoRAScale, factor, gate_of
+from peftkit_kernels.dora_scale.triton_impl import (
+    dora_gate_triton,
+    dora_scale_triton,
+    gate_forward,
+    obstacle,
+    wide_factor,
+)
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.lora_swiglu_mlp.activation import ACTIVATIONS
 
@@ -25,10 +36,10 @@ def dora_scale(z: Tensor, scale: Scale, *, backend: Backend = "auto") -> Tensor:
     Args:
         z: ``[..., N]``: ``x Wᵀ + scale · drop(x) Aᵀ Bᵀ``, without bias.
         scale: Magnitude, norm (of ``dora_norm``) and bias.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        ``[..., N]``, a new tensor in the dtype of ``z``; computed in the dtype of the norm and rounded once.
+        ``[..., N]``, a new tensor in the dtype of ``z``; computed in the dtype of the norm (on Triton float32) and rounded once.
 
     Raises:
         ValueError: Shapes do not fit, the norm requires a gradient or is missing, or the backend cannot run.
@@ -36,8 +47,11 @@ def dora_scale(z: Tensor, scale: Scale, *, backend: Backend = "auto") -> Tensor:
     Source: Liu et al., 2024, arXiv:2402.09353, equation 5 and section 4.3.
     """
     _check(z, scale, "scale")
-    if choose_backend("dora_scale", backend) == "reference":
+    chosen = _choose("dora_scale", backend, (z,), (scale,))
+    if chosen == "reference":
         return dora_scale_reference(z, scale)
+    if chosen == "triton":
+        return dora_scale_triton(z, wide_factor(scale), scale.bias)
     return run(DoRAScale, z, *scale)
 
 
@@ -56,7 +70,7 @@ def dora_gate(
         zs: ``[..., F]`` each: what the LoRA linears of gate and up give, without bias.
         scales: Of gate and up; a side without a magnitude only gets its bias.
         act: One of ``lora_swiglu_mlp.ACTIVATIONS``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., F]`` in the dtype of the ``zs``.
@@ -73,20 +87,35 @@ def dora_gate(
         )
     for i, (z, scale) in enumerate(zip(zs, scales, strict=True)):
         _check(z, scale, f"scales[{i}]")
-    if choose_backend("dora_gate", backend) == "reference":
+    chosen = _choose("dora_gate", backend, zs, scales)
+    if chosen == "reference":
         return dora_gate_reference(zs, scales, act)
     magnitudes, norms, biases = zip(*scales, strict=True)
-    h = run(DoRAGate, act, *zs, *magnitudes, *norms, *biases)
-    if not h.requires_grad:
+    if chosen == "triton":
+        gs = [wide_factor(scale) for scale in scales]
+        h = dora_gate_triton(*zs, *gs, *biases, act)
+    else:
+        gs = (factor(*pair) for pair in zip(magnitudes, norms, strict=True))  # made where asked for
+        h = run(DoRAGate, act, *zs, *magnitudes, *norms, *biases)
+    if not h.requires_grad or torch.compiler.is_compiling():
         return h
     shape = h.shape
 
     def make(*tensors: Tensor | None) -> Tensor:
+        if chosen == "triton":
+            return gate_forward(*tensors, act)
         return unflatten(gate_of(tensors[:2], tensors[2:4], tensors[4:], act), shape)
 
     # the factors of this forward, which no optimiser step changes
-    gs = (factor(*pair) for pair in zip(magnitudes, norms, strict=True))
     return remake.mark(h, make, *zs, *(None if g is None else g.detach() for g in gs), *biases)
+
+
+def _choose(
+    op: str, backend: Backend, zs: Sequence[Tensor], scales: Sequence[Scale]
+) -> Literal["reference", "torch", "triton"]:
+    tensors = *zs, *(part for scale in scales for part in scale)
+    own = obstacle(scales)
+    return choose_backend(op, backend, *tensors, has_dot=False, own_obstacle=own)
 
 
 def _check(z: Tensor, scale: Scale, name: str) -> None:

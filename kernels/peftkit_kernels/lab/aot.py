@@ -97,6 +97,9 @@ STREAMS = {
     ),
     "norm_forward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1, 1),
     "norm_backward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 2, 1),
+    # where no magnitude is trained it loads one tile, and its programs are twice as many
+    "scale_backward_kernel": Stream(("BLOCK_M", "BLOCK_N"), 2, 1),
+    "scaled_gate_backward_kernel": Stream(("BLOCK_M", "BLOCK_F"), 3, 2),
     "grouped_shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
     "grouped_tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
 }

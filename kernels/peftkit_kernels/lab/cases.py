@@ -16,7 +16,7 @@ from torch import Tensor
 from peftkit_kernels.attention import attention
 from peftkit_kernels.bottleneck import bottleneck
 from peftkit_kernels.dora import dora_linear
-from peftkit_kernels.dora_scale import Scale, dora_scale
+from peftkit_kernels.dora_scale import Scale, dora_gate, dora_scale
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
 from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
 from peftkit_kernels.int8 import dequantize_int8, quantize_int8
@@ -303,16 +303,35 @@ def _dora(sizes: Sizes, draw: Draw) -> Case:
     return Case(leaves, call)
 
 
-def _dora_scale(sizes: Sizes, draw: Draw) -> Case:
-    leaves = {
-        "z": draw(sizes.M, sizes.N, trained=True),
-        "norm": draw(sizes.N, dtype=draw.factors).abs() + 0.5,
-        "bias": draw(sizes.N),
-        "magnitude": (draw(sizes.N, dtype=draw.factors).abs() + 0.5).requires_grad_(),
+def _scale_leaves(sizes: Sizes, draw: Draw, suffix: str = "") -> Tensors:
+    """A direction and what turns it into the output of a DoRA linear."""
+    wide = torch.promote_types(draw.factors, torch.float32)
+    magnitude = draw(sizes.N, dtype=draw.factors).abs() + 0.5
+    return {
+        f"z{suffix}": draw(sizes.M, sizes.N, trained=True),
+        f"norm{suffix}": draw(sizes.N, dtype=wide).abs() + 0.5,
+        f"bias{suffix}": draw(sizes.N),
+        f"magnitude{suffix}": magnitude.requires_grad_(),
     }
 
+
+def _scale(t: Tensors, suffix: str = "") -> Scale:
+    return Scale(*(t[name + suffix] for name in Scale._fields))
+
+
+def _dora_scale(sizes: Sizes, draw: Draw) -> Case:
+    return Case(
+        _scale_leaves(sizes, draw),
+        lambda t, backend: dora_scale(t["z"], _scale(t), backend=backend),
+    )
+
+
+def _dora_gate(sizes: Sizes, draw: Draw) -> Case:
+    leaves = _scale_leaves(sizes, draw, "_gate") | _scale_leaves(sizes, draw, "_up")
+
     def call(t: Tensors, backend: Any) -> Tensor:
-        return dora_scale(t["z"], Scale(t["magnitude"], t["norm"], t["bias"]), backend=backend)
+        scales = _scale(t, "_gate"), _scale(t, "_up")
+        return dora_gate((t["z_gate"], t["z_up"]), scales, backend=backend)
 
     return Case(leaves, call)
 
@@ -438,7 +457,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "grouped_lora": Operation("its input and `s`", {"grouped_lora": _grouped_lora}),
     "dora": Operation("as `lora_linear`, and its output", {"dora_linear": _dora}),
-    "dora_scale": Operation("the direction `z`", {"dora_scale": _dora_scale}),
+    "dora_scale": Operation(
+        "the direction `z`", {"dora_scale": _dora_scale, "dora_gate": _dora_gate}
+    ),
     "linear_cross_entropy": Operation(
         "the gradients, made in the forward",
         {

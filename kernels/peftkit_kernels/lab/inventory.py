@@ -298,6 +298,30 @@ def _dora(rank: int, dtype: torch.dtype) -> None:
         magnitude_grad(dy, torch.empty_like(dy), shift, _meta(N, dtype=torch.float32))
 
 
+def _dora_scale(rank: int, dtype: torch.dtype) -> None:
+    from peftkit_kernels.dora_scale.triton_impl import (
+        gate_backward,
+        gate_forward,
+        scale_backward,
+        scale_forward,
+    )
+    from peftkit_kernels.lora_swiglu_mlp.activation import ACTIVATIONS
+
+    del rank
+    N = 4096
+    z, bias, g = _meta(_M, N, dtype=dtype), _meta(N, dtype=dtype), _meta(N, dtype=torch.float32)
+    for shift in (bias, None):
+        scale_forward(z, g, shift)
+    for kept, needs_bias in ((z, True), (z, False), (None, False)):
+        scale_backward(z, kept, g, needs_bias)
+    # no biases in Llama's MLP; trained, they are what takes most registers
+    for act in ACTIVATIONS:
+        for shift in (None, bias):
+            tensors = z, z, g, g, shift, shift, act
+            gate_forward(*tensors)
+            gate_backward(z, *tensors, [True, True, *[shift is not None] * 2])
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
@@ -312,5 +336,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "prefix_attention": _prefix_attention,
     "int8_compute_linear": _int8_compute_linear,
     "dora": _dora,
+    "dora_scale": _dora_scale,
 }
 """Ops with Triton kernels."""

@@ -32,6 +32,7 @@ SIZES: dict[str, tuple[Sizes, ...]] = {
     "lora_qkv": (Sizes(8192, 4096, 4096),),
     "lora_swiglu_mlp": (Sizes(8192, 4096, 14336),),
     "linear_cross_entropy": (Sizes(8192, 4096, 128256), Sizes(8192, 576, 49152)),
+    "dora_scale": (Sizes(8192, 4096, 4096), Sizes(8192, 4096, 14336)),
 }
 """What is predicted of an op; others at the first sizes."""
 _DROPOUT = "lora_linear", "lora_qkv", "lora_swiglu_mlp"

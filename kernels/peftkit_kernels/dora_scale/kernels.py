@@ -1,0 +1,175 @@
+"""DoRA's magnitude applied to a LoRA linear's output, alone and in the gate of an MLP, forward and backward.
+
+Every stream is read once and written once. What belongs to a column (factor, bias) is read once a program, which has all rows
+of its chunk; sums over rows are kept a number an element and added up at the end. Programs count along the columns first, so
+that those running together share the pages of DRAM. Offsets of rows are int64.
+"""
+
+import triton
+import triton.language as tl
+
+from peftkit_kernels.tiles import activation
+
+
+@triton.jit
+def _of_columns(ptr, offs_n, mask_n, PRESENT: tl.constexpr, absent, BLOCK_N: tl.constexpr):
+    """``ptr[N]`` in float32, or ``absent`` in every place."""
+    if PRESENT:
+        values = tl.load(ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    else:
+        values = tl.full((BLOCK_N,), absent, tl.float32)
+    return values[None, :]
+
+
+@triton.jit
+def scale_kernel(
+    z_ptr, g_ptr, bias_ptr, y_ptr,  # z, y[M, N]  g[N] or None  bias[N] or None
+    M, N, stride_zm, stride_ym,
+    HAS_G: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``y = z ∘ g + bias``."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    offs_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
+    g = _of_columns(g_ptr, offs_n, mask_n, HAS_G, 1.0, BLOCK_N)
+    bias = _of_columns(bias_ptr, offs_n, mask_n, HAS_BIAS, 0.0, BLOCK_N)
+    z = tl.load(z_ptr + rows * stride_zm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = (z * g + bias).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows * stride_ym + offs_n[None, :], y, mask=mask)
+
+
+@triton.jit
+def scale_backward_kernel(
+    dy_ptr, z_ptr, g_ptr,  # dy[M, N]  z[M, N] and g[N], each None where it is not needed
+    dz_ptr, sums_ptr,  # dz[M, N] or None  sums[row chunks, DG + DBIAS, N] or None
+    M, N, chunk_m, stride_dym, stride_zm, stride_dzm,
+    DZ: tl.constexpr, DG: tl.constexpr, DBIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``dz = dy ∘ g``; over each chunk of rows ``Σ dy ∘ z`` with DG and ``Σ dy`` with DBIAS, in this order."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    pid_m = tl.program_id(0) // blocks
+    offs_n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    g = _of_columns(g_ptr, offs_n, mask_n, DZ, 1.0, BLOCK_N)
+    dg = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = pid_m * chunk_m
+    for m in range(first, tl.minimum(M, first + chunk_m), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask = (offs_m < M)[:, None] & mask_n[None, :]
+        rows = offs_m.to(tl.int64)[:, None]
+        dy_ptrs = dy_ptr + rows * stride_dym + offs_n[None, :]
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if DG:
+            z_ptrs = z_ptr + rows * stride_zm + offs_n[None, :]
+            dg += dy * tl.load(z_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if DBIAS:
+            dbias += dy
+        if DZ:
+            dz = (dy * g).to(dz_ptr.dtype.element_ty)
+            tl.store(dz_ptr + rows * stride_dzm + offs_n[None, :], dz, mask=mask)
+    offs_s = pid_m.to(tl.int64) * (DG + DBIAS) * N + offs_n
+    if DG:
+        tl.store(sums_ptr + offs_s, tl.sum(dg, 0), mask=mask_n)
+        offs_s += N
+    if DBIAS:
+        tl.store(sums_ptr + offs_s, tl.sum(dbias, 0), mask=mask_n)
+
+
+@triton.jit
+def scaled_gate_kernel(
+    z_e_ptr, z_u_ptr, g_e_ptr, g_u_ptr, bias_e_ptr, bias_u_ptr,  # z[M, F]  g[F] or None  bias[F] or None
+    h_ptr,  # h[M, F]
+    M, F, stride_em, stride_um, stride_hm,
+    HAS_G_E: tl.constexpr, HAS_G_U: tl.constexpr,
+    HAS_BIAS_E: tl.constexpr, HAS_BIAS_U: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """``h = act(z_e ∘ g_e + bias_e) ∘ (z_u ∘ g_u + bias_u)``."""
+    blocks = tl.cdiv(F, BLOCK_F)
+    offs_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask_f = offs_f < F
+    mask = (offs_m < M)[:, None] & mask_f[None, :]
+    rows = offs_m.to(tl.int64)[:, None]
+    g_e = _of_columns(g_e_ptr, offs_f, mask_f, HAS_G_E, 1.0, BLOCK_F)
+    g_u = _of_columns(g_u_ptr, offs_f, mask_f, HAS_G_U, 1.0, BLOCK_F)
+    bias_e = _of_columns(bias_e_ptr, offs_f, mask_f, HAS_BIAS_E, 0.0, BLOCK_F)
+    bias_u = _of_columns(bias_u_ptr, offs_f, mask_f, HAS_BIAS_U, 0.0, BLOCK_F)
+    e = tl.load(z_e_ptr + rows * stride_em + offs_f[None, :], mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(z_u_ptr + rows * stride_um + offs_f[None, :], mask=mask, other=0.0).to(tl.float32)
+    a, _ = activation(e * g_e + bias_e, ACT)
+    h = (a * (u * g_u + bias_u)).to(h_ptr.dtype.element_ty)
+    tl.store(h_ptr + rows * stride_hm + offs_f[None, :], h, mask=mask)
+
+
+@triton.jit
+def scaled_gate_backward_kernel(
+    dh_ptr, z_e_ptr, z_u_ptr, g_e_ptr, g_u_ptr, bias_e_ptr, bias_u_ptr,  # dh[M, F], the rest as in the forward
+    dz_e_ptr, dz_u_ptr, sums_ptr,  # dz[M, F] each  sums[row chunks, sums wanted, F] or None
+    M, F, chunk_m, stride_dhm, stride_em, stride_um, stride_dzm,
+    HAS_G_E: tl.constexpr, HAS_G_U: tl.constexpr,
+    HAS_BIAS_E: tl.constexpr, HAS_BIAS_U: tl.constexpr,
+    DG_E: tl.constexpr, DG_U: tl.constexpr, DBIAS_E: tl.constexpr, DBIAS_U: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """With ``e`` and ``u`` made again, ``de = dh ∘ u ∘ act'(e)`` and ``du = dh ∘ act(e)``: ``dz_e = de ∘ g_e``, ``dz_u = du ∘ g_u``.
+
+    Over each chunk of rows those of ``Σ de ∘ z_e``, ``Σ du ∘ z_u``, ``Σ de`` and ``Σ du`` that are wanted, in this order.
+    """
+    blocks = tl.cdiv(F, BLOCK_F)
+    pid_m = tl.program_id(0) // blocks
+    offs_f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask_f = offs_f < F
+    g_e = _of_columns(g_e_ptr, offs_f, mask_f, HAS_G_E, 1.0, BLOCK_F)
+    g_u = _of_columns(g_u_ptr, offs_f, mask_f, HAS_G_U, 1.0, BLOCK_F)
+    bias_e = _of_columns(bias_e_ptr, offs_f, mask_f, HAS_BIAS_E, 0.0, BLOCK_F)
+    bias_u = _of_columns(bias_u_ptr, offs_f, mask_f, HAS_BIAS_U, 0.0, BLOCK_F)
+    dg_e = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    dg_u = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    dbias_e = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    dbias_u = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    first = pid_m * chunk_m
+    for m in range(first, tl.minimum(M, first + chunk_m), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask = (offs_m < M)[:, None] & mask_f[None, :]
+        rows = offs_m.to(tl.int64)[:, None]
+        z_e_ptrs = z_e_ptr + rows * stride_em + offs_f[None, :]
+        z_u_ptrs = z_u_ptr + rows * stride_um + offs_f[None, :]
+        dh_ptrs = dh_ptr + rows * stride_dhm + offs_f[None, :]
+        z_e = tl.load(z_e_ptrs, mask=mask, other=0.0).to(tl.float32)
+        z_u = tl.load(z_u_ptrs, mask=mask, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
+        a, slope = activation(z_e * g_e + bias_e, ACT)
+        de = dh * (z_u * g_u + bias_u) * slope
+        du = dh * a
+        offs_d = rows * stride_dzm + offs_f[None, :]
+        tl.store(dz_e_ptr + offs_d, (de * g_e).to(dz_e_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz_u_ptr + offs_d, (du * g_u).to(dz_u_ptr.dtype.element_ty), mask=mask)
+        if DG_E:
+            dg_e += de * z_e
+        if DG_U:
+            dg_u += du * z_u
+        if DBIAS_E:
+            dbias_e += de
+        if DBIAS_U:
+            dbias_u += du
+    offs_s = pid_m.to(tl.int64) * (DG_E + DG_U + DBIAS_E + DBIAS_U) * F + offs_f
+    if DG_E:
+        tl.store(sums_ptr + offs_s, tl.sum(dg_e, 0), mask=mask_f)
+        offs_s += F
+    if DG_U:
+        tl.store(sums_ptr + offs_s, tl.sum(dg_u, 0), mask=mask_f)
+        offs_s += F
+    if DBIAS_E:
+        tl.store(sums_ptr + offs_s, tl.sum(dbias_e, 0), mask=mask_f)
+        offs_s += F
+    if DBIAS_U:
+        tl.store(sums_ptr + offs_s, tl.sum(dbias_u, 0), mask=mask_f)

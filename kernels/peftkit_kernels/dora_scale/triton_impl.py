@@ -1,0 +1,313 @@
+"""DoRA's magnitude by one Triton kernel each way, as torch.library ops: traceable, and differentiable once.
+
+The ops take ``g = magnitude / norm`` and give its gradient; the quotient, ``[N]``, is autograd's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.dora_scale.config import BackwardConfig, ForwardConfig
+from peftkit_kernels.dora_scale.reference import Scale
+from peftkit_kernels.dora_scale.torch_impl import factor
+from peftkit_kernels.launch import cdiv, launch, target_of
+from peftkit_kernels.low_rank import cast, rows
+from peftkit_kernels.low_rank.passes import readable, sum_partials
+
+Tensors = Sequence[Tensor | None]
+
+
+@functools.cache
+def _kernels() -> Any:
+    from peftkit_kernels.dora_scale import kernels
+
+    return kernels
+
+
+def obstacle(scales: Sequence[Scale]) -> str | None:
+    """Why these factors cannot be computed by the kernels, or ``None``."""
+    for scale in scales:
+        if scale.norm is not None and scale.norm.dtype is torch.float64:
+            return "a norm is torch.float64; the kernels compute in float32"
+    return None
+
+
+def wide_factor(scale: Scale) -> Tensor | None:
+    """``magnitude / norm`` in float32, ``[N]``, differentiable by the magnitude; ``None`` without one."""
+    if scale.norm is None:
+        return None
+    return factor(scale.magnitude, cast(scale.norm, torch.float32))
+
+
+def scale_forward(z: Tensor, g: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``z ∘ g + bias`` in the shape and dtype of ``z [..., N]``."""
+    y = _like(z)
+    if not z.numel():
+        return y
+    flat, out, c = readable(rows(z)), rows(y), ForwardConfig()
+    M, N = flat.shape
+    launch(
+        _kernels().scale_kernel,
+        (cdiv(M, c.block_m) * cdiv(N, c.block_n),),
+        *(flat, _columns(g), _columns(bias), out, M, N, flat.stride(0), out.stride(0)),
+        HAS_G=g is not None,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n,
+        num_warps=c.num_warps,
+        num_stages=1,
+    )
+    return y
+
+
+def scale_backward(
+    dy: Tensor, z: Tensor | None, g: Tensor | None, needs_bias: bool
+) -> list[Tensor]:
+    """``dz = dy ∘ g`` if there is a ``g``, and the sums asked for, ``Float32[sums, N]``, if any is.
+
+    Args:
+        dy: ``[..., N]``.
+        z: As in the forward, where ``Σ dy ∘ z`` is wanted.
+        g: As in the forward, where ``dz`` is wanted.
+        needs_bias: Whether ``Σ dy`` is wanted.
+    """
+    found = _scale_grads(dy, z, g, needs_bias)
+    if not dy.numel():
+        return [grad.zero_() for grad in found]
+    dz = None if g is None else rows(found[0])
+    flat_z, flat = None if z is None else readable(rows(z)), readable(rows(dy))
+    M, N = flat.shape
+    c = BackwardConfig.choose("dora_scale", M, N, target=target_of(dy))
+    chunks = cdiv(M, c.chunk_m)
+    sums = found[-1] if z is not None or needs_bias else None
+    partial = _partial(sums, chunks)
+    launch(
+        _kernels().scale_backward_kernel,
+        (chunks * cdiv(N, c.block_n),),
+        *(flat, flat_z, _columns(g), dz, partial, M, N, c.chunk_m),
+        *(flat.stride(0), _row_stride(flat_z), _row_stride(dz)),
+        DZ=g is not None,
+        DG=z is not None,
+        DBIAS=needs_bias,
+        BLOCK_M=c.block_m,
+        BLOCK_N=c.block_n,
+        num_warps=c.num_warps,
+        num_stages=1,
+    )
+    _add_up(partial, sums)
+    return found
+
+
+def gate_forward(
+    z_e: Tensor,
+    z_u: Tensor,
+    g_e: Tensor | None,
+    g_u: Tensor | None,
+    bias_e: Tensor | None,
+    bias_u: Tensor | None,
+    act: str,
+) -> Tensor:
+    """``act(z_e ∘ g_e + bias_e) ∘ (z_u ∘ g_u + bias_u)`` in the shape and dtype of ``z_e [..., F]``."""
+    h = _like(z_e)
+    if not z_e.numel():
+        return h
+    flat_e, flat_u, out = readable(rows(z_e)), readable(rows(z_u)), rows(h)
+    (M, F), c = flat_e.shape, ForwardConfig()
+    launch(
+        _kernels().scaled_gate_kernel,
+        (cdiv(M, c.block_m) * cdiv(F, c.block_n),),
+        *(flat_e, flat_u, *(_columns(t) for t in (g_e, g_u, bias_e, bias_u)), out),
+        *(M, F, flat_e.stride(0), flat_u.stride(0), out.stride(0)),
+        **_present((g_e, g_u), (bias_e, bias_u)),
+        ACT=act,
+        BLOCK_M=c.block_m,
+        BLOCK_F=c.block_n,
+        num_warps=c.num_warps,
+        num_stages=1,
+    )
+    return h
+
+
+def gate_backward(
+    dh: Tensor,
+    z_e: Tensor,
+    z_u: Tensor,
+    g_e: Tensor | None,
+    g_u: Tensor | None,
+    bias_e: Tensor | None,
+    bias_u: Tensor | None,
+    act: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by ``z_e`` and ``z_u``, and those of ``g_e``, ``g_u`` and the two biases that ``needs`` asks for.
+
+    Returns:
+        ``[..., F]`` twice; and ``Float32[sums, F]``, the sums one below the other.
+    """
+    dz_e, dz_u, sums = found = _gate_grads(
+        dh, z_e, z_u, g_e, g_u, bias_e, bias_u, act=act, needs=needs
+    )
+    if not dh.numel():
+        sums.zero_()
+        return found
+    flat, flat_e, flat_u = (readable(rows(t)) for t in (dh, z_e, z_u))
+    M, F = flat.shape
+    c = BackwardConfig.choose("dora_gate", M, F, target=target_of(dh))
+    chunks = cdiv(M, c.chunk_m)
+    partial = _partial(sums, chunks) if any(needs) else None
+    launch(
+        _kernels().scaled_gate_backward_kernel,
+        (chunks * cdiv(F, c.block_n),),
+        *(flat, flat_e, flat_u, *(_columns(t) for t in (g_e, g_u, bias_e, bias_u))),
+        *(rows(dz_e), rows(dz_u), partial, M, F, c.chunk_m),
+        *(flat.stride(0), flat_e.stride(0), flat_u.stride(0), rows(dz_e).stride(0)),
+        **_present((g_e, g_u), (bias_e, bias_u)),
+        **dict(zip(("DG_E", "DG_U", "DBIAS_E", "DBIAS_U"), needs, strict=True)),
+        ACT=act,
+        BLOCK_M=c.block_m,
+        BLOCK_F=c.block_n,
+        num_warps=c.num_warps,
+        num_stages=1,
+    )
+    _add_up(partial, sums)
+    return found
+
+
+def _like(t: Tensor) -> Tensor:
+    """A contiguous tensor of its shape, not yet filled."""
+    return t.new_empty(t.shape)
+
+
+def _columns(t: Tensor | None) -> Tensor | None:
+    return None if t is None else readable(t)
+
+
+def _row_stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _present(gs: Tensors, biases: Tensors) -> dict[str, bool]:
+    names = "HAS_G_E", "HAS_G_U", "HAS_BIAS_E", "HAS_BIAS_U"
+    return {name: t is not None for name, t in zip(names, (*gs, *biases), strict=True)}
+
+
+def _partial(sums: Tensor | None, chunks: int) -> Tensor | None:
+    """Where the chunks of rows put their sums: ``sums`` itself if there is one chunk."""
+    if sums is None or chunks == 1:
+        return sums
+    return sums.new_empty(chunks, *sums.shape)
+
+
+def _add_up(partial: Tensor | None, sums: Tensor | None) -> None:
+    if partial is not None and sums is not None and partial is not sums:
+        sum_partials(partial, sums)
+
+
+def _sums(like: Tensor, count: int) -> Tensor:
+    return like.new_empty(count, like.shape[-1], dtype=torch.float32)
+
+
+def _scale_grads(dy: Tensor, z: Tensor | None, g: Tensor | None, needs_bias: bool) -> list[Tensor]:
+    count = (z is not None) + needs_bias
+    return [*([] if g is None else [_like(dy)]), *([_sums(dy, count)] if count else [])]
+
+
+def _gate_grads(
+    dh: Tensor, *_: Any, act: str, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(dh), _like(dh), _sums(dh, sum(needs))
+
+
+dora_scale_triton = torch.library.custom_op(
+    "peftkit::dora_scale",
+    scale_forward,
+    mutates_args=(),
+    schema="(Tensor z, Tensor? g, Tensor? bias) -> Tensor",
+)
+_scale_backward_op = torch.library.custom_op(
+    "peftkit::dora_scale_backward",
+    scale_backward,
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? z, Tensor? g, bool needs_bias) -> Tensor[]",
+)
+_GATE = "Tensor z_e, Tensor z_u, Tensor? g_e, Tensor? g_u, Tensor? bias_e, Tensor? bias_u, str act"
+dora_gate_triton = torch.library.custom_op(
+    "peftkit::dora_gate", gate_forward, mutates_args=(), schema=f"({_GATE}) -> Tensor"
+)
+_gate_backward_op = torch.library.custom_op(
+    "peftkit::dora_gate_backward",
+    gate_backward,
+    mutates_args=(),
+    schema=f"(Tensor dh, {_GATE}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@dora_scale_triton.register_fake
+def _scale_like(z: Tensor, *_: Any) -> Tensor:
+    return _like(z)
+
+
+@dora_gate_triton.register_fake
+def _gate_like(z_e: Tensor, *_: Any) -> Tensor:
+    return _like(z_e)
+
+
+def _keep_scale(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    z, g, bias = inputs
+    trains_g = g is not None and g.requires_grad
+    ctx.save_for_backward(z if trains_g else None, g)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+@once_differentiable
+def _scale_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    z, g = ctx.saved_tensors
+    needs_z, _, needs_bias = ctx.needs_input_grad
+    dz = dg = dbias = None
+    if needs_z and g is None:
+        dz = dy
+    wanted = g if needs_z else None
+    if wanted is not None or z is not None or needs_bias:
+        found = list(_scale_backward_op(dy, z, wanted, needs_bias))
+        if wanted is not None:
+            dz = found.pop(0)
+        sums = list(found[0]) if found else []
+        if z is not None:
+            dg = sums.pop(0)
+        if needs_bias:
+            dbias = cast(sums.pop(0), ctx.bias_dtype)
+    return dz, dg, dbias
+
+
+def _keep_gate(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
+
+
+@once_differentiable
+def _gate_backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+    tensors, needs = ctx.saved_tensors, list(ctx.needs_input_grad[2:6])
+    dz_e, dz_u, sums = _gate_backward_op(dh, *tensors, ctx.act, needs)
+    found = iter(sums)
+    dg_e, dg_u, *dbias = (next(found) if needed else None for needed in needs)
+    dbias = [
+        None if grad is None else cast(grad, bias.dtype)
+        for grad, bias in zip(dbias, tensors[4:], strict=True)
+    ]
+    return dz_e, dz_u, dg_e, dg_u, *dbias, None
+
+
+_scale_backward_op.register_fake(_scale_grads)
+dora_scale_triton.register_autograd(_scale_backward, setup_context=_keep_scale)
+dora_gate_triton.register_autograd(_gate_backward, setup_context=_keep_gate)
+
+
+@_gate_backward_op.register_fake
+def _gate_grads_like(dh: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _gate_grads(dh, act=others[-2], needs=others[-1])
