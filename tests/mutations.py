@@ -55,6 +55,7 @@ _int8 = _tests("int8")
 _few_rows = _tests("quantized_linear")
 _int8_linear = _tests("int8_compute_linear")
 _dora = _tests("dora")
+_scale = _tests("dora_scale")
 _loss = _tests("linear_cross_entropy")
 
 MUTATIONS = [
@@ -706,5 +707,109 @@ MUTATIONS = [
         ("mask", "(offs_m < M)[:, None]", "(offs_m < M + 1)[:, None]", _dora("magnitude_grad")),
         ("race", "pid_m.to(tl.int64) * N + ", "", _dora("magnitude_grad")),
         ("rule", " - bias[None, :]", "", _dora("magnitude_grad")),
+    ),
+    *_of(
+        "dora_scale.kernels",
+        "_of_columns",
+        ("mask", "ptr + offs_n, mask=mask_n, other=0.0", "ptr + offs_n", _scale("any_shape")),
+        ("rule", "(BLOCK_N,), absent", "(BLOCK_N,), 0.0", _scale("absent_parts")),
+    ),
+    *_of(
+        "dora_scale.kernels",
+        "scale_kernel",
+        ("stride", "rows * stride_zm", "rows * N", _scale("within_the_error_bound")),
+        ("mask", "mask_n = offs_n < N", "mask_n = offs_n < N + 1", _scale("any_shape")),
+        ("scale", "z * g + bias", "z + bias", _scale("any_shape")),
+        ("tile", "% blocks * BLOCK_N", "% blocks * (BLOCK_N - 1)", _scale("any_shape")),
+        ("race", "tl.program_id(0) // blocks * BLOCK_M + ", "", _scale("any_shape")),
+        (
+            "int32",
+            "offs_m.to(tl.int64)[:, None]",
+            "offs_m[:, None]",
+            _scale("offsets_of_rows_do_not_overflow"),
+        ),
+        ("rule", "z * g + bias", "(z + bias) * g", _scale("any_shape")),
+    ),
+    *_of(
+        "dora_scale.kernels",
+        "scale_backward_kernel",
+        ("stride", "rows * stride_dym", "rows * N", _scale("within_the_error_bound")),
+        ("stride", "(DG + DBIAS) * N", "DBIAS * N", _scale("any_shape")),
+        ("mask", "(offs_m < M)[:, None]", "(offs_m < M + 1)[:, None]", _scale("any_shape")),
+        ("scale", "(dy * g)", "dy", _scale("any_shape")),
+        ("tile", "first + chunk_m), BLOCK_M", "first + chunk_m + 1), BLOCK_M", _scale("any_shape")),
+        ("race", "pid_m.to(tl.int64) * (DG + DBIAS) * N + ", "", _scale("any_shape")),
+        (
+            "int32",
+            "offs_m.to(tl.int64)[:, None]",
+            "offs_m[:, None]",
+            _scale("offsets_of_rows_do_not_overflow"),
+        ),
+        ("rule", "dbias += dy", "dbias += dy * g", _scale("any_shape")),
+        (
+            "rule",
+            "        offs_s += N\n",
+            "    offs_s += N\n",
+            _scale("without_a_magnitude_the_gradient_passes_through"),
+        ),
+    ),
+    *_of(
+        "dora_scale.kernels",
+        "scaled_gate_kernel",
+        (
+            "stride",
+            "rows * stride_um",
+            "rows * F",
+            _scale("gate_of_strided_inputs_and_gradients"),
+        ),
+        ("mask", "mask_f = offs_f < F", "mask_f = offs_f < F + 1", _scale("gate_of_any_shape")),
+        ("scale", "u * g_u + bias_u", "u + bias_u", _scale("gate_of_any_shape")),
+        ("tile", "% blocks * BLOCK_F", "% blocks * (BLOCK_F - 1)", _scale("gate_of_any_shape")),
+        ("race", "tl.program_id(0) // blocks * BLOCK_M + ", "", _scale("gate_of_any_shape")),
+        (
+            "int32",
+            "offs_m.to(tl.int64)[:, None]",
+            "offs_m[:, None]",
+            _scale("offsets_of_rows_do_not_overflow"),
+        ),
+        ("rule", "e * g_e + bias_e", "e * g_e + bias_u", _scale("gate_of_any_shape")),
+    ),
+    *_of(
+        "dora_scale.kernels",
+        "scaled_gate_backward_kernel",
+        (
+            "stride",
+            "rows * stride_dhm",
+            "rows * F",
+            _scale("gate_of_strided_inputs_and_gradients"),
+        ),
+        (
+            "mask",
+            "(offs_m < M)[:, None]",
+            "(offs_m < M + 1)[:, None]",
+            _scale("gate_of_any_shape"),
+        ),
+        ("scale", "(du * g_u)", "du", _scale("gate_of_any_shape")),
+        (
+            "tile",
+            "first + chunk_m), BLOCK_M",
+            "first + chunk_m - BLOCK_M), BLOCK_M",
+            _scale("gate_of_any_shape"),
+        ),
+        (
+            "race",
+            "pid_m.to(tl.int64) * (DG_E + DG_U + DBIAS_E + DBIAS_U) * F + ",
+            "",
+            _scale("gate_of_any_shape"),
+        ),
+        (
+            "int32",
+            "offs_m.to(tl.int64)[:, None]",
+            "offs_m[:, None]",
+            _scale("offsets_of_rows_do_not_overflow"),
+        ),
+        ("rule", " * slope", "", _scale("gate_of_any_shape")),
+        ("rule", "dg_u += du * z_u", "dg_u += du * z_e", _scale("gate_of_any_shape")),
+        ("rule", "dbias_e += de", "dbias_e += dh", _scale("gate_of_any_shape")),
     ),
 ]

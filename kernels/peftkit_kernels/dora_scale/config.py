@@ -8,9 +8,6 @@ from peftkit_kernels.launch import Target, cdiv
 
 _BLOCK_N = 128
 """One row of a tile is 256 bytes of 16-bit elements: 16 threads with a 128-bit access each."""
-_ROWS = {"dora_scale": 16, "dora_gate": 8}
-"""Of a tile. With 4 warps 16 and 8 elements a thread: the gate's backward, with three streams and four sums, has the
-registers for half as many."""
 _MAX_CHUNK_M, _MIN_CHUNK_M = 1024, 64
 """A sum moves 8 bytes a chunk and column, written and read again: of the gate's four 0.3% and 5% of what 16-bit streams do."""
 _PROGRAMS_A_MULTIPROCESSOR = 4
@@ -45,8 +42,11 @@ class BackwardConfig:
             N: Columns.
             target: Where it runs.
         """
+        # 16 elements a thread, 8 in the 64 lanes of an AMD wave: 128-bit accesses; the gate's three streams and four sums have
+        # the registers for 8
+        block_m = 8 if op == "dora_gate" and target.capability is not None else 16
         chunk_m = _MAX_CHUNK_M
         wanted = _PROGRAMS_A_MULTIPROCESSOR * target.sms
         while chunk_m > _MIN_CHUNK_M and cdiv(M, chunk_m) * cdiv(N, _BLOCK_N) < wanted:
             chunk_m //= 2
-        return cls(_ROWS[op], _BLOCK_N, chunk_m)
+        return cls(block_m, _BLOCK_N, chunk_m)
