@@ -305,7 +305,6 @@ def _dora_scale(rank: int, dtype: torch.dtype) -> None:
         scale_backward,
         scale_forward,
     )
-    from peftkit_kernels.lora_swiglu_mlp.activation import ACTIVATIONS
 
     del rank
     N = 4096
@@ -314,12 +313,11 @@ def _dora_scale(rank: int, dtype: torch.dtype) -> None:
         scale_forward(z, g, shift)
     for kept, needs_bias in ((z, True), (z, False), (None, False)):
         scale_backward(z, kept, g, needs_bias)
-    # no biases in Llama's MLP; trained, they are what takes most registers
-    for act in ACTIVATIONS:
-        for shift in (None, bias):
-            tensors = z, z, g, g, shift, shift, act
-            gate_forward(*tensors)
-            gate_backward(z, *tensors, [True, True, *[shift is not None] * 2])
+    # trained biases take the most registers, and add to every activation alike
+    for act, shift in (("silu", None), ("silu", bias), ("gelu", bias), ("gelu_tanh", bias)):
+        tensors = z, z, g, g, shift, shift, act
+        gate_forward(*tensors)
+        gate_backward(z, *tensors, [True, True, *[shift is not None] * 2])
 
 
 OPS: dict[str, Callable[..., Any]] = {
