@@ -1,6 +1,7 @@
 """DoRA on fused layers: PEFT's numbers, in every state PEFT can bring a layer into, without its dense products."""
 
 import copy
+from collections import Counter
 
 import models
 import pairs
@@ -12,8 +13,12 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from peftkit import accelerate, explain, wrap
+from peftkit.lora.compute import Frozen, gated_mlp
 from peftkit.lora.layers import FusedLinear
-from peftkit_kernels.testing import Made
+from peftkit_kernels.lab.interp import faithful
+from peftkit_kernels.lab.traffic import Traffic
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.testing import Made, assert_no_worse_than
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -279,3 +284,44 @@ def test_nothing_of_the_size_of_the_weight_is_made():
         sizes.append(made.largest_bytes)
     assert sizes[0] >= 4 * 700 * 600
     assert sizes[1] < 4 * 700 * 600 / 2
+
+
+def mlp_of(dtype):
+    """``x`` and the gate, up and down projections of a gated MLP, each with its DoRA; all but the weights are trained."""
+    generator, D, F, R = torch.Generator().manual_seed(0), 24, 40, 4
+
+    def draw(*shape):
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (values * shape[-1] ** -0.5).to(dtype)
+
+    parts = []
+    for N, K in ((F, D), (F, D), (D, F)):
+        A, B, bias, magnitude = draw(R, K), draw(N, R), draw(N), draw(N) + 1.0
+        for leaf in (A, B, bias, magnitude):
+            leaf.requires_grad_()
+        parts.append(Frozen(draw(N, K), bias, LoRA(A, B, 1.5), magnitude))
+    return draw(2, 9, D).requires_grad_(), parts
+
+
+def mlp_step(dtype):
+    """Its output and gradients."""
+    x, parts = mlp_of(dtype)
+    y = gated_mlp(x, parts, "silu")
+    leaves = [x, *(t for part in parts for t in (part.lora.A, part.lora.B, *part[1::2]))]
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+
+def test_on_a_gpu_the_middle_of_an_mlp_is_one_pass_each_way_and_is_not_kept(monkeypatch):
+    truth, plain = mlp_step(torch.float64), mlp_step(torch.float32)
+    for op in ("lora_linear", "lora_qkv", "dora", "dora_scale"):
+        module = f"peftkit_kernels.{op}.op.choose_backend"
+        monkeypatch.setattr(module, lambda *_, **__: "triton")
+    with Traffic() as traffic, faithful():
+        actual = mlp_step(torch.float32)
+    launched = Counter(launch.kernel for launch in traffic.check().launches)
+    assert launched["scaled_gate_kernel"] == 2, "forward, and made again for the down projection"
+    assert launched["scaled_gate_backward_kernel"] == 1
+    assert launched["scale_kernel"] == launched["scale_backward_kernel"] == 1
+    assert len(actual) == 14
+    for i, values in enumerate(zip(actual, plain, truth, strict=True)):
+        assert_no_worse_than(*values, f"result {i}")
