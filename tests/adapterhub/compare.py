@@ -15,7 +15,7 @@ from peftkit.lora.blocks import same_up_to_rounding
 
 
 def main() -> None:
-    """Compare all of them; the exit status says whether one differs."""
+    """Compare all of them."""
     folders = sorted(path.parent for path in Path(sys.argv[1]).glob("*/*/outputs.pt"))
     if not folders:
         raise SystemExit(f"{sys.argv[1]} holds nothing that write.py wrote")
