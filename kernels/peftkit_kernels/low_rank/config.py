@@ -9,7 +9,8 @@ from peftkit_kernels.launch import Target, cdiv
 MAX_RANK = 128
 _DY_PASS_RANK = 32
 """Up to here dB and ds come from one pass over dy: its partial sums move 4 R (1 / 512 + 1 / 1024) of what dy does, 37% at
-R = 32; at 64, where registers halve the column block, it would be 125%, more than reading dy twice."""
+R = 32 and, in blocks of 256 columns, 16% at 8; at 64, where registers halve the column block, it would be 125%, more than
+reading dy twice."""
 _MIN_STEPS = 4
 """Blocks of K a program of a split shrink has at least, so that its loads are worth pipelining."""
 _MIN_CHUNK_M = 256
@@ -43,6 +44,9 @@ class ShrinkConfig:
             block_m, block_k = 128, 32
         # rank 32 in exact float32 spills a few registers with 4 warps on sm_90
         num_warps = 8 if wide and block_r(R) >= 32 else 4
+        if block_k == 128 and target.capability not in (None, 90, 100):
+            # 4 warps spill a few registers at rank 16 on sm_120, at 8 on sm_80 to sm_89: there products are those of one warp
+            num_warps = 8
         programs = cdiv(M, block_m)
         splits = 1
         if 4 * programs < 3 * target.sms:
@@ -85,16 +89,17 @@ class TallConfig:
         """Long chunks make few partial sums; shorter ones where the GPU would stand three quarters full or less."""
         rank, wide = block_r(R), itemsize == 4
         if with_p:
-            block_m, block_c, num_warps = 32, 128 if wide else 512, 8
+            # rows of s and b that are no multiple of 16 long are read by elements: 512 columns of them spill kilobytes
+            block_m, block_c, num_warps = 32, 128 if wide else 256 if R % 16 else 512, 8
         else:
-            block_m, block_c, num_warps = (
-                32 if wide else 64,
-                64 if wide else 128,
-                8 if dropout else 4,
-            )
-        if rank in (32, 64) and dropout and not wide:
+            block_m, block_c = (32, 64) if wide else (64, 128)
+            # where one chunk has all rows, 4 warps spill a few registers at rank 16 on sm_90 and later, and 8 at rank 8 on
+            # sm_100; in many chunks, 8 do at rank 32 on sm_86
+            num_warps = 8 if dropout or (R == 16 and not wide) else 4
+        if R != 16 and rank <= 64 and dropout and not wide:
             # philox beside a wide product: at rank 64 1.2 x DRAM bandwidth on A100 and H100, against 0.98 and 1.10 for
-            # 64 x 128; at rank 32 1.24 and 1.14, against 1.15 and 1.07
+            # 64 x 128; at rank 32 1.24 and 1.14, against 1.15 and 1.07; at 8, which reads s by elements, 1.26 and 1.12,
+            # against 1.16 and 1.04
             block_m, block_c = 32, 256
         if rank > 64:
             block_m, block_c, num_warps = 32, 32 if wide else block_c, 8
