@@ -70,6 +70,7 @@ def small_m(
         *(M, N, K),
         block_k=nf4_step(K, q.blocksize) if four_bit else 64,
         itemsize=x.element_size(),
+        four_bit=four_bit,
         nested=four_bit and q.nested is not None,
         target=target_of(x),
     )
