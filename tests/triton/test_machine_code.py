@@ -51,6 +51,23 @@ def test_every_target(op, arch):
     assert problems(rows) == []
 
 
+TALL_AT_RANK_8 = """
+import json
+from peftkit_kernels.lab import aot, inventory
+found = inventory.launches("lora_linear", "cuda:80", ranks=(8,))
+found = [launch for launch in found if launch.kernel.__name__ == "tall_kernel"]
+print(json.dumps([report.row() for report in aot.inspect_launches(found, "cuda:80")]))
+"""
+
+
+def test_rows_that_16_does_not_divide_do_not_spill():
+    """Rank 8: such rows of s and B are read by elements, whose addresses take registers."""
+    rows = machine_code(TALL_AT_RANK_8)
+    words = {word for row in rows for word in row["config"].split()}
+    assert {"WITH_P=True", "DROPOUT=True"} <= words
+    assert problems(rows) == []
+
+
 NF4_INSTRUCTIONS = {
     ("NESTED=False", "HAS_SCALE=False"): 9.5,
     ("NESTED=True", "HAS_SCALE=False"): 10.5,
