@@ -103,7 +103,7 @@ def tall_kernel(
     """One pass over a tall x: ``g[i] = g_factor · sᵀ drop(x)`` and ``p[j] = p_factor · x b``.
 
     Program (i, j): row chunk i, column block j. With x = dy, s, b = B it gives dBᵀ and ds, with x and s = ds dA. The product
-    is sᵀ x rather than xᵀ s, so that the large tile stays as it is: 60 registers on sm_80 against 80 and 18 spilled.
+    is sᵀ x rather than xᵀ s, so that the large tile stays as it is: 39 registers against 51 at rank 16 on sm_80.
     """
     pid_m, pid_c = tl.program_id(0), tl.program_id(1)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
