@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from peftkit.lora.compute import Frozen, gated_mlp, linears
 from peftkit.lora.experts import FusedParamWrapper
-from peftkit.lora.layers import FusedLinear, frozen_part
+from peftkit.lora.layers import FusedLinear, drop_rate, frozen_part
 from peftkit.swap import swap_in
 from peftkit.targets import is_cross_attention
 from peftkit_kernels.dispatch import is_transformed
 from peftkit_kernels.joined import joined
+from peftkit_kernels.lora_qkv.torch_impl import joins_shrinks
 from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
 from peftkit_kernels.lora_swiglu_mlp.activation import activate
 from peftkit_kernels.low_rank import LoRA
@@ -28,10 +29,6 @@ _SHARED = (
     ("q", "k", "v"),
 )
 """Names of sibling linears that attention modules call on one input, in the order they are called."""
-
-_FEW_TOKENS = 16
-"""Up to here the members of a group on the CPU compute for themselves where no gradient is asked for: hardly anything would be
-shared, and keeping account of it costs more than that saves."""
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _GATED_JOINT = ("gate_up_proj", "down_proj")
@@ -55,13 +52,15 @@ class SharedInput:
         # inference tensors have no version that would tell of a change in place
         if is_transformed() or len(self.members) < 2 or x.is_inference():
             return None
+        is_first = member is self.members[0]
+        if not is_first and self._input is None:
+            return None
         recording = torch.is_grad_enabled()
-        if not recording and x.is_cpu and x.shape[:-1].numel() <= _FEW_TOKENS:
+        if is_first and not recording and x.is_cpu and self._shares_nothing(x):
+            self._forget()
             return None
         key = (x._version, recording, torch.is_autocast_enabled(x.device.type))
-        if member is not self.members[0]:
-            if self._input is None:
-                return None
+        if not is_first:
             if self._input is x and self._key == key:
                 return self._pop(member)
             self.members = self.members[1:]
@@ -78,6 +77,16 @@ class SharedInput:
             id(m): (y, _state(m)) for m, y in zip(self.members[1:], outputs[1:], strict=True)
         }
         return outputs[0]
+
+    def _shares_nothing(self, x: Tensor) -> bool:
+        """Whether a forward alone has no product in common: one by one the members give the same bits, without the account."""
+        ranks = []
+        for member in self.members:
+            plan = member.__dict__.get("_peftkit_plan")
+            if plan is None or plan.base is None or drop_rate(plan.dropout) > 0.0:
+                return False
+            ranks.append(plan.A.out_features)
+        return not joins_shrinks(x.shape[:-1].numel(), ranks)
 
     def _pop(self, member: FusedLinear) -> Tensor | None:
         y, state = self._outputs.pop(id(member), (None, None))

@@ -77,7 +77,7 @@ class FusedLoRA:
         plan = self._open_plan(x)
         if plan is None:
             return None
-        p = _rate(plan.dropout)
+        p = drop_rate(plan.dropout)
         # a seed is a Python number, which would break the graph; and the dropout of DoRA is not that of the op
         if p and (plan.magnitude is not None or is_transformed()):
             return None
@@ -99,7 +99,7 @@ class FusedLoRA:
     def drops_within_dora(self: Any) -> bool:
         """Whether a forward in the present state is that of a DoRA layer with dropout, which no op on several layers knows."""
         active = [name for name in self.active_adapters if is_dora(self, name)]
-        return any(_rate(self.lora_dropout[name]) > 0 for name in active)
+        return any(drop_rate(self.lora_dropout[name]) > 0 for name in active)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by a function: this class goes by the name of PEFT's."""
@@ -245,7 +245,7 @@ class FusedLinear(FusedLoRA, Linear):
 FusedLinear.__name__ = FusedLinear.__qualname__ = "Linear"
 
 
-def _rate(dropout: nn.Module) -> float:
+def drop_rate(dropout: nn.Module) -> float:
     """The probability with which a forward drops."""
     return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 

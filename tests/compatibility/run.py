@@ -3,7 +3,7 @@
     python tests/compatibility/run.py
 
 writes docs/compatibility.md and docs/compatibility.json. With names of architectures as arguments only these are tried again,
-and the rest stays as it was.
+and the rest stays as it was. The exit status is 1 where a cell fails.
 """
 
 import argparse
@@ -48,7 +48,16 @@ def main() -> int:
         print(f"{done:6.0f} s  {CASES[key].name}: {page.counts(rows[CASES[key].name])}", flush=True)
         _write({case.name: rows[case.name] for case in CASES.values() if case.name in rows})
     print(f"written: {PAGE.relative_to(ROOT)}, {RESULTS.relative_to(ROOT)}")
-    return 0
+    failed = [
+        f"{name}, {method}, {cell}: {why}"
+        for name, methods in rows.items()
+        for method, cells in methods.items()
+        for cell, (verdict, why) in cells.items()
+        if verdict == "fails"
+    ]
+    for line in failed:
+        print(line, file=sys.stderr)
+    return bool(failed)
 
 
 def _write(families: dict) -> None:

@@ -95,16 +95,22 @@ def test_siblings_with_known_names_are_one_call(names, calls):
     assert calls == {"LoRAQKV": 1, "peft": 3}
 
 
-def test_few_tokens_without_gradients_are_a_call_each(calls):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("tokens", [12, 13], ids=["apart", "joined"])
+def test_forwards_with_and_without_gradients_give_the_same_bits(tokens, dropout, calls):
+    """As reentrant checkpointing needs it; where no product is shared the linears compute for themselves."""
     names = ("q_proj", "k_proj", "v_proj")
-    plain, fused = attention()
-    x = draw(1, blocks._FEW_TOKENS, WIDTH)
+    _, fused = (m.base_model.model[0] for m in adapt(Attention(), lora_dropout=dropout))
+    fused.train()
+    x = draw(1, tokens, WIDTH)
+    torch.manual_seed(0)
+    expected = call(fused, x, names)
+    torch.manual_seed(0)
     with torch.no_grad():
-        for actual, expected in zip(call(fused, x, names), call(plain, x, names), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-        call(fused, draw(1, blocks._FEW_TOKENS + 1, WIDTH), names)
-    call(fused, x, names)
-    assert calls == {"LoRALinear": 3, "LoRAQKV": 2, "peft": 3}
+        for actual, one in zip(call(fused, x, names), expected, strict=True):
+            assert torch.equal(actual, one)
+    apart = tokens == 12 and dropout == 0.0
+    assert calls == ({"LoRAQKV": 1, "LoRALinear": 3} if apart else {"LoRAQKV": 2})
 
 
 def test_siblings_of_different_input_size_and_single_ones_are_not_grouped():
@@ -147,7 +153,7 @@ def test_any_order_and_subset_of_calls_is_exact():
 def test_an_input_changed_in_place_is_noticed(mode):
     plain, fused = attention()
     with mode():
-        x = draw(2, blocks._FEW_TOKENS, WIDTH)
+        x = draw(2, 16, WIDTH)
         fused.q_proj(x)
         x.mul_(2.0)
         torch.testing.assert_close(fused.k_proj(x), plain.k_proj(x), rtol=1e-12, atol=1e-12)
@@ -200,7 +206,7 @@ def test_dropout_switched_off_after_the_query():
 
 def test_gradients_and_no_gradients_are_kept_apart():
     _, fused = attention()
-    x = draw(2, blocks._FEW_TOKENS, WIDTH)
+    x = draw(2, 16, WIDTH)
     with torch.no_grad():
         fused.q_proj(x)
     assert fused.k_proj(x).requires_grad

@@ -23,15 +23,20 @@ class Call(NamedTuple):
     numbers: tuple[Numbers | None, ...]
 
 
-def shared_shrink(x: Tensor, loras: Sequence[LoRA | None]) -> list[Tensor | None]:
-    """``drop(x) Aᵀ`` of every adapter; adapters without dropout share one product over the concatenated A's.
+def joins_shrinks(rows: int, ranks: Sequence[int]) -> bool:
+    """Whether adapters of these ranks share one product over their concatenated A's.
 
-    They do where that moves less: reading ``x [M, K]`` once instead of n times against copying the A's.
+    They do where that moves less: reading ``x [rows, K]`` once instead of n times against copying the A's.
     """
+    return (len(ranks) - 1) * rows > 2 * sum(ranks)
+
+
+def shared_shrink(x: Tensor, loras: Sequence[LoRA | None]) -> list[Tensor | None]:
+    """``drop(x) Aᵀ`` of every adapter; those without dropout in one product where ``joins_shrinks``."""
     s: list[Tensor | None] = [None] * len(loras)
     shared = [(i, lora.A) for i, lora in enumerate(loras) if lora is not None and lora.p == 0.0]
     ranks = [A.shape[0] for _, A in shared]
-    if (len(shared) - 1) * x.shape[0] > 2 * sum(ranks):
+    if joins_shrinks(x.shape[0], ranks):
         joint = low_rank.shrink(x, torch.cat([A for _, A in shared]))
         for (i, _), part in zip(shared, joint.split(ranks, dim=1), strict=True):
             s[i] = part
