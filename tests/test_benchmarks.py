@@ -216,3 +216,4 @@ def test_committed_results_are_those_in_the_readme():
     for case in ("smollm2", "llama-1b-cut"):
         assert steps.table(report.load(f"training-{case}")) in page
     assert steps.parts_table(report.load("parts-smollm2")) in page
+    assert load_script("overhead").table(report.load("overhead")) in page
