@@ -23,7 +23,8 @@ from report import environment, machine, save, update_readme
 
 from peftkit_kernels import calibration
 from peftkit_kernels.dispatch import triton_obstacle
-from peftkit_kernels.lab.cases import FACTOR, OPERATIONS, Case, Sizes, build
+from peftkit_kernels.lab.case import Case, Sizes
+from peftkit_kernels.lab.cases import FACTOR, OPERATIONS, build
 from peftkit_kernels.testing import assert_no_worse_than
 
 HELP = "each operation on its own"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from peftkit_kernels.calibration import Calibration
-from peftkit_kernels.lab.cases import OPERATIONS, Sizes
+from peftkit_kernels.lab.case import Sizes
+from peftkit_kernels.lab.cases import OPERATIONS
 from peftkit_kernels.low_rank import passes
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from peftkit_kernels.lab import check, predict, volumes
-from peftkit_kernels.lab.cases import OPERATIONS, Sizes, build
+from peftkit_kernels.lab.case import Sizes
+from peftkit_kernels.lab.cases import OPERATIONS, build
 from peftkit_kernels.lab.devices import A100, DEVICES, H100
 from peftkit_kernels.lab.inventory import OPS
 from peftkit_kernels.lab.l2sim import gemm_volume

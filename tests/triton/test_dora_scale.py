@@ -25,7 +25,8 @@ from peftkit_kernels.dora_scale import (
     triton_impl,
 )
 from peftkit_kernels.dora_scale.config import BackwardConfig, ForwardConfig
-from peftkit_kernels.lab.cases import Sizes, build
+from peftkit_kernels.lab.case import Sizes
+from peftkit_kernels.lab.cases import build
 from peftkit_kernels.lab.devices import H100
 from peftkit_kernels.lab.predict import kernels_of_op, kernels_of_torch
 from peftkit_kernels.launch import Target

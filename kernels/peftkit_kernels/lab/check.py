@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from peftkit_kernels.lab.cases import FACTOR, OPERATIONS, Case, Sizes, build, chosen
+from peftkit_kernels.lab.case import Case, Sizes
+from peftkit_kernels.lab.cases import FACTOR, OPERATIONS, build, chosen
 from peftkit_kernels.lab.interp import faithful
 from peftkit_kernels.lab.inventory import OPS
 from peftkit_kernels.lab.traffic import Traffic

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit_kernels.lab.cases import OPERATIONS, Case, Sizes, build, chosen, step
+from peftkit_kernels.lab.case import Case, Sizes, step
+from peftkit_kernels.lab.cases import OPERATIONS, build, chosen
 from peftkit_kernels.lab.devices import DEVICES, Device, roofline_seconds
 from peftkit_kernels.lab.eager import EagerTraffic, Op, touched_bytes
 from peftkit_kernels.lab.inventory import OPS

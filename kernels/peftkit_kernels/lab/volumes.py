@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from peftkit_kernels.lab.cases import OPERATIONS, Case, Sizes, build, chosen, step
+from peftkit_kernels.lab.case import Case, Sizes, step
+from peftkit_kernels.lab.cases import OPERATIONS, build, chosen
 from peftkit_kernels.lab.eager import EagerTraffic
 from peftkit_kernels.lab.interp import faithful
 from peftkit_kernels.lab.inventory import OPS
