@@ -105,8 +105,8 @@ MUTATIONS = [
         ("stride", "x_ptrs += stride_xi", "x_ptrs += N", _SUMS),
         ("mask", "(offs_n < N)[None, :]", "(offs_n < N + 1)[None, :]", _SUMS),
         ("tile", "range(count)", "range(count - 1)", _SUMS),
-        ("race", "tl.program_id(0) * BLOCK_M + ", "", _SUMS),
-        ("int32", ".to(tl.int64)\n    offs_n", "\n    offs_n", _SUMS),
+        ("race", "(tl.program_id(0) // blocks)", "(tl.program_id(0) // blocks // 2)", _SUMS),
+        ("int32", "% blocks).to(tl.int64)", "% blocks)", _SUMS),
     ),
     *_of(
         "low_rank.kernels",
@@ -120,6 +120,11 @@ MUTATIONS = [
         ("rule", "tile_n * BLOCK_N, tl.cdiv(N, 8)", "0, tl.cdiv(N, 8)", _GEMM),
     ),
     *_of("tiles", "kept", ("rule", "n_rounds=7", "n_rounds=10", _RULE)),
+    *_of(
+        "tiles",
+        "whole",
+        ("stride", "n // STEP * STEP", "n // STEP", _BOTH),
+    ),
     *_of(
         "tiles",
         "grouped_tile",
@@ -139,6 +144,12 @@ MUTATIONS = [
             "mask = v + group < V",
             "mask = v + group < V + 1",
             _loss("rows_are_within_their_bounds"),
+        ),
+        (
+            "mask",
+            "mask=v + group < W",
+            "mask=v + group < W + 1",
+            _loss("columns_behind_the_vocabulary_hold_nothing"),
         ),
         (
             "race",

@@ -100,6 +100,31 @@ def _target_of_gpu(index: int) -> Target:
     return Target(arch, properties.multi_processor_count, load(properties.name))
 
 
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether threads access the rows of all tensors in pieces of 128 bits rather than by elements.
+
+    They do where Triton knows where a row starts and ends: it is told of multiples of 16, of an address in bytes, and of a
+    width and a distance in elements. An element's address takes registers, so that a tile read by elements is smaller.
+
+    Args:
+        tensors: Of any strides; those that are ``None`` do not matter.
+    """
+    for t in tensors:
+        if t is None:
+            continue
+        if t.storage_offset() * t.element_size() % 16:
+            return False
+        for size, stride in zip(t.shape, t.stride(), strict=True):
+            if (size if stride == 1 else stride) % 16:
+                return False
+    return True
+
+
+def step_of(*numbers: int) -> int:
+    """8 where it divides all ``numbers``, otherwise 1: the STEP with which a kernel says that of them to the compiler."""
+    return 1 if any(number % 8 for number in numbers) else 8
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],

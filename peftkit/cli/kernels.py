@@ -56,7 +56,7 @@ def inspect(
         bool,
         typer.Option(
             "--all",
-            help="Every target, rank and dtype: about 39,000 compilations, hours on two cores.",
+            help="Every target, rank, dtype and size: about 37,500 compilations, hours on two cores.",
         ),
     ] = False,
     as_json: Json = False,

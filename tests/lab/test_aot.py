@@ -15,11 +15,13 @@ from peftkit_kernels.launch import Target, launch, recording
 def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
-def matmul(blocks, dtype=torch.bfloat16, precision="ieee", warps=4, stages=3, K=4096, offset=0):
+def matmul(
+    blocks, dtype=torch.bfloat16, precision="ieee", warps=4, stages=3, K=4096, offset=0, used=None
+):
     x, w = meta(8192, K + offset, dtype=dtype)[:, offset:], meta(4096, K, dtype=dtype)
     y = meta(8192, 4096, dtype=dtype)
     m, n, k = blocks
-    launch(kernels.matmul_nt, (1, 1), x, w, y, 8192, 4096, K, x.stride(0), K, 4096,
+    launch(kernels.matmul_nt, (1, 1), x, w, y, 8192, 4096, used or K, x.stride(0), K, 4096,
            BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, PRECISION=precision, num_warps=warps, num_stages=stages)
 
 def report(arch, *cases):
@@ -33,7 +35,9 @@ result = {arch: report(arch, good, good) for arch in ("cuda:80", "cuda:90", "hip
 result["spills"] = report("cuda:80", dict(blocks=(128, 256, 32), dtype=torch.float32, precision="tf32"))
 result["no tensor core"] = report("cuda:75", dict(blocks=(32, 32, 32), dtype=torch.float16))
 result["float32"] = report("cuda:80", dict(blocks=(32, 32, 32), dtype=torch.float32))
-result["narrow"] = report("cuda:80", dict(blocks=(64, 64, 32), K=4095, offset=1))
+result["narrow"] = report("cuda:80", dict(blocks=(64, 64, 32), used=4095))
+result["odd"] = report("cuda:80", dict(blocks=(64, 64, 32), K=4095))
+result["starts anywhere"] = report("cuda:80", dict(blocks=(64, 64, 32), K=4080, offset=16 + 1))
 result["shared"] = report("cuda:86", dict(blocks=(128, 128, 128), warps=8, stages=3))
 result["rejected"] = report("cuda:80", dict(blocks=(64, 64, 8)))
 print(json.dumps(result))
@@ -63,6 +67,25 @@ def test_a_good_kernel_has_no_problem(reports, arch, instruction):
     if arch.startswith("cuda"):
         assert row["loops"] >= 1
         assert 0 < row["occupancy"] <= 1
+
+
+@pytest.mark.parametrize("case", ["odd", "starts anywhere"])
+def test_rows_that_can_only_be_read_by_elements_may_be(reports, case):
+    (row,) = reports[case]
+    assert not row["aligned"]
+    assert "16" in row["load_widths"]
+    assert row["problems"] == []
+
+
+def test_a_loop_that_waits_is_none():
+    """On sm_100 a product is waited for in one; a kernel that streams nothing else may read little and write much."""
+    found = aot.Report("expand_kernel", "", "cuda:100", registers=64, shared_bytes=1024, warps=4)
+    found.loads, found.stores = Counter({"16": 24}), Counter({"128": 8})
+    found.loops = [Counter(SYNCS=1, BRA=1)]
+    (problem,) = found.problems()
+    assert "has no 128-bit access" in problem
+    found.has_loop = False
+    assert found.problems() == []
 
 
 def test_exact_float32_products_need_no_tensor_core(reports):

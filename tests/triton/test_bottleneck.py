@@ -187,7 +187,7 @@ def test_a_bottleneck_too_wide_is_refused():
 
 @pytest.mark.parametrize("M", [1, 300, 2000, 8192])
 def test_few_rows_make_smaller_blocks(M):
-    c = BottleneckConfig.choose(M, 64, itemsize=2, target=Target("cuda:80", 108))
+    c = BottleneckConfig.choose(M, 64, itemsize=2, aligned=True, target=Target("cuda:80", 108))
     programs = -(-M // c.block_m)
     assert programs >= 81 or c.block_m == 16
     assert c.block_m == 64 or -(-M // (2 * c.block_m)) < 81

@@ -149,18 +149,22 @@ def test_rows_that_do_not_fit_the_registers_are_refused(op, widest):
         "frozen_rms_norm": lambda x, **options: frozen_rms_norm(x, x[0], EPS, **options),
         "frozen_layer_norm": lambda x, **options: frozen_layer_norm(x, x[0], None, EPS, **options),
     }[op]
-    x = torch.zeros(1, widest + 1)
-    said = rf"a row has {widest + 1} elements; .* up to {widest}; use backend="
-    with pytest.raises(ValueError, match=said):
-        norm(x, backend="triton")
-    assert torch.equal(norm(x), x)
+    for K, most in ((widest + 16, widest), (widest - 1, widest // 2)):
+        x = torch.zeros(1, K)
+        said = rf"a row has {K} elements; .* up to {most}; use backend="
+        with pytest.raises(ValueError, match=said):
+            norm(x, backend="triton")
+        assert torch.equal(norm(x), x)
 
 
-@pytest.mark.parametrize("K", [1, 64, 576, 4096, 16384])
-def test_a_program_holds_whole_rows(K):
-    c = NormConfig.choose(K)
+@pytest.mark.parametrize(
+    ("K", "elements"), [(1, 256), (64, 512), (65, 256), (576, 512), (4096, 512), (16384, 512)]
+)
+def test_a_program_holds_whole_rows(K, elements):
+    """And a thread 16 of their elements, or 8 where it has to read them one by one."""
+    c = NormConfig.choose(K, aligned=elements == 512)
     assert c.block_k >= K
-    assert c.block_m * c.block_k <= 512 * c.num_warps
+    assert c.block_m * c.block_k <= elements * c.num_warps
     assert c.num_warps <= 32
 
 

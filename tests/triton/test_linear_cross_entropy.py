@@ -43,6 +43,23 @@ def test_rows_are_within_their_bounds(dtype, V):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", [1, 100, 259])
+def test_columns_behind_the_vocabulary_hold_nothing(dtype, V):
+    """A row of memory is a multiple of 16 long; whatever is there, no bit of the results changes."""
+    z, target = (draw(5, V) * 5).to(dtype), torch.arange(5) % V
+    target[3] = -1
+    memory = torch.full((5, -V % 16 + V), torch.nan, dtype=dtype)
+    memory[:, :V] = z
+    row_loss = RowLoss(label_smoothing=0.1, z_loss=1e-3)
+    expected = xent_rows_triton_(z, target, row_loss, want_grad=True)
+    with watched() as traffic:
+        results = xent_rows_triton_(memory, target, row_loss, want_grad=True, vocabulary=V)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    assert torch.equal(memory[:, :V], z)
+    assert traffic.launches[0].arguments["z_ptr"].store.requested_bytes == memory.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_a_row(option, dtype):
     z, target, row_loss = (draw(5, 131) * 5).to(dtype), torch.arange(5), RowLoss(**OPTIONS[option])

@@ -29,7 +29,9 @@ class BottleneckConfig:
     num_stages: int
 
     @classmethod
-    def choose(cls, M: int, R: int, *, itemsize: int, target: Target) -> BottleneckConfig:
+    def choose(
+        cls, M: int, R: int, *, itemsize: int, aligned: bool, target: Target
+    ) -> BottleneckConfig:
         """Every program reads both factors from L2, so it has many rows, unless few rows would leave the GPU a quarter empty."""
         padded = block_r(R)
         # 64 rows of a bottleneck of 256 take all 255 registers
@@ -44,4 +46,6 @@ class BottleneckConfig:
             num_stages = 1
         elif padded > 128:
             block_d, num_stages = 32, 3
+        if not aligned:
+            block_d //= 2
         return cls(block_m, block_d, num_warps, num_stages)

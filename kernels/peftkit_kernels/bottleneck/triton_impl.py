@@ -13,7 +13,7 @@ from peftkit_kernels import remake
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.bottleneck.config import BottleneckConfig
 from peftkit_kernels.bottleneck.reference import ACTIVATIONS
-from peftkit_kernels.launch import cdiv, dot_precision, launch, target_of
+from peftkit_kernels.launch import aligned, cdiv, dot_precision, launch, target_of
 from peftkit_kernels.low_rank import cast, passes, rows
 from peftkit_kernels.low_rank.config import MAX_RANK, block_r
 from peftkit_kernels.low_rank.passes import readable
@@ -145,8 +145,9 @@ def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _choose(x: Tensor, R: int) -> BottleneckConfig:
-    target = target_of(x)
-    return BottleneckConfig.choose(x.shape[0], R, itemsize=x.element_size(), target=target)
+    return BottleneckConfig.choose(
+        x.shape[0], R, itemsize=x.element_size(), aligned=aligned(x), target=target_of(x)
+    )
 
 
 def _constants(c: BottleneckConfig, R: int, act: str, dtype: torch.dtype) -> dict[str, Any]:

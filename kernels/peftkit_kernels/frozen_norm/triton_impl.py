@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.frozen_norm.config import NormConfig
-from peftkit_kernels.launch import cdiv, launch
+from peftkit_kernels.launch import aligned, cdiv, launch
 from peftkit_kernels.low_rank import rows
 from peftkit_kernels.low_rank.passes import readable
 
@@ -66,7 +66,7 @@ def _launch_forward(
     if not M:
         return
     weight, bias = readable(weight), None if bias is None else readable(bias)
-    c = NormConfig.choose(K)
+    c = NormConfig.choose(K, aligned=aligned(flat, y))
     launch(
         _kernels().norm_forward_kernel,
         (cdiv(M, c.block_m),),
@@ -90,7 +90,7 @@ def backward(
     flat_dy, flat, flat_dx = readable(rows(dy)), readable(rows(x)), rows(dx)
     M, K = flat.shape
     if M:
-        c = NormConfig.choose(K)
+        c = NormConfig.choose(K, aligned=aligned(flat_dy, flat, flat_dx))
         launch(
             _kernels().norm_backward_kernel,
             (cdiv(M, c.block_m),),

@@ -45,11 +45,13 @@ class GroupedShrinkConfig:
     num_stages: int = 3
 
     @classmethod
-    def choose(cls, M: int, K: int, R: int, *, block: int, itemsize: int, target: Target):
+    def choose(
+        cls, M: int, K: int, R: int, *, block: int, itemsize: int, aligned: bool, target: Target
+    ):
         """Fill the GPU with programs even where there are few rows; how many tiles are needed is not known, at least M / block."""
         # 64 x 128 spills on sm_80, where each row has an address of its own
         narrow = block_r(R) <= 32 and block_m(block) == 16
-        block_k = (128 if narrow else 64) * 2 // itemsize
+        block_k = (128 if narrow else 64) * 2 // itemsize // (1 if aligned else 2)
         splits = min(cdiv(target.sms, cdiv(M, block)), cdiv(cdiv(K, block_k), _MIN_STEPS))
         # 64 rows beside a wide factor spill in four warps on sm_100
         wide = block_m(block) == MAX_BLOCK and block_r(R) >= 64
@@ -65,9 +67,10 @@ class GroupedExpandConfig:
     num_stages: int = 1
 
     @classmethod
-    def choose(cls, R: int, *, itemsize: int):
+    def choose(cls, R: int, *, itemsize: int, aligned: bool):
         """As the expand of one adapter."""
-        return cls(64 if itemsize == 4 or block_r(R) > 64 else 128)
+        block_n = 64 if itemsize == 4 or block_r(R) > 64 else 128
+        return cls(block_n) if aligned else cls(block_n // 2, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,9 @@ class GroupedTallConfig:
     num_stages: int = 2
 
     @classmethod
-    def choose(cls, R: int, *, itemsize: int):
+    def choose(cls, R: int, *, itemsize: int, aligned: bool):
         """As the tall pass of one adapter."""
-        wide = itemsize == 4
+        block_c = 128 * 2 // itemsize // (1 if aligned else 2)
         if block_r(R) > 64:
-            return cls(32, 64 if wide else 128, 8)
-        return cls(32 if wide else 64, 64 if wide else 128, 4)
+            return cls(32, block_c, 8)
+        return cls(32 if itemsize == 4 else 64, block_c, 4)

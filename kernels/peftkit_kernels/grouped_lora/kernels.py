@@ -2,11 +2,14 @@
 
 A table of tiles gives ``(adapter, first, count)``: ``count`` rows from position ``first`` of ``order``, all of one adapter; adapter
 -1 is a tile not needed. Factors are stacked, ``[E, ...]`` by strides, and cast in registers, so that only those of adapters
-with rows are read. Offsets of rows and adapters are int64, all others int32.
+with rows are read. STEP divides R and what lies between rows of s, STEP_A and STEP_B those of a factor. Offsets of rows and
+adapters are int64, all others int32.
 """
 
 import triton
 import triton.language as tl
+
+from peftkit_kernels.tiles import whole
 
 
 @triton.jit
@@ -25,11 +28,12 @@ def grouped_shrink_kernel(
     order_ptr, tiles_ptr, s_ptr,  # order[M]  tiles[T, 3]  s[splits * M, R]
     M, K, R, steps,  # steps: blocks of K a program
     stride_xm, stride_ae, stride_ar, stride_ak, stride_sm,
-    HAS_SCALE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, STEP: tl.constexpr, STEP_A: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``s[m] = scale[e] · a[e] x[m]`` for every row with an adapter. Program (i, j): tile i, the j-th share of K."""
+    R, stride_sm, stride_ak = whole(R, STEP), whole(stride_sm, STEP), whole(stride_ak, STEP_A)
     pid_k = tl.program_id(1)
     adapter, first, count = _tile(tiles_ptr, tl.program_id(0))
     if adapter < 0:
@@ -64,7 +68,7 @@ def grouped_expand_kernel(
     order_ptr, tiles_ptr, adapted_ptr, out_ptr,  # adapted[]: rows with an adapter  out[M, N]
     M, N, R, tiles,
     stride_sm, stride_be, stride_bn, stride_br, stride_ym, stride_om,
-    HAS_SCALE: tl.constexpr, HAS_Y: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_Y: tl.constexpr, STEP: tl.constexpr, STEP_B: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,6 +76,7 @@ def grouped_expand_kernel(
 
     Program (i, j): tile i, column block j. Tiles past the table are of the rows without an adapter, which ``order`` has last.
     """
+    R, stride_sm, stride_bn = whole(R, STEP), whole(stride_sm, STEP), whole(stride_bn, STEP_B)
     pid_m = tl.program_id(0)
     adapter, first, count = _tile(tiles_ptr, tl.minimum(pid_m, tiles - 1))
     position = tl.load(adapted_ptr) + (pid_m - tiles) * BLOCK_M
@@ -116,11 +121,12 @@ def grouped_tall_kernel(
     order_ptr, segments_ptr, g_ptr,  # segments[S, 3]  g[S, R, C]
     C, R,
     stride_xm, stride_sm, stride_gi,
-    HAS_SCALE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``g[i] = scale[e] · Σ s[m]ᵀ x[m]`` over the rows of segment i. Program (i, j): segment i, column block j."""
+    R, stride_sm = whole(R, STEP), whole(stride_sm, STEP)
     pid_s = tl.program_id(0)
     adapter, first, count = _tile(segments_ptr, pid_s)
     if adapter < 0:

@@ -20,7 +20,7 @@ from peftkit_kernels.grouped_lora.config import (
     block_m,
 )
 from peftkit_kernels.grouped_lora.plan import GroupPlan
-from peftkit_kernels.launch import cdiv, dot_precision, launch, target_of
+from peftkit_kernels.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.low_rank import rows
 from peftkit_kernels.low_rank.config import block_r
@@ -64,7 +64,11 @@ def grouped_shrink(
     """
     (M, K), R, x = x.shape, A.shape[1], readable(x)
     c = config or GroupedShrinkConfig.choose(
-        M, K, R, block=table.block, itemsize=x.element_size(), target=target_of(x)
+        *(M, K, R),
+        block=table.block,
+        itemsize=x.element_size(),
+        aligned=aligned(x),
+        target=target_of(x),
     )
     steps = cdiv(cdiv(K, c.block_k), c.splits)
     splits = cdiv(cdiv(K, c.block_k), steps)
@@ -76,6 +80,8 @@ def grouped_shrink(
         *(x, A, scale, table.order, table.tiles, partial),
         *(M, K, R, steps, x.stride(0), *A.stride(), partial.stride(-2)),
         HAS_SCALE=scale is not None,
+        STEP=step_of(R, partial.stride(-2)),
+        STEP_A=step_of(A.stride(2)),
         BLOCK_M=block_m(table.block),
         BLOCK_K=c.block_k,
         BLOCK_R=block_r(R),
@@ -97,8 +103,8 @@ def grouped_expand(
 ) -> Tensor:
     """``y[m] + scale[e] · B[e] s[m]``, ``[M, N]``; ``y``, or 0 without it, in rows without an adapter."""
     (M, R), N = s.shape, B.shape[1]
-    c = config or GroupedExpandConfig.choose(R, itemsize=s.element_size())
     y, out = None if y is None else readable(y), s.new_empty(M, N)
+    c = config or GroupedExpandConfig.choose(R, itemsize=s.element_size(), aligned=aligned(y, out))
     tiles, rows_a_tile = table.tiles.shape[0], block_m(table.block)
     launch(
         _kernels().grouped_expand_kernel,
@@ -108,6 +114,8 @@ def grouped_expand(
         *(0 if y is None else y.stride(0), out.stride(0)),
         HAS_SCALE=scale is not None,
         HAS_Y=y is not None,
+        STEP=step_of(R, s.stride(0)),
+        STEP_B=step_of(B.stride(1)),
         BLOCK_M=rows_a_tile,
         BLOCK_N=c.block_n,
         BLOCK_R=block_r(R),
@@ -129,7 +137,7 @@ def grouped_tall(
 ) -> None:
     """Fill ``out [E, R, C]``, of any strides, with ``scale[e] · Σ s[m]ᵀ x[m]`` over the rows of each adapter."""
     C, (E, R, _), x = x.shape[1], out.shape, readable(x)
-    c = config or GroupedTallConfig.choose(R, itemsize=x.element_size())
+    c = config or GroupedTallConfig.choose(R, itemsize=x.element_size(), aligned=aligned(x))
     segments = table.segments.shape[0]
     partial = x.new_empty(segments, R, C, dtype=torch.float32)
     launch(
@@ -138,6 +146,7 @@ def grouped_tall(
         *(x, s, scale, table.order, table.segments, partial),
         *(C, R, x.stride(0), s.stride(0), partial.stride(0)),
         HAS_SCALE=scale is not None,
+        STEP=step_of(R, s.stride(0)),
         BLOCK_M=c.block_m,
         BLOCK_C=c.block_c,
         BLOCK_R=block_r(R),

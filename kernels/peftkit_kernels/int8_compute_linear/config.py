@@ -15,9 +15,9 @@ class QuantizeConfig:
     num_stages: int = 2
 
     @classmethod
-    def choose(cls, *, itemsize: int, dropout: bool) -> QuantizeConfig:
+    def choose(cls, *, itemsize: int, dropout: bool, aligned: bool) -> QuantizeConfig:
         """Few rows, so that what a multiprocessor reads twice stays in L2: 16 rows of 8192 in 16 bits are 256 KiB."""
-        return cls(16, 64 if dropout or itemsize == 4 else 128)
+        return cls(16, 64 if dropout or itemsize == 4 or not aligned else 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,13 @@ class Int8GemmConfig:
     num_stages: int = 3
 
     @classmethod
-    def choose(cls, M: int, *, dropout: bool) -> Int8GemmConfig:
+    def choose(cls, M: int, *, dropout: bool, aligned: bool) -> Int8GemmConfig:
         """The mask of a wide tile does not fit the registers beside the tile.
 
         A step costs 300 clocks besides its products, whatever its length: 618 clocks for 512 of products on sm_80 with 128 of K,
         578 for 256 with 64.
         """
+        block_k = 128 if aligned else 32
         if M <= 64:
-            return cls(64, 64, 128, num_warps=4)
-        return cls(128, 64 if dropout else 128, 128)
+            return cls(64, 64, block_k, num_warps=4)
+        return cls(128, 64 if dropout else 128, block_k)

@@ -18,7 +18,7 @@ from peftkit_kernels.dropout import keep_scale, threshold
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.int8_compute_linear.config import Int8GemmConfig, QuantizeConfig
 from peftkit_kernels.int8_compute_linear.reference import outlier_columns
-from peftkit_kernels.launch import cdiv, dot_precision, launch
+from peftkit_kernels.launch import aligned, cdiv, dot_precision, launch
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.low_rank import LoRA, cast, passes, rows
 from peftkit_kernels.low_rank.config import block_r
@@ -58,7 +58,9 @@ def quantize(
         ``Int8[M, K]`` in the workspace, ``Float32[M]``, and ``[M, R]`` in the dtype of ``x`` or ``None``.
     """
     (M, K), x = x.shape, passes.readable(x)
-    c = config or QuantizeConfig.choose(itemsize=x.element_size(), dropout=p > 0)
+    c = config or QuantizeConfig.choose(
+        itemsize=x.element_size(), dropout=p > 0, aligned=aligned(x)
+    )
     codes = workspace.take((M, K), torch.int8, x.device)
     step = x.new_empty(M, dtype=torch.float32)
     R = 0 if A is None else A.shape[0]
@@ -118,8 +120,8 @@ def product(
         config: Overrides the choice.
     """
     (M, K), N = codes.shape, weight.shape[0]
-    c = config or Int8GemmConfig.choose(M, dropout=p > 0)
     y = codes.new_empty(M, N, dtype=dtype)
+    c = config or Int8GemmConfig.choose(M, dropout=p > 0, aligned=aligned(codes, weight, y))
     R = 0 if s is None else s.shape[1]
     launch(
         _kernels().int8_gemm_kernel,

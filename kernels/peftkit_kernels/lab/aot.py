@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 
 from peftkit_kernels.lab import inventory
 from peftkit_kernels.lab.devices import A100, H100, LIMITS, Device, Occupancy, occupancy
-from peftkit_kernels.launch import Launch
+from peftkit_kernels.launch import Launch, aligned
 
 ARCHS = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
 QUICK_ARCHS = ("cuda:80", "cuda:90")
@@ -104,6 +104,8 @@ STREAMS = {
     "grouped_tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
 }
 
+_STREAMED = 8
+"""A tensor counts as large with this part of the bytes of the largest."""
 _MIN_BYTES_IN_FLIGHT = 16 * 1024
 """Little's law on H100: 25 GB/s a multiprocessor times 0.65 microseconds of latency."""
 _MIN_DRAM_MARGIN = 1.1
@@ -129,10 +131,13 @@ class Report:
         dots: Products in the source that tensor cores can do: 16-bit, int8, TF32.
         constants: The constexpr arguments.
         itemsize: Bytes of an element of the first tensor.
+        aligned: Whether rows of its large tensors start and end at multiples of 16 elements. Others are read by elements:
+            instructions limit that, not DRAM, and what is asked of streams does not apply.
         tensor_instructions: Tensor-core instructions by name.
         loads: Global loads by bits an access; ``"TMA"`` for bulk copies.
         stores: The same for stores.
-        loops: Instructions of each innermost loop, by name.
+        loops: Instructions of each innermost loop, by name: those of the source, and on sm_100 those that wait.
+        has_loop: Whether the source has one.
     """
 
     kernel: str
@@ -148,10 +153,12 @@ class Report:
     dots: int = 0
     constants: dict[str, Any] = field(default_factory=dict)
     itemsize: int = 2
+    aligned: bool = True
     tensor_instructions: Counter[str] = field(default_factory=Counter)
     loads: Counter[str] = field(default_factory=Counter)
     stores: Counter[str] = field(default_factory=Counter)
     loops: list[Counter[str]] = field(default_factory=list)
+    has_loop: bool = True
 
     @property
     def occupancy(self) -> Occupancy | None:
@@ -172,8 +179,14 @@ class Report:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, more than a block has")
         if self.dots and not self.tensor_instructions:
             found.append(f"has {self.dots} dots and no tensor-core instruction")
+        if self.aligned:
+            found += self._stream_problems()
+        return found
+
+    def _stream_problems(self) -> list[str]:
+        found = []
         # a kernel without a loop reads little and writes much
-        widths = self.loads if self.loops else self.loads + self.stores
+        widths = self.loads if self.has_loop else self.loads + self.stores
         # a wave of AMD has 64 lanes, so 64 bits a lane move what 128 bits move in a warp
         enough = {"128", "TMA"} if self.arch.startswith("cuda") else {"128", "64"}
         if not enough & widths.keys():
@@ -241,6 +254,7 @@ class Report:
             "spills": self.spills,
             "instructions": self.instructions,
             "shared_bytes": self.shared_bytes,
+            "aligned": self.aligned,
             "occupancy": None if self.occupancy is None else round(self.occupancy.fraction, 3),
             "tensor_instructions": dict(self.tensor_instructions),
             "load_widths": dict(self.loads),
@@ -260,11 +274,15 @@ def rows(
     Args:
         ops: Keys of ``inventory.OPS``; all when ``None``.
         archs: Some of ``ARCHS``; the quick ones when ``None``, or all with ``every``.
-        every: Whether all ranks and dtypes are compiled rather than ranks 16 and 64 in bfloat16.
+        every: Whether all ranks, dtypes and sizes are compiled rather than ranks 16 and 64 in bfloat16 at even sizes.
     """
     options: dict[str, Any] = {}
     if every:
-        options = {"ranks": inventory.RANKS, "dtypes": inventory.DTYPES}
+        options = {
+            "ranks": inventory.RANKS,
+            "dtypes": inventory.DTYPES,
+            "sizes": inventory.SIZES,
+        }
     found = []
     for arch in inventory.known_archs(archs or (ARCHS if every else QUICK_ARCHS)):
         for op in ops or inventory.OPS:
@@ -290,6 +308,7 @@ def inspect_launches(launches: Iterable[Launch], arch: str) -> list[Report]:
             launch.num_warps,
             launch.num_stages,
             launch.fp_fusion,
+            str(hints),
         )
         sources[key] = (launch, signature, constants, hints)
     return [_inspect(*parts, arch) for parts in sources.values()]
@@ -337,7 +356,10 @@ def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch
     pointers = ",".join(sorted({kind for kind in signature.values() if kind.startswith("*")}))
     report = Report(launch.kernel.__name__, f"{pointers} {config}", arch)
     report.constants = launch.constants
-    report.itemsize = next(a.element_size() for a in launch.arguments if isinstance(a, Tensor))
+    tensors = [a for a in launch.arguments if isinstance(a, Tensor)]
+    report.itemsize = tensors[0].element_size()
+    largest = max(t.nbytes for t in tensors)
+    report.aligned = aligned(*(t for t in tensors if _STREAMED * t.nbytes >= largest))
     source = ASTSource(launch.kernel, signature, constants, hints)
     kind, number = arch.split(":")
     target = GPUTarget("cuda", int(number), 32) if kind == "cuda" else GPUTarget(kind, number, 64)
@@ -356,6 +378,7 @@ def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch
     report.warps = compiled.metadata.num_warps
     report.shared_bytes = compiled.metadata.shared
     report.dots = len(_tensor_core_dots(compiled.asm["ttir"]))
+    report.has_loop = "scf.for" in compiled.asm["ttir"]
     if kind == "cuda":
         read_nvidia(report, compiled.asm["cubin"])
     else:

@@ -7,6 +7,7 @@ of the kernels that run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +15,37 @@ from torch import Tensor
 
 from peftkit_kernels.launch import Launch, Target, recording
 
-RANKS = (16, 32, 64, 128)
+RANKS = (8, 16, 32, 64, 128)
 QUICK_RANKS = (16, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUICK_DTYPES = (torch.bfloat16,)
 
 _SEED = 2**62 + 1
-_M = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Which sizes 16 does not divide: there Triton compiles another kernel.
+
+    Attributes:
+        odd_rows: Numbers of rows are odd, as those of a batch of texts are.
+        odd_widths: Widths are, so that a row starts anywhere and is read by elements.
+    """
+
+    odd_rows: bool = False
+    odd_widths: bool = False
+
+    def rows(self, M: int = 8192) -> int:
+        """``M`` rows, or one less."""
+        return M - 1 if self.odd_rows and M > 1 else M
+
+    def widths(self, *sizes: int) -> tuple[int, ...]:
+        """``sizes``, or each one less."""
+        return tuple(size - self.odd_widths for size in sizes)
+
+
+EVEN, ODD_ROWS, ODD = Sizes(), Sizes(odd_rows=True), Sizes(odd_rows=True, odd_widths=True)
+SIZES = (EVEN, ODD_ROWS, ODD)
 _SMS = {
     "cuda:80": 108,
     "cuda:86": 84,
@@ -47,19 +72,22 @@ def launches(
     *,
     ranks: Sequence[int] = QUICK_RANKS,
     dtypes: Sequence[torch.dtype] = QUICK_DTYPES,
+    sizes: Sequence[Sizes] = (EVEN,),
 ) -> list[Launch]:
-    """What ``op`` launches, forward and backward, for every rank and dtype given, with and without dropout.
+    """What ``op`` launches, forward and backward, for all ranks, dtypes and sizes given, with and without dropout.
 
     Args:
         op: A key of ``OPS``.
         arch: One of ``aot.ARCHS``.
         ranks: Of the adapters.
         dtypes: Of the activations.
+        sizes: Some of ``SIZES``.
     """
     with recording(Target(arch, _SMS[arch])) as found:
         for dtype in dtypes:
             for rank in ranks:
-                OPS[op](rank, dtype)
+                for size in sizes:
+                    OPS[op](rank, dtype, size)
     return found
 
 
@@ -67,10 +95,11 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _lora_linear(rank: int, dtype: torch.dtype) -> None:
+def _lora_linear(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.lora_linear.triton_impl import backward, forward
 
     def run(M: int, N: int, K: int, p: float, bias: bool, needs: list[bool]) -> None:
+        M, (N, K) = sizes.rows(M), sizes.widths(N, K)
         x, weight = _meta(M, K, dtype=dtype), _meta(N, K, dtype=dtype)
         factors = _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
         numbers = 2.0, p, _SEED
@@ -79,18 +108,18 @@ def _lora_linear(rank: int, dtype: torch.dtype) -> None:
         backward(torch.empty_like(y), weight, x, *factors, s, *numbers, needs)
 
     for p in (0.0, 0.1):
-        run(_M, 4096, 4096, p, False, [True, True, True])
-        run(_M, 1024, 2048, p, True, [True, True, True])
-    run(_M, 4096, 4096, 0.0, True, [False, False, True])
+        run(8192, 4096, 4096, p, False, [True, True, True])
+        run(8192, 1024, 2048, p, True, [True, True, True])
+    run(8192, 4096, 4096, 0.0, True, [False, False, True])
     run(256, 4096, 4096, 0.0, False, [True, False, False])
 
 
-def _lora_qkv(rank: int, dtype: torch.dtype) -> None:
+def _lora_qkv(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.lora_qkv.triton_impl import backward, compact, forward
     from peftkit_kernels.low_rank import LoRA
 
-    K, widths = 4096, (4096, 1024, 1024)
-    x, weights = _meta(_M, K, dtype=dtype), [_meta(n, K, dtype=dtype) for n in widths]
+    K, *widths = sizes.widths(4096, 4096, 1024, 1024)
+    x, weights = _meta(sizes.rows(), K, dtype=dtype), [_meta(n, K, dtype=dtype) for n in widths]
     for p, shared in ((0.0, True), (0.1, True), (0.1, False)):
         loras = [
             LoRA(_meta(rank, K, dtype=dtype), _meta(n, rank, dtype=dtype), 2.0, p, seed)
@@ -103,7 +132,7 @@ def _lora_qkv(rank: int, dtype: torch.dtype) -> None:
         backward(dys, weights, x, As, Bs, joint, *numbers, True, True, [True] * 3)
 
 
-def _lora_swiglu_mlp(rank: int, dtype: torch.dtype) -> None:
+def _lora_swiglu_mlp(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.lora_qkv.triton_impl import compact
     from peftkit_kernels.lora_swiglu_mlp.config import obstacle
     from peftkit_kernels.lora_swiglu_mlp.triton_impl import backward, forward
@@ -111,14 +140,15 @@ def _lora_swiglu_mlp(rank: int, dtype: torch.dtype) -> None:
 
     if obstacle(rank, dtype.itemsize):
         return
-    D, F = 4096, 14336
-    sizes = ((F, D), (F, D), (D, F))
-    x, weights = _meta(_M, D, dtype=dtype), [_meta(*size, dtype=dtype) for size in sizes]
+    D, F = sizes.widths(4096, 14336)
+    shapes = ((F, D), (F, D), (D, F))
+    x = _meta(sizes.rows(), D, dtype=dtype)
+    weights = [_meta(*shape, dtype=dtype) for shape in shapes]
     # the dropout adds to every activation alike
     for act, p in (("silu", 0.0), ("silu", 0.1), ("gelu", 0.1), ("gelu_tanh", 0.1)):
         loras = [
             LoRA(_meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype), 2.0, p, _SEED + i)
-            for i, (N, K) in enumerate(sizes)
+            for i, (N, K) in enumerate(shapes)
         ]
         arguments = compact([None] * 3, loras)
         y, eg, s = forward(x, weights, *arguments, act)
@@ -127,55 +157,57 @@ def _lora_swiglu_mlp(rank: int, dtype: torch.dtype) -> None:
         backward(y, weights, x, eg, As, Bs, s, *numbers, act, *needs)
 
 
-def _bottleneck(rank: int, dtype: torch.dtype) -> None:
+def _bottleneck(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.bottleneck.config import MAX_BOTTLENECK
     from peftkit_kernels.bottleneck.triton_impl import backward, forward
 
-    D, act = 4096, "gelu"
+    (D,), act = sizes.widths(4096), "gelu"
     for R in sorted({rank, min(4 * rank, MAX_BOTTLENECK)}):  # wider than any adapter's rank
         bias, wide = _meta(R, dtype=dtype), _meta(D, dtype=dtype)
         down, up = _meta(R, D, dtype=dtype), _meta(D, R, dtype=dtype)
-        for M in (_M, 1024):
-            h = _meta(M, D, dtype=dtype)
+        for M in (8192, 1024):
+            h = _meta(sizes.rows(M), D, dtype=dtype)
             for base in (None, h):
                 y, z = forward(h, down, bias, up, wide, base, 1.0, act)
                 backward(y, h, z, down, up, 1.0, act, base is not None, [True] * 4)
 
 
-def _frozen_norm(rank: int, dtype: torch.dtype) -> None:
+def _frozen_norm(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.frozen_norm.config import MAX_WIDTH, obstacle
     from peftkit_kernels.frozen_norm.triton_impl import backward, layer_forward, rms_forward
 
     del rank  # a norm has none
-    for K in (64, 4096, *MAX_WIDTH.values()):  # many rows a program, one, and the longest
-        x, weight = _meta(_M, K, dtype=dtype), _meta(K, dtype=dtype)
+    # many rows a program, one, and the longest
+    for K in sizes.widths(64, 4096, *MAX_WIDTH.values()):
+        x, weight = _meta(sizes.rows(), K, dtype=dtype), _meta(K, dtype=dtype)
         for offset, round_first in ((0.0, True), (1.0, False)):
-            y, rstd = rms_forward(x, weight, 1e-6, offset, round_first)
-            backward(y, x, weight, None, rstd, offset)
+            if obstacle("frozen_rms_norm", K) is None:
+                y, rstd = rms_forward(x, weight, 1e-6, offset, round_first)
+                backward(y, x, weight, None, rstd, offset)
         if obstacle("frozen_layer_norm", K) is None:
             y, mean, rstd = layer_forward(x, weight, weight, 1e-6)
             backward(y, x, weight, mean, rstd, 0.0)
 
 
-def _linear_cross_entropy(rank: int, dtype: torch.dtype) -> None:
+def _linear_cross_entropy(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.linear_cross_entropy.triton_impl import deferred, forward
 
-    M, D, V = 1024, 4096, 128256
+    M, (D, V) = sizes.rows(1024), sizes.widths(4096, 128256)
     hidden, weight = _meta(M, D, dtype=dtype), _meta(V, D, dtype=dtype)
     target = _meta(M, dtype=torch.int64)
     factors = _meta(rank, D, dtype=dtype), _meta(V, rank, dtype=dtype)
     frozen, adapted = [True, *[False] * 4], [True, False, False, True, True]
-    sizes = -100, M, dtype
+    ignored = -100, M, dtype
     for row_loss in ((1.0, None, 0.0, 0.0), (1.0, None, 0.1, 1e-4), (0.5, 30.0, 0.1, 1e-4)):
         for needs in (frozen, [False] * 5):
             forward(
                 *(hidden, weight, None, None, None, target),
-                *(1.0, *row_loss, *sizes, False, needs),
+                *(1.0, *row_loss, *ignored, False, needs),
             )
         dloss = _meta(M, dtype=torch.float32)
         deferred(
             *(dloss, hidden, weight, _meta(V, dtype=dtype), *factors, target),
-            *(2.0, *row_loss, *sizes, adapted),
+            *(2.0, *row_loss, *ignored, adapted),
         )
 
 
@@ -183,7 +215,7 @@ def _nf4_weights(N: int, K: int) -> list[Any]:
     """Single and nested, with blocks of 64."""
     from peftkit_kernels.nf4 import NestedAbsmax, NF4Weight
 
-    packed, blocks = _meta(N * K // 2, dtype=torch.uint8), N * K // 64
+    packed, blocks = _meta(-(-N * K // 2), dtype=torch.uint8), -(-N * K // 64)
     single = NF4Weight(packed, _meta(blocks, dtype=torch.float32), (N, K))
     outer = _meta(256, dtype=torch.float32), _meta(-(-blocks // 256), dtype=torch.float32)
     nested = NestedAbsmax(*outer, _meta(dtype=torch.float32))
@@ -196,57 +228,58 @@ def _int8_weight(N: int, K: int) -> Any:
     return Int8Weight(_meta(N, K, dtype=torch.int8), _meta(N, dtype=torch.float32))
 
 
-def _nf4(rank: int, dtype: torch.dtype) -> None:
+def _nf4(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.nf4.triton_impl import dequantize_into, quantize
     from peftkit_kernels.nf4.weight import BLOCKSIZES
 
     del rank
-    for q in _nf4_weights(4096, 4096):
-        out = _meta(4096, 4096, dtype=dtype)
-        for row_scale in (None, _meta(4096, dtype=torch.float32)):
-            dequantize_into(q, out, row_scale)
+    N, K = sizes.widths(4096, 4096)
+    weight = _meta(N, K, dtype=dtype)
+    for q in _nf4_weights(N, K):
+        for row_scale in (None, _meta(N, dtype=torch.float32)):
+            dequantize_into(q, weight, row_scale)
     for blocksize in BLOCKSIZES:
-        quantize(_meta(4096, 4096, dtype=dtype), blocksize)
+        quantize(weight, blocksize)
 
 
-def _int8(rank: int, dtype: torch.dtype) -> None:
+def _int8(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.int8.triton_impl import dequantize_into
 
     del rank
-    out = _meta(4096, 4096, dtype=dtype)
-    for row_scale in (None, _meta(4096, dtype=torch.float32)):
-        dequantize_into(_int8_weight(4096, 4096), out, row_scale)
+    N, K = sizes.widths(4096, 4096)
+    out = _meta(N, K, dtype=dtype)
+    for row_scale in (None, _meta(N, dtype=torch.float32)):
+        dequantize_into(_int8_weight(N, K), out, row_scale)
 
 
-def _quantized_linear(rank: int, dtype: torch.dtype) -> None:
+def _quantized_linear(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.quantized import layout_of
     from peftkit_kernels.quantized_linear.triton_impl import backward, forward
 
-    N, K = (
-        14336,
-        4096,
-    )  # columns enough for the largest number of rows that is decoded in the product
+    # columns enough for the largest number of rows that is decoded in the product
+    N, K = sizes.widths(14336, 4096)
     factors = _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
     for q in (*_nf4_weights(N, K), _int8_weight(N, K)):
         stored = q.tensors(), layout_of(q)
-        for M in (1, 32, 64, 128, _M):
-            x, bias = _meta(M, K, dtype=dtype), _meta(N, dtype=dtype)
+        for M in (1, 32, 64, 128, 8192):
+            x, bias = _meta(sizes.rows(M), K, dtype=dtype), _meta(N, dtype=dtype)
             for lora in (factors, (None, None)):
                 y, s = forward(x, *stored, bias, *lora, 2.0, 0.0, _SEED)
         dy = torch.empty_like(y)
         backward(dy, *stored, x, *factors, s, 2.0, 0.0, _SEED, [True, False, False])
 
 
-def _grouped_lora(rank: int, dtype: torch.dtype) -> None:
+def _grouped_lora(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.grouped_lora.config import obstacle
     from peftkit_kernels.grouped_lora.plan import plan_groups
     from peftkit_kernels.grouped_lora.triton_impl import backward, forward, table_of
 
-    E, K, N = 32, 4096, 4096
+    E, (N, K) = 32, sizes.widths(4096, 4096)
     factors = _meta(E, rank, K, dtype=dtype), _meta(E, N, rank, dtype=dtype)
-    for M, block in ((_M, 64), (_M, 16), (64, 16), (64, 64)):
+    for rows, block in ((8192, 64), (8192, 16), (64, 16), (64, 64)):
         if obstacle(block, rank, itemsize=dtype.itemsize):
             continue
+        M = sizes.rows(rows)
         plan = plan_groups(_meta(M, dtype=torch.int64), E, block=block)
         y, x = _meta(M, N, dtype=dtype), _meta(M, K, dtype=dtype)
         scale, tables = _meta(E, dtype=torch.float32), table_of(plan)
@@ -254,13 +287,15 @@ def _grouped_lora(rank: int, dtype: torch.dtype) -> None:
         backward(out, x, *factors, s, scale, *tables, [True] * 3)
 
 
-def _prefix_attention(rank: int, dtype: torch.dtype) -> None:
+def _prefix_attention(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.prefix_attention.triton_impl import add_gated, gate_grad, merge
 
     del rank
     H = 32
     gate = _meta(H, dtype=dtype)
-    for S, D in ((2048, 64), (2048, 128), (2048, 256), (1, 128)):
+    for positions, D in ((2048, 64), (2048, 128), (2048, 256), (1, 128)):
+        # heads are no wider where rows are odd: the library's flash attention takes multiples of 8
+        S = sizes.rows(positions)
         o = _meta(2, S, H, D, dtype=dtype)
         lse = _meta(2, H, S, dtype=torch.float32)
         merge(o, lse, o, lse)
@@ -268,14 +303,14 @@ def _prefix_attention(rank: int, dtype: torch.dtype) -> None:
         gate_grad(o, o, gate)
 
 
-def _int8_compute_linear(rank: int, dtype: torch.dtype) -> None:
+def _int8_compute_linear(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.int8_compute_linear.triton_impl import backward, forward, quantize
 
-    N, K = 4096, 4096
+    N, K = sizes.widths(4096, 4096)
     q, skip = _int8_weight(N, K).tensors(), _meta(K, dtype=torch.bool)
     factors = _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
-    for M in (64, _M):
-        x, bias = _meta(M, K, dtype=dtype), _meta(N, dtype=dtype)
+    for M in (64, 8192):
+        x, bias = _meta(sizes.rows(M), K, dtype=dtype), _meta(N, dtype=dtype)
         for p in (0.0, 0.1):
             y, s = forward(x, *q, bias, *factors, 2.0, p, _SEED, None)
             dy = torch.empty_like(y)
@@ -285,20 +320,20 @@ def _int8_compute_linear(rank: int, dtype: torch.dtype) -> None:
         backward(dy, *q, None, None, None, None, 0.0, 0.0, 0, [True, False, False])
 
 
-def _dora(rank: int, dtype: torch.dtype) -> None:
+def _dora(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.dora.triton_impl import magnitude_grad, weight_norm
 
-    N, K = 4096, 4096
+    N, K = sizes.widths(4096, 4096)
     for weight in (_meta(N, K, dtype=dtype), *_nf4_weights(N, K), _int8_weight(N, K)):
         for factors in dict.fromkeys((dtype, torch.float32)):
             A, B = _meta(rank, K, dtype=factors), _meta(N, rank, dtype=factors)
             weight_norm(weight, A, B, 2.0)
-    dy, bias = _meta(_M, N, dtype=dtype), _meta(N, dtype=dtype)
+    dy, bias = _meta(sizes.rows(), N, dtype=dtype), _meta(N, dtype=dtype)
     for shift in (bias, None):
         magnitude_grad(dy, torch.empty_like(dy), shift, _meta(N, dtype=torch.float32))
 
 
-def _dora_scale(rank: int, dtype: torch.dtype) -> None:
+def _dora_scale(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.dora_scale.triton_impl import (
         gate_backward,
         gate_forward,
@@ -307,8 +342,8 @@ def _dora_scale(rank: int, dtype: torch.dtype) -> None:
     )
 
     del rank
-    N = 4096
-    z, bias, g = _meta(_M, N, dtype=dtype), _meta(N, dtype=dtype), _meta(N, dtype=torch.float32)
+    M, (N,) = sizes.rows(), sizes.widths(4096)
+    z, bias, g = _meta(M, N, dtype=dtype), _meta(N, dtype=dtype), _meta(N, dtype=torch.float32)
     for shift in (bias, None):
         scale_forward(z, g, shift)
     for kept, needs_bias in ((z, True), (z, False), (None, False)):

@@ -22,9 +22,9 @@ def _capped(z, logit_scale, softcap, CAP: tl.constexpr):
 
 @triton.jit
 def xent_kernel(
-    z_ptr, target_ptr, factor_ptr,  # z[C, V], overwritten  target[C], negative where ignored  factor[C]
+    z_ptr, target_ptr, factor_ptr,  # z[C, W], overwritten  target[C], negative where ignored  factor[C]
     loss_ptr, lse_ptr,  # [C]
-    V, stride_zm,
+    V, W, stride_zm,
     logit_scale, softcap, smoothing, z_loss,
     GRAD: tl.constexpr, HAS_FACTOR: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -33,7 +33,7 @@ def xent_kernel(
 
     The running maximum is kept for each 8 neighbours, what one thread loads with 16 bytes: one exponential a logit and no
     traffic between lanes in the loop. On sm_90 that makes 9 clocks a logit instead of 21, with exp2, which unlike exp does
-    not handle denormals.
+    not handle denormals. Columns from V to W hold nothing and are accessed too: with W a multiple of 16, by 128 bits.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -45,7 +45,7 @@ def xent_kernel(
             for v in range(0, V, BLOCK_V):
                 offs_v = v + tl.arange(0, BLOCK_V)
                 zeros = tl.zeros((BLOCK_V,), z_ptr.dtype.element_ty)
-                tl.store(z_row + offs_v, zeros, mask=offs_v < V)
+                tl.store(z_row + offs_v, zeros, mask=offs_v < W)
         return
 
     # 1. log-sum-exp in units of log2(e)
@@ -55,7 +55,7 @@ def xent_kernel(
     sum_y = tl.zeros((BLOCK_V // 8,), tl.float32)
     for v in range(0, V, BLOCK_V):
         mask = v + group < V
-        z = tl.load(z_row + v + group, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_row + v + group, mask=v + group < W, other=0.0).to(tl.float32)
         y = _capped(z, logit_scale, softcap, CAP)
         if SMOOTH:
             sum_y += tl.sum(tl.where(mask, y, 0.0), 1)
@@ -88,7 +88,7 @@ def xent_kernel(
             factor *= tl.load(factor_ptr + row)
         for v in range(0, V, BLOCK_V):
             offs_v = v + tl.arange(0, BLOCK_V)
-            mask = offs_v < V
+            mask = offs_v < W
             z = tl.load(z_row + offs_v, mask=mask, other=0.0).to(tl.float32)
             y = _capped(z, logit_scale, softcap, CAP)
             dz = tl.exp2(y * 1.4426950408889634 - lse2) * share_p

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit_kernels.autograd import once_differentiable
-from peftkit_kernels.launch import launch
+from peftkit_kernels.launch import cdiv, launch
 from peftkit_kernels.linear_cross_entropy.config import RowConfig
 from peftkit_kernels.linear_cross_entropy.reference import RowLoss, mean_divisor
 from peftkit_kernels.linear_cross_entropy.torch_impl import (
@@ -44,22 +43,26 @@ def xent_rows_triton_(
     *,
     want_grad: bool,
     factor: Tensor | None = None,
+    vocabulary: int | None = None,
     config: RowConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One pass over a chunk of raw logits: every logit is read twice (once from L2) and written once.
 
     Args:
-        z: ``[C, V]``. Afterwards ``factor · dloss/dz``, or as it was unless ``want_grad``.
+        z: ``[C, W]``, of which the first V columns are logits. Afterwards they are ``factor · dloss/dz``, or as they were
+            unless ``want_grad``; the others hold nothing.
         target: ``Int64[C]``; rows with one outside [0, V) have loss and gradient 0.
         row_loss: The loss of one row.
         want_grad: Whether the gradient is needed.
         factor: ``Float32[C]``, one factor a row on the gradient; ``None`` is 1.
+        vocabulary: V; ``None`` is W.
         config: Overrides the choice.
 
     Returns:
         ``(loss, lse)``, both ``Float32[C]``.
     """
-    (C, V), capped = z.shape, row_loss.softcap is not None
+    (C, W), capped = z.shape, row_loss.softcap is not None
+    V = W if vocabulary is None else vocabulary
     loss, lse = (torch.empty(C, dtype=torch.float32, device=z.device) for _ in range(2))
     if not C:
         return loss, lse
@@ -67,7 +70,7 @@ def xent_rows_triton_(
     launch(
         _kernels().xent_kernel,
         (C,),
-        *(z, target, factor, loss, lse, V, z.stride(0), row_loss.logit_scale),
+        *(z, target, factor, loss, lse, V, W, z.stride(0), row_loss.logit_scale),
         *(row_loss.softcap or 1.0, row_loss.label_smoothing, row_loss.z_loss),
         GRAD=want_grad,
         HAS_FACTOR=factor is not None,
@@ -112,11 +115,14 @@ def sweep(
         rows = slice(start, start + chunk)
         h = cast(hidden[rows], dtype)
         s = None if lora is None else passes.shrink(h, lora.A)
-        z = _logits(h, weight, bias, s, lora)
+        memory, V = _memory(h, weight), weight.shape[0]
+        z = memory[:, :V]
+        _fill_logits(z, h, weight, bias, s, lora)
         losses[rows], _ = xent_rows_triton_(
-            *(z, target[rows], row_loss),
+            *(memory, target[rows], row_loss),
             want_grad=any(needs),
             factor=None if factor is None else factor[rows],
+            vocabulary=V,
         )
         if any(needs):
             if dweight is not None:
@@ -129,7 +135,7 @@ def sweep(
             if dhidden is not None:
                 _write_hidden_grad(dhidden[rows], z, weight, ds, lora)
         # freed before the next chunk is allocated, so that the allocator hands out the same memory again
-        del z
+        del memory, z
     return losses, grads
 
 
@@ -150,27 +156,40 @@ def _like_grads(
     ]
 
 
-def _logits(
-    h: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor | None, lora: LoRA | None
-) -> Tensor:
-    """``h Wᵀ + bias + scale · s Bᵀ``; the update is written first and the library's GEMM adds to it.
+def _memory(h: Tensor, weight: Tensor) -> Tensor:
+    """For the logits of ``h [C, D]``, columns to spare behind each row.
+
+    With them a row starts at a multiple of 16 elements whatever the vocabulary (50,257, say), and is accessed by 128 bits rather
+    than by elements, in the kernel and in the library's GEMMs on either side.
+    """
+    return h.new_empty(h.shape[0], 16 * cdiv(weight.shape[0], 16))
+
+
+def _fill_logits(
+    z: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor | None,
+    lora: LoRA | None,
+) -> None:
+    """``z = h Wᵀ + bias + scale · s Bᵀ``; the update is written first and the library's GEMM adds to it.
 
     A weight of another dtype is cast a tile at a time.
     """
-    bias, z = None if bias is None else cast(bias, h.dtype), None
-    if s is not None and lora is not None:
-        z = passes.expand(s, lora.B, lora.scale, bias=bias)
-    if weight.dtype is h.dtype:
-        return F.linear(h, weight, bias) if z is None else z.addmm_(h, weight.t())
-    added = z is not None
-    z = h.new_empty(h.shape[0], weight.shape[0]) if z is None else z
-    for tile in tiles(*weight.shape):
-        part = weight[tile].to(h.dtype)
+    bias = None if bias is None else cast(bias, h.dtype)
+    added = s is not None and lora is not None
+    if added:
+        passes.expand(s, lora.B, lora.scale, bias=bias, out=z)
+    whole = weight.dtype is h.dtype
+    for tile in [slice(None)] if whole else tiles(*weight.shape):
+        part, out = weight[tile].to(h.dtype).t(), z[:, tile]
         if added:
-            z[:, tile].addmm_(h, part.t())
+            out.addmm_(h, part)
+        elif bias is None:
+            torch.mm(h, part, out=out)
         else:
-            z[:, tile] = F.linear(h, part, None if bias is None else bias[tile])
-    return z
+            torch.addmm(bias[tile], h, part, out=out)
 
 
 def _reach(

@@ -39,9 +39,9 @@ class GateConfig:
     num_stages: int = 2
 
     @classmethod
-    def choose(cls, M: int, F: int, *, target: Target) -> GateConfig:
+    def choose(cls, M: int, F: int, *, aligned: bool, target: Target) -> GateConfig:
         """Split F until every multiprocessor has several programs, whose loads hide each other's latency."""
-        block_m, block_f = 64, 32
+        block_m, block_f = 64, 32 if aligned else 16
         programs = cdiv(M, block_m)
         wanted = cdiv(_PROGRAMS_A_MULTIPROCESSOR * target.sms, programs)
         splits = min(wanted, cdiv(cdiv(F, block_f), _MIN_STEPS))
@@ -60,7 +60,7 @@ class GateBackwardConfig:
 
     @classmethod
     def choose(
-        cls, M: int, F: int, block_r: int, *, itemsize: int, target: Target
+        cls, M: int, F: int, block_r: int, *, itemsize: int, aligned: bool, target: Target
     ) -> GateBackwardConfig:
         """Long chunks make few partial sums of dA; shorter ones where the GPU would not be full."""
         # the factors stay in registers: 64 of them beside 64 columns spill
@@ -70,6 +70,9 @@ class GateBackwardConfig:
         num_stages = 2
         if itemsize == 4:
             block_m, block_f, num_stages = 32, 32, 1
+        if not aligned:
+            # elements of 2 bytes are not copied asynchronously, so that a second buffer only takes registers
+            block_m, block_f, num_stages = 32, 16, 1
         chunk_m = 1024
         wanted = _PROGRAMS_A_MULTIPROCESSOR * target.sms
         while chunk_m > _MIN_CHUNK_M and cdiv(M, chunk_m) * cdiv(F, block_f) < wanted:

@@ -1,26 +1,28 @@
 """The gate of an MLP, ``h = act(e) ∘ g``, with the updates of all three linears formed on the fly, forward and backward.
 
 ``e`` and ``g`` come from the library's GEMMs without the updates of the gate and up projections; adding ``scale · s bᵀ`` here
-costs no pass over them. Ranks are padded to BLOCK_R by masks. Offsets of rows are int64.
+costs no pass over them. Ranks are padded to BLOCK_R by masks; STEP divides them and what lies between their rows. Offsets of rows are int64.
 """
 
 import triton
 import triton.language as tl
 
-from peftkit_kernels.tiles import activation, kept
+from peftkit_kernels.tiles import activation, kept, whole
 
 
 @triton.jit
-def _load_s(s_ptr, stride_sm, offs_m, mask_m, R, BLOCK_R: tl.constexpr):
+def _load_s(s_ptr, stride_sm, offs_m, mask_m, R, STEP: tl.constexpr, BLOCK_R: tl.constexpr):
     """``s[M, R]``: rows of it."""
     offs_r = tl.arange(0, BLOCK_R)
-    offs = offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :]
-    return tl.load(s_ptr + offs, mask=mask_m[:, None] & (offs_r < R)[None, :], other=0.0)
+    mask = mask_m[:, None] & (offs_r < whole(R, STEP))[None, :]
+    offs = offs_m.to(tl.int64)[:, None] * whole(stride_sm, STEP) + offs_r[None, :]
+    return tl.load(s_ptr + offs, mask=mask, other=0.0)
 
 
 @triton.jit
-def _load_bt(b_ptr, offs_f, mask_f, R, BLOCK_R: tl.constexpr):
+def _load_bt(b_ptr, offs_f, mask_f, R, STEP: tl.constexpr, BLOCK_R: tl.constexpr):
     """``b[F, R]``: rows of it, as columns."""
+    R = whole(R, STEP)
     offs_r = tl.arange(0, BLOCK_R)
     offs = offs_f[None, :] * R + offs_r[:, None]
     return tl.load(b_ptr + offs, mask=mask_f[None, :] & (offs_r < R)[:, None], other=0.0)
@@ -35,7 +37,7 @@ def gate_forward_kernel(
     M, F, R_E, R_G, R_D, steps,  # steps: blocks of F a program
     stride_em, stride_gm, stride_hm, stride_s_em, stride_s_gm,
     HAS_E: tl.constexpr, HAS_G: tl.constexpr, HAS_D: tl.constexpr, DROPOUT: tl.constexpr,
-    ACT: tl.constexpr,
+    ACT: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -49,9 +51,9 @@ def gate_forward_kernel(
     mask_m = offs_m < M
     rows = offs_m.to(tl.int64)[:, None]
     if HAS_E:
-        s_e = _load_s(s_e_ptr, stride_s_em, offs_m, mask_m, R_E, BLOCK_R)
+        s_e = _load_s(s_e_ptr, stride_s_em, offs_m, mask_m, R_E, STEP, BLOCK_R)
     if HAS_G:
-        s_g = _load_s(s_g_ptr, stride_s_gm, offs_m, mask_m, R_G, BLOCK_R)
+        s_g = _load_s(s_g_ptr, stride_s_gm, offs_m, mask_m, R_G, STEP, BLOCK_R)
     s_d = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     first = pid_f * steps * BLOCK_F
     for f in range(first, tl.minimum(F, first + steps * BLOCK_F), BLOCK_F):
@@ -61,10 +63,10 @@ def gate_forward_kernel(
         e = tl.load(e_ptr + rows * stride_em + offs_f[None, :], mask=mask, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + rows * stride_gm + offs_f[None, :], mask=mask, other=0.0).to(tl.float32)
         if HAS_E:
-            b_e = _load_bt(b_e_ptr, offs_f, mask_f, R_E, BLOCK_R)
+            b_e = _load_bt(b_e_ptr, offs_f, mask_f, R_E, STEP, BLOCK_R)
             e += scale_e * tl.dot(s_e, b_e, input_precision=PRECISION)
         if HAS_G:
-            b_g = _load_bt(b_g_ptr, offs_f, mask_f, R_G, BLOCK_R)
+            b_g = _load_bt(b_g_ptr, offs_f, mask_f, R_G, STEP, BLOCK_R)
             g += scale_g * tl.dot(s_g, b_g, input_precision=PRECISION)
         a, _ = activation(e, ACT)
         h = (a * g).to(h_ptr.dtype.element_ty)
@@ -80,6 +82,7 @@ def gate_forward_kernel(
                 h = tl.where(keep, h, 0.0).to(h_ptr.dtype.element_ty)
             s_d = tl.dot(h, a_d, s_d, input_precision=PRECISION)
     if HAS_D:
+        R_D = whole(R_D, STEP)
         offs_s = (pid_f.to(tl.int64) * M + offs_m)[:, None] * R_D + offs_r[None, :]
         s_d = (s_d * factor).to(s_d_ptr.dtype.element_ty)
         tl.store(s_d_ptr + offs_s, s_d, mask=mask_m[:, None] & (offs_r < R_D)[None, :])
@@ -95,7 +98,7 @@ def gate_backward_kernel(
     stride_em, stride_gm, stride_dhm, stride_dm, stride_s_em, stride_s_gm, stride_ds_dm,
     stride_ai, stride_ar,
     HAS_E: tl.constexpr, HAS_G: tl.constexpr, HAS_D: tl.constexpr, WITH_DA: tl.constexpr,
-    DROPOUT: tl.constexpr, ACT: tl.constexpr,
+    DROPOUT: tl.constexpr, ACT: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -110,9 +113,9 @@ def gate_backward_kernel(
     offs_r = tl.arange(0, BLOCK_R)
     mask_f = offs_f < F
     if HAS_E:
-        b_e = _load_bt(b_e_ptr, offs_f, mask_f, R_E, BLOCK_R)
+        b_e = _load_bt(b_e_ptr, offs_f, mask_f, R_E, STEP, BLOCK_R)
     if HAS_G:
-        b_g = _load_bt(b_g_ptr, offs_f, mask_f, R_G, BLOCK_R)
+        b_g = _load_bt(b_g_ptr, offs_f, mask_f, R_G, STEP, BLOCK_R)
     mask_rf = (offs_r < R_D)[:, None] & mask_f[None, :]
     if HAS_D:
         a_d = tl.load(a_d_ptr + offs_r[:, None] * F + offs_f[None, :], mask=mask_rf, other=0.0)
@@ -128,13 +131,13 @@ def gate_backward_kernel(
         dh_ptrs = dh_ptr + rows * stride_dhm + offs_f[None, :]
         dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
         if HAS_E:
-            s_e = _load_s(s_e_ptr, stride_s_em, offs_m, mask_m, R_E, BLOCK_R)
+            s_e = _load_s(s_e_ptr, stride_s_em, offs_m, mask_m, R_E, STEP, BLOCK_R)
             e += scale_e * tl.dot(s_e, b_e, input_precision=PRECISION)
         if HAS_G:
-            s_g = _load_s(s_g_ptr, stride_s_gm, offs_m, mask_m, R_G, BLOCK_R)
+            s_g = _load_s(s_g_ptr, stride_s_gm, offs_m, mask_m, R_G, STEP, BLOCK_R)
             g += scale_g * tl.dot(s_g, b_g, input_precision=PRECISION)
         if HAS_D:
-            ds_d = _load_s(ds_d_ptr, stride_ds_dm, offs_m, mask_m, R_D, BLOCK_R)
+            ds_d = _load_s(ds_d_ptr, stride_ds_dm, offs_m, mask_m, R_D, STEP, BLOCK_R)
             update = tl.dot(ds_d, a_d, input_precision=PRECISION)
             if DROPOUT:
                 keep = kept(

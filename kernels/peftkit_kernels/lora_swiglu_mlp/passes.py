@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.dropout import keep_scale, threshold
-from peftkit_kernels.launch import cdiv, dot_precision, launch, target_of
+from peftkit_kernels.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
 from peftkit_kernels.lora_swiglu_mlp.config import GateBackwardConfig, GateConfig
 from peftkit_kernels.low_rank import LoRA, cast
 from peftkit_kernels.low_rank.config import block_r
@@ -51,7 +51,7 @@ def gate_forward(
     """
     (M, F), dtype, (gate, up, down) = e.shape, e.dtype, loras
     p, seed = (down.p, down.seed) if down else (0.0, 0)
-    c = config or GateConfig.choose(M, F, target=target_of(e))
+    c = config or GateConfig.choose(M, F, aligned=aligned(e, g), target=target_of(e))
     h = e.new_empty(M, F)
     blocks = cdiv(F, c.block_f)
     steps = cdiv(blocks, c.splits)
@@ -72,6 +72,7 @@ def gate_forward(
         HAS_D=down is not None,
         DROPOUT=p > 0,
         ACT=act,
+        STEP=step_of(*(_rank(lora) for lora in loras), *(_row_stride(t) for t in s)),
         BLOCK_M=c.block_m,
         BLOCK_F=c.block_f,
         BLOCK_R=_block_r(loras),
@@ -112,7 +113,10 @@ def gate_backward(
     (M, F), dtype, (gate, up, down) = e.shape, e.dtype, loras
     p, seed = (down.p, down.seed) if down else (0.0, 0)
     c = config or GateBackwardConfig.choose(
-        M, F, _block_r(loras), itemsize=e.element_size(), target=target_of(e)
+        *(M, F, _block_r(loras)),
+        itemsize=e.element_size(),
+        aligned=aligned(e, g),
+        target=target_of(e),
     )
     de, dg = e.new_empty(M, 2 * F).split(F, 1)
     chunks = cdiv(M, c.chunk_m)
@@ -136,6 +140,7 @@ def gate_backward(
         WITH_DA=partial is not None,
         DROPOUT=p > 0,
         ACT=act,
+        STEP=step_of(*(_rank(lora) for lora in loras), *(_row_stride(t) for t in (*s, ds))),
         BLOCK_M=c.block_m,
         BLOCK_F=c.block_f,
         BLOCK_R=_block_r(loras),

@@ -9,8 +9,7 @@ from peftkit_kernels.launch import Target, cdiv
 MAX_RANK = 128
 _DY_PASS_RANK = 32
 """Up to here dB and ds come from one pass over dy: its partial sums move 4 R (1 / 512 + 1 / 1024) of what dy does, 37% at
-R = 32 and, in blocks of 256 columns, 16% at 8; at 64, where registers halve the column block, it would be 125%, more than
-reading dy twice."""
+R = 32; at 64, where registers halve the column block, it would be 125%, more than reading dy twice."""
 _MIN_STEPS = 4
 """Blocks of K a program of a split shrink has at least, so that its loads are worth pipelining."""
 _MIN_CHUNK_M = 256
@@ -33,17 +32,27 @@ class ShrinkConfig:
 
     @classmethod
     def choose(
-        cls, M: int, K: int, R: int, *, itemsize: int, dropout: bool, target: Target
+        cls,
+        M: int,
+        K: int,
+        R: int,
+        *,
+        itemsize: int,
+        dropout: bool,
+        aligned: bool,
+        target: Target,
     ) -> ShrinkConfig:
         """Share K among programs where row blocks alone would leave the GPU three quarters full or less."""
         wide = itemsize == 4
         block_k = 32 if wide else 64 if dropout or block_r(R) > 32 else 128
         block_m = 64
-        if block_r(R) == 64 and dropout and not wide:
+        if not aligned:
+            block_k //= 2
+        elif block_r(R) == 64 and dropout and not wide:
             # philox beside a wide product: 1.11 x DRAM bandwidth on A100, against 1.02 for 64 x 64
             block_m, block_k = 128, 32
-        # rank 32 in exact float32 spills a few registers with 4 warps on sm_90
-        num_warps = 8 if wide and block_r(R) >= 32 else 4
+        # 4 warps spill a few registers at rank 32 in exact float32 on sm_90, and at 128 read by elements on sm_120
+        num_warps = 8 if block_r(R) > (16 if wide else 64) and (wide or not aligned) else 4
         if block_k == 128 and target.capability not in (None, 90, 100):
             # 4 warps spill a few registers at rank 16 on sm_120, at 8 on sm_80 to sm_89: there products are those of one warp
             num_warps = 8
@@ -64,12 +73,13 @@ class ExpandConfig:
     num_stages: int = 1
 
     @classmethod
-    def choose(cls, R: int, *, itemsize: int, dropout: bool) -> ExpandConfig:
+    def choose(cls, R: int, *, itemsize: int, dropout: bool, aligned: bool) -> ExpandConfig:
         """The mask of a wide tile does not fit the registers beside the tile."""
         if itemsize == 4 and block_r(R) >= 64:
             # without tensor cores the whole product is unrolled, and 64 x 64 spills kilobytes
             return cls(32, 32, num_warps=8)
-        return cls(64, 64 if dropout or itemsize == 4 or block_r(R) > 64 else 128)
+        block_n = 64 if dropout or itemsize == 4 or block_r(R) > 64 else 128
+        return cls(64, block_n if aligned else block_n // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +94,41 @@ class TallConfig:
 
     @classmethod
     def choose(
-        cls, M: int, C: int, R: int, *, itemsize: int, dropout: bool, with_p: bool, target: Target
+        cls,
+        M: int,
+        C: int,
+        R: int,
+        *,
+        itemsize: int,
+        dropout: bool,
+        with_p: bool,
+        aligned: bool,
+        target: Target,
     ) -> TallConfig:
         """Long chunks make few partial sums; shorter ones where the GPU would stand three quarters full or less."""
         rank, wide = block_r(R), itemsize == 4
         if with_p:
-            # rows of s and b that are no multiple of 16 long are read by elements: 512 columns of them spill kilobytes
-            block_m, block_c, num_warps = 32, 128 if wide else 256 if R % 16 else 512, 8
+            # rows of s and b that are no multiple of 8 long are read by elements: 512 columns of them spill kilobytes
+            block_m, block_c, num_warps = 32, 128 if wide else 256 if R % 8 else 512, 8
         else:
             block_m, block_c = (32, 64) if wide else (64, 128)
-            # where one chunk has all rows, 4 warps spill a few registers at rank 16 on sm_90 and later, and 8 at rank 8 on
-            # sm_100; in many chunks, 8 do at rank 32 on sm_86
-            num_warps = 8 if dropout or (R == 16 and not wide) else 4
+            # where one chunk has all rows, 4 warps spill a few registers up to rank 16 on sm_90 and later; in many chunks, 8
+            # do at rank 32 on sm_86
+            num_warps = 8 if dropout or (rank == 16 and not wide) else 4
         if R != 16 and rank <= 64 and dropout and not wide:
             # philox beside a wide product: at rank 64 1.2 x DRAM bandwidth on A100 and H100, against 0.98 and 1.10 for
-            # 64 x 128; at rank 32 1.24 and 1.14, against 1.15 and 1.07; at 8, which reads s by elements, 1.26 and 1.12,
-            # against 1.16 and 1.04
+            # 64 x 128; at rank 32 1.24 and 1.14, against 1.15 and 1.07; at 8 1.38 and 1.22, against 1.34 and 1.16
             block_m, block_c = 32, 256
         if rank > 64:
             block_m, block_c, num_warps = 32, 32 if wide else block_c, 8
+        num_stages = 2
+        if not aligned:
+            # elements of 2 bytes are not copied asynchronously, so that a second buffer only takes registers
+            block_c, num_warps, num_stages = block_c // 2, 8, 1
         chunk_m = 1024
         while chunk_m > _MIN_CHUNK_M and 4 * cdiv(M, chunk_m) * cdiv(C, block_c) < 3 * target.sms:
             chunk_m //= 2
-        return cls(block_m, block_c, chunk_m, num_warps)
+        return cls(block_m, block_c, chunk_m, num_warps, num_stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +141,11 @@ class GemmConfig:
     group: int = 8
     num_warps: int = 8
     num_stages: int = 3
+
+    @classmethod
+    def choose(cls, *, aligned: bool) -> GemmConfig:
+        """Shorter steps where operands are read by elements."""
+        return cls(block_k=64 if aligned else 32)
 
 
 def one_dy_pass(R: int, *, target: Target) -> bool:

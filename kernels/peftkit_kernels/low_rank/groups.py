@@ -73,7 +73,8 @@ def add_updates(
     for joint, members in zip(ds, groups, strict=True):
         first = _present(loras, members[0])
         A = stacked(loras, members, joint.dtype)
-        dx = passes.expand(joint, A.t(), 1.0, p=first.p, seed=first.seed, out=dx)
+        dropped = {"p": first.p, "seed": first.seed}
+        dx = passes.expand(joint, A.t(), 1.0, **dropped, out=dx, add=dx is not None)
     return dx
 
 

@@ -1,13 +1,14 @@
 """The rank-r passes as Triton kernels: x ``[M, K]``, A ``[R, K]``, B ``[N, R]``, s = drop(x) Aᵀ and ds ``[M, R]``.
 
-Ranks are padded to BLOCK_R by masks. Offsets of rows are int64; columns, factors (R K and N R stay below 2³¹) and the
+Ranks are padded to BLOCK_R by masks; STEP divides them and what lies between their rows, STEP_A and STEP_B those of a factor.
+Offsets of rows are int64; columns, factors (R K and N R stay below 2³¹) and the
 counters of the dropout rule (M K < 2³⁴) are int32.
 """
 
 import triton
 import triton.language as tl
 
-from peftkit_kernels.tiles import grouped_tile, kept
+from peftkit_kernels.tiles import grouped_tile, kept, whole
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
@@ -16,11 +17,12 @@ def shrink_kernel(
     factor, seed, threshold,
     M, K, R, steps,  # steps: blocks of K a program
     stride_xm, stride_ar, stride_ak, stride_sm,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, STEP: tl.constexpr, STEP_A: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``s = factor · drop(x) aᵀ``; x is read once. Program (i, j): row block i, the j-th share of K."""
+    R, stride_sm, stride_ak = whole(R, STEP), whole(stride_sm, STEP), whole(stride_ak, STEP_A)
     pid_m, pid_k = tl.program_id(0), tl.program_id(1)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -53,6 +55,7 @@ def expand_kernel(
     M, N, R,
     stride_sm, stride_bn, stride_br, stride_ym,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
+    STEP: tl.constexpr, STEP_B: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -60,6 +63,7 @@ def expand_kernel(
 
     It runs *before* ``y.addmm_(x, Wᵀ)``, whose epilogue reads y back under its main loop. In the backward b is Aᵀ.
     """
+    R, stride_sm, stride_bn = whole(R, STEP), whole(stride_sm, STEP), whole(stride_bn, STEP_B)
     pid_n = tl.program_id(1)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -96,7 +100,7 @@ def tall_kernel(
     M, C, R, chunk_m,  # chunk_m: rows a program, a multiple of BLOCK_M
     stride_xm, stride_sm, stride_bc, stride_br, stride_gi, stride_gr, stride_gc,
     stride_pm,
-    WITH_P: tl.constexpr, DROPOUT: tl.constexpr,
+    WITH_P: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr, STEP_B: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -105,6 +109,8 @@ def tall_kernel(
     Program (i, j): row chunk i, column block j. With x = dy, s, b = B it gives dBᵀ and ds, with x and s = ds dA. The product
     is sᵀ x rather than xᵀ s, so that the large tile stays as it is: 39 registers against 51 at rank 16 on sm_80.
     """
+    R, stride_sm, stride_pm = whole(R, STEP), whole(stride_sm, STEP), whole(stride_pm, STEP)
+    stride_bc = whole(stride_bc, STEP_B)
     pid_m, pid_c = tl.program_id(0), tl.program_id(1)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
@@ -148,13 +154,13 @@ def tall_kernel(
 @triton.jit
 def sum_kernel(
     x_ptr, y_ptr,  # x[count, M, N], float32 and contiguous  y[M, N] by strides
-    count, M, N,
+    count, M, N, blocks,  # blocks: of columns
     stride_xi, stride_ym, stride_yn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``y = Σ x`` over partial results, in a fixed order and rounded once."""
-    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     x_ptrs = x_ptr + offs_m[:, None] * N + offs_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -171,7 +177,7 @@ def gemm_lora_kernel(
     factor, seed, threshold,
     M, N, K, R,
     stride_xm, stride_wn, stride_wk, stride_sm, stride_bn, stride_br, stride_ym,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr, STEP_B: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -179,6 +185,7 @@ def gemm_lora_kernel(
 
     In the backward x = dy, w = Wᵀ, s = ds, b = Aᵀ, and the mask is that of a dropout over y's columns.
     """
+    R, stride_sm, stride_bn = whole(R, STEP), whole(stride_sm, STEP), whole(stride_bn, STEP_B)
     # 1. which tile this program owns
     tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.dropout import keep_scale, threshold
-from peftkit_kernels.launch import cdiv, dot_precision, launch, target_of
+from peftkit_kernels.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
 from peftkit_kernels.low_rank.config import (
     ExpandConfig,
     GemmConfig,
@@ -24,6 +24,7 @@ from peftkit_kernels.low_rank.config import (
 )
 
 _SUM_TILE = 1024
+"""Elements; half of that where columns are read one by one, on which sm_120 spills."""
 
 
 @functools.cache
@@ -51,7 +52,11 @@ def shrink(
     """``scale · drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``x [M, K]``; ``A [R, K]`` may have any strides, ``out`` any rows."""
     (M, K), R, x = x.shape, A.shape[0], readable(x)
     c = config or ShrinkConfig.choose(
-        M, K, R, itemsize=x.element_size(), dropout=p > 0, target=target_of(x)
+        *(M, K, R),
+        itemsize=x.element_size(),
+        dropout=p > 0,
+        aligned=aligned(x),
+        target=target_of(x),
     )
     steps = cdiv(cdiv(K, c.block_k), c.splits)
     splits = cdiv(cdiv(K, c.block_k), steps)
@@ -63,6 +68,8 @@ def shrink(
         *(x, A, partial, scale * keep_scale(p), seed, threshold(p)),
         *(M, K, R, steps, x.stride(0), *A.stride(), partial.stride(-2)),
         DROPOUT=p > 0,
+        STEP=step_of(R, partial.stride(-2)),
+        STEP_A=step_of(A.stride(1)),
         BLOCK_M=c.block_m,
         BLOCK_K=c.block_k,
         BLOCK_R=block_r(R),
@@ -82,15 +89,19 @@ def expand(
     p: float = 0.0,
     seed: int = 0,
     out: Tensor | None = None,
+    add: bool = False,
     config: ExpandConfig | None = None,
 ) -> Tensor:
-    """``mask ∘ (scale · s Bᵀ) + bias``, ``[M, N]``, for ``s [M, R]`` and ``B [N, R]`` of any strides; added to ``out`` if given.
+    """``mask ∘ (scale · s Bᵀ) + bias``, ``[M, N]``, for ``s [M, R]`` and ``B [N, R]`` of any strides.
 
-    The mask is that of a dropout with ``p`` and ``seed`` on an ``[M, N]``, with its factor on what is kept.
+    The mask is that of a dropout with ``p`` and ``seed`` on an ``[M, N]``, with its factor on what is kept. The result is
+    written into ``out`` if given, or added to it with ``add``.
     """
     (M, R), N = s.shape, B.shape[0]
-    c = config or ExpandConfig.choose(R, itemsize=s.element_size(), dropout=p > 0)
     y = s.new_empty(M, N) if out is None else out
+    c = config or ExpandConfig.choose(
+        R, itemsize=s.element_size(), dropout=p > 0, aligned=aligned(y)
+    )
     launch(
         _kernels().expand_kernel,
         (cdiv(M, c.block_m), cdiv(N, c.block_n)),
@@ -98,7 +109,9 @@ def expand(
         *(M, N, R, s.stride(0), *B.stride(), y.stride(0)),
         HAS_BIAS=bias is not None,
         DROPOUT=p > 0,
-        ADD=out is not None,
+        ADD=add,
+        STEP=step_of(R, s.stride(0)),
+        STEP_B=step_of(B.stride(0)),
         BLOCK_M=c.block_m,
         BLOCK_N=c.block_n,
         BLOCK_R=block_r(R),
@@ -179,8 +192,8 @@ def gemm_lora(
 ) -> Tensor:
     """``x Wᵀ + mask ∘ (scale · s Bᵀ) + bias`` with one rounding; ``weight [N, K]`` and ``B [N, R]`` of any strides."""
     (M, K), N, R, x = x.shape, weight.shape[0], s.shape[1], readable(x)
-    c = config or GemmConfig()
     y = x.new_empty(M, N)
+    c = config or GemmConfig.choose(aligned=aligned(x, weight, y))
     launch(
         _kernels().gemm_lora_kernel,
         (cdiv(M, c.block_m) * cdiv(N, c.block_n),),
@@ -188,6 +201,8 @@ def gemm_lora(
         *(M, N, K, R, x.stride(0), *weight.stride(), s.stride(0), *B.stride(), y.stride(0)),
         HAS_BIAS=bias is not None,
         DROPOUT=p > 0,
+        STEP=step_of(R, s.stride(0)),
+        STEP_B=step_of(B.stride(0)),
         BLOCK_M=c.block_m,
         BLOCK_N=c.block_n,
         BLOCK_K=c.block_k,
@@ -220,6 +235,7 @@ def _tall(
         itemsize=x.element_size(),
         dropout=p > 0,
         with_p=b is not None,
+        aligned=aligned(x),
         target=target_of(x),
     )
     chunks, blocks = cdiv(M, c.chunk_m), cdiv(C, c.block_c)
@@ -227,15 +243,18 @@ def _tall(
     partial_p = p_out
     if p_out is not None and blocks > 1:
         partial_p = x.new_empty(blocks, M, R, dtype=torch.float32)
+    p_distance = 0 if partial_p is None else partial_p.stride(-2)
     launch(
         _kernels().tall_kernel,
         (chunks, blocks),
         *(x, s, b, g, partial_p, g_factor * keep_scale(p), p_factor, seed, threshold(p)),
         *(M, C, R, c.chunk_m, x.stride(0), s.stride(0), *((0, 0) if b is None else b.stride())),
         *(0 if chunks == 1 else g.stride(0), *g.stride()[-2:]),
-        0 if partial_p is None else partial_p.stride(-2),
+        p_distance,
         WITH_P=b is not None,
         DROPOUT=p > 0,
+        STEP=step_of(R, s.stride(0), p_distance),
+        STEP_B=1 if b is None else step_of(b.stride(0)),
         BLOCK_M=c.block_m,
         BLOCK_C=c.block_c,
         BLOCK_R=block_r(R),
@@ -251,18 +270,24 @@ def _tall(
 
 def sum_tile(columns: int) -> tuple[int, int]:
     """Rows and columns of one tile of a sum over partial results."""
-    block_n = min(_SUM_TILE, max(16, 1 << (columns - 1).bit_length()))
-    return _SUM_TILE // block_n, block_n
+    elements = _SUM_TILE // (2 if columns % 16 else 1)
+    block_n = min(elements, max(16, 1 << (columns - 1).bit_length()))
+    return elements // block_n, block_n
 
 
 def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
     """``out [rows, columns] = Σ partial`` over its first axis."""
     count, rows, columns = partial.shape
+    strides = out.stride()
+    if out.is_contiguous():
+        # one long row: those of 8 columns would be read by elements
+        rows, columns, strides = 1, rows * columns, (0, 1)
     block_m, block_n = sum_tile(columns)
+    blocks = cdiv(columns, block_n)
     launch(
         _kernels().sum_kernel,
-        (cdiv(rows, block_m), cdiv(columns, block_n)),
-        *(partial, out, count, rows, columns, partial.stride(0), *out.stride()),
+        (cdiv(rows, block_m) * blocks,),
+        *(partial, out, count, rows, columns, blocks, partial.stride(0), *strides),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=4,

@@ -12,8 +12,13 @@ class DequantizeConfig:
     32 elements a thread: 8.4 instructions each on sm_80, of which the table is 1; with 16 elements it is 10.9.
     """
 
-    block: int = 512
+    block: int
     num_warps: int = 4
+
+    @classmethod
+    def choose(cls, *, whole: bool) -> DequantizeConfig:
+        """Half as many where rows are not ``whole`` words: each element has an address, and a row, of its own."""
+        return cls(512 if whole else 256)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,8 @@ def dequantize_into(
     numel, (_, K) = out.numel(), out.shape
     if not numel:
         return out
-    c = config or DequantizeConfig()
+    whole = K % 8 == 0
+    c = config or DequantizeConfig.choose(whole=whole)
     packed, words = words_of(q.packed)
     launch(
         _kernels().dequantize_kernel,
@@ -75,7 +76,7 @@ def dequantize_into(
         *(None if row_scale is None else row_scale.contiguous(), out),
         *(numel, K, K // 8, out.stride(0)),
         WORDS=words,
-        WHOLE=K % 8 == 0,
+        WHOLE=whole,
         ROWS=row_scale is not None or not out.is_contiguous(),
         HAS_SCALE=row_scale is not None,
         **absmax_constants(q),
