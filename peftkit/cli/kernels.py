@@ -70,7 +70,7 @@ def inspect(
 
     options = {"ops": _known(ops), "archs": known_archs(archs or ()), "every": every}
     rows = child.call("aot", "rows", interpret=False, **options)
-    hidden = {"dram_margin", "bytes_in_flight", "error"}
+    hidden = {"aligned", "dram_margin", "bytes_in_flight", "error"}
     formats = {
         "tensor_instructions": _counts,
         "load_widths": _counts,

@@ -43,9 +43,10 @@ class BackwardConfig:
             target: Where it runs.
         """
         # 16 elements a thread, 8 in the 64 lanes of an AMD wave: 128-bit accesses; the gate's three streams and four sums have
-        # the registers for 8, and so has the other op on sm_100, where 16 spill if 16 does not divide the rows
-        few = {None: (), 100: ("dora_gate", "dora_scale")}.get(target.capability, ("dora_gate",))
-        block_m = 8 if op in few else 16
+        # the registers for 8, and so has the other op from sm_100 on, where 16 spill if 16 does not divide the rows
+        capability = target.capability
+        few = capability is not None and (op == "dora_gate" or capability >= 100)
+        block_m = 8 if few else 16
         chunk_m = _MAX_CHUNK_M
         wanted = _PROGRAMS_A_MULTIPROCESSOR * target.sms
         while chunk_m > _MIN_CHUNK_M and cdiv(M, chunk_m) * cdiv(N, _BLOCK_N) < wanted:
