@@ -38,14 +38,14 @@ class BottleneckConfig:
         block_m = 64 if padded <= 128 else 32
         while block_m > 16 and 4 * cdiv(M, block_m) < 3 * target.sms:
             block_m //= 2
-        block_d, num_warps, num_stages = 64 if itemsize == 2 else 32, 8, 2
-        if padded <= 64:
+        block_d, num_warps, num_stages = 128 // itemsize, 8, 2
+        if padded <= 128 // itemsize:
             num_warps, num_stages = 4, 3
         elif padded > 128 and target.capability is None:
             # a second buffer spills on AMD
             num_stages = 1
         elif padded > 128:
-            block_d, num_stages = 32, 3
+            block_d, num_stages = 64 // itemsize, 3
         if not aligned:
             block_d //= 2
         return cls(block_m, block_d, num_warps, num_stages)

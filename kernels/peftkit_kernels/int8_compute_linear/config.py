@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peftkit_kernels.low_rank.config import block_r
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizeConfig:
@@ -32,13 +34,18 @@ class Int8GemmConfig:
     num_stages: int = 3
 
     @classmethod
-    def choose(cls, M: int, *, dropout: bool, aligned: bool) -> Int8GemmConfig:
+    def choose(
+        cls, M: int, R: int, *, itemsize: int, dropout: bool, aligned: bool
+    ) -> Int8GemmConfig:
         """The mask of a wide tile does not fit the registers beside the tile.
 
         A step costs 300 clocks besides its products, whatever its length: 618 clocks for 512 of products on sm_80 with 128 of K,
         578 for 256 with 64.
         """
         block_k = 128 if aligned else 32
+        if itemsize == 4 and block_r(R) > 16:
+            # without tensor cores the update's product is unrolled: 128 x 128 of rank 64 spill kilobytes
+            return cls(64, 32, block_k)
         if M <= 64:
             return cls(64, 64, block_k, num_warps=4)
         return cls(128, 64 if dropout else 128, block_k)

@@ -120,9 +120,13 @@ def product(
         config: Overrides the choice.
     """
     (M, K), N = codes.shape, weight.shape[0]
-    y = codes.new_empty(M, N, dtype=dtype)
-    c = config or Int8GemmConfig.choose(M, dropout=p > 0, aligned=aligned(codes, weight, y))
-    R = 0 if s is None else s.shape[1]
+    y, R = codes.new_empty(M, N, dtype=dtype), 0 if s is None else s.shape[1]
+    c = config or Int8GemmConfig.choose(
+        *(M, max(R, 1)),
+        itemsize=y.element_size(),
+        dropout=p > 0,
+        aligned=aligned(codes, weight, y),
+    )
     launch(
         _kernels().int8_gemm_kernel,
         (cdiv(M, c.block_m) * cdiv(N, c.block_n),),

@@ -67,14 +67,16 @@ class GateBackwardConfig:
         block_m, block_f = (32, 64) if block_r <= 16 else (64, 32)
         if block_r > 64:
             block_m = 32  # and 64 rows of 128 on sm_90
-        num_stages = 2
+        num_warps, num_stages = 4, 2
         if itemsize == 4:
             block_m, block_f, num_stages = 32, 32, 1
         if not aligned:
-            # elements of 2 bytes are not copied asynchronously, so that a second buffer only takes registers
+            # elements of 2 bytes are not copied asynchronously, so that a second buffer only takes registers; 4 warps spill a
+            # few of them at rank 16 on sm_90, 8 at rank 64 on sm_86
             block_m, block_f, num_stages = 32, 16, 1
+            num_warps = 8 if block_r <= 16 else 4
         chunk_m = 1024
         wanted = _PROGRAMS_A_MULTIPROCESSOR * target.sms
         while chunk_m > _MIN_CHUNK_M and cdiv(M, chunk_m) * cdiv(F, block_f) < wanted:
             chunk_m //= 2
-        return cls(block_m, block_f, chunk_m, num_stages=num_stages)
+        return cls(block_m, block_f, chunk_m, num_warps, num_stages)

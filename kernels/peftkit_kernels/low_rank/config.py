@@ -51,8 +51,9 @@ class ShrinkConfig:
         elif block_r(R) == 64 and dropout and not wide:
             # philox beside a wide product: 1.11 x DRAM bandwidth on A100, against 1.02 for 64 x 64
             block_m, block_k = 128, 32
-        # 4 warps spill a few registers at rank 32 in exact float32 on sm_90, and at 128 read by elements on sm_120
-        num_warps = 8 if block_r(R) > (16 if wide else 64) and (wide or not aligned) else 4
+        # 4 warps spill a few registers at rank 32 or with dropout in exact float32 on sm_90, and at 128 by elements on sm_120
+        more = dropout or block_r(R) > 16 if wide else block_r(R) > 64 and not aligned
+        num_warps = 8 if more else 4
         if block_k == 128 and target.capability not in (None, 90, 100):
             # 4 warps spill a few registers at rank 16 on sm_120, at 8 on sm_80 to sm_89: there products are those of one warp
             num_warps = 8
