@@ -95,7 +95,7 @@ def test_what_is_changed_in_place_moves_twice():
     y, s, B = (torch.empty(shape, device="meta") for shape in ((64, 48), (64, 16), (48, 16)))
     with recording(Target("cuda:80", 108)) as launches:
         passes.expand(s, B, 1.0)
-        passes.expand(s, B, 1.0, out=y)
+        passes.expand(s, B, 1.0, out=y, add=True)
     fresh, added = (
         predict.moved_bytes("expand_kernel", predict.arguments_of(launch)) for launch in launches
     )
