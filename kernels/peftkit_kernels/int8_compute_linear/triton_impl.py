@@ -58,12 +58,12 @@ def quantize(
         ``Int8[M, K]`` in the workspace, ``Float32[M]``, and ``[M, R]`` in the dtype of ``x`` or ``None``.
     """
     (M, K), x = x.shape, passes.readable(x)
+    R = 0 if A is None else A.shape[0]
     c = config or QuantizeConfig.choose(
-        itemsize=x.element_size(), dropout=p > 0, aligned=aligned(x)
+        max(R, 1), itemsize=x.element_size(), dropout=p > 0, aligned=aligned(x)
     )
     codes = workspace.take((M, K), torch.int8, x.device)
     step = x.new_empty(M, dtype=torch.float32)
-    R = 0 if A is None else A.shape[0]
     s = None if A is None else x.new_empty(M, R)
     launch(
         _kernels().quantize_kernel,

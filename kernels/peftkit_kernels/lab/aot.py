@@ -62,7 +62,7 @@ class Stream(NamedTuple):
         loads: Tiles it loads a step.
         stores: Tiles it stores a step.
         loops: Loops over the same tiles that its loads and stores are spread over.
-        beside: The constants of another tile that a step loads, from L2: it is in flight as well.
+        beside: The constants of another tile that a step loads: it is in flight as well.
         instruction_bound: Values of constants with which instructions and not DRAM limit it, as its README says.
     """
 
@@ -100,7 +100,8 @@ STREAMS = {
     # where no magnitude is trained it loads one tile, and its programs are twice as many
     "scale_backward_kernel": Stream(("BLOCK_M", "BLOCK_N"), 2, 1),
     "scaled_gate_backward_kernel": Stream(("BLOCK_M", "BLOCK_F"), 3, 2),
-    "grouped_shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1),
+    # an adapter's factor is read by the few programs that have rows of it: when decoding it is most of what is streamed
+    "grouped_shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1, beside=("BLOCK_K", "BLOCK_R")),
     "grouped_tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
 }
 
