@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 from peftkit_kernels.lab import inventory
 from peftkit_kernels.lab.devices import A100, H100, LIMITS, Device, Occupancy, occupancy
 from peftkit_kernels.launch import Launch, aligned
+from peftkit_kernels.low_rank.config import MAX_RANK
 
 ARCHS = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
 QUICK_ARCHS = ("cuda:80", "cuda:90")
@@ -105,8 +106,8 @@ STREAMS = {
     "grouped_tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
 }
 
-_STREAMED = 8
-"""A tensor counts as large with this part of the bytes of the largest."""
+_STREAMED = 64
+"""A tensor counts as streamed with this part of the bytes of the largest, unless its rows are ranks."""
 _MIN_BYTES_IN_FLIGHT = 16 * 1024
 """Little's law on H100: 25 GB/s a multiprocessor times 0.65 microseconds of latency."""
 _MIN_DRAM_MARGIN = 1.1
@@ -132,7 +133,7 @@ class Report:
         dots: Products in the source that tensor cores can do: 16-bit, int8, TF32.
         constants: The constexpr arguments.
         itemsize: Bytes of an element of the first tensor.
-        aligned: Whether rows of its large tensors start and end at multiples of 16 elements. Others are read by elements:
+        aligned: Whether rows of what it streams start and end at multiples of 16 elements. Others are read by elements:
             instructions limit that, not DRAM, and what is asked of streams does not apply.
         tensor_instructions: Tensor-core instructions by name.
         loads: Global loads by bits an access; ``"TMA"`` for bulk copies.
@@ -359,8 +360,7 @@ def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch
     report.constants = launch.constants
     tensors = [a for a in launch.arguments if isinstance(a, Tensor)]
     report.itemsize = tensors[0].element_size()
-    largest = max(t.nbytes for t in tensors)
-    report.aligned = aligned(*(t for t in tensors if _STREAMED * t.nbytes >= largest))
+    report.aligned = aligned(*_streamed(tensors))
     source = ASTSource(launch.kernel, signature, constants, hints)
     kind, number = arch.split(":")
     target = GPUTarget("cuda", int(number), 32) if kind == "cuda" else GPUTarget(kind, number, 64)
@@ -385,6 +385,13 @@ def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch
     else:
         read_amd(report, compiled.asm["amdgcn"])
     return report
+
+
+def _streamed(tensors: list[Tensor]) -> list[Tensor]:
+    """Those whose rows matter: large ones, not of ranks; where there is none, the largest."""
+    largest = max(tensors, key=lambda t: t.nbytes)
+    wide = [t for t in tensors if t.dim() and t.shape[-1] > MAX_RANK]
+    return [t for t in wide if _STREAMED * t.nbytes >= largest.nbytes] or [largest]
 
 
 def _tensor_core_dots(ttir: str) -> list[str]:
