@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from compiler import machine_code
 
-from peftkit_kernels.lab import aot
+from peftkit_kernels.lab.machine_code import Report
 
 SCRIPT = """
 import json, torch, lab_kernels as kernels
@@ -79,7 +79,7 @@ def test_rows_that_can_only_be_read_by_elements_may_be(reports, case):
 
 def test_a_loop_that_waits_is_none():
     """On sm_100 a product is waited for in one; a kernel that streams nothing else may read little and write much."""
-    found = aot.Report("expand_kernel", "", "cuda:100", registers=64, shared_bytes=1024, warps=4)
+    found = Report("expand_kernel", "", "cuda:100", registers=64, shared_bytes=1024, warps=4)
     found.loads, found.stores = Counter({"16": 24}), Counter({"128": 8})
     found.loops = [Counter(SYNCS=1, BRA=1)]
     (problem,) = found.problems()
@@ -112,7 +112,7 @@ def test_each_fault_is_named(reports, case, problem):
 def stream_report(kernel, dropout=False, act="silu", clocks=1):
     """A kernel on an H100 with one loop of ``clocks`` instructions an element, as the inspector would report it."""
     tile = {"BLOCK_M": 64, "BLOCK_F": 32, "BLOCK_D": 32, "BLOCK_R": 16}
-    found = aot.Report(kernel, "", "cuda:90", registers=64, shared_bytes=1024, warps=4)
+    found = Report(kernel, "", "cuda:90", registers=64, shared_bytes=1024, warps=4)
     found.constants = tile | {"DROPOUT": dropout, "ACT": act}
     found.loads = Counter({"128": 1})
     found.loops = [Counter({"FFMA": clocks * 16})]

@@ -76,7 +76,13 @@ DISASSEMBLY = """
 
 
 def test_machine_code_is_counted():
-    from peftkit_kernels.lab.aot import Report, clocks, dram_margin, read_amd, read_sass
+    from peftkit_kernels.lab.machine_code import (
+        Report,
+        clocks,
+        dram_margin,
+        read_amd,
+        read_sass,
+    )
 
     report = Report("kernel", "", "cuda:80", warps=4, registers=40)
     read_sass(report, DISASSEMBLY)
