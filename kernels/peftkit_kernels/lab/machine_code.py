@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import triton
-
 from peftkit_kernels.lab.devices import A100, H100, LIMITS, Device, Occupancy, occupancy
 
 _TENSOR_OPS = frozenset(
@@ -239,6 +237,8 @@ _INSTRUCTION = re.compile(
 
 def read_nvidia(report: Report, cubin: bytes) -> None:
     """Fill in ``report`` from a compiled kernel, by the ``cuobjdump`` that comes with Triton."""
+    import triton
+
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
