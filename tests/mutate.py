@@ -1,4 +1,4 @@
-"""Plant every bug of ``mutations.py``, run its test, and say which bug went unnoticed.
+"""Plant every bug of ``mutations.py`` and ``mutations_of_weights.py``, run its test, and say which bug went unnoticed.
 
     python tests/mutate.py            # all of them, minutes
     python tests/mutate.py --quick    # one of every kind
@@ -25,7 +25,8 @@ from types import ModuleType
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import pytest
-from mutations import MUTATIONS, Mutation
+from mutation import Mutation
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -131,7 +132,7 @@ def mutated_source(source: str, mutation: Mutation) -> str:
             if body.count(mutation.old) != 1:
                 raise ValueError(
                     f"{mutation.name}: {mutation.old!r} occurs {body.count(mutation.old)} times in the kernel, not once; "
-                    "mend the line in tests/mutations.py"
+                    "mend the line in tests/mutations*.py"
                 )
             return "".join([*head, body.replace(mutation.old, mutation.new), *tail])
     raise ValueError(f"{mutation.name}: there is no kernel {mutation.kernel} in {mutation.module}")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import mutate
 import pytest
-from mutations import KINDS, MUTATIONS, Mutation
+from mutation import KINDS, Mutation
+from mutations import MUTATIONS
 
 
 def run(*options):
