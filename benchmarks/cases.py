@@ -104,7 +104,7 @@ def peft(model: nn.Module, use_dora: bool = False) -> nn.Module:
     """Stock PEFT, eager, with LoRA or DoRA on the layers that peftkit's "all-linear" means."""
     from peft import LoraConfig, get_peft_model
 
-    from peftkit.targets import fill_targets
+    from peftkit.find.targets import fill_targets
 
     config = LoraConfig(r=16, lora_alpha=32, use_dora=use_dora, task_type="CAUSAL_LM")
     fill_targets(model, config)
@@ -125,7 +125,7 @@ def peftkit(model: nn.Module, use_dora: bool = False) -> nn.Module:
 def peftkit_bottleneck(model: nn.Module) -> nn.Module:
     """Bottlenecks on the outputs of attention and MLP, of as many parameters as the adapters of ``peftkit``."""
     from peftkit import BottleneckConfig, wrap
-    from peftkit.targets import all_linear
+    from peftkit.find.targets import all_linear
 
     linears = [model.get_submodule(name) for name in all_linear(model).modules]
     wanted = sum(16 * (m.in_features + m.out_features) for m in linears)  # type: ignore[operator]
@@ -179,11 +179,11 @@ def first_parts(count: int) -> Callable[[nn.Module], nn.Module]:
     """Stock PEFT with the first ``count`` of ``PARTS``; all of them are ``peftkit``."""
 
     def build(model: nn.Module) -> nn.Module:
-        from peftkit.attention import fuse_attention
-        from peftkit.lora.blocks import fuse_gated_mlps, group_shared_inputs
-        from peftkit.lora.layers import fuse_layer
-        from peftkit.loss import install_logit_free
-        from peftkit.norms import fuse_norms
+        from peftkit.fuse.attention import fuse_attention
+        from peftkit.fuse.blocks import fuse_gated_mlps, group_shared_inputs
+        from peftkit.fuse.linear import fuse_layer
+        from peftkit.fuse.loss import install_logit_free
+        from peftkit.fuse.norm import fuse_norms
         from peftkit_kernels import gemm
 
         parts = list(PARTS)[:count]

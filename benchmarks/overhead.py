@@ -90,7 +90,7 @@ def wrap_seconds() -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from peftkit import wrap
-    from peftkit.targets import all_linear
+    from peftkit.find.targets import all_linear
 
     config = LlamaConfig(
         hidden_size=512,
@@ -144,7 +144,7 @@ def model_seconds() -> dict[str, dict[str, float]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from peftkit import accelerate
-    from peftkit.targets import all_linear
+    from peftkit.find.targets import all_linear
 
     def model(fuse: bool) -> nn.Module:
         config = LlamaConfig(

@@ -4,20 +4,20 @@ The public names below are loaded when first used, so that ``import peftkit`` lo
 transformers.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
     from peftkit.bridge import BottleneckConfig, PrefixConfig
-    from peftkit.contract import ContractError, check, load_adapter
-    from peftkit.explain import Report, explain
+    from peftkit.checks import check
+    from peftkit.errors import ContractError
     from peftkit.interop import import_adapter
-    from peftkit.lora.plus import lora_plus_groups
-    from peftkit.wrap import accelerate, restore, wrap
+    from peftkit.loading import load_adapter
+    from peftkit.lora_plus import lora_plus_groups
+    from peftkit.report import Report, explain
+    from peftkit.wrapping import accelerate, restore, wrap
 
 __version__ = "0.1.0"
 
@@ -40,36 +40,19 @@ __all__ = [
 
 _HOME_OF = {
     "BottleneckConfig": "peftkit.bridge",
-    "ContractError": "peftkit.contract",
+    "ContractError": "peftkit.errors",
     "LoraConfig": "peft",
     "PrefixConfig": "peftkit.bridge",
-    "Report": "peftkit.explain",
-    "accelerate": "peftkit.wrap",
-    "check": "peftkit.contract",
-    "explain": "peftkit.explain",
+    "Report": "peftkit.report",
+    "accelerate": "peftkit.wrapping",
+    "check": "peftkit.checks",
+    "explain": "peftkit.report",
     "import_adapter": "peftkit.interop",
-    "load_adapter": "peftkit.contract",
-    "lora_plus_groups": "peftkit.lora.plus",
-    "restore": "peftkit.wrap",
-    "wrap": "peftkit.wrap",
+    "load_adapter": "peftkit.loading",
+    "lora_plus_groups": "peftkit.lora_plus",
+    "restore": "peftkit.wrapping",
+    "wrap": "peftkit.wrapping",
 }
-
-
-class _Package(ModuleType):
-    """This package, with ``peftkit.wrap`` and ``peftkit.explain`` always meaning the functions.
-
-    The import system binds a submodule as an attribute of its package when the submodule is first
-    imported, by whatever path. Without this, ``peftkit.wrap`` would be a function or a module
-    depending on who imported what before.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOME_OF and isinstance(value, ModuleType):
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -26,12 +26,12 @@ from torch import nn
 
 from peftkit.bottleneck import BottleneckConfig, BottleneckSite, remove_bottlenecks
 from peftkit.bottleneck import inject as bottleneck
-from peftkit.contract import check_targets
+from peftkit.find.matching import check_targets
+from peftkit.find.targets import fill_targets, wrapped_modules
 from peftkit.peft_types import PeftkitType
 from peftkit.prefix import PrefixConfig, PrefixSite, remove_prefixes
 from peftkit.prefix import inject as prefix
 from peftkit.prefix.positions import move_positions
-from peftkit.targets import fill_targets, wrapped_modules
 
 __all__ = ["BottleneckConfig", "MixConfig", "PrefixConfig", "combine"]
 

@@ -13,8 +13,9 @@ from packaging.version import InvalidVersion, Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
-from peftkit.contract import ContractError, check_fits
+from peftkit.errors import ContractError
 from peftkit.interop.files import Checkpoint, read_checkpoint
+from peftkit.loading import check_fits
 from peftkit.peft_types import PeftkitType
 
 Target = Literal["peft", "vllm"]

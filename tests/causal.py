@@ -8,7 +8,7 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
 
-from peftkit.loss import install_logit_free
+from peftkit.fuse.loss import install_logit_free
 
 DECODER = {
     "vocab_size": models.VOCAB_SIZE,

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 
 from peftkit import accelerate
-from peftkit.targets import all_linear
+from peftkit.find.targets import all_linear
 from peftkit_kernels.dora_scale.torch_impl import DoRAGate, DoRAScale
 from peftkit_kernels.frozen_norm.torch_impl import FrozenLayerNorm, FrozenRMSNorm
 from peftkit_kernels.lora_linear.torch_impl import LoRALinear

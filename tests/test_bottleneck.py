@@ -18,7 +18,7 @@ from peftkit.bottleneck import (
     add_bottlenecks,
     remove_bottlenecks,
 )
-from peftkit.points import probe_inputs
+from peftkit.find.points import probe_inputs
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 

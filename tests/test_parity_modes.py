@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from peftkit.lora import layers
+from peftkit.fuse import layers
 from peftkit_kernels.dropout import dropout_mask, keep_scale
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from peftkit import BottleneckConfig, ContractError, LoraConfig, PrefixConfig, wrap
-from peftkit.contract import check_fits
+from peftkit.loading import check_fits
 from peftkit.portability import VLLM_RANKS, fit, inspect_adapter
 
 

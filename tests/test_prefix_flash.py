@@ -11,7 +11,7 @@ from torch import nn
 from transformers import StaticCache
 from transformers.integrations import flash_attention
 
-from peftkit.points import probe_inputs
+from peftkit.find.points import probe_inputs
 from peftkit.prefix import remove_prefixes
 from peftkit.prefix.attention import prefix_attention
 from peftkit_kernels.testing import assert_no_worse_than

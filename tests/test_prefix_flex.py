@@ -19,7 +19,7 @@ from torch.nn.attention import flex_attention as flex
 from transformers import AttentionInterface, LlamaConfig, StaticCache
 from transformers.models.llama import modeling_llama
 
-from peftkit.points import probe_inputs
+from peftkit.find.points import probe_inputs
 from peftkit.prefix import Prefix, PrefixConfig, PrefixSite, add_prefixes, remove_prefixes
 from peftkit.prefix.attention import prefix_attention
 from peftkit.prefix.inject import attach

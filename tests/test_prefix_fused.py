@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from peftkit import accelerate, restore
-from peftkit.attention import FusedAttention
+from peftkit.fuse.attention import FusedAttention
 from peftkit.prefix import Prefix, PrefixConfig, add_prefixes, attention, remove_prefixes
 from peftkit.prefix.module import PrefixAttention
 from peftkit_kernels.testing import assert_no_worse_than

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit.points import probe_inputs
+from peftkit.find.points import probe_inputs
 
 ROWS = 2
 

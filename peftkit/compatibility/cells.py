@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peftkit.checks import check
+from peftkit.checks.reach import loss_of
 from peftkit.compatibility.batches import training_batch
 from peftkit.compatibility.methods import METHODS
-from peftkit.contract import check, load_adapter
-from peftkit.contract.reach import loss_of
-from peftkit.lora.blocks import same_up_to_rounding
-from peftkit.points import evaluating
-from peftkit.wrap import restore, wrap
+from peftkit.find.points import evaluating
+from peftkit.fuse.blocks import same_up_to_rounding
+from peftkit.loading import load_adapter
+from peftkit.wrapping import restore, wrap
 
 STEPS = 6
 LEARNING_RATE = 0.02

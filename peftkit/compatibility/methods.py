@@ -9,7 +9,7 @@ from peft import IA3Config, LoraConfig
 from torch import nn
 
 from peftkit.bridge import BottleneckConfig, PrefixConfig
-from peftkit.targets import all_linear, base_modules
+from peftkit.find.targets import all_linear, base_modules
 
 
 def _targets(model: nn.Module) -> str | list[str]:

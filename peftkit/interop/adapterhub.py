@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from peftkit.bottleneck import BottleneckConfig
 from peftkit.bottleneck.inject import CHILD
-from peftkit.contract import ContractError
-from peftkit.contract.errors import listing
+from peftkit.errors import ContractError, listing
+from peftkit.find.points import Point, find_points
+from peftkit.find.targets import wrapped_modules
 from peftkit.interop.files import Checkpoint
-from peftkit.points import Point, find_points
-from peftkit.targets import wrapped_modules
-from peftkit.wrap import wrap
+from peftkit.wrapping import wrap
 
 if TYPE_CHECKING:
     from peft import PeftModel

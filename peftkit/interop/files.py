@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit.contract import ContractError
+from peftkit.errors import ContractError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = (

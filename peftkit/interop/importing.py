@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from peftkit.contract import ContractError
+from peftkit.errors import ContractError
 from peftkit.interop.adapterhub import import_bottlenecks
 from peftkit.interop.files import Checkpoint, read_checkpoint
 from peftkit.interop.prefix_tuning import import_prefix

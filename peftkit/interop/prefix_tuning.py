@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.contract import ContractError
-from peftkit.contract.errors import listing
+from peftkit.errors import ContractError, listing
+from peftkit.find.targets import base_modules
 from peftkit.interop.files import Checkpoint
 from peftkit.interop.rotary import check_turning, rotations, turn
 from peftkit.prefix import PrefixConfig
 from peftkit.prefix.inject import fill_attentions, head_sizes
 from peftkit.prefix.module import CHILD
 from peftkit.prefix.positions import learned_positions
-from peftkit.targets import base_modules
-from peftkit.wrap import wrap
+from peftkit.wrapping import wrap
 
 if TYPE_CHECKING:
     from peft import PeftModel

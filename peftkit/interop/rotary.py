@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.contract import ContractError
-from peftkit.points import PROBE_TOKENS, evaluating
-from peftkit.targets import base_modules
+from peftkit.errors import ContractError
+from peftkit.find.points import PROBE_TOKENS, evaluating
+from peftkit.find.targets import base_modules
 
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines for one position, ``[1, 1, D]`` each, of whatever layout the model uses."""

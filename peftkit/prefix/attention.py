@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.own_attention import NATIVE, Undispatched
+from peftkit.attention_dispatch import NATIVE, Undispatched
 from peftkit.prefix.flash import by_lengths, flash_obstacle, in_front, is_flash
 from peftkit.prefix.masks import widen
 from peftkit_kernels.attention import native_obstacle

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkit.own_attention import dispatches
+from peftkit.attention_dispatch import dispatches
+from peftkit.find.points import evaluating
+from peftkit.find.targets import base_modules, is_cross_attention
 from peftkit.placing import device_and_dtype, refuse_peft_fields
-from peftkit.points import evaluating
 from peftkit.prefix.attention import IMPLEMENTATION, RECORD, prefix_attention
 from peftkit.prefix.config import PrefixConfig
 from peftkit.prefix.module import CHILD, Prefix, PrefixAttention, PrefixSite
 from peftkit.prefix.positions import move_positions, restore_positions
 from peftkit.swap import swap_in, swap_out
-from peftkit.targets import base_modules, is_cross_attention
 
 _HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _KEY_NAMES = ("k_proj", "key", "k", "k_lin", "key_proj")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.own_attention import OwnAttention
+from peftkit.attention_dispatch import OwnAttention
 from peftkit.prefix.attention import (
     IMPLEMENTATION,
     OP,

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftkit.find.targets import base_modules
 from peftkit.swap import swap_in, swap_out
-from peftkit.targets import base_modules
 
 _NAMES = {"wpe", "position_embeddings", "embed_positions", "position_embedding"}
 _SITE = "_peftkit_moved_by"

@@ -3,7 +3,7 @@
 KNOWN = {
     "tests/test_initialization.py::TestLoraInitialization::test_modules_to_save_targets_lora_layer_raises": (
         "compares an error message that contains the class path `peft.tuners.lora.layer.Linear`; "
-        "a fused layer's is `peftkit.lora.layers.Linear`"
+        "a fused layer's is `peftkit.fuse.linear.Linear`"
     ),
     "tests/test_initialization.py::TestLoraInitialization::test_lora_use_dora_linear": (
         "asks for the bits of nn.Linear from a DoRA that has not been trained, which the fused norm gives to rounding only: "

@@ -125,7 +125,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def _fuse_at_creation(fused: Counter) -> None:
     from peft.tuners.lora import LoraModel
 
-    from peftkit.lora.layers import fuse_layer
+    from peftkit.fuse.linear import fuse_layer
 
     create = LoraModel._create_new_module
 

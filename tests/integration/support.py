@@ -34,15 +34,15 @@ LOSS_TOLERANCE = 1e-5
 """How far 20 optimiser steps may take the losses of a fused model from those of stock PEFT."""
 
 FUSED_OPS = (
-    "peftkit.lora.compute.lora_linear",
-    "peftkit.lora.compute.lora_qkv",
-    "peftkit.lora.compute.lora_swiglu_mlp",
-    "peftkit.lora.compute.nf4_linear",
-    "peftkit.lora.compute.int8_linear",
-    "peftkit.norms.frozen_rms_norm",
-    "peftkit.norms.frozen_layer_norm",
-    "peftkit.loss.install.linear_cross_entropy",
-    "peftkit.attention.attention",
+    "peftkit.fuse.compute.lora_linear",
+    "peftkit.fuse.compute.lora_qkv",
+    "peftkit.fuse.compute.lora_swiglu_mlp",
+    "peftkit.fuse.compute.nf4_linear",
+    "peftkit.fuse.compute.int8_linear",
+    "peftkit.fuse.norm.frozen_rms_norm",
+    "peftkit.fuse.norm.frozen_layer_norm",
+    "peftkit.fuse.loss.install.linear_cross_entropy",
+    "peftkit.fuse.attention.attention",
 )
 
 LLAMA_FORWARD = Counter(

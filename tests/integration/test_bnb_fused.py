@@ -12,7 +12,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from peftkit import accelerate, explain
-from peftkit.lora.quantized import FusedLinear4bit, FusedLinear8bitLt
+from peftkit.fuse.quantized import FusedLinear4bit, FusedLinear8bitLt
 
 K, N = 128, 64
 """Whole blocks: where they straddle rows, bitsandbytes' own decoding on the CPU is wrong."""

@@ -1,0 +1,5 @@
+"""Checks that a model would train: adapters exist and are active, gradients reach them, values are finite."""
+
+from peftkit.checks.training import CheckReport, check
+
+__all__ = ["CheckReport", "check"]

@@ -1,0 +1,81 @@
+"""What adapters a model carries, tensor by tensor, whatever PEFT method they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftkit.find.targets import is_own_adapter
+
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """One parameter of one adapter.
+
+    Attributes:
+        name: Its name in the model.
+        layer: Name of the tuner layer or wrapper that owns it.
+        role: Its name within the layer, without the adapter's name: ``"lora_A.weight"``.
+        adapter: The adapter's name; empty where the method keeps one set for all.
+        tensor: The parameter.
+    """
+
+    name: str
+    layer: str
+    role: str
+    adapter: str
+    tensor: Tensor
+
+
+def adapter_tensors(model: nn.Module) -> list[AdapterTensor]:
+    """Every parameter that belongs to an adapter, the copies made for ``modules_to_save`` included."""
+    configs = getattr(model, "peft_config", None) or {}
+    return [
+        AdapterTensor(
+            name=f"{layer}.{own}" if layer else own,
+            layer=layer,
+            role=".".join(part for part in own.split(".") if part not in configs),
+            adapter=next((part for part in own.split(".") if part in configs), ""),
+            tensor=tensor,
+        )
+        for layer, own, tensor in _owned(model)
+    ]
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    seen: set[int] = set()
+    for layer, module in model.named_modules():
+        wrapper = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if not wrapper and layer != "prompt_encoder":
+            continue
+        beside = tuple(
+            f"{name}."
+            for name, inner in module.named_modules()
+            if name and isinstance(inner, BaseTunerLayer) and is_own_adapter(inner)
+        )
+        for own, tensor in model.get_submodule(layer).named_parameters():
+            original = {"base_layer", "original_module"} & {*own.split(".")}
+            if not original and not own.startswith(beside) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield layer, own, tensor
+
+
+def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The PEFT tuner layers of a model by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = dict(model.named_modules())
+    return {name: modules[name] for name in modules if isinstance(modules[name], BaseTunerLayer)}
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that a forward uses, as PEFT's or transformers' model reports them."""
+    active: Any = model.active_adapters
+    active = active() if callable(active) else active
+    return [active] if isinstance(active, str) else list(active)

@@ -1,0 +1,197 @@
+"""Would this model train? ``check`` looks at the adapters, and with a batch at one forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peftkit.checks.adapters import AdapterTensor, active_adapters, adapter_tensors, tuner_layers
+from peftkit.checks.reach import measure
+from peftkit.errors import ContractError, listing
+from peftkit.find.matching import check_targets
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What ``check`` found in a model that passed.
+
+    Attributes:
+        adapters: Names of the active adapters.
+        tensors: Number of adapter tensors.
+        trainable: Number of trainable adapter tensors.
+        loss: Loss of the batch; ``None`` without a batch.
+        grad_norms: Euclidean norm of each trainable tensor's gradient by name; empty without a batch.
+        notes: What is unusual but has a reason.
+    """
+
+    adapters: tuple[str, ...]
+    tensors: int
+    trainable: int
+    loss: float | None = None
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        """Print as a table."""
+        from rich.table import Table
+
+        table = Table(title="peftkit check: passed", show_header=False)
+        for name, value in self._rows():
+            table.add_row(name, value)
+        return table
+
+    def __str__(self) -> str:
+        """One line an entry."""
+        return "\n".join(f"{name}: {value}" for name, value in self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [
+            ("active adapters", ", ".join(self.adapters)),
+            ("adapter tensors", f"{self.tensors}, {self.trainable} of them trainable"),
+        ]
+        if self.loss is not None:
+            norms = {name: norm for name, norm in self.grad_norms.items() if norm > 0.0}
+            rows.append(("loss", f"{self.loss:.6g}"))
+            for what, pick in (("smallest", min), ("largest", max)) if norms else ():
+                name = pick(norms, key=norms.__getitem__)
+                rows.append((f"{what} gradient norm", f"{norms[name]:.3g} ({name})"))
+            zeros = len(self.grad_norms) - len(norms)
+            rows.append(("zero gradients", f"{zeros}, as they should be"))
+        return rows + [("note", note) for note in self.notes]
+
+
+def check(model: nn.Module, batch: Mapping[str, Any] | None = None) -> CheckReport:
+    """Raise if training this model would go wrong without a word.
+
+    Without a batch: adapters exist, are active, matched, finite, trainable and of a dtype that can be trained. With a batch,
+    also one forward and backward in the model's current mode: loss and gradients are finite and every trainable adapter
+    tensor gets a gradient that is not zero, unless zero is right (``lora_A`` while ``lora_B`` is zero, an expert without
+    tokens, ...). The model, its gradients, buffers and the random state are left as they were.
+
+    Args:
+        model: A ``PeftModel``, or a transformers model after ``add_adapter``.
+        batch: What the model is called with, labels included; moved to the model's device.
+
+    Returns:
+        What was seen, for printing.
+
+    Raises:
+        ContractError: Something is wrong; the message names it and a way out.
+    """
+    model = getattr(model, "_orig_mod", model)
+    tensors = adapter_tensors(model)
+    if not tensors or not getattr(model, "peft_config", None):
+        raise ContractError(
+            f"{type(model).__name__} carries no adapter; call peftkit.wrap(model) first"
+        )
+    active = active_adapters(model)
+    _check_active(model, active, tensors)
+    for config in model.peft_config.values():
+        check_targets(model, config)
+    notes = _check_values(tensors) + _check_trainable(tensors, active)
+    trainable = sum(t.tensor.requires_grad for t in tensors)
+    report = CheckReport(tuple(active), len(tensors), trainable, notes=tuple(notes))
+    if batch is None:
+        return report
+    loss, norms, more = measure(model, batch, tensors)
+    return CheckReport(tuple(active), len(tensors), trainable, loss, norms, (*report.notes, *more))
+
+
+def _check_active(model: nn.Module, active: list[str], tensors: list[AdapterTensor]) -> None:
+    layers = tuner_layers(model)
+    if not active:
+        raise ContractError(
+            f"no adapter is active; call model.set_adapter with one of {sorted(model.peft_config)}"
+        )
+    owned = {t.adapter for t in tensors}
+    for name in active:
+        if name not in owned and owned != {""}:
+            raise ContractError(
+                f"the active adapter {name!r} has no tensors in the model, which holds {sorted(owned)}; call "
+                "model.set_adapter with one of those"
+            )
+    if layers and all(layer.disable_adapters for layer in layers.values()):
+        raise ContractError(
+            "all adapters are disabled; call model.enable_adapter_layers() or leave model.disable_adapter()"
+        )
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ContractError(
+            f"adapters are merged into the base weights of {len(merged)} layers, so they get no gradient:\n{listing(merged)}\n"
+            "Call model.unmerge_adapter() first."
+        )
+
+
+def _check_values(tensors: list[AdapterTensor]) -> list[str]:
+    empty = [t.name for t in tensors if t.tensor.is_meta]
+    if empty:
+        raise ContractError(
+            f"{len(empty)} adapter tensors are on the meta device, so their values were never loaded:\n{listing(empty)}\n"
+            "Load the adapter again without low_cpu_mem_usage, or by peftkit.load_adapter."
+        )
+    odd = [f"{t.name}: {t.tensor.dtype}" for t in tensors if t.tensor.dtype not in _DTYPES]
+    if odd:
+        raise ContractError(
+            f"{len(odd)} adapter tensors have a dtype that cannot be trained:\n{listing(odd)}\nCast them to torch.float32."
+        )
+    broken = [t.name for t in tensors if not bool(t.tensor.detach().isfinite().all())]
+    if broken:
+        raise ContractError(
+            f"{len(broken)} adapter tensors hold NaN or infinite values:\n{listing(broken)}\n"
+            "Load an earlier checkpoint, or start again with a smaller learning rate."
+        )
+    dtypes: dict[tuple[str, str], set[torch.dtype]] = {}
+    for t in tensors:
+        if t.role.startswith("lora_"):
+            dtypes.setdefault((t.layer, t.adapter), set()).add(t.tensor.dtype)
+    mixed = [
+        f"{layer}: {sorted(map(str, found))}"
+        for (layer, _), found in dtypes.items()
+        if len(found) > 1
+    ]
+    if mixed:
+        raise ContractError(
+            f"the factors of {len(mixed)} layers differ in dtype:\n{listing(mixed)}\nCast the whole adapter to one dtype."
+        )
+    halves = sum(t.tensor.requires_grad and t.tensor.dtype is torch.float16 for t in tensors)
+    return (
+        [f"{halves} tensors are trained in float16: small gradients and updates round to zero"]
+        if halves
+        else []
+    )
+
+
+def _check_trainable(tensors: list[AdapterTensor], active: list[str]) -> list[str]:
+    """Nothing frozen by accident: all of it, or one factor of one layer while its fellows are trained."""
+    mine = [t for t in tensors if t.adapter in active or not t.adapter]
+    if not any(t.tensor.requires_grad for t in mine):
+        raise ContractError(
+            f"no tensor of the active adapters ({', '.join(active)}) is trainable; they were probably loaded for inference: "
+            "pass is_trainable=True when loading, or call model.set_adapter after loading"
+        )
+    trained_layers = {t.layer for t in mine if t.tensor.requires_grad}
+    trained_roles = {(t.adapter, t.role) for t in mine if t.tensor.requires_grad}
+    frozen = [
+        t for t in mine if not t.tensor.requires_grad and (t.adapter, t.role) in trained_roles
+    ]
+    odd = [t.name for t in frozen if t.layer in trained_layers]
+    if odd:
+        raise ContractError(
+            f"{len(odd)} adapter tensors have requires_grad=False while the rest of their layer, and the same tensor of other "
+            f"layers, is trained:\n{listing(odd)}\nSet requires_grad of them all alike."
+        )
+    layers = sorted({t.layer for t in frozen})
+    return [f"{len(layers)} adapter layers are frozen, such as {layers[0]}"] if layers else []

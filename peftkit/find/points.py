@@ -1,0 +1,325 @@
+"""Where the sub-layers of a transformer begin and end: derived by one forward, whatever the architecture.
+
+A bottleneck adapter needs the module whose output is the attention's or the MLP's, the module that receives the MLP's input,
+and the end of the layer. Names differ between families; the order of calls does not: a layer is a list element that runs an
+attention and something else, the attention ends with the last linear called in it, and the MLP with the last one called
+outside. A mixture of experts ends with the block around its experts, which have no linear modules.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.find.targets import is_linear_like, wrapped_modules
+
+Kind = Literal["attention", "mlp", "end"]
+
+PROBE_TOKENS = 8
+_PROBE_SAMPLES = 3200
+"""Wav2Vec2's convolutions turn 320 samples into one position; a fifth of a second at 16 kHz."""
+
+_ANY_IMAGE = 64
+"""Convolutional networks take any size; five halvings leave two pixels of this one."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place where an adapter can act.
+
+    Attributes:
+        kind: ``"attention"`` (self- and cross-attention) and ``"mlp"`` are sub-layers, before dropout and the residual sum;
+            ``"end"`` is the end of the layer.
+        layer: Name of the layer.
+        index: The layer's number in its list.
+        output: Name of the module whose output (or first output) is meant.
+        source: Name of the module whose first argument is the sub-layer's input; for ``"end"`` the same as ``output``.
+        width: Size of the last axis of the output.
+        normed: Whether ``output`` is the norm that closes a post-norm layer.
+    """
+
+    kind: Kind
+    layer: str
+    index: int
+    output: str
+    source: str
+    width: int
+    normed: bool = False
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    start: int
+    x: Tensor | None
+    y: Tensor | None
+
+
+def find_points(model: nn.Module, example: Mapping[str, Any] | None = None) -> list[Point]:
+    """Find every layer's attention, MLP and end by one forward in evaluation mode, without gradients.
+
+    Args:
+        model: A transformers model, with or without adapters; left as it was.
+        example: What to call it with; made from its config where left out.
+
+    Returns:
+        The points in the model's order, under the names that modules have without adapters.
+
+    Raises:
+        ValueError: The inputs cannot be made, or the calls do not show layers with attention.
+    """
+    parts = list(wrapped_modules(model))
+    inner = {name: module for name, _, module in parts}
+    calls = _calls(inner[""], {name: outer for name, outer, _ in parts}, example)
+    points = []
+    for layer in _layers(inner, calls):
+        points += _points_of(layer, inner, calls)
+    if not points:
+        raise ValueError(
+            f"no layer of {type(inner['']).__name__} calls an attention followed by linear layers, so there is no place for "
+            "an adapter to be derived; name the modules in target_modules, or use LoRA"
+        )
+    return points
+
+
+def probe_inputs(model: Any) -> dict[str, Tensor]:
+    """Make the smallest inputs a transformers model takes: 8 tokens, one image or a fifth of a second of sound.
+
+    Raises:
+        ValueError: The model has no config, or its main input is of a kind not known here.
+    """
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        raise ValueError(
+            f"{type(model).__name__} is not a transformers model, so inputs for it cannot be made; pass example="
+        )
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    ids = torch.arange(PROBE_TOKENS)[None] % getattr(text, "vocab_size", PROBE_TOKENS)
+    eos = getattr(text, "eos_token_id", None)
+    if isinstance(eos, int) and eos < getattr(text, "vocab_size", 0):
+        ids[:, -1] = eos  # BART's classification heads read the position of the last one
+    image = getattr(config, "vision_config", config)
+    makers: dict[str, Callable[[], Tensor]] = {
+        "input_ids": lambda: ids,
+        "pixel_values": lambda: torch.zeros(1, getattr(image, "num_channels", 3), *_size(image)),
+        "input_values": lambda: torch.linspace(-1, 1, _PROBE_SAMPLES)[None],
+        "input_features": lambda: torch.zeros(
+            1, config.num_mel_bins, 2 * config.max_source_positions
+        ),
+    }
+    wanted = [main]
+    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
+        wanted = ["input_ids", "pixel_values"]
+    unknown = [name for name in wanted if name not in makers]
+    if unknown:
+        raise ValueError(
+            f"{type(model).__name__} takes {unknown[0]}, which cannot be made up here; pass example="
+        )
+    inputs = {name: makers[name]() for name in wanted}
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["decoder_input_ids"] = ids
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    device, dtype = parameters[0].device, getattr(model, "dtype", parameters[0].dtype)
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
+
+
+def _size(config: Any) -> tuple[int, int]:
+    size = getattr(config, "image_size", _ANY_IMAGE)
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _calls(
+    model: nn.Module, outer: dict[str, nn.Module], example: Mapping[str, Any] | None
+) -> dict[str, _Call]:
+    """The last call of every module: when it began, its first tensor argument and its first output, in order of completion."""
+    began: dict[str, tuple[int, Tensor | None]] = {}
+    calls: dict[str, _Call] = {}
+    clock = 0
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal clock
+            clock += 1
+            began[name] = clock, first_tensor((*args, *kwargs.values()))
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            calls.pop(name, None)
+            calls[name] = _Call(name, *began[name], first_tensor(output))
+
+        return hook
+
+    handles = []
+    for name, module in outer.items():
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(name)))
+    try:
+        with evaluating(model), torch.no_grad():
+            model(**(probe_inputs(model) if example is None else example))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The tensor a module returns or gets, or the first one of several."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)) and value:
+        return next((item for item in value if isinstance(item, Tensor)), None)
+    return None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while inside; each module's own mode afterwards.
+
+    4-bit linears, which have no other use for their mode, stay in training: on the CPU bitsandbytes would repack their weights
+    for good in the first evaluation, with block maxima rounded to bfloat16.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for module, _ in modes:
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            module.training = True
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _layers(inner: dict[str, nn.Module], calls: dict[str, _Call]) -> list[str]:
+    """The innermost list elements that run an attention and something besides."""
+    found = []
+    for name in inner:
+        parent = inner.get(name.rpartition(".")[0])
+        if name not in calls or not isinstance(parent, (nn.ModuleList, nn.Sequential)):
+            continue
+        if _attentions(name, inner, calls) and (
+            _mlp_linears(name, inner, calls) or _experts(name, inner, calls)
+        ):
+            found.append(name)
+    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+
+
+def _attentions(layer: str, inner: dict[str, nn.Module], calls: dict[str, _Call]) -> list[str]:
+    """The outermost attention modules of a layer that were called."""
+    named = [
+        name
+        for name in inner
+        if name.startswith(f"{layer}.")
+        and name in calls
+        and any(word in type(inner[name]).__name__ for word in ("Attention", "Attn"))
+    ]
+    return [name for name in named if not any(name.startswith(f"{other}.") for other in named)]
+
+
+def _mlp_linears(layer: str, inner: dict[str, nn.Module], calls: dict[str, _Call]) -> list[str]:
+    """The linears of a layer outside its attention, in the order they finished."""
+    attentions = tuple(f"{name}." for name in _attentions(layer, inner, calls))
+    return [
+        name
+        for name in calls
+        if name.startswith(f"{layer}.")
+        and not name.startswith(attentions)
+        and is_linear_like(inner[name])
+    ]
+
+
+def _experts(layer: str, inner: dict[str, nn.Module], calls: dict[str, _Call]) -> str | None:
+    """The block around the experts of a layer, where it is a mixture of experts."""
+    attentions = tuple(f"{name}." for name in _attentions(layer, inner, calls))
+    for name in inner:
+        parent, _, leaf = name.rpartition(".")
+        inside = parent.startswith(f"{layer}.") and not name.startswith(attentions)
+        is_experts = leaf == "experts" or type(inner[name]).__name__.endswith("Experts")
+        if inside and is_experts and parent in calls:
+            return parent
+    return None
+
+
+def _points_of(layer: str, inner: dict[str, nn.Module], calls: dict[str, _Call]) -> list[Point]:
+    end = calls[layer].y
+    if end is None:
+        raise ValueError(f"{layer} returns no tensor; name the modules in target_modules")
+    width = end.shape[-1]
+    index = int(next(part for part in reversed(layer.split(".")) if part.isdigit()))
+    points = []
+    for attention in _attentions(layer, inner, calls):
+        inside = [n for n in calls if n.startswith(f"{attention}.") and is_linear_like(inner[n])]
+        output = _of_width(inside, width, calls, f"the attention {attention}")
+        points.append(Point("attention", layer, index, output, attention, width))
+    block = _experts(layer, inner, calls)
+    if block is not None:
+        points.append(Point("mlp", layer, index, block, block, width))
+    else:
+        output, source = _mlp(layer, width, inner, calls)
+        points.append(Point("mlp", layer, index, output, source, width))
+    norm = next(
+        (
+            name
+            for name in reversed(calls)
+            if name.startswith(f"{layer}.")
+            and "Norm" in type(inner[name]).__name__
+            and calls[name].y is end
+        ),
+        None,
+    )
+    close = norm or layer
+    points.append(Point("end", layer, index, close, close, width, normed=norm is not None))
+    return points
+
+
+def _mlp(
+    layer: str, width: int, inner: dict[str, nn.Module], calls: dict[str, _Call]
+) -> tuple[str, str]:
+    """Where the MLP's output and input are: its own module where that adds nothing, otherwise its last and first linear."""
+    linears = _mlp_linears(layer, inner, calls)
+    last = _of_width(linears, width, calls, f"the MLP of {layer}")
+    first = min(linears, key=lambda name: calls[name].start)
+    block = _common_parent(first, last)
+    if len(block) <= len(layer) or block not in calls:
+        return last, first
+    # dropout is the identity here, and adapters act before it
+    drops = any(isinstance(module, nn.Dropout) for module in inner[block].modules())
+    output = block if calls[block].y is calls[last].y and not drops else last
+    source = block if calls[block].x is calls[first].x else first
+    return output, source
+
+
+def _of_width(names: list[str], width: int, calls: dict[str, _Call], what: str) -> str:
+    """The last of these linears, which has to write to the residual stream."""
+    last = names[-1] if names else None
+    y = calls[last].y if last else None
+    if last is None or y is None or y.shape[-1] != width:
+        raise ValueError(
+            f"{what} does not end with a linear of {width} features (its last one is {last}), so its output cannot be "
+            "derived; name the modules in target_modules"
+        )
+    return last
+
+
+def _common_parent(a: str, b: str) -> str:
+    """``("l.mlp.fc1", "l.mlp.fc2")`` gives ``"l.mlp"``."""
+    shared = []
+    for x, y in zip(a.split(".")[:-1], b.split(".")[:-1], strict=False):
+        if x != y:
+            break
+        shared.append(x)
+    return ".".join(shared)

@@ -1,0 +1,6 @@
+"""Training without the logits: for any causal language model that calls ``self.loss_function``."""
+
+from peftkit.fuse.loss.install import install_logit_free, logit_free_status, remove_logit_free
+from peftkit.fuse.loss.lazy import LazyLogits
+
+__all__ = ["LazyLogits", "install_logit_free", "logit_free_status", "remove_logit_free"]
