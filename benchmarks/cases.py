@@ -180,10 +180,11 @@ def first_parts(count: int) -> Callable[[nn.Module], nn.Module]:
 
     def build(model: nn.Module) -> nn.Module:
         from peftkit.fuse.attention import fuse_attention
-        from peftkit.fuse.blocks import fuse_gated_mlps, group_shared_inputs
         from peftkit.fuse.linear import fuse_layer
         from peftkit.fuse.loss import install_logit_free
+        from peftkit.fuse.mlp import fuse_gated_mlps
         from peftkit.fuse.norm import fuse_norms
+        from peftkit.fuse.siblings import group_siblings
         from peftkit_kernels import gemm
 
         parts = list(PARTS)[:count]
@@ -195,7 +196,7 @@ def first_parts(count: int) -> Callable[[nn.Module], nn.Module]:
         for module in wrapped.modules():
             fuse_layer(module)
         for part, apply in (
-            ("shared inputs, gated MLPs", group_shared_inputs),
+            ("shared inputs, gated MLPs", group_siblings),
             ("shared inputs, gated MLPs", fuse_gated_mlps),
             ("frozen norms", fuse_norms),
             ("logit-free loss", install_logit_free),

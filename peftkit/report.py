@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -34,11 +34,12 @@ class LayerReport:
 
     Attributes:
         name: The module's name in the model.
-        method: ``"LoRA"``, another PEFT method, ``"gated MLP"``, ``"shared-input linears"``, ``"frozen RMSNorm"`` ...
+        method: ``"LoRA"``, another PEFT method, ``"gated MLP"``, ``"shared input"``, ``"frozen RMSNorm"`` ...
         path: Which code its forward runs; ``"peft"`` is the code it had before, ``"torch"`` that of our own prefix or
             bottleneck modules.
         reason: Why that path; empty where there is nothing to say.
         is_adapter: Whether it carries an adapter itself.
+        declined: Whether it is of a formula that peftkit does not know, so that no state of it would be fused.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LayerReport:
     path: Path
     reason: str
     is_adapter: bool = True
+    declined: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Report:
         left_out: Reason by name, for the linear-like modules and expert parameters without an adapter.
         trainable: Number of trainable parameters.
         total: Number of parameters; tied ones count once, packed 4-bit ones by the numbers they stand for.
+        trained_in_full: Number of trained parameters by module, for modules that are trained themselves instead of through an
+            adapter, such as a classifier.
+        storage: Number of parameters of the base model by how they are stored: ``"bfloat16"``, ``"nf4"``, ``"int8"`` ...
         logit_free: Whether the training loss is computed without forming the logits.
         logit_free_reason: Why, or why not.
     """
@@ -67,6 +72,8 @@ class Report:
     left_out: dict[str, str]
     trainable: int
     total: int
+    trained_in_full: dict[str, int]
+    storage: dict[str, int]
     logit_free: bool
     logit_free_reason: str
 
@@ -102,6 +109,16 @@ class Report:
         lines: list[RenderableType] = [
             table,
             Text(f"trainable {self.trainable:,} of {self.total:,} parameters ({share:.3g} %)"),
+            *(
+                Text(f"trained in full: {name} ({count:,} parameters)")
+                for name, count in self.trained_in_full.items()
+            ),
+            Text(
+                "base stored in: "
+                + ", ".join(
+                    f"{kind} ({count:,} parameters)" for kind, count in self.storage.items()
+                )
+            ),
             Text(f"fused {100 * self.fused_fraction:.4g} % of the adapter layers"),
             Text(
                 f"loss without logits: {'yes' if self.logit_free else 'no'} ({self.logit_free_reason})"
@@ -147,49 +164,59 @@ def explain(model: nn.Module) -> Report:
     logit_free, reason = logit_free_status(model)
     return Report(
         model=type(modules[""]).__name__,
-        layers=tuple(_layers(model)),
+        layers=tuple(layer_reports(model)),
         left_out=_left_out(model, modules),
         trainable=trainable,
         total=total,
+        trained_in_full=_trained_in_full(model),
+        storage=_storage(modules),
         logit_free=logit_free,
         logit_free_reason=reason,
     )
 
 
-def _layers(model: nn.Module) -> list[LayerReport]:
+def layer_reports(model: nn.Module) -> list[LayerReport]:
+    """A row for every adapter layer, every fused module and every module that was looked at and not fused."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    reports = []
+    from peftkit.fuse.adapter import class_reason, method
+    from peftkit.fuse.plan import declined
+
+    reports: list[LayerReport] = []
+    outer: dict[int, LayerReport] = {}
     for name, module in model.named_modules():
         is_adapter = isinstance(module, BaseTunerLayer)
         if hasattr(module, "peftkit_verdict"):
-            path, reason = module.peftkit_verdict()
-            reports.append(LayerReport(name, module.peftkit_method, path, reason, is_adapter))
+            row = LayerReport(name, module.peftkit_method, *module.peftkit_verdict(), is_adapter)
+            around = outer.get(id(module))
+            if around is not None and around.path == "peft":
+                row = replace(
+                    row, path="peft", reason=f"the layer around it runs PEFT's: {around.reason}"
+                )
+            reports.append(row)
+            outer[id(getattr(module, "base_layer", None))] = row
         elif is_adapter:
-            reports.append(LayerReport(name, _method(module), "peft", _why_not_fused(module)))
+            reason = class_reason(module) or "not accelerated; call peftkit.accelerate(model)"
+            reports.append(LayerReport(name, method(module), "peft", reason))
+        if (kept := declined(module)) is not None:
+            reports.append(LayerReport(name, kept[0], "peft", kept[1], False, True))
+        reports += _sibling_reports(name, module)
     return reports
 
 
-def _method(layer: nn.Module) -> str:
-    """``peft.tuners.lora.layer.Linear`` is LoRA: PEFT keeps each method in a package of its name."""
-    from peft.tuners.lora import LoraLayer
+def _sibling_reports(name: str, parent: nn.Module) -> list[LayerReport]:
+    """A row for every group of linears in ``parent`` that are computed together."""
+    from peftkit.fuse.siblings import GROUP, METHOD
 
-    from peftkit.fuse.eligibility import method
-
-    if isinstance(layer, LoraLayer):
-        return method(layer)
-    homes = (cls.__module__ for cls in type(layer).__mro__)
-    return next(home for home in homes if home.startswith("peft.tuners.")).split(".")[2].upper()
-
-
-def _why_not_fused(layer: nn.Module) -> str:
-    from peft.tuners.lora import LoraLayer
-
-    from peftkit.fuse.eligibility import obstacle
-
-    if not isinstance(layer, LoraLayer):
-        return f"{_method(layer)} has no fused forward"
-    return obstacle(layer) or "not accelerated; call peftkit.accelerate(model)"
+    groups: dict[int, tuple[Any, list[str]]] = {}
+    for child_name, child in parent.named_children():
+        group = child.__dict__.get(GROUP)
+        if group is not None:
+            groups.setdefault(id(group), (group, []))[1].append(child_name)
+    return [
+        LayerReport(f"{name}.{'+'.join(names)}", METHOD, *group.peftkit_verdict(), is_adapter=False)
+        for group, names in groups.values()
+    ]
 
 
 def _left_out(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
@@ -235,6 +262,55 @@ def _count_parameters(model: nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
+
+
+def _trained_in_full(model: nn.Module) -> dict[str, int]:
+    """Trained parameters that are no adapter's, by module; copies made for ``modules_to_save`` under their module's name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module, in_adapter: bool) -> None:
+        in_adapter = (in_adapter or isinstance(module, BaseTunerLayer)) and not name.endswith(
+            (".base_layer", ".original_module")
+        )
+        whole = isinstance(module, AuxiliaryTrainingWrapper)
+        own = module.parameters() if whole else module._parameters.values()
+        trained = {id(p): p for p in own if p is not None and p.requires_grad and id(p) not in seen}
+        seen.update(trained)
+        if trained and not in_adapter:
+            short = name.removeprefix("base_model.model.") or type(model).__name__
+            found[short] = sum(map(_logical_size, trained.values()))
+        for child_name, child in module.named_children():
+            if child_name != "prompt_encoder":
+                walk(f"{name}.{child_name}" if name else child_name, child, in_adapter)
+
+    walk("", model, in_adapter=False)
+    return found
+
+
+def _storage(modules: dict[str, nn.Module]) -> dict[str, int]:
+    """Parameters of the base model by how they are stored."""
+    parameters = {
+        id(p): p
+        for module in modules.values()
+        for p in module._parameters.values()
+        if p is not None
+    }
+    counts: Counter[str] = Counter()
+    for parameter in parameters.values():
+        counts[_stored_as(parameter)] += _logical_size(parameter)
+    return dict(counts)
+
+
+def _stored_as(parameter: nn.Parameter) -> str:
+    """``"nf4"`` or ``"fp4"`` for bitsandbytes' packed weights, otherwise the dtype."""
+    state = getattr(parameter, "quant_state", None)
+    if type(parameter).__name__ == "Params4bit" and state is not None:
+        return state.quant_type
+    return str(parameter.dtype).removeprefix("torch.")
 
 
 def _logical_size(parameter: nn.Parameter) -> int:

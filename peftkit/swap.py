@@ -1,4 +1,4 @@
-"""A module's class exchanged for a subclass with a fused forward, and back."""
+"""A module's class exchanged for a subclass with a fused forward, and back: the one way in which peftkit changes classes."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ def swap_out(module: nn.Module, mixin: type) -> None:
             del module.__dict__[key]
 
 
+def swapped_in(module: nn.Module) -> tuple[type, ...]:
+    """The mixins of a module, the last one first."""
+    return _parts(type(module))[0]
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without what was swapped in."""
+    return _parts(type(module))[1]
+
+
 def _parts(cls: Any) -> tuple[tuple[type, ...], type[nn.Module]]:
     """The mixins of a class made here, the last one swapped in first, and the module's own class."""
     mixins = []
@@ -57,5 +67,10 @@ def _rebuild(mixins: tuple[type, ...], base: type[nn.Module]) -> nn.Module:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    # a class made at run time cannot be found by its name; name those it is made of instead
-    return _rebuild, _parts(type(self)), self.__dict__
+    # A class made at run time cannot be found by its name; name those it is made of instead.
+    state = {key: value for key, value in self.__dict__.items() if key not in CACHES}
+    return _rebuild, _parts(type(self)), state
+
+
+CACHES = ("_peftkit_found", "_peftkit_storage")
+"""Attributes that are found again when missing: copies and pickles do without."""

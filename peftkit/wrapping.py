@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from peftkit.bridge import combine
-from peftkit.errors import ContractError
+from peftkit.errors import ContractError, listing
 from peftkit.find.matching import check_targets
-from peftkit.find.targets import fill_targets, is_own_adapter
-from peftkit.fuse.attention import FusedAttention, fuse_attention
-from peftkit.fuse.blocks import FusedGatedMLP, fuse_gated_mlps, group_shared_inputs
-from peftkit.fuse.eligibility import obstacle
-from peftkit.fuse.linear import fuse_layer, restore_layer
+from peftkit.find.targets import fill_targets
+from peftkit.fuse.attention import fuse_attention
+from peftkit.fuse.convolution import ShowsSizes
+from peftkit.fuse.linear import fuse_layer
 from peftkit.fuse.loss import install_logit_free, remove_logit_free
-from peftkit.fuse.norm import FusedNorm, fuse_norms
-from peftkit.swap import swap_out
+from peftkit.fuse.mlp import fuse_gated_mlps
+from peftkit.fuse.norm import fuse_norms
+from peftkit.fuse.plan import Fused, forget_declined
+from peftkit.fuse.siblings import group_siblings
+from peftkit.report import layer_reports
+from peftkit.rollback import restoring, writes_base_weights
+from peftkit.swap import swap_out, swapped_in
 from peftkit.versions import warn_if_newer_than_tested
 
 if TYPE_CHECKING:
@@ -65,118 +70,145 @@ def wrap(
         config.task_type = config.task_type if configs else _task_type(model)
         fill_targets(model, config)
     check_targets(model, config)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    wrapped = get_peft_model(model, config, adapter_name=adapter_name)
-    try:
+    with restoring(model, copy_values=writes_base_weights(config)):
+        wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         return accelerate(wrapped, strict=strict, logit_free=logit_free)
-    except ContractError:
-        wrapped.unload()
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        raise
 
 
 def accelerate(model: Model, strict: bool = False, logit_free: bool = True) -> Model:
     """Fuse the LoRA layers, gated MLPs and frozen norms a model has, and those of adapters added to it later.
 
-    Calling it again is harmless and picks up what is new. ``restore`` undoes it. On a GPU the first forward of a gated MLP puts
-    the frozen weights of gate and up one above the other in one buffer, without changing a bit of them.
+    Calling it again is harmless and picks up what is new. ``restore`` undoes it, and so do ``merge_and_unload`` and ``unload``
+    for the base model that they return. On a GPU the first forward of a gated MLP moves the frozen weights of gate and up into
+    one buffer, without changing a bit of them.
 
     Args:
         model: A ``PeftModel``, or a transformers model after ``add_adapter``; changed in place.
-        strict: Raise where an adapter layer cannot be fused, instead of running PEFT's own forward there.
+        strict: Raise if something that peftkit fuses would run its own code in training: an adapter layer, a gated MLP,
+            siblings, a norm or an attention. Modules of a formula that peftkit does not know are not counted; ``explain``
+            lists them.
         logit_free: Compute the training loss of a causal language model without forming its logits.
 
     Returns:
         ``model``.
 
     Raises:
-        ContractError: ``strict`` and an adapter layer is not fused; the model is left as it was.
+        ContractError: ``strict`` and something is not fused; the model is left as it was.
     """
     warn_if_newer_than_tested()
-    if strict:
-        _require_all_fusable(model)
-    _fuse(model)
-    for owner, method in _injectors(model):
-        owner.__dict__.setdefault(method, _FuseAfter(owner, method, model))
-    if logit_free:
-        install_logit_free(model)
-    else:
-        remove_logit_free(model)
+    with restoring(model):
+        _fuse(model)
+        for owner, method, action in _followed(model):
+            owner.__dict__.setdefault(method, _Followed(owner, method, action))
+        if logit_free:
+            install_logit_free(model)
+        else:
+            remove_logit_free(model)
+        if strict:
+            _require_all_fused(model)
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undo ``accelerate``: every module has the class and attributes it had before. Weights stay where they lie.
+    """Undo ``accelerate``: every module has the class and attributes it had before. Weights stay where they are in memory.
 
     Args:
-        model: What was passed to ``accelerate`` or came from ``wrap``; changed in place.
+        model: What was passed to ``accelerate`` or returned by ``wrap``; changed in place.
 
     Returns:
         ``model``.
     """
     remove_logit_free(model)
-    for owner, method in _injectors(model):
+    for owner, method, _ in _followed(model):
         owner.__dict__.pop(method, None)
     for module in model.modules():
-        restore_layer(module)
-        for mixin in (FusedGatedMLP, FusedNorm, FusedAttention):
-            if isinstance(module, mixin):
+        for mixin in swapped_in(module):
+            if issubclass(mixin, (Fused, ShowsSizes)):
                 swap_out(module, mixin)
+        forget_declined(module)
     return model
 
 
-class _FuseAfter:
-    """Stands in for a method that injects adapters: runs it, then fuses what it brought."""
+class _Followed:
+    """Replaces a method on one object: runs it, then an action with its result."""
 
-    def __init__(self, owner: nn.Module, method: str, model: nn.Module):
-        self.owner, self.method, self.model = owner, method, model
+    def __init__(self, owner: nn.Module, method: str, action: Callable[[Any], None]):
+        self.owner, self.method, self.action = owner, method, action
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
-        _fuse(self.model)
+        self.action(result)
         return result
 
 
-def _injectors(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The objects and methods through which PEFT or transformers inject adapters into this model."""
+class _FuseAgain:
+    """After an adapter was injected: fuse what is new in the model."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, injected: Any) -> None:
+        _fuse(self.model)
+
+
+def _restore_unloaded(base: Any) -> None:
+    """After the adapters were merged or removed: leave nothing of peftkit on the base model."""
+    if isinstance(base, nn.Module):
+        restore(base)
+
+
+def _followed(model: nn.Module) -> list[tuple[nn.Module, str, Callable[[Any], None]]]:
+    """The objects and methods through which PEFT or transformers change the adapters of this model, and what has to follow."""
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     if isinstance(model, PeftModel):
-        return [(model.base_model, "inject_adapter")]
-    return [(model, "add_adapter")] if isinstance(model, PreTrainedModel) else []
+        return [
+            (model.base_model, "inject_adapter", _FuseAgain(model)),
+            (model.base_model, "_unload_and_optionally_merge", _restore_unloaded),
+        ]
+    if isinstance(model, PreTrainedModel):
+        return [(model, "add_adapter", _FuseAgain(model))]
+    return []
 
 
 def _fuse(model: nn.Module) -> None:
     for module in model.modules():
         fuse_layer(module)
-    group_shared_inputs(model)
+    group_siblings(model)
     fuse_gated_mlps(model)
     fuse_norms(model)
     fuse_attention(model)
 
 
-def _require_all_fusable(model: nn.Module) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    # a layer that the active adapter does not reach only runs its base layer
-    reasons = {
-        name: obstacle(module)
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        and not is_own_adapter(module)
-        and set(module.active_adapters).intersection(
-            getattr(module, "lora_A", module.active_adapters)
-        )
-    }
-    unfused = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+def _require_all_fused(model: nn.Module) -> None:
+    """Raise if something that peftkit fuses would run its own code in training."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = True
+    try:
+        rows = [row for row in layer_reports(model) if row.is_adapter or not row.declined]
+    finally:
+        for module, training in modes:
+            module.training = training
+    modules = dict(model.named_modules())
+    rows = [row for row in rows if not row.is_adapter or _is_reached(modules[row.name])]
+    unfused = [f"{row.name} ({row.method}): {row.reason}" for row in rows if row.path == "peft"]
     if unfused:
-        shown = "\n  ".join(unfused[:8])
         raise ContractError(
-            f"strict=True, and {len(unfused)} of {len(reasons)} adapter layers cannot be fused:\n  {shown}\n"
-            "pass strict=False to run PEFT's own forward there"
+            f"strict=True, and {len(unfused)} of {len(rows)} layers and modules that peftkit fuses would run their own code in "
+            f"training:\n{listing(unfused, shown=8)}\nRemove the cause, or pass strict=False."
         )
+
+
+def _is_reached(layer: Any) -> bool:
+    """Whether an active adapter has weights in this layer; otherwise the layer only runs its base layer."""
+    held = [getattr(layer, names, None) for names in ("lora_A", "lora_embedding_A")]
+    if all(names is None for names in held):
+        return True
+    return any(
+        name in names for name in layer.active_adapters for names in held if names is not None
+    )
 
 
 def _task_type(model: nn.Module) -> str | None:

@@ -155,5 +155,7 @@ def counted(monkeypatch):
     with monkeypatch.context() as patch:
         for op in OPS:
             patch.setattr(op, "forward", staticmethod(counting(op.__name__, op.forward)))
-        patch.setattr(Linear, "forward", counting("peft", Linear.forward))
+        # the first thing PEFT's forward does; a replaced forward itself would be noticed
+        check = Linear._check_forward_args
+        patch.setattr(Linear, "_check_forward_args", counting("peft", check))
         yield calls

@@ -18,8 +18,8 @@ from peftkit.checks import check
 from peftkit.checks.reach import loss_of
 from peftkit.compatibility.batches import training_batch
 from peftkit.compatibility.methods import METHODS
+from peftkit.compatibility.rounding import same_up_to_rounding
 from peftkit.find.points import evaluating
-from peftkit.fuse.blocks import same_up_to_rounding
 from peftkit.loading import load_adapter
 from peftkit.wrapping import restore, wrap
 

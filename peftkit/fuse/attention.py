@@ -6,15 +6,25 @@ asks for it (``AttentionInterface``); nothing that exists is replaced.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import operator
+import re
 import sys
+import types
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftkit.attention_dispatch import NATIVE, OwnAttention
-from peftkit.swap import swap_in
+from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
+from peftkit.swap import own_class, swap_in
 from peftkit_kernels import native
 from peftkit_kernels.attention import HEAD_SIZE_MULTIPLE, attention, native_obstacle
+
+METHOD = "attention"
 
 _MIN_QUERIES = 16
 """Decoding a few tokens is left to torch: a block of 64 queries would be mostly padding."""
@@ -22,30 +32,61 @@ _MIN_QUERIES = 16
 _HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 
 
-class FusedAttention(OwnAttention):
+_DROPS = "attention dropout of {} is on; the native passes have none"
+
+_PASSED = re.compile(
+    r"dropout\w*\s*=\s*(?:0\.0 if not self\.training else self\.([\w.]+)|self\.([\w.]+) if self\.training else 0\.0)"
+)
+"""How the attention modules of transformers pass their dropout."""
+
+_SDPA = F.scaled_dot_product_attention
+if not isinstance(_SDPA, types.BuiltinFunctionType):
+    _SDPA = None  # replaced before peftkit was imported
+
+
+class FusedAttention(OwnAttention, Fused):
     """Mixed into an attention module's own class: its ``sdpa`` is ours."""
 
-    peftkit_method = "attention"
+    peftkit_method = METHOD
     peftkit_renames: ClassVar[dict[str, str]] = {"sdpa": NATIVE}
 
-    def peftkit_verdict(self) -> tuple[str, str]:
-        """The path a forward takes in the present state, and the reason where it is transformers' own."""
+    def peftkit_function(self) -> Any:
+        """Name of the function that computes the attention; ``sdpa`` itself if somebody has put another in its place."""
+        name = super().peftkit_function()
+        return "sdpa" if name == NATIVE and _replaced(self) else name
+
+    def peftkit_plan(self, x: Tensor | None) -> Any:
+        """Our function, or why transformers' own runs. Single calls may differ, by their masks and lengths (``call_reason``)."""
         name = self.__dict__["config"]._attn_implementation
-        return (
-            ("fused:torch", "") if name == "sdpa" else ("peft", f"the model's attention is {name}")
-        )
+        if name != "sdpa":
+            return Reason(f"the model's attention is {name}")
+        return _replaced(self) or _dropout_reason(self) or attention_forward
+
+    def peftkit_example(self) -> Any:
+        """``None``: the decision does not depend on the input."""
+        return None
+
+    def peftkit_backend(self, x: Tensor | None, parts: Any) -> str:
+        """Always ``"torch"``: on the CPU."""
+        return "torch"
 
 
 def fuse_attention(model: nn.Module) -> int:
     """Give every dispatching ``sdpa`` attention module of a model on the CPU our function; returns their number."""
-    if native.obstacle() or any(p.device.type != "cpu" for p in model.parameters()):
+    if any(p.device.type != "cpu" for p in model.parameters()):
         return 0
     count = 0
     for module in model.modules():
-        if not isinstance(module, FusedAttention) and _dispatches(module):
-            _register()
-            swap_in(module, FusedAttention)
-            count += 1
+        if isinstance(module, FusedAttention) or not _dispatches(module):
+            continue
+        reason = native.obstacle() or _module_reason(module)
+        if reason is not None:
+            decline(module, METHOD, reason)
+            continue
+        _register()
+        forget_declined(module)
+        swap_in(module, FusedAttention)
+        count += 1
     return count
 
 
@@ -61,23 +102,12 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function: ours where it can run, ``sdpa`` elsewhere; arguments as transformers gives them."""
-    queries, keys = query.shape[2], key.shape[2]
     causal = (
         attention_mask is None
-        and queries > 1
+        and query.shape[2] > 1
         and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     )
-    special = dropout or any(
-        kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap")
-    )
-    if (
-        special
-        or queries < _MIN_QUERIES
-        or (causal and queries != keys)
-        or native_obstacle(query, key, value, attention_mask)
-    ):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
+    if call_reason(query, key, value, attention_mask, dropout, causal, **kwargs) is not None:
         return sdpa_attention_forward(
             module,
             query,
@@ -93,18 +123,86 @@ def attention_forward(
     return attention(query, key, value, scale, causal=causal, mask=attention_mask), None
 
 
+def call_reason(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    **kwargs: Any,
+) -> str | None:
+    """Why one call runs transformers' own function, or ``None``; arguments as transformers gives them."""
+    if dropout:
+        return _DROPS.format(dropout)
+    for name in ("position_bias", "cache", "softcap"):
+        if kwargs.get(name) is not None:
+            return f"the call has a {name}"
+    if query.shape[2] < _MIN_QUERIES:
+        return "a few queries are left to torch: a block of 64 would be mostly padding"
+    if causal and query.shape[2] != key.shape[2]:
+        return "the call is causal with more keys than queries"
+    return native_obstacle(query, key, value, mask)
+
+
+def _replaced(module: Any) -> Reason | None:
+    """Whether ``sdpa`` no longer means transformers' function around torch's."""
+    functions = getattr(
+        sys.modules.get(own_class(module).__module__), "ALL_ATTENTION_FUNCTIONS", None
+    )
+    try:
+        registered = functions["sdpa"]  # pyright: ignore[reportOptionalSubscript]
+    except (KeyError, TypeError):
+        registered = None
+    if registered is not sdpa_attention_forward:
+        return Reason("the attention function registered as 'sdpa' is not transformers' own")
+    if F.scaled_dot_product_attention is not _SDPA:
+        return Reason("torch.nn.functional.scaled_dot_product_attention was replaced")
+    return None
+
+
+def _dropout_reason(module: nn.Module) -> Reason | None:
+    """Whether the module drops attention weights now: what its forward passes as ``dropout``."""
+    if not module.training:
+        return None
+    path = _dropout_of(own_class(module))
+    try:
+        rate = operator.attrgetter(path)(module) if path else 0.0
+    except AttributeError:
+        return None
+    return Reason(_DROPS.format(rate)) if isinstance(rate, float) and rate > 0.0 else None
+
+
+@functools.cache
+def _dropout_of(cls: type) -> str:
+    """The attribute that the forward of ``cls`` passes as its dropout in training, as its source says; empty if it does not."""
+    try:
+        source = inspect.getsource(inspect.unwrap(cls.forward))
+    except (OSError, TypeError, AttributeError):
+        return ""
+    found = _PASSED.search(source)
+    return next(filter(None, found.groups())) if found else ""
+
+
 def _dispatches(module: nn.Module) -> bool:
-    """Whether this is an attention module that asks transformers' registry, now with ``sdpa``."""
-    config = module.__dict__.get("config")
-    modeling = sys.modules.get(type(module).__module__)
-    sizes = (getattr(module, name, None) for name in _HEAD_SIZE_NAMES)
-    head_size = next((size for size in sizes if isinstance(size, int)), HEAD_SIZE_MULTIPLE)
+    """Whether this is an attention module that looks its function up in transformers' registry."""
     return (
         "Attention" in type(module).__name__
-        and head_size % HEAD_SIZE_MULTIPLE == 0
-        and getattr(config, "_attn_implementation", None) == "sdpa"
-        and hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
+        and hasattr(module.__dict__.get("config"), "_attn_implementation")
+        and hasattr(sys.modules.get(own_class(module).__module__), "ALL_ATTENTION_FUNCTIONS")
     )
+
+
+def _module_reason(module: Any) -> str | None:
+    """Why our function cannot replace the one that an attention module uses at present."""
+    name = module.__dict__["config"]._attn_implementation
+    if name != "sdpa":
+        return f"the model's attention is {name}; the native passes replace sdpa"
+    sizes = (getattr(module, name, None) for name in _HEAD_SIZE_NAMES)
+    head_size = next((size for size in sizes if isinstance(size, int)), HEAD_SIZE_MULTIPLE)
+    if head_size % HEAD_SIZE_MULTIPLE:
+        return f"its head size is {head_size}; the native passes need a multiple of {HEAD_SIZE_MULTIPLE}"
+    return None
 
 
 def _register() -> None:

@@ -1,32 +1,36 @@
-"""What a frozen linear with its adapter is, and which op computes one of them, several on one input, or a gated MLP."""
+"""A frozen linear with its adapter as tensors, and the op that computes one, several on one input, or a gated MLP."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from peftkit_kernels.checks import autocast_dtype, without_autocast
+from peftkit_kernels.dispatch import choose_backend
 from peftkit_kernels.dora import dora_norm
 from peftkit_kernels.dora_scale import Scale, dora_gate, dora_scale
+from peftkit_kernels.dropout import draw_seed
 from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.lora_qkv import lora_qkv
 from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
+from peftkit_kernels.lora_swiglu_mlp.config import obstacle as gate_obstacle
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.nf4 import NF4Weight
 from peftkit_kernels.quantized import QuantizedWeight
 from peftkit_kernels.quantized_linear import int8_linear, nf4_linear
 
 
-class Frozen(NamedTuple):
+class LinearParts(NamedTuple):
     """A frozen linear with its adapter, as plain tensors: what an op takes.
 
     Attributes:
-        weight: ``Tensor[N, K]``; where it is computed alone also a weight in quantised storage.
+        weight: ``Tensor[N, K]``; a linear that is computed alone may have a weight in quantised storage.
         bias: ``[N]`` or ``None``.
         lora: The adapter or ``None``.
-        magnitude: ``[N]`` where the adapter is a DoRA.
+        magnitude: ``[N]`` if the adapter is a DoRA, else ``None``.
     """
 
     weight: Any
@@ -35,8 +39,31 @@ class Frozen(NamedTuple):
     magnitude: Tensor | None = None
 
 
-def linear(x: Tensor, part: Frozen) -> Tensor:
-    """``x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``, its direction brought to the magnitude where there is one.
+def draw_seeds(parts: LinearParts) -> LinearParts:
+    """The same parts with a fresh dropout seed, if they drop."""
+    if parts.lora is None or parts.lora.p == 0.0:
+        return parts
+    return parts._replace(lora=replace(parts.lora, seed=draw_seed()))
+
+
+def backend_of(x: Tensor, parts: LinearParts) -> str:
+    """The backend that ``linear(x, parts)`` runs on: ``"torch"`` or ``"triton"``."""
+    dtype = autocast_dtype(x) or x.dtype
+    op = "lora_linear" if isinstance(parts.weight, Tensor) else "quantized_linear"
+    rank = 0 if parts.lora is None else parts.lora.A.shape[0]
+    return choose_backend(op, "auto", x.to(dtype), rank=rank)
+
+
+def gated_mlp_backend(x: Tensor, parts: Sequence[LinearParts]) -> str:
+    """The backend that ``gated_mlp(x, parts, act)`` runs on: ``"torch"`` or ``"triton"``."""
+    dtype = autocast_dtype(x) or x.dtype
+    rank = max([0, *(part.lora.A.shape[0] for part in parts if part.lora is not None)])
+    own = gate_obstacle(rank, dtype.itemsize)
+    return choose_backend("lora_swiglu_mlp", "auto", x.to(dtype), rank=rank, own_obstacle=own)
+
+
+def linear(x: Tensor, part: LinearParts) -> Tensor:
+    """``x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``; with a magnitude, DoRA of that.
 
     Args:
         x: ``[..., K]``.
@@ -51,7 +78,7 @@ def linear(x: Tensor, part: Frozen) -> Tensor:
     return dora_scale(_product(x, part.weight, None, part.lora), scale)
 
 
-def linears(x: Tensor, parts: Sequence[Frozen]) -> tuple[Tensor, ...]:
+def linears(x: Tensor, parts: Sequence[LinearParts]) -> tuple[Tensor, ...]:
     """Several linears of one input; what they share is computed once."""
     if all(part.magnitude is None for part in parts):
         return lora_qkv(x, *_columns(parts))
@@ -64,7 +91,7 @@ def linears(x: Tensor, parts: Sequence[Frozen]) -> tuple[Tensor, ...]:
     )
 
 
-def gated_mlp(x: Tensor, parts: Sequence[Frozen], act: str) -> Tensor:
+def gated_mlp(x: Tensor, parts: Sequence[LinearParts], act: str) -> Tensor:
     """``down(act(gate(x)) ∘ up(x))``.
 
     Args:
@@ -80,7 +107,7 @@ def gated_mlp(x: Tensor, parts: Sequence[Frozen], act: str) -> Tensor:
     return linear(dora_gate((z_gate, z_up), scales, act), down)
 
 
-def _columns(parts: Sequence[Frozen]) -> tuple[list, list, list]:
+def _columns(parts: Sequence[LinearParts]) -> tuple[list, list, list]:
     return (
         [part.weight for part in parts],
         [part.bias for part in parts],
@@ -100,13 +127,10 @@ def _product(
     return lora_linear(x, weight, bias, lora)
 
 
-def _scale(x: Tensor, part: Frozen) -> Scale:
-    """What brings the direction to its magnitude; the norm is that of the factors as they are now, in float32 or wider."""
+def _scale(x: Tensor, part: LinearParts) -> Scale:
+    """The factor of DoRA on the direction; the norm is computed from the present factors, in float32 or wider."""
     if part.magnitude is None or part.lora is None:
         return Scale(None, None, part.bias)
-    if not torch.is_autocast_enabled(x.device.type):
+    with without_autocast(x):
         norm = dora_norm(part.weight, part.lora)
-    else:
-        with torch.autocast(x.device.type, enabled=False):
-            norm = dora_norm(part.weight, part.lora)
     return Scale(part.magnitude, norm, part.bias)

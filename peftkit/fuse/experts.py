@@ -8,89 +8,143 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from peftkit.fuse.compute import Frozen, linear
-from peftkit.fuse.eligibility import has_hooks, obstacle
-from peftkit.fuse.linear import FusedLoRA, takes_input
+from peftkit.fuse.adapter import Adapter, changed_reason, current_adapter, has_hooks, weight_reason
+from peftkit.fuse.compute import LinearParts, backend_of, linear
+from peftkit.fuse.linear import input_reason
+from peftkit.fuse.plan import Fused, Reason
 from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.checks import is_autocast_enabled
 from peftkit_kernels.dispatch import choose_backend, is_transformed
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
 from peftkit_kernels.low_rank import LoRA, cast
 
+_TRANSFORMED = Reason("torch.compile and torch.func see the experts' own operations")
 
-class FusedParamWrapper(ParamWrapper):
+
+class FusedParamWrapper(Fused):
     """PEFT's ``ParamWrapper`` whose forward adds the low-rank products to the outputs instead of to the weights.
 
     PEFT nests one wrapper a parameter around a module; the outermost one computes for all of them.
     """
 
-    _peftkit_fused = True
-    _peftkit_stock = ParamWrapper
     peftkit_method = "LoRA"
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's forward, fused where it may be.
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward, fused if ``peftkit_plan`` says so.
 
         Args:
             x: ``[..., in_features]``; for experts ``[tokens, hidden_size]``.
             args: For experts the chosen experts of every token and their weights, ``[tokens, choices]`` each.
             kwargs: As PEFT's own forward, which then runs.
         """
-        if not kwargs and not args and (part := self.frozen_linear(x)) is not None:
-            return linear(x, part)
-        if not kwargs and len(args) == 2 and (updates := self._expert_updates(x)) is not None:
-            return routed(self.get_base_layer(), updates, x, *args)
-        return super().forward(x, *args, **kwargs)
+        experts = self.get_base_layer()
+        if kwargs or len(args) != (0 if type(experts) is nn.Linear else 2):
+            return super().forward(x, *args, **kwargs)
+        plan = self.peftkit_plan(x)
+        if isinstance(plan, Reason):
+            return super().forward(x, *args)
+        return linear(x, plan) if isinstance(plan, LinearParts) else routed(experts, plan, x, *args)
 
-    def frozen_linear(self, x: Tensor) -> Frozen | None:
-        """The tensors of this forward where the parameter is the weight of a linear; else, and where PEFT's runs, ``None``."""
+    def peftkit_plan(self: Any, x: Tensor) -> LinearParts | dict[str, Update] | Reason:
+        """For the weight of a linear its parts; for experts the update of each adapted stack by name; or why PEFT's forward runs."""
         base = self.get_base_layer()
-        if type(base) is not nn.Linear or obstacle(self) is not None:
-            return None
-        name = next(name for name in self.active_adapters if name in self.lora_A)
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        if not takes_input(x, base.weight, base.bias) or A.dtype is not B.dtype:
-            return None
-        return Frozen(base.weight, base.bias, LoRA(A, B, self.scaling[name]))
-
-    def peftkit_verdict(self) -> tuple[str, str]:
-        """The path a forward takes in the present state, and the reason where it is PEFT's own."""
-        reason = next(filter(None, map(obstacle, self._chain())), None)
-        if reason:
-            return "peft", reason
-        is_linear = type(self.get_base_layer()) is nn.Linear
-        op = "lora_linear" if is_linear else "grouped_lora"
-        rank = self.r[self.active_adapters[0]]
-        return f"fused:{choose_backend(op, 'auto', self.get_param(), rank=rank)}", ""
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle by a function: this class goes by the name of PEFT's."""
-        return FusedLoRA.__reduce_ex__(self, protocol)  # pyright: ignore[reportArgumentType]
-
-    def _chain(self) -> Iterator[Any]:
-        """This wrapper and those inside it."""
-        wrapper: Any = self
-        while isinstance(wrapper, ParamWrapper):
-            yield wrapper
-            wrapper = wrapper.base_layer
-
-    def _expert_updates(self, x: Tensor) -> dict[str, Update] | None:
-        """The update of each adapted parameter by name, or ``None`` where PEFT's own forward has to run."""
-        experts: Any = self.get_base_layer()
-        if is_transformed() or getattr(experts, "_is_expert_parallel", False):
-            return None
+        if type(base) is nn.Linear:
+            return self._linear_plan(base, x)
+        reason = _experts_reason(base, x)
+        if reason is not None:
+            return reason
         updates = {}
-        for wrapper in self._chain():
-            if (wrapper is not self and has_hooks(wrapper)) or obstacle(wrapper):
-                return None
-            updates[wrapper.parameter_name] = _update(wrapper, x.device)
-        # an outer wrapper that runs PEFT's forward has replaced its stack by the sum, which needs a gradient
-        stacks = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
-        return updates if all(_takes(x, experts._parameters.get(s)) for s in stacks) else None
+        for wrapper in _chain(self):
+            if wrapper is not self and has_hooks(wrapper):
+                return Reason(f"the adapter of {wrapper.parameter_name} has hooks")
+            found = _adapter_of(wrapper)
+            if isinstance(found, Reason):
+                return found
+            updates[wrapper.parameter_name] = _update(wrapper, found, x.device)
+        return updates
+
+    def peftkit_example(self: Any) -> Tensor:
+        """One row of input, of the dtype and on the device of the weights."""
+        parameter = self.get_param()
+        return parameter.new_empty(1, self.in_features)
+
+    def peftkit_backend(self: Any, x: Tensor, plan: Any) -> str:
+        """``"torch"`` or ``"triton"``."""
+        if isinstance(plan, LinearParts):
+            return backend_of(x, plan)
+        rank = max(update.A.shape[1] for update in plan.values())
+        return choose_backend("grouped_lora", "auto", x, rank=rank)
+
+    def _linear_plan(self: Any, base: nn.Module, x: Tensor) -> LinearParts | Reason:
+        found = _adapter_of(self)
+        if isinstance(found, Reason):
+            return found
+        reason = weight_reason(base) or input_reason(x, base._parameters["weight"])
+        if reason is not None:
+            return reason
+        A, B = found.A.weight, found.B.weight
+        if A.dtype is not B.dtype:
+            return Reason(f"its factors are {A.dtype} and {B.dtype}")
+        return LinearParts(base.weight, base.bias, LoRA(A, B, self.scaling[found.name]))
 
 
-FusedParamWrapper.__name__ = FusedParamWrapper.__qualname__ = "ParamWrapper"
+def _chain(wrapper: Any) -> Iterator[Any]:
+    """A wrapper and those inside it."""
+    while isinstance(wrapper, ParamWrapper):
+        yield wrapper
+        wrapper = wrapper.base_layer
+
+
+def _adapter_of(wrapper: Any) -> Adapter | Reason:
+    """The adapter of one wrapper, if nothing has changed that makes PEFT's own forward run."""
+    found = current_adapter(wrapper, wrapper.get_base_layer())
+    if isinstance(found, Reason):
+        return found
+    return changed_reason(wrapper, found) or found
+
+
+def _experts_reason(experts: Any, x: Tensor) -> Reason | None:
+    """Why ``routed`` does not compute what the forward of these experts computes on ``x``."""
+    if is_transformed():
+        return _TRANSFORMED
+    if getattr(experts, "_is_expert_parallel", False):
+        return Reason("the experts are distributed over processes")
+    if has_hooks(experts):
+        return Reason("its experts have hooks")
+    name = experts.config._experts_implementation
+    if name not in (None, "eager"):
+        function = ALL_EXPERTS_FUNCTIONS.get(name)
+        if getattr(function, "__module__", "").partition(".")[0] != "transformers":
+            return Reason(
+                f"its experts run in {name!r}, which is not an implementation of transformers"
+            )
+    # an outer wrapper that runs PEFT's forward has replaced its stack by the sum, which needs a gradient
+    for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
+        reason = _stack_reason(x, name, experts._parameters.get(name))
+        if reason is not None:
+            return reason
+    return None
+
+
+def _stack_reason(x: Tensor, name: str, weight: Tensor | None) -> Reason | None:
+    """Why rows of ``x`` cannot be multiplied by a stack of weights."""
+    if type(weight) is not nn.Parameter:
+        return Reason(f"{name} is computed in each forward, not a parameter")
+    if weight.requires_grad:
+        return Reason(f"{name} is trained")
+    if weight.device != x.device or weight.dtype is not x.dtype:
+        return Reason(
+            f"its input is {x.dtype} on {x.device} and {name} {weight.dtype} on {weight.device}"
+        )
+    kind = x.device.type
+    if is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not x.dtype:
+        return Reason(f"autocast to {torch.get_autocast_dtype(kind)} is on")
+    if kind != "cpu" and not hasattr(torch.nn.functional, "grouped_mm"):
+        return Reason("this torch has no grouped_mm")
+    return None
 
 
 class Update(NamedTuple):
@@ -107,27 +161,14 @@ class Update(NamedTuple):
     scale: Tensor
 
 
-def _update(wrapper: Any, device: torch.device) -> Update:
+def _update(wrapper: Any, found: Adapter, device: torch.device) -> Update:
     """PEFT keeps A as ``[E · R, K]`` with the rank fastest, B as ``[N, R · E]`` with the expert fastest."""
-    name, E = (
-        next(name for name in wrapper.active_adapters if name in wrapper.lora_A),
-        wrapper.num_experts,
-    )
-    A, B = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-    scale = torch.full((E,), float(wrapper.scaling[name]), dtype=A.dtype, device=device)
+    E: int = wrapper.num_experts
+    A, B = found.A.weight, found.B.weight
+    scale = torch.full((E,), float(wrapper.scaling[found.name]), dtype=A.dtype, device=device)
     return Update(
         A.view(E, -1, A.shape[1]), B.view(B.shape[0], -1, E).permute(2, 0, 1).contiguous(), scale
     )
-
-
-def _takes(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether the rows of ``x`` can be multiplied by a stack of weights as they are."""
-    if type(weight) is not nn.Parameter or weight.requires_grad or weight.device != x.device:
-        return False
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not x.dtype
-    on_cpu = kind == "cpu" or hasattr(torch.nn.functional, "grouped_mm")
-    return x.dtype is weight.dtype and not autocast and on_cpu
 
 
 def routed(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.find.targets import is_own_adapter
-from peftkit.fuse.blocks import probe_input, same_up_to_rounding
-from peftkit.fuse.eligibility import has_hooks
+from peftkit.fuse._tmp_rounding import same_up_to_rounding
+from peftkit.fuse.recognise import probe_input
+from peftkit.fuse.adapter import has_hooks
 from peftkit.swap import swap_in
 from peftkit_kernels.dispatch import choose_backend, is_transformed
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm

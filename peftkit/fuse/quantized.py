@@ -4,57 +4,76 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.tuners.lora import bnb
 from torch import Tensor
 
-from peftkit.fuse.compute import Frozen, linear
+from peftkit.fuse.adapter import weight_reason
+from peftkit.fuse.compute import LinearParts, backend_of, linear
 from peftkit.fuse.linear import FusedLoRA
-from peftkit.fuse.storage import int8_obstacle, int8_weight, is_nf4_packed, nf4_weight
+from peftkit.fuse.plan import Reason
+from peftkit.fuse.storage import (
+    StorageSeen,
+    int8_obstacle,
+    int8_weight,
+    nf4_obstacle,
+    nf4_repacked,
+    nf4_weight,
+)
+from peftkit_kernels.checks import without_autocast
 from peftkit_kernels.dispatch import is_transformed
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.nf4 import NF4Weight
 
+_STORAGE = "_peftkit_storage"
 
-class FusedLinear4bit(FusedLoRA, bnb.Linear4bit):
+_TRANSFORMED = Reason("torch.compile and torch.func see bitsandbytes' own operations")
+
+
+class FusedLinear4bit(FusedLoRA):
     """PEFT's ``Linear4bit`` whose forward is one ``nf4_linear``."""
 
-    _peftkit_stock = bnb.Linear4bit
+    def peftkit_backend(self: Any, x: Tensor, parts: LinearParts) -> str:
+        """``"torch"`` or ``"triton"``, by the dtype that the base layer computes in."""
+        with without_autocast(x):
+            return backend_of(self._compute_input(x), parts)
 
-    def _weight(self, base: Any, x: Tensor) -> NF4Weight | None:
-        return nf4_weight(base) if _takes(base, x) and is_nf4_packed(base) else None
+    def _weight(self: Any, base: Any, x: Tensor) -> NF4Weight | Reason:
+        reason = input_reason(base, x) or nf4_repacked(base)
+        if reason is not None:
+            return reason
+        seen = self.__dict__.get(_STORAGE)
+        if seen is None or not seen.is_of(base):
+            reason = nf4_obstacle(base)
+            if reason is not None:
+                return reason
+            self.__dict__[_STORAGE] = StorageSeen(base)
+        return nf4_weight(base)
 
-    def _run(self, x: Tensor, parts: Frozen) -> Tensor:
+    def _run(self, x: Tensor, parts: LinearParts) -> Tensor:
         """As the base layer does it: in its ``compute_dtype``, whatever autocast says, returned in the dtype of ``x``."""
-        dtype = self.base_layer.compute_dtype or x.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            return linear(x.to(dtype), parts).to(x.dtype)
+        with without_autocast(x):
+            return linear(self._compute_input(x), parts).to(x.dtype)
+
+    def _compute_input(self: Any, x: Tensor) -> Tensor:
+        return x.to(self.base_layer.compute_dtype or x.dtype)
 
 
-class FusedLinear8bitLt(FusedLoRA, bnb.Linear8bitLt):
+class FusedLinear8bitLt(FusedLoRA):
     """PEFT's ``Linear8bitLt`` whose forward in training on the CPU is one ``int8_linear``."""
 
-    _peftkit_stock = bnb.Linear8bitLt
-
-    def _weight(self, base: Any, x: Tensor) -> Int8Weight | None:
-        if torch.is_autocast_enabled(x.device.type) or int8_obstacle(base):
-            return None
-        return int8_weight(base) if _takes(base, x) else None
+    def _weight(self, base: Any, x: Tensor) -> Int8Weight | Reason:
+        return input_reason(base, x) or int8_obstacle(base) or int8_weight(base)
 
 
-def _takes(base: Any, x: Tensor) -> bool:
-    """Whether the ops can multiply ``x`` by this base layer's weight; under ``torch.compile`` and ``torch.func`` it is left to bitsandbytes."""
-    return (
-        not is_transformed()
-        and x.is_floating_point()
-        and x.device == base.weight.device
-        and not base.weight.requires_grad
-        and (base.bias is None or not base.bias.requires_grad)
-    )
+def input_reason(base: Any, x: Tensor) -> Reason | None:
+    """Why the ops cannot multiply ``x`` by this base layer's weight."""
+    if is_transformed():
+        return _TRANSFORMED
+    if not x.is_floating_point():
+        return Reason(f"its input is {x.dtype}")
+    if x.device != base.weight.device:
+        return Reason(f"its input is on {x.device} and its base weight on {base.weight.device}")
+    return weight_reason(base)
 
 
-CLASSES = {bnb.Linear4bit: FusedLinear4bit, bnb.Linear8bitLt: FusedLinear8bitLt}
-
-# PEFT finds and reports layers by class name
-for _stock, _fused in CLASSES.items():
-    _fused.__name__ = _fused.__qualname__ = _stock.__name__
+MIXINS = {bnb.Linear4bit: FusedLinear4bit, bnb.Linear8bitLt: FusedLinear8bitLt}

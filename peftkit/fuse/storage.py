@@ -6,38 +6,61 @@ from typing import Any
 
 import torch
 
+from peftkit.fuse.plan import Reason
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.nf4 import NF4Weight
 from peftkit_kernels.nf4.weight import BLOCKSIZES, NestedAbsmax, level_table
 
 
-def nf4_obstacle(base: Any) -> str | None:
+def nf4_obstacle(base: Any) -> Reason | None:
     """Why the weight of a ``bitsandbytes.nn.Linear4bit`` cannot be read as NF4, or ``None``."""
     state = getattr(base.weight, "quant_state", None)
-    if state is None:
-        return "its base weight is not quantised yet (move the model to its device)"
-    if not is_nf4_packed(base):
-        return "its base weight has been repacked by bitsandbytes for inference on the CPU"
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return nf4_repacked(base)
     if state.quant_type != "nf4":
-        return f"its base weight is stored as {state.quant_type}; only nf4 can be read"
+        return Reason(f"its base weight is stored as {state.quant_type}; only nf4 can be read")
     if not torch.equal(state.code.cpu(), level_table()):
-        return "its base weight has a code table of its own"
+        return Reason("its base weight has a code table of its own")
     if tuple(state.shape) != (base.out_features, base.in_features):
-        return f"its base weight was quantised as {tuple(state.shape)}, transposed"
+        return Reason(f"its base weight was quantised as {tuple(state.shape)}, transposed")
     if state.blocksize not in BLOCKSIZES:
-        return f"its base weight is stored in blocks of {state.blocksize}"
+        return Reason(f"its base weight is stored in blocks of {state.blocksize}")
     if base.weight.device.type == "cpu" and base.in_features % state.blocksize:
-        return (
+        return Reason(
             f"its {base.in_features} columns are no multiple of the block of {state.blocksize}: bitsandbytes decodes such a weight "
             "differently on the CPU than it quantised it"
         )
     return None
 
 
-def is_nf4_packed(base: Any) -> bool:
+def nf4_repacked(base: Any) -> Reason | None:
     """The part of ``nf4_obstacle`` that a forward can change: bitsandbytes repacks weights for inference on some CPUs."""
     state = getattr(base.weight, "quant_state", None)
-    return state is not None and not getattr(state, "packing_format_for_cpu", False)
+    if state is None:
+        return Reason("its base weight is not quantised yet (move the model to its device)")
+    if getattr(state, "packing_format_for_cpu", False):
+        return Reason("its base weight has been repacked by bitsandbytes for inference on the CPU")
+    return None
+
+
+class StorageSeen:
+    """The 4-bit storage for which ``nf4_obstacle`` was asked, compared by identity and version in each forward."""
+
+    def __init__(self, base: Any):
+        self.state = base.weight.quant_state
+        self.code = self.state.code
+        self.facts = _facts(self.state)
+
+    def is_of(self, base: Any) -> bool:
+        """Whether the base layer still has this storage, unchanged."""
+        state = base.weight.quant_state
+        return state is self.state and state.code is self.code and _facts(state) == self.facts
+
+
+def _facts(state: Any) -> tuple[Any, ...]:
+    code = state.code
+    version = 0 if code.is_inference() else code._version
+    return version, state.quant_type, state.blocksize, tuple(state.shape)
 
 
 def nf4_weight(base: Any) -> NF4Weight:
@@ -52,16 +75,20 @@ def nf4_weight(base: Any) -> NF4Weight:
     return NF4Weight(packed, state.absmax, tuple(state.shape), state.blocksize, nested)
 
 
-def int8_obstacle(base: Any) -> str | None:
+def int8_obstacle(base: Any) -> Reason | None:
     """Why a ``bitsandbytes.nn.Linear8bitLt`` is not the product with one weight of 8 bits, or ``None``."""
     if base.state.has_fp16_weights:
-        return "its base weight is quantised anew in every forward (has_fp16_weights=True)"
+        return Reason("its base weight is quantised anew in every forward (has_fp16_weights=True)")
     if _codes(base) is None:
-        return "its base weight is not quantised yet (move the model to its device)"
+        return Reason("its base weight is not quantised yet (move the model to its device)")
     if base.weight.device.type != "cpu":
-        return "bitsandbytes quantises the activations too on this device"
+        return Reason(
+            "on this device bitsandbytes also quantises the activations, so results would differ"
+        )
     if not base.training:
-        return "bitsandbytes quantises the activations too in evaluation; it is fused in training"
+        return Reason(
+            "bitsandbytes also quantises the activations in evaluation; it is fused in training"
+        )
     return None
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from peftkit import import_adapter
-from peftkit.fuse.blocks import same_up_to_rounding
+from peftkit.compatibility.rounding import same_up_to_rounding
 
 
 def main() -> None:

@@ -11,14 +11,9 @@ from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaMLP
 
 from peftkit import accelerate, explain
-from peftkit.fuse import blocks
-from peftkit.fuse.blocks import (
-    FusedGatedMLP,
-    SharedInput,
-    bring_together,
-    fuse_gated_mlps,
-    group_shared_inputs,
-)
+from peftkit.fuse import mlp
+from peftkit.fuse.mlp import FusedGatedMLP, fuse_gated_mlps, share_buffer
+from peftkit.fuse.siblings import GROUP, Siblings, group_siblings
 from peftkit.fuse.linear import fuse_layer
 from peftkit_kernels.joined import joined
 
@@ -119,7 +114,7 @@ def test_siblings_of_different_input_size_and_single_ones_are_not_grouped():
         plain, _ = adapt(Attention(**options))
         for module in plain.modules():
             fuse_layer(module)
-        groups.append(group_shared_inputs(plain))
+        groups.append(group_siblings(plain))
     assert groups == [1, 0, 0]
 
 
@@ -215,9 +210,9 @@ def test_gradients_and_no_gradients_are_kept_apart():
 def test_nothing_is_held_once_all_outputs_are_taken():
     _, fused = attention()
     call(fused, draw(2, 5, WIDTH), ("q_proj", "k_proj", "v_proj"))
-    group = fused.q_proj._peftkit_group
-    assert isinstance(group, SharedInput)
-    assert group is fused.v_proj._peftkit_group
+    group = fused.q_proj._peftkit_siblings
+    assert isinstance(group, Siblings)
+    assert group is fused.v_proj._peftkit_siblings
     assert group._input is None
     assert not group._outputs
 
@@ -343,7 +338,7 @@ def test_on_one_gpu_gate_and_up_are_brought_together_without_changing_a_bit(monk
     mlps = [m for m in base.modules() if isinstance(m, FusedGatedMLP)]
     weights = [[m.gate_proj.base_layer.weight, m.up_proj.base_layer.weight] for m in mlps]
     assert [joined(pair, 0) for pair in weights] == [None, None], "on the CPU they stay as they are"
-    monkeypatch.setattr(blocks, "_on_one_gpu", lambda x: True)
+    monkeypatch.setattr(mlp, "_may_move_weights", lambda x: True)
     places = []
     for _ in range(2):
         assert torch.equal(model(**batch).loss, expected)
@@ -365,11 +360,11 @@ def test_weights_that_are_not_alone_or_not_alike_stay_where_they_are():
     for other in (part, weight(3, 4, dtype=torch.bfloat16), weight(3, 5), weight(3, 4).data):
         first = weight(3, 4)
         places = first.data_ptr(), other.data_ptr()
-        bring_together([first, other])
+        share_buffer([first, other])
         assert (first.data_ptr(), other.data_ptr()) == places
     first, second = weight(3, 4), weight(2, 4)
     with torch.inference_mode():
-        bring_together([first, second])
+        share_buffer([first, second])
     assert joined([first, second], 0).shape == (5, 4)
     assert not first.is_inference(), "training may follow"
     assert (torch.ones(1, 4, requires_grad=True) @ first.T).sum().requires_grad
@@ -390,7 +385,7 @@ def test_names_of_every_tiny_model_are_grouped_or_known():
     found = {}
     for name in models.NAMES:
         _, fused = pairs.pair(name)
-        groups = {id(m._peftkit_group) for m in fused.modules() if hasattr(m, "_peftkit_group")}
+        groups = {id(m._peftkit_siblings) for m in fused.modules() if hasattr(m, "_peftkit_siblings")}
         found[name] = (len(groups), sum(isinstance(m, FusedGatedMLP) for m in fused.modules()))
     four = dict.fromkeys(("llama", "qwen3", "gemma3", "mistral"), (2, 2))
     rest = {
@@ -418,9 +413,9 @@ def test_cross_attention_groups_leave_the_query_out_before_the_first_forward(nam
     model(input_ids=ids, labels=ids).loss.backward()
     groups = {
         n: [
-            len(m.__dict__["_peftkit_group"].members)
+            len(m.__dict__["_peftkit_siblings"].members)
             for m in attention.children()
-            if "_peftkit_group" in vars(m)
+            if "_peftkit_siblings" in vars(m)
         ]
         for n, attention in model.named_modules()
         if n.endswith(("EncDecAttention", "encoder_attn"))

@@ -13,7 +13,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
 from peftkit import accelerate, explain, wrap
-from peftkit.fuse.compute import Frozen, gated_mlp
+from peftkit.fuse.compute import LinearParts, gated_mlp
 from peftkit.fuse.linear import FusedLinear
 from peftkit_kernels.lab.interp import faithful
 from peftkit_kernels.lab.traffic import Traffic
@@ -299,7 +299,7 @@ def mlp_of(dtype):
         A, B, bias, magnitude = draw(R, K), draw(N, R), draw(N), draw(N) + 1.0
         for leaf in (A, B, bias, magnitude):
             leaf.requires_grad_()
-        parts.append(Frozen(draw(N, K), bias, LoRA(A, B, 1.5), magnitude))
+        parts.append(LinearParts(draw(N, K), bias, LoRA(A, B, 1.5), magnitude))
     return draw(2, 9, D).requires_grad_(), parts
 
 

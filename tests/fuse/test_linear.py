@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peftkit import accelerate, explain
-from peftkit.fuse.linear import FusedLinear, fuse_layer, restore_layer
+from peftkit.fuse.linear import FusedLinear, fuse_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

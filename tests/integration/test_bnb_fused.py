@@ -122,7 +122,7 @@ def test_a_step_is_as_near_to_float64_as_pefts(base, dora):
     for seed in range(4):
         # PEFT's DoRA on an 8-bit layer on the CPU fails in its second forward
         plain, fused = pair(base, use_dora=dora)
-        assert type(fused.base_model.model.proj) is expected
+        assert isinstance(fused.base_model.model.proj, expected)
         x = torch.randn(17, K, generator=torch.Generator().manual_seed(seed))
         with fused_calls() as calls:
             actual = step(fused, x)
@@ -195,7 +195,7 @@ REASONS = {
         (filled(bnb.nn.Linear4bit(K, N, quant_type="nf4")), 4),
         lambda layer: None,
     ),
-    "quantises the activations too in evaluation": lambda: ("int8", lambda layer: layer.eval()),
+    "also quantises the activations in evaluation": lambda: ("int8", lambda layer: layer.eval()),
     "its base layer is trained": lambda: ("nf4", lambda layer: layer.bias.requires_grad_()),
 }
 
@@ -218,5 +218,5 @@ def test_what_cannot_be_read_runs_pefts_forward_and_says_why(reason):
 def test_a_copy_of_a_fused_layer_is_whole():
     _, fused = pair("nf4")
     twin = copy.deepcopy(fused)
-    assert type(twin.base_model.model.proj) is FusedLinear4bit
+    assert isinstance(twin.base_model.model.proj, FusedLinear4bit)
     assert torch.equal(twin(draw()), fused(draw()))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftkit import ContractError, import_adapter, load_adapter, restore
-from peftkit.fuse.blocks import same_up_to_rounding
+from peftkit.compatibility.rounding import same_up_to_rounding
 
 HIDDEN, SIZE, LAYERS = 32, 4, 2
 HOULSBY = {"mh_adapter": True, "output_adapter": True, "original_ln_before": False}

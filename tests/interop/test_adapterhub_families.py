@@ -11,7 +11,7 @@ from interop.test_adapterhub import ACTIVATIONS, COMMON, HIDDEN, KINDS, SIZE, wr
 from torch import Tensor, nn
 
 from peftkit import ContractError, import_adapter, restore
-from peftkit.fuse.blocks import same_up_to_rounding
+from peftkit.compatibility.rounding import same_up_to_rounding
 
 
 class Layer(NamedTuple):

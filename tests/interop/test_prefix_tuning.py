@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peftkit import ContractError, PrefixConfig, import_adapter, load_adapter, restore
-from peftkit.fuse.blocks import same_up_to_rounding
+from peftkit.compatibility.rounding import same_up_to_rounding
 from peftkit.prefix import add_prefixes, remove_prefixes
 from peftkit.prefix.positions import MovedPositions
 

@@ -1,0 +1,181 @@
+"""Gated MLPs, ``down(act(gate(x)) ∘ up(x))``, as one op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.fuse.compute import LinearParts, draw_seeds, gated_mlp, gated_mlp_backend
+from peftkit.fuse.experts import FusedParamWrapper
+from peftkit.fuse.linear import FusedLinear, plan_linear
+from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
+from peftkit.fuse.recognise import recognise_gated_mlp, seal_gated_mlp
+from peftkit.fuse.seal import Seal
+from peftkit.swap import swap_in, swap_out
+from peftkit_kernels.dispatch import is_transformed
+from peftkit_kernels.joined import joined
+
+METHOD = "gated MLP"
+
+_NAMES = ("gate_proj", "up_proj", "down_proj")
+_NAMES_JOINT = ("gate_up_proj", "down_proj")
+
+_TRANSFORMED = Reason("torch.compile and torch.func see the module's own operations")
+
+
+class FusedGatedMLP(Fused):
+    """The forward of a gated MLP as one ``lora_swiglu_mlp``; mixed into the module's own class."""
+
+    peftkit_method = METHOD
+    _peftkit_act: str
+    _peftkit_names: tuple[str, ...]
+    _peftkit_seal: Seal
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``down(act(gate(x)) ∘ up(x))`` for ``x [..., hidden_size]``; the module's own if it gets anything else."""
+        if len(args) != 1 or kwargs:
+            return super().forward(*args, **kwargs)
+        x = args[0]
+        parts = self.peftkit_plan(x)
+        if isinstance(parts, Reason):
+            return super().forward(x)
+        if _may_move_weights(x):
+            share_buffer([part.weight for part in parts[:2]])
+        return gated_mlp(x, [draw_seeds(part) for part in parts], self._peftkit_act)
+
+    def peftkit_plan(self, x: Tensor) -> list[LinearParts] | Reason:
+        """Gate, up and down as tensors, or why the module's own forward runs."""
+        broken = self._peftkit_seal.broken(self)
+        if broken is not None:
+            return broken
+        if is_transformed():
+            return _TRANSFORMED
+        parts = []
+        for name in self._peftkit_names:
+            part = plan_linear(self._modules[name], x)
+            if isinstance(part, Reason):
+                return Reason(f"{name}: {part}")
+            if part.magnitude is not None and part.lora is not None and part.lora.p:
+                return Reason(
+                    f"{name}: DoRA with dropout cannot be fused across the layers of an MLP; each linear runs separately"
+                )
+            parts.append(part)
+        return parts if len(parts) == 3 else _halves(*parts)
+
+    def peftkit_example(self) -> Tensor:
+        """One row of input, of the dtype and on the device of the first weight."""
+        first: Any = self._modules[self._peftkit_names[0]]
+        if isinstance(first, Fused):
+            return first.peftkit_example()
+        first = getattr(first, "base_layer", first)
+        return first.weight.new_empty(1, first.in_features)
+
+    def peftkit_backend(self, x: Tensor, parts: list[LinearParts]) -> str:
+        """``"torch"`` or ``"triton"``."""
+        return gated_mlp_backend(x, parts)
+
+
+def fuse_gated_mlps(model: nn.Module) -> int:
+    """Fuse every module that computes exactly a gated MLP; returns how many were fused. Others keep a reason."""
+    count = 0
+    for module in list(model.modules()):
+        is_fused = isinstance(module, FusedGatedMLP)
+        names = _names(module)
+        if names is None or (is_fused and module._peftkit_seal.broken(module) is None):
+            continue
+        act = _act_or_reason(module, names)
+        if isinstance(act, Reason):
+            if is_fused:
+                swap_out(module, FusedGatedMLP)
+            decline(module, METHOD, act)
+            continue
+        forget_declined(module)
+        seal = seal_gated_mlp(module, names)
+        if not is_fused:
+            swap_in(module, FusedGatedMLP)
+            count += 1
+        module.__dict__.update(_peftkit_act=act, _peftkit_names=names, _peftkit_seal=seal)
+    return count
+
+
+def _act_or_reason(module: nn.Module, names: tuple[str, ...]) -> str:
+    for name in names:
+        if not _is_linear(module._modules[name]):
+            kind = type(getattr(module._modules[name], "base_layer", module._modules[name]))
+            return Reason(f"{name} is a {kind.__name__}, so each linear runs separately")
+    return recognise_gated_mlp(module, names)
+
+
+def _names(module: nn.Module) -> tuple[str, ...] | None:
+    """The names of gate, up and down, or of a joint gate and up, and down; ``None`` for any other module."""
+    for names in (_NAMES, _NAMES_JOINT):
+        if all(names_ in module._modules for names_ in names):
+            return names
+    return None
+
+
+def _is_linear(module: Any) -> bool:
+    if isinstance(module, FusedParamWrapper):
+        module = module.base_layer  # LoRA on the bare weight of a linear
+    return type(module) is nn.Linear or isinstance(module, FusedLinear)
+
+
+def _halves(joint: LinearParts, down: LinearParts) -> list[LinearParts] | Reason:
+    """Gate and up of a joint projection as two linears, and down."""
+    if joint.lora is not None and joint.lora.p > 0.0:
+        return Reason(
+            "the joint projection of gate and up has one dropout mask, which two linears would draw twice; each linear runs "
+            "separately"
+        )
+    size = joint.weight.shape[0] // 2
+    return [_rows(joint, slice(0, size)), _rows(joint, slice(size, None)), down]
+
+
+def _rows(part: LinearParts, rows: slice) -> LinearParts:
+    lora = part.lora
+    return LinearParts(
+        part.weight[rows],
+        None if part.bias is None else part.bias[rows],
+        None if lora is None else replace(lora, B=lora.B[rows]),
+        None if part.magnitude is None else part.magnitude[rows],
+    )
+
+
+def _may_move_weights(x: Tensor) -> bool:
+    """Whether it is safe to move weights into a shared buffer.
+
+    It is not if several processes share the work, since they have buffers of their own, nor while a CUDA graph is captured,
+    which would move them again whenever it runs.
+    """
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return False
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+@torch.inference_mode(mode=False)
+@torch.no_grad()
+def share_buffer(weights: Sequence[Tensor]) -> None:
+    """Make frozen weights of one width the parts of one buffer, so that a product with all of them is one; no bit changes.
+
+    Nothing is done if they are parts of one buffer already, differ in kind, or if one is itself a part of something larger.
+    Whatever moves or copies the model separates them again; that costs only the speed.
+    """
+    if (
+        joined(weights, 0) is not None
+        or len({(w.dtype, w.device, w.shape[1]) for w in weights}) > 1
+    ):
+        return
+    if all(
+        type(w) is nn.Parameter
+        and not w.is_inference()
+        and w.is_contiguous()
+        and w.untyped_storage().nbytes() == w.nbytes
+        for w in weights
+    ):
+        buffer = torch.cat([w.data for w in weights])
+        for weight, part in zip(weights, buffer.split([len(w) for w in weights]), strict=True):
+            weight.data = part

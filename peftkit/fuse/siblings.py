@@ -1,0 +1,243 @@
+"""Linears that share an input (q/k/v): computed together when the first of them is called."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import inspect
+import textwrap
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftkit.find.targets import is_cross_attention
+from peftkit.fuse.adapter import Adapter, changed_reason, current_adapter
+from peftkit.fuse.compute import LinearParts, backend_of, draw_seeds, linears
+from peftkit.fuse.linear import FusedLinear, drop_rate
+from peftkit.fuse.plan import Reason
+from peftkit.swap import own_class
+from peftkit_kernels.checks import is_autocast_enabled
+from peftkit_kernels.dispatch import is_transformed
+from peftkit_kernels.lora_qkv.torch_impl import joins_shrinks
+
+METHOD = "shared input"
+
+GROUP = "_peftkit_siblings"
+
+_NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
+"""Names of sibling linears that attention modules call on one input, in the usual order."""
+
+_TRANSFORMED = Reason("torch.compile and torch.func compute them separately")
+_INFERENCE = Reason(
+    "tensors of inference mode have no version, so a change of the input would not be seen"
+)
+
+
+class _Pending(NamedTuple):
+    """What the first sibling has computed for the others."""
+
+    x: Tensor
+    key: tuple[Any, ...]
+    outputs: dict[int, tuple[Tensor, tuple[Any, ...]]]
+
+
+class Siblings:
+    """LoRA linears that a module calls one after the other on the same tensor.
+
+    The first call computes all of them; the others' outputs wait for their calls with the same input. A call with another
+    input (cross-attention: keys come from another sequence) computes that sibling and those after it. Nothing is learned from
+    a forward, so that a recomputation under checkpointing does exactly what the forward did. What waits belongs to the thread.
+    """
+
+    def __init__(self, members: list[FusedLinear]):
+        self.members = tuple(members)
+        self._thread = threading.local()
+
+    def peftkit_plan(self, x: Tensor, first: int = 0) -> list[LinearParts] | Reason:
+        """The linears from number ``first`` on, on ``x [..., K]``, or why they are computed separately."""
+        if is_transformed():
+            return _TRANSFORMED
+        if x.is_inference():
+            return _INFERENCE
+        plans = []
+        for member in self.members[first:]:
+            parts = member.peftkit_plan(x)
+            if isinstance(parts, Reason):
+                return parts
+            if parts.magnitude is not None and parts.lora.p:
+                return Reason(
+                    "DoRA with dropout cannot be fused across linears; each linear runs separately"
+                )
+            plans.append(parts)
+        return plans
+
+    def peftkit_verdict(self) -> tuple[str, str]:
+        """The path, for ``explain``, and the reason if the siblings run separately."""
+        x = self.members[0].peftkit_example()
+        plans = self.peftkit_plan(x)
+        return (
+            ("peft", plans)
+            if isinstance(plans, Reason)
+            else (f"fused:{backend_of(x, plans[0])}", "")
+        )
+
+    def output_for(self, member: FusedLinear, x: Tensor) -> Tensor | None:
+        """``member(x)`` if the siblings have it or can be computed together, else ``None``."""
+        if is_transformed() or x.is_inference():
+            return None
+        pending: _Pending | None = getattr(self._thread, "pending", None)
+        is_first = member is self.members[0]
+        if not is_first and pending is None:
+            return None
+        recording = torch.is_grad_enabled()
+        if is_first and not recording and x.is_cpu and self._shares_nothing(x):
+            self._thread.pending = None
+            return None
+        key = (x._version, recording, is_autocast_enabled(x.device.type))
+        if pending is not None and not is_first and pending.x is x and pending.key == key:
+            return self._pop(pending, member)
+        self._thread.pending = None
+        return self._compute(member, x, key)
+
+    def _compute(self, member: FusedLinear, x: Tensor, key: tuple[Any, ...]) -> Tensor | None:
+        first = next((i for i, other in enumerate(self.members) if other is member), None)
+        if first is None or first == len(self.members) - 1:
+            return None
+        plans = self.peftkit_plan(x, first)
+        if isinstance(plans, Reason):
+            return None
+        y, *others = linears(x, [draw_seeds(parts) for parts in plans])
+        waiting = self.members[first + 1 :]
+        outputs = {id(m): (o, _state(m)) for m, o in zip(waiting, others, strict=True)}
+        self._thread.pending = _Pending(x, key, outputs)
+        return y
+
+    def _pop(self, pending: _Pending, member: FusedLinear) -> Tensor | None:
+        y, state = pending.outputs.pop(id(member), (None, None))
+        if not pending.outputs:
+            self._thread.pending = None
+        if y is None or state != _state(member):
+            return None
+        found: Any = _adapter(member)
+        return y if changed_reason(member, found) is None else None
+
+    def _shares_nothing(self, x: Tensor) -> bool:
+        """Whether a forward alone has no product in common: one by one, the members give the same bits with less bookkeeping."""
+        ranks = []
+        for member in self.members:
+            found = _adapter(member)
+            if isinstance(found, Reason) or drop_rate(found.dropout) > 0.0:
+                return False
+            ranks.append(found.A.out_features)
+        return not joins_shrinks(x.shape[:-1].numel(), ranks)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Siblings:
+        # entered before the members are copied, because each of them leads back here
+        twin = memo[id(self)] = Siblings([])
+        twin.members = tuple(copy.deepcopy(member, memo) for member in self.members)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"members": self.members}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.members, self._thread = state["members"], threading.local()
+
+
+def group_siblings(model: nn.Module) -> int:
+    """Let fused LoRA linears that share an input be computed together; returns the number of groups."""
+    count = 0
+    for name, parent in model.named_modules():
+        for names in _NAMES:
+            children = [parent._modules.get(n) for n in names]
+            if sum(isinstance(child, FusedLinear) for child in children) < 2:
+                continue
+            # a query's own input cannot be learned from a forward: its recomputation under checkpointing would differ
+            sharing = (
+                names[1:]
+                if is_cross_attention(name, parent)
+                else calls_on_one_input(own_class(parent), names)
+            )
+            members = [m for n in sharing if isinstance(m := parent._modules[n], FusedLinear)]
+            if len(members) > 1 and len({m.in_features for m in members}) == 1:
+                group = Siblings(members)
+                for member in members:
+                    member.__dict__[GROUP] = group
+                count += 1
+    return count
+
+
+@functools.cache
+def calls_on_one_input(cls: type, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``names`` that the forward of ``cls`` may call on one tensor, in the order of the calls.
+
+    Read from the source: ``self.NAME(argument)``, with assignments of the argument followed. If the source is not there or does
+    not name them, all of them; the input is compared in each call anyway, so a wrong guess only costs time.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
+    except (OSError, TypeError, SyntaxError, AttributeError):
+        return names
+    assigned: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            assigned.setdefault(node.targets[0].id, []).append(node.value)
+    calls: dict[str, tuple[tuple[int, int], set[str]]] = {}
+    for node in ast.walk(tree):
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func
+        if called and called.attr in names and node.args:
+            sources = _sources(node.args[0], assigned, frozenset())
+            place = (called.end_lineno or 0, called.end_col_offset or 0)
+            before, known = calls.get(called.attr, (place, set()))
+            calls[called.attr] = min(place, before), known | sources
+    if set(calls) != set(names):
+        return names
+    ordered = sorted(names, key=lambda name: calls[name][0])
+    best: list[str] = []
+    for source in sorted({source for _, sources in calls.values() for source in sources}):
+        sharing = [name for name in ordered if source in calls[name][1]]
+        if len(sharing) > len(best):
+            best = sharing
+    return tuple(best)
+
+
+def _sources(node: ast.expr, assigned: dict[str, list[ast.expr]], seen: frozenset[str]) -> set[str]:
+    """The expressions that a value may be, as source text, through assignments and conditional expressions."""
+    if isinstance(node, ast.IfExp):
+        return _sources(node.body, assigned, seen) | _sources(node.orelse, assigned, seen)
+    if isinstance(node, ast.Name) and node.id not in seen:
+        found = {node.id}
+        for value in assigned.get(node.id, []):
+            if isinstance(value, (ast.Name, ast.IfExp)):
+                found |= _sources(value, assigned, seen | {node.id})
+        return found
+    return {ast.unparse(node)}
+
+
+def _state(member: FusedLinear) -> tuple[Any, ...]:
+    """What an output depends on besides the input: an optimiser step or another adapter makes it stale."""
+    found = _adapter(member)
+    if not isinstance(found, Adapter):
+        return ()
+    A, B = _version(found.A), _version(found.B)
+    magnitude = None if found.magnitude is None else _version(found.magnitude)
+    layer: Any = member
+    return A, B, magnitude, layer.scaling[found.name], found.dropout.training
+
+
+def _adapter(member: FusedLinear) -> Adapter | Reason:
+    return current_adapter(member, member._modules["base_layer"])  # pyright: ignore[reportArgumentType]
+
+
+def _version(module: nn.Module) -> tuple[int, int | None]:
+    """Which tensor the weight is, and how often it was changed."""
+    weight: Any = module._parameters["weight"]
+    return id(weight), None if weight.is_inference() else weight._version
