@@ -1,0 +1,92 @@
+"""Whether a module is a gated MLP, and with which activation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from peftkit.fuse.plan import Reason
+from peftkit.fuse.recognise.graph import Graph, Node
+from peftkit.fuse.recognise.trace import Kind, Leaf, trace
+from peftkit.fuse.recognise.verdict import examine
+from peftkit.fuse.seal import Seal, own_class
+from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
+
+
+def seal_gated_mlp(module: nn.Module, names: Sequence[str]) -> Seal:
+    """Whether ``module`` computes ``down(act(gate(x)) ∘ up(x))`` with an activation that has a fused form, and what that relies on.
+
+    Args:
+        module: Any module.
+        names: Children: gate, up and down, or the joint gate-and-up projection (gate first) and down.
+    """
+    leaves = {}
+    for name in names:
+        sizes = _sizes(module._modules.get(name))
+        if sizes is None:
+            return Seal(Reason(f"its {name} is no linear layer"))
+        leaves[name] = Leaf(name, *sizes)
+    width = leaves[names[0]].size_in
+    key = (
+        "gated MLP",
+        own_class(module),
+        tuple(names),
+        *(tuple(vars(x).values()) for x in leaves.values()),
+    )
+    return examine(key, module, lambda kind: _activation(module, kind, tuple(names), width, leaves))
+
+
+def _sizes(linear: Any) -> tuple[int, int] | None:
+    """Features in and out of a linear, whatever is wrapped around it."""
+    if isinstance(linear, nn.Module) and hasattr(linear, "get_base_layer"):
+        linear = linear.get_base_layer()
+    sizes = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
+    return sizes if all(type(size) is int for size in sizes) else None
+
+
+def _activation(
+    module: nn.Module, kind: Kind, names: tuple[str, ...], width: int, leaves: dict[str, Leaf]
+) -> str | Reason:
+    kind.reads.add_attribute(nn.Linear, "forward")
+    kind.reads.add_attribute(nn.Module, "__call__")
+    common, other = set(ACTIVATIONS), None
+    for _, graph, out in trace(module, kind, width, leaves):
+        gate, up = _halves(graph, names, leaves)
+        found = {
+            act for act in ACTIVATIONS if _node(graph, names, graph.node(act, gate), up) is out
+        }
+        if not found and other is None:
+            other = _other_activation(graph, out, names, up)
+        common &= found
+    if common:
+        return common.pop()
+    if other is not None:
+        return Reason(
+            f"its activation ({_activation_name(kind, names) or other}) has no fused form"
+        )
+    return Reason("its forward is not down(act(gate(x)) * up(x))")
+
+
+def _halves(graph: Graph, names: tuple[str, ...], leaves: dict[str, Leaf]) -> tuple[Node, Node]:
+    x = graph.node("x")
+    if len(names) == 3:
+        return graph.node("linear", names[0], x), graph.node("linear", names[1], x)
+    joint, size = graph.node("linear", names[0], x), leaves[names[0]].size_out // 2
+    return graph.part(joint, 0, size), graph.part(joint, size, 2 * size)
+
+
+def _node(graph: Graph, names: tuple[str, ...], gate: Node, up: Node) -> Node:
+    return graph.node("linear", names[-1], graph.mul(gate, up))
+
+
+def _other_activation(graph: Graph, out: Node, names: tuple[str, ...], up: Node) -> str | None:
+    """The last operation of what takes the place of the activation, if all else is the formula of a gated MLP."""
+    found = (node for node in graph.nodes if _node(graph, names, node, up) is out)
+    node = next(found, None)
+    return None if node is None else node.op
+
+
+def _activation_name(kind: Kind, names: tuple[str, ...]) -> str | None:
+    return next((cls.__name__ for path, cls in kind.classes.items() if path), None)

@@ -1,0 +1,45 @@
+"""Seals, kept by kind of module: the traces are run once for each class with the settings that its forward reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from peftkit.fuse.plan import Reason
+from peftkit.fuse.recognise.reads import Refused
+from peftkit.fuse.recognise.trace import Kind
+from peftkit.fuse.seal import Seal
+
+_MOST = 1024
+
+_seals: dict[Any, list[Seal]] = {}
+
+
+def examine(key: Any, module: nn.Module, answer: Callable[[Kind], Any]) -> Seal:
+    """The seal with the ``answer`` of a kind of module, from an earlier module whose seal fits this one if there is one.
+
+    Args:
+        key: What the answer depends on besides that which the traces write down.
+        module: The module.
+        answer: Traces the module, fills the kind, and returns what it is or a ``Reason``; whatever it raises is a reason too.
+    """
+    known = _seals.get(key, [])
+    for seal in known:
+        if seal.broken(module) is None:
+            return seal
+    kind = Kind()
+    try:
+        found = answer(kind)
+    except Refused as refused:
+        found = Reason(str(refused))
+    except Exception as error:  # whatever the forward of an unknown module raises
+        text = " ".join(str(error).split())[:120]
+        found = Reason(f"its forward cannot be traced ({type(error).__name__}: {text})")
+    parts = [(path, cls, kind.settings[path]) for path, cls in kind.classes.items()]
+    seal = Seal(found, kind.reads.spaces.values(), kind.reads.classes, parts)
+    if len(_seals) >= _MOST:
+        _seals.clear()
+    _seals[key] = [*known[-7:], seal]
+    return seal
