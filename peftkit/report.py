@@ -179,7 +179,7 @@ def layer_reports(model: nn.Module) -> list[LayerReport]:
     """A row for every adapter layer, every fused module and every module that was looked at and not fused."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from peftkit.fuse.adapter import class_reason, method
+    from peftkit.fuse.adapter import method
     from peftkit.fuse.plan import declined
 
     reports: list[LayerReport] = []
@@ -196,12 +196,24 @@ def layer_reports(model: nn.Module) -> list[LayerReport]:
             reports.append(row)
             outer[id(getattr(module, "base_layer", None))] = row
         elif is_adapter:
-            reason = class_reason(module) or "not accelerated; call peftkit.accelerate(model)"
+            reason = _why_not_fused(module)
             reports.append(LayerReport(name, method(module), "peft", reason))
         if (kept := declined(module)) is not None:
             reports.append(LayerReport(name, kept[0], "peft", kept[1], False, True))
         reports += _sibling_reports(name, module)
     return reports
+
+
+def _why_not_fused(layer: Any) -> str:
+    """The reason of an adapter layer of a class that was not fused."""
+    from peftkit.fuse.adapter import NONE_ACTIVE, class_reason
+
+    held = [
+        getattr(layer, names) for names in ("lora_A", "lora_embedding_A") if hasattr(layer, names)
+    ]
+    if held and not any(name in names for name in layer.active_adapters for names in held):
+        return NONE_ACTIVE
+    return class_reason(layer) or "not accelerated; call peftkit.accelerate(model)"
 
 
 def _sibling_reports(name: str, parent: nn.Module) -> list[LayerReport]:

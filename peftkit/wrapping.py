@@ -18,7 +18,7 @@ from peftkit.fuse.linear import fuse_layer
 from peftkit.fuse.loss import install_logit_free, remove_logit_free
 from peftkit.fuse.mlp import fuse_gated_mlps
 from peftkit.fuse.norm import fuse_norms
-from peftkit.fuse.plan import Fused, forget_declined
+from peftkit.fuse.plan import Fused, NotReached, forget_declined
 from peftkit.fuse.siblings import group_siblings
 from peftkit.report import layer_reports
 from peftkit.rollback import restoring, writes_base_weights
@@ -187,28 +187,20 @@ def _require_all_fused(model: nn.Module) -> None:
     for module, _ in modes:
         module.training = True
     try:
-        rows = [row for row in layer_reports(model) if row.is_adapter or not row.declined]
+        rows = [
+            row
+            for row in layer_reports(model)
+            if not (row.declined or isinstance(row.reason, NotReached))
+        ]
     finally:
         for module, training in modes:
             module.training = training
-    modules = dict(model.named_modules())
-    rows = [row for row in rows if not row.is_adapter or _is_reached(modules[row.name])]
     unfused = [f"{row.name} ({row.method}): {row.reason}" for row in rows if row.path == "peft"]
     if unfused:
         raise ContractError(
             f"strict=True, and {len(unfused)} of {len(rows)} layers and modules that peftkit fuses would run their own code in "
             f"training:\n{listing(unfused, shown=8)}\nRemove the cause, or pass strict=False."
         )
-
-
-def _is_reached(layer: Any) -> bool:
-    """Whether an active adapter has weights in this layer; otherwise the layer only runs its base layer."""
-    held = [getattr(layer, names, None) for names in ("lora_A", "lora_embedding_A")]
-    if all(names is None for names in held):
-        return True
-    return any(
-        name in names for name in layer.active_adapters for names in held if names is not None
-    )
 
 
 def _task_type(model: nn.Module) -> str | None:

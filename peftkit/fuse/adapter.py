@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import nn
 
-from peftkit.fuse.plan import Reason
+from peftkit.fuse.plan import NotReached, Reason
 from peftkit.fuse.storage import nf4_obstacle
 from peftkit.swap import own_class
 
@@ -27,6 +27,7 @@ _LINEAR_8BIT = ("peft.tuners.lora.bnb", "Linear8bitLt")
 
 _FOUND = "_peftkit_found"
 
+NONE_ACTIVE = NotReached("no active adapter has weights in it")
 _DISABLED = Reason("adapters are disabled")
 _NO_CAST = Reason("casting of the input dtype is switched off")
 _COMPUTED = Reason("its base weight is computed (parametrised or offloaded), not a parameter")
@@ -136,9 +137,11 @@ def find_adapter(layer: Any) -> Adapter | Reason:
     if reason is not None:
         return reason
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1:
+    if not active:
+        return NONE_ACTIVE
+    if len(active) > 1:
         return Reason(
-            f"{len(active)} adapters are active ({', '.join(active) or 'none'}); exactly one can be fused"
+            f"{len(active)} adapters are active ({', '.join(active)}); exactly one can be fused"
         )
     name = active[0]
     if name in layer.lora_variant and not is_dora(layer, name):

@@ -58,7 +58,7 @@ class FusedGatedMLP(Fused):
         for name in self._peftkit_names:
             part = plan_linear(self._modules[name], x)
             if isinstance(part, Reason):
-                return Reason(f"{name}: {part}")
+                return type(part)(f"{name}: {part}")
             if part.magnitude is not None and part.lora is not None and part.lora.p:
                 return Reason(
                     f"{name}: DoRA with dropout cannot be fused across the layers of an MLP; each linear runs separately"

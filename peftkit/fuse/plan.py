@@ -19,6 +19,12 @@ class Reason(str):
     __slots__ = ()
 
 
+class NotReached(Reason):
+    """The reason of a layer in which no active adapter has weights: its own forward only runs its base layer."""
+
+    __slots__ = ()
+
+
 class Fused(nn.Module):
     """Base of everything that is mixed into a module's own class (``peftkit.swap``) and gives it a fused forward."""
 
