@@ -13,7 +13,7 @@ from peftkit.fuse.compute import LinearParts, draw_seeds, gated_mlp, gated_mlp_b
 from peftkit.fuse.experts import FusedParamWrapper
 from peftkit.fuse.linear import FusedLinear, plan_linear
 from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
-from peftkit.fuse.recognise import recognise_gated_mlp, seal_gated_mlp
+from peftkit.fuse.recognise import seal_gated_mlp
 from peftkit.fuse.seal import Seal
 from peftkit.swap import swap_in, swap_out
 from peftkit_kernels.dispatch import is_transformed
@@ -31,7 +31,6 @@ class FusedGatedMLP(Fused):
     """The forward of a gated MLP as one ``lora_swiglu_mlp``; mixed into the module's own class."""
 
     peftkit_method = METHOD
-    _peftkit_act: str
     _peftkit_names: tuple[str, ...]
     _peftkit_seal: Seal
 
@@ -45,13 +44,18 @@ class FusedGatedMLP(Fused):
             return super().forward(x)
         if _may_move_weights(x):
             share_buffer([part.weight for part in parts[:2]])
-        return gated_mlp(x, [draw_seeds(part) for part in parts], self._peftkit_act)
+        return gated_mlp(x, [draw_seeds(part) for part in parts], self._peftkit_seal.answer)
 
     def peftkit_plan(self, x: Tensor) -> list[LinearParts] | Reason:
         """Gate, up and down as tensors, or why the module's own forward runs."""
-        broken = self._peftkit_seal.broken(self)
+        seal = self._peftkit_seal
+        if seal.is_lost:
+            seal = self.__dict__["_peftkit_seal"] = seal_gated_mlp(self, self._peftkit_names)
+        broken = seal.broken(self)
         if broken is not None:
             return broken
+        if isinstance(seal.answer, Reason):
+            return seal.answer
         if is_transformed():
             return _TRANSFORMED
         parts = []
@@ -87,27 +91,27 @@ def fuse_gated_mlps(model: nn.Module) -> int:
         names = _names(module)
         if names is None or (is_fused and module._peftkit_seal.broken(module) is None):
             continue
-        act = _act_or_reason(module, names)
-        if isinstance(act, Reason):
+        seal = _seal_or_reason(module, names)
+        if isinstance(seal, Reason):
             if is_fused:
                 swap_out(module, FusedGatedMLP)
-            decline(module, METHOD, act)
+            decline(module, METHOD, seal)
             continue
         forget_declined(module)
-        seal = seal_gated_mlp(module, names)
         if not is_fused:
             swap_in(module, FusedGatedMLP)
             count += 1
-        module.__dict__.update(_peftkit_act=act, _peftkit_names=names, _peftkit_seal=seal)
+        module.__dict__.update(_peftkit_names=names, _peftkit_seal=seal)
     return count
 
 
-def _act_or_reason(module: nn.Module, names: tuple[str, ...]) -> str:
+def _seal_or_reason(module: nn.Module, names: tuple[str, ...]) -> Seal | Reason:
     for name in names:
         if not _is_linear(module._modules[name]):
             kind = type(getattr(module._modules[name], "base_layer", module._modules[name]))
             return Reason(f"{name} is a {kind.__name__}, so each linear runs separately")
-    return recognise_gated_mlp(module, names)
+    seal = seal_gated_mlp(module, names)
+    return seal.answer if isinstance(seal.answer, Reason) else seal
 
 
 def _names(module: nn.Module) -> tuple[str, ...] | None:

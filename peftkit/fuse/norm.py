@@ -1,4 +1,4 @@
-"""Frozen RMSNorm and LayerNorm: found by structure, accepted when the fused formula gives the module's own output."""
+"""RMSNorm and LayerNorm with frozen parameters as one op each: recognised by ``peftkit.fuse.recognise``."""
 
 from __future__ import annotations
 
@@ -8,110 +8,141 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.find.targets import is_own_adapter
-from peftkit.fuse._tmp_rounding import same_up_to_rounding
-from peftkit.fuse.recognise import probe_input
-from peftkit.fuse.adapter import has_hooks
-from peftkit.swap import swap_in
+from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
+from peftkit.fuse.recognise import NormFormula, seal_norm
+from peftkit.fuse.recognise.trace import DTYPES
+from peftkit.fuse.seal import Seal
+from peftkit.swap import swap_in, swap_out
+from peftkit_kernels.checks import is_autocast_enabled
 from peftkit_kernels.dispatch import choose_backend, is_transformed
 from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
 from peftkit_kernels.frozen_norm.config import obstacle
 
-_EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
+METHOD = "frozen norm"
+
+_TRAINED = Reason("its weight or bias is trained, and the fused norm computes no gradient for them")
 
 
-class FusedNorm(nn.Module):
+class FusedNorm(Fused):
     """Forward of a norm whose parameters are frozen; mixed into the module's own class."""
 
+    _peftkit_seal: Seal
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The norm over the last axis of the one argument; the module's own where its weight is trained or it gets more."""
-        weight, bias = self._parameters["weight"], self._parameters.get("bias")
-        if len(args) != 1 or kwargs or weight is None or is_transformed():
+        """The norm over the last axis of ``x [..., K]``; the module's own forward if ``peftkit_plan`` gives a reason."""
+        # A compiler sees the module's own operations, and could not see through the plan.
+        if len(args) != 1 or kwargs or is_transformed():
             return super().forward(*args, **kwargs)
-        x = args[0]
-        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if trained or x.dtype is not weight.dtype or x.device != weight.device:
-            return super().forward(x)
-        return _apply(self._peftkit_norm, x, weight, bias)
+        parts = self.peftkit_plan(args[0])
+        if isinstance(parts, Reason):
+            return super().forward(*args)
+        return _apply(args[0], *parts)
+
+    def peftkit_plan(self, x: Any) -> tuple[Tensor, Tensor | None, NormFormula] | Reason:
+        """Weight, bias and formula of a forward on ``x``, or why the module's own forward runs."""
+        seal = self._peftkit_seal
+        if seal.is_lost:
+            seal = self.__dict__["_peftkit_seal"] = seal_norm(self)
+        broken = seal.broken(self)
+        if broken is not None:
+            return broken
+        formula: Any = seal.answer
+        if isinstance(formula, Reason):
+            return formula
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is None:
+            return Reason("its weight is computed (parametrised or offloaded), not a parameter")
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return _TRAINED
+        for parameter in (weight, bias):
+            if type(parameter) not in (nn.Parameter, Tensor, type(None)):
+                return Reason(f"its parameters are stored as {type(parameter).__name__}")
+        if weight.shape != (formula.width,) or (bias is not None) is not formula.has_bias:
+            return Reason("its weight or bias was replaced by one of another shape")
+        return _input_reason(x, weight, formula) or (weight, bias, formula)
+
+    def peftkit_example(self) -> Tensor:
+        """One row of ones, of the width and dtype of the weight and on its device."""
+        weight = self._parameters.get("weight")
+        return torch.ones(1, 1) if weight is None else weight.detach().new_ones(1, weight.shape[0])
 
     @property
     def peftkit_method(self) -> str:
         """What ``explain`` calls it."""
-        return "frozen LayerNorm" if self._peftkit_norm["kind"] == "layer" else "frozen RMSNorm"
+        formula = self._peftkit_seal.answer
+        is_layer = isinstance(formula, NormFormula) and formula.kind == "layer"
+        return "frozen LayerNorm" if is_layer else "frozen RMSNorm"
 
-    def peftkit_verdict(self) -> tuple[str, str]:
-        """The path a forward takes in the present state, and the reason where it is the module's own."""
-        if any(parameter.requires_grad for parameter in self.parameters()):
-            return "peft", "its weight is trained"
-        weight = self._parameters["weight"]
-        op = f"frozen_{self._peftkit_norm['kind']}_norm"
+    def peftkit_backend(self, x: Tensor, parts: tuple[Tensor, Tensor | None, NormFormula]) -> str:
+        """``"torch"`` or ``"triton"``."""
+        weight, bias, formula = parts
+        op = f"frozen_{formula.kind}_norm"
         own = obstacle(op, weight.shape[0])
-        backend = choose_backend(op, "auto", weight, has_dot=False, own_obstacle=own)
-        return f"fused:{backend}", ""
+        return choose_backend(op, "auto", x, weight, bias, has_dot=False, own_obstacle=own)
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Fuse every norm that one of the known formulas reproduces; returns their number.
+    """Fuse every frozen norm of a known formula; returns how many were fused now. Others keep a reason.
 
-    Those of adapters stay torch's, so that an adapter computes the same bits while it is trained and after it is loaded.
+    The norms of adapters stay torch's, so that an adapter computes the same bits while it is trained and after it is loaded.
     """
     count = 0
     own = {id(part) for m in model.modules() if is_own_adapter(m) for part in m.modules()}
     for module in list(model.modules()):
-        if isinstance(module, FusedNorm) or id(module) in own:
+        if "norm" not in type(module).__name__.lower() or id(module) in own:
             continue
-        formula = _formula(module)
-        if formula is not None:
-            swap_in(module, FusedNorm)
-            module.__dict__["_peftkit_norm"] = formula
-            count += 1
+        is_fused = isinstance(module, FusedNorm)
+        if is_fused and module._peftkit_seal.broken(module) is None:
+            continue
+        seal = _seal_or_reason(module)
+        if isinstance(seal, Seal):
+            forget_declined(module)
+            if not is_fused:
+                swap_in(module, FusedNorm)
+                count += 1
+            module.__dict__["_peftkit_seal"] = seal
+            continue
+        if is_fused:
+            swap_out(module, FusedNorm)
+        if seal is not None:
+            decline(module, METHOD, seal)
     return count
 
 
-def _formula(module: nn.Module) -> dict[str, Any] | None:
+def _seal_or_reason(module: nn.Module) -> Seal | Reason | None:
+    """The seal on a norm to fuse, why it is not fused, or ``None`` for a module without a weight of one axis."""
+    if "parametrizations" in module._modules:
+        return seal_norm(module).answer
     weight = module._parameters.get("weight")
-    eps = next((getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)), None)
-    if (
-        "Norm" not in type(module).__name__
-        or weight is None
-        or weight.dim() != 1
-        or not isinstance(eps, float)
-    ):
+    if weight is None or weight.dim() != 1:
         return None
-    if (
-        set(module._parameters) - {"weight", "bias"}
-        or module._modules
-        or module._buffers
-        or has_hooks(module)
-    ):
-        return None
-    if weight.device.type == "meta" or weight.requires_grad or not weight.is_floating_point():
-        return None
-    bias = module._parameters.get("bias")
-    if type(module) is nn.LayerNorm:
-        return {"kind": "layer", "eps": eps} if len(module.normalized_shape) == 1 else None
-    if bias is not None:
-        return None
-    x = probe_input((2, weight.shape[0]), weight)
-    with torch.no_grad():
-        try:
-            own = module(x)
-        except (TypeError, RuntimeError):
-            return None  # not a norm over the last axis of one input
-        for offset in (0.0, 1.0):
-            for round_first in (True, False):
-                formula = {"kind": "rms", "eps": eps, "offset": offset, "round_first": round_first}
-                if _matches(formula, own, x, weight):
-                    return formula
+    if "forward" in module.__dict__:
+        return Reason("its forward is replaced on this module")
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        return _TRAINED
+    seal = seal_norm(module)
+    return seal.answer if isinstance(seal.answer, Reason) else seal
+
+
+def _input_reason(x: Any, weight: Tensor, formula: NormFormula) -> Reason | None:
+    """Why this input is left to the module's own forward."""
+    if not isinstance(x, Tensor) or not x.dim() or x.shape[-1] != weight.shape[0]:
+        return Reason("its input is not as wide as its weight")
+    if x.dtype is not weight.dtype:
+        return Reason(f"its input is {x.dtype} and its weight {weight.dtype}")
+    if x.device != weight.device:
+        return Reason(f"its input is on {x.device} and its weight on {weight.device}")
+    if x.dtype is torch.float64 and not formula.in_float64:
+        return Reason("it computes float64 inputs in float32")
+    if x.dtype not in DTYPES:
+        return Reason(f"its input is {x.dtype}")
+    if not formula.in_autocast and x.dtype.itemsize == 2 and is_autocast_enabled(x.device.type):
+        return Reason("autocast is on, which may compute this function of torch in float32")
     return None
 
 
-def _matches(formula: dict[str, Any], own: Any, x: Tensor, weight: Tensor) -> bool:
-    return isinstance(own, Tensor) and same_up_to_rounding(_apply(formula, x, weight, None), own)
-
-
-def _apply(formula: dict[str, Any], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if formula["kind"] == "layer":
-        return frozen_layer_norm(x, weight, bias, formula["eps"])
-    return frozen_rms_norm(
-        x, weight, formula["eps"], offset=formula["offset"], round_first=formula["round_first"]
-    )
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, formula: NormFormula) -> Tensor:
+    if formula.kind == "layer":
+        return frozen_layer_norm(x, weight, bias, formula.eps)
+    offset, round_first = formula.offset, formula.round_first
+    return frozen_rms_norm(x, weight, formula.eps, offset=offset, round_first=round_first)

@@ -40,27 +40,27 @@ class Seal:
     """What a kind of module was recognised as, with the names and settings that this relied on and their values.
 
     Attributes:
-        answer: The formula; a ``Reason`` if no known one.
-        is_lost: Whether the seal was pickled: it knows nothing any more, and the module has to be recognised again.
+        answer: The formula, or the ``Reason`` why the module computes none that is known.
 
     Args:
         answer: As above.
+        find: Recognises a module of this kind again and returns its seal; a function that can be pickled.
         spaces: Namespaces as ``(namespace, its name, value of each name)``.
         classes: Attributes that were looked up on classes.
         parts: The module itself and each submodule it calls: path, class, settings it reads.
     """
 
-    __slots__ = ("_items", "_names", "_parts", "_spaces", "answer", "is_lost")
+    __slots__ = ("_items", "_names", "_parts", "_spaces", "answer", "find")
 
     def __init__(
         self,
         answer: Any,
+        find: Callable[[nn.Module], Seal],
         spaces: Iterable[tuple[Any, str, dict[str, Any]]] = (),
         classes: Mapping[type, Iterable[str]] = MappingProxyType({}),
         parts: Iterable[tuple[tuple[str, ...], type, dict[str, Any]]] = (),
-        is_lost: bool = False,
     ):
-        self.answer, self.is_lost = answer, is_lost
+        self.answer, self.find = answer, find
         self._spaces = [(space, label, dict(values)) for space, label, values in spaces]
         items = [(space, n, v) for space, _, values in self._spaces for n, v in values.items()]
         self._items = tuple(zip(*items, strict=True)) or ((), (), ())
@@ -96,7 +96,7 @@ class Seal:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _lost, ()
+        return LoadedSeal, (self.answer, self.find)
 
     def _changed_name(self) -> Reason | None:
         for space, label, values in self._spaces:
@@ -112,8 +112,22 @@ class Seal:
         return next(reason for part in self._parts if (reason := part.reason(module)))
 
 
-def _lost() -> Seal:
-    return Seal(Reason("it was not looked at since it was loaded"), is_lost=True)
+class LoadedSeal(Seal):
+    """A seal that was pickled: it recognises the module again when it is first used."""
+
+    __slots__ = ("_found",)
+
+    def broken(self, module: nn.Module) -> Reason | None:
+        """As ``Seal.broken``; also broken if the module is recognised as something else than before it was saved."""
+        if not hasattr(self, "_found"):
+            found = self.find(module)
+            if found.answer != self.answer:
+                is_reason = isinstance(found.answer, Reason)
+                return (
+                    found.answer if is_reason else Reason("its formula changed since it was saved")
+                )
+            self._found = found
+        return self._found.broken(module)
 
 
 class _Part:

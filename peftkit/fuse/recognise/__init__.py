@@ -17,8 +17,8 @@ this is as it was. A gated MLP::
     ...
     reason = seal.broken(module)             # in each forward: None or what changed
 
-A seal keeps no module and no tensor: ``copy.deepcopy`` returns the seal itself, and a pickled seal becomes one that is broken until
-``seal_gated_mlp`` (``seal_norm``) is called again.
+A seal keeps no module and no tensor: a copied model shares it, and a pickled seal recognises the module again when it is first
+used. ``torch.compile`` cannot trace a seal: check ``is_transformed()`` before it.
 """
 
 from __future__ import annotations

@@ -49,6 +49,19 @@ class Graph:
         found = (a for node in self._nodes.values() if node.op == op for a in node.args)
         return list(dict.fromkeys(a for a in found if isinstance(a, float)))
 
+    def foreign(self, out: Node) -> list[str]:
+        """Names of the aten operations before ``out`` that are part of no known formula."""
+        seen: set[Node] = set()
+        found, left = [], [out]
+        while left:
+            node = left.pop()
+            if node not in seen:
+                seen.add(node)
+                left += [a for a in node.args if isinstance(a, Node)]
+                if node.op.startswith("aten."):
+                    found.append(node.op.split(".")[1])
+        return found
+
     def node(self, op: str, *args: Any) -> Node:
         """The node of ``op`` on nodes and constants; integers count as the equal floats."""
         args = tuple(_constant(a) for a in args)

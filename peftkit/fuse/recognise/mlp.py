@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +23,12 @@ def seal_gated_mlp(module: nn.Module, names: Sequence[str]) -> Seal:
         module: Any module.
         names: Children: gate, up and down, or the joint gate-and-up projection (gate first) and down.
     """
+    find = functools.partial(seal_gated_mlp, names=tuple(names))
     leaves = {}
     for name in names:
         sizes = _sizes(module._modules.get(name))
         if sizes is None:
-            return Seal(Reason(f"its {name} is no linear layer"))
+            return Seal(Reason(f"its {name} is no linear layer"), find)
         leaves[name] = Leaf(name, *sizes)
     width = leaves[names[0]].size_in
     key = (
@@ -35,15 +37,18 @@ def seal_gated_mlp(module: nn.Module, names: Sequence[str]) -> Seal:
         tuple(names),
         *(tuple(vars(x).values()) for x in leaves.values()),
     )
-    return examine(key, module, lambda kind: _activation(module, kind, tuple(names), width, leaves))
+    return examine(
+        key, module, lambda kind: _activation(module, kind, tuple(names), width, leaves), find
+    )
 
 
 def _sizes(linear: Any) -> tuple[int, int] | None:
     """Features in and out of a linear, whatever is wrapped around it."""
     if isinstance(linear, nn.Module) and hasattr(linear, "get_base_layer"):
         linear = linear.get_base_layer()
-    sizes = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
-    return sizes if all(type(size) is int for size in sizes) else None
+    size_in = getattr(linear, "in_features", None)
+    size_out = getattr(linear, "out_features", None)
+    return (size_in, size_out) if type(size_in) is int and type(size_out) is int else None
 
 
 def _activation(
@@ -51,7 +56,7 @@ def _activation(
 ) -> str | Reason:
     kind.reads.add_attribute(nn.Linear, "forward")
     kind.reads.add_attribute(nn.Module, "__call__")
-    common, other = set(ACTIVATIONS), None
+    common, other, foreign = set(ACTIVATIONS), None, []
     for _, graph, out in trace(module, kind, width, leaves):
         gate, up = _halves(graph, names, leaves)
         found = {
@@ -60,13 +65,15 @@ def _activation(
         if not found and other is None:
             other = _other_activation(graph, out, names, up)
         common &= found
+        foreign += graph.foreign(out)
     if common:
         return common.pop()
     if other is not None:
         return Reason(
             f"its activation ({_activation_name(kind, names) or other}) has no fused form"
         )
-    return Reason("its forward is not down(act(gate(x)) * up(x))")
+    uses = f" (it uses {', '.join(dict.fromkeys(foreign))})" if foreign else ""
+    return Reason(f"its forward is not down(act(gate(x)) * up(x)){uses}")
 
 
 def _halves(graph: Graph, names: tuple[str, ...], leaves: dict[str, Leaf]) -> tuple[Node, Node]:

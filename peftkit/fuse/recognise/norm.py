@@ -23,52 +23,63 @@ class NormFormula(NamedTuple):
         eps: Added to the mean square or variance.
         offset: Added to the weight.
         round_first: Whether the normalised value is rounded to the dtype of ``x`` before it is multiplied by the weight.
+        width: Elements of a row.
+        has_bias: Whether there is a bias.
         in_float64: Whether float64 inputs are computed in float64; if not, the module computes them in float32.
+        in_autocast: Whether 16-bit inputs give the same under autocast; a function of torch that computes the whole norm may not.
     """
 
     kind: str
     eps: float
     offset: float = 0.0
     round_first: bool = False
+    width: int = 0
+    has_bias: bool = False
     in_float64: bool = True
+    in_autocast: bool = True
 
 
 def seal_norm(module: nn.Module) -> Seal:
     """Whether ``module`` is a norm that ``frozen_rms_norm`` or ``frozen_layer_norm`` computes, and what that relies on."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or not weight.is_floating_point():
-        return Seal(Reason("it has no weight of one axis"))
+        return Seal(Reason("it has no weight of one axis"), seal_norm)
     if "parametrizations" in module._modules:
-        return Seal(Reason("its weight is parametrised"))
+        return Seal(Reason("its weight is parametrised"), seal_norm)
     if others := [
         *(set(module._parameters) - {"weight", "bias"}),
         *module._modules,
         *module._buffers,
     ]:
-        return Seal(Reason(f"it has {', '.join(others)} besides its weight and bias"))
+        return Seal(Reason(f"it has {', '.join(others)} besides its weight and bias"), seal_norm)
     bias = module._parameters.get("bias")
     if bias is not None and bias.shape != weight.shape:
-        return Seal(Reason("its bias has another shape than its weight"))
+        return Seal(Reason("its bias has another shape than its weight"), seal_norm)
     width = weight.shape[0]
     key = "norm", own_class(module), width, bias is not None, tuple(module._parameters)
-    return examine(key, module, lambda kind: _formula(module, kind, width, bias is not None))
+    return examine(
+        key, module, lambda kind: _formula(module, kind, width, bias is not None), seal_norm
+    )
 
 
 def _formula(module: nn.Module, kind: Kind, width: int, has_bias: bool) -> NormFormula | Reason:
     found: dict[torch.dtype, set[NormFormula]] = {}
-    unmatched = None
+    foreign: list[str] = []
     for dtype, graph, out in trace(module, kind, width, {}):
         found[dtype] = _matches(graph, out, dtype, has_bias)
-        if not found[dtype] and dtype is not torch.float64:
-            unmatched = unmatched or graph
-    narrow = [formulas for dtype, formulas in found.items() if dtype is not torch.float64]
-    common = set.intersection(*narrow)
+        foreign += graph.foreign(out)
+    # In float32 there is no cast, so only the other two tell where the module rounds.
+    common = found[torch.float32] & found[torch.bfloat16] & found[torch.float16]
     if len(common) != 1:
-        return Reason(
-            "its forward is neither RMSNorm nor LayerNorm with the casts that can be fused"
-        )
+        uses = f" (it uses {', '.join(dict.fromkeys(foreign))})" if foreign else ""
+        return Reason(f"its forward is no RMSNorm or LayerNorm that has a fused form{uses}")
     (formula,) = common
-    return formula._replace(in_float64=formula in found[torch.float64])
+    return formula._replace(
+        width=width,
+        has_bias=has_bias,
+        in_float64=formula in found[torch.float64],
+        in_autocast=not kind.composites,
+    )
 
 
 def _matches(graph: Graph, out: Node, dtype: torch.dtype, has_bias: bool) -> set[NormFormula]:

@@ -52,11 +52,13 @@ class Kind:
         reads: Names that code reads.
         classes: Class of the module and of each submodule that it calls, by path.
         settings: Values of the attributes that the forward reads, by path.
+        composites: Names of the functions of torch that compute a whole norm.
     """
 
     reads: Reads = field(default_factory=Reads)
     classes: dict[Path, type] = field(default_factory=dict)
     settings: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    composites: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -392,6 +394,7 @@ class _Called(TorchFunctionMode):
         if composite is None:
             out = func(*args, **kwargs)
         else:
+            tracer.kind.composites.add(name)
             with tracer.pause():
                 out = func(*args, **kwargs)
             if tracer.graph is not None:

@@ -17,13 +17,19 @@ _MOST = 1024
 _seals: dict[Any, list[Seal]] = {}
 
 
-def examine(key: Any, module: nn.Module, answer: Callable[[Kind], Any]) -> Seal:
+def examine(
+    key: Any,
+    module: nn.Module,
+    answer: Callable[[Kind], Any],
+    find: Callable[[nn.Module], Seal],
+) -> Seal:
     """The seal with the ``answer`` of a kind of module, from an earlier module whose seal fits this one if there is one.
 
     Args:
         key: What the answer depends on besides that which the traces write down.
         module: The module.
         answer: Traces the module, fills the kind, and returns what it is or a ``Reason``; whatever it raises is a reason too.
+        find: Examines a module of this kind again; a function that can be pickled.
     """
     known = _seals.get(key, [])
     for seal in known:
@@ -38,7 +44,7 @@ def examine(key: Any, module: nn.Module, answer: Callable[[Kind], Any]) -> Seal:
         text = " ".join(str(error).split())[:120]
         found = Reason(f"its forward cannot be traced ({type(error).__name__}: {text})")
     parts = [(path, cls, kind.settings[path]) for path, cls in kind.classes.items()]
-    seal = Seal(found, kind.reads.spaces.values(), kind.reads.classes, parts)
+    seal = Seal(found, find, kind.reads.spaces.values(), kind.reads.classes, parts)
     if len(_seals) >= _MOST:
         _seals.clear()
     _seals[key] = [*known[-7:], seal]
