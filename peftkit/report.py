@@ -189,7 +189,7 @@ def layer_reports(model: nn.Module) -> list[LayerReport]:
         if hasattr(module, "peftkit_verdict"):
             row = LayerReport(name, module.peftkit_method, *module.peftkit_verdict(), is_adapter)
             around = outer.get(id(module))
-            if around is not None and around.path == "peft":
+            if around is not None and around.path == "peft" != row.path:
                 row = replace(
                     row, path="peft", reason=f"the layer around it runs PEFT's: {around.reason}"
                 )

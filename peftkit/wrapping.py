@@ -195,6 +195,7 @@ def _require_all_fused(model: nn.Module) -> None:
     finally:
         for module, training in modes:
             module.training = training
+    rows.sort(key=lambda row: not row.is_adapter)
     unfused = [f"{row.name} ({row.method}): {row.reason}" for row in rows if row.path == "peft"]
     if unfused:
         raise ContractError(

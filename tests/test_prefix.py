@@ -12,8 +12,8 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama import modeling_llama
 
-from peftkit.find.points import probe_inputs
 from peftkit.compatibility.rounding import same_up_to_rounding
+from peftkit.find.points import probe_inputs
 from peftkit.prefix import Prefix, PrefixConfig, PrefixSite, add_prefixes, remove_prefixes
 from peftkit.prefix.attention import prefix_attention
 from peftkit.prefix.inject import attach

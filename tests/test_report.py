@@ -26,7 +26,7 @@ def test_every_layer_of_a_wrapped_model_is_fused():
     assert {(layer.method, layer.path) for layer in adapters} == {("LoRA", "fused:torch")}
     assert report.fused_fraction == 1.0
     assert report.left_out == {"lm_head": HEAD}
-    assert report.blocks == {"gated MLP": 2, "frozen RMSNorm": 5}
+    assert report.blocks == {"shared input": 2, "gated MLP": 2, "frozen RMSNorm": 5}
     assert report.logit_free
 
 
@@ -44,7 +44,7 @@ def test_one_obstacle_is_told_of_its_layer_alone():
     model = wrap(models.tiny("llama"))
     model.get_submodule(f"{_LAYER}.self_attn.o_proj").merge()
     report = explain(model)
-    odd = [layer for layer in report.layers if layer.path == "peft"]
+    odd = [layer for layer in report.layers if layer.path == "peft" and layer.is_adapter]
     assert [layer.name for layer in odd] == [f"{_LAYER}.self_attn.o_proj"]
     assert "merged" in odd[0].reason
     assert report.fused_fraction == pytest.approx(13 / 14)

@@ -48,7 +48,8 @@ def test_strict_names_what_is_not_fused_and_leaves_the_model_as_it_was():
         alora_invocation_tokens=[5], task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]
     )
     with pytest.raises(
-        ContractError, match=r"4 of 4 adapter layers .*(\n.*)*q_proj: .*ALoraLinearVariant"
+        ContractError,
+        match=r"6 of 13 layers and modules .*(\n.*)*q_proj \(LoRA\): .*ALoraLinearVariant",
     ):
         wrap(model, config, strict=True)
     after = {name: (type(module), list(module.__dict__)) for name, module in model.named_modules()}
@@ -64,7 +65,7 @@ def test_strict_accelerate_changes_nothing_when_it_refuses():
     model.get_submodule(
         "base_model.model.model.layers.0.self_attn.q_proj"
     ).base_layer.weight.requires_grad_()
-    with pytest.raises(ContractError, match="1 of 2 adapter layers"):
+    with pytest.raises(ContractError, match="1 of 9 layers and modules"):
         accelerate(model, strict=True)
     assert fused(model) == []
 

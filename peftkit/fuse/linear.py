@@ -187,6 +187,8 @@ def fuse_layer(module: nn.Module) -> bool:
     if mixin is None or class_reason(module) is not None:
         return False
     swap_in(module, mixin)
+    layer: Any = module
+    current_adapter(layer, layer.get_base_layer())  # kept, so that torch.compile finds it
     return True
 
 

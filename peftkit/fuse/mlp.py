@@ -48,16 +48,11 @@ class FusedGatedMLP(Fused):
 
     def peftkit_plan(self, x: Tensor) -> list[LinearParts] | Reason:
         """Gate, up and down as tensors, or why the module's own forward runs."""
-        seal = self._peftkit_seal
-        if seal.is_lost:
-            seal = self.__dict__["_peftkit_seal"] = seal_gated_mlp(self, self._peftkit_names)
-        broken = seal.broken(self)
+        if is_transformed():
+            return _TRANSFORMED  # also because torch.compile could not trace the seal
+        broken = self._peftkit_seal.broken(self)
         if broken is not None:
             return broken
-        if isinstance(seal.answer, Reason):
-            return seal.answer
-        if is_transformed():
-            return _TRANSFORMED
         parts = []
         for name in self._peftkit_names:
             part = plan_linear(self._modules[name], x)

@@ -41,14 +41,10 @@ class FusedNorm(Fused):
     def peftkit_plan(self, x: Any) -> tuple[Tensor, Tensor | None, NormFormula] | Reason:
         """Weight, bias and formula of a forward on ``x``, or why the module's own forward runs."""
         seal = self._peftkit_seal
-        if seal.is_lost:
-            seal = self.__dict__["_peftkit_seal"] = seal_norm(self)
         broken = seal.broken(self)
         if broken is not None:
             return broken
-        formula: Any = seal.answer
-        if isinstance(formula, Reason):
-            return formula
+        formula: NormFormula = seal.answer
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if weight is None:
             return Reason("its weight is computed (parametrised or offloaded), not a parameter")

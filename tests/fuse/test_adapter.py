@@ -44,7 +44,7 @@ def two_adapters(layer):
 REASONS = {
     "adapters are disabled": lambda layer: layer.enable_adapters(False),
     "adapters are merged into the base weight (default)": lambda layer: layer.merge(),
-    "0 adapters are active (none); exactly one can be fused": lambda layer: layer.set_adapter([]),
+    "no active adapter has weights in it": lambda layer: layer.set_adapter([]),
     "2 adapters are active (default, second); exactly one can be fused": two_adapters,
     "adapter default has a bias of its own (lora_bias=True)": lambda layer: layer.lora_bias.update(
         default=True

@@ -89,7 +89,12 @@ def test_dropout_drops_where_peft_does(name, monkeypatch):
 def test_an_mlp_with_dropout_within_dora_says_that_it_runs_its_own_forward():
     _, fused = pair(lora_dropout=0.3)
     mlps = {(r.path, r.reason) for r in explain(fused).layers if r.method == "gated MLP"}
-    assert mlps == {("peft", "gate_proj: dropout within DoRA takes each linear by itself")}
+    assert mlps == {
+        (
+            "peft",
+            "gate_proj: DoRA with dropout cannot be fused across the layers of an MLP; each linear runs separately",
+        )
+    }
     mlps = {r.path for r in explain(fused.eval()).layers if r.method == "gated MLP"}
     assert mlps == {"fused:torch"}
 

@@ -145,7 +145,7 @@ def test_names_file_and_class_are_pefts(tmp_path):
     files = [tmp_path / str(kind) / "adapter_model.safetensors" for kind in (False, True)]
     assert files[0].read_bytes() == files[1].read_bytes()
     wrappers = [m for m in fused.modules() if isinstance(m, ParamWrapper)]
-    assert {type(m) for m in wrappers} == {FusedParamWrapper}
+    assert all(isinstance(m, FusedParamWrapper) for m in wrappers)
     assert {type(m).__name__ for m in wrappers} == {"ParamWrapper"}
     again = PeftModel.from_pretrained(eager(families.family("mixtral").double()), tmp_path / "True")
     torch.testing.assert_close(logits(again), logits(fused.eval()), rtol=1e-10, atol=1e-10)
@@ -177,8 +177,8 @@ def test_merging_disabling_switching_and_unloading(counted):
 
 
 REASONS = {
-    "its base layer is trained": lambda m: m.get_base_layer().gate_up_proj.requires_grad_(),
-    "its base layer has hooks": lambda m: m.get_base_layer().register_forward_hook(
+    "gate_up_proj is trained": lambda m: m.get_base_layer().gate_up_proj.requires_grad_(),
+    "its experts have hooks": lambda m: m.get_base_layer().register_forward_hook(
         lambda *args: args[-1] * 1.5
     ),
     "its lora_A has hooks": lambda m: m.lora_A["default"].register_forward_hook(lambda *args: None),

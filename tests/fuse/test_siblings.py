@@ -1,0 +1,230 @@
+"""Linears that share an input: what is grouped, what is not, and that nothing stale is used."""
+
+import models
+import pairs
+import pytest
+import torch
+from fused_pairs import adapt, draw
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peftkit import accelerate
+from peftkit.fuse.linear import fuse_layer
+from peftkit.fuse.mlp import FusedGatedMLP
+from peftkit.fuse.siblings import Siblings, group_siblings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WIDTH = 32
+
+
+class Attention(nn.Module):
+    """Three projections under names of one's choice."""
+
+    def __init__(self, names=("q_proj", "k_proj", "v_proj"), inputs=(WIDTH,) * 3):
+        super().__init__()
+        for i, (name, size) in enumerate(zip(names, inputs, strict=True)):
+            self.add_module(name, nn.Linear(size, 8 * (i + 1)))
+
+
+def attention(**options):
+    """The projections of a stock attention and of its fused twin."""
+    return (model.base_model.model[0] for model in adapt(Attention(**options)))
+
+
+def call(module, x, names):
+    return [getattr(module, name)(x) for name in names]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    with pairs.counted(monkeypatch) as counts:
+        yield counts
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("q_proj", "k_proj", "v_proj"),
+        ("query", "key", "value"),
+        ("q_lin", "k_lin", "v_lin"),
+        ("q", "k", "v"),
+    ],
+    ids=lambda names: names[0],
+)
+def test_siblings_with_known_names_are_one_call(names, calls):
+    plain, fused = attention(names=names)
+    x = draw(2, 5, WIDTH)
+    for actual, expected in zip(call(fused, x, names), call(plain, x, names), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert calls == {"LoRAQKV": 1, "peft": 3}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("tokens", [12, 13], ids=["apart", "joined"])
+def test_forwards_with_and_without_gradients_give_the_same_bits(tokens, dropout, calls):
+    """As reentrant checkpointing needs it; where no product is shared the linears compute for themselves."""
+    names = ("q_proj", "k_proj", "v_proj")
+    _, fused = (m.base_model.model[0] for m in adapt(Attention(), lora_dropout=dropout))
+    fused.train()
+    x = draw(1, tokens, WIDTH)
+    torch.manual_seed(0)
+    expected = call(fused, x, names)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for actual, one in zip(call(fused, x, names), expected, strict=True):
+            assert torch.equal(actual, one)
+    apart = tokens == 12 and dropout == 0.0
+    assert calls == ({"LoRAQKV": 1, "LoRALinear": 3} if apart else {"LoRAQKV": 2})
+
+
+def test_siblings_of_different_input_size_and_single_ones_are_not_grouped():
+    groups = []
+    for options in ({}, {"inputs": (WIDTH, 16, 16)}, {"names": ("q_proj", "b", "c")}):
+        plain, _ = adapt(Attention(**options))
+        for module in plain.modules():
+            fuse_layer(module)
+        groups.append(group_siblings(plain))
+    assert groups == [1, 0, 0]
+
+
+def test_cross_attention_keeps_what_is_shared(calls):
+    """The query comes with the decoder's states, keys and values with the encoder's."""
+    plain, fused = attention()
+    for forward in range(3):
+        x, states = draw(2, 5, WIDTH), draw(2, 7, WIDTH)
+        for name, source in (("q_proj", x), ("k_proj", states), ("v_proj", states)):
+            expected = getattr(plain, name)(source)
+            actual = getattr(fused, name)(source)
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        del calls["peft"]
+        # the query computes keys and values of its own input in vain, each time: nothing is learned from a forward
+        assert calls == {"LoRAQKV": 2 * (forward + 1)}
+
+
+def test_any_order_and_subset_of_calls_is_exact():
+    plain, fused = attention()
+    names = ("q_proj", "k_proj", "v_proj")
+    generator = torch.Generator().manual_seed(0)
+    inputs = [draw(2, 3, WIDTH) for _ in range(2)]
+    for pick in torch.randint(0, 6, (80,), generator=generator).tolist():
+        name, x = names[pick % 3], inputs[pick // 3]
+        expected = getattr(plain, name)(x)
+        torch.testing.assert_close(getattr(fused, name)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_an_input_changed_in_place_is_noticed(mode):
+    plain, fused = attention()
+    with mode():
+        x = draw(2, 16, WIDTH)
+        fused.q_proj(x)
+        x.mul_(2.0)
+        torch.testing.assert_close(fused.k_proj(x), plain.k_proj(x), rtol=1e-12, atol=1e-12)
+
+
+def changes():
+    """What may happen between the query and the key, by name."""
+
+    def optimiser_step(module):
+        with torch.no_grad():
+            module.k_proj.lora_B["default"].weight.add_(1.0)
+
+    def other_adapter(module):
+        module.k_proj.update_layer("two", 2, lora_alpha=9, config=LoraConfig())
+        pairs.fill_factors(module, seed=3)
+        module.k_proj.set_adapter("two")
+
+    def evaluation(module):
+        module.k_proj.eval()
+
+    return {
+        "optimiser_step": optimiser_step,
+        "other_adapter": other_adapter,
+        "scale": lambda module: module.k_proj.set_scale("default", 5.0),
+        "disabled": lambda module: module.k_proj.enable_adapters(False),
+        "merged": lambda module: module.k_proj.merge(),
+        "new_weight": lambda module: setattr(
+            module.k_proj.lora_A["default"], "weight", nn.Parameter(torch.ones(4, WIDTH).double())
+        ),
+        "evaluation": evaluation,
+    }
+
+
+@pytest.mark.parametrize("change", changes())
+def test_an_output_computed_before_a_change_is_not_handed_out(change):
+    plain, fused = (m.base_model.model[0] for m in adapt(Attention(), lora_dropout=0.0))
+    x = draw(2, 5, WIDTH)
+    fused.q_proj(x)
+    for module in (plain, fused):
+        changes()[change](module)
+    torch.testing.assert_close(fused.k_proj(x), plain.k_proj(x), rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_switched_off_after_the_query():
+    plain, fused = (m.base_model.model[0] for m in adapt(Attention(), lora_dropout=0.5))
+    x = draw(2, 5, WIDTH)
+    fused.train().q_proj(x)
+    torch.testing.assert_close(fused.eval().k_proj(x), plain.eval().k_proj(x))
+
+
+def test_gradients_and_no_gradients_are_kept_apart():
+    _, fused = attention()
+    x = draw(2, 16, WIDTH)
+    with torch.no_grad():
+        fused.q_proj(x)
+    assert fused.k_proj(x).requires_grad
+
+
+def test_nothing_is_held_once_all_outputs_are_taken():
+    _, fused = attention()
+    call(fused, draw(2, 5, WIDTH), ("q_proj", "k_proj", "v_proj"))
+    group = fused.q_proj._peftkit_siblings
+    assert isinstance(group, Siblings)
+    assert group is fused.v_proj._peftkit_siblings
+    assert group._thread.pending is None
+
+
+def test_names_of_every_tiny_model_are_grouped_or_known():
+    found = {}
+    for name in models.NAMES:
+        _, fused = pairs.pair(name)
+        groups = {
+            id(m._peftkit_siblings) for m in fused.modules() if hasattr(m, "_peftkit_siblings")
+        }
+        found[name] = (len(groups), sum(isinstance(m, FusedGatedMLP) for m in fused.modules()))
+    four = dict.fromkeys(("llama", "qwen3", "gemma3", "mistral"), (2, 2))
+    rest = {
+        "gpt2": (0, 0),
+        "opt": (2, 0),
+        "phi3": (0, 2),
+        "bert": (2, 0),
+        "t5": (6, 0),
+        "vit": (2, 0),
+    }
+    assert found == four | rest
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_cross_attention_groups_leave_the_query_out_before_the_first_forward(name):
+    """Under checkpointing the recomputation of the first forward has to save what that forward saved."""
+    import families
+
+    model = accelerate(
+        get_peft_model(families.family(name), LoraConfig(r=4, target_modules="all-linear"))
+    ).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    ids = torch.arange(3, 11)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    groups = {
+        n: [
+            len(m.__dict__["_peftkit_siblings"].members)
+            for m in attention.children()
+            if "_peftkit_siblings" in vars(m)
+        ]
+        for n, attention in model.named_modules()
+        if n.endswith(("EncDecAttention", "encoder_attn"))
+    }
+    assert groups
+    assert all(sizes == [2, 2] for sizes in groups.values())

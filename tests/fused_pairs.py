@@ -1,0 +1,23 @@
+"""A module of one's own under PEFT's LoRA in float64, and its fused twin."""
+
+import copy
+
+import pairs
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peftkit import accelerate
+
+
+def adapt(module, targets=None, **config):
+    """``module`` in float64 with LoRA on its linears, and a fused twin."""
+    module = nn.Sequential(module).double()
+    names = targets or [n.split(".")[-1] for n, m in module.named_modules() if type(m) is nn.Linear]
+    plain = get_peft_model(module, LoraConfig(r=4, target_modules=names, **config))
+    pairs.fill_factors(plain)
+    return plain, accelerate(copy.deepcopy(plain))
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
