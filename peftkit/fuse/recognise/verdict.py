@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from peftkit.fuse.plan import Reason
 from peftkit.fuse.recognise.reads import Refused
 from peftkit.fuse.recognise.trace import Kind
-from peftkit.fuse.seal import Seal
+from peftkit.fuse.seal import Seal, own_class
 
 _MOST = 1024
 
@@ -37,7 +38,7 @@ def examine(
             return seal
     kind = Kind()
     try:
-        found = answer(kind)
+        found = _arguments_reason(module) or answer(kind)
     except Refused as refused:
         found = Reason(str(refused))
     except Exception as error:  # whatever the forward of an unknown module raises
@@ -49,3 +50,14 @@ def examine(
         _seals.clear()
     _seals[key] = [*known[-7:], seal]
     return seal
+
+
+def _arguments_reason(module: nn.Module) -> Reason | None:
+    """Why a forward cannot be called on an input alone."""
+    signature = inspect.signature(own_class(module).forward)
+    try:
+        signature.bind(module, None)
+    except TypeError:
+        names = ", ".join(list(signature.parameters)[1:])
+        return Reason(f"its forward takes other arguments than one input ({names})")
+    return None
