@@ -11,7 +11,7 @@ from peftkit.fuse.plan import Reason
 from peftkit.fuse.recognise.graph import Graph, Node
 from peftkit.fuse.recognise.trace import DTYPES, Kind, trace
 from peftkit.fuse.recognise.verdict import examine
-from peftkit.fuse.seal import Seal, own_class
+from peftkit.fuse.seal import Seal
 
 
 class NormFormula(NamedTuple):
@@ -57,10 +57,12 @@ def seal_norm(module: nn.Module) -> Seal:
     if bias is not None and bias.shape != weight.shape:
         return Seal(Reason("its bias has another shape than its weight"), seal_norm)
     width = weight.shape[0]
-    key = "norm", own_class(module), width, bias is not None, tuple(module._parameters)
-    return examine(
-        key, module, lambda kind: _formula(module, kind, width, bias is not None), seal_norm
-    )
+    key = "norm", width, bias is not None
+
+    def answer(kind: Kind) -> NormFormula | Reason:
+        return _formula(module, kind, width, bias is not None)
+
+    return examine(key, module, answer, seal_norm)
 
 
 def _formula(module: nn.Module, kind: Kind, width: int, has_bias: bool) -> NormFormula | Reason:
