@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from peftkit.find.targets import is_own_adapter
 from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
 from peftkit.fuse.recognise import NormFormula, seal_norm
-from peftkit.fuse.recognise.trace import DTYPES
 from peftkit.fuse.seal import Seal
 from peftkit.swap import swap_in, swap_out
 from peftkit_kernels.checks import is_autocast_enabled
@@ -117,7 +116,14 @@ def _seal_or_reason(module: nn.Module) -> Seal | Reason | None:
     if any(parameter.requires_grad for parameter in module.parameters()):
         return _TRAINED
     seal = seal_norm(module)
-    return seal.answer if isinstance(seal.answer, Reason) else seal
+    formula = seal.answer
+    if isinstance(formula, Reason):
+        return formula
+    return seal if weight.dtype in formula.dtypes else _other_casts(weight.dtype)
+
+
+def _other_casts(dtype: torch.dtype) -> Reason:
+    return Reason(f"on {dtype} its forward casts in another order than the fused norm")
 
 
 def _input_reason(x: Any, weight: Tensor, formula: NormFormula) -> Reason | None:
@@ -128,10 +134,8 @@ def _input_reason(x: Any, weight: Tensor, formula: NormFormula) -> Reason | None
         return Reason(f"its input is {x.dtype} and its weight {weight.dtype}")
     if x.device != weight.device:
         return Reason(f"its input is on {x.device} and its weight on {weight.device}")
-    if x.dtype is torch.float64 and not formula.in_float64:
-        return Reason("it computes float64 inputs in float32")
-    if x.dtype not in DTYPES:
-        return Reason(f"its input is {x.dtype}")
+    if x.dtype not in formula.dtypes:
+        return _other_casts(x.dtype)
     if not formula.in_autocast and x.dtype.itemsize == 2 and is_autocast_enabled(x.device.type):
         return Reason("autocast is on, which may compute this function of torch in float32")
     return None

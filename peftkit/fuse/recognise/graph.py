@@ -118,7 +118,7 @@ class Graph:
         return self.mean(self.square(self.sub(x, self.mean(x))))
 
     def part(self, x: Node, start: int, stop: int) -> Node:
-        """The elements ``start`` to ``stop`` of the last axis."""
+        """The elements ``start`` to ``stop`` of the last axis, of which there are more."""
         return self.node("part", x, start, stop)
 
     def add_call(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Any:
@@ -264,7 +264,7 @@ def _slice(graph: Graph, out: Tensor, x: Traced, dim=0, start=None, end=None, st
     start, end = start or 0, size if end is None or end == _WHOLE else end
     if not _is_last(x, dim) or step != 1 or not 0 <= start < end <= size:
         return None
-    return graph.part(x.node, start, end)
+    return x.node if (start, end) == (0, size) else graph.part(x.node, start, end)
 
 
 def _split(graph: Graph, out: Any, x: Traced, sizes: Any, dim: int = 0) -> list[Node] | None:

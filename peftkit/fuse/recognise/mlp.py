@@ -12,7 +12,7 @@ from peftkit.fuse.plan import Reason
 from peftkit.fuse.recognise.graph import Graph, Node
 from peftkit.fuse.recognise.trace import Kind, Leaf, trace
 from peftkit.fuse.recognise.verdict import examine
-from peftkit.fuse.seal import Seal, own_class
+from peftkit.fuse.seal import Seal
 from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
 
 
@@ -31,15 +31,12 @@ def seal_gated_mlp(module: nn.Module, names: Sequence[str]) -> Seal:
             return Seal(Reason(f"its {name} is no linear layer"), find)
         leaves[name] = Leaf(name, *sizes)
     width = leaves[names[0]].size_in
-    key = (
-        "gated MLP",
-        own_class(module),
-        tuple(names),
-        *(tuple(vars(x).values()) for x in leaves.values()),
-    )
-    return examine(
-        key, module, lambda kind: _activation(module, kind, tuple(names), width, leaves), find
-    )
+    key = "gated MLP", *(tuple(vars(leaf).values()) for leaf in leaves.values())
+
+    def answer(kind: Kind) -> str | Reason:
+        return _activation(module, kind, tuple(names), width, leaves)
+
+    return examine(key, module, answer, find, skip=leaves)
 
 
 def _sizes(linear: Any) -> tuple[int, int] | None:

@@ -9,9 +9,9 @@ from torch import nn
 
 from peftkit.fuse.plan import Reason
 from peftkit.fuse.recognise.graph import Graph, Node
-from peftkit.fuse.recognise.trace import Kind, trace
+from peftkit.fuse.recognise.trace import DTYPES, Kind, trace
 from peftkit.fuse.recognise.verdict import examine
-from peftkit.fuse.seal import Seal, own_class
+from peftkit.fuse.seal import Seal
 
 
 class NormFormula(NamedTuple):
@@ -25,7 +25,8 @@ class NormFormula(NamedTuple):
         round_first: Whether the normalised value is rounded to the dtype of ``x`` before it is multiplied by the weight.
         width: Elements of a row.
         has_bias: Whether there is a bias.
-        in_float64: Whether float64 inputs are computed in float64; if not, the module computes them in float32.
+        dtypes: Inputs for which this is what the module computes. Not float64 if the module computes that in float32; float32
+            and float64 alone if the module computes in the dtype of its input.
         in_autocast: Whether 16-bit inputs give the same under autocast; a function of torch that computes the whole norm may not.
     """
 
@@ -35,7 +36,7 @@ class NormFormula(NamedTuple):
     round_first: bool = False
     width: int = 0
     has_bias: bool = False
-    in_float64: bool = True
+    dtypes: frozenset[torch.dtype] = frozenset()
     in_autocast: bool = True
 
 
@@ -56,10 +57,12 @@ def seal_norm(module: nn.Module) -> Seal:
     if bias is not None and bias.shape != weight.shape:
         return Seal(Reason("its bias has another shape than its weight"), seal_norm)
     width = weight.shape[0]
-    key = "norm", own_class(module), width, bias is not None, tuple(module._parameters)
-    return examine(
-        key, module, lambda kind: _formula(module, kind, width, bias is not None), seal_norm
-    )
+    key = "norm", width, bias is not None
+
+    def answer(kind: Kind) -> NormFormula | Reason:
+        return _formula(module, kind, width, bias is not None)
+
+    return examine(key, module, answer, seal_norm)
 
 
 def _formula(module: nn.Module, kind: Kind, width: int, has_bias: bool) -> NormFormula | Reason:
@@ -69,15 +72,16 @@ def _formula(module: nn.Module, kind: Kind, width: int, has_bias: bool) -> NormF
         found[dtype] = _matches(graph, out, dtype, has_bias)
         foreign += graph.foreign(out)
     # In float32 there is no cast, so only the other two tell where the module rounds.
-    common = found[torch.float32] & found[torch.bfloat16] & found[torch.float16]
-    if len(common) != 1:
+    narrow = found[torch.bfloat16] & found[torch.float16]
+    common = found[torch.float32] & narrow if narrow else found[torch.float32]
+    if not common:
         uses = f" (it uses {', '.join(dict.fromkeys(foreign))})" if foreign else ""
         return Reason(f"its forward is no RMSNorm or LayerNorm that has a fused form{uses}")
-    (formula,) = common
+    formula = min(common)
     return formula._replace(
         width=width,
         has_bias=has_bias,
-        in_float64=formula in found[torch.float64],
+        dtypes=frozenset(dtype for dtype in DTYPES if formula in found[dtype]),
         in_autocast=not kind.composites,
     )
 

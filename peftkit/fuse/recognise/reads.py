@@ -25,7 +25,10 @@ _REFUSED_CODE = {
     "STORE_DEREF": "sets a name of the function around it",
 }
 
-_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.Size, type(Ellipsis))
+_CONSTANTS = (
+    *(type(None), bool, int, float, str, type(Ellipsis)),
+    *(torch.dtype, torch.Size, torch.device, torch.memory_format),
+)
 _BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 _LIBRARIES = ("torch", "math", "builtins", "typing", "functools", "operator")
 """Modules whose functions give the same result for the same arguments."""
@@ -93,7 +96,7 @@ class Reads:
         elif isinstance(value, type):
             if not issubclass(value, nn.Module) and not _is_library(value):
                 raise Refused(f"it uses the class {value.__name__}")
-        elif not (is_plain(value) or isinstance(value, torch.device) or _is_library(type(value))):
+        elif not (is_plain(value) or type(value).__module__ == "typing"):
             raise Refused(f"it reads {name}, a {type(value).__name__}, which may change")
 
     def _add_function(self, function: types.FunctionType, cls: type | None) -> None:

@@ -125,11 +125,12 @@ class _Tracer:
     def run(self, module: nn.Module, width: int) -> Any:
         """The node of the output; ``None`` without a graph."""
         shape = (*_LEADING[self.dtype], width)
-        x = torch.ones(shape, dtype=self.dtype, device="cpu", requires_grad=self.grad)
-        self.name(x, "x")
-        shell = make_shell(module, (), self)
-        with _settings(self.grad, self.autocast), _Dispatched(self), _Called(self):
-            out = own_class(module).forward(shell, x)
+        with _settings(self.grad, self.autocast):
+            x = torch.ones(shape, dtype=self.dtype, device="cpu", requires_grad=self.grad)
+            self.name(x, "x")
+            shell = make_shell(module, (), self)
+            with _Dispatched(self), _Called(self):
+                out = own_class(module).forward(shell, x)
         if self.refused is not None:
             raise self.refused
         if not isinstance(out, Tensor):
@@ -169,9 +170,9 @@ class _Tracer:
         if tensor is None:
             return None
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        stand_in = nn.Parameter(
-            torch.zeros(1, dtype=dtype, device="cpu").expand(tensor.shape), False
-        )
+        with self.pause():
+            zeros = torch.zeros(1, dtype=dtype, device="cpu").expand(tensor.shape)
+            stand_in = nn.Parameter(zeros, requires_grad=False)
         self.name(stand_in, "parameter", name)
         return stand_in
 
@@ -386,6 +387,8 @@ class _Called(TorchFunctionMode):
             return sizes if len(args) == 1 else sizes[args[1]]
         if name == "is_floating_point":
             return func(*args, **kwargs)
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
         seen: list[Tensor] = []
         entry = _map(lambda t: seen.append(t) or ("tensor", tracer.place(t)), (args, kwargs))
         if not seen:
@@ -405,9 +408,16 @@ class _Called(TorchFunctionMode):
         tracer.log.append((func, entry, [tracer.place(o) for o in outs]))
         return out
 
+    def _dropout(self, x: Tensor, p: float = 0.5, *_: Any, **__: Any) -> Tensor:
+        if p:
+            raise self._tracer.refuse(f"it has dropout of its own (p={p})")
+        return x
+
     def _property(self, name: str, tensor: Tensor) -> Any:
         if name == "dtype":
             return tensor.dtype
+        if isinstance(tensor, nn.Parameter) and name in ("shape", "data"):
+            return tensor if name == "data" else tensor.shape
         if name == "shape":
             return _Sizes(tensor.shape, self._tracer)
         raise self._tracer.refuse(f"its forward reads the {name} of a tensor")
