@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from peftkit.bridge import combine
+from peftkit.bridge import prepare
 from peftkit.errors import ContractError, listing
-from peftkit.find.matching import check_targets
-from peftkit.find.targets import fill_targets
 from peftkit.fuse.attention import fuse_attention
 from peftkit.fuse.convolution import ShowsSizes
 from peftkit.fuse.linear import fuse_layer
@@ -57,19 +54,13 @@ def wrap(
             is left as it was.
         ValueError: Configs that cannot be mixed or do not fit the model, or a model that is wrapped already.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
         raise ValueError(
             "model is a PeftModel already; add an adapter by model.add_adapter, or call accelerate(model)"
         )
-    if len(configs) > 1:
-        config = combine(model, configs)
-    else:
-        config = copy.deepcopy(configs[0]) if configs else LoraConfig(r=16, lora_alpha=32)
-        config.task_type = config.task_type if configs else _task_type(model)
-        fill_targets(model, config)
-    check_targets(model, config)
+    config = prepare(model, configs, adapter_name)
     with restoring(model, copy_values=writes_base_weights(config)):
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         return accelerate(wrapped, strict=strict, logit_free=logit_free)
@@ -202,11 +193,3 @@ def _require_all_fused(model: nn.Module) -> None:
             f"strict=True, and {len(unfused)} of {len(rows)} layers and modules that peftkit fuses would run their own code in "
             f"training:\n{listing(unfused, shown=8)}\nRemove the cause, or pass strict=False."
         )
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's task type for a model whose class name tells it; Whisper and the like need none."""
-    name = type(model).__name__
-    if name.endswith("ForCausalLM") or name.endswith("LMHeadModel"):
-        return "CAUSAL_LM"
-    return "SEQ_CLS" if name.endswith("ForSequenceClassification") else None
