@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from peftkit.errors import ContractError, listing
+from peftkit.adapter_config import check_sizes, check_values, largest_size, odd_fields, ranks
+from peftkit.adapter_files import (
+    CONFIG_FILE,
+    read_config,
+    read_tensors,
+    require_model,
+    weights_file,
+)
+from peftkit.errors import ContractError, count, listing
+from peftkit.rollback import restoring, writes_base_weights
 from peftkit.wrapping import accelerate as fuse
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-_CONFIG_FILE = "adapter_config.json"
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -30,8 +39,8 @@ def load_adapter(
 ) -> PeftModel:
     """Load a PEFT checkpoint and insist that it fits.
 
-    The checkpoint is compared with what its config would create, on a weightless copy of the model, before the model itself
-    is touched. A failed load therefore leaves the model as it was, bit for bit.
+    Keys, shapes and kinds of numbers are compared with what the config creates in the model, before any weight is loaded.
+    Whatever fails, the model is then what it was: bit for bit, class for class, flag for flag.
 
     Args:
         model: A base model, or a ``PeftModel`` that gets one more adapter. As in PEFT, an adapter added to a ``PeftModel``
@@ -42,42 +51,47 @@ def load_adapter(
         accelerate: Fuse the new layers afterwards (``peftkit.accelerate``).
 
     Returns:
-        The ``PeftModel`` around ``model``, or ``model`` itself where it was one.
+        The ``PeftModel`` around ``model``, or ``model`` itself if it is one.
 
     Raises:
-        ContractError: A file is missing or unreadable, the config does not fit the model, or keys are missing, unexpected,
-            wrongly shaped or not finite.
+        ContractError: A file is missing, unreadable or contains code, the config does not fit the model, or keys are missing,
+            unexpected, of a wrong shape or kind, or not finite.
     """
     from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not adapter_name or "." in adapter_name:
-        raise ContractError(f"adapter_name={adapter_name!r}: use a non-empty name without dots")
-    if isinstance(model, PeftModel):
-        if adapter_name in model.peft_config:
-            raise ContractError(
-                f"adapter_name={adapter_name!r} is already in the model; pass another adapter_name, or call "
-                f"model.delete_adapter({adapter_name!r}) first"
-            )
-    elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    require_model(model, path, "load_adapter(model, path)")
+    _check_adapter_name(model, adapter_name)
+    checkpoint = _Checkpoint(Path(path), model)
+    if is_trainable and checkpoint.config.is_prompt_learning:
         raise ContractError(
-            "model already carries adapter layers but is not a PeftModel; pass the PeftModel around it, or the plain base "
-            "model that PeftModel.unload() returns"
+            "is_trainable=True: PEFT cannot go on training a prompt-learning adapter that was loaded; load it for inference, "
+            "or train a new one"
         )
-    folder = Path(path)
-    config = _read_config(folder)
-    _check_fits(folder, model, config, _read_tensors(folder, model, config), adapter_name)
+    offloaded = _is_offloaded(model)
+    if offloaded or checkpoint.may_be_too_large():
+        _check_fits(model, checkpoint, adapter_name)
 
-    if isinstance(model, PeftModel):
-        model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
-        loaded = model
-    else:
-        loaded = PeftModel.from_pretrained(
-            model, str(folder), adapter_name, is_trainable=is_trainable
-        )
-    if accelerate:
-        fuse(loaded)
-    return loaded
+    config = checkpoint.config
+    config.inference_mode = not is_trainable
+    with restoring(model, copy_values=writes_base_weights(config)):
+        with checkpoint.applied_to(model):
+            if offloaded:
+                # PEFT takes the offloading hooks off first and puts them back on the new layers.
+                loaded = PeftModel.from_pretrained(
+                    model, str(checkpoint.folder), adapter_name, is_trainable=is_trainable
+                )
+            else:
+                loaded = _inject(model, config, adapter_name)
+                _compare(loaded, checkpoint, adapter_name)
+                loaded.load_adapter(
+                    str(checkpoint.folder),
+                    adapter_name,
+                    is_trainable=is_trainable,
+                    key_mapping=checkpoint.key_mapping,
+                )
+                if is_trainable and loaded is model:
+                    loaded.set_requires_grad(adapter_name)
+        return fuse(loaded) if accelerate else loaded
 
 
 def check_fits(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
@@ -91,177 +105,264 @@ def check_fits(model: nn.Module, path: str | Path, adapter_name: str = "default"
     Raises:
         ContractError: It would not; the message says why.
     """
-    folder = Path(path)
-    config = _read_config(folder)
-    _check_fits(folder, model, config, _read_tensors(folder, model, config), adapter_name)
+    require_model(model, path, "check_fits(model, path)")
+    _check_fits(model, _Checkpoint(Path(path), model), adapter_name)
 
 
-def _read_config(folder: Path) -> PeftConfig:
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    file = folder / _CONFIG_FILE
-    if not folder.is_dir():
-        raise ContractError(
-            f"path={str(folder)!r} is not a folder; download adapters from a hub first "
-            "(huggingface_hub.snapshot_download returns the folder)"
-        )
-    if not file.is_file():
-        held = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-        raise ContractError(
-            f"{file} does not exist; path must be a folder written by save_pretrained of a PeftModel (it holds {held})"
-        )
-    try:
-        written = json.loads(file.read_text(encoding="utf-8"))
-        peft_type = written["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ContractError(
-            f"{file} is not a PEFT config ({error!r}); save the adapter again"
-        ) from error
-    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        known = ", ".join(sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_CONFIG_MAPPING))
-        raise ContractError(
-            f"{file}: peft_type={peft_type!r} is unknown to the installed PEFT, which knows {known}"
-        )
-    try:
-        return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(str(folder))
-    except (ValueError, TypeError) as error:
-        raise ContractError(f"{file} is not a valid {peft_type} config: {error}") from error
+class _Undo(Exception):
+    """Ends a trial, so that ``restoring`` puts the model back."""
 
 
-def _read_tensors(folder: Path, model: nn.Module, config: PeftConfig) -> dict[str, Tensor]:
-    """Read the weights on the CPU, under the keys PEFT would use."""
-    import pickle
-
-    from peft.utils.save_and_load import load_peft_weights
-    from safetensors import SafetensorError
-
-    file = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise ContractError(
-            f"{folder} holds neither {' nor '.join(_WEIGHT_FILES)}; copy the weights next to the config"
-        )
-    renamed = (
-        None
-        if config.is_prompt_learning
-        else getattr(model, "_checkpoint_conversion_mapping", None)
-    )
-    try:
-        tensors = load_peft_weights(str(folder), device="cpu", key_mapping=renamed)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ContractError(
-            f"{file} cannot be read ({error}); it is damaged or incomplete, copy or save it again"
-        ) from error
-    if not tensors:
-        raise ContractError(f"{file} holds no tensors; save the adapter again")
-    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise ContractError(
-            f"{len(bad)} tensors of {file} hold NaN or infinite values, so training had already diverged:\n"
-            f"{listing(bad)}\nLoad an earlier checkpoint."
-        )
-    return tensors
-
-
-def _check_fits(
-    folder: Path,
-    model: nn.Module,
-    config: PeftConfig,
-    tensors: dict[str, Tensor],
-    adapter_name: str,
-) -> None:
-    from peft import get_peft_model_state_dict
-
-    skeleton = _dry_injection(folder, model, config, adapter_name)
-    found = _renamed_for_transformers(skeleton, config, tensors, adapter_name)
-    wanted = get_peft_model_state_dict(
-        skeleton, adapter_name=adapter_name, save_embedding_layers=False
-    )
-    known = wanted
-    if found.keys() - wanted.keys() and hasattr(skeleton, "get_input_embeddings"):
-        # PEFT saves whole embeddings next to an adapter that targets or resizes them.
-        known = get_peft_model_state_dict(
-            skeleton, adapter_name=adapter_name, save_embedding_layers=True
-        )
-
-    problems = []
-    missing = sorted(wanted.keys() - found.keys())
-    unexpected = sorted(found.keys() - known.keys())
-    shapes = {
-        key: f"{key}: {list(found[key].shape)} in the checkpoint, {list(known[key].shape)} in the model"
-        for key in sorted(found.keys() & known.keys())
-        if found[key].shape != known[key].shape
-    }
-    if missing:
-        problems.append(f"{len(missing)} of {len(wanted)} keys are missing:\n{listing(missing)}")
-    if unexpected:
-        problems.append(f"{len(unexpected)} keys are left over:\n{listing(unexpected)}")
-    if shapes:
-        problems.append(
-            f"{len(shapes)} tensors have the wrong shape:\n{listing(list(shapes.values()))}"
-        )
-    if problems:
-        trained_on = config.base_model_name_or_path or "a model without a name"
-        raise ContractError(
-            f"{folder} does not fit {type(model).__name__}, which was left unchanged.\n"
-            + "\n".join(problems)
-            + f"\nIt was trained on {trained_on!r}: load that model, or an adapter made for this one; where only the config "
-            f"is wrong (target_modules, r, modules_to_save), correct {_CONFIG_FILE}."
-        )
-
-
-def _dry_injection(
-    folder: Path, model: nn.Module, config: PeftConfig, adapter_name: str
-) -> PeftModel:
-    """Build what the config makes of the model, without weights."""
-    from peft import PeftModel
-    from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
-    config = copy.deepcopy(config)
+def _check_fits(model: nn.Module, checkpoint: _Checkpoint, adapter_name: str) -> None:
+    """Inject without weights, compare, and put the model back."""
+    config = copy.deepcopy(checkpoint.config)
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
         # Shapes are the same, and PiSSA and the like would decompose weights.
         vars(config)["init_lora_weights"] = True
-    skeleton: Any = _without_weights(model)
     try:
-        with torch.random.fork_rng(devices=[]):
-            if isinstance(skeleton, PeftModel):
-                skeleton.add_adapter(adapter_name, config, low_cpu_mem_usage=True)
-            else:
-                kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-                skeleton = kind(skeleton, config, adapter_name, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ContractError(
-            f"the config of {folder} cannot be applied to {type(model).__name__}: {error}"
-        ) from error
-    return skeleton
+        with restoring(model):
+            with checkpoint.applied_to(model):
+                _compare(_inject(model, config, adapter_name, empty=True), checkpoint, adapter_name)
+            raise _Undo
+    except _Undo:
+        pass
 
 
-def _without_weights(model: nn.Module) -> nn.Module:
-    """Copy the modules of a model, with every parameter and buffer on the meta device."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        # The subclass and its attributes (such as bitsandbytes' quantisation state) tell PEFT which layer to build.
-        empty = torch.Tensor._make_subclass(
-            type(parameter), parameter.detach().to("meta"), parameter.requires_grad
+class _Checkpoint:
+    """A folder's config and tensors, checked as far as that is possible without the model's layers.
+
+    Attributes:
+        folder: Where they were read.
+        config: As PEFT's class.
+        tensors: On the CPU, by the keys that PEFT uses for this model.
+        key_mapping: How transformers renames keys of older checkpoints of this model.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module):
+        from peft.utils.save_and_load import load_peft_weights
+
+        self.folder = folder
+        self._file = folder / CONFIG_FILE
+        self._written = read_config(folder)
+        check_values(self._file, self._written)
+        self.config = self._peft_config()
+        self.key_mapping: dict[str, str] | None = (
+            None
+            if self.config.is_prompt_learning
+            else getattr(model, "_checkpoint_conversion_mapping", None)
         )
-        vars(empty).update(vars(parameter))
-        memo[id(parameter)] = empty
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(model, memo)
+        self.tensors = read_tensors(
+            weights_file(folder, _WEIGHT_FILES),
+            lambda: load_peft_weights(str(folder), "cpu", key_mapping=self.key_mapping),
+        )
+        check_sizes(self._file, self._written, sum(t.numel() for t in self.tensors.values()))
+
+    def _peft_config(self) -> PeftConfig:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        if "peft_type" not in self._written:
+            raise ContractError(
+                f"{self._file} is not a PEFT config: it has no peft_type; save the adapter again"
+            )
+        peft_type = self._written["peft_type"]
+        if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            known = sorted(str(getattr(t, "value", t)) for t in PEFT_TYPE_TO_CONFIG_MAPPING)
+            raise ContractError(
+                f"{self._file}: peft_type={peft_type!r} is unknown to the installed PEFT, which knows {', '.join(known)}"
+            )
+        try:
+            return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(str(self.folder))
+        except Exception as error:
+            raise ContractError(
+                f"{self._file} is not a valid {peft_type} config: {self._why(error, peft_type)}"
+            ) from error
+
+    def may_be_too_large(self) -> bool:
+        """Whether the config may ask for larger tensors than the checkpoint holds, which would have to be allocated."""
+        sizes = {size for tensor in self.tensors.values() for size in tensor.shape}
+        return largest_size(self._written) > max(sizes, default=0) or not sizes.issuperset(
+            ranks(self._written)
+        )
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Say of an error inside PEFT that this checkpoint does not suit this model."""
+        try:
+            yield
+        except ContractError:
+            raise
+        except Exception as error:
+            raise ContractError(
+                f"the adapter in {self.folder} cannot be applied to {_name(model)}, which was left unchanged: "
+                f"{self._why(error, self._written['peft_type'])}"
+            ) from error
+
+    def _why(self, error: Exception, peft_type: str) -> str:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        said = " ".join(str(error).split())
+        # str() of a KeyError is the bare key
+        said = said if said and not isinstance(error, KeyError) else repr(error)
+        odd = odd_fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], self._written)
+        if not odd:
+            return said
+        return f"{said}\nValues that {CONFIG_FILE} should not have there:\n{listing(odd)}\nCorrect them, or save the adapter again."
 
 
-def _renamed_for_transformers(
-    skeleton: PeftModel, config: PeftConfig, tensors: dict[str, Tensor], adapter_name: str
-) -> dict[str, Tensor]:
-    """Apply PEFT's conversion of checkpoints made before transformers 5 (experts stored one by one)."""
+def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ContractError(f"adapter_name={adapter_name!r}: use a non-empty name without dots")
+    if hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name):
+        raise ContractError(
+            f"adapter_name={adapter_name!r} is the name of a method of torch's modules; use another name"
+        )
+    if isinstance(model, PeftModel):
+        if adapter_name in model.peft_config:
+            raise ContractError(
+                f"adapter_name={adapter_name!r} is already in the model; pass another adapter_name, or call "
+                f"model.delete_adapter({adapter_name!r}) first"
+            )
+    elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ContractError(
+            "model already carries adapter layers but is not a PeftModel; pass the PeftModel around it, or the plain base "
+            "model that PeftModel.unload() returns"
+        )
+
+
+def _name(model: nn.Module) -> str:
+    """The class of the base model."""
+    from peft import PeftModel
+
+    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps some of the weights on the CPU or the disk while they are not used."""
+    devices = getattr(model, "hf_device_map", None) or {}
+    return not {"cpu", "disk"}.isdisjoint(devices.values())
+
+
+def _inject(
+    model: nn.Module, config: PeftConfig, adapter_name: str, *, empty: bool = False
+) -> PeftModel:
+    """Create the adapter's layers, as ``PeftModel.from_pretrained`` does before it loads their weights.
+
+    Args:
+        model: Changed in place.
+        config: Changed in place: PEFT resolves its ``target_modules``.
+        adapter_name: Must be new.
+        empty: On the meta device, without allocating memory.
+    """
+    from peft import PeftModel, PeftType
+    from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+    # Other methods compute values while they create their layers, which fails on the meta device.
+    meta = empty and config.peft_type == PeftType.LORA
+    with torch.device("meta") if meta else nullcontext():
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config, low_cpu_mem_usage=empty)
+            return model
+        kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        return kind(model, config, adapter_name, low_cpu_mem_usage=empty)
+
+
+def _compare(model: PeftModel, checkpoint: _Checkpoint, adapter_name: str) -> None:
+    """Raise unless each tensor of the checkpoint has its place in the model, and each place its tensor."""
+    from peft import get_peft_model_state_dict
     from peft.utils.transformers_weight_conversion import (
         convert_peft_adapter_state_dict_for_transformers,
     )
 
-    return convert_peft_adapter_state_dict_for_transformers(
-        model=skeleton,
-        peft_config=config,
-        adapter_state_dict=dict(tensors),
+    # PEFT converts checkpoints made before transformers 5, which stored experts one by one.
+    found = convert_peft_adapter_state_dict_for_transformers(
+        model=model,
+        peft_config=checkpoint.config,
+        adapter_state_dict=dict(checkpoint.tensors),
         adapter_name=adapter_name,
     )
+    wanted = get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    known = wanted
+    if found.keys() - wanted.keys() and hasattr(model, "get_input_embeddings"):
+        # PEFT saves whole embeddings next to an adapter that targets or resizes them.
+        known = get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers=True
+        )
+    problems = _problems(found, wanted, known)
+    if problems:
+        trained_on = checkpoint.config.base_model_name_or_path or "a model without a name"
+        raise ContractError(
+            f"{checkpoint.folder} does not fit {_name(model)}, which was left unchanged.\n"
+            + "\n".join(problems)
+            + f"\nIt was trained on {trained_on!r}: load that model, or an adapter made for this one; if only the config is wrong "
+            f"(target_modules, r, modules_to_save), correct {CONFIG_FILE}."
+        )
+
+
+def _problems(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], known: dict[str, Tensor]
+) -> list[str]:
+    missing = sorted(wanted.keys() - found.keys())
+    unexpected = sorted(found.keys() - known.keys())
+    both = sorted(found.keys() & known.keys())
+    shapes = [
+        f"{key}: {list(found[key].shape)} in the checkpoint, {list(known[key].shape)} in the model"
+        for key in both
+        if found[key].shape != known[key].shape
+    ]
+    kinds = [
+        f"{key}: {found[key].dtype} in the checkpoint, {known[key].dtype} in the model"
+        for key in both
+        if _kind(found[key]) != _kind(known[key])
+    ]
+    overflows = [
+        f"{key}: {found[key].abs().max().item():g} is too large for the model's {known[key].dtype}"
+        for key in both
+        if _overflows(found[key], known[key].dtype)
+    ]
+    problems = []
+    if missing:
+        problems.append(
+            f"{len(missing)} of {count(len(wanted), 'key')} {_are(missing)} missing:\n{listing(missing)}"
+        )
+    if unexpected:
+        problems.append(
+            f"{count(len(unexpected), 'key')} {_are(unexpected)} left over:\n{listing(unexpected)}"
+        )
+    for lines, what in (
+        (shapes, "the wrong shape"),
+        (kinds, "the wrong kind of numbers"),
+        (overflows, "too large values"),
+    ):
+        if lines:
+            problems.append(
+                f"{count(len(lines), 'tensor')} {'has' if len(lines) == 1 else 'have'} {what}:\n{listing(lines)}"
+            )
+    return problems
+
+
+def _are(things: list[str]) -> str:
+    return "is" if len(things) == 1 else "are"
+
+
+def _kind(tensor: Tensor) -> str:
+    """Numbers of one kind can be cast to another dtype of that kind without cutting off a part of them."""
+    if tensor.is_floating_point():
+        return "float"
+    if tensor.is_complex():
+        return "complex"
+    return "bool" if tensor.dtype is torch.bool else "integer"
+
+
+def _overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite values of a tensor become infinite in a narrower dtype."""
+    if not (tensor.is_floating_point() and dtype.is_floating_point) or tensor.numel() == 0:
+        return False
+    if torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
+        return False
+    return not bool(tensor.to(dtype).isfinite().all())

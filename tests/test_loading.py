@@ -15,6 +15,7 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     OFTConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     VeraConfig,
@@ -22,6 +23,7 @@ from peft import (
 )
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
+from unchanged import differences, everything
 
 from peftkit import ContractError, check, load_adapter, wrap
 
@@ -55,37 +57,21 @@ def _rewrite(folder, change) -> None:
     save_file(tensors, file)
 
 
-def _fingerprint(model) -> dict:
-    """Everything a failed load must not touch."""
-    return {
-        "classes": {n: type(m) for n, m in model.named_modules()},
-        "identity": {n: id(m) for n, m in model.named_modules()},
-        "attributes": {n: sorted(m.__dict__) for n, m in model.named_modules()},
-        "training": {n: m.training for n, m in model.named_modules()},
-        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
-        "parameters": {n: id(p) for n, p in model.named_parameters()},
-        "config": model.config.to_dict(),
-        "adapters": sorted(getattr(model, "peft_config", {})),
-        "random": torch.get_rng_state().tolist(),
-    }
-
-
-def _copy_tensors(model) -> dict:
-    return {n: t.clone() for n, t in model.state_dict().items()}
-
-
 _KEY = f"{_V}.lora_A.weight"
 _DAMAGE = {
-    "missing": (lambda t: t.pop(_KEY), ("1 of 8 keys are missing", _KEY)),
+    "missing": (lambda t: t.pop(_KEY), ("1 of 8 keys is missing", _KEY)),
     "unexpected": (
         lambda t: t.update({_KEY.replace("v_proj", "o_proj"): t[_KEY].clone()}),
-        ("1 keys are left over", _KEY.replace("v_proj", "o_proj")),
+        ("1 key is left over", _KEY.replace("v_proj", "o_proj")),
     ),
     "shape": (
         lambda t: t.update({_KEY: torch.ones(4, 32)}),
         (f"{_KEY}: [4, 32] in the checkpoint, [8, 32] in the model",),
     ),
-    "nan": (lambda t: t[_KEY].fill_(float("nan")), ("hold NaN or infinite values", _KEY)),
+    "nan": (
+        lambda t: t[_KEY].fill_(float("nan")),
+        ("1 tensor of", "holds NaN or infinite values", _KEY),
+    ),
 }
 
 
@@ -100,13 +86,10 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(saved, damage
         "fused": lambda: wrap(models.tiny("llama")),
     }
     model = build[kind]()
-    before, tensors = _fingerprint(model), _copy_tensors(model)
+    before = everything(model)
     with _raises(*parts):
         load_adapter(model, saved, "second")
-    assert _fingerprint(model) == before
-    after = model.state_dict()
-    assert after.keys() == tensors.keys()
-    assert all(torch.equal(after[n], tensors[n]) for n in tensors)
+    assert differences(before, everything(model)) == []
 
 
 def test_many_keys_are_counted_and_the_first_shown(saved):
@@ -139,23 +122,126 @@ def test_a_missing_config(saved):
         load_adapter(models.tiny("llama"), saved)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
-def test_a_config_that_is_no_config(saved, content):
-    (saved / "adapter_config.json").write_text(content)
-    with _raises("adapter_config.json is not a PEFT config"):
+def test_a_config_without_a_method(saved):
+    (saved / "adapter_config.json").write_text("{}")
+    with _raises("adapter_config.json is not a PEFT config", "has no peft_type"):
         load_adapter(models.tiny("llama"), saved)
 
 
-def test_an_unknown_peft_type(saved):
-    file = saved / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "LORRA"}))
-    with _raises("peft_type='LORRA' is unknown", "LORA"):
+def _configure(folder, **fields) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize("peft_type", ["LORRA", ["LORA"], {}, 1, None])
+def test_an_unknown_peft_type(saved, peft_type):
+    _configure(saved, peft_type=peft_type)
+    with _raises(f"peft_type={peft_type!r} is unknown", "LORA"):
         load_adapter(models.tiny("llama"), saved)
+
+
+_REFUSED_CONFIGS = {
+    "a late failure": ({"init_lora_weights": "nope"}, ("nope",)),
+    "a rank without memory for it": ({"r": 10**12}, ("r=1000000000000: ", "numbers in all")),
+    "a rank of another size": ({"r": 60_000}, ("[8, 32] in the checkpoint, [60000, 32]",)),
+    "one rank of a pattern": ({"rank_pattern": {"q_proj": 40_000}}, ("[40000, 32] in the model",)),
+    "a wrong type": ({"rank_pattern": "q"}, ("rank_pattern='q': PEFT expects Optional[dict]",)),
+    "an invalid task": ({"task_type": "CHAT"}, ("Invalid task type", "CHAT")),
+}
+
+
+@pytest.mark.parametrize("kind", ["base", "fused"])
+@pytest.mark.parametrize("name", _REFUSED_CONFIGS)
+def test_a_config_that_fails_late_leaves_nothing_behind(saved, name, kind):
+    fields, parts = _REFUSED_CONFIGS[name]
+    good = (saved / "adapter_config.json").read_text()
+    _configure(saved, **fields)
+    model = models.tiny("llama") if kind == "base" else wrap(models.tiny("llama"))
+    before = everything(model)
+    with _raises(str(saved), *parts):
+        load_adapter(model, saved, "second")
+    assert differences(before, everything(model)) == []
+    (saved / "adapter_config.json").write_text(good)
+    load_adapter(model, saved, "second")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_base_weights_that_an_init_decomposed_are_put_back(tmp_path, init):
+    _wrapped(init_lora_weights=init).save_pretrained(tmp_path)
+    model = models.tiny("llama")
+    before = everything(model)
+    _rewrite(tmp_path, lambda t: t.pop(_KEY))
+    with _raises("1 of 8 keys is missing"):
+        load_adapter(model, tmp_path)
+    assert differences(before, everything(model)) == []
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int64, torch.bool, torch.complex64], ids=lambda d: str(d)[6:]
+)
+def test_numbers_that_a_cast_would_cut(saved, dtype):
+    _rewrite(saved, lambda t: t.update({_KEY: t[_KEY].to(dtype)}))
+    with _raises("1 tensor has the wrong kind of numbers", f"{_KEY}: {dtype}", "torch.float32"):
+        load_adapter(models.tiny("llama"), saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+def test_other_floating_point_numbers_load_as_in_peft(saved, dtype):
+    _rewrite(saved, lambda t: t.update({_KEY: t[_KEY].to(dtype)}))
+    ours = load_adapter(models.tiny("llama"), saved, accelerate=False)
+    theirs = PeftModel.from_pretrained(models.tiny("llama"), str(saved))
+    weights = [_layer(m).lora_A["default"].weight for m in (ours, theirs)]
+    assert weights[0].dtype is torch.float32
+    assert torch.equal(*weights)
+
+
+def test_values_that_become_infinite_in_the_model(tmp_path):
+    config = LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
+    get_peft_model(models.tiny("bert"), config).save_pretrained(tmp_path)
+    _rewrite(tmp_path, lambda t: t["base_model.model.classifier.weight"].fill_(1e6))
+    with _raises("1 tensor has too large values", "classifier.weight: 1e+06", "torch.float16"):
+        load_adapter(models.tiny("bert", dtype=torch.float16), tmp_path)
+
+
+def test_swapped_arguments(saved):
+    with _raises("the arguments are swapped", "LlamaForCausalLM", "load_adapter(model, path)"):
+        load_adapter(saved, models.tiny("llama"))
+
+
+def test_a_name_where_a_model_is_expected(saved):
+    with _raises("model='meta-llama/Llama-3.2-1B' is a str", "from_pretrained"):
+        load_adapter("meta-llama/Llama-3.2-1B", saved)
+
+
+@pytest.mark.parametrize("path", [None, 5, ["a"]])
+def test_a_path_of_another_type(path):
+    with _raises(f"path={path!r} is a {type(path).__name__}, not a path"):
+        load_adapter(models.tiny("llama"), path)
+
+
+def test_prompts_cannot_be_trained_further(tmp_path):
+    get_peft_model(models.tiny("llama"), copy.deepcopy(_METHODS["prompt"])).save_pretrained(
+        tmp_path
+    )
+    with _raises("is_trainable=True", "prompt-learning"):
+        load_adapter(models.tiny("llama"), tmp_path, is_trainable=True)
+
+
+def test_a_model_that_fails_while_it_is_fused_is_left_as_it_was(saved, monkeypatch):
+    def fail(model):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr("peftkit.loading.fuse", fail)
+    model = models.tiny("llama")
+    before = everything(model)
+    with pytest.raises(RuntimeError, match="planted"):
+        load_adapter(model, saved)
+    assert differences(before, everything(model)) == []
 
 
 def test_missing_weights(saved):
     (saved / "adapter_model.safetensors").unlink()
-    with _raises("holds neither adapter_model.safetensors nor adapter_model.bin"):
+    with _raises("holds none of adapter_model.safetensors, adapter_model.bin"):
         load_adapter(models.tiny("llama"), saved)
 
 
@@ -173,7 +259,7 @@ def test_a_name_that_is_taken(saved):
         load_adapter(_wrapped(), saved)
 
 
-@pytest.mark.parametrize("name", ["", "a.b"])
+@pytest.mark.parametrize("name", ["", "a.b", "keys", 3])
 def test_a_name_that_pytorch_would_refuse(saved, name):
     with _raises(f"adapter_name={name!r}"):
         load_adapter(models.tiny("llama"), saved, name)
