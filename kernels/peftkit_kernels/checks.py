@@ -12,10 +12,19 @@ from torch import Tensor
 from peftkit_kernels.low_rank import LoRA
 
 
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for tensors of this device type; false for types without autocast, such as ``"meta"``.
+
+    Args:
+        device_type: As in ``tensor.device.type``.
+    """
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype autocast wants ``x`` in, or ``None`` where autocast is off or leaves ``x`` alone."""
+    """The dtype that autocast converts ``x`` to, or ``None`` if autocast is off or leaves ``x`` unchanged."""
     kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if not is_autocast_enabled(kind):
         return None
     if x.dtype is torch.float64 or not x.is_floating_point():
         return None
@@ -23,9 +32,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast switched off where ``x`` is; tensors without values know none."""
+    """A context in which autocast is off for the device of ``x``."""
     kind = x.device.type
-    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+    if not is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def check_counts(
