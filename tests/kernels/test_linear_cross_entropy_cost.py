@@ -31,8 +31,8 @@ def test_keeps_the_hidden_gradient_only(dtype):
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
     with hooks:
         loss = linear_cross_entropy(tensors["hidden"], tensors["weight"], target)
-    # The gradient, and the number the sum is divided by.
-    assert sorted(t.numel() for t in kept) == [1, M * D]
+    # The gradient, the divisor of the sum, and whether any row is counted.
+    assert sorted(t.numel() for t in kept) == [1, 1, M * D]
     assert sum(t.nbytes for t in kept) - loss.element_size() == M * D * dtype.itemsize
 
 
