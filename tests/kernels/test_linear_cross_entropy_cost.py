@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cross_entropy_cases import DTYPES, IGNORE, LargestResult, inputs, loss_and_grads
+from torch.utils.flop_counter import FlopCounterMode
 
 from peftkit_kernels.linear_cross_entropy import linear_cross_entropy
 from peftkit_kernels.linear_cross_entropy.torch_impl import choose_chunk
@@ -40,7 +41,7 @@ def test_ignored_rows_are_not_multiplied():
     tensors, target = inputs(torch.float32, shape=(64,), grad=("hidden",))
     target[:48] = IGNORE
     target[48:] = 1
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         loss_and_grads(tensors, target)
     assert counter.get_total_flops() == 4 * 16 * 53 * 24
 
