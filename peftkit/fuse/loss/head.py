@@ -109,9 +109,9 @@ class HeadOutput:
             raise _changed("the hidden states or the weights of the output head have changed")
 
     def _look(self) -> list[_Seen | None]:
-        # A frozen head is too large to be read in every forward. Hidden states and adapters are small.
+        # A large frozen head is not read in every forward. Hidden states and adapters are small.
         hidden, weight, *others = self.tensors
-        exact = weight.requires_grad
+        exact = weight.requires_grad or weight.numel() <= _SMALL
         return [_see(hidden), _see(weight, exact=exact), *map(_see, others)]
 
 
@@ -144,19 +144,30 @@ def _differ(before: _Seen | None, now: _Seen | None) -> bool:
 
 
 def _checksum(tensor: Tensor, exact: bool) -> Tensor:
-    """The sum of the bit patterns, which changes through ``.data`` do not escape as they escape the version counter.
+    """Sums over the bits of ``tensor``. They change with ``.data`` too, which the version counter does not count.
 
     Args:
         tensor: Any shape and dtype.
-        exact: Read all of it. Otherwise one element of each row, in turn from every column: 0.2 ms instead of 10 ms for
+        exact: Read all elements. Otherwise only one of each row, in turn from every column: 0.2 ms instead of 10 ms for
             float32 ``[49152, 576]`` on one core.
-    """
-    bits = tensor.view(_BITS[tensor.element_size()])
-    if not exact and tensor.dim() == 2 and tensor.is_contiguous():
-        bits = bits.view(-1)[:: tensor.shape[1] + 1]
-    elif tensor.is_contiguous() and tensor.nbytes % 8 == 0:
-        bits = bits.view(-1).view(torch.int64)
-    return bits.sum(dtype=bits.dtype)
 
+    Returns:
+        ``Int64[1]``, or ``Int64[2]`` if ``exact``.
+    """
+    bits = tensor.view(_BITS[tensor.element_size()]).reshape(-1)
+    # Squares, because a factor of two or another sign adds the same number to each element, which can sum to 0 in 64 bits.
+    # The shift matters for float64, whose low bits are often 0: the square of such a number has no other bits left.
+    sample = bits[:: tensor.shape[-1] + 1 if tensor.dim() > 1 else 1].long()
+    sample = sample ^ (sample >> 32)
+    sums = [(sample * sample).sum()]
+    if exact:
+        whole_words = tensor.nbytes % 8 == bits.storage_offset() * bits.element_size() % 8 == 0
+        words = bits.view(torch.int64) if whole_words else bits
+        sums.append(words.sum(dtype=words.dtype).long())
+    return torch.stack(sums)
+
+
+_SMALL = 2**20
+"""Elements of a weight that is always read: 0.3 ms."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
