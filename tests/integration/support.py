@@ -41,7 +41,7 @@ FUSED_OPS = (
     "peftkit.fuse.compute.int8_linear",
     "peftkit.fuse.norm.frozen_rms_norm",
     "peftkit.fuse.norm.frozen_layer_norm",
-    "peftkit.fuse.loss.install.linear_cross_entropy",
+    "peftkit.fuse.loss.lazy.linear_cross_entropy",
     "peftkit.fuse.attention.attention",
 )
 

@@ -150,28 +150,61 @@ def test_any_number_of_rows(M):
 def test_no_rows(reduction):
     tensors, target = inputs(torch.float32, shape=(0,))
     result = loss_and_grads(tensors, target, bias=True, lora=True, reduction=reduction)
-    assert result.pop("loss").sum() == 0
+    loss = result.pop("loss")
+    assert loss.isnan() if reduction == "mean" else not loss.any()
     assert result.keys() == set(NAMES)
     for name, grad in result.items():
         assert grad.shape == tensors[name].shape
         assert not grad.any(), name
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def torch_cross_entropy(hidden, weight, target, *, bias, lora, backend, num_items=None, **options):
+    """``linear_cross_entropy`` as torch computes it from all logits."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits + lora.scale * hidden @ lora.A.t() @ lora.B.t()
+    rows, target = logits.flatten(0, -2), target.flatten()
+    loss = torch.nn.functional.cross_entropy(rows, target, ignore_index=IGNORE, **options)
+    return loss if num_items is None else loss / num_items
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"reduction": "mean"}, {"reduction": "mean"}),
+        ({"reduction": "sum"}, {"reduction": "sum"}),
+        ({"reduction": "none"}, {"reduction": "none"}),
+        ({"num_items": 5}, {"reduction": "sum", "num_items": 5}),
+        ({"num_items": 0}, {"reduction": "sum", "num_items": 0}),
+        ({"num_items": torch.tensor(0)}, {"reduction": "sum", "num_items": torch.tensor(0)}),
+    ],
+    ids=["mean", "sum", "none", "5 items", "0 items", "tensor of 0 items"],
+)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_no_counted_row_is_zero_and_not_nan(backend, reduction):
+def test_no_counted_row(backend, ours, theirs):
+    """The mean over nothing is NaN, and no gradient is: exactly as torch's own cross entropy."""
     tensors, target = inputs(torch.float32)
-    result = loss_and_grads(
-        tensors,
-        torch.full_like(target, IGNORE),
-        bias=True,
-        lora=True,
-        reduction=reduction,
-        backend=backend,
+    target = torch.full_like(target, IGNORE)
+    expected = loss_and_grads(
+        tensors, target, op=torch_cross_entropy, bias=True, lora=True, **theirs
     )
-    assert len(result) == 6
-    for name, value in result.items():
-        assert torch.equal(value, torch.zeros_like(value)), name
+    actual = loss_and_grads(tensors, target, bias=True, lora=True, backend=backend, **ours)
+    assert actual.keys() == expected.keys() == {"loss", *NAMES}
+    loss = actual.pop("loss").flatten()
+    torch.testing.assert_close(loss, expected.pop("loss").flatten(), rtol=0, atol=0, equal_nan=True)
+    for name, grad in actual.items():
+        assert torch.equal(grad, expected[name]), name
+        assert not grad.any(), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_mean_over_zero_items_that_has_counted_rows_is_infinite(backend):
+    tensors, target = inputs(torch.float32)
+    result = loss_and_grads(tensors, target, bias=True, lora=True, num_items=0, backend=backend)
+    assert result["loss"] == torch.inf
+    ignored = target == IGNORE
+    assert ignored.any()
+    assert not result["hidden"][ignored].any()
+    assert not result["hidden"][~ignored].isfinite().all()
 
 
 def test_a_single_row_without_leading_axis():

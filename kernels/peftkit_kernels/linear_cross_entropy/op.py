@@ -9,7 +9,11 @@ from torch import Tensor
 
 from peftkit_kernels.checks import autocast_dtype, check_lora, without_autocast
 from peftkit_kernels.dispatch import Backend, choose_backend, is_transformed
-from peftkit_kernels.linear_cross_entropy.reference import RowLoss, linear_cross_entropy_reference
+from peftkit_kernels.linear_cross_entropy.reference import (
+    RowLoss,
+    linear_cross_entropy_reference,
+    mean_divisor,
+)
 from peftkit_kernels.linear_cross_entropy.torch_impl import linear_cross_entropy_torch
 from peftkit_kernels.linear_cross_entropy.triton_impl import linear_cross_entropy_triton
 from peftkit_kernels.low_rank import LoRA
@@ -50,14 +54,15 @@ def linear_cross_entropy(
         target: ``Int64[...]``, one per row of ``hidden``, in [0, V) or ``ignore_index``.
         bias: ``[V]`` or ``None``.
         lora: Adapter on the head, without dropout; float32 factors on a 16-bit ``hidden`` are cast.
-        ignore_index: Rows with this target have loss and gradient 0 and are not counted; with none left the loss is 0.
+        ignore_index: Rows with this target have loss and gradient 0 and are not counted. If no row is counted, the mean is
+            NaN (0 / 0) and all gradients are 0, as in ``torch.nn.functional.cross_entropy``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one loss a row, 0 where ignored).
         softcap: The logits become ``softcap · tanh(z / softcap)``.
         label_smoothing: Share of the target spread evenly over the vocabulary, in [0, 1).
         z_loss: Weight of the squared log-partition of each row.
         logit_scale: Factor on the logits, applied before ``softcap``.
         shift: Pair ``hidden[..., t, :]`` with ``target[..., t + 1]``; the last position of a sequence is ignored.
-        num_items: Divisor of the mean in place of the number of counted rows (gradient accumulation).
+        num_items: Divisor of the mean in place of the number of counted rows (gradient accumulation); may be 0.
         chunk: Rows at a time; chosen by the sizes when ``None``.
         compute_dtype: Dtype of the products with the head; that of ``hidden`` (of autocast where on) when ``None``.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
@@ -108,12 +113,26 @@ def linear_cross_entropy(
             lora=lora,
             row_loss=row_loss,
             ignore_index=ignore_index,
-            reduction=reduction,
-            num_items=num_items,
+            reduction="none" if reduction == "none" else "sum",
             chunk=chunk,
             compute_dtype=dtype,
         )
-    return losses.reshape(target.shape) if reduction == "none" else losses
+    counted = target != ignore_index
+    if reduction == "none":
+        return with_gradient_where(counted, losses.reshape(target.shape))
+    loss = with_gradient_where(counted.any(), losses)
+    if reduction == "sum":
+        return loss
+    return loss / mean_divisor(counted.sum() if num_items is None else num_items, loss)
+
+
+def with_gradient_where(counted: Tensor, loss: Tensor) -> Tensor:
+    """``loss``, whose gradient is exactly 0 where ``counted`` is false.
+
+    An op multiplies the gradients it made in the forward by the incoming one. That is infinite after a division by no items,
+    and zero times infinity is NaN.
+    """
+    return loss.where(counted, loss.detach()) if loss.requires_grad else loss
 
 
 def check_shapes(

@@ -60,7 +60,7 @@ def linear_cross_entropy_reference(
         row_loss: The loss of one row; ``None`` is plain cross entropy.
         ignore_index: Rows with this target have loss 0 and are not counted.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        num_items: Divisor of the mean in place of the number of counted rows.
+        num_items: Divisor of the mean in place of the number of counted rows. With either at 0 the mean is NaN or infinite.
         compute_dtype: Dtype of the products (default: that of ``hidden``); the rest is float32, or float64 for float64.
 
     Returns:
@@ -94,10 +94,8 @@ def linear_cross_entropy_reference(
 
 
 def mean_divisor(count: Tensor | int, like: Tensor) -> Tensor:
-    """``count`` as a number of the dtype and on the device of ``like``; zero, where the sum is zero too, becomes one."""
+    """``count`` as a tensor with the dtype and device of ``like``."""
     if isinstance(count, Tensor):
-        divisor = count.to(like.device, like.dtype)
-    else:
-        # filled on the device: a copy from the host would be waited for
-        divisor = like.new_full((), count)
-    return divisor.where(divisor != 0, 1.0)
+        return count.to(like.device, like.dtype)
+    # Filled on the device. A copy from the host would make the host wait.
+    return like.new_full((), count)

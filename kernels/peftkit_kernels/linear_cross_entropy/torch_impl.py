@@ -12,7 +12,7 @@ from torch import Tensor
 from peftkit_kernels import low_rank, native
 from peftkit_kernels.autograd import once_differentiable, run
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
-from peftkit_kernels.linear_cross_entropy.reference import RowLoss, mean_divisor, wide_dtype
+from peftkit_kernels.linear_cross_entropy.reference import RowLoss, wide_dtype
 from peftkit_kernels.low_rank import LoRA
 
 _CPU_CHUNK_BYTES = 2**25
@@ -60,11 +60,10 @@ def linear_cross_entropy_torch(
     row_loss: RowLoss,
     ignore_index: int,
     reduction: str,
-    num_items: Tensor | int | None,
     chunk: int | None,
     compute_dtype: torch.dtype,
 ) -> Tensor:
-    """As ``linear_cross_entropy_reference``, for ``hidden [M, D]`` and ``target [M]``."""
+    """As ``linear_cross_entropy_reference``, for ``hidden [M, D]``, ``target [M]`` and reduction ``"sum"`` or ``"none"``."""
     M, V = hidden.shape[0], weight.shape[0]
     plan = Plan(
         row_loss,
@@ -76,7 +75,7 @@ def linear_cross_entropy_torch(
         compute_dtype,
     )
     head = Head(weight, bias, lora.A if lora else None, lora.B if lora else None)
-    return run(_LinearCrossEntropy, hidden, *head, target, num_items, plan)
+    return run(_LinearCrossEntropy, hidden, *head, target, plan)
 
 
 def choose_chunk(M: int, V: int, *, itemsize: int, cpu: bool) -> int:
@@ -171,22 +170,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *args: Any) -> Tensor:
-        *tensors, target, num_items, plan = args
+        *tensors, target, plan = args
         head = Head(*tensors)
         needs_hidden, wanted = ctx.needs_input_grad[0], Head(*ctx.needs_input_grad[1:5])
         ctx.shape, ctx.dtypes = hidden.shape, [t if t is None else t.dtype for t in (hidden, *head)]
         ctx.deferred = None
         if plan.reduction == "none" and any(wanted):
-            loss, keep, _, _ = _loss_and_grads(
-                hidden, head, target, num_items, plan, False, Head(*[False] * 4)
-            )
+            loss, _, _ = _loss_and_grads(hidden, head, target, plan, False, Head(*[False] * 4))
             ctx.save_for_backward(hidden, *head, target)
             ctx.deferred = plan, needs_hidden, wanted
             return loss
-        loss, keep, divisor, grads = _loss_and_grads(
-            hidden, head, target, num_items, plan, needs_hidden, wanted
-        )
-        ctx.save_for_backward(keep, divisor, *grads)
+        loss, keep, grads = _loss_and_grads(hidden, head, target, plan, needs_hidden, wanted)
+        ctx.save_for_backward(keep, *grads)
         return loss
 
     @staticmethod
@@ -196,20 +191,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden, *tensors, target = ctx.saved_tensors
             plan, needs_hidden, wanted = ctx.deferred
             head = Head(*tensors)
-            _, keep, _, grads = _loss_and_grads(
-                hidden, head, target, None, plan, needs_hidden, wanted, row_factor=dloss
+            _, keep, grads = _loss_and_grads(
+                hidden, head, target, plan, needs_hidden, wanted, row_factor=dloss
             )
             factor: Tensor | None = None
         else:
-            keep, divisor, *grads = ctx.saved_tensors
-            factor = dloss if divisor is None else dloss / divisor
+            keep, *grads = ctx.saved_tensors
+            factor = dloss
         dhidden, *dhead = grads
         if dhidden is not None:
             dhidden = _scaled(dhidden, factor, keep, ctx.shape).to(ctx.dtypes[0])
         for i, grad in enumerate(dhead):
             if grad is not None:
                 dhead[i] = (grad if factor is None else grad * factor).to(ctx.dtypes[1 + i])
-        return dhidden, *dhead, None, None, None
+        return dhidden, *dhead, None, None
 
 
 def _scaled(
@@ -227,13 +222,12 @@ def _loss_and_grads(
     hidden: Tensor,
     head: Head,
     target: Tensor,
-    num_items: Tensor | int | None,
     plan: Plan,
     needs_hidden: bool,
     wanted: Head,
     row_factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
-    """The reduced loss, the rows computed (``None`` = all), the divisor, and the gradients of the summed loss.
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    """The reduced loss, the rows computed (``None`` = all), and the gradients of the summed loss.
 
     On the CPU ignored rows are left out, so that a prompt costs no product with the head. On a GPU their number is not
     known without waiting for the device, so they are computed and masked.
@@ -254,12 +248,8 @@ def _loss_and_grads(
     if plan.reduction == "none":
         if keep is not None:
             loss = loss.new_zeros(target.shape).index_copy_(0, keep, loss)
-        return loss, keep, None, grads
-    loss = loss.sum()
-    if plan.reduction == "sum":
-        return loss, keep, None, grads
-    divisor = mean_divisor(counted.sum() if num_items is None else num_items, loss)
-    return loss / divisor, keep, divisor, grads
+        return loss, keep, grads
+    return loss.sum(), keep, grads
 
 
 def _sweep(

@@ -1,6 +1,6 @@
 """``linear_cross_entropy`` by Triton kernels around the library's GEMMs, as torch.library ops: traceable, differentiable once.
 
-The op gives the sum over all rows, or one loss a row; the mean divides it outside. The gradients are made in the forward,
+The op returns the sum over all rows, or one loss per row; its caller divides for the mean. The gradients are made in the forward,
 chunk by chunk, and are outputs of the op that autograd keeps. All rows are computed, those without a target masked: their number is
 never waited for.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.launch import cdiv, launch
 from peftkit_kernels.linear_cross_entropy.config import RowConfig
-from peftkit_kernels.linear_cross_entropy.reference import RowLoss, mean_divisor
+from peftkit_kernels.linear_cross_entropy.reference import RowLoss
 from peftkit_kernels.linear_cross_entropy.torch_impl import (
     add_tall_,
     choose_chunk,
@@ -391,11 +391,10 @@ def linear_cross_entropy_triton(
     row_loss: RowLoss,
     ignore_index: int,
     reduction: str,
-    num_items: Tensor | int | None,
     chunk: int | None,
     compute_dtype: torch.dtype,
 ) -> Tensor:
-    """As ``linear_cross_entropy_reference``, for ``hidden [M, D]`` and ``target [M]``; nothing waits for the device."""
+    """As ``linear_cross_entropy_torch``; nothing waits for the device."""
     factors = (None, None) if lora is None else (lora.A, lora.B)
     tensors = hidden, weight, bias, *factors
     enabled = torch.is_grad_enabled()
@@ -407,7 +406,4 @@ def linear_cross_entropy_triton(
         *(ignore_index, chunk or choose_chunk(M, V, itemsize=compute_dtype.itemsize, cpu=False)),
         *(compute_dtype, reduction == "none", needs),
     )
-    if reduction != "mean":
-        return loss
-    count = (target != ignore_index).sum() if num_items is None else num_items
-    return loss / mean_divisor(count, loss)
+    return loss

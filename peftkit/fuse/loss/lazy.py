@@ -2,103 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from peftkit_kernels.linear_cross_entropy import RowLoss
-from peftkit_kernels.low_rank import LoRA
-
-
-class HeadTensors(NamedTuple):
-    """What an output head computes with: ``h Wᵀ + bias``, and ``scale · h Aᵀ Bᵀ`` where it carries a LoRA adapter."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora: LoRA | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Recipe:
-    """How logits follow from ``(hidden, weight, bias, lora_A, lora_B)``."""
-
-    lora_scale: float
-    dtype: torch.dtype
-    """Of the product with the weight."""
-    autocast: bool
-    steps: tuple[tuple[Any, tuple[Any, ...]], ...] = ()
-    """Functions applied to the logits since, each with its arguments after the first."""
-
-    def evaluate(self, tensors: tuple[Any, ...]) -> Tensor:
-        """The logits, as ``nn.Linear`` or PEFT's LoRA layer computes them."""
-        hidden, weight, bias, A, B = tensors
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows = hidden.to(self.dtype)
-            y = F.linear(rows, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
-            if A is not None:
-                dtype = self.dtype if self.autocast else A.dtype
-                update = (
-                    F.linear(F.linear(hidden.to(dtype), A.to(dtype)), B.to(dtype)) * self.lora_scale
-                )
-                y = (y + update).to(y.dtype)
-            for function, args in self.steps:
-                y = function(y, *args)
-        return y
+from peftkit.fuse.loss.head import Head, HeadOutput, Step
+from peftkit_kernels.linear_cross_entropy import RowLoss, linear_cross_entropy
 
 
 class LazyLogits(torch.Tensor):
     """Logits ``[..., V]`` of an output head, computed at the first use of their values and kept from then on.
 
-    Size, dtype, device and ``requires_grad`` are known without computing anything. Widening casts, multiplication and
-    division by a number, and tanh are remembered instead of run, so that ``row_loss`` can hand them to a loss that works on
-    the hidden states. Any other use sees ordinary logits, connected to the hidden states by autograd: the gradients of a
-    loss made of them are those of ordinary logits. (The model's own loss is not made of them: ``autograd.grad`` of it with
-    respect to the logits says so.)
+    Size, dtype, device and ``requires_grad`` are known without computing anything. The steps between a head and its loss
+    (a wider dtype, multiplication and division by a number, tanh, another shape with the same last axis) are remembered and
+    not run. ``torch.nn.functional.cross_entropy`` of the result is then computed from the hidden states, in chunks. Any other
+    use gets ordinary logits, connected to the hidden states by autograd.
+
+    A loss that was computed from the hidden states sends no gradient through the logits. If somebody wants to see that gradient
+    (``retain_grad``, ``register_hook``, ``autograd.grad(loss, logits)``), the backward of that loss raises ``RuntimeError``.
     """
 
-    _recipe: _Recipe
-    _tensors: tuple[Any, ...]
-    _versions: tuple[int, ...]
+    _output: HeadOutput
+    _steps: tuple[Step, ...]
+    _watch: _Watch
+    _source: _Source
+    _viewed: LazyLogits | None
     _real: Tensor | None
 
     @staticmethod
-    def make(hidden: Tensor, head: HeadTensors) -> LazyLogits:
-        """The logits of ``hidden [..., D]``.
+    def make(hidden: Tensor, head: Head) -> LazyLogits:
+        """The logits of ``hidden [..., D]``, which has the dtype of the head unless autocast is on."""
+        output = HeadOutput(hidden, head)
+        return _FromHead.apply(output, *output.tensors)
+
+    def real(self) -> Tensor:
+        """The logits as an ordinary tensor.
 
         Raises:
-            TypeError: ``hidden`` and the weight differ in dtype and autocast is off, which ``nn.Linear`` refuses as well.
+            RuntimeError: The hidden states or the head have changed since the forward.
         """
-        autocast = torch.is_autocast_enabled(hidden.device.type)
-        autocast = autocast and hidden.dtype is not torch.float64
-        if not autocast and hidden.dtype is not head.weight.dtype:
-            raise TypeError(f"hidden states are {hidden.dtype} and the head is {head.weight.dtype}")
-        dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
-        lora = head.lora
-        tensors = hidden, head.weight, head.bias, lora and lora.A, lora and lora.B
-        recipe = _Recipe(lora.scale if lora else 1.0, dtype, autocast)
-        return _Lazy.apply(recipe, dtype, *tensors)
+        if self._real is None:
+            if self._viewed is not None and self._viewed._real is not None:
+                (function, args) = self._steps[-1]
+                self._real = function(self._viewed._real, *args)
+            else:
+                with torch.set_grad_enabled(self.requires_grad):
+                    self._real = _Real.apply(self)
+        assert self._real is not None
+        return self._real
 
-    @property
-    def hidden(self) -> Tensor:
-        """The hidden states the logits follow from."""
-        return self._tensors[0]
-
-    @property
-    def head(self) -> HeadTensors:
-        """The tensors of the head."""
-        _, weight, bias, A, B = self._tensors
-        return HeadTensors(weight, bias, None if A is None else LoRA(A, B, self._recipe.lora_scale))
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of the product with the head."""
-        return self._recipe.dtype
+    def _values(self) -> Tensor:
+        """The logits without a graph."""
+        if self._real is not None:
+            return self._real.detach()
+        self._source.output = self._output  # whoever reads values may send a gradient
+        with torch.no_grad():
+            return self._output.evaluate(self._steps)
 
     def row_loss(self) -> RowLoss | None:
         """The remembered steps as a scale and a softcap; ``None`` if they are something else, or were run already."""
@@ -106,7 +73,7 @@ class LazyLogits(torch.Tensor):
             return None
         # Exact fractions, so that dividing and multiplying by the same number leaves exactly one.
         before, after, capped = Fraction(1), Fraction(1), False
-        for function, args in self._recipe.steps:
+        for function, args in self._steps:
             if function is torch.tanh:
                 if capped:
                     return None
@@ -120,46 +87,74 @@ class LazyLogits(torch.Tensor):
             RowLoss(logit_scale=float(before * after), softcap=float(after)) if after > 0 else None
         )
 
-    def real(self) -> Tensor:
-        """The logits as an ordinary tensor.
+    def cross_entropy(
+        self,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor | None:
+        """``torch.nn.functional.cross_entropy`` from the hidden states, or ``None`` if that needs ordinary logits.
 
-        Raises:
-            RuntimeError: The hidden states or the head changed in place since the forward.
+        Args:
+            target: ``Int64[M]``, for logits ``[M, V]``.
+            weight: Must be ``None``, and so must ``size_average`` and ``reduce``.
+            size_average: See ``weight``.
+            ignore_index: Rows with this target do not count.
+            reduce: See ``weight``.
+            reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+            label_smoothing: Share of the target spread evenly over the vocabulary, in [0, 1).
         """
-        if self._real is None:
-            self._check_unchanged()
-            with torch.set_grad_enabled(self.requires_grad):
-                real: Tensor = _Real.apply(self)
-            self._real = real
-            return real
-        return self._real
-
-    def _check_unchanged(self) -> None:
-        if _versions(self._tensors) != self._versions:
-            raise RuntimeError(
-                "these logits were not computed in the forward, and their hidden states or the output head have been "
-                "changed in place since; read them before the optimizer's step, or use logit_free=False"
-            )
-
-    def _values(self) -> Tensor:
-        """The logits without a graph."""
-        return self._recipe.evaluate(self._tensors) if self._real is None else self._real.detach()
+        row_loss = self.row_loss()
+        if row_loss is None or self.dtype not in (torch.float32, torch.float64):
+            return None
+        if not (weight is size_average is reduce is None) or not 0 <= label_smoothing < 1:
+            return None
+        if type(target) is not Tensor or target.dtype is not torch.int64:
+            return None
+        if self.dim() != 2 or target.shape != self.shape[:1] or target.device != self.device:
+            return None
+        head, hidden = self._output.head, self._output.hidden
+        loss = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            head.weight,
+            target,
+            bias=head.bias,
+            lora=head.lora,
+            ignore_index=ignore_index,
+            reduction=reduction,  # pyright: ignore[reportArgumentType]
+            softcap=row_loss.softcap,
+            label_smoothing=label_smoothing,
+            logit_scale=row_loss.logit_scale,
+            compute_dtype=self._output.dtype,
+        )
+        return _Loss.apply(loss.to(self.dtype), self) if loss.requires_grad else loss.to(self.dtype)
 
     def _remember(self, function: Any, args: tuple[Any, ...]) -> LazyLogits | None:
         """These logits after ``function``, still not computed, or ``None`` if it is not one of those remembered."""
         if function is torch.Tensor.contiguous and not args:
             return self
-        if function is torch.Tensor.float and not args:
-            function, args = torch.Tensor.to, (torch.float32,)
-        dtype = self.dtype
+        if function in _CASTS and not args:
+            function, args = torch.Tensor.to, (_CASTS[function],)
+        dtype, shape, is_view = self.dtype, self.shape, False
         if function is torch.Tensor.to:
             if len(args) != 1 or not isinstance(args[0], torch.dtype):
                 return None
             if args[0] is dtype:
                 return self
-            if not args[0].is_floating_point or torch.promote_types(dtype, args[0]) is not args[0]:
+            # Transformers' loss casts to float32, from float64 as well. Other narrower dtypes are rare.
+            if args[0] is not torch.float32 and torch.promote_types(dtype, args[0]) is not args[0]:
                 return None
             dtype = args[0]
+        elif function in (torch.Tensor.view, torch.Tensor.reshape, torch.reshape):
+            function, is_view = torch.Tensor.view, True
+            args = (args[0],) if len(args) == 1 else (args,)
+            shape = _shape_of_view(self.shape, args[0])
+            if shape is None:
+                return None
         elif function in _PRODUCTS:
             function = _PRODUCTS[function]
             if len(args) != 1 or type(args[0]) not in (int, float):
@@ -170,8 +165,7 @@ class LazyLogits(torch.Tensor):
             function = torch.tanh
         else:
             return None
-        recipe = replace(self._recipe, steps=(*self._recipe.steps, (function, args)))
-        return _Lazy.apply(recipe, dtype, *self._tensors)
+        return _Step.apply(self, (function, args), shape, dtype, is_view)
 
     @classmethod
     def __torch_function__(
@@ -181,60 +175,198 @@ class LazyLogits(torch.Tensor):
         if func in _KNOWN_WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if args and isinstance(args[0], LazyLogits) and args[0]._real is None and not kwargs:
-            lazy = args[0]._remember(func, args[1:])
-            if lazy is not None:
-                return lazy
+        if func in (torch.Tensor.register_hook, torch.Tensor.retain_grad):
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **kwargs)
+                args[0]._watch.hooks = args[0]._backward_hooks
+                return result
+        if func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
+            return _differentiate(func, *args, **kwargs)
+        first = args[0] if args else None
+        if isinstance(first, LazyLogits) and first._real is None:
+            if func is F.cross_entropy:
+                result = first.cross_entropy(*args[1:], **kwargs)
+            else:
+                result = None if kwargs else first._remember(func, args[1:])
+            if result is not None:
+                return result
         return func(*tree_map(_real_of, args), **tree_map(_real_of, kwargs))
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Reached by callers below Python's torch functions only, such as collectives and other libraries' kernels.
+        # Only code that bypasses Python's torch functions gets here, such as collectives and other libraries' kernels.
         return func(*tree_map(_values_of, args), **tree_map(_values_of, kwargs or {}))
 
 
-class _Lazy(torch.autograd.Function):
-    """A node of the graph for logits that do not exist; its backward is that of the head and the remembered steps."""
+class _Source:
+    """Leads the backward of logits that do not exist to the tensors they follow from.
+
+    The graph of a loss that was computed from the hidden states contains these nodes too. They must not keep the hidden states in
+    memory unless an ordinary tensor was made of the logits, because only then can a gradient reach them.
+    """
+
+    output: HeadOutput | None = None
+
+
+class _Watch:
+    """Whether somebody waits for the gradient of some logits, or of those they were made from.
+
+    Attributes:
+        parent: That of the logits they were made from.
+        logits: The logits, while they exist.
+        hooks: The hooks registered on them, ``None`` before the first.
+        captures: How many running calls of ``autograd.grad`` or ``backward`` have them as inputs.
+    """
+
+    def __init__(self, logits: LazyLogits, parent: _Watch | None):
+        self.parent = parent
+        self.logits = weakref.ref(logits)
+        self.hooks: Any = None
+        self.captures = 0
+
+    def is_on(self) -> bool:
+        """For these logits and all they were made from."""
+        logits = self.logits()
+        retained = logits is not None and logits.retains_grad
+        if self.hooks or self.captures or retained:
+            return True
+        return self.parent is not None and self.parent.is_on()
+
+
+class _FromHead(torch.autograd.Function):
+    """Hidden states to logits that do not exist; its backward is that of the head."""
 
     @staticmethod
-    def forward(ctx: Any, recipe: _Recipe, dtype: torch.dtype, *tensors: Any) -> Tensor:
-        hidden, weight = tensors[:2]
-        lazy = torch.Tensor._make_wrapper_subclass(
-            LazyLogits, (*hidden.shape[:-1], weight.shape[0]), dtype=dtype, device=hidden.device
-        )
-        lazy._recipe, lazy._tensors, lazy._versions = recipe, tensors, _versions(tensors)
-        lazy._real = None
-        ctx.save_for_backward(*tensors)
-        ctx.recipe = recipe
-        return lazy
+    def forward(ctx: Any, output: HeadOutput, *tensors: Any) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.source = _Source()
+        return _new(output, (), output.shape, output.dtype, ctx.source, None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        if grad is None:
+            return None, *[None] * len(needed)
+        output = ctx.source.output
         with torch.enable_grad():
-            y = ctx.recipe.evaluate(tensors)
-        inputs = [t for t, need in zip(tensors, needed, strict=True) if need]
-        grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=torch.is_grad_enabled()))
-        return None, None, *(next(grads) if need else None for need in needed)
+            logits = output.evaluate()
+        inputs = [t for t, need in zip(output.tensors, needed, strict=True) if need]
+        grads = torch.autograd.grad(logits, inputs, grad, create_graph=torch.is_grad_enabled())
+        found = iter(grads)
+        return None, *(next(found) if need else None for need in needed)
+
+
+class _Step(torch.autograd.Function):
+    """One remembered step from logits that do not exist to others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: LazyLogits, step: Step, shape: Any, dtype: torch.dtype, is_view: bool
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.source, ctx.steps = logits._source, (*logits._steps, step)
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        made = _new(logits._output, ctx.steps, shape, dtype, ctx.source, logits._watch)
+        made._viewed = logits if is_view else None
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is not None:
+            function, args = ctx.steps[-1]
+            if function is torch.Tensor.to:
+                grad = grad.to(ctx.dtype)
+            elif function is torch.Tensor.view:
+                grad = grad.reshape(ctx.shape)
+            elif function is torch.tanh:
+                grad = torch.ops.aten.tanh_backward(grad, ctx.source.output.evaluate(ctx.steps))
+            else:
+                grad = function(grad, *args)
+        return grad, None, None, None, None
 
 
 class _Real(torch.autograd.Function):
     """From logits that do not exist to ordinary ones: the identity for gradients, so hooks on the former see them."""
 
     @staticmethod
-    def forward(ctx: Any, lazy: LazyLogits) -> Tensor:
-        return lazy._values()
+    def forward(ctx: Any, logits: LazyLogits) -> Tensor:
+        return logits._values()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
-def _versions(tensors: tuple[Any, ...]) -> tuple[int, ...]:
-    """How often each tensor was changed in place; tensors of inference mode do not count."""
-    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
+class _Loss(torch.autograd.Function):
+    """A loss computed from the hidden states: no gradient for the logits, and an error if somebody waits for one."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, logits: LazyLogits) -> Tensor:
+        ctx.watch = logits._watch
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.watch.is_on():
+            raise RuntimeError(
+                "the gradient of the logits is wanted (retain_grad, register_hook, or logits as inputs of autograd.grad or "
+                "backward), and this loss was computed from the hidden states without the logits, so they have none. "
+                "Use wrap(model, logit_free=False), or make the loss from output.logits"
+            )
+        return grad, None
+
+
+def _new(
+    output: HeadOutput,
+    steps: tuple[Step, ...],
+    shape: Any,
+    dtype: torch.dtype,
+    source: _Source,
+    watch: _Watch | None,
+) -> LazyLogits:
+    logits: Any = torch.Tensor._make_wrapper_subclass(
+        LazyLogits, shape, dtype=dtype, device=output.hidden.device
+    )
+    logits._output, logits._steps, logits._source = output, steps, source
+    logits._watch, logits._viewed, logits._real = _Watch(logits, watch), None, None
+    return logits
+
+
+def _shape_of_view(shape: torch.Size, wanted: Any) -> tuple[int, ...] | None:
+    """The shape that ``view(wanted)`` gives, or ``None`` if it is not one that keeps the last axis."""
+    if not isinstance(wanted, (tuple, list)) or not all(type(size) is int for size in wanted):
+        return None
+    known = math.prod(size for size in wanted if size != -1)
+    if not wanted or wanted[-1] not in (-1, shape[-1]) or wanted.count(-1) > 1 or not known:
+        return None
+    found = tuple(math.prod(shape) // known if size == -1 else size for size in wanted)
+    return found if found[-1] == shape[-1] and math.prod(found) == math.prod(shape) else None
+
+
+def _differentiate(function: Any, tensors: Any, *inputs: Any, **kwargs: Any) -> Any:
+    """``autograd.grad``, ``autograd.backward`` or ``Tensor.backward`` with logits among the tensors or the inputs."""
+    wanted = inputs, kwargs.pop("inputs", None)
+    kwargs = tree_map(_real_of, kwargs)
+    if wanted[1] is not None:
+        kwargs["inputs"] = wanted[1]
+    with _captured(wanted):
+        return function(tree_map(_real_of, tensors), *inputs, **kwargs)
+
+
+@contextlib.contextmanager
+def _captured(inputs: Any) -> Iterator[None]:
+    watches = [t._watch for t in tree_leaves(inputs) if isinstance(t, LazyLogits)]
+    for watch in watches:
+        watch.captures += 1
+    try:
+        # Otherwise torch would hand the call to LazyLogits again.
+        with torch._C.DisableTorchFunctionSubclass():
+            yield
+    finally:
+        for watch in watches:
+            watch.captures -= 1
 
 
 def _real_of(value: Any) -> Any:
@@ -244,6 +376,8 @@ def _real_of(value: Any) -> Any:
 def _values_of(value: Any) -> Any:
     return value._values() if isinstance(value, LazyLogits) else value
 
+
+_CASTS = {torch.Tensor.float: torch.float32, torch.Tensor.double: torch.float64}
 
 _PRODUCTS = {
     torch.mul: torch.mul,
@@ -299,8 +433,6 @@ _KNOWN_WITHOUT_VALUES = frozenset(
         torch.Tensor.is_inference,
         torch.Tensor.nelement,
         torch.Tensor.numel,
-        torch.Tensor.register_hook,
-        torch.Tensor.retain_grad,
         torch.Tensor.size,
         torch.Tensor.storage_offset,
         torch.Tensor.stride,
@@ -309,4 +441,4 @@ _KNOWN_WITHOUT_VALUES = frozenset(
         torch.numel,
     }
 )
-"""What a use of the logits may ask without their being computed."""
+"""Uses of the logits that need no values."""

@@ -1,11 +1,22 @@
 """Installing and removing the logit-free loss, and all it leaves alone."""
 
+import copy
+import pickle
+import sys
+import threading
+
 import models
 import pytest
 import torch
-from causal import base_model, pair, peft_model
+from causal import LORA, base_model, pair, peft_model
+from peft import LoraConfig
 
-from peftkit.fuse.loss import install_logit_free, logit_free_status, remove_logit_free
+from peftkit.fuse.loss import (
+    LazyLogits,
+    install_logit_free,
+    logit_free_status,
+    remove_logit_free,
+)
 
 
 @pytest.mark.parametrize("name", ["t5", "bert", "vit"])
@@ -20,9 +31,9 @@ def test_other_models_are_left_alone(name):
 
 
 def models_state(model):
-    """Every attribute of every module, by identity; hooks and children by their keys and values."""
+    """Class and every attribute of every module, by identity; hooks and children by their keys and values."""
     return {
-        name: {
+        (name, type(module)): {
             key: list(map(id, (*value.keys(), *value.values())))
             if isinstance(value, dict)
             else id(value)
@@ -32,10 +43,19 @@ def models_state(model):
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_removing_restores_the_model_exactly(family):
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        ("llama", {}),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+        ("llama", {"modules_to_save": ["lm_head"]}),
+        ("gpt2", {}),
+    ],
+    ids=["frozen", "adapter", "trained", "gpt2"],
+)
+def test_removing_restores_the_model_exactly(family, head):
     """GPT-2 carries a loss function of its own instance, set by its user."""
-    model = peft_model(family)
+    model = peft_model(family, **head)
     if family == "gpt2":
         model.get_base_model().loss_function = model.get_base_model().loss_function
     before = models_state(model)
@@ -118,3 +138,165 @@ def test_status_of_a_model_where_it_is_not_installed():
     assert logit_free_status(base_model())[0] is False
     _, ours = pair()
     assert logit_free_status(ours)[0] is True
+
+
+def test_threads_share_a_model(monkeypatch):
+    _, ours = pair(dtype=torch.float32, target_modules=["q_proj", "lm_head"])
+    before = models_state(ours)
+    ours.eval()
+    batches = [models.batch("llama", seed=seed) for seed in range(2)]
+    expected = [ours(**batch).loss.item() for batch in batches]
+    losses, errors = [[], []], []
+    barrier = threading.Barrier(2)
+
+    def work(index):
+        try:
+            barrier.wait()
+            for _ in range(150):
+                with torch.no_grad():
+                    output = ours(**batches[index])
+                assert type(output.logits) is LazyLogits
+                losses[index].append(output.loss.item())
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert losses == [[loss] * 150 for loss in expected]
+    assert logit_free_status(ours)[0]
+    ours.train()
+    assert models_state(ours) == before
+    remove_logit_free(ours)
+    assert type(ours(**batches[0]).logits) is torch.Tensor
+
+
+def test_one_thread_computes_a_loss_while_another_generates():
+    _, ours = pair(dtype=torch.float32)
+    batch = models.batch("llama")
+    expected = ours(**batch).loss.item()
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    started, stop, found = threading.Event(), threading.Event(), []
+
+    def generate():
+        while not stop.is_set():
+            found.append(type(ours(**prompt).logits))
+            started.set()
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    started.wait()
+    losses = [ours(**batch).loss.item() for _ in range(20)]
+    stop.set()
+    thread.join()
+    assert losses == [expected] * 20
+    assert set(found) == {torch.Tensor}
+
+
+@pytest.mark.parametrize("inner", ["without labels", "with labels", "generate"])
+def test_a_forward_within_a_forward(inner):
+    _, ours = pair(dtype=torch.float32)
+    batch = models.batch("llama")
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected, found = ours(**batch).loss.item(), []
+
+    def run(*args):
+        handle.remove()
+        if inner == "generate":
+            found.append(ours.generate(**prompt, max_new_tokens=2).shape[1] - 12)
+        else:
+            found.append(type(ours(**(batch if inner == "with labels" else prompt)).logits))
+
+    handle = ours.get_base_model().model.norm.register_forward_hook(run)
+    output = ours(**batch)
+    wanted = {"generate": 2, "with labels": LazyLogits, "without labels": torch.Tensor}
+    assert found == [wanted[inner]]
+    assert type(output.logits) is LazyLogits
+    assert output.loss.item() == expected
+
+
+def test_the_head_alone_after_an_interrupted_forward():
+    """Ctrl-C skips the hook after the forward."""
+    _, ours = pair(dtype=torch.float32)
+    base, batch = ours.get_base_model(), models.batch("llama")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    handle = base.model.norm.register_forward_hook(interrupt)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            ours(**batch)
+    handle.remove()
+    assert type(ours(**batch).logits) is LazyLogits
+    hidden = base.model(batch["input_ids"]).last_hidden_state
+    assert type(base.lm_head(hidden)) is torch.Tensor
+
+
+def test_a_copy_and_a_pickle_compute_the_loss_too():
+    _, ours = pair(dtype=torch.float32, target_modules=["q_proj", "lm_head"])
+    batch = models.batch("llama")
+    expected = ours(**batch).loss
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        output = twin(**batch)
+        assert type(output.logits) is LazyLogits
+        assert torch.equal(output.loss, expected)
+        remove_logit_free(twin)
+        assert type(twin(**batch).logits) is torch.Tensor
+
+
+def test_a_replica_of_data_parallel_uses_its_own_tensors():
+    """``nn.parallel.replicate`` makes such copies, whose tensors it sets to those of another device."""
+    _, ours = pair(dtype=torch.float32)
+    base, batch = ours.get_base_model(), models.batch("llama")
+    replica, head = base._replicate_for_data_parallel(), base.lm_head._replicate_for_data_parallel()
+    head.weight, head._parameters["bias"] = 2 * base.lm_head.weight.detach(), None
+    replica._modules["lm_head"] = head
+    assert replica.lm_head is not base.lm_head
+    output = replica(**batch)
+    assert type(output.logits) is LazyLogits
+    assert output.logits.detach().allclose(2 * base(**batch).logits.detach())
+
+
+def test_functional_call():
+    stock, ours = pair(dtype=torch.float32)
+    batch = models.batch("llama")
+    weights = {name: 2 * tensor.detach() for name, tensor in stock.named_parameters()}
+    expected = torch.func.functional_call(stock, weights, (), batch)
+    output = torch.func.functional_call(ours, weights, (), batch)
+    assert type(output.logits) is LazyLogits
+    torch.testing.assert_close(output.loss, expected.loss)
+
+
+def test_func_grad_gets_ordinary_logits():
+    results = []
+    for model in pair(dtype=torch.float32):
+        trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+        def loss(tensors, model=model):
+            return torch.func.functional_call(model, tensors, (), models.batch("llama")).loss
+
+        results.append(torch.func.grad(loss)(trained))
+    for name, grad in results[0].items():
+        torch.testing.assert_close(results[1][name], grad)
+
+
+def test_a_new_head_keeps_the_loss_and_the_former_one_is_restored():
+    """PEFT puts a LoRA layer around the head: what was the head is then its base layer."""
+    _, ours = pair(dtype=torch.float32)
+    batch = models.batch("llama")
+    ours(**batch)
+    ours.add_adapter("second", LoraConfig(**{**LORA, "target_modules": ["lm_head"]}))
+    ours.base_model.set_adapter(["default", "second"])
+    assert type(ours(**batch).logits) is LazyLogits
+    remove_logit_free(ours)
+    assert type(ours.get_base_model().lm_head.base_layer) is torch.nn.Linear
+    assert not any("peftkit" in key for module in ours.modules() for key in vars(module))
