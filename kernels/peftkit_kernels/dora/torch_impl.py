@@ -47,8 +47,13 @@ def weight_norm(weight: Weight, lora: LoRA) -> Tensor:
 
 
 def folds(rows: int, weight: Weight) -> bool:
-    """Whether the row factors go into the weight rather than into the output: where it has to be written anyway, or is smaller."""
-    return not isinstance(weight, Tensor) or rows >= weight.shape[1]
+    """Whether the row factors go into the weight rather than into the output: if it is decoded anyway, or is smaller.
+
+    A 16-bit weight is left as it is: each scaled row would be rounded, and the magnitude's gradient be off by that.
+    """
+    if not isinstance(weight, Tensor):
+        return True
+    return weight.dtype.itemsize >= 4 and rows >= weight.shape[1]
 
 
 def scaled_weight(
