@@ -49,22 +49,23 @@ def bounds(leaves, ids, dy, tile=None):
     The kernels multiply float32 sums by the scale; torch rounds the scale, each product, and what every tile adds to a gradient.
     """
     dtype = leaves["x"].dtype
+    wide = torch.promote_types(dtype, leaves["A"].dtype)
     y, x, dy = (Bound.of(t) for t in (leaves["y"], leaves["x"], dy))
     out, dx = y.round(dtype), Bound.of(torch.zeros_like(leaves["x"]))
     grads = {name: [] for name in "AB"}
     for e in range(E):
-        A, B = (Bound.of(leaves[name][e].detach().to(dtype)) for name in "AB")
+        A, B = (Bound.of(leaves[name][e]) for name in "AB")
         scale, own = Bound.of(SCALE[e]), ids == e
-        s = (x[own] @ A.T).round(dtype)
+        s = (x[own] @ A.T).round(wide)
         if tile is None:
-            update, ds = (s @ B.T) * scale, ((dy[own] @ B) * scale).round(dtype)
+            update, ds = (s @ B.T) * scale, ((dy[own] @ B) * scale).round(wide)
             dB = (dy[own].T @ s) * scale
             dA = ds.T @ x[own]
         else:
-            scale = scale.round(dtype)
-            scaled = (s * scale).round(dtype)
-            update = (scaled @ B.T).round(dtype)
-            ds = ((dy[own] @ B).round(dtype) * scale).round(dtype)
+            scale = scale.round(wide)
+            scaled = (s * scale).round(wide)
+            update = (scaled @ B.T).round(wide)
+            ds = ((dy[own] @ B).round(wide) * scale).round(wide)
             dB = _over_tiles(dy[own], scaled, tile, leaves["B"].dtype)
             dA = _over_tiles(ds, x[own], tile, leaves["A"].dtype)
         _put(out, own, (y[own] + update).round(dtype))

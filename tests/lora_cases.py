@@ -109,8 +109,9 @@ class Linear:
         self.weight = Bound.of(part.weight)
         if part.lora is not None:
             lora = part.lora
-            self.A, self.B = (Bound.of(t).round(dtype) for t in (lora.A, lora.B))
+            self.A, self.B = (Bound.of(t) for t in (lora.A, lora.B))
             self.factors = lora.A.dtype
+            self.wide = torch.promote_types(dtype, self.factors)
 
     def drop(self, value: Bound) -> Bound:
         """The adapter's dropout applied to a value of its input's shape."""
@@ -118,7 +119,7 @@ class Linear:
         if not p:
             return value
         mask = dropout_mask(*value.value.shape, p, seed)
-        return (value * keep_scale(p) * mask).round(self.dtype)
+        return (value * keep_scale(p) * mask).round(self.wide)
 
     def forward(self) -> Bound:
         """The output."""
@@ -128,7 +129,7 @@ class Linear:
         y = y.round(self.dtype)
         if self.part.lora is None:
             return y
-        self.s = (self.drop(self.x) @ self.A.T).round(self.dtype)
+        self.s = (self.drop(self.x) @ self.A.T).round(self.wide)
         return y.addmm(self.s, self.B.T, self.part.lora.scale).round(self.dtype)
 
     def backward(self, dy: Bound) -> dict[str, Bound]:
@@ -136,7 +137,7 @@ class Linear:
         grads = {"bias": dy.sum(0).round(self.dtype)}
         if self.part.lora is None:
             return grads
-        self.ds = ((dy @ self.B).round(self.dtype) * self.part.lora.scale).round(self.dtype)
+        self.ds = ((dy @ self.B).round(self.wide) * self.part.lora.scale).round(self.wide)
         product = self.parameter(dy.T @ self.s)
         grads["B"] = (product * self.part.lora.scale).round(self.factors)
         grads["A"] = self.parameter(self.ds.T @ self.drop(self.x))
@@ -152,7 +153,7 @@ class Linear:
             return dx
         if not self.part.lora.p:
             return dx.addmm(self.ds, self.A).round(self.dtype)
-        return (dx + self.drop((self.ds @ self.A).round(self.dtype))).round(self.dtype)
+        return (dx + self.drop((self.ds @ self.A).round(self.wide))).round(self.dtype)
 
 
 def add_updates(dx, linears):

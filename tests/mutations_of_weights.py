@@ -112,8 +112,8 @@ MUTATIONS_OF_WEIGHTS = [
         ("rule", "if share == 0:", "if share >= 0:", _few_rows("any_width")),
         (
             "scale",
-            "input_precision=PRECISION) * factor",
-            "input_precision=PRECISION)",
+            "PRECISION) * factor",
+            "PRECISION)",
             _few_rows("within_the_error_bound"),
         ),
         (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from lora_cases import Shape, draw
@@ -26,12 +27,14 @@ WIDTH, INNER = 33, 21
 class Case:
     """An op applied to tensors by name; all but the weights require a gradient.
 
-    ``made_from`` names those of which it keeps what it has made from them.
+    ``made_from`` names those of which it keeps what it has made from them; ``stored`` is what it computes with besides the
+    leaves, such as a quantised weight.
     """
 
     leaves: dict[str, torch.Tensor]
     apply: Callable
     made_from: tuple[str, ...] = ()
+    stored: Any = None
 
     def outputs(self, **options):
         """What the op returns, as a tuple."""
@@ -109,7 +112,7 @@ def _quantized(shape, op, quantize):
         lora = replace(part.lora, A=leaves["A"], B=leaves["B"])
         return op(leaves["x"], stored, leaves["bias"], lora, **options)
 
-    return Case(leaves, apply)
+    return Case(leaves, apply, stored=stored)
 
 
 def bottleneck_leaves(shape):
@@ -202,7 +205,7 @@ def _grouped(shape):
         x, y, A, B = leaves.values()
         return grouped_lora(y.reshape(*x.shape[:-1], 29), x, A, B, scale, plan, **options)
 
-    return Case(leaves, apply)
+    return Case(leaves, apply, stored=scale.tolist())
 
 
 def _norm(shape, op, names):

@@ -20,11 +20,18 @@ class Linear:
         self.dtype, self.schedule = x.dtype, schedule
         self.x, self.part, self.lora = x.detach().reshape(-1, x.shape[-1]), part, part.lora
         A, B = self.lora.A, self.lora.B
-        self.factors, self.A, self.B = A.dtype, A.to(x.dtype), B.to(x.dtype)
+        self.factors, self.A, self.B = A.dtype, A, B
+        self.wide = torch.promote_types(x.dtype, A.dtype)
         dropped_x = dropped(self.x, self.lora.p, self.lora.seed)
         self.dropped = Bound.of(dropped_x)
         s = self.dropped @ Bound.of(self.A).T
-        self.s = scaled(s, 1.0, self.lora.p).round(self.dtype)
+        self.s = scaled(s, 1.0, self.lora.p).round(self.wide)
+
+    def narrow_product(self, s, factor):
+        """Of an s and a factor, before it is rounded to the dtype of x."""
+        if self.dtype.itemsize == 2 and self.wide is torch.float32:
+            s, factor = s.halves(), factor.halves()
+        return s @ factor
 
     def project(self, x, weight, update, bias=None):
         if self.schedule == "fused":
@@ -34,14 +41,14 @@ class Linear:
         return update.round(self.dtype).addmm(x, weight).round(self.dtype)
 
     def forward(self):
-        update = scaled(self.s @ Bound.of(self.B).T, self.lora.scale)
+        update = scaled(self.narrow_product(self.s, Bound.of(self.B).T), self.lora.scale)
         bias = None if self.part.bias is None else Bound.of(self.part.bias)
         return self.project(Bound.of(self.x), Bound.of(self.part.weight).T, update, bias)
 
     def backward(self, dy):
         lora, dy = self.lora, Bound.of(dy.reshape(-1, dy.shape[-1]))
-        ds = scaled(dy @ Bound.of(self.B), lora.scale).round(self.dtype)
-        update = scaled(ds @ Bound.of(self.A), 1.0, lora.p)
+        ds = scaled(dy @ Bound.of(self.B), lora.scale).round(self.wide)
+        update = scaled(self.narrow_product(ds, Bound.of(self.A)), 1.0, lora.p)
         if lora.p:
             update = update * dropout_mask(*update.value.shape, lora.p, lora.seed)
         return {

@@ -44,10 +44,17 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     torch's decorator of that name passes them off as constants where the incoming gradient is one, which would make a
     gradient penalty silently wrong; and it costs microseconds in every other backward.
+
+    Autocast is off inside: the forward has chosen the dtypes, and a backward that runs under autocast must not round its
+    float32 products to 16 bits.
     """
 
     @functools.wraps(backward)
     def call(ctx: Any, *grads: Tensor | None) -> Any:
+        device = _device_under_autocast(grads)
+        if device is not None:
+            with torch.autocast(device, enabled=False):
+                return call(ctx, *grads)
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
         with torch.no_grad():
@@ -59,6 +66,15 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tree_unflatten(_Once.apply(_op_name(ctx), connection, *leaves), structure)
 
     return call
+
+
+def _device_under_autocast(grads: tuple[Any, ...]) -> str | None:
+    """The kind of device that the gradients are on if autocast is on for it."""
+    for grad in grads:
+        if isinstance(grad, Tensor):
+            kind = grad.device.type
+            return kind if kind != "meta" and torch.is_autocast_enabled(kind) else None
+    return None
 
 
 def _op_name(ctx: Any) -> str:

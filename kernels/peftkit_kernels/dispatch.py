@@ -63,6 +63,8 @@ def triton_obstacle(
             )
     if x.dtype not in _DTYPES:
         return f"its input is {x.dtype}; the kernels compute in bfloat16, float16 and float32"
+    if any(t.dtype is torch.float64 for t in present):
+        return "one of its tensors is torch.float64; the kernels compute in at most float32"
     if rank > MAX_RANK:
         return f"the rank is {rank}; the kernels keep a tile of it in registers, up to {MAX_RANK}"
     if own_obstacle is not None:

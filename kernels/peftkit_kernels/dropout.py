@@ -42,30 +42,39 @@ def keep_scale(p: float) -> float:
 
 
 def dropout_mask(
-    rows: int, columns: int, p: float, seed: int, device: torch.device | str = "cpu"
+    rows: int,
+    columns: int,
+    p: float,
+    seed: int,
+    device: torch.device | str = "cpu",
+    *,
+    first_row: int = 0,
 ) -> Tensor:
-    """``Bool[rows, columns]``, true where an element is kept."""
+    """``Bool[rows, columns]``, true where an element is kept: the rows from ``first_row`` on of a larger mask."""
     groups = (columns + 7) // 8
-    counter = torch.arange(rows * groups, dtype=torch.int64, device=device)
+    counter = torch.arange(
+        first_row * groups, (first_row + rows) * groups, dtype=torch.int64, device=device
+    )
     words = _philox(counter, seed)  # 4 x [rows * groups]
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     draws = torch.stack(halves, dim=-1).view(rows, groups * 8)[:, :columns]
     return draws >= threshold(p)
 
 
-def apply_dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def apply_dropout(x: Tensor, p: float, seed: int, *, first_row: int = 0) -> Tensor:
     """``mask ∘ x · keep_scale`` as a new tensor.
 
     Args:
         x: ``[M, K]``, contiguous.
         p: Probability of dropping an element; 0 returns ``x`` itself.
         seed: 63-bit seed from ``draw_seed``.
+        first_row: The row of the mask at which ``x``, a block of rows of a larger tensor, starts.
     """
     if p == 0.0:
         return x
-    if native.takes(x):
+    if first_row == 0 and native.takes(x):
         return native.dropout(x, threshold(p), keep_scale(p), seed)
-    mask = dropout_mask(x.shape[0], x.shape[1], p, seed, x.device)
+    mask = dropout_mask(x.shape[0], x.shape[1], p, seed, x.device, first_row=first_row)
     return torch.where(mask, x * keep_scale(p), torch.zeros((), dtype=x.dtype, device=x.device))
 
 

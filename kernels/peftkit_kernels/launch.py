@@ -170,8 +170,16 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How ``tl.dot`` reads float32 operands: as torch's own products do. 16-bit operands are exact either way."""
+def dot_precision(dtype: torch.dtype, *factors: Tensor | None) -> str:
+    """How ``tiles.mixed_dot`` multiplies two float32 tiles: as torch's own products do. 16-bit ones are exact in any case.
+
+    Args:
+        dtype: Of the activations.
+        factors: Those of the adapters, whose dtype may differ, or each s. Beside 16-bit activations two float32 tiles are an s and a factor, whose
+            product is rounded to 16 bits: bfloat16 halves, with an error of 2⁻¹⁶, are enough.
+    """
+    if dtype.itemsize == 2 and any(t is not None and t.dtype is torch.float32 for t in factors):
+        return "halves"
     if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"

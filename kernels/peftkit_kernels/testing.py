@@ -21,6 +21,9 @@ UNIT_ROUNDOFF = {
 _TF32_ROUNDOFF = 2.0**-10
 """Largest relative error of dropping what a TF32 tensor core does not read."""
 
+_HALVES_ROUNDOFF = 2.0**-16
+"""Largest relative error of a float32 number as the sum of two bfloat16 numbers, and of leaving out half of a product of two."""
+
 _HALF_SMALLEST = {
     torch.float64: 0.0,
     torch.float32: 2.0**-150,
@@ -116,6 +119,11 @@ class Bound:
         """Read by a TF32 tensor core."""
         size = self.value.abs() + self.error
         return Bound(self.value, self.error + _TF32_ROUNDOFF * size, self.unit)
+
+    def halves(self) -> Bound:
+        """Read as the sum of two bfloat16 numbers, as ``tiles.mixed_dot`` does with ``"halves"``."""
+        size = self.value.abs() + self.error
+        return Bound(self.value, self.error + _HALVES_ROUNDOFF * size, self.unit)
 
     def sum(self, dim: int, keepdim: bool = False) -> Bound:
         """Summed over one axis, in any order."""

@@ -37,6 +37,58 @@ def whole(n, STEP: tl.constexpr):
 
 
 @triton.jit
+def _bfloat16_parts(v):
+    """A float32 tile as the sum of three bfloat16 tiles: 24 bits are three times 8, so the sum is exact."""
+    high = v.to(tl.bfloat16)
+    rest = v - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    return high, middle, low
+
+
+@triton.jit
+def mixed_dot(a, b, acc, PRECISION: tl.constexpr):
+    """``a b + acc`` of two tiles, each an activation or a factor; a factor may be float32 beside 16-bit activations.
+
+    Float32 operands are split into bfloat16 parts, whose products run on tensor cores on every GPU. Beside a bfloat16 activation
+    a factor costs two more products and loses nothing, and the large tile stays in 16 bits.
+
+    Args:
+        a: ``[M, K]``.
+        b: ``[K, N]``.
+        acc: ``Float32[M, N]``.
+        PRECISION: How two float32 tiles are multiplied: as in ``tl.dot``, or ``"halves"``, with an error of 2⁻¹⁶.
+    """
+    if a.dtype == b.dtype:
+        if a.dtype != tl.float32:
+            acc = tl.dot(a, b, acc)
+        elif PRECISION == "halves":
+            a_high, a_low, _ = _bfloat16_parts(a)
+            b_high, b_low, _ = _bfloat16_parts(b)
+            acc = tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high, acc)))
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    elif a.dtype == tl.bfloat16:
+        high, middle, low = _bfloat16_parts(b)
+        acc = tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low, acc)))
+    elif b.dtype == tl.bfloat16:
+        high, middle, low = _bfloat16_parts(a)
+        acc = tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, acc)))
+    elif a.dtype == tl.float16:
+        # its 11 bits are two parts; the two smallest products are below the last bit of the sum
+        a_high, a_low, _ = _bfloat16_parts(a.to(tl.float32))
+        high, middle, low = _bfloat16_parts(b)
+        acc = tl.dot(a_high, middle, tl.dot(a_low, middle, tl.dot(a_high, low, acc)))
+        acc = tl.dot(a_high, high, tl.dot(a_low, high, acc))
+    else:
+        high, middle, low = _bfloat16_parts(a)
+        b_high, b_low, _ = _bfloat16_parts(b.to(tl.float32))
+        acc = tl.dot(middle, b_high, tl.dot(middle, b_low, tl.dot(low, b_high, acc)))
+        acc = tl.dot(high, b_high, tl.dot(high, b_low, acc))
+    return acc
+
+
+@triton.jit
 def grouped_tile(program, rows, columns, GROUP: tl.constexpr):
     """Row and column of a GEMM's tile: GROUP rows of tiles are finished before the next, so that L2 serves both operands."""
     size = GROUP * columns

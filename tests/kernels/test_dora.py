@@ -89,24 +89,21 @@ def expected(case, dy):
     g = magnitude * norm.map(torch.reciprocal, smallest**-2, 0.0)
     folded = folds(x.shape[:-1].numel(), weight)
     linear = Linear(Bound.of(x.flatten(0, -2)), Projection(W, None, lora), dtype)
-    dy, rowwise = Bound.of(dy.flatten(0, -2)), g.round(dtype)
-    W = linear.weight
-    if folded and isinstance(weight, torch.Tensor):
-        W = (W * column(rowwise)).round(dtype)
-    elif folded:
+    dy, W = Bound.of(dy.flatten(0, -2)), linear.weight
+    if folded:
         W = (W * column(g)).round(dtype)
-    s = (linear.drop(linear.x) @ linear.A.T).round(dtype)
-    scaled_B = (Bound.of(lora.B) * column(g)).round(dtype)
+    s = (linear.drop(linear.x) @ linear.A.T).round(linear.wide)
+    scaled_B = (Bound.of(lora.B) * column(g)).round(wide)
     shift = Bound.of(torch.zeros(N, dtype=dtype) if bias is None else bias)
     if folded:
         y = shift.addmm(linear.x, W.T).round(dtype)
-        y = y.addmm(s, scaled_B.T, lora.scale).round(dtype)
+        y = y.addmm(s, scaled_B.round(linear.wide).T, lora.scale).round(dtype)
         dx = (dy @ W).round(dtype)
     else:
-        y = (linear.x @ W.T).round(dtype).addmm(s, linear.B.T, lora.scale).round(dtype)
-        y = ((y * rowwise).round(dtype) + shift).round(dtype)
-        dx = ((dy * rowwise).round(dtype) @ W).round(dtype)
-    linear.ds = ((dy @ scaled_B).round(dtype) * lora.scale).round(dtype)
+        y = (linear.x @ W.T).round(dtype).addmm(s, linear.B.T, lora.scale)
+        y = (y * g + shift).round(dtype)
+        dx = ((dy * g).round(dtype) @ W).round(dtype)
+    linear.ds = ((dy @ scaled_B).round(wide) * lora.scale).round(wide)
     inverse = magnitude.map(torch.reciprocal, magnitude.value**-2, 0.0)
     bounds = {
         "y": y,

@@ -35,10 +35,7 @@ def dora_norm(weight: Weight, lora: LoRA, *, backend: Backend = "auto") -> Tenso
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [N, K]")
     check_lora(lora, weight, "lora")
     stored, layout = parts_of(weight)
-    tensors = [lora.A, lora.B, *stored]
-    if isinstance(weight, Tensor) and weight.dtype is torch.float64:
-        tensors = [weight, lora.A, lora.B]  # the first decides which dtypes a kernel takes
-    chosen = choose_backend("dora_norm", backend, *tensors, rank=lora.A.shape[0])
+    chosen = choose_backend("dora_norm", backend, lora.A, lora.B, *stored, rank=lora.A.shape[0])
     if chosen == "triton":
         return dora_norm_triton(stored, layout, lora.A, lora.B, lora.scale)
     if chosen == "reference":

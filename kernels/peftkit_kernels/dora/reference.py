@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.dropout import apply_dropout
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.low_rank import LoRA, adapter_dtype
 from peftkit_kernels.quantized import QuantizedWeight, dequantize_reference
 
 Weight = Tensor | QuantizedWeight
@@ -38,9 +38,10 @@ def dora_linear_reference(
         norm = dora_norm_reference(weight, lora, compute_dtype=wide).detach()
     full = weight.to(dtype) if isinstance(weight, Tensor) else dequantize_reference(weight, dtype)
     flat = x.to(dtype).reshape(-1, x.shape[-1])
-    s = apply_dropout(flat, lora.p, lora.seed) @ lora.A.to(dtype).t()
-    z = flat @ full.t() + s @ lora.B.to(dtype).t() * lora.scale
-    y = (magnitude.to(norm.dtype) / norm).to(dtype) * z
+    factors = compute_dtype or adapter_dtype(x, lora.A)
+    s = apply_dropout(flat.to(factors), lora.p, lora.seed) @ lora.A.to(factors).t()
+    z = flat @ full.t() + s @ lora.B.to(factors).t() * lora.scale
+    y = (magnitude.to(norm.dtype) / norm).to(factors) * z
     if bias is not None:
-        y = y + bias.to(dtype)
-    return y.reshape(*x.shape[:-1], y.shape[1])
+        y = y + bias.to(factors)
+    return y.to(dtype).reshape(*x.shape[:-1], y.shape[1])

@@ -47,8 +47,13 @@ def weight_norm(weight: Weight, lora: LoRA) -> Tensor:
 
 
 def folds(rows: int, weight: Weight) -> bool:
-    """Whether the row factors go into the weight rather than into the output: where it has to be written anyway, or is smaller."""
-    return not isinstance(weight, Tensor) or rows >= weight.shape[1]
+    """Whether the row factors go into the weight rather than into the output: if it is decoded anyway, or is smaller.
+
+    A 16-bit weight is left as it is: each scaled row would be rounded, and the magnitude's gradient be off by that.
+    """
+    if not isinstance(weight, Tensor):
+        return True
+    return weight.dtype.itemsize >= 4 and rows >= weight.shape[1]
 
 
 def scaled_weight(
@@ -57,7 +62,9 @@ def scaled_weight(
     """``factor`` times the rows of the weight in ``dtype``, in the workspace; ``decode`` as that of ``quantized``."""
     if isinstance(weight, Tensor):
         out = workspace.take(tuple(weight.shape), dtype, weight.device)
-        return torch.mul(cast(weight, dtype), cast(factor, dtype)[:, None], out=out)
+        for block in low_rank.blocks(weight):
+            torch.mul(cast(weight[block], dtype), factor[block, None], out=out[block])
+        return out
     if dtype is torch.float64:
         return decode(weight, dtype).mul_(factor[:, None])
     return decode(weight, dtype, cast(factor, torch.float32))
@@ -97,10 +104,7 @@ class DoRALinear(torch.autograd.Function):
             y = matmul_nt(flat, scaled_weight(weight, g, dtype), shift)
             low_rank.expand_(y, s, B * g[:, None], lora.scale)
         else:
-            y = low_rank.expand_(matmul_nt(flat, cast(weight, dtype)), s, B, lora.scale)
-            y.mul_(cast(g, dtype))
-            if shift is not None:
-                y.add_(shift)
+            y = _add_and_scale_(matmul_nt(flat, cast(weight, dtype)), s, lora, g, shift)
         y = unflatten(y, x.shape)
         _, _, _, needs_A, needs_B, needs_magnitude, _ = ctx.needs_input_grad
         ctx.make_x, x_parts = remake.kept(x, needs_A)
@@ -134,9 +138,23 @@ class DoRALinear(torch.autograd.Function):
                 if folds(dy.shape[0], weight):
                     dx = matmul_nn(dy, scaled_weight(weight, g, dy.dtype))
                 else:
-                    dx = matmul_nn(dy * cast(g, dy.dtype), cast(weight, dy.dtype))
+                    scaled = torch.mul(dy, g, out=torch.empty_like(dy))
+                    dx = matmul_nn(scaled, cast(weight, dy.dtype))
                 dx = add_update_grad(dx, ds, lora).view(ctx.shape)
         return dx, None, dbias, dA, dB, dmagnitude, None
+
+
+def _add_and_scale_(y: Tensor, s: Tensor, lora: LoRA, g: Tensor, bias: Tensor | None) -> Tensor:
+    """``g ∘ (y + scale · s Bᵀ) + bias`` in place of ``y``, rounded once."""
+    wide = torch.promote_types(s.dtype, g.dtype)
+    s, B = cast(s, wide), cast(lora.B, wide)
+    for block in [slice(None)] if y.dtype is wide else low_rank.blocks(y):
+        part = cast(y[block], wide).addmm_(s[block], B.t(), alpha=lora.scale).mul_(g)
+        if bias is not None:
+            part.add_(bias)
+        if part.dtype is not y.dtype:
+            y[block] = part
+    return y
 
 
 def _tensors(weight: Weight) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.launch import cdiv, dot_precision, launch, target_of
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.lora_linear.triton_impl import project
-from peftkit_kernels.low_rank import LoRA, cast, passes, rows
+from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.nf4 import NF4Weight
 from peftkit_kernels.nf4.triton_impl import absmax_arguments, absmax_constants, words_of
@@ -141,14 +141,14 @@ def forward(
         return y, s, g.copy_(cast(magnitude, norm.dtype) / norm)
     flat, dtype, W = rows(x), x.dtype, _weight(weight, layout)
     g = cast(magnitude, norm.dtype) / norm
-    s = passes.shrink(flat, cast(A, dtype), p, seed)
+    wide = adapter_dtype(x, A)
+    s = passes.shrink(flat, cast(A, wide), p, seed)
     bias = None if bias is None else cast(bias, dtype)
     if isinstance(W, Tensor) and not folds(flat.shape[0], W):
-        y = project(flat, cast(W, dtype), s, cast(B, dtype), scale)
-        narrow = cast(g, dtype)
-        y = y.mul_(narrow) if bias is None else torch.addcmul(bias, y, narrow, out=y)
+        y = project(flat, cast(W, dtype), s, cast(B, wide), scale)
+        y = y.mul_(g) if bias is None else torch.addcmul(bias, y, g, out=y)
     else:
-        factor = cast(B * g[:, None], dtype)
+        factor = cast(B * g[:, None], wide)
         y = project(flat, scaled_weight(W, g, dtype, decode_triton), s, factor, scale, bias=bias)
     return unflatten(y, x.shape), s, g
 
@@ -165,7 +165,8 @@ def _empty_outputs(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], layout[-2])
-    return y, x.new_empty(x.shape[:-1].numel(), A.shape[0]), norm.new_empty(norm.shape)
+    s = x.new_empty(x.shape[:-1].numel(), A.shape[0], dtype=adapter_dtype(x, A))
+    return y, s, norm.new_empty(norm.shape)
 
 
 def backward(
@@ -195,7 +196,8 @@ def backward(
         ]
     needs_x, needs_A, needs_B, needs_magnitude = needs
     flat, dtype, W = rows(dy), dy.dtype, _weight(weight, layout)
-    factor = cast(B * g[:, None], dtype)
+    wide = adapter_dtype(dy, A)
+    factor = cast(B * g[:, None], wide)
     dx = dA = dB = ds = dmagnitude = None
     if needs_magnitude:
         dmagnitude = magnitude_grad(flat, rows(y), bias, magnitude)
@@ -211,10 +213,10 @@ def backward(
         dA = passes.grad_a(ds, rows(x), A.dtype, p, seed)
     if needs_x:
         if isinstance(W, Tensor) and not folds(flat.shape[0], W):
-            flat, full = flat * cast(g, dtype), cast(W, dtype)
+            flat, full = torch.mul(flat, g, out=torch.empty_like(flat)), cast(W, dtype)
         else:
             full = scaled_weight(W, g, dtype, decode_triton)
-        dx = project(flat, full.t(), ds, cast(A, dtype).t(), 1.0, p=p, seed=seed)
+        dx = project(flat, full.t(), ds, cast(A, wide).t(), 1.0, p=p, seed=seed)
         dx = unflatten(dx, dy.shape)
     return [grad for grad in (dx, dA, dB, dmagnitude) if grad is not None]
 

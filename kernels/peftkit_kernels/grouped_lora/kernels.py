@@ -1,15 +1,15 @@
 """The rank-r passes over rows sorted by adapter: x ``[M, K]`` is read through ``order``, never gathered.
 
 A table of tiles gives ``(adapter, first, count)``: ``count`` rows from position ``first`` of ``order``, all of one adapter; adapter
--1 is a tile not needed. Factors are stacked, ``[E, ...]`` by strides, and cast in registers, so that only those of adapters
-with rows are read. STEP divides R and what lies between rows of s, STEP_A and STEP_B those of a factor. Offsets of rows and
+-1 is a tile not needed. Factors are stacked, ``[E, ...]`` by strides, and widened in registers, so that only those of adapters
+with rows are read; s has the wider dtype of factors and x. STEP divides R and what lies between rows of s, STEP_A and STEP_B those of a factor. Offsets of rows and
 adapters are int64, all others int32.
 """
 
 import triton
 import triton.language as tl
 
-from peftkit_kernels.tiles import whole
+from peftkit_kernels.tiles import mixed_dot, whole
 
 
 @triton.jit
@@ -54,7 +54,9 @@ def grouped_shrink_kernel(
             mask=mask_r[None, :] & mask_k[:, None],
             other=0.0,
         )
-        acc = tl.dot(x, a.to(x_ptr.dtype.element_ty), acc, input_precision=PRECISION)
+        if a.dtype != x.dtype:
+            a = a.to(tl.float32)
+        acc = mixed_dot(x, a, acc, PRECISION)
     if HAS_SCALE:
         acc *= tl.load(scale_ptr + adapter).to(tl.float32)
     offs_s = (pid_k.to(tl.int64) * M + rows)[:, None] * stride_sm + offs_r[None, :]
@@ -103,7 +105,8 @@ def grouped_expand_kernel(
         mask=mask_n[None, :] & mask_r[:, None],
         other=0.0,
     )
-    acc = tl.dot(s, b.to(s_ptr.dtype.element_ty), input_precision=PRECISION)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = mixed_dot(s, b.to(s.dtype), acc, PRECISION)
     if HAS_SCALE:
         # what the scale of another adapter holds must not reach rows without one
         acc = tl.where(listed, acc * tl.load(scale_ptr + own).to(tl.float32), 0.0)
@@ -149,7 +152,7 @@ def grouped_tall_kernel(
             mask=mask_m[:, None] & mask_r[None, :],
             other=0.0,
         )
-        g = tl.dot(tl.trans(s), x, g, input_precision=PRECISION)
+        g = mixed_dot(tl.trans(s), x, g, PRECISION)
     if HAS_SCALE:
         g *= tl.load(scale_ptr + adapter).to(tl.float32)
     offs_g = pid_s.to(tl.int64) * stride_gi + offs_r[:, None] * C + offs_c[None, :]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkit_kernels.low_rank import adapter_dtype
+
 
 def grouped_lora_reference(
     y: Tensor,
@@ -25,15 +27,15 @@ def grouped_lora_reference(
         B: ``[E, N, R]``.
         scale: ``Float[E]``.
         ids: ``Int[M]``, one a row.
-        compute_dtype: Dtype of every product (default: that of ``x``).
+        compute_dtype: Dtype of every product (default: ``low_rank.adapter_dtype``).
 
     Returns:
-        ``[..., N]`` in ``compute_dtype``.
+        ``[..., N]`` in ``compute_dtype`` or the dtype of ``y``.
     """
-    dtype = compute_dtype or x.dtype
+    dtype = compute_dtype or adapter_dtype(x, A)
     own, rows = ids.clamp(min=0), x.to(dtype).reshape(-1, x.shape[-1])
     s = torch.einsum("mk,mrk->mr", rows, A.to(dtype)[own])
     update = torch.einsum("mr,mnr->mn", s, B.to(dtype)[own]) * scale.to(dtype)[own, None]
     # not a product with 0: what a row without an adapter holds may not be finite
     update = update.masked_fill((ids < 0)[:, None], 0.0)
-    return y.to(dtype) + update.reshape(y.shape)
+    return (y.to(dtype) + update.reshape(y.shape)).to(compute_dtype or y.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.grouped_lora.plan import GroupPlan
 from peftkit_kernels.lora_linear.torch_impl import unflatten
-from peftkit_kernels.low_rank import cast, rows
+from peftkit_kernels.low_rank import adapter_dtype, blocks, cast, rows
 
 
 def to_tiles(x: Tensor, plan: GroupPlan) -> Tensor:
@@ -38,9 +38,20 @@ def over_tiles(partial: Tensor, plan: GroupPlan, like: Tensor) -> Tensor:
     return cast(total.index_add_(0, adapter, partial)[: plan.adapters], like.dtype)
 
 
+def product(tiles: Tensor, factors: Tensor) -> Tensor:
+    """``tiles factors`` of every tile in the dtype of the factors; 16-bit tiles are cast a few at a time."""
+    if tiles.dtype is factors.dtype:
+        return torch.bmm(tiles, factors)
+    T, block, _ = tiles.shape
+    out = factors.new_empty(T, block, factors.shape[2])
+    for part in blocks(tiles.flatten(1)):
+        torch.bmm(tiles[part].to(factors.dtype), factors[part], out=out[part])
+    return out
+
+
 def outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``leftᵀ right`` of every tile, in float32 where the gradient asked for is."""
-    wide = torch.promote_types(left.dtype, dtype)
+    """``leftᵀ right`` of every tile, in the widest of the dtypes of both and of the gradient wanted."""
+    wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), dtype)
     return torch.bmm(cast(left, wide).transpose(1, 2), cast(right, wide))
 
 
@@ -51,11 +62,11 @@ class GroupedLoRA(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, plan: GroupPlan
     ) -> Tensor:
-        dtype = x.dtype
-        s = torch.bmm(to_tiles(rows(x), plan), factors(A, plan, dtype).transpose(1, 2))
+        dtype = adapter_dtype(x, A)
+        s = product(to_tiles(rows(x), plan), factors(A, plan, dtype).transpose(1, 2))
         factor = scale.to(dtype)[plan.tiles[:, 0].clamp(min=0), None, None]
         update = torch.bmm(s * factor, factors(B, plan, dtype).transpose(1, 2))
-        out = from_tiles(update, plan).add_(rows(y))
+        out = cast(from_tiles(update, plan).add_(rows(y)), y.dtype)
         _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_A else None, s if needs_B else None, A, B, factor)
         ctx.plan, ctx.shape = plan, x.shape
@@ -75,9 +86,10 @@ class GroupedLoRA(torch.autograd.Function):
                 inside = s.masked_fill(~plan.filled[..., None], 0.0) * factor
                 dB = over_tiles(outer(tiles, inside, B.dtype), plan, B)
         if needs_x or needs_A:
-            ds = torch.bmm(tiles, factors(B, plan, dy.dtype)) * factor
+            ds = product(tiles, factors(B, plan, factor.dtype)) * factor
             if needs_x:
-                dx = from_tiles(torch.bmm(ds, factors(A, plan, dy.dtype)), plan).view(ctx.shape)
+                dx = from_tiles(torch.bmm(ds, factors(A, plan, ds.dtype)), plan)
+                dx = cast(dx, dy.dtype).view(ctx.shape)
             if needs_A:
                 inside = ds.masked_fill(~plan.filled[..., None], 0.0)
                 dA = over_tiles(outer(inside, to_tiles(rows(x), plan), A.dtype), plan, A)

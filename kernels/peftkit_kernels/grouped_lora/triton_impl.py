@@ -22,7 +22,7 @@ from peftkit_kernels.grouped_lora.config import (
 from peftkit_kernels.grouped_lora.plan import GroupPlan
 from peftkit_kernels.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
 from peftkit_kernels.lora_linear.torch_impl import unflatten
-from peftkit_kernels.low_rank import rows
+from peftkit_kernels.low_rank import adapter_dtype, rows
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.low_rank.passes import readable, sum_partials, sum_tile
 
@@ -58,7 +58,7 @@ def grouped_shrink(
     *,
     config: GroupedShrinkConfig | None = None,
 ) -> Tensor:
-    """``scale[e] · A[e] x[m]``, ``[M, R]`` in the dtype of ``x [M, K]``; ``A [E, R, K]`` may have any strides and dtype.
+    """``scale[e] · A[e] x[m]``, ``[M, R]`` in ``adapter_dtype``, for ``x [M, K]``; ``A [E, R, K]`` may have any strides and dtype.
 
     Rows without an adapter are not written.
     """
@@ -72,7 +72,7 @@ def grouped_shrink(
     )
     steps = cdiv(cdiv(K, c.block_k), c.splits)
     splits = cdiv(cdiv(K, c.block_k), steps)
-    s = x.new_empty(M, R)
+    s = x.new_empty(M, R, dtype=adapter_dtype(x, A))
     partial = s if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
     launch(
         _kernels().grouped_shrink_kernel,
@@ -85,7 +85,7 @@ def grouped_shrink(
         BLOCK_M=block_m(table.block),
         BLOCK_K=c.block_k,
         BLOCK_R=block_r(R),
-        PRECISION=dot_precision(x.dtype),
+        PRECISION=dot_precision(x.dtype, s),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
@@ -98,13 +98,16 @@ def grouped_expand(
     scale: Tensor | None,
     y: Tensor | None,
     table: Table,
+    dtype: torch.dtype,
     *,
     config: GroupedExpandConfig | None = None,
 ) -> Tensor:
-    """``y[m] + scale[e] · B[e] s[m]``, ``[M, N]``; ``y``, or 0 without it, in rows without an adapter."""
+    """``y[m] + scale[e] · B[e] s[m]``, ``[M, N]`` in ``dtype``; ``y``, or 0 without it, in rows without an adapter."""
     (M, R), N = s.shape, B.shape[1]
-    y, out = None if y is None else readable(y), s.new_empty(M, N)
-    c = config or GroupedExpandConfig.choose(R, itemsize=s.element_size(), aligned=aligned(y, out))
+    y, out = None if y is None else readable(y), s.new_empty(M, N, dtype=dtype)
+    c = config or GroupedExpandConfig.choose(
+        R, itemsize=out.element_size(), aligned=aligned(y, out)
+    )
     tiles, rows_a_tile = table.tiles.shape[0], block_m(table.block)
     launch(
         _kernels().grouped_expand_kernel,
@@ -119,7 +122,7 @@ def grouped_expand(
         BLOCK_M=rows_a_tile,
         BLOCK_N=c.block_n,
         BLOCK_R=block_r(R),
-        PRECISION=dot_precision(s.dtype),
+        PRECISION=dot_precision(dtype, s),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
@@ -150,7 +153,7 @@ def grouped_tall(
         BLOCK_M=c.block_m,
         BLOCK_C=c.block_c,
         BLOCK_R=block_r(R),
-        PRECISION=dot_precision(x.dtype),
+        PRECISION=dot_precision(x.dtype, s),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
@@ -172,13 +175,14 @@ def forward(
     """The output of ``grouped_lora``, ``[..., N]``, and ``s = A[e] x[m]``, ``[M, R]``; ``tables`` are those of ``Table``."""
     table = Table(*tables)
     s = grouped_shrink(rows(x), A, None, table)
-    return unflatten(grouped_expand(s, B, scale, rows(y), table), y.shape), s
+    return unflatten(grouped_expand(s, B, scale, rows(y), table, y.dtype), y.shape), s
 
 
 def _empty_outputs(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *tables: Any
 ) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), x.new_empty(x.shape[:-1].numel(), A.shape[1])
+    s = x.new_empty(x.shape[:-1].numel(), A.shape[1], dtype=adapter_dtype(x, A))
+    return y.new_empty(y.shape), s
 
 
 def backward(
@@ -198,7 +202,8 @@ def backward(
     if needs_x or needs_A:
         ds = grouped_shrink(flat, B.transpose(1, 2), scale, table)
         if needs_x:
-            dx = unflatten(grouped_expand(ds, A.transpose(1, 2), None, None, table), dy.shape)
+            dx = grouped_expand(ds, A.transpose(1, 2), None, None, table, dy.dtype)
+            dx = unflatten(dx, dy.shape)
         if needs_A and x is not None:
             dA = A.new_empty(A.shape)
             grouped_tall(rows(x), ds, None, dA, table)

@@ -6,7 +6,7 @@ Offsets of rows are int64; columns, factors and the counters of the dropout rule
 import triton
 import triton.language as tl
 
-from peftkit_kernels.tiles import grouped_tile, kept
+from peftkit_kernels.tiles import grouped_tile, kept, mixed_dot
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def quantize_kernel(
             if DROPOUT:
                 keep = kept(seed, offs_m, k, tl.cdiv(K, 8), threshold, BLOCK_M, BLOCK_K)
                 x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
-            acc = tl.dot(x, a, acc, input_precision=PRECISION)
+            acc = mixed_dot(x, a, acc, PRECISION)
     if HAS_LORA:
         s_ptrs = s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :]
         s = (acc * factor).to(s_ptr.dtype.element_ty)
@@ -136,7 +136,8 @@ def int8_gemm_kernel(
             mask=mask_n[None, :] & mask_r[:, None],
             other=0.0,
         )
-        update = tl.dot(s, b, input_precision=PRECISION) * factor
+        update = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        update = mixed_dot(s, b, update, PRECISION) * factor
         if DROPOUT:
             column = tile_n * BLOCK_N
             keep = kept(seed, offs_m, column, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftkit_kernels.dropout import apply_dropout
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.int8.reference import quantize_rows_reference
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.low_rank import LoRA, adapter_dtype
 
 
 def int8_compute_linear_reference(
@@ -30,8 +30,9 @@ def int8_compute_linear_reference(
     if bias is not None:
         y = y + bias.to(dtype).to(wide)
     if lora is not None:
-        s = apply_dropout(flat, lora.p, lora.seed) @ lora.A.to(dtype).t()
-        y = y + s.to(wide) @ lora.B.to(dtype).to(wide).t() * lora.scale
+        factors = compute_dtype or adapter_dtype(x, lora.A)
+        s = apply_dropout(flat.to(factors), lora.p, lora.seed) @ lora.A.to(factors).t()
+        y = y + s.to(wide) @ lora.B.to(factors).to(wide).t() * lora.scale
     return y.to(dtype).reshape(*x.shape[:-1], q.shape[0])
 
 

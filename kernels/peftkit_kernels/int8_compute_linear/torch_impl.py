@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peftkit_kernels import low_rank, native, remake, workspace
 from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.checks import without_autocast
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.int8.reference import quantize_rows_reference
 from peftkit_kernels.int8_compute_linear.reference import outlier_columns
@@ -54,7 +55,8 @@ def product(codes: Tensor, weight: Tensor) -> Tensor:
     # what cuBLAS asks of its 8-bit products
     if codes.device.type == "cuda" and M > 16 and K % 8 == 0 and N % 8 == 0:
         return torch.ops.aten._int_mm(codes, weight)
-    return torch.mm(codes.float(), weight.float())
+    with without_autocast(codes):
+        return torch.mm(codes.float(), weight.float())
 
 
 def epilogue(
@@ -107,9 +109,7 @@ class Int8ComputeLinear(torch.autograd.Function):
         s = t = None
         if lora is not None:
             s = low_rank.shrink(flat, lora.A, lora.p, lora.seed)
-            # the factor the update is made of is rounded as x is; its scale is not
-            t = cast(cast(lora.B, x.dtype), torch.promote_types(x.dtype, torch.float32)).t()
-            t = t * lora.scale
+            t = cast(lora.B, torch.promote_types(s.dtype, torch.float32)).t() * lora.scale
         outliers, inner = outlier_columns(flat, threshold), flat
         outliers = None if outliers is None else outliers.nonzero().view(-1)
         if outliers is not None and outliers.numel():
@@ -152,6 +152,6 @@ def _input_grad(dy: Tensor, q: Int8Weight, ds: Tensor | None, lora: Any) -> Tens
     codes, step = quantize(dy.contiguous(), q.row_scale())
     acc = product(codes, q.codes)
     if lora is None or lora.p == 0.0:
-        t = None if lora is None else cast(lora.A, dy.dtype)
+        t = None if lora is None else lora.A
         return epilogue(acc, step, None, None, ds, t, dy.dtype)
     return add_update_grad(epilogue(acc, step, None, None, None, None, dy.dtype), ds, lora)

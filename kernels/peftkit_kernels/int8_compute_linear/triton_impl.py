@@ -20,7 +20,7 @@ from peftkit_kernels.int8_compute_linear.config import Int8GemmConfig, QuantizeC
 from peftkit_kernels.int8_compute_linear.reference import outlier_columns
 from peftkit_kernels.launch import aligned, cdiv, dot_precision, launch
 from peftkit_kernels.lora_linear.torch_impl import unflatten
-from peftkit_kernels.low_rank import LoRA, cast, passes, rows
+from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.config import block_r
 
 
@@ -46,7 +46,7 @@ def quantize(
 
     Args:
         x: ``[M, K]``, at least one row.
-        A: ``[R, K]`` in the dtype of ``x``, any strides, or ``None``.
+        A: ``[R, K]`` in ``adapter_dtype``, any strides, or ``None``.
         scale: On the low-rank product.
         p: Dropout before it.
         seed: Of that.
@@ -55,7 +55,7 @@ def quantize(
         config: Overrides the choice.
 
     Returns:
-        ``Int8[M, K]`` in the workspace, ``Float32[M]``, and ``[M, R]`` in the dtype of ``x`` or ``None``.
+        ``Int8[M, K]`` in the workspace, ``Float32[M]``, and ``[M, R]`` in the dtype of ``A`` or ``None``.
     """
     (M, K), x = x.shape, passes.readable(x)
     R = 0 if A is None else A.shape[0]
@@ -64,7 +64,7 @@ def quantize(
     )
     codes = workspace.take((M, K), torch.int8, x.device)
     step = x.new_empty(M, dtype=torch.float32)
-    s = None if A is None else x.new_empty(M, R)
+    s = None if A is None else A.new_empty(M, R)
     launch(
         _kernels().quantize_kernel,
         (cdiv(M, c.block_m),),
@@ -79,7 +79,7 @@ def quantize(
         BLOCK_M=c.block_m,
         BLOCK_K=c.block_k,
         BLOCK_R=block_r(max(R, 1)),
-        PRECISION=dot_precision(x.dtype),
+        PRECISION=dot_precision(x.dtype, A),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
         # a code is a product, rounded, and then rounded by a sum
@@ -144,7 +144,7 @@ def product(
         BLOCK_K=c.block_k,
         BLOCK_R=block_r(max(R, 1)),
         GROUP=c.group,
-        PRECISION=dot_precision(dtype),
+        PRECISION=dot_precision(dtype, s),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
@@ -167,10 +167,11 @@ def forward(
     if not x.numel():
         return _empty_outputs(x, codes, row_absmax, bias, A)
     flat, dtype, q = rows(x), x.dtype, Int8Weight(codes, row_absmax)
-    narrow_A, narrow_B, bias = (None if t is None else cast(t, dtype) for t in (A, B, bias))
+    wide_A, wide_B = (None if t is None else cast(t, adapter_dtype(x, t)) for t in (A, B))
+    bias = None if bias is None else cast(bias, dtype)
     skip = outlier_columns(flat, outlier)
-    x8, step, s = quantize(flat, narrow_A, p=p, seed=seed, skip=skip)
-    y = product(x8, codes, step, q.row_scale(), s, narrow_B, scale, dtype, bias=bias)
+    x8, step, s = quantize(flat, wide_A, p=p, seed=seed, skip=skip)
+    y = product(x8, codes, step, q.row_scale(), s, wide_B, scale, dtype, bias=bias)
     if skip is not None:
         # how many there are decides what is launched: the one place where the host waits for the device
         columns = skip.nonzero().view(-1)
@@ -184,7 +185,10 @@ def _empty_outputs(
     x: Tensor, codes: Tensor, row_absmax: Tensor, bias: Any, A: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], codes.shape[0])
-    return y, x.new_empty(x.shape[:-1].numel(), 0 if A is None else A.shape[0])
+    M = x.shape[:-1].numel()
+    if A is None:
+        return y, x.new_empty(M, 0)
+    return y, x.new_empty(M, A.shape[0], dtype=adapter_dtype(x, A))
 
 
 def backward(
@@ -206,19 +210,19 @@ def backward(
         return [grad.zero_() for grad in grads]
     needs_x, needs_A, needs_B = needs
     flat, dtype = rows(dy), dy.dtype
-    narrow_A, narrow_B = (None if t is None else cast(t, dtype) for t in (A, B))
+    wide_A, wide_B = (None if t is None else cast(t, adapter_dtype(dy, t)) for t in (A, B))
     dx = dA = dB = ds = None
     if needs_B and B is not None:
         dB = passes.grad_b(flat, s, scale, B.dtype)
     if needs_x:
         steps = Int8Weight(codes, row_absmax).row_scale()
-        factor = None if narrow_B is None else narrow_B.t()
+        factor = None if wide_B is None else wide_B.t()
         g8, step, ds = quantize(flat, factor, scale=scale, column_scale=steps)
-        update = None if narrow_A is None else narrow_A.t()
+        update = None if wide_A is None else wide_A.t()
         dx = product(g8, codes.t(), step, None, ds, update, 1.0, dtype, p=p, seed=seed)
         dx = unflatten(dx, dy.shape)
     elif needs_A:
-        ds = passes.grad_s(flat, narrow_B, scale)
+        ds = passes.grad_s(flat, wide_B, scale)
     if needs_A and A is not None:
         dA = passes.grad_a(ds, rows(x), A.dtype, p, seed)
     return [grad for grad in (dx, dA, dB) if grad is not None]

@@ -80,7 +80,7 @@ def launches(
         op: A key of ``OPS``.
         arch: One of ``aot.ARCHS``.
         ranks: Of the adapters.
-        dtypes: Of the activations.
+        dtypes: Of the activations. Adapters have the same dtype, and also float32, in which PEFT keeps them.
         sizes: Some of ``SIZES``.
     """
     with recording(Target(arch, _SMS[arch])) as found:
@@ -88,6 +88,8 @@ def launches(
             for rank in ranks:
                 for size in sizes:
                     OPS[op](rank, dtype, size)
+                    if op in MIXED_OPS and dtype is not torch.float32:
+                        OPS[op](rank, dtype, size, torch.float32)
     return found
 
 
@@ -95,13 +97,16 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _lora_linear(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
+def _lora_linear(
+    rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
+) -> None:
     from peftkit_kernels.lora_linear.triton_impl import backward, forward
 
+    own = factor_dtype or dtype
     def run(M: int, N: int, K: int, p: float, bias: bool, needs: list[bool]) -> None:
         M, (N, K) = sizes.rows(M), sizes.widths(N, K)
         x, weight = _meta(M, K, dtype=dtype), _meta(N, K, dtype=dtype)
-        factors = _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
+        factors = _meta(rank, K, dtype=own), _meta(N, rank, dtype=own)
         numbers = 2.0, p, _SEED
         b = _meta(N, dtype=dtype) if bias else None
         y, s = forward(x, weight, b, *factors, *numbers)
@@ -114,15 +119,18 @@ def _lora_linear(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     run(256, 4096, 4096, 0.0, False, [True, False, False])
 
 
-def _lora_qkv(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
+def _lora_qkv(
+    rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
+) -> None:
     from peftkit_kernels.lora_qkv.triton_impl import backward, compact, forward
     from peftkit_kernels.low_rank import LoRA
 
+    own = factor_dtype or dtype
     K, *widths = sizes.widths(4096, 4096, 1024, 1024)
     x, weights = _meta(sizes.rows(), K, dtype=dtype), [_meta(n, K, dtype=dtype) for n in widths]
     for p, shared in ((0.0, True), (0.1, True), (0.1, False)):
         loras = [
-            LoRA(_meta(rank, K, dtype=dtype), _meta(n, rank, dtype=dtype), 2.0, p, seed)
+            LoRA(_meta(rank, K, dtype=own), _meta(n, rank, dtype=own), 2.0, p, seed)
             for n, seed in zip(widths, (_SEED,) * 3 if shared else range(3), strict=True)
         ]
         arguments = compact([None] * 3, loras)
@@ -132,12 +140,15 @@ def _lora_qkv(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
         backward(dys, weights, x, As, Bs, joint, *numbers, True, True, [True] * 3)
 
 
-def _lora_swiglu_mlp(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
+def _lora_swiglu_mlp(
+    rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
+) -> None:
     from peftkit_kernels.lora_qkv.triton_impl import compact
     from peftkit_kernels.lora_swiglu_mlp.config import obstacle
     from peftkit_kernels.lora_swiglu_mlp.triton_impl import backward, forward
     from peftkit_kernels.low_rank import LoRA
 
+    own = factor_dtype or dtype
     if obstacle(rank, dtype.itemsize):
         return
     D, F = sizes.widths(4096, 14336)
@@ -147,7 +158,7 @@ def _lora_swiglu_mlp(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     # the dropout adds to every activation alike
     for act, p in (("silu", 0.0), ("silu", 0.1), ("gelu", 0.1), ("gelu_tanh", 0.1)):
         loras = [
-            LoRA(_meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype), 2.0, p, _SEED + i)
+            LoRA(_meta(rank, K, dtype=own), _meta(N, rank, dtype=own), 2.0, p, _SEED + i)
             for i, (N, K) in enumerate(shapes)
         ]
         arguments = compact([None] * 3, loras)
@@ -189,13 +200,16 @@ def _frozen_norm(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
             backward(y, x, weight, mean, rstd, 0.0)
 
 
-def _linear_cross_entropy(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
+def _linear_cross_entropy(
+    rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
+) -> None:
     from peftkit_kernels.linear_cross_entropy.triton_impl import deferred, forward
 
+    own = factor_dtype or dtype
     M, (D, V) = sizes.rows(1024), sizes.widths(4096, 128256)
     hidden, weight = _meta(M, D, dtype=dtype), _meta(V, D, dtype=dtype)
     target = _meta(M, dtype=torch.int64)
-    factors = _meta(rank, D, dtype=dtype), _meta(V, rank, dtype=dtype)
+    factors = _meta(rank, D, dtype=own), _meta(V, rank, dtype=own)
     frozen, adapted = [True, *[False] * 4], [True, False, False, True, True]
     ignored = -100, M, dtype
     for row_loss in ((1.0, None, 0.0, 0.0), (1.0, None, 0.1, 1e-4), (0.5, 30.0, 0.1, 1e-4)):
@@ -252,13 +266,16 @@ def _int8(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
         dequantize_into(_int8_weight(N, K), out, row_scale)
 
 
-def _quantized_linear(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
+def _quantized_linear(
+    rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
+) -> None:
     from peftkit_kernels.quantized import layout_of
     from peftkit_kernels.quantized_linear.triton_impl import backward, forward
 
+    own = factor_dtype or dtype
     # columns enough for the largest number of rows that is decoded in the product
     N, K = sizes.widths(14336, 4096)
-    factors = _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
+    factors = _meta(rank, K, dtype=own), _meta(N, rank, dtype=own)
     for q in (*_nf4_weights(N, K), _int8_weight(N, K)):
         stored = q.tensors(), layout_of(q)
         for M in (1, 32, 64, 128, 8192):
@@ -269,13 +286,16 @@ def _quantized_linear(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
         backward(dy, *stored, x, *factors, s, 2.0, 0.0, _SEED, [True, False, False])
 
 
-def _grouped_lora(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
+def _grouped_lora(
+    rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
+) -> None:
     from peftkit_kernels.grouped_lora.config import obstacle
     from peftkit_kernels.grouped_lora.plan import plan_groups
     from peftkit_kernels.grouped_lora.triton_impl import backward, forward, table_of
 
+    own = factor_dtype or dtype
     E, (N, K) = 32, sizes.widths(4096, 4096)
-    factors = _meta(E, rank, K, dtype=dtype), _meta(E, N, rank, dtype=dtype)
+    factors = _meta(E, rank, K, dtype=own), _meta(E, N, rank, dtype=own)
     for rows, block in ((8192, 64), (8192, 16), (64, 16), (64, 64)):
         if obstacle(block, rank, itemsize=dtype.itemsize):
             continue
@@ -303,12 +323,15 @@ def _prefix_attention(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
         gate_grad(o, o, gate)
 
 
-def _int8_compute_linear(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
+def _int8_compute_linear(
+    rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
+) -> None:
     from peftkit_kernels.int8_compute_linear.triton_impl import backward, forward, quantize
 
+    own = factor_dtype or dtype
     N, K = sizes.widths(4096, 4096)
     q, skip = _int8_weight(N, K).tensors(), _meta(K, dtype=torch.bool)
-    factors = _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
+    factors = _meta(rank, K, dtype=own), _meta(N, rank, dtype=own)
     for M in (64, 8192):
         x, bias = _meta(sizes.rows(M), K, dtype=dtype), _meta(N, dtype=dtype)
         for p in (0.0, 0.1):
@@ -372,3 +395,14 @@ OPS: dict[str, Callable[..., Any]] = {
     "dora_scale": _dora_scale,
 }
 """Ops with Triton kernels."""
+
+MIXED_OPS = {
+    "lora_linear",
+    "lora_qkv",
+    "lora_swiglu_mlp",
+    "linear_cross_entropy",
+    "quantized_linear",
+    "grouped_lora",
+    "int8_compute_linear",
+}
+"""Those whose adapters may be float32 beside 16-bit activations, and then compile to other kernels. That of DoRA does by itself."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.low_rank import LoRA, adapter_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,9 @@ def linear_cross_entropy_reference(
     rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     z = torch.nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
     if lora is not None:
-        z = z + rows @ lora.A.to(dtype).t() @ lora.B.to(dtype).t() * lora.scale
+        factors = adapter_dtype(rows, lora.A)
+        update = rows.to(factors) @ lora.A.to(factors).t() @ lora.B.to(factors).t()
+        z = (z + update * lora.scale).to(dtype)
     y = z.to(wide_dtype(dtype)) * row_loss.logit_scale
     if row_loss.softcap is not None:
         y = row_loss.softcap * torch.tanh(y / row_loss.softcap)

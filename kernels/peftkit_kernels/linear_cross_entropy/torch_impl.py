@@ -343,10 +343,10 @@ def hidden_grad(dz: Tensor, weight: Tensor) -> Tensor:
 
 def add_tall_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """``total += scale · leftᵀ right`` in the dtype of ``total``, columns of a 16-bit ``left`` cast a tile at a time."""
+    right = right.to(total.dtype)
     if left.dtype == total.dtype:
         total.addmm_(left.t(), right, alpha=scale)
         return
-    right = right.to(total.dtype)
     for tile in tiles(left.shape[1], left.shape[0]):
         total[tile].addmm_(left[:, tile].to(total.dtype).t(), right, alpha=scale)
 

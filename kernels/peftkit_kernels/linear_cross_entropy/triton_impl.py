@@ -110,7 +110,10 @@ def sweep(
         grad.zero_()
     found = iter(grads)
     dhidden, dweight, dbias, dA, dB = (next(found) if needed else None for needed in needs)
-    lora = None if A is None or B is None else LoRA(cast(A, dtype), cast(B, dtype), lora_scale)
+    lora = None
+    if A is not None and B is not None:
+        wide = torch.promote_types(dtype, A.dtype)
+        lora = LoRA(cast(A, wide), cast(B, wide), lora_scale)
     for start in range(0, hidden.shape[0], chunk):
         rows = slice(start, start + chunk)
         h = cast(hidden[rows], dtype)
@@ -214,7 +217,7 @@ def _write_hidden_grad(
     """``out = dz W + ds A``."""
     update = None
     if lora is not None and ds is not None:
-        update = passes.expand(ds, lora.A.t(), 1.0)
+        update = passes.expand(ds, lora.A.t(), 1.0, dtype=dz.dtype)
     if not dz.dtype is weight.dtype is out.dtype:
         dh = hidden_grad(dz, weight)
         out.copy_(dh if update is None else dh.add_(update))

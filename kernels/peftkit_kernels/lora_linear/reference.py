@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.dropout import apply_dropout
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.low_rank import LoRA, adapter_dtype
 
 
 def lora_linear_reference(
@@ -17,24 +17,26 @@ def lora_linear_reference(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``, evaluated in ``compute_dtype`` (default: that of ``x``).
+    """``y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``, evaluated in ``compute_dtype``.
 
     Args:
         x: ``[..., K]``.
         weight: ``[N, K]``.
         bias: ``[N]`` or ``None``.
         lora: The adapter, or ``None`` for the frozen linear alone.
-        compute_dtype: Dtype of every product.
+        compute_dtype: Dtype of every product. The default is that of ``x`` for the frozen linear and
+            ``low_rank.adapter_dtype`` for the adapter; their sum is rounded once to the dtype of ``x``.
 
     Returns:
-        ``[..., N]`` in ``compute_dtype``.
+        ``[..., N]`` in ``compute_dtype`` or the dtype of ``x``.
     """
     dtype = compute_dtype or x.dtype
     x = x.to(dtype)
     y = torch.nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
     if lora is None:
         return y
-    rows = x.reshape(-1, x.shape[-1])
-    s = apply_dropout(rows, lora.p, lora.seed) @ lora.A.to(dtype).t()
-    update = s @ lora.B.to(dtype).t() * lora.scale
-    return y + update.reshape(y.shape)
+    wide = compute_dtype or adapter_dtype(x, lora.A)
+    rows = x.to(wide).reshape(-1, x.shape[-1])
+    s = apply_dropout(rows, lora.p, lora.seed) @ lora.A.to(wide).t()
+    update = s @ lora.B.to(wide).t() * lora.scale
+    return (y + update.reshape(y.shape)).to(dtype)

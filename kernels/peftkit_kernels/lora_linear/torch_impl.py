@@ -9,7 +9,6 @@ from torch import Tensor
 
 from peftkit_kernels import low_rank, remake
 from peftkit_kernels.autograd import once_differentiable
-from peftkit_kernels.dropout import apply_dropout
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.low_rank import LoRA, cast, rows
 
@@ -37,9 +36,7 @@ def unflatten(y: Tensor, shape: torch.Size) -> Tensor:
 
 def add_update_grad(dx: Tensor, ds: Tensor, lora: LoRA) -> Tensor:
     """``dx += drop'(ds A)``: the adapter's part of the input gradient, masked as the forward was."""
-    if lora.p == 0.0:
-        return low_rank.expand_grad_(dx, ds, lora.A)
-    return dx.add_(apply_dropout(torch.mm(ds, cast(lora.A, ds.dtype)), lora.p, lora.seed))
+    return low_rank.expand_grad_(dx, ds, lora.A, lora.p, lora.seed)
 
 
 class LoRALinear(torch.autograd.Function):

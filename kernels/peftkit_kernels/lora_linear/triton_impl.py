@@ -16,7 +16,7 @@ from peftkit_kernels import remake
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.launch import target_of
 from peftkit_kernels.lora_linear.torch_impl import unflatten
-from peftkit_kernels.low_rank import cast, passes, rows
+from peftkit_kernels.low_rank import adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.config import fuses_gemm
 
 
@@ -35,7 +35,8 @@ def project(
     N, K = weight.shape
     if fuses_gemm(N, K, itemsize=x.element_size(), target=target_of(x)):
         return passes.gemm_lora(x, weight, s, B, scale, bias=bias, p=p, seed=seed)
-    return passes.expand(s, B, scale, bias=bias, p=p, seed=seed).addmm_(x, weight.t())
+    update = passes.expand(s, B, scale, bias=bias, p=p, seed=seed, dtype=x.dtype)
+    return update.addmm_(x, weight.t())
 
 
 def forward(
@@ -51,10 +52,10 @@ def forward(
     """``y`` as ``lora_linear`` defines it, ``[..., N]``, and ``s = drop(x) Aᵀ``, ``[M, R]``."""
     if not x.numel():
         return _empty_outputs(x, weight, bias, A, B, scale, p, seed)
-    flat, dtype = rows(x), x.dtype
-    s = passes.shrink(flat, cast(A, dtype), p, seed)
+    flat, dtype, wide = rows(x), x.dtype, adapter_dtype(x, A)
+    s = passes.shrink(flat, cast(A, wide), p, seed)
     bias = None if bias is None else cast(bias, dtype)
-    y = project(flat, cast(weight, dtype), s, cast(B, dtype), scale, bias=bias)
+    y = project(flat, cast(weight, dtype), s, cast(B, wide), scale, bias=bias)
     return unflatten(y, x.shape), s
 
 
@@ -62,7 +63,7 @@ def _empty_outputs(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, x.new_empty(x.shape[:-1].numel(), A.shape[0])
+    return y, x.new_empty(x.shape[:-1].numel(), A.shape[0], dtype=adapter_dtype(x, A))
 
 
 def backward(
@@ -82,20 +83,20 @@ def backward(
         grads = _like_grads(dy, weight, x, A, B, s, scale, p, seed, needs)
         return [grad.zero_() for grad in grads]
     needs_x, needs_A, needs_B = needs
-    flat, dtype = rows(dy), dy.dtype
-    narrow_A, narrow_B = cast(A, dtype), cast(B, dtype)
+    flat, dtype, wide = rows(dy), dy.dtype, adapter_dtype(dy, A)
+    wide_A, wide_B = cast(A, wide), cast(B, wide)
     dx = dA = dB = ds = None
     if needs_B and (needs_x or needs_A):
-        dB, ds = passes.grad_b_and_s(flat, s, narrow_B, scale, B.dtype)
+        dB, ds = passes.grad_b_and_s(flat, s, wide_B, scale, B.dtype)
     elif needs_B:
         dB = passes.grad_b(flat, s, scale, B.dtype)
     elif needs_x or needs_A:
-        ds = passes.grad_s(flat, narrow_B, scale)
+        ds = passes.grad_s(flat, wide_B, scale)
     if needs_A:
         dA = passes.grad_a(ds, rows(x), A.dtype, p, seed)
     if needs_x:
         W = cast(weight, dtype)
-        dx = project(flat, W.t(), ds, narrow_A.t(), 1.0, p=p, seed=seed)
+        dx = project(flat, W.t(), ds, wide_A.t(), 1.0, p=p, seed=seed)
         dx = unflatten(dx, dy.shape)
     return [grad for grad in (dx, dA, dB) if grad is not None]
 

@@ -69,11 +69,10 @@ def shared_grads(
         if dx is not None:
             low_rank.expand_grad_(dx, joint, torch.cat([lora.A for lora in adapters]))
         if x is not None:
-            grads = low_rank.grad_a(joint, x, adapters[0].A.dtype)
-            for i, part in zip(
-                shared, grads.split([lora.A.shape[0] for lora in adapters]), strict=True
-            ):
-                dA[i] = part
+            grads = low_rank.grad_a(joint, x, joint.dtype)
+            parts = grads.split([lora.A.shape[0] for lora in adapters])
+            for i, lora, part in zip(shared, adapters, parts, strict=True):
+                dA[i] = cast(part, lora.A.dtype)
     for i, lora in enumerate(loras):
         if lora is None or ds[i] is None or lora.p == 0.0:
             continue

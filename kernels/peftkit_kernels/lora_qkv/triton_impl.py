@@ -13,7 +13,7 @@ from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.joined import joined
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.lora_linear.triton_impl import project
-from peftkit_kernels.low_rank import LoRA, cast, passes, rows
+from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.groups import (
     add_updates,
     grads_of_a,
@@ -66,7 +66,7 @@ def forward(
             y = linear(flat, weight, bias)
         else:
             bias = None if bias is None else cast(bias, x.dtype)
-            W, B = cast(weight, x.dtype), cast(lora.B, x.dtype)
+            W, B = cast(weight, x.dtype), cast(lora.B, s.dtype)
             y = project(flat, W, s, B, lora.scale, bias=bias)
         ys.append(unflatten(y, x.shape))
     return ys, joint
@@ -87,7 +87,15 @@ def _empty_outputs(
     loras = _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
     M = x.shape[:-1].numel()
     ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    return ys, [x.new_empty(M, rank_of(loras, members)) for members in group(loras)]
+    return ys, joint_like(x, M, loras)
+
+
+def joint_like(x: Tensor, M: int, loras: Sequence[LoRA | None]) -> list[Tensor]:
+    """``drop(x) Aᵀ`` of every group of adapters, ``[M, ΣR]``, not yet computed."""
+    return [
+        x.new_empty(M, rank_of(loras, members), dtype=adapter_dtype(x, loras[members[0]].A))  # pyright: ignore[reportOptionalMemberAccess]
+        for members in group(loras)
+    ]
 
 
 def backward(
@@ -123,14 +131,13 @@ def backward(
     ss: Tensors = [None] * len(loras)
     if any(needs_B):
         ss = members_of(joint, loras, groups, 1)
-    ds = []
-    for members in groups:
-        new = torch.zeros if any(dys[i] is None for i in members) else torch.empty
-        M, R = present[0].shape[:-1].numel(), rank_of(loras, members)
-        ds.append(new(M, R, dtype=dtype, device=present[0].device))
+    ds = joint_like(present[0], present[0].shape[:-1].numel(), loras)
+    for members, part in zip(groups, ds, strict=True):
+        if any(dys[i] is None for i in members):
+            part.zero_()
     needed = spread(needs_B, adapted, len(loras))
     dB = reach(flat, ss, members_of(ds, loras, groups, 1), loras, needed, needs_x or needs_A)
-    dx = add_updates(None, ds, loras, groups) if needs_x else None
+    dx = add_updates(None, ds, loras, groups, dtype) if needs_x else None
     if needs_x:
         for dy, W in _products(flat, [cast(weight, dtype) for weight in weights]):
             dx = dy @ W if dx is None else dx.addmm_(dy, W)
@@ -163,7 +170,7 @@ def reach(
         if dy is None:
             dB[i] = torch.zeros_like(lora.B) if needs_B[i] else None
             continue
-        B = cast(lora.B, dy.dtype)
+        B = cast(lora.B, adapter_dtype(dy, lora.B))
         if needs_B[i] and needs_ds:
             dB[i], _ = passes.grad_b_and_s(dy, s, B, lora.scale, lora.B.dtype, ds=out)
         elif needs_B[i]:

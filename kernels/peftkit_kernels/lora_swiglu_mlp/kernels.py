@@ -7,7 +7,7 @@ costs no pass over them. Ranks are padded to BLOCK_R by masks; STEP divides them
 import triton
 import triton.language as tl
 
-from peftkit_kernels.tiles import activation, kept, whole
+from peftkit_kernels.tiles import activation, kept, mixed_dot, whole
 
 
 @triton.jit
@@ -64,10 +64,10 @@ def gate_forward_kernel(
         g = tl.load(g_ptr + rows * stride_gm + offs_f[None, :], mask=mask, other=0.0).to(tl.float32)
         if HAS_E:
             b_e = _load_bt(b_e_ptr, offs_f, mask_f, R_E, STEP, BLOCK_R)
-            e += scale_e * tl.dot(s_e, b_e, input_precision=PRECISION)
+            e += scale_e * mixed_dot(s_e, b_e, tl.zeros((BLOCK_M, BLOCK_F), tl.float32), PRECISION)
         if HAS_G:
             b_g = _load_bt(b_g_ptr, offs_f, mask_f, R_G, STEP, BLOCK_R)
-            g += scale_g * tl.dot(s_g, b_g, input_precision=PRECISION)
+            g += scale_g * mixed_dot(s_g, b_g, tl.zeros((BLOCK_M, BLOCK_F), tl.float32), PRECISION)
         a, _ = activation(e, ACT)
         h = (a * g).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + rows * stride_hm + offs_f[None, :], h, mask=mask)
@@ -80,7 +80,7 @@ def gate_forward_kernel(
             if DROPOUT:
                 keep = kept(seed, offs_m, f, tl.cdiv(F, 8), threshold, BLOCK_M, BLOCK_F)
                 h = tl.where(keep, h, 0.0).to(h_ptr.dtype.element_ty)
-            s_d = tl.dot(h, a_d, s_d, input_precision=PRECISION)
+            s_d = mixed_dot(h, a_d, s_d, PRECISION)
     if HAS_D:
         R_D = whole(R_D, STEP)
         offs_s = (pid_f.to(tl.int64) * M + offs_m)[:, None] * R_D + offs_r[None, :]
@@ -132,13 +132,13 @@ def gate_backward_kernel(
         dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
         if HAS_E:
             s_e = _load_s(s_e_ptr, stride_s_em, offs_m, mask_m, R_E, STEP, BLOCK_R)
-            e += scale_e * tl.dot(s_e, b_e, input_precision=PRECISION)
+            e += scale_e * mixed_dot(s_e, b_e, tl.zeros((BLOCK_M, BLOCK_F), tl.float32), PRECISION)
         if HAS_G:
             s_g = _load_s(s_g_ptr, stride_s_gm, offs_m, mask_m, R_G, STEP, BLOCK_R)
-            g += scale_g * tl.dot(s_g, b_g, input_precision=PRECISION)
+            g += scale_g * mixed_dot(s_g, b_g, tl.zeros((BLOCK_M, BLOCK_F), tl.float32), PRECISION)
         if HAS_D:
             ds_d = _load_s(ds_d_ptr, stride_ds_dm, offs_m, mask_m, R_D, STEP, BLOCK_R)
-            update = tl.dot(ds_d, a_d, input_precision=PRECISION)
+            update = mixed_dot(ds_d, a_d, tl.zeros((BLOCK_M, BLOCK_F), tl.float32), PRECISION)
             if DROPOUT:
                 keep = kept(
                     seed, offs_m, pid_f * BLOCK_F, tl.cdiv(F, 8), threshold, BLOCK_M, BLOCK_F
@@ -151,7 +151,7 @@ def gate_backward_kernel(
             if DROPOUT:
                 h = tl.where(keep, h, 0.0)
             h = h.to(de_ptr.dtype.element_ty)
-            da_d = tl.dot(tl.trans(ds_d), h, da_d, input_precision=PRECISION)
+            da_d = mixed_dot(tl.trans(ds_d), h, da_d, PRECISION)
         offs_d = rows * stride_dm + offs_f[None, :]
         tl.store(dg_ptr + offs_d, (dh * a).to(dg_ptr.dtype.element_ty), mask=mask)
         tl.store(de_ptr + offs_d, (dh * g * slope).to(de_ptr.dtype.element_ty), mask=mask)

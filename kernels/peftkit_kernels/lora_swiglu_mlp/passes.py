@@ -1,6 +1,6 @@
 """The two passes over ``[M, F]`` that are the gate's own: allocate, choose a configuration, launch.
 
-Rows are of one dtype (bfloat16, float16, float32) on one device, M > 0. ``loras`` are those of gate, up and down, ``None`` where
+Rows are of one dtype (bfloat16, float16, float32) on one device, M > 0; s and ds have ``adapter_dtype``. ``loras`` are those of gate, up and down, ``None`` where
 there is none; ``s`` and ``ds`` are their ``[M, R]``. ``config`` overrides the choice.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from peftkit_kernels.dropout import keep_scale, threshold
 from peftkit_kernels.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
 from peftkit_kernels.lora_swiglu_mlp.config import GateBackwardConfig, GateConfig
-from peftkit_kernels.low_rank import LoRA, cast
+from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.low_rank.passes import sum_partials
 
@@ -49,21 +49,22 @@ def gate_forward(
         act: One of ``ACTIVATIONS``.
         config: Tiles.
     """
-    (M, F), dtype, (gate, up, down) = e.shape, e.dtype, loras
+    (M, F), (gate, up, down) = e.shape, loras
     p, seed = (down.p, down.seed) if down else (0.0, 0)
     c = config or GateConfig.choose(M, F, aligned=aligned(e, g), target=target_of(e))
     h = e.new_empty(M, F)
     blocks = cdiv(F, c.block_f)
     steps = cdiv(blocks, c.splits)
     splits = cdiv(blocks, steps)
+    b_e, b_g, a_d = _b(gate, e), _b(up, e), _a(down, e)
     s_d = partial = None
-    if down is not None:
-        s_d = e.new_empty(M, down.A.shape[0])
+    if a_d is not None:
+        s_d = a_d.new_empty(M, a_d.shape[0])
         partial = s_d if splits == 1 else e.new_empty(splits, *s_d.shape, dtype=torch.float32)
     launch(
         _kernels().gate_forward_kernel,
         (cdiv(M, c.block_m), splits),
-        *(e, g, h, s[0], _b(gate, dtype), s[1], _b(up, dtype), _a(down, dtype), partial),
+        *(e, g, h, s[0], b_e, s[1], b_g, a_d, partial),
         *(_scale(gate), _scale(up), keep_scale(p), seed, threshold(p)),
         *(M, F, *(_rank(lora) for lora in loras), steps),
         *(e.stride(0), g.stride(0), h.stride(0), *(_row_stride(t) for t in s)),
@@ -76,7 +77,7 @@ def gate_forward(
         BLOCK_M=c.block_m,
         BLOCK_F=c.block_f,
         BLOCK_R=_block_r(loras),
-        PRECISION=dot_precision(dtype),
+        PRECISION=dot_precision(e.dtype, b_e, b_g, a_d),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
@@ -110,7 +111,7 @@ def gate_backward(
         needs_dA: Whether dA is wanted.
         config: Tiles.
     """
-    (M, F), dtype, (gate, up, down) = e.shape, e.dtype, loras
+    (M, F), (gate, up, down) = e.shape, loras
     p, seed = (down.p, down.seed) if down else (0.0, 0)
     c = config or GateBackwardConfig.choose(
         *(M, F, _block_r(loras)),
@@ -118,6 +119,7 @@ def gate_backward(
         aligned=aligned(e, g),
         target=target_of(e),
     )
+    b_e, b_g, a_d = _b(gate, e), _b(up, e), _a(down, e)
     de, dg = e.new_empty(M, 2 * F).split(F, 1)
     chunks = cdiv(M, c.chunk_m)
     dA = partial = None
@@ -127,8 +129,8 @@ def gate_backward(
     launch(
         _kernels().gate_backward_kernel,
         (chunks, cdiv(F, c.block_f)),
-        *(e, g, dh, de, dg, s[0], _b(gate, dtype), s[1], _b(up, dtype)),
-        *(ds, _a(down, dtype), partial),
+        *(e, g, dh, de, dg, s[0], b_e, s[1], b_g),
+        *(ds, a_d, partial),
         *(_scale(gate), _scale(up), keep_scale(p), seed, threshold(p)),
         *(M, F, *(_rank(lora) for lora in loras), c.chunk_m),
         *(e.stride(0), g.stride(0), dh.stride(0), de.stride(0)),
@@ -144,7 +146,7 @@ def gate_backward(
         BLOCK_M=c.block_m,
         BLOCK_F=c.block_f,
         BLOCK_R=_block_r(loras),
-        PRECISION=dot_precision(dtype),
+        PRECISION=dot_precision(e.dtype, b_e, b_g, a_d),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
@@ -153,12 +155,12 @@ def gate_backward(
     return de, dg, dA
 
 
-def _a(lora: LoRA | None, dtype: torch.dtype) -> Tensor | None:
-    return None if lora is None else cast(lora.A, dtype).contiguous()
+def _a(lora: LoRA | None, e: Tensor) -> Tensor | None:
+    return None if lora is None else cast(lora.A, adapter_dtype(e, lora.A)).contiguous()
 
 
-def _b(lora: LoRA | None, dtype: torch.dtype) -> Tensor | None:
-    return None if lora is None else cast(lora.B, dtype).contiguous()
+def _b(lora: LoRA | None, e: Tensor) -> Tensor | None:
+    return None if lora is None else cast(lora.B, adapter_dtype(e, lora.B)).contiguous()
 
 
 def _scale(lora: LoRA | None) -> float:

@@ -20,7 +20,7 @@ from peftkit_kernels.lora_linear.triton_impl import project
 from peftkit_kernels.lora_qkv import triton_impl as qkv
 from peftkit_kernels.lora_qkv.triton_impl import compact, linear, split, spread
 from peftkit_kernels.lora_swiglu_mlp.passes import gate_backward, gate_forward
-from peftkit_kernels.low_rank import LoRA, cast, passes, rows
+from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.groups import group, members_of, rank_of, shrink_groups
 
 Tensors = Sequence[Tensor | None]
@@ -58,7 +58,7 @@ def forward(
     if down is None or s is None:
         return unflatten(linear(h, weights[DOWN], bias[DOWN]), x.shape), eg, joint
     shift = None if bias[DOWN] is None else cast(bias[DOWN], x.dtype)
-    W, B = cast(weights[DOWN], x.dtype), cast(down.B, x.dtype)
+    W, B = cast(weights[DOWN], x.dtype), cast(down.B, s.dtype)
     y = project(h, W, s, B, down.scale, bias=shift)
     return unflatten(y, x.shape), eg, [*joint, s]
 
@@ -99,11 +99,9 @@ def _empty_outputs(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     loras = _loras(As, Bs, adapted, scales, ps, seeds)
     M, F = x.shape[:-1].numel(), weights[0].shape[0]
-    ranks = [rank_of(loras, members) for members in group(loras[:DOWN])]
-    if loras[DOWN] is not None:
-        ranks.append(rank_of(loras, [DOWN]))
+    s = qkv.joint_like(x, M, loras[:DOWN]) + qkv.joint_like(x, M, loras[DOWN:])
     y = x.new_empty(*x.shape[:-1], weights[DOWN].shape[0])
-    return y, x.new_empty(M, 2 * F), [x.new_empty(M, rank) for rank in ranks]
+    return y, x.new_empty(M, 2 * F), s
 
 
 def backward(
@@ -140,7 +138,7 @@ def backward(
     needs_dA = any(needs_A[outer:])
     dB = ds = dA = None
     if down is not None:
-        ds = flat.new_empty(flat.shape[0], down.A.shape[0])
+        ds = flat.new_empty(flat.shape[0], down.A.shape[0], dtype=adapter_dtype(flat, down.A))
         needs_ds = needs_outer or needs_dA
         (dB,) = qkv.reach([flat], s[-1:], [ds], [down], needs_B[outer:], needs_ds)
     found: list[Tensor] = []

@@ -2,6 +2,8 @@
 
 from peftkit_kernels.low_rank.torch_impl import (
     LoRA,
+    adapter_dtype,
+    blocks,
     cast,
     expand_,
     expand_grad_,
@@ -14,6 +16,8 @@ from peftkit_kernels.low_rank.torch_impl import (
 
 __all__ = [
     "LoRA",
+    "adapter_dtype",
+    "blocks",
     "cast",
     "expand_",
     "expand_grad_",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftkit_kernels.low_rank import passes
 from peftkit_kernels.low_rank.config import MAX_RANK
-from peftkit_kernels.low_rank.torch_impl import LoRA, cast
+from peftkit_kernels.low_rank.torch_impl import LoRA, adapter_dtype, cast
 
 Groups = list[list[int]]
 
@@ -50,7 +50,8 @@ def shrink_groups(x: Tensor, loras: Sequence[LoRA | None], groups: Groups) -> li
     joint = []
     for members in groups:
         first = _present(loras, members[0])
-        joint.append(passes.shrink(x, stacked(loras, members, x.dtype), first.p, first.seed))
+        A = stacked(loras, members, adapter_dtype(x, first.A))
+        joint.append(passes.shrink(x, A, first.p, first.seed))
     return joint
 
 
@@ -67,14 +68,20 @@ def members_of(
 
 
 def add_updates(
-    dx: Tensor | None, ds: Sequence[Tensor], loras: Sequence[LoRA | None], groups: Groups
+    dx: Tensor | None,
+    ds: Sequence[Tensor],
+    loras: Sequence[LoRA | None],
+    groups: Groups,
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """``dx + Σ mask ∘ (ds A)`` over the groups; ``dx`` may be ``None`` and is changed in place. The rounding is one a group."""
+    """``dx + Σ mask ∘ (ds A)`` over the groups, in ``dtype``; ``dx`` may be ``None`` and is changed in place. One rounding a group."""
     for joint, members in zip(ds, groups, strict=True):
         first = _present(loras, members[0])
         A = stacked(loras, members, joint.dtype)
         dropped = {"p": first.p, "seed": first.seed}
-        dx = passes.expand(joint, A.t(), 1.0, **dropped, out=dx, add=dx is not None)
+        dx = passes.expand(
+            joint, A.t(), 1.0, **dropped, out=dx, add=dx is not None, dtype=dtype
+        )
     return dx
 
 

@@ -1,5 +1,7 @@
 """The rank-r passes as Triton kernels: x ``[M, K]``, A ``[R, K]``, B ``[N, R]``, s = drop(x) Aᵀ and ds ``[M, R]``.
 
+Factors, s and ds have one dtype: that of x and y, or float32 beside 16-bit ones.
+
 Ranks are padded to BLOCK_R by masks; STEP divides them and what lies between their rows, STEP_A and STEP_B those of a factor.
 Offsets of rows are int64; columns, factors (R K and N R stay below 2³¹) and the
 counters of the dropout rule (M K < 2³⁴) are int32.
@@ -8,7 +10,7 @@ counters of the dropout rule (M K < 2³⁴) are int32.
 import triton
 import triton.language as tl
 
-from peftkit_kernels.tiles import grouped_tile, kept, whole
+from peftkit_kernels.tiles import grouped_tile, kept, mixed_dot, whole
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
@@ -42,7 +44,7 @@ def shrink_kernel(
         if DROPOUT:
             keep = kept(seed, offs_m, k, tl.cdiv(K, 8), threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
-        acc = tl.dot(x, a, acc, input_precision=PRECISION)
+        acc = mixed_dot(x, a, acc, PRECISION)
     offs_s = (pid_k.to(tl.int64) * M + offs_m)[:, None] * stride_sm + offs_r[None, :]
     s = (acc * factor).to(s_ptr.dtype.element_ty)
     tl.store(s_ptr + offs_s, s, mask=mask_m[:, None] & mask_r[None, :])
@@ -79,7 +81,7 @@ def expand_kernel(
         mask=mask_n[None, :] & mask_r[:, None],
         other=0.0,
     )
-    y = tl.dot(s, b, input_precision=PRECISION) * factor
+    y = mixed_dot(s, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * factor
     if DROPOUT:
         keep = kept(seed, offs_m, pid_n * BLOCK_N, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)
         y = tl.where(keep, y, 0.0)
@@ -138,13 +140,13 @@ def tall_kernel(
             other=0.0,
         )
         if WITH_P:
-            p = tl.dot(x, b, input_precision=PRECISION) * p_factor
+            p = mixed_dot(x, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION) * p_factor
             offs_p = (pid_c.to(tl.int64) * M + offs_m)[:, None] * stride_pm + offs_r[None, :]
             tl.store(p_ptr + offs_p, p.to(p_ptr.dtype.element_ty), mask=mask_s)
         if DROPOUT:
             keep = kept(seed, offs_m, pid_c * BLOCK_C, tl.cdiv(C, 8), threshold, BLOCK_M, BLOCK_C)
             x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
-        g = tl.dot(tl.trans(s), x, g, input_precision=PRECISION)
+        g = mixed_dot(tl.trans(s), x, g, PRECISION)
     offs_g = pid_m.to(tl.int64) * stride_gi
     offs_g += offs_r[:, None] * stride_gr + offs_c[None, :] * stride_gc
     g = (g * g_factor).to(g_ptr.dtype.element_ty)
@@ -203,7 +205,7 @@ def gemm_lora_kernel(
         mask=mask_n[None, :] & mask_r[:, None],
         other=0.0,
     )
-    acc = tl.dot(s, b, input_precision=PRECISION) * factor
+    acc = mixed_dot(s, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * factor
     if DROPOUT:
         keep = kept(seed, offs_m, tile_n * BLOCK_N, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)
         acc = tl.where(keep, acc, 0.0)
@@ -218,7 +220,7 @@ def gemm_lora_kernel(
         )
         offs_w = offs_n.to(tl.int64)[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
         w = tl.load(w_ptr + offs_w, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = mixed_dot(x, w, acc, PRECISION)
     # 4. one rounding, at the store
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]

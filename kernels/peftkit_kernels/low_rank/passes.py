@@ -1,7 +1,7 @@
 """The rank-r passes by Triton kernels: allocate, choose a configuration, launch.
 
-Inputs are rows ``[M, columns]`` of one dtype (bfloat16, float16, float32) on one device, M > 0, R up to 128. Sums are float32
-in an order that depends on the sizes only, so equal inputs give equal bits. ``config`` overrides the choice.
+Inputs are rows ``[M, columns]`` of one dtype (bfloat16, float16, float32) on one device, M > 0, R up to 128. Factors, s and ds
+have that dtype (``adapter_dtype``) or are float32. Sums are float32 in an order that depends on the sizes only, so equal inputs give equal bits. ``config`` overrides the choice.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def shrink(
     out: Tensor | None = None,
     config: ShrinkConfig | None = None,
 ) -> Tensor:
-    """``scale · drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``x [M, K]``; ``A [R, K]`` may have any strides, ``out`` any rows."""
+    """``scale · drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``A [R, K]``, which may have any strides; ``out`` may have any rows."""
     (M, K), R, x = x.shape, A.shape[0], readable(x)
     c = config or ShrinkConfig.choose(
         *(M, K, R),
@@ -60,7 +60,7 @@ def shrink(
     )
     steps = cdiv(cdiv(K, c.block_k), c.splits)
     splits = cdiv(cdiv(K, c.block_k), steps)
-    s = x.new_empty(M, R) if out is None else out
+    s = A.new_empty(M, R) if out is None else out
     partial = s if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
     launch(
         _kernels().shrink_kernel,
@@ -73,7 +73,7 @@ def shrink(
         BLOCK_M=c.block_m,
         BLOCK_K=c.block_k,
         BLOCK_R=block_r(R),
-        PRECISION=dot_precision(x.dtype),
+        PRECISION=dot_precision(x.dtype, s),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
@@ -90,17 +90,18 @@ def expand(
     seed: int = 0,
     out: Tensor | None = None,
     add: bool = False,
+    dtype: torch.dtype | None = None,
     config: ExpandConfig | None = None,
 ) -> Tensor:
     """``mask ∘ (scale · s Bᵀ) + bias``, ``[M, N]``, for ``s [M, R]`` and ``B [N, R]`` of any strides.
 
     The mask is that of a dropout with ``p`` and ``seed`` on an ``[M, N]``, with its factor on what is kept. The result is
-    written into ``out`` if given, or added to it with ``add``.
+    written into ``out`` if given, or added to it with ``add``; else it is new, in ``dtype`` (default: that of ``s``).
     """
     (M, R), N = s.shape, B.shape[0]
-    y = s.new_empty(M, N) if out is None else out
+    y = s.new_empty(M, N, dtype=dtype) if out is None else out
     c = config or ExpandConfig.choose(
-        R, itemsize=s.element_size(), dropout=p > 0, aligned=aligned(y)
+        R, itemsize=y.element_size(), dropout=p > 0, aligned=aligned(y)
     )
     launch(
         _kernels().expand_kernel,
@@ -115,7 +116,7 @@ def expand(
         BLOCK_M=c.block_m,
         BLOCK_N=c.block_n,
         BLOCK_R=block_r(R),
-        PRECISION=dot_precision(s.dtype),
+        PRECISION=dot_precision(y.dtype, s),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
@@ -208,7 +209,7 @@ def gemm_lora(
         BLOCK_K=c.block_k,
         BLOCK_R=block_r(R),
         GROUP=c.group,
-        PRECISION=dot_precision(x.dtype),
+        PRECISION=dot_precision(x.dtype, s),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
@@ -258,7 +259,7 @@ def _tall(
         BLOCK_M=c.block_m,
         BLOCK_C=c.block_c,
         BLOCK_R=block_r(R),
-        PRECISION=dot_precision(x.dtype),
+        PRECISION=dot_precision(x.dtype, s),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from peftkit_kernels.nf4.kernels import block_absmax, decode_words, level_table
+from peftkit_kernels.tiles import mixed_dot
 
 
 @triton.jit
@@ -33,7 +34,8 @@ def _finish(
                 mask=mask_n[None, :] & mask_r[:, None],
                 other=0.0,
             )
-            acc += tl.dot(s, b, input_precision=PRECISION) * factor
+            update = tl.zeros((s.shape[0], b.shape[1]), tl.float32)
+            acc += mixed_dot(s, b, update, PRECISION) * factor
         if HAS_BIAS:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     offs_y = (share.to(tl.int64) * M + offs_m)[:, None] * stride_ym + offs_n[None, :]
@@ -82,7 +84,8 @@ def nf4_small_m_kernel(
         absmax = block_absmax(
             absmax_ptr, code_ptr, nested_ptr, offset_ptr, block, mask_n, NESTED, NESTED_BLOCK
         )
-        acc += tl.dot(x, tl.trans(levels), input_precision=PRECISION) * absmax[None, :]
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc += mixed_dot(x, tl.trans(levels), sums, PRECISION) * absmax[None, :]
     _finish(
         acc, s_ptr, b_ptr, bias_ptr, y_ptr, factor, offs_m, offs_n, share, M, N, R,
         stride_sm, stride_bn, stride_br, stride_ym, HAS_LORA, HAS_BIAS, BLOCK_R, PRECISION,
@@ -118,7 +121,7 @@ def int8_small_m_kernel(
         )
         x = tl.load(x_rows + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         codes = tl.trans(codes.to(x_ptr.dtype.element_ty))
-        acc = tl.dot(x, codes, acc, input_precision=PRECISION)
+        acc = mixed_dot(x, codes, acc, PRECISION)
     row_absmax = tl.load(row_absmax_ptr + offs_n, mask=mask_n, other=0.0)
     acc *= tl.math.div_rn(row_absmax, 127.0)[None, :]
     _finish(

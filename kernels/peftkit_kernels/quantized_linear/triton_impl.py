@@ -20,7 +20,7 @@ from peftkit_kernels.launch import cdiv, dot_precision, launch, target_of
 from peftkit_kernels.lora_linear import triton_impl as dense
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.lora_qkv.triton_impl import linear
-from peftkit_kernels.low_rank import LoRA, cast, passes, rows
+from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.nf4 import NF4Weight
 from peftkit_kernels.nf4.triton_impl import absmax_arguments, absmax_constants, words_of
@@ -59,8 +59,8 @@ def small_m(
         x: ``[M, K]``, at least one row.
         q: The weight; 4-bit rows are whole steps (``nf4_step``) of whole words.
         bias: ``[N]`` in the dtype of ``x``, or ``None``.
-        s: ``[M, R]`` in the dtype of ``x``, or ``None``.
-        B: ``[N, R]`` in the dtype of ``x``, or ``None``.
+        s: ``[M, R]``, or ``None``.
+        B: ``[N, R]`` in the dtype of ``s``, or ``None``.
         scale: Of the update.
         config: Overrides the choice.
     """
@@ -89,7 +89,7 @@ def small_m(
         "BLOCK_N": c.block_n,
         "BLOCK_K": c.block_k,
         "BLOCK_R": block_r(max(R, 1)),
-        "PRECISION": dot_precision(x.dtype),
+        "PRECISION": dot_precision(x.dtype, s),
         "num_warps": c.num_warps,
         "num_stages": c.num_stages,
     }
@@ -129,11 +129,12 @@ def forward(
         return _empty_outputs(x, q, layout, bias, A, B, scale, p, seed)
     flat, dtype, weight = rows(x), x.dtype, rebuild(q, layout)
     if decodes_in_product(flat.shape[0], weight, target_of(x)):
-        s = narrow = None
+        s = factor = None
         if A is not None and B is not None:
-            s, narrow = passes.shrink(flat, cast(A, dtype), p, seed), cast(B, dtype)
+            wide = adapter_dtype(x, A)
+            s, factor = passes.shrink(flat, cast(A, wide), p, seed), cast(B, wide)
         bias = None if bias is None else cast(bias, dtype)
-        y = small_m(flat, weight, bias, s, narrow, scale)
+        y = small_m(flat, weight, bias, s, factor, scale)
         return unflatten(y, x.shape), flat.new_empty(flat.shape[0], 0) if s is None else s
     W = decode_triton(weight, dtype)
     if A is None or B is None:
@@ -145,7 +146,10 @@ def _empty_outputs(
     x: Tensor, q: Sequence[Tensor], layout: Sequence[int], bias: Any, A: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], layout[-2])
-    return y, x.new_empty(x.shape[:-1].numel(), 0 if A is None else A.shape[0])
+    M = x.shape[:-1].numel()
+    if A is None:
+        return y, x.new_empty(M, 0)
+    return y, x.new_empty(M, A.shape[0], dtype=adapter_dtype(x, A))
 
 
 def backward(
