@@ -12,6 +12,7 @@ import peftkit
 LLAMA = {"family": "llama", "seed": 5, "train": True}
 CASES = {
     "float64": LLAMA | {"dtype": "float64"},
+    "linear": {"family": "linear", "seed": 5, "train": True, "dtype": "float64"},
     "bfloat16": {"family": "linear", "seed": 5, "train": True, "dtype": "bfloat16"},
     "biased": {"family": "gpt2", "seed": 5, "train": True, "dtype": "float64"},
     "masked": LLAMA | {"dtype": "float32", "config.head_dim": 32, "length": 33, "padding": "left"},
@@ -26,7 +27,7 @@ def test_without_a_planted_fault_nothing_is_found(name):
 
 def test_a_factor_of_one_per_mille_is_found(monkeypatch):
     plant(monkeypatch, "lora_linear", lambda op: lambda *args, **kw: op(*args, **kw) * 1.001)
-    assert examine(CASES["float64"]).kind == "values"
+    assert examine(CASES["linear"]).kind == "values"
 
 
 def test_a_factor_of_one_per_cent_is_found_in_bfloat16(monkeypatch):
