@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint slow conformance adapterhub matrix bench mutations clean
+.PHONY: help demo test lint slow conformance adapterhub matrix bench mutations fuzz clean
 
 help:
 	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint         the same without the tests"
 	@echo "make slow         the tests that take minutes to hours"
 	@echo "make mutations    plant bugs into the kernels; each has to be noticed by its test"
+	@echo "make fuzz         random models, adapters and modes against stock PEFT (ARGS='--minutes 10')"
 	@echo "make conformance  PEFT's own test suite, on fused layers"
 	@echo "make adapterhub   imported adapters against AdapterHub's own library"
 	@echo "make matrix       every method on every architecture; writes docs/compatibility.md"
@@ -42,6 +43,9 @@ slow: $(VENV)/.test
 
 mutations: $(VENV)/.test
 	$(BIN)/python tests/mutate.py $(ARGS)
+
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz/run.py $(ARGS)
 
 conformance: $(VENV)/.conformance
 	$(BIN)/python tests/conformance/run.py $(ARGS)

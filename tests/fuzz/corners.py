@@ -1,0 +1,122 @@
+"""Starting points that are drawn more often than chance would: values, settings and modes in which formulas and states part.
+
+Each run begins with every one of them once; later cases start from one of them or from nothing.
+"""
+
+from fuzz.build import Case
+
+CORNERS: tuple[Case, ...] = (
+    # formulas
+    {"family": "gemma2", "values": ["channels"], "dtype": "bfloat16", "grad": "none"},
+    {"family": "gemma", "values": ["channels"], "dtype": "bfloat16"},
+    {"family": "normed", "formula": "offset", "values": ["channels"], "dtype": "bfloat16"},
+    {"family": "normed", "formula": "offset", "values": ["peaks"], "dtype": "float16"},
+    {"family": "normed", "formula": "mean", "values": ["mean"], "dtype": "float16"},
+    {"family": "normed", "formula": "mean", "values": ["mean"], "dtype": "bfloat16"},
+    {"family": "normed", "formula": "ratio", "dtype": "bfloat16"},
+    {
+        "family": "normed",
+        "formula": "outside",
+        "values": ["small"],
+        "scale": 1e-3,
+        "dtype": "float32",
+    },
+    {"family": "cohere", "values": ["mean"], "dtype": "bfloat16", "grad": "none"},
+    {
+        "family": "cohere",
+        "config.hidden_size": 256,
+        "values": ["mean"],
+        "dtype": "float16",
+        "grad": "none",
+    },
+    {
+        "family": "falcon_h1",
+        "config.mlp_multipliers": [0.95, 0.9],
+        "targets": "attention",
+        "dtype": "bfloat16",
+    },
+    {"family": "gated", "formula": "factor", "dtype": "bfloat16"},
+    {"family": "gated", "formula": "shifted", "scale": 30.0, "dtype": "float64"},
+    {"family": "gated", "formula": "clamp", "scale": 30.0, "dtype": "float64"},
+    {"family": "deepseek_v4", "config.swiglu_limit": 0.3, "dtype": "float32"},
+    {"family": "deepseek_v4", "values": ["large"], "dtype": "float64"},
+    # precision
+    {"family": "linear", "dtype": "bfloat16", "train": True},
+    {"family": "linear", "dtype": "float16", "train": True, "cotangent": 2.0**-10},
+    {"family": "qkv", "dtype": "bfloat16", "train": True},
+    {"family": "gated", "dtype": "bfloat16", "train": True},
+    {"family": "linear", "dtype": "float16", "train": True, "lora.use_dora": True},
+    # nothing to learn
+    {"family": "llama", "ignored": "all", "train": True},
+    {"family": "llama", "num_items": 0, "train": True},
+    {"family": "gpt2", "ignored": "row", "train": True, "padding": "left"},
+    # logits
+    {"family": "llama", "targets": "head", "logits": "merged", "train": True},
+    {"family": "llama", "save_head": True, "targets": "some", "logits": "data", "train": True},
+    {"family": "llama", "logits": "differentiated", "train": True},
+    {"family": "llama", "logits": "retained", "train": True},
+    {"family": "llama", "logits": "hooked", "train": True},
+    {"family": "qwen3", "logits": "in the loss", "train": True},
+    # changes after wrap
+    {"family": "llama", "touch": "hook on an activation"},
+    {"family": "llama", "touch": "forward of an activation"},
+    {"family": "llama", "touch": "other activation"},
+    {"family": "llama", "touch": "other eps"},
+    {"family": "llama", "touch": "forward of an MLP's class"},
+    {"family": "llama", "touch": "forward of a norm's class"},
+    {"family": "gpt2", "touch": "forward of a norm's class"},
+    {
+        "family": "llama",
+        "touch": "attention registered",
+        "length": 33,
+        "config.head_dim": 32,
+        "dtype": "float32",
+    },
+    {
+        "family": "llama",
+        "touch": "attention patched",
+        "length": 33,
+        "config.head_dim": 32,
+        "dtype": "float32",
+    },
+    {
+        "family": "llama",
+        "touch_first": "attention registered",
+        "length": 33,
+        "config.head_dim": 32,
+        "dtype": "float32",
+    },
+    {"family": "llama", "touch": "norm parametrised"},
+    {"family": "llama", "touch_first": "norm parametrised"},
+    {"family": "llama", "touch": "hook on a down projection", "targets": "attention"},
+    {"family": "llama", "touch": "hook on a linear", "targets": "some"},
+    {"family": "qwen2", "touch": "other linear", "targets": "some"},
+    # what explain says
+    {"family": "phi3", "lora.lora_dropout": 0.1, "train": True},
+    {
+        "family": "llama",
+        "config.attention_dropout": 0.3,
+        "train": True,
+        "length": 70,
+        "config.head_dim": 32,
+        "dtype": "float32",
+    },
+    {"family": "llama", "config.hidden_act": "relu"},
+    # modes
+    {"family": "qkv", "threads": True},
+    {"family": "qkv", "threads": True, "train": True, "dtype": "float32"},
+    {"family": "qkv", "threads": True, "train": True, "rows": 1},
+    {"family": "llama", "threads": True},
+    {"family": "llama", "threads": True, "grad": "none"},
+    {"family": "convbert", "checkpointing": "non-reentrant"},
+    {"family": "segformer", "checkpointing": "non-reentrant"},
+    {"family": "llama", "adapters": "unloaded"},
+    {"family": "llama", "call": "trace"},
+    {"family": "llama", "call": "functional", "train": True},
+    {"family": "llama", "targets": "all-linear", "exclude": True},
+    {"family": "kimi_linear", "layers": 2, "config.num_experts_per_token": 2, "grad": "none"},
+    {"family": "bailing_hybrid", "layers": 2, "grad": "none"},
+    {"family": "mixtral", "targets": "experts", "train": True},
+    {"family": "llama", "config.tie_word_embeddings": True, "targets": "head", "train": True},
+    {"family": "llama", "copy": "save", "train": True},
+)
