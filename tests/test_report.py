@@ -147,7 +147,7 @@ def test_the_table_has_one_row_for_the_same_module_of_all_layers():
     console = Console(record=True, width=160)
     console.print(report)
     text = console.export_text()
-    rows = [line for line in text.splitlines() if "model.layers.*.self_attn.q_proj" in line]
+    rows = [line for line in text.splitlines() if "model.layers.*.self_attn.q_proj " in line]
     assert len(rows) == 1
     assert [cell.strip() for cell in rows[0].split("│")[1:5]] == [
         "model.layers.*.self_attn.q_proj",

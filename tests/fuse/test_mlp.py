@@ -120,17 +120,21 @@ def test_finding_the_formula_leaves_modes_and_generators_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_one_mlp_that_cannot_be_computed_does_not_speak_for_the_others():
+def test_one_mlp_with_a_hook_inside_runs_its_own_forward():
     module = nn.ModuleList([MLP(), MLP()]).requires_grad_(False)
-    module[0].up_proj.register_forward_hook(lambda *args: None)
-    assert fuse_gated_mlps(module) == 1
-    assert isinstance(module[1], FusedGatedMLP)
+    hook = module[0].up_proj.register_forward_hook(lambda *args: None)
+    assert fuse_gated_mlps(module) == 2
+    assert module[0].peftkit_verdict() == ("peft", "up_proj: it has hooks")
+    assert module[1].peftkit_verdict() == ("fused:torch", "")
+    hook.remove()
+    assert module[0].peftkit_verdict() == ("fused:torch", "")
 
 
 def test_an_mlp_called_otherwise_runs_its_own_forward():
     class TwoArguments(MLP):
         def forward(self, x, residual=None):
-            return super().forward(x) + (0.0 if residual is None else residual)
+            y = super().forward(x)
+            return y if residual is None else y + residual
 
     plain, fused = (model.base_model.model[0] for model in adapt(TwoArguments()))
     assert isinstance(fused, FusedGatedMLP)

@@ -1,5 +1,8 @@
 """Linears that share an input: what is grouped, what is not, and that nothing stale is used."""
 
+import sys
+import threading
+
 import models
 import pairs
 import pytest
@@ -11,7 +14,7 @@ from torch import nn
 from peftkit import accelerate
 from peftkit.fuse.linear import fuse_layer
 from peftkit.fuse.mlp import FusedGatedMLP
-from peftkit.fuse.siblings import Siblings, group_siblings
+from peftkit.fuse.siblings import Siblings, calls_on_one_input, group_siblings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -228,3 +231,96 @@ def test_cross_attention_groups_leave_the_query_out_before_the_first_forward(nam
     }
     assert groups
     assert all(sizes == [2, 2] for sizes in groups.values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "cls", "names", "expected"),
+    [
+        ("llama", "LlamaAttention", ("q_proj", "k_proj", "v_proj"), ("q_proj", "k_proj", "v_proj")),
+        ("bert", "BertSelfAttention", ("query", "key", "value"), ("query", "key", "value")),
+        ("luke", "LukeSelfAttention", ("query", "key", "value"), ("key", "value", "query")),
+        ("t5", "T5Attention", ("q", "k", "v"), ("q", "k", "v")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_source_says_which_linears_share_an_input(architecture, cls, names, expected):
+    module = __import__(
+        f"transformers.models.{architecture}.modeling_{architecture}", fromlist=[cls]
+    )
+    assert calls_on_one_input(getattr(module, cls), names) == expected
+
+
+def test_linears_are_grouped_in_the_order_of_their_calls(calls):
+    class KeysFirst(Attention):
+        def forward(self, x, y=None):
+            states = x if y is None else y
+            key, value = self.k_proj(states), self.v_proj(states)
+            return self.q_proj(x), key, value
+
+    names = ("q_proj", "k_proj", "v_proj")
+    assert calls_on_one_input(KeysFirst, names) == ("k_proj", "v_proj", "q_proj")
+    plain, fused = (model.base_model.model[0] for model in adapt(KeysFirst()))
+    x = draw(2, 5, WIDTH)
+    for actual, expected in zip(fused(x), plain(x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert calls["LoRAQKV"] == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["convbert", "luke", "segformer"])
+def test_checkpointing_of_models_whose_queries_have_their_own_input(name, use_reentrant):
+    from peftkit.compatibility.batches import training_batch
+    from peftkit.compatibility.tiny import tiny_model
+
+    model = accelerate(
+        get_peft_model(tiny_model(name), LoraConfig(r=4, target_modules=["query", "key", "value"]))
+    ).train()
+    batch = training_batch(model)
+    expected = pairs.step(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    for _ in range(2):
+        pairs.assert_close(pairs.step(model, batch), expected, 1e-6)
+
+
+def test_another_thread_between_two_calls_gets_and_takes_nothing():
+    _, fused = attention()
+    mine, other = draw(2, 5, WIDTH), draw(2, 5, WIDTH)
+    names = ("q_proj", "k_proj", "v_proj")
+    expected = [y.detach().clone() for y in call(fused, mine, names)]
+    found = []
+    first = fused.q_proj(mine)
+    thread = threading.Thread(target=lambda: found.extend(call(fused, other, names)))
+    thread.start()
+    thread.join()
+    for actual, one in zip((first, *call(fused, mine, names[1:])), expected, strict=True):
+        assert torch.equal(actual, one)
+    for actual, one in zip(found, call(fused, other, names), strict=True):
+        assert torch.equal(actual, one)
+
+
+def test_two_threads_that_run_one_model_get_their_own_results(monkeypatch):
+    _, fused = attention()
+    names = ("q_proj", "k_proj", "v_proj")
+    inputs = [draw(4, WIDTH) for _ in range(2)]
+    expected = [[y.detach().clone() for y in call(fused, x, names)] for x in inputs]
+    interval, wrong = sys.getswitchinterval(), []
+
+    def run(which):
+        for _ in range(300):
+            results = call(fused, inputs[which], names)
+            wrong.extend(
+                y for y, e in zip(results, expected[which], strict=True) if not torch.equal(y, e)
+            )
+
+    threads = [threading.Thread(target=run, args=(which,)) for which in range(2)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert len(fused.q_proj._peftkit_siblings.members) == 3
