@@ -43,10 +43,10 @@ class NormFormula(NamedTuple):
 def seal_norm(module: nn.Module) -> Seal:
     """Whether ``module`` is a norm that ``frozen_rms_norm`` or ``frozen_layer_norm`` computes, and what that relies on."""
     weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 1 or not weight.is_floating_point():
-        return Seal(Reason("it has no weight of one axis"), seal_norm)
     if "parametrizations" in module._modules:
         return Seal(Reason("its weight is parametrised"), seal_norm)
+    if weight is None or weight.dim() != 1 or not weight.is_floating_point():
+        return Seal(Reason("it has no weight of one axis"), seal_norm)
     if others := [
         *(set(module._parameters) - {"weight", "bias"}),
         *module._modules,

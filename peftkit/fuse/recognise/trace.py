@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkit.fuse.recognise.graph import Graph, Node, Traced
 from peftkit.fuse.recognise.reads import Reads, Refused, is_plain
-from peftkit.fuse.seal import own_class
+from peftkit.fuse.seal import changed_calls, own_class
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEADING = {
@@ -310,15 +310,6 @@ def make_shell(module: nn.Module, path: Path, tracer: _Tracer) -> Any:
     own["_modules"] = dict(state["_modules"])
     own.update(_peftkit_path=path, _peftkit_class=cls, _peftkit_tracer=tracer)
     return shell
-
-
-def changed_calls(module: nn.Module) -> str | None:
-    """What calling a submodule would run besides the forward of its class, as a predicate."""
-    state = module.__dict__
-    if "forward" in state:
-        return "has a forward of its own"
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return "has hooks" if any(state[name] for name in hooks) else None
 
 
 @contextmanager

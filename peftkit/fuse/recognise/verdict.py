@@ -10,8 +10,8 @@ from torch import nn
 
 from peftkit.fuse.plan import Reason
 from peftkit.fuse.recognise.reads import Refused, is_plain
-from peftkit.fuse.recognise.trace import Kind, changed_calls
-from peftkit.fuse.seal import Seal, own_class
+from peftkit.fuse.recognise.trace import Kind
+from peftkit.fuse.seal import Part, Seal, changed_calls, own_class
 
 _MOST = 1024
 
@@ -47,7 +47,7 @@ def examine(
     except Exception as error:  # whatever the forward of an unknown module raises
         text = " ".join(str(error).split())[:120]
         found = Reason(f"its forward cannot be traced ({type(error).__name__}: {text})")
-    parts = [(path, cls, kind.settings[path]) for path, cls in kind.classes.items()]
+    parts = [Part(path, cls, kind.settings[path]) for path, cls in kind.classes.items()]
     seal = Seal(found, find, kind.reads.spaces.values(), kind.reads.classes, parts)
     if len(_seals) >= _MOST:
         _seals.clear()
