@@ -3,6 +3,7 @@
 import math
 
 import torch
+from triton_linear import narrow_product
 
 from peftkit_kernels.testing import UNIT_ROUNDOFF, Bound
 
@@ -95,12 +96,18 @@ class LinearCrossEntropy:
             block_v,
         )
         self.h = Bound.of(self.tensors["hidden"].flatten(0, -2))
-        self.A, self.B = (Bound.of(self.tensors[name].to(self.dtype)) for name in "AB")
+        self.A, self.B = (Bound.of(self.tensors[name]) for name in "AB")
+        self.wide = torch.promote_types(self.dtype, self.tensors["A"].dtype)
         self.target, self.lora_scale = target.flatten(), constant(lora_scale)
-        self.s = (self.h @ self.A.T).round(self.dtype)
-        update = (self.s @ self.B.T) * self.lora_scale + Bound.of(self.tensors["bias"])
+        self.s = (self.h @ self.A.T).round(self.wide)
+        update = self.narrow_product(self.s, self.B.T)
+        update = update * self.lora_scale + Bound.of(self.tensors["bias"])
         W = Bound.of(self.tensors["weight"])
         self.z = update.round(self.dtype).addmm(self.h, W.T).round(self.dtype)
+
+    def narrow_product(self, s, factor):
+        """Of an s and a factor, before it is rounded to the dtype of the logits."""
+        return narrow_product(s, factor, self.dtype, self.wide)
 
     def run(self, reduction, grad):
         """Bounds by name, for the gradient ``grad`` of the output."""
@@ -109,8 +116,8 @@ class LinearCrossEntropy:
         loss, _, dz = row_bounds(
             self.z, self.target, self.block_v, self.row_loss, self.dtype, factor
         )
-        ds = ((dz @ self.B) * self.lora_scale).round(self.dtype)
-        update = (ds @ self.A).round(self.dtype)
+        ds = ((dz @ self.B) * self.lora_scale).round(self.wide)
+        update = self.narrow_product(ds, self.A).round(self.dtype)
         dhidden = update.addmm(dz, Bound.of(self.tensors["weight"])).round(self.dtype)
         grads = {
             "hidden": dhidden.round(self.tensors["hidden"].dtype),

@@ -1,5 +1,6 @@
 """Every op that takes an adapter beside PEFT's own eager layers, which say how precise it has to be in each pair of dtypes."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -90,6 +91,7 @@ EAGER = {
     "int8_linear": _quantized_linear,
     "int8_compute_linear": _int8_compute_linear,
     "dora_linear": _dora_linear,
+    "dora_linear_keeping_its_direction": _dora_linear,
     "grouped_lora": _grouped_lora,
     "linear_cross_entropy": partial(_head, reduction="mean"),
     "linear_cross_entropy_by_rows": partial(_head, reduction="none"),
@@ -102,10 +104,12 @@ def make(name, dtype, factors, rows=ROWS):
     if name.startswith("linear_cross_entropy"):
         reduction = "none" if name.endswith("by_rows") else "mean"
         return _head_case(rows, dtype, factors, reduction)
-    case = build(name, rows, **options)
-    if name == "dora_linear":
-        case.leaves["magnitude"].requires_grad_()
-    return case
+    if not name.startswith("dora_linear"):
+        return build(name, rows, **options)
+    case = build("dora_linear", rows, **options)
+    case.leaves["magnitude"].requires_grad_()
+    keep_direction = name != "dora_linear"
+    return replace(case, apply=partial(case.apply, keep_direction=keep_direction))
 
 
 def _head_case(rows, dtype, factors, reduction):

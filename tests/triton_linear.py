@@ -13,6 +13,13 @@ def output_grad(x, part, layout="contiguous"):
     return draw(shape, x.dtype, torch.Generator().manual_seed(1), layout)
 
 
+def narrow_product(s, factor, dtype, wide):
+    """Of an s and a factor in ``wide``, before it is rounded to ``dtype``: beside 16 bits, of their bfloat16 halves."""
+    if dtype.itemsize == 2 and wide is torch.float32:
+        s, factor = s.halves(), factor.halves()
+    return s @ factor
+
+
 class Linear:
     """The kernels' roundings: one at each store, and the update's own where the library's GEMM adds to it."""
 
@@ -28,10 +35,8 @@ class Linear:
         self.s = scaled(s, 1.0, self.lora.p).round(self.wide)
 
     def narrow_product(self, s, factor):
-        """Of an s and a factor, before it is rounded to the dtype of x."""
-        if self.dtype.itemsize == 2 and self.wide is torch.float32:
-            s, factor = s.halves(), factor.halves()
-        return s @ factor
+        """``narrow_product`` in the dtypes of this linear."""
+        return narrow_product(s, factor, self.dtype, self.wide)
 
     def project(self, x, weight, update, bias=None):
         if self.schedule == "fused":

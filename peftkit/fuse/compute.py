@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from peftkit_kernels.checks import autocast_dtype, without_autocast
+from peftkit_kernels.checks import autocast_dtype, is_autocast_enabled, without_autocast
 from peftkit_kernels.dispatch import choose_backend
-from peftkit_kernels.dora import dora_norm
+from peftkit_kernels.dora import dora_linear, dora_norm
 from peftkit_kernels.dora_scale import Scale, dora_gate, dora_scale
 from peftkit_kernels.dropout import draw_seed
 from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.lora_qkv import lora_qkv
 from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
 from peftkit_kernels.lora_swiglu_mlp.config import obstacle as gate_obstacle
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.low_rank import LoRA, adapter_dtype
 from peftkit_kernels.nf4 import NF4Weight
 from peftkit_kernels.quantized import QuantizedWeight
 from peftkit_kernels.quantized_linear import int8_linear, nf4_linear
@@ -75,6 +75,9 @@ def linear(x: Tensor, part: LinearParts) -> Tensor:
     if part.magnitude is None:
         return _product(x, part.weight, part.bias, part.lora)
     scale = _scale(x, part)  # first: it leaves the weight in the cache
+    if _is_mixed(x, part):
+        norms = part.magnitude, scale.norm
+        return dora_linear(x, part.weight, part.bias, part.lora, *norms, keep_direction=True)
     return dora_scale(_product(x, part.weight, None, part.lora), scale)
 
 
@@ -82,6 +85,8 @@ def linears(x: Tensor, parts: Sequence[LinearParts]) -> tuple[Tensor, ...]:
     """Several linears of one input; what they share is computed once."""
     if all(part.magnitude is None for part in parts):
         return lora_qkv(x, *_columns(parts))
+    if any(_is_mixed(x, part) for part in parts):
+        return tuple(linear(x, part) for part in parts)
     scales = [None if part.magnitude is None else _scale(x, part) for part in parts]
     weights, biases, loras = _columns(parts)
     own = [bias if scale is None else None for bias, scale in zip(biases, scales, strict=True)]
@@ -105,6 +110,16 @@ def gated_mlp(x: Tensor, parts: Sequence[LinearParts], act: str) -> Tensor:
     scales = _scale(x, gate), _scale(x, up)
     z_gate, z_up = lora_qkv(x, (gate.weight, up.weight), (None, None), (gate.lora, up.lora))
     return linear(dora_gate((z_gate, z_up), scales, act), down)
+
+
+def _is_mixed(x: Tensor, part: LinearParts) -> bool:
+    """Whether this is a DoRA whose factors are wider than its 16-bit input.
+
+    The gradient that reaches the direction must then not be rounded to 16 bits between two ops.
+    """
+    if part.magnitude is None or part.lora is None or is_autocast_enabled(x.device.type):
+        return False
+    return adapter_dtype(x, part.lora.A) is not x.dtype
 
 
 def _columns(parts: Sequence[LinearParts]) -> tuple[list, list, list]:

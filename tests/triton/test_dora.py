@@ -152,7 +152,7 @@ def test_magnitude_grad(shape, bias, dtype):
     total = (part * Bound.of(dy)).sum(0) * (1 / magnitude.double())
     for config in (None, MagnitudeConfig(16, 32, 32)):
         with watched(int32_limit=INT32_LIMIT) as traffic:
-            actual = magnitude_grad(dy, y, shift, magnitude, config=config)
+            actual = magnitude_grad(dy, y, shift, magnitude, magnitude.dtype, config=config)
         total.check(actual, "dmagnitude")
         launch = traffic.launches[0].arguments
         for name, tensor in (("dy_ptr", dy), ("y_ptr", y)):
@@ -192,35 +192,36 @@ def bounds(case, dy, norm, y):
     if dense:
         W = Bound.of(weight.to(dtype))
         if folded:
-            W = (W * g.to(dtype)[:, None]).round(dtype)
+            W = (W * g[:, None]).round(dtype)
     else:
         W = Bound.of(dequantize_reference(weight, dtype, g))
     schedule = "fused"
     if not fuses_gemm(N, K, itemsize=x.element_size(), target=INTERPRETED):
         schedule = "addmm"
-    factor = (B * g[:, None]).to(dtype)
+    wide = torch.promote_types(dtype, A.dtype)
+    factor = (B * g[:, None]).to(wide)
     shift = None if bias is None or not folded else bias.detach()
     part = Projection(torch.empty(N, K), shift, LoRA(A, factor if folded else B, *numbers))
     linear = Linear(x, part, schedule)
     linear.factors = A.dtype
     flat, grads = x.reshape(-1, K), dy.reshape(-1, N)
-    update = scaled(linear.s @ Bound.of(linear.B).T, scale)
+    update = scaled(linear.narrow_product(linear.s, Bound.of(linear.B).T), scale)
     z = linear.project(Bound.of(flat), W.T, update, None if shift is None else Bound.of(shift))
     if not folded:
-        z = (z * g.to(dtype)) if bias is None else z * g.to(dtype) + Bound.of(bias)
+        z = z * g if bias is None else z * g + Bound.of(bias)
         z = z.round(dtype)
     linear.B, linear.part = factor, part
     part.lora = LoRA(A, factor, *numbers)
     expected = linear.backward(dy.to(dtype))
-    ds = scaled(Bound.of(grads) @ Bound.of(factor), scale).round(dtype)
-    dx_update = scaled(ds @ Bound.of(linear.A), 1.0, p)
+    ds = scaled(Bound.of(grads) @ Bound.of(factor), scale).round(wide)
+    dx_update = scaled(linear.narrow_product(ds, Bound.of(linear.A)), 1.0, p)
     if p:
         from peftkit_kernels.dropout import dropout_mask
 
         dx_update = dx_update * dropout_mask(*dx_update.value.shape, p, seed)
     left = Bound.of(grads)
     if not folded:
-        left = (left * g.to(dtype)).round(dtype)
+        left = (left * g).round(dtype)
     dB = scaled(Bound.of(grads).T @ linear.s, scale).round(torch.float32)
     spread = Bound.of(y.reshape(-1, N))
     spread = spread if bias is None else spread - Bound.of(bias)

@@ -65,9 +65,9 @@ def bounds(x, q, part, dy, threshold=None):
     if lora is not None:
         linear = Linear(x, part, "fused")
         expected |= linear.backward(dy)
-        y = y + scaled(linear.s @ Bound.of(linear.B).T, lora.scale)
-        ds = scaled(Bound.of(grads) @ Bound.of(linear.B), lora.scale).round(dtype)
-        update = scaled(ds @ Bound.of(linear.A), 1.0, lora.p)
+        y = y + scaled(linear.narrow_product(linear.s, Bound.of(linear.B).T), lora.scale)
+        ds = scaled(Bound.of(grads) @ Bound.of(linear.B), lora.scale).round(linear.wide)
+        update = scaled(linear.narrow_product(ds, Bound.of(linear.A)), 1.0, lora.p)
         if lora.p:
             update = update * dropout_mask(*update.value.shape, lora.p, lora.seed)
         dx = dx + update

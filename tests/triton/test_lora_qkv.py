@@ -72,7 +72,7 @@ def bounds(x, parts, dys, schedule):
         if parts[i].lora:
             grads = linear.backward(dys[i])
             expected |= {f"A{i}": grads["A"], f"B{i}": grads["B"]}
-            ds[i] = scaled(dy @ Bound.of(linear.B), parts[i].lora.scale).round(dtype)
+            ds[i] = scaled(dy @ Bound.of(linear.B), parts[i].lora.scale).round(linear.wide)
         if parts[i].bias is not None:
             expected[f"bias{i}"] = dy.sum(0).round(dtype)
     dx = None
@@ -80,7 +80,7 @@ def bounds(x, parts, dys, schedule):
         lora = parts[members[0]].lora
         joint = Bound.cat([ds[i] for i in members], 1)
         A = Bound.cat([Bound.of(linears[i].A) for i in members], 0)
-        update = scaled(joint @ A, 1.0, lora.p)
+        update = scaled(linears[members[0]].narrow_product(joint, A), 1.0, lora.p)
         if lora.p:
             update = update * dropout_mask(*update.value.shape, lora.p, lora.seed)
         dx = (update if dx is None else dx + update).round(dtype)

@@ -7,6 +7,7 @@ import torch
 from lora_cases import LAYOUTS, MIXED, activation_and_slope, draw, subsets
 from mlp_cases import LINEARS, NAMES, make, output_grad, run, tensors
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, scaled, watched
+from triton_linear import narrow_product
 
 from peftkit_kernels.dropout import dropout_mask
 from peftkit_kernels.lab.eager import EagerTraffic
@@ -34,9 +35,10 @@ class Projection:
         if self.lora is None:
             return
         self.factors = self.lora.A.dtype
-        self.A, self.B = (Bound.of(t.to(dtype)) for t in (self.lora.A, self.lora.B))
+        self.wide = torch.promote_types(dtype, self.factors)
+        self.A, self.B = (Bound.of(t) for t in (self.lora.A, self.lora.B))
         self.dropped = self.masked(x)
-        self.s = scaled(self.dropped @ self.A.T, 1.0, self.lora.p).round(dtype)
+        self.s = scaled(self.dropped @ self.A.T, 1.0, self.lora.p).round(self.wide)
 
     def masked(self, value):
         """What the dropout keeps of it; the factor is applied to a sum."""
@@ -51,14 +53,18 @@ class Projection:
         return y.round(self.dtype)
 
     def update(self):
-        return scaled(self.s @ self.B.T, self.lora.scale)
+        return scaled(self.narrow_product(self.s, self.B.T), self.lora.scale)
+
+    def narrow_product(self, s, factor):
+        """Of an s and a factor, in the dtypes of this linear."""
+        return narrow_product(s, factor, self.dtype, self.wide)
 
     def backward(self, dy):
         """The gradients of the parameters; ``ds`` is kept."""
         grads = {"bias": dy.sum(0).round(self.dtype)}
         if self.lora is None:
             return grads
-        self.ds = scaled(dy @ self.B, self.lora.scale).round(self.dtype)
+        self.ds = scaled(dy @ self.B, self.lora.scale).round(self.wide)
         dA = scaled(self.ds.T @ self.dropped, 1.0, self.lora.p)
         dB = scaled(dy.T @ self.s, self.lora.scale)
         return grads | {"A": dA.round(self.factors), "B": dB.round(self.factors)}
@@ -86,7 +92,7 @@ def bounds(x, parts, dy, act, schedule="fused"):
     expected |= {f"{name}_down": grad for name, grad in down.backward(dy).items()}
     dh = (dy @ down.weight).round(dtype)
     if down.lora:
-        dh = dh + down.masked(scaled(down.ds @ down.A, 1.0, down.lora.p))
+        dh = dh + down.masked(scaled(down.narrow_product(down.ds, down.A), 1.0, down.lora.p))
     de, dg = (dh * g * slope).round(dtype), (dh * a).round(dtype)
     for linear, grad, suffix in ((gate, de, "_gate"), (up, dg, "_up")):
         expected |= {name + suffix: value for name, value in linear.backward(grad).items()}
@@ -95,7 +101,7 @@ def bounds(x, parts, dy, act, schedule="fused"):
         joint = Bound.cat([linears[i].ds for i in members], 1)
         A = Bound.cat([linears[i].A for i in members], 0)
         first = linears[members[0]]
-        update = first.masked(scaled(joint @ A, 1.0, first.lora.p))
+        update = first.masked(scaled(first.narrow_product(joint, A), 1.0, first.lora.p))
         dx = (update if dx is None else dx + update).round(dtype)
     for linear, grad in zip(linears, (de, dg), strict=True):
         dx = (grad @ linear.weight if dx is None else dx.addmm(grad, linear.weight)).round(dtype)

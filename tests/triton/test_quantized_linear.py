@@ -89,7 +89,7 @@ def bounds(x, q, part, dy):
     if decodes_in_product(flat.shape[0], q, INTERPRETED):
         start = bias
         if part.lora is not None:
-            start = scaled(linear.s @ Bound.of(linear.B).T, part.lora.scale)
+            start = scaled(linear.narrow_product(linear.s, Bound.of(linear.B).T), part.lora.scale)
             start = start if bias is None else start + bias
         W = weight_in_product(q, x.dtype).T
         y = Bound.of(flat) @ W if start is None else start.addmm(Bound.of(flat), W)

@@ -54,20 +54,23 @@ def dora_linear(
     magnitude: Tensor,
     norm: Tensor | None = None,
     *,
+    keep_direction: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     """A frozen linear with direction and magnitude adapted: ``y = magnitude / norm · (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + bias``.
 
-    Kept for backward: ``x`` where A is trained, ``s = drop(x) Aᵀ`` where B is, and the output itself where the
-    magnitude is; the output may then not be changed in place.
+    Kept for backward: ``x`` if A is trained, ``s = drop(x) Aᵀ`` if B is, and the output itself if the magnitude is; the
+    output may then not be changed in place.
 
     Args:
         x: ``[..., K]``.
         weight: ``[N, K]``, frozen, or a weight in NF4 or 8-bit storage.
         bias: ``[N]`` or ``None``.
-        lora: The adapter; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
-        magnitude: ``[N]``, none of it exactly 0, where its gradient could not be had from the output.
+        lora: The adapter, computed in ``low_rank.adapter_dtype``: float32 factors on a 16-bit ``x`` in float32.
+        magnitude: ``[N]``. No element may be exactly 0, unless ``keep_direction``: its gradient is computed from the output.
         norm: What ``dora_norm`` gives for these factors, or ``None`` to have it computed.
+        keep_direction: Keep ``z = x Wᵀ + scale · drop(x) Aᵀ Bᵀ`` for the magnitude's gradient instead of the output, which may
+            then be changed in place.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -81,7 +84,8 @@ def dora_linear(
     dtype = autocast_dtype(x)
     if dtype is not None:
         with torch.autocast(x.device.type, enabled=False):
-            return dora_linear(x.to(dtype), weight, bias, lora, magnitude, norm, backend=backend)
+            options = {"keep_direction": keep_direction, "backend": backend}
+            return dora_linear(x.to(dtype), weight, bias, lora, magnitude, norm, **options)
     if isinstance(weight, Tensor):
         check_weight(x, weight, "weight")
     else:
@@ -99,6 +103,6 @@ def dora_linear(
     if chosen == "reference":
         return dora_linear_reference(x, weight, bias, lora, magnitude, norm)
     if chosen == "triton":
-        return run_triton(x, weight, bias, lora, magnitude, norm)
-    call = Call(weight, lora.numbers())
+        return run_triton(x, weight, bias, lora, magnitude, norm, keep_direction)
+    call = Call(weight, lora.numbers(), keep_direction)
     return DoRALinear.apply(x, call, bias, lora.A, lora.B, magnitude, norm)

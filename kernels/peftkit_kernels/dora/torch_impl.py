@@ -11,6 +11,7 @@ from torch import Tensor
 from peftkit_kernels import low_rank, native, remake, workspace
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.dora.reference import Weight
+from peftkit_kernels.dora_scale.torch_impl import column_products, scaled
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.lora_linear.torch_impl import add_update_grad, unflatten
 from peftkit_kernels.lora_qkv.torch_impl import Numbers
@@ -75,13 +76,14 @@ class Call(NamedTuple):
 
     weight: Weight
     numbers: Numbers
+    keep_direction: bool
 
 
 class DoRALinear(torch.autograd.Function):
     """With ``g = magnitude / norm``, where the norm counts as a constant, ``s = drop(x) Aᵀ`` and ``ds = scale · (dy ∘ g) B``:
 
     ``dB = scale · g ∘ (dyᵀ s)``, ``dA = dsᵀ drop(x)``, ``dx = (dy ∘ g) W + mask ∘ (ds A)``, ``dbias = Σ dy``,
-    ``dmagnitude = Σ dy ∘ (y - bias) / magnitude``.
+    ``dmagnitude = Σ dy ∘ (y - bias) / magnitude``, or ``Σ dy ∘ z / norm`` if the direction ``z`` is kept.
     """
 
     @staticmethod
@@ -100,7 +102,12 @@ class DoRALinear(torch.autograd.Function):
         g = cast(magnitude, norm.dtype) / norm
         s = low_rank.shrink(flat, A, lora.p, lora.seed)
         shift = None if bias is None else cast(bias, dtype)
-        if folds(flat.shape[0], weight):
+        z = None
+        if call.keep_direction:
+            W = cast(weight, dtype) if isinstance(weight, Tensor) else decode(weight, dtype)
+            z = low_rank.expand_(matmul_nt(flat, W), s, B, lora.scale)
+            y = scaled(z, g, shift)
+        elif folds(flat.shape[0], weight):
             y = matmul_nt(flat, scaled_weight(weight, g, dtype), shift)
             low_rank.expand_(y, s, B * g[:, None], lora.scale)
         else:
@@ -108,9 +115,10 @@ class DoRALinear(torch.autograd.Function):
         y = unflatten(y, x.shape)
         _, _, _, needs_A, needs_B, needs_magnitude, _ = ctx.needs_input_grad
         ctx.make_x, x_parts = remake.kept(x, needs_A)
-        output = y if needs_magnitude else None
+        kept = (y if z is None else z) if needs_magnitude else None
         ctx.save_for_backward(
-            bias, A, B, magnitude, g, s if needs_B else None, output, *_tensors(weight), *x_parts
+            *(bias, A, B, magnitude, norm, g, s if needs_B else None, kept),
+            *(*_tensors(weight), *x_parts),
         )
         ctx.call, ctx.shape, ctx.parts = call, x.shape, len(x_parts)
         return y
@@ -118,14 +126,16 @@ class DoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        bias, A, B, magnitude, g, s, y, *more = ctx.saved_tensors
+        bias, A, B, magnitude, norm, g, s, kept, *more = ctx.saved_tensors
         weight, lora = ctx.call.weight, LoRA(A, B, *ctx.call.numbers)
         needs_x, _, needs_bias, needs_A, needs_B, needs_magnitude, _ = ctx.needs_input_grad
         dy = rows(dy)
         dbias = dy.sum(0) if needs_bias else None
         dx = dA = dB = dmagnitude = None
-        if needs_magnitude:
-            dmagnitude = _magnitude_grad(dy, rows(y), bias, magnitude)
+        if needs_magnitude and ctx.call.keep_direction:
+            dmagnitude = cast(column_products(dy, kept) / norm, magnitude.dtype)
+        elif needs_magnitude:
+            dmagnitude = _magnitude_grad(dy, rows(kept), bias, magnitude)
         grown = B * g[:, None]  # in the dtype of g
         if needs_B:
             dB = low_rank.grad_b(dy, s, lora.scale, grown).mul_(g[:, None]).to(B.dtype)
@@ -135,11 +145,12 @@ class DoRALinear(torch.autograd.Function):
                 x = remake.again(ctx.make_x, more[len(more) - ctx.parts :])
                 dA = low_rank.grad_a(ds, rows(x), A.dtype, lora.p, lora.seed)
             if needs_x:
-                if folds(dy.shape[0], weight):
+                if folds(dy.shape[0], weight) and not ctx.call.keep_direction:
                     dx = matmul_nn(dy, scaled_weight(weight, g, dy.dtype))
                 else:
-                    scaled = torch.mul(dy, g, out=torch.empty_like(dy))
-                    dx = matmul_nn(scaled, cast(weight, dy.dtype))
+                    W = weight
+                    W = cast(W, dy.dtype) if isinstance(W, Tensor) else decode(W, dy.dtype)
+                    dx = matmul_nn(scaled(dy, g, None), W)
                 dx = add_update_grad(dx, ds, lora).view(ctx.shape)
         return dx, None, dbias, dA, dB, dmagnitude, None
 

@@ -14,6 +14,7 @@ from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.dora.config import MagnitudeConfig, NormConfig
 from peftkit_kernels.dora.reference import Weight
 from peftkit_kernels.dora.torch_impl import folds, scaled_weight
+from peftkit_kernels.dora_scale.triton_impl import scale_forward
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.launch import cdiv, dot_precision, launch, target_of
 from peftkit_kernels.lora_linear.torch_impl import unflatten
@@ -97,11 +98,12 @@ def magnitude_grad(
     dy: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    magnitude: Tensor,
+    divisor: Tensor,
+    dtype: torch.dtype,
     *,
     config: MagnitudeConfig | None = None,
 ) -> Tensor:
-    """``Σ dy ∘ (y - bias) / magnitude``, ``[N]`` in the dtype of the magnitude; dy and y are read once."""
+    """``Σ dy ∘ (y - bias) / divisor``, ``[N]`` in ``dtype``; dy and y are read once."""
     (M, N), dy, y = dy.shape, passes.readable(dy), passes.readable(y)
     c = config or MagnitudeConfig.choose(M, N, target=target_of(dy))
     chunks = cdiv(M, c.chunk_m)
@@ -119,7 +121,7 @@ def magnitude_grad(
     )
     if chunks > 1:
         passes.sum_partials(partial, total)
-    return cast(total[0].div_(magnitude.float()), magnitude.dtype)
+    return cast(total[0].div_(divisor.float()), dtype)
 
 
 def forward(
@@ -134,23 +136,33 @@ def forward(
     scale: float,
     p: float,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``y``, ``[..., N]``, ``s = drop(x) Aᵀ``, ``[M, R]``, and ``g = magnitude / norm``, ``[N]``."""
+    keep_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``y``, ``[..., N]``, ``s = drop(x) Aᵀ``, ``[M, R]``, ``g = magnitude / norm``, ``[N]``, and the direction if it is kept.
+
+    That is ``x Wᵀ + scale · s Bᵀ``, ``[M, N]``; ``[0, N]`` if not kept.
+    """
     if not x.numel():
-        y, s, g = _empty_outputs(x, weight, layout, bias, A, B, magnitude, norm)
-        return y, s, g.copy_(cast(magnitude, norm.dtype) / norm)
+        numbers = scale, p, seed, keep_direction
+        y, s, g, z = _empty_outputs(x, weight, layout, bias, A, B, magnitude, norm, *numbers)
+        return y, s, g.copy_(cast(magnitude, norm.dtype) / norm), z
     flat, dtype, W = rows(x), x.dtype, _weight(weight, layout)
     g = cast(magnitude, norm.dtype) / norm
     wide = adapter_dtype(x, A)
     s = passes.shrink(flat, cast(A, wide), p, seed)
     bias = None if bias is None else cast(bias, dtype)
-    if isinstance(W, Tensor) and not folds(flat.shape[0], W):
+    z = flat.new_empty(0, layout[-2])
+    if keep_direction:
+        W = cast(W, dtype) if isinstance(W, Tensor) else decode_triton(W, dtype)
+        z = project(flat, W, s, cast(B, wide), scale)
+        y = scale_forward(z, g, bias)
+    elif isinstance(W, Tensor) and not folds(flat.shape[0], W):
         y = project(flat, cast(W, dtype), s, cast(B, wide), scale)
         y = y.mul_(g) if bias is None else torch.addcmul(bias, y, g, out=y)
     else:
         factor = cast(B * g[:, None], wide)
         y = project(flat, scaled_weight(W, g, dtype, decode_triton), s, factor, scale, bias=bias)
-    return unflatten(y, x.shape), s, g
+    return unflatten(y, x.shape), s, g, z
 
 
 def _empty_outputs(
@@ -162,11 +174,16 @@ def _empty_outputs(
     B: Tensor,
     magnitude: Tensor,
     norm: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    scale: float,
+    p: float,
+    seed: int,
+    keep_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = x.new_empty(*x.shape[:-1], layout[-2])
-    s = x.new_empty(x.shape[:-1].numel(), A.shape[0], dtype=adapter_dtype(x, A))
-    return y, s, norm.new_empty(norm.shape)
+    M = x.shape[:-1].numel()
+    s = x.new_empty(M, A.shape[0], dtype=adapter_dtype(x, A))
+    z = x.new_empty(M if keep_direction else 0, layout[-2])
+    return y, s, norm.new_empty(norm.shape), z
 
 
 def backward(
@@ -179,19 +196,22 @@ def backward(
     A: Tensor,
     B: Tensor,
     magnitude: Tensor,
+    norm: Tensor,
     g: Tensor,
     s: Tensor | None,
     scale: float,
     p: float,
     seed: int,
+    keep_direction: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Those of ``dx``, ``dA``, ``dB`` and ``dmagnitude`` that ``needs`` asks for, from ``x``, ``s`` and ``y``."""
+    """Those of ``dx``, ``dA``, ``dB`` and ``dmagnitude`` that ``needs`` asks for, from ``x``, ``s`` and ``y``, or the kept direction for ``y``."""
     if not dy.numel():
         return [
             grad.zero_()
             for grad in _like_grads(
-                *(dy, weight, layout, x, y, bias, A, B, magnitude, g, s, scale, p, seed, needs)
+                *(dy, weight, layout, x, y, bias, A, B, magnitude, norm, g, s),
+                *(scale, p, seed, keep_direction, needs),
             )
         ]
     needs_x, needs_A, needs_B, needs_magnitude = needs
@@ -199,8 +219,10 @@ def backward(
     wide = adapter_dtype(dy, A)
     factor = cast(B * g[:, None], wide)
     dx = dA = dB = ds = dmagnitude = None
-    if needs_magnitude:
-        dmagnitude = magnitude_grad(flat, rows(y), bias, magnitude)
+    if needs_magnitude and keep_direction:
+        dmagnitude = magnitude_grad(flat, y, None, cast(norm, torch.float32), magnitude.dtype)
+    elif needs_magnitude:
+        dmagnitude = magnitude_grad(flat, rows(y), bias, magnitude, magnitude.dtype)
     if needs_B and (needs_x or needs_A):
         dB, ds = passes.grad_b_and_s(flat, s, factor, scale, torch.float32)
     elif needs_B:
@@ -212,8 +234,9 @@ def backward(
     if needs_A:
         dA = passes.grad_a(ds, rows(x), A.dtype, p, seed)
     if needs_x:
-        if isinstance(W, Tensor) and not folds(flat.shape[0], W):
-            flat, full = torch.mul(flat, g, out=torch.empty_like(flat)), cast(W, dtype)
+        if keep_direction or (isinstance(W, Tensor) and not folds(flat.shape[0], W)):
+            flat = scale_forward(flat, g, None)
+            full = cast(W, dtype) if isinstance(W, Tensor) else decode_triton(W, dtype)
         else:
             full = scaled_weight(W, g, dtype, decode_triton)
         dx = project(flat, full.t(), ds, cast(A, wide).t(), 1.0, p=p, seed=seed)
@@ -231,11 +254,13 @@ def _like_grads(
     A: Tensor,
     B: Tensor,
     magnitude: Tensor,
+    norm: Tensor,
     g: Tensor,
     s: Tensor | None,
     scale: float,
     p: float,
     seed: int,
+    keep_direction: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     like = dy.new_empty(*dy.shape[:-1], layout[-1]), A, B, magnitude
@@ -259,14 +284,15 @@ dora_linear_triton = torch.library.custom_op(
     forward,
     mutates_args=(),
     schema="(Tensor x, Tensor[] weight, int[] layout, Tensor? bias, Tensor A, Tensor B, Tensor magnitude, Tensor norm,"
-    " float scale, float p, int seed) -> (Tensor, Tensor, Tensor)",
+    " float scale, float p, int seed, bool keep_direction) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
     "peftkit::dora_linear_backward",
     backward,
     mutates_args=(),
     schema="(Tensor dy, Tensor[] weight, int[] layout, Tensor? x, Tensor? y, Tensor? bias, Tensor A, Tensor B,"
-    " Tensor magnitude, Tensor g, Tensor? s, float scale, float p, int seed, bool[] needs) -> Tensor[]",
+    " Tensor magnitude, Tensor norm, Tensor g, Tensor? s, float scale, float p, int seed, bool keep_direction,"
+    " bool[] needs) -> Tensor[]",
 )
 
 
@@ -277,21 +303,22 @@ def _(
     return A.new_empty(layout[-2], dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, layout, bias, A, B, magnitude, _, *numbers = inputs
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, weight, layout, bias, A, B, magnitude, norm, *numbers, keep_direction = inputs
     # here torch counts the tensors of a list one by one in what needs a gradient, in the backward as one
     ctx.make_x, x_parts = remake.kept(x, A.requires_grad)
-    y, s, g = output
-    kept_y, kept_s = y if magnitude.requires_grad else None, s if B.requires_grad else None
-    ctx.save_for_backward(kept_y, bias, A, B, magnitude, g, kept_s, *weight, *x_parts)
-    ctx.layout, ctx.stored, ctx.numbers = layout, len(weight), numbers
-    ctx.mark_non_differentiable(s, g)
+    y, s, g, z = output
+    kept_y = (z if keep_direction else y) if magnitude.requires_grad else None
+    kept_s = s if B.requires_grad else None
+    ctx.save_for_backward(kept_y, bias, A, B, magnitude, norm, g, kept_s, *weight, *x_parts)
+    ctx.layout, ctx.stored, ctx.numbers = layout, len(weight), (*numbers, keep_direction)
+    ctx.mark_non_differentiable(s, g, z)
     ctx.set_materialize_grads(False)
 
 
 @once_differentiable
 def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
-    y, bias, A, B, magnitude, g, s, *more = ctx.saved_tensors
+    y, bias, A, B, magnitude, norm, g, s, *more = ctx.saved_tensors
     weight, x_parts = more[: ctx.stored], more[ctx.stored :]
     needs_x, _, _, needs_bias, needs_A, needs_B, needs_magnitude, *_ = ctx.needs_input_grad
     dbias = rows(dy).sum(0) if needs_bias else None
@@ -299,11 +326,11 @@ def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
     grads: Sequence[Tensor] = []
     if any(needs):
         x = remake.again(ctx.make_x, x_parts)
-        tensors = weight, ctx.layout, x, y, bias, A, B, magnitude, g, s
+        tensors = weight, ctx.layout, x, y, bias, A, B, magnitude, norm, g, s
         grads = _backward_op(dy, *tensors, *ctx.numbers, needs)
     found = iter(grads)
     dx, dA, dB, dmagnitude = (next(found) if needed else None for needed in needs)
-    return dx, [None] * ctx.stored, None, dbias, dA, dB, dmagnitude, *[None] * 4
+    return dx, [None] * ctx.stored, None, dbias, dA, dB, dmagnitude, *[None] * 5
 
 
 dora_linear_triton.register_fake(_empty_outputs)
@@ -318,7 +345,8 @@ def run_triton(
     lora: LoRA,
     magnitude: Tensor,
     norm: Tensor,
+    keep_direction: bool,
 ) -> Tensor:
     """``dora_linear`` on Triton."""
     tensors = bias, lora.A, lora.B, magnitude, norm
-    return dora_linear_triton(x, *parts_of(weight), *tensors, *lora.numbers())[0]
+    return dora_linear_triton(x, *parts_of(weight), *tensors, *lora.numbers(), keep_direction)[0]

@@ -34,8 +34,11 @@ def grouped_lora_reference(
     """
     dtype = compute_dtype or adapter_dtype(x, A)
     own, rows = ids.clamp(min=0), x.to(dtype).reshape(-1, x.shape[-1])
-    s = torch.einsum("mk,mrk->mr", rows, A.to(dtype)[own])
-    update = torch.einsum("mr,mnr->mn", s, B.to(dtype)[own]) * scale.to(dtype)[own, None]
+    # the gradients of the picked factors are summed over rows: not in 16 bits
+    summed = torch.promote_types(dtype, torch.float32)
+    own_A, own_B = (factor.to(summed)[own].to(dtype) for factor in (A, B))
+    s = torch.einsum("mk,mrk->mr", rows, own_A)
+    update = torch.einsum("mr,mnr->mn", s, own_B) * scale.to(dtype)[own, None]
     # not a product with 0: what a row without an adapter holds may not be finite
     update = update.masked_fill((ids < 0)[:, None], 0.0)
     return (y.to(dtype) + update.reshape(y.shape)).to(compute_dtype or y.dtype)

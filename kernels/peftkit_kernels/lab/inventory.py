@@ -353,7 +353,8 @@ def _dora(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
             weight_norm(weight, A, B, 2.0)
     dy, bias = _meta(sizes.rows(), N, dtype=dtype), _meta(N, dtype=dtype)
     for shift in (bias, None):
-        magnitude_grad(dy, torch.empty_like(dy), shift, _meta(N, dtype=torch.float32))
+        magnitude = _meta(N, dtype=torch.float32)
+        magnitude_grad(dy, torch.empty_like(dy), shift, magnitude, torch.float32)
 
 
 def _dora_scale(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:

@@ -41,8 +41,12 @@ class ShrinkConfig:
         dropout: bool,
         aligned: bool,
         target: Target,
+        mixed: bool = False,
     ) -> ShrinkConfig:
-        """Share K among programs where row blocks alone would leave the GPU three quarters full or less."""
+        """Share K among programs if row blocks alone would leave the GPU three quarters full or less.
+
+        ``mixed`` is a float32 factor beside a 16-bit x, here and below.
+        """
         wide = itemsize == 4
         block_k = 32 if wide else 64 if dropout or block_r(R) > 32 else 128
         block_m = 64
@@ -57,6 +61,9 @@ class ShrinkConfig:
         if block_k == 128 and target.capability not in (None, 90, 100):
             # 4 warps spill a few registers at rank 16 on sm_120, at 8 on sm_80 to sm_89: there products are those of one warp
             num_warps = 8
+        if mixed and block_r(R) == 64 and aligned and not dropout:
+            # the parts of a factor are made once a program: 1.1 x DRAM bandwidth on H100 and more, against 1.06 for 64 x 64
+            block_m, num_warps = 128, 8
         programs = cdiv(M, block_m)
         splits = 1
         if 4 * programs < 3 * target.sms:
@@ -105,6 +112,7 @@ class TallConfig:
         with_p: bool,
         aligned: bool,
         target: Target,
+        mixed: bool = False,
     ) -> TallConfig:
         """Long chunks make few partial sums; shorter ones where the GPU would stand three quarters full or less."""
         rank, wide = block_r(R), itemsize == 4
@@ -120,6 +128,14 @@ class TallConfig:
             # philox beside a wide product: at rank 64 1.2 x DRAM bandwidth on A100 and H100, against 0.98 and 1.10 for
             # 64 x 128; at rank 32 1.24 and 1.14, against 1.15 and 1.07; at 8 1.38 and 1.22, against 1.34 and 1.16
             block_m, block_c = 32, 256
+        if mixed and with_p:
+            # b is three tiles of bfloat16: with 512 columns they spill
+            block_m, block_c, num_warps = 32, 256, 8
+        elif mixed and rank == 16:
+            # parts of s are made once for more columns
+            block_m, block_c, num_warps = 16 if dropout else 32, 256, 8
+        elif mixed and dropout:
+            block_m, block_c, num_warps = 32, 128, 4
         if rank > 64:
             block_m, block_c, num_warps = 32, 32 if wide else block_c, 8
         num_stages = 2
@@ -149,9 +165,12 @@ class GemmConfig:
         return cls(block_k=64 if aligned else 32)
 
 
-def one_dy_pass(R: int, *, target: Target) -> bool:
-    """Whether dB and ds come from one pass over dy rather than from two; on gfx942 rank 32 spills in one, at any tile."""
-    return block_r(R) <= (16 if target.capability is None else _DY_PASS_RANK)
+def one_dy_pass(R: int, *, target: Target, mixed: bool = False) -> bool:
+    """Whether dB and ds come from one pass over dy rather than from two.
+
+    Rank 32 spills in one at any tile on gfx942, and everywhere if the factor is float32 beside 16 bits.
+    """
+    return block_r(R) <= (16 if mixed or target.capability is None else _DY_PASS_RANK)
 
 
 def fuses_gemm(N: int, K: int, *, itemsize: int, target: Target) -> bool:

@@ -57,6 +57,7 @@ def shrink(
         dropout=p > 0,
         aligned=aligned(x),
         target=target_of(x),
+        mixed=A.dtype is not x.dtype,
     )
     steps = cdiv(cdiv(K, c.block_k), c.splits)
     splits = cdiv(cdiv(K, c.block_k), steps)
@@ -137,7 +138,7 @@ def grad_b_and_s(
 
     ``ds`` is written into the tensor given, which may have any distance between rows.
     """
-    if not one_dy_pass(B.shape[1], target=target_of(dy)):
+    if not one_dy_pass(B.shape[1], target=target_of(dy), mixed=B.dtype is not dy.dtype):
         return grad_b(dy, s, scale, dtype, config=config), grad_s(dy, B, scale, out=ds)
     dB = dy.new_empty(B.shape, dtype=dtype)
     ds = s.new_empty(s.shape) if ds is None else ds
@@ -238,6 +239,7 @@ def _tall(
         with_p=b is not None,
         aligned=aligned(x),
         target=target_of(x),
+        mixed=s.dtype is not x.dtype,
     )
     chunks, blocks = cdiv(M, c.chunk_m), cdiv(C, c.block_c)
     g = g_out if chunks == 1 else x.new_empty(chunks, R, C, dtype=torch.float32)
