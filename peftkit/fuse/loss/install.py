@@ -193,7 +193,9 @@ def _model_computing_loss(head: nn.Module) -> nn.Module | None:
 
 def _fits(hidden: Any, weight: Tensor) -> bool:
     """Whether ``hidden`` is what the head expects; otherwise its own forward says what is wrong."""
-    if type(hidden) is not Tensor or not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
+    if type(hidden) is not Tensor or type(weight) not in (nn.Parameter, Tensor):
+        return False
+    if not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
         return False
     if hidden.device != weight.device:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import weakref
 from collections.abc import Iterator
@@ -175,11 +176,8 @@ class LazyLogits(torch.Tensor):
         if func in _KNOWN_WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in (torch.Tensor.register_hook, torch.Tensor.retain_grad):
-            with torch._C.DisableTorchFunctionSubclass():
-                result = func(*args, **kwargs)
-                args[0]._watch.hooks = args[0]._backward_hooks
-                return result
+        if func is torch.Tensor.register_hook:
+            return _register_hook(*args, **kwargs)
         if func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
             return _differentiate(func, *args, **kwargs)
         first = args[0] if args else None
@@ -216,7 +214,8 @@ class _Watch:
     Attributes:
         parent: That of the logits they were made from.
         logits: The logits, while they exist.
-        hooks: The hooks registered on them, ``None`` before the first.
+        hooks: The hooks registered on them by id, ``None`` before the first.
+        signals: The ids of hooks that only want to know that backward has begun.
         captures: How many running calls of ``autograd.grad`` or ``backward`` have them as inputs.
     """
 
@@ -224,13 +223,14 @@ class _Watch:
         self.parent = parent
         self.logits = weakref.ref(logits)
         self.hooks: Any = None
+        self.signals: set[int] = set()
         self.captures = 0
 
     def is_on(self) -> bool:
         """For these logits and all they were made from."""
         logits = self.logits()
         retained = logits is not None and logits.retains_grad
-        if self.hooks or self.captures or retained:
+        if retained or self.captures or any(key not in self.signals for key in self.hooks or ()):
             return True
         return self.parent is not None and self.parent.is_on()
 
@@ -345,6 +345,18 @@ def _shape_of_view(shape: torch.Size, wanted: Any) -> tuple[int, ...] | None:
     return found if found[-1] == shape[-1] and math.prod(found) == math.prod(shape) else None
 
 
+def _register_hook(logits: LazyLogits, hook: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        handle = torch.Tensor.register_hook(logits, hook)
+        logits._watch.hooks = logits._backward_hooks
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    # FSDP hooks every output of a module to gather the weights before backward. It ignores the gradient.
+    if getattr(hook, "__module__", "").startswith("torch.distributed."):
+        logits._watch.signals.add(handle.id)
+    return handle
+
+
 def _differentiate(function: Any, tensors: Any, *inputs: Any, **kwargs: Any) -> Any:
     """``autograd.grad``, ``autograd.backward`` or ``Tensor.backward`` with logits among the tensors or the inputs."""
     wanted = inputs, kwargs.pop("inputs", None)
@@ -433,6 +445,7 @@ _KNOWN_WITHOUT_VALUES = frozenset(
         torch.Tensor.is_inference,
         torch.Tensor.nelement,
         torch.Tensor.numel,
+        torch.Tensor.retain_grad,
         torch.Tensor.size,
         torch.Tensor.storage_offset,
         torch.Tensor.stride,

@@ -115,8 +115,11 @@ def _forward_class(module: nn.Module) -> type:
 
 
 def _linear_plan(head: Any) -> Head | Reason:
-    if type(head.weight) not in (nn.Parameter, Tensor):
-        return Reason(f"the weight of the output head is a {type(head.weight).__name__}")
+    kind = type(head.weight)
+    # Without hooks on the head, only FSDP can have sharded the weight, and it gathers it for each forward.
+    sharded = kind.__module__.startswith("torch.distributed.tensor")
+    if kind not in (nn.Parameter, Tensor) and not sharded:
+        return Reason(f"the weight of the output head is a {kind.__name__}")
     if head.weight.is_meta:
         return Reason("the output head is on the meta device, where no loss has a value")
     return Head(head.weight, head.bias, None)

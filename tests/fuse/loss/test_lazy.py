@@ -1,6 +1,7 @@
 """Logits of a logit-free model: whoever reads them sees ordinary logits."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -198,6 +199,22 @@ def test_the_gradient_of_the_models_loss_for_its_logits_is_refused(family, watch
         output.loss.backward(retain_graph=True)
     if handle is not None:
         handle.remove()
+        output.loss.backward()
+
+
+def test_hooks_that_fsdp_registers_are_no_reason_to_refuse():
+    """It hooks every output of a model to learn that backward begins, logits and loss alike."""
+    _, ours = pair(dtype=torch.float32)
+    output = ours(**models.batch("llama"))
+
+    def begin(grad):
+        return grad
+
+    begin.__module__ = "torch.distributed.fsdp._runtime_utils"
+    output.logits.register_hook(functools.partial(begin))
+    output.loss.backward(retain_graph=True)
+    output.logits.register_hook(lambda grad: None)
+    with pytest.raises(RuntimeError, match="logit_free=False"):
         output.loss.backward()
 
 

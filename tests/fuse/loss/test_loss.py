@@ -61,6 +61,50 @@ def test_ignore_index():
     assert_same_training(stock, ours, {**batch, "ignore_index": 7})
 
 
+NOTHING = {
+    "mean": {},
+    "int": {"num_items_in_batch": 0},
+    "tensor": {"num_items_in_batch": torch.tensor(0)},
+    "other items": {"num_items_in_batch": 3},
+    "ignore_index": {"ignore_index": 7},
+    "shift_labels": {"shift_labels": None},
+}
+
+
+@pytest.mark.parametrize("head", ["frozen", "adapter", "trained"])
+@pytest.mark.parametrize("options", NOTHING)
+def test_a_batch_without_supervised_tokens(options, head):
+    """Loss (NaN, or 0 over other items) and gradients (0) are those of transformers' own loss."""
+    config = {
+        "frozen": {},
+        "adapter": {"target_modules": ["q_proj", "lm_head"]},
+        "trained": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    }
+    batch, options = models.batch("llama"), dict(NOTHING[options])
+    batch["labels"] = torch.full_like(batch["labels"], options.get("ignore_index", -100))
+    if "shift_labels" in options:
+        options["shift_labels"] = batch["labels"]
+    results = []
+    for model in pair(dtype=torch.float32, **config[head]):
+        output = model(**batch, **options)
+        results.append((output, grads_of(model, output.loss)))
+    (expected, expected_grads), (output, grads) = results
+    assert type(output.logits) is LazyLogits
+    assert output.logits._real is None
+    assert expected.loss.isnan() == (options.get("num_items_in_batch") != 3)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=0, atol=0, equal_nan=True)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        assert torch.equal(grad, expected_grads[name]), name
+        assert not grad.any(), name
+
+
+def test_supervised_tokens_over_no_items():
+    stock, ours = pair(dtype=torch.float32)
+    batch = {**models.batch("llama"), "num_items_in_batch": 0}
+    assert ours(**batch).loss == stock(**batch).loss == torch.inf
+
+
 def test_shift_labels():
     stock, ours = pair()
     batch = models.batch("llama")
