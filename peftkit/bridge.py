@@ -27,7 +27,8 @@ from torch import nn
 from peftkit.bottleneck import BottleneckConfig, BottleneckSite, remove_bottlenecks
 from peftkit.bottleneck import inject as bottleneck
 from peftkit.find.matching import check_targets
-from peftkit.find.targets import fill_targets, wrapped_modules
+from peftkit.find.modules import wrapped_modules
+from peftkit.find.targets import fill_targets
 from peftkit.peft_types import PeftkitType
 from peftkit.prefix import PrefixConfig, PrefixSite, remove_prefixes
 from peftkit.prefix import inject as prefix

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from peftkit.errors import ContractError, listing
-from peftkit.find.targets import base_modules, peft_rewrite, storage_of, suffixes
+from peftkit.find.modules import base_modules, storage_of, suffixes
+from peftkit.find.targets import peft_rewrite
 
 Matches = dict[tuple[str, str], list[str]]
 """Names by ``(field, entry)``."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftkit.find.targets import is_linear_like, wrapped_modules
+from peftkit.find.modules import is_linear_like, wrapped_modules
 
 Kind = Literal["attention", "mlp", "end"]
 

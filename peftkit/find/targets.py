@@ -12,7 +12,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from peftkit.find.heads import heads_among, output_embeddings, outside_backbone
+from peftkit.find.modules import (
+    ancestors,
+    base_modules,
+    is_linear_like,
+    suffixes,
+)
+from peftkit.find.modules import is_own_adapter as is_own_adapter
+from peftkit.find.modules import wrapped_modules as wrapped_modules
 
 HEAD = "output head; list it in modules_to_save to train it"
 ROUTER = "router or gate of a mixture of experts"
@@ -33,7 +43,6 @@ REWRITTEN = (
 
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _CROSS = re.compile(r"cross|encoder_attn|EncDec|encdec", re.IGNORECASE)
-_HEAD_NAMES = {"classifier", "score", "qa_outputs", "classification_head", "lm_head", "proj_out"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,13 @@ def all_linear(model: nn.Module) -> Selection:
     modules = dict(base_modules(model))
     model = modules[""]
     left_out, stacks = _experts_and_routers(modules)
-    heads = _heads(model, modules)
+    task = heads_among(modules)
+    heads = {
+        *task.names,
+        *task.out_of_reach,
+        *output_embeddings(modules),
+        *outside_backbone(modules),
+    }
     mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES
 
     chosen = []
@@ -77,7 +92,7 @@ def all_linear(model: nn.Module) -> Selection:
         if not name or not is_linear_like(module) or name in left_out:
             continue
         parent, _, leaf = name.rpartition(".")
-        if not heads.isdisjoint([name, *_ancestors(name)]):
+        if not heads.isdisjoint([name, *ancestors(name)]):
             left_out[name] = HEAD
         elif isinstance(modules.get(parent), nn.MultiheadAttention):
             left_out[name] = ATTENTION
@@ -151,113 +166,9 @@ def _takes_parameters(config: Any) -> bool:
     )
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of the model below any adapters, under the names they have without adapters."""
-    return ((name, inner) for name, _, inner in wrapped_modules(model))
-
-
-def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Yield each module's name without adapters, the module that is called, and the original one inside it.
-
-    The two differ where PEFT has put a layer around the original. Modules that belong to adapters are passed over.
-    """
-    seen: set[int] = set()
-
-    def walk(outer: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-        inner = _without_adapters(outer)
-        if id(inner) in seen or is_own_adapter(inner):
-            return
-        seen.add(id(inner))
-        yield name, outer, inner
-        for child_name, child in inner.named_children():
-            yield from walk(child, f"{name}.{child_name}" if name else child_name)
-
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return walk(model, "")
-
-
-def is_own_adapter(module: nn.Module) -> bool:
-    """Whether this is a prefix or bottleneck module of ours, which stands beside the model's modules, not around them."""
-    return getattr(module, "peftkit_adapter", False) is True
-
-
 def is_cross_attention(name: str, module: nn.Module) -> bool:
     """Whether an attention reads its keys and values from another stack, by what the families call it."""
     return bool(_CROSS.search(name.rpartition(".")[2])) or "Cross" in type(module).__name__
-
-
-def _without_adapters(module: nn.Module) -> nn.Module:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
-    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        inner = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
-        if inner not in module._modules:
-            break
-        module = module.get_submodule(inner)
-    return module
-
-
-def is_linear_like(module: nn.Module) -> bool:
-    """Whether the module multiplies its input by one matrix: ``nn.Linear``, transformers' ``Conv1D``, quantised linears."""
-    if isinstance(module, nn.Linear):
-        return True
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return True
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    if not all(isinstance(size, int) for size in sizes) or len(module._modules) > 0:
-        return False
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        return any(hasattr(module, name) for name in ("qweight", "W_q", "weight_packed"))
-    return getattr(weight, "ndim", 0) <= 2
-
-
-def _heads(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
-    """Names of the modules that turn the backbone's output into logits, and of everything else outside the backbone."""
-    heads: set[str] = set()
-    embeddings = {storage_of(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
-    for name, module in modules.items():
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
-        if weight is not None and storage_of(weight) in embeddings:
-            heads.add(name)
-        if hasattr(
-            module, "get_output_embeddings"
-        ):  # also the language model inside a larger model
-            head = module.get_output_embeddings()
-            head = _without_adapters(head) if isinstance(head, nn.Module) else head
-            heads |= {other for other, candidate in modules.items() if candidate is head}
-
-    backbone = getattr(model, "base_model", None)
-    inside = next((name for name, module in modules.items() if module is backbone), "")
-    if inside:
-        around = {"", inside, *_ancestors(inside)}
-        heads |= {name for name in modules if not (name in around or name.startswith(f"{inside}."))}
-    elif re.search(r"For[A-Z]", type(model).__name__):
-        heads |= {name for name in modules if name in _HEAD_NAMES}
-    return heads
-
-
-def storage_of(weight: Tensor) -> Any:
-    """What tells tied weights from others: the memory they lie in, whichever ``Parameter`` is around it."""
-    if weight.is_meta:
-        return id(weight)
-    storage = weight.untyped_storage()
-    return (storage.data_ptr(), weight.storage_offset()) if storage.nbytes() else id(weight)
-
-
-def _ancestors(name: str) -> list[str]:
-    """``"a.b.c"`` gives ``["a.b", "a"]``."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
-
-
-def suffixes(name: str) -> list[str]:
-    """``"a.b.c"`` gives ``["c", "b.c", "a.b.c"]``: the entries by which PEFT matches a module of that name."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def _experts_and_routers(modules: dict[str, nn.Module]) -> tuple[dict[str, str], list[str]]:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from peftkit.bottleneck import BottleneckConfig
 from peftkit.bottleneck.inject import CHILD
 from peftkit.errors import ContractError, count, listing
+from peftkit.find.modules import wrapped_modules
 from peftkit.find.points import Point, find_points
-from peftkit.find.targets import wrapped_modules
 from peftkit.interop.files import Checkpoint
 from peftkit.wrapping import wrap
 

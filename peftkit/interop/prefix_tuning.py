@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import ContractError, count, listing
-from peftkit.find.targets import base_modules
+from peftkit.find.modules import base_modules
 from peftkit.interop.files import Checkpoint
 from peftkit.interop.rotary import check_turning, rotations, turn
 from peftkit.prefix import PrefixConfig

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import ContractError
+from peftkit.find.modules import base_modules
 from peftkit.find.points import PROBE_TOKENS, evaluating
-from peftkit.find.targets import base_modules
 
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines for one position, ``[1, 1, D]`` each, of whatever layout the model uses."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftkit.find.targets import base_modules
+from peftkit.find.modules import base_modules
 from peftkit.swap import swap_in, swap_out
 
 _NAMES = {"wpe", "position_embeddings", "embed_positions", "position_embedding"}

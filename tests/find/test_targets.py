@@ -219,8 +219,9 @@ TRUTH = {
     "whisper_audio": (
         _whisper_audio,
         _expand("encoder.layers.0.{self_attn.q_proj,self_attn.k_proj,self_attn.v_proj}")
-        | _expand("encoder.layers.0.{self_attn.out_proj,fc1,fc2}", "projector"),
-        {"classifier": HEAD} | dict.fromkeys(_expand("encoder.{conv1,conv2}"), CONVOLUTION),
+        | _expand("encoder.layers.0.{self_attn.out_proj,fc1,fc2}"),
+        {"classifier": HEAD, "projector": HEAD}
+        | dict.fromkeys(_expand("encoder.{conv1,conv2}"), CONVOLUTION),
     ),
     "mamba": (
         _mamba,

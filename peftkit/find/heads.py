@@ -1,0 +1,297 @@
+"""Task heads: the modules on top of a pretrained backbone that start at random, so that they must be trained in full.
+
+A head that stays frozen keeps its random weights. An adapter file without the head cannot be used again either, because the
+next process draws other weights. Two facts make a module outside the backbone a head. The class of the model says so
+(``ForTokenClassification`` and the like), or transformers loaded the backbone from a checkpoint and did not find the module
+there: transformers marks each parameter that it loads. Some modules are never a head: embeddings and output embeddings, which
+are pretrained and often tied; other pretrained models; a normalisation layer by itself, which starts as the identity.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from peftkit.find.modules import (
+    ancestors,
+    base_modules,
+    storage_of,
+    without_adapters,
+    wrapped_modules,
+)
+
+AMBIGUOUS = (
+    "PEFT's modules_to_save takes every module whose name ends with these letters, and others do"
+)
+QUANTISED = "its weight is quantised; load the model with this module in llm_int8_skip_modules"
+SHARED = "it shares its weight with another module"
+BARE = "it is a parameter of the model itself, which PEFT cannot save"
+
+_TASKS = re.compile(
+    r"For\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|CTC|XVector|Segmentation"
+    r"|ObjectDetection|(Depth|Normal|Pose)Estimation|Regression)"
+)
+# The parts before the head of a model that has neither a backbone module nor pretrained models as children.
+_BODY = re.compile(r"(Encoder|Decoder|Backbone|Stack|Embeddings|Model)$")
+# Inside a backbone, only a linear layer with one of these words in its name and one output a label is a head.
+_INNER_HEAD = re.compile(r"class|cls|score|head|final|logits", re.IGNORECASE)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass
+class Heads:
+    """The heads of one model.
+
+    Attributes:
+        names: Modules that PEFT can train and save; each name, as an entry of ``modules_to_save``, matches heads only.
+        out_of_reach: Reason by name for modules and parameters of a head that PEFT cannot train; those that were loaded from
+            a checkpoint are left out.
+    """
+
+    names: list[str] = field(default_factory=list)
+    out_of_reach: dict[str, str] = field(default_factory=dict)
+
+
+def find_heads(model: nn.Module) -> Heads:
+    """Find what has to be trained in full, under the names without adapters.
+
+    Args:
+        model: A base model, or one that carries adapters.
+
+    Returns:
+        Nothing for language models, for pretrained models without a fresh head, and for plain modules.
+    """
+    return heads_among(dict(base_modules(model)))
+
+
+def frozen_heads(model: nn.Module) -> list[str]:
+    """Name the task heads of which no weight and no adapter is trainable.
+
+    Empty if the config of an adapter says ``modules_to_save=[]``: that freezes the heads on purpose. A list that names other
+    modules does not count as a purpose.
+
+    Args:
+        model: A model with or without adapters.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    if any(getattr(config, "modules_to_save", None) == [] for config in configs.values()):
+        return []
+    modules, outer = {}, {}
+    for name, around, inner in wrapped_modules(model):
+        modules[name], outer[name] = inner, around
+    heads = heads_among(modules)
+    bare = dict(modules[""].named_parameters(recurse=False))
+    parameters = {
+        name: [bare[name]] if name in bare else list(outer[name].parameters())
+        for name in [*heads.names, *heads.out_of_reach]
+    }
+    return [name for name, own in parameters.items() if not any(p.requires_grad for p in own)]
+
+
+def trained_in_full(model: nn.Module) -> list[str]:
+    """Name the modules whose own weights are trained, such as a head: those without a parent that is trained, too.
+
+    Args:
+        model: A model with adapters. Names are those without adapters; parameters of adapters do not count.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    found: list[str] = []
+    for name, outer, inner in wrapped_modules(model):
+        if any(name.startswith(f"{parent}.") for parent in found):
+            continue
+        trained = inner
+        if isinstance(outer, ModulesToSaveWrapper) and not outer.disable_adapters:
+            copies = [outer.modules_to_save[adapter] for adapter in outer.active_adapters]
+            trained = copies[0] if copies else inner
+        below = trained.parameters() if trained is not inner else trained._parameters.values()
+        if any(p is not None and p.requires_grad for p in below):
+            found.append(name)
+    return found
+
+
+def heads_among(modules: dict[str, nn.Module]) -> Heads:
+    """Do the work of ``find_heads`` on all modules of a model by name, the model itself first."""
+    model = modules[""]
+    task = _is_task_model(model)
+    loaded = _has_loaded(model)
+    if not task and not loaded:
+        return Heads()
+    never = output_embeddings(modules)
+    names = [
+        part
+        for name in _outside(modules)
+        if not isinstance(modules[name], nn.Embedding)
+        and "Norm" not in type(modules[name]).__name__
+        for part in _parts(name, modules, never)
+        if task or not _has_loaded(modules[part])
+    ]
+    if task and not names:
+        names = _inner_heads(modules, never)
+    return _within_reach(names, modules, bare=task and _backbone(modules) != "")
+
+
+def output_embeddings(modules: dict[str, nn.Module]) -> set[str]:
+    """Names of the modules that turn hidden states into logits of a vocabulary, also in a model inside the model."""
+    embeddings = {storage_of(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    found, heads = set(), set()
+    for name, module in modules.items():
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        if weight is not None and storage_of(weight) in embeddings:
+            found.add(name)
+        if hasattr(type(module), "get_output_embeddings"):
+            head = module.get_output_embeddings()
+            if isinstance(head, nn.Module):
+                heads.add(id(without_adapters(head)))
+    return found | {name for name, module in modules.items() if id(module) in heads}
+
+
+def outside_backbone(modules: dict[str, nn.Module]) -> set[str]:
+    """Names of all modules that are neither the backbone, nor inside it, nor around it; empty for a model without one."""
+    inside = _backbone(modules)
+    if not inside:
+        return set()
+    around = {"", inside, *ancestors(inside)}
+    return {name for name in modules if not (name in around or name.startswith(f"{inside}."))}
+
+
+def _backbone(modules: dict[str, nn.Module]) -> str:
+    backbone = getattr(modules[""], "base_model", None)
+    return next((name for name, module in modules.items() if module is backbone), "")
+
+
+def _is_task_model(model: nn.Module) -> bool:
+    """Whether the class, or one that it is derived from, is that of a task with labels of its own."""
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return any(map(_TASKS.search, names)) and _zero_shot_classes().isdisjoint(names)
+
+
+def _zero_shot_classes() -> set[str]:
+    from transformers.models.auto import modeling_auto
+
+    names: set[str] = set()
+    for mapping in (
+        modeling_auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    ):
+        for classes in mapping.values():
+            names |= {classes} if isinstance(classes, str) else set(classes)
+    return names
+
+
+def _is_loaded(parameter: Any) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False) is True
+
+
+def _has_loaded(module: nn.Module) -> bool:
+    return any(_is_loaded(parameter) for parameter in module.parameters())
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
+
+
+def _outside(modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Topmost modules outside the backbone, or after the body of a model that has no backbone module."""
+    inside = _backbone(modules)
+    if inside:
+        around = {"", *ancestors(inside)}
+        yield from (n for n in modules if n not in around | {inside} and _parent(n) in around and n)
+        if _is_task_model(modules[inside]):  # a segmentation model around a detector
+            below = {
+                n.removeprefix(f"{inside}."): m
+                for n, m in modules.items()
+                if n.startswith(f"{inside}.")
+            }
+            yield from (f"{inside}.{name}" for name in _outside({"": modules[inside], **below}))
+        return
+    children = [name for name in modules if name and "." not in name]
+    pretrained = [name for name in children if _is_pretrained(modules[name])]
+    if not _is_pretrained(modules[""]):
+        # a module of the user's around one or several pretrained models
+        yield from (name for name in children if pretrained and name not in pretrained)
+        return
+    body = pretrained or [n for n in children if _BODY.search(type(modules[n]).__name__)]
+    if body:
+        yield from children[children.index(body[-1]) + 1 :]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _parts(name: str, modules: dict[str, nn.Module], never: set[str]) -> list[str]:
+    """The largest modules at or below ``name`` that can be called as a whole and hold nothing of ``never``."""
+    module = modules[name]
+    if next(module.parameters(), None) is None or _is_pretrained(module) or name in never:
+        return []
+    if not isinstance(module, _CONTAINERS) and never.isdisjoint(_below(name, modules)):
+        return [name]
+    return _parts_of_children(name, modules, never)
+
+
+def _parts_of_children(name: str, modules: dict[str, nn.Module], never: set[str]) -> list[str]:
+    children = [other for other in _below(name, modules) if _parent(other) == name]
+    return [part for child in children for part in _parts(child, modules, never)]
+
+
+def _below(name: str, modules: dict[str, nn.Module]) -> list[str]:
+    return [other for other in modules if other.startswith(f"{name}.")]
+
+
+def _inner_heads(modules: dict[str, nn.Module], never: set[str]) -> list[str]:
+    """Linear layers inside a backbone with one output a label: of Perceiver, and of detectors that refine their boxes."""
+    labels = getattr(getattr(modules[""], "config", None), "num_labels", None)
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear)
+        and module.out_features == labels
+        and name not in never
+        and _INNER_HEAD.search(".".join(name.split(".")[-2:]))
+    ]
+
+
+def _within_reach(heads: list[str], modules: dict[str, nn.Module], bare: bool) -> Heads:
+    """Replace heads by their parts until each name matches heads only, and set aside what PEFT cannot train."""
+    own = modules[""].named_parameters(recurse=False) if bare else ()
+    lost = {name: BARE for name, parameter in own if not _is_loaded(parameter)}
+    shared = _shared(modules)
+    for name in heads:
+        if not all(p.is_floating_point() for p in modules[name].parameters()):
+            lost[name] = QUANTISED
+        elif not shared.isdisjoint([name, *_below(name, modules)]):
+            lost[name] = SHARED
+    names = [name for name in heads if name not in lost]
+    while (name := _first_clash(names, modules)) is not None:
+        parts = _parts_of_children(name, modules, set())
+        if not parts or any(p is not None for p in modules[name]._parameters.values()):
+            lost[name], parts = AMBIGUOUS, []
+        at = names.index(name)
+        names[at : at + 1] = parts
+    fresh = {n: why for n, why in lost.items() if n not in modules or not _has_loaded(modules[n])}
+    return Heads(names, fresh)
+
+
+def _first_clash(names: list[str], modules: dict[str, nn.Module]) -> str | None:
+    """A head that must be taken apart, because the name of one head is also the end of another module's name."""
+    for name in names:
+        for other in modules:
+            if other.endswith(name) and other not in names:
+                return next((n for n in names if other.startswith(f"{n}.")), name)
+    return None
+
+
+def _shared(modules: dict[str, nn.Module]) -> set[str]:
+    """Modules that share a weight with another one: a trained copy would untie them."""
+    weights = {name: m._parameters.get("weight") for name, m in modules.items()}
+    stored = {name: storage_of(weight) for name, weight in weights.items() if weight is not None}
+    count = Counter(stored.values())
+    return {name for name, where in stored.items() if count[where] > 1}

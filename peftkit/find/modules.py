@@ -1,0 +1,88 @@
+"""Walking the modules of a model under the names that they have without adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the model below any adapters, under the names they have without adapters."""
+    return ((name, inner) for name, _, inner in wrapped_modules(model))
+
+
+def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield each module's name without adapters, the module that is called, and the original one inside it.
+
+    The two differ if PEFT has put a layer around the original. Modules that belong to adapters are left out.
+    """
+    seen: set[int] = set()
+
+    def walk(outer: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+        inner = without_adapters(outer)
+        if id(inner) in seen or is_own_adapter(inner):
+            return
+        seen.add(id(inner))
+        yield name, outer, inner
+        for child_name, child in inner.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return walk(model, "")
+
+
+def is_own_adapter(module: nn.Module) -> bool:
+    """Whether this is a prefix or bottleneck module of ours, which stands beside the model's modules, not around them."""
+    return getattr(module, "peftkit_adapter", False) is True
+
+
+def without_adapters(module: nn.Module) -> nn.Module:
+    """The original module inside PEFT's layers, or the module itself."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        inner = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
+        if inner not in module._modules:
+            break
+        module = module.get_submodule(inner)
+    return module
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether the module multiplies its input by one matrix: ``nn.Linear``, transformers' ``Conv1D``, quantised linears."""
+    if isinstance(module, nn.Linear):
+        return True
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return True
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if not all(isinstance(size, int) for size in sizes) or len(module._modules) > 0:
+        return False
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return any(hasattr(module, name) for name in ("qweight", "W_q", "weight_packed"))
+    return getattr(weight, "ndim", 0) <= 2
+
+
+def storage_of(weight: Tensor) -> Any:
+    """Identify the memory of a weight, so that tied weights are equal whichever ``Parameter`` holds them."""
+    if weight.is_meta:
+        return id(weight)
+    storage = weight.untyped_storage()
+    return (storage.data_ptr(), weight.storage_offset()) if storage.nbytes() else id(weight)
+
+
+def ancestors(name: str) -> list[str]:
+    """``"a.b.c"`` gives ``["a.b", "a"]``."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
+def suffixes(name: str) -> list[str]:
+    """``"a.b.c"`` gives ``["c", "b.c", "a.b.c"]``: the entries by which PEFT matches a module of that name."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
