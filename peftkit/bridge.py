@@ -26,9 +26,10 @@ from torch import nn
 
 from peftkit.bottleneck import BottleneckConfig, BottleneckSite, remove_bottlenecks
 from peftkit.bottleneck import inject as bottleneck
-from peftkit.find.matching import check_targets
 from peftkit.find.modules import wrapped_modules
+from peftkit.find.prepare import check_arguments, complete, fill_heads, task_of
 from peftkit.find.targets import fill_targets
+from peftkit.find.values import check_values
 from peftkit.peft_types import PeftkitType
 from peftkit.prefix import PrefixConfig, PrefixSite, remove_prefixes
 from peftkit.prefix import inject as prefix
@@ -54,11 +55,27 @@ class MixConfig(LoraConfig):
         self.peft_type = PeftkitType.PEFTKIT_MIX  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def prepare(model: nn.Module, configs: tuple[Any, ...], adapter_name: str) -> PeftConfig:
+    """Check the arguments of ``wrap`` and make one complete config of them; the model and the configs stay as they were.
+
+    Raises:
+        TypeError: An argument or a value in a config is of the wrong type.
+        ValueError: A value is out of range, the configs do not fit together, or a config does not fit the model.
+        ContractError: An entry of a config matches nothing, or a head has to be trained that PEFT cannot train.
+    """
+    check_arguments(model, configs, adapter_name)
+    if len(configs) > 1:
+        return complete(model, combine(model, configs))
+    if configs:
+        return complete(model, copy.deepcopy(configs[0]))
+    return complete(model, LoraConfig(r=16, lora_alpha=32, task_type=task_of(model)))
+
+
 def combine(model: nn.Module, configs: tuple[Any, ...]) -> PeftConfig:
     """Make one config of several, with the places of each found in the model; the model and the configs stay as they were.
 
     Raises:
-        ValueError: Two configs are of one kind, or one is of a kind that cannot be mixed.
+        ValueError: Two configs are of one kind, one is of a kind that cannot be mixed, or their tasks differ.
     """
     kinds = {LoraConfig: None, PrefixConfig: None, BottleneckConfig: None}
     for config in configs:
@@ -70,14 +87,23 @@ def combine(model: nn.Module, configs: tuple[Any, ...]) -> PeftConfig:
             raise ValueError(
                 f"two {type(config).__name__}s: give one, and add a second adapter by model.add_adapter"
             )
+        check_values(config)
         kinds[type(config)] = copy.deepcopy(config)
+    tasks = {str(config.task_type): config.task_type for config in configs if config.task_type}
+    if len(tasks) > 1:
+        raise ValueError(
+            f"the configs name different tasks ({', '.join(sorted(tasks))}); give all of them the same task_type"
+        )
     lora, own, narrow = kinds.values()
-    if lora is None:
-        lora = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
-    else:
+    mix: Any = LoraConfig(target_modules=DUMMY_TARGET_MODULES) if lora is None else lora
+    mix.task_type = next(iter(tasks.values()), None)
+    saved = [config.modules_to_save for config in configs if config.modules_to_save is not None]
+    mix.modules_to_save = (
+        list(dict.fromkeys(n for names in saved for n in names)) if saved else None
+    )
+    fill_heads(model, mix)
+    if lora is not None:
         fill_targets(model, lora)
-        check_targets(model, lora)
-    mix: Any = lora
     mix.__class__ = MixConfig
     mix.peft_type = PeftkitType.PEFTKIT_MIX
     mix.prefix_config = mix.bottleneck_config = None
@@ -87,9 +113,6 @@ def combine(model: nn.Module, configs: tuple[Any, ...]) -> PeftConfig:
     if narrow is not None:
         bottleneck.fill_points(model, narrow)
         mix.bottleneck_config = _own_fields(narrow)
-    mix.task_type = next((config.task_type for config in configs if config.task_type), None)
-    saved = [name for config in configs for name in config.modules_to_save or ()]
-    mix.modules_to_save = list(dict.fromkeys(saved)) or None
     return mix
 
 

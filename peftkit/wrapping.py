@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from peftkit.bridge import combine
+from peftkit.bridge import prepare
 from peftkit.errors import ContractError
-from peftkit.find.matching import check_targets
-from peftkit.find.targets import fill_targets, is_own_adapter
+from peftkit.find.targets import is_own_adapter
 from peftkit.fuse.attention import FusedAttention, fuse_attention
 from peftkit.fuse.blocks import FusedGatedMLP, fuse_gated_mlps, group_shared_inputs
 from peftkit.fuse.eligibility import obstacle
@@ -52,19 +50,13 @@ def wrap(
             is left as it was.
         ValueError: Configs that cannot be mixed or do not fit the model, or a model that is wrapped already.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
         raise ValueError(
             "model is a PeftModel already; add an adapter by model.add_adapter, or call accelerate(model)"
         )
-    if len(configs) > 1:
-        config = combine(model, configs)
-    else:
-        config = copy.deepcopy(configs[0]) if configs else LoraConfig(r=16, lora_alpha=32)
-        config.task_type = config.task_type if configs else _task_type(model)
-        fill_targets(model, config)
-    check_targets(model, config)
+    config = prepare(model, configs, adapter_name)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wrapped = get_peft_model(model, config, adapter_name=adapter_name)
     try:
@@ -177,11 +169,3 @@ def _require_all_fusable(model: nn.Module) -> None:
             f"strict=True, and {len(unfused)} of {len(reasons)} adapter layers cannot be fused:\n  {shown}\n"
             "pass strict=False to run PEFT's own forward there"
         )
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's task type for a model whose class name tells it; Whisper and the like need none."""
-    name = type(model).__name__
-    if name.endswith("ForCausalLM") or name.endswith("LMHeadModel"):
-        return "CAUSAL_LM"
-    return "SEQ_CLS" if name.endswith("ForSequenceClassification") else None

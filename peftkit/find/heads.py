@@ -115,14 +115,19 @@ def trained_in_full(model: nn.Module) -> list[str]:
     return found
 
 
-def heads_among(modules: dict[str, nn.Module]) -> Heads:
-    """Do the work of ``find_heads`` on all modules of a model by name, the model itself first."""
+def heads_among(modules: dict[str, nn.Module], never: set[str] | None = None) -> Heads:
+    """Do the work of ``find_heads`` on all modules of a model by name, the model itself first.
+
+    Args:
+        modules: All modules of the model.
+        never: The result of ``output_embeddings``, if it is known already.
+    """
     model = modules[""]
     task = _is_task_model(model)
     loaded = _has_loaded(model)
     if not task and not loaded:
         return Heads()
-    never = output_embeddings(modules)
+    never = output_embeddings(modules) if never is None else never
     names = [
         part
         for name in _outside(modules)
@@ -261,7 +266,9 @@ def _inner_heads(modules: dict[str, nn.Module], never: set[str]) -> list[str]:
 
 def _within_reach(heads: list[str], modules: dict[str, nn.Module], bare: bool) -> Heads:
     """Replace heads by their parts until each name matches heads only, and set aside what PEFT cannot train."""
-    own = modules[""].named_parameters(recurse=False) if bare else ()
+    own = list(modules[""].named_parameters(recurse=False)) if bare else []
+    if not heads and not own:
+        return Heads()
     lost = {name: BARE for name, parameter in own if not _is_loaded(parameter)}
     shared = _shared(modules)
     for name in heads:

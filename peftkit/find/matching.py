@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from peftkit.errors import ContractError, listing
-from peftkit.find.modules import base_modules, storage_of, suffixes
-from peftkit.find.targets import peft_rewrite
+from peftkit.find.conflicts import check_convolutions, check_ranks, check_shadowed, check_ties
+from peftkit.find.experts import peft_rewrite
+from peftkit.find.layers import check_layers, layer_number, wanted_layers
+from peftkit.find.modules import base_modules, suffixes
+from peftkit.find.suggestions import close_matches
 
 Matches = dict[tuple[str, str], list[str]]
 """Names by ``(field, entry)``."""
@@ -29,7 +31,7 @@ def check_targets(model: nn.Module, config: Any) -> None:
     """Raise unless every entry of ``config`` matches something in ``model``.
 
     Covers ``target_modules``, ``target_parameters``, ``exclude_modules``, ``modules_to_save``, ``feedforward_modules``,
-    ``layers_to_transform`` and the keys of ``rank_pattern`` and ``alpha_pattern``.
+    ``layers_to_transform``, ``layers_pattern`` and the keys of ``rank_pattern`` and ``alpha_pattern``.
 
     Args:
         model: The model the config is for, with or without adapters.
@@ -37,135 +39,35 @@ def check_targets(model: nn.Module, config: Any) -> None:
 
     Raises:
         ContractError: An entry matches nothing, PEFT would take a module's name for the experts' and leave the module
-            itself without an adapter, one of several modules that share a weight is meant, or a rank does not fit a
-            grouped convolution.
+            itself without an adapter, one of several modules that share a weight is meant, a rank is larger than every
+            module that it is for, or a rank does not fit a grouped convolution.
     """
-    _check_nothing_shadowed(model, config)
-    matches = match_targets(model, config)
-    _check_ties(model, config, matches)
-    _check_convolutions(model, config, matches)
-    unmatched = [where for where, names in matches.items() if not names]
+    modules = dict(base_modules(model))
+    names = _Names(modules)
+    reachable = _targeted(_everywhere(config), names)
+    if wanted_layers(config):
+        check_layers(config, [name for found in reachable.values() for name in found])
+    rewritten = _rewritten(modules[""], config, names)
+    check_shadowed(rewritten, _targeted(config, names) if rewritten else {})
+    matches = _match(config, names, rewritten)
+    check_ties(modules, config, matches)
+    check_convolutions(modules, config, matches)
+    check_ranks(modules, config, matches)
+    unmatched = [where for where, found in matches.items() if not found]
     if not unmatched:
         return
-    modules = dict(base_modules(model))
     problems = [
-        f"{field}: {entry!r} matches nothing" + _way_out(field, entry, modules, matches)
+        f"{field}: {entry!r} " + _reason(field, entry, config, names, matches, reachable)
         for field, entry in unmatched
     ]
     raise ContractError(
-        f"{len(unmatched)} entries of this {type(config).__name__} would do nothing in {type(modules['']).__name__}:\n"
+        f"{_count(len(unmatched))} of this {type(config).__name__} would do nothing in {type(modules['']).__name__}:\n"
         + listing(problems, shown=8)
     )
 
 
-def _check_nothing_shadowed(model: nn.Module, config: Any) -> None:
-    modules = dict(base_modules(model))
-    rewritten = _rewritten(modules[""], config, defaultdict(list))
-    if not rewritten:
-        return
-    matched = _targeted(config, modules, _by_suffix(modules))
-    lost = [name for entry in rewritten for name in matched[entry]]
-    if lost:
-        raise ContractError(
-            f"target_modules: PEFT reads {', '.join(rewritten)} as the experts of this architecture, so these modules of the "
-            f"same name would get no adapter:\n{listing(lost)}\n"
-            "Leave target_modules open for peftkit's all-linear, or pass the weights you mean in target_parameters, such as "
-            f"{lost[0] + '.weight'!r}."
-        )
-
-
-def _check_ties(model: nn.Module, config: Any, matches: Matches) -> None:
-    """Modules that share a weight, by its storage: an adapter on one of them leaves open what becomes of the others."""
-    if getattr(config, "ensure_weight_tying", False):
-        return
-    modules = dict(base_modules(model))
-    sharing: dict[Any, list[str]] = defaultdict(list)
-    for name, module in modules.items():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            sharing[storage_of(weight)].append(name)
-    adapted, replaced = _touched(matches)
-    for names in sharing.values():
-        # a merged adapter, or a trained copy, would change or untie what the others see
-        touched = [name for name in names if name in adapted or _inside(name, replaced)]
-        if len(names) > 1 and touched:
-            others = [name for name in names if name not in touched] or names
-            raise ContractError(
-                f"{', '.join(touched)} shares its weight with {', '.join(others)}, and this {type(config).__name__} does not "
-                "say whether they stay one: pass ensure_weight_tying=True to adapt or train them as one, untie them first "
-                f"({names[-1]}.weight = torch.nn.Parameter({names[-1]}.weight.detach().clone()) and "
-                "config.tie_word_embeddings = False), or leave them out"
-            )
-
-
-def _touched(matches: Matches) -> tuple[set[str], set[str]]:
-    """Modules that get an adapter on their weight, and modules that are trained as a copy."""
-    adapted, replaced = set(), set()
-    for (field, _), names in matches.items():
-        if field == "target_modules":
-            adapted |= set(names)
-        elif field == "target_parameters":
-            adapted |= {name.rpartition(".")[0] for name in names}
-        elif field == "modules_to_save":
-            replaced |= set(names)
-    return adapted, replaced
-
-
-def _inside(name: str, parents: set[str]) -> bool:
-    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
-
-
-def _check_convolutions(model: nn.Module, config: Any, matches: Matches) -> None:
-    """PEFT divides the rank among the groups of a convolution."""
-    if getattr(config, "r", None) is None:
-        return
-    modules = dict(base_modules(model))
-    for (field, _), names in matches.items():
-        for name in names if field == "target_modules" else ():
-            module = modules.get(name)  # PEFT reads some names as those of parameters
-            if not isinstance(module, nn.modules.conv._ConvNd):
-                continue
-            groups, rank = module.groups, _rank(config, name)
-            if rank % groups:
-                raise ContractError(
-                    f"{name} is a {type(module).__name__} of {groups} groups, and its rank is {rank}: the rank must be a "
-                    f"multiple of the groups. Pass r={groups * -(-rank // groups)}, or "
-                    f"rank_pattern={{{name!r}: {groups}}}, or leave it out by exclude_modules. (LoRA on a grouped convolution "
-                    "cannot be merged.)"
-                )
-
-
-def _rank(config: Any, name: str) -> int:
-    """The rank PEFT gives to a module."""
-    patterns = getattr(config, "rank_pattern", None) or {}
-    found = (rank for entry, rank in patterns.items() if re.match(rf"(.*\.)?({entry})$", name))
-    return next(found, config.r)
-
-
-def _way_out(field: str, entry: str, modules: dict[str, nn.Module], matches) -> str:
-    if field == "layers_to_transform":
-        return " among the targeted layers; give layer numbers that the model has"
-    if field == "exclude_modules" and isinstance(entry, str):
-        return "; remove it or correct it" + _close_matches(entry, modules)
-    if field in ("rank_pattern", "alpha_pattern"):
-        adapted = [n for (f, _), names in matches.items() if f.startswith("target_") for n in names]
-        return " that is adapted" + _close_matches(entry, adapted)
-    if field == "target_parameters":
-        return _close_matches(
-            entry, [f"{n}.{own}" for n, m in modules.items() for own in m._parameters]
-        )
-    return _close_matches(entry, modules)
-
-
-def _close_matches(entry: str, names: Iterable[str]) -> str:
-    """Suggest what was meant, in as many dotted parts as the entry has."""
-    names = [name for name in names if name]
-    depth = entry.count(".")
-    candidates = sorted({suffixes(name)[min(depth, name.count("."))] for name in names})
-    close = difflib.get_close_matches(entry, candidates, n=3, cutoff=0.5)
-    if close:
-        return "; did you mean " + " or ".join(repr(name) for name in close) + "?"
-    return f"; names look like {names[len(names) // 2]!r}" if names else ""
+def _count(number: int) -> str:
+    return "1 entry" if number == 1 else f"{number} entries"
 
 
 def match_targets(model: nn.Module, config: Any) -> Matches:
@@ -173,59 +75,87 @@ def match_targets(model: nn.Module, config: Any) -> Matches:
 
     Args:
         model: The model the config is for, with or without adapters.
-        config: Any ``peft.PeftConfig``; fields it lacks are passed over.
+        config: Any ``peft.PeftConfig``; fields that it lacks are skipped.
 
     Returns:
         Names of the matched modules (of parameters, for ``target_parameters``) by ``(field, entry)``. An empty list is an
         entry that does nothing.
     """
-    modules = dict(base_modules(model))
-    by_suffix = _by_suffix(modules)
-    parameters = _by_suffix(f"{name}.{own}" for name, m in modules.items() for own in m._parameters)
+    names = _Names(dict(base_modules(model)))
+    return _match(config, names, _rewritten(names.modules[""], config, names))
+
+
+class _Names:
+    """Names of modules and of parameters, found by the ends of their names."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]):
+        self.modules = modules
+        self._by_leaf = _grouped(modules)
+        self._parameters_by_leaf: dict[str, list[str]] | None = None
+
+    def ending(self, entry: str) -> list[str]:
+        """The modules that an entry of a list matches: of that name, or with it behind a dot."""
+        return _ending(entry, self._by_leaf)
+
+    def parameters_ending(self, entry: str) -> list[str]:
+        """The parameters that an entry of ``target_parameters`` matches."""
+        if self._parameters_by_leaf is None:
+            self._parameters_by_leaf = _grouped(self.parameters())
+        return _ending(entry, self._parameters_by_leaf)
+
+    def parameters(self) -> list[str]:
+        """Full names of all parameters."""
+        return [f"{name}.{own}" for name, m in self.modules.items() for own in m._parameters]
+
+
+def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        found[name.rpartition(".")[2]].append(name)
+    return found
+
+
+def _ending(entry: str, by_leaf: Mapping[str, list[str]]) -> list[str]:
+    candidates = by_leaf.get(entry.rpartition(".")[2], [])
+    return [name for name in candidates if name == entry or name.endswith(f".{entry}")]
+
+
+def _match(config: Any, names: _Names, rewritten: Mapping[str, list[str]]) -> Matches:
     matches: Matches = {}
-    for entry, names in _targeted(config, modules, by_suffix).items():
-        matches["target_modules", entry] = names
-    for entry, names in _rewritten(modules[""], config, parameters).items():
-        matches["target_modules", entry] = names
+    for entry, found in _targeted(config, names).items():
+        matches["target_modules", entry] = found
+    for entry, found in rewritten.items():
+        matches["target_modules", entry] = found
     for entry in _entries(getattr(config, "target_parameters", None)):
-        matches["target_parameters", entry] = parameters[entry]
-    adapted = [name for names in matches.values() for name in names]
+        matches["target_parameters", entry] = names.parameters_ending(entry)
+    adapted = [name for found in matches.values() for name in found]
 
     for entry in _entries(getattr(config, "exclude_modules", None)):
         pattern = isinstance(config.exclude_modules, str)
-        names = [n for n in modules if re.fullmatch(entry, n)] if pattern else by_suffix[entry]
-        matches["exclude_modules", entry] = names
+        found = (
+            [n for n in names.modules if re.fullmatch(entry, n)] if pattern else names.ending(entry)
+        )
+        matches["exclude_modules", entry] = found
     saved = {
-        e: [n for n in modules if n.endswith(e)]
+        e: [n for n in names.modules if n.endswith(e)]
         for e in _entries(getattr(config, "modules_to_save", None))
     }
     one_head_found = any(saved[entry] for entry in saved.keys() & _HEADS_ADDED_BY_TASK)
-    for entry, names in saved.items():
-        if names or not (one_head_found and entry in _HEADS_ADDED_BY_TASK):
-            matches["modules_to_save", entry] = names
+    for entry, found in saved.items():
+        if found or not (one_head_found and entry in _HEADS_ADDED_BY_TASK):
+            matches["modules_to_save", entry] = found
     for entry in _entries(getattr(config, "feedforward_modules", None)):
         pattern = isinstance(config.feedforward_modules, str)
         hit = [n for n in adapted if (re.fullmatch(entry, n) if pattern else entry in suffixes(n))]
         matches["feedforward_modules", entry] = hit
 
-    layers = getattr(config, "layers_to_transform", None)
-    for layer in [layers] if isinstance(layers, int) else layers or []:
-        one = copy.copy(config)
-        one.layers_to_transform = [layer]
-        found = _targeted(one, modules, by_suffix).values()
-        matches["layers_to_transform", str(layer)] = [name for names in found for name in names]
+    for layer in wanted_layers(config):
+        found = [name for name in adapted if layer_number(name, config) == layer]
+        matches["layers_to_transform", str(layer)] = found
     for field in ("rank_pattern", "alpha_pattern"):
         for entry in getattr(config, field, None) or {}:
             matches[field, entry] = [n for n in adapted if re.match(rf"(.*\.)?({entry})$", n)]
     return matches
-
-
-def _by_suffix(names: Iterable[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        for suffix in suffixes(name):
-            found[suffix].append(name)
-    return found
 
 
 def _entries(value: str | Iterable[str] | None) -> list[str]:
@@ -234,7 +164,7 @@ def _entries(value: str | Iterable[str] | None) -> list[str]:
     return [] if value is None else sorted(value)
 
 
-def _targeted(config: Any, modules: dict[str, nn.Module], by_suffix) -> dict[str, list[str]]:
+def _targeted(config: Any, names: _Names) -> dict[str, list[str]]:
     """Matches of each entry of ``target_modules`` once exclusions and layer numbers have been applied."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -243,16 +173,59 @@ def _targeted(config: Any, modules: dict[str, nn.Module], by_suffix) -> dict[str
     for entry in _entries(targets):
         one = copy.copy(config)
         one.target_modules = entry if isinstance(targets, str) else {entry}
-        candidates = modules if isinstance(targets, str) else by_suffix[entry]
+        candidates = names.modules if isinstance(targets, str) else names.ending(entry)
         found[entry] = [name for name in candidates if check_target_module_exists(one, name)]
     return found
 
 
-def _rewritten(model: nn.Module, config: Any, parameters) -> dict[str, list[str]]:
+def _rewritten(model: nn.Module, config: Any, names: _Names) -> dict[str, list[str]]:
     """Parameters matched by the entries that PEFT reads as names of experts (mixtures of experts of transformers 4)."""
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) or not targets or config.peft_type != "LORA":
         return {}
     kept, added = peft_rewrite(model, targets)
-    names = [name for entry in sorted(added) for name in parameters[entry]]
-    return dict.fromkeys(sorted(set(targets) - kept), names)
+    found = [name for entry in sorted(added) for name in names.parameters_ending(entry)]
+    return dict.fromkeys(sorted(set(targets) - kept), found)
+
+
+def _everywhere(config: Any, keep: str = "") -> Any:
+    """The config without the fields that narrow down ``target_modules``, but for one of them."""
+    wide = copy.copy(config)
+    for field in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+        if field != keep and hasattr(wide, field):
+            setattr(wide, field, None)
+    return wide
+
+
+def _reason(
+    field: str,
+    entry: str,
+    config: Any,
+    names: _Names,
+    matches: Matches,
+    reachable: Mapping[str, list[str]],
+) -> str:
+    """Why an entry does nothing, and a way out."""
+    if field == "target_modules" and (found := reachable.get(entry)):
+        return _narrowed(entry, config, names, len(found))
+    if field == "layers_to_transform":
+        return "has no target left in it; see exclude_modules and modules_to_save"
+    if field == "exclude_modules" and isinstance(config.exclude_modules, str):
+        return "matches nothing; it is one regular expression for whole names, such as " + repr(
+            f".*{list(names.modules)[-1].rpartition('.')[2]}"
+        )
+    if field in ("rank_pattern", "alpha_pattern"):
+        adapted = [n for (f, _), found in matches.items() if f.startswith("target_") for n in found]
+        return "matches nothing that is adapted" + close_matches(entry, adapted)
+    if field == "target_parameters":
+        return "matches nothing" + close_matches(entry, names.parameters())
+    return "matches nothing" + close_matches(entry, names.modules)
+
+
+def _narrowed(entry: str, config: Any, names: _Names, count: int) -> str:
+    """Which other field takes away all that an entry of ``target_modules`` matches."""
+    modules = "the one module" if count == 1 else f"all {count} modules"
+    for field in ("exclude_modules", "modules_to_save"):
+        if getattr(config, field, None) and not _targeted(_everywhere(config, field), names)[entry]:
+            return f"matches nothing, because {field} has {modules} of that name; remove it from one of the two"
+    return f"matches nothing in the layers that layers_to_transform and exclude_modules leave; it has {modules} elsewhere"

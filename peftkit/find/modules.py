@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,39 +19,52 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Modul
 
     The two differ if PEFT has put a layer around the original. Modules that belong to adapters are left out.
     """
-    seen: set[int] = set()
-
-    def walk(outer: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-        inner = without_adapters(outer)
-        if id(inner) in seen or is_own_adapter(inner):
-            return
-        seen.add(id(inner))
-        yield name, outer, inner
-        for child_name, child in inner.named_children():
-            yield from walk(child, f"{name}.{child_name}" if name else child_name)
-
     model = getattr(model, "_orig_mod", model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    return walk(model, "")
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, outer = waiting.pop()
+        inner = without_adapters(outer)
+        if id(inner) in seen or is_own_adapter(inner):
+            continue
+        seen.add(id(inner))
+        yield name, outer, inner
+        before = f"{name}." if name else ""
+        children = [
+            (before + own, child) for own, child in inner._modules.items() if child is not None
+        ]
+        waiting.extend(reversed(children))
 
 
 def is_own_adapter(module: nn.Module) -> bool:
     """Whether this is a prefix or bottleneck module of ours, which stands beside the model's modules, not around them."""
-    return getattr(module, "peftkit_adapter", False) is True
+    return getattr(type(module), "peftkit_adapter", False) is True
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether this is an adapter: a layer that PEFT has put around a module, or one of ours beside it."""
+    return isinstance(module, _adapter_classes()) or is_own_adapter(module)
 
 
 def without_adapters(module: nn.Module) -> nn.Module:
     """The original module inside PEFT's layers, or the module itself."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
-    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        inner = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
+    layer, wrapper = _adapter_classes()
+    while isinstance(module, (layer, wrapper)):
+        inner = "original_module" if isinstance(module, wrapper) else "base_layer"
         if inner not in module._modules:
             break
         module = module.get_submodule(inner)
     return module
+
+
+@functools.cache
+def _adapter_classes() -> tuple[type, type]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    return BaseTunerLayer, AuxiliaryTrainingWrapper
 
 
 def is_linear_like(module: nn.Module) -> bool:
@@ -84,5 +98,7 @@ def ancestors(name: str) -> list[str]:
 
 def suffixes(name: str) -> list[str]:
     """``"a.b.c"`` gives ``["c", "b.c", "a.b.c"]``: the entries by which PEFT matches a module of that name."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+    found, end = [], len(name)
+    while (end := name.rfind(".", 0, end)) >= 0:
+        found.append(name[end + 1 :])
+    return [*found, name]

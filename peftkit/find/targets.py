@@ -6,30 +6,24 @@ doubles ranks. Ours means the same everywhere, and says what it left out.
 
 from __future__ import annotations
 
-import itertools
+import copy
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from peftkit.errors import ContractError, listing
+from peftkit.find.experts import PACKED as PACKED
+from peftkit.find.experts import ROUTER as ROUTER
+from peftkit.find.experts import STACKED, experts_and_routers, names_peft_rewrites
 from peftkit.find.heads import heads_among, output_embeddings, outside_backbone
-from peftkit.find.modules import (
-    ancestors,
-    base_modules,
-    is_linear_like,
-    suffixes,
-)
+from peftkit.find.layers import check_layers, wanted_layers
+from peftkit.find.modules import ancestors, base_modules, is_linear_like, suffixes
 from peftkit.find.modules import is_own_adapter as is_own_adapter
 from peftkit.find.modules import wrapped_modules as wrapped_modules
 
 HEAD = "output head; list it in modules_to_save to train it"
-ROUTER = "router or gate of a mixture of experts"
-STACKED = "experts are stored as {ndim}-D parameters, which take LoRA without dropout, DoRA or bias through target_parameters"
-PACKED = (
-    "experts are stored packed ({dtype}); load the model unquantised and pass target_parameters"
-)
 ATTENTION = (
     "nn.MultiheadAttention multiplies by this weight itself, so a layer around it would never run"
 )
@@ -40,6 +34,7 @@ REWRITTEN = (
     "PEFT takes a module of this name for the experts here; its weight can be reached through target_parameters, by LoRA "
     "without dropout and DoRA on an unquantised model"
 )
+NARROWED = "left out by exclude_modules, modules_to_save or layers_to_transform"
 
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _CROSS = re.compile(r"cross|encoder_attn|EncDec|encdec", re.IGNORECASE)
@@ -67,22 +62,21 @@ class Selection:
     left_out: dict[str, str]
 
 
-def all_linear(model: nn.Module) -> Selection:
+def all_linear(model: nn.Module, config: Any = None) -> Selection:
     """Select every linear-like layer of the backbone: never the output head, never a router.
 
     Args:
         model: A base model, or one that already carries adapters (then its original layers are selected).
+        config: A ``peft.PeftConfig`` whose ``exclude_modules``, ``modules_to_save`` and ``layers_to_transform`` narrow the
+            selection down, by PEFT's rules.
     """
     modules = dict(base_modules(model))
     model = modules[""]
-    left_out, stacks = _experts_and_routers(modules)
-    task = heads_among(modules)
-    heads = {
-        *task.names,
-        *task.out_of_reach,
-        *output_embeddings(modules),
-        *outside_backbone(modules),
-    }
+    admits = _Admission(config)
+    left_out, stacks = experts_and_routers(modules)
+    outputs = output_embeddings(modules)
+    task = heads_among(modules, outputs)
+    heads = {*task.names, *task.out_of_reach, *outputs, *outside_backbone(modules)}
     mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES
 
     chosen = []
@@ -100,10 +94,15 @@ def all_linear(model: nn.Module) -> Selection:
             left_out[name] = GROUPED
         elif mamba and leaf == "out_proj":
             left_out[name] = MAMBA
+        elif not admits(name):
+            left_out[name] = NARROWED
         else:
             chosen.append(name)
+    for name in [name for name in stacks if not admits(name.rpartition(".")[0])]:
+        left_out[name] = NARROWED
+        stacks.remove(name)
 
-    rewritten = _names_peft_rewrites(model, {name.rpartition(".")[2] for name in chosen})
+    rewritten = names_peft_rewrites(model, {name.rpartition(".")[2] for name in chosen})
     direct = {name for name in chosen if name.rpartition(".")[2] not in rewritten}
     indirect = set()
     for name in chosen:
@@ -114,17 +113,38 @@ def all_linear(model: nn.Module) -> Selection:
             indirect.add(f"{name}.weight")
         else:
             left_out[name] = REWRITTEN
-    parameters = {f"{name}.{own}" for name, module in modules.items() for own in module._parameters}
-    others = parameters - indirect - set(stacks)
+    parameters = []
+    if indirect or stacks:
+        every = {f"{name}.{own}" for name, m in modules.items() for own in m._parameters}
+        others = every - indirect - set(stacks)
+        parameters += _shortest_suffixes(indirect, others)
+        parameters += _shortest_suffixes(set(stacks), others, 2)
+    leaves = {name.rpartition(".")[2] for name in direct}
+    rivals = {name for name in modules if name.rpartition(".")[2] in leaves and name not in direct}
     return Selection(
-        names=_shortest_entries(direct, set(modules) - direct),
-        parameters=sorted(
-            [*_shortest_suffixes(indirect, others), *_shortest_suffixes(set(stacks), others, 2)]
-        ),
+        names=_shortest_entries(direct, {name for name in rivals if admits(name)}),
+        parameters=sorted(parameters),
         modules=tuple(name for name in chosen if name not in left_out),
         stacks=tuple(stacks),
         left_out=left_out,
     )
+
+
+class _Admission:
+    """Whether PEFT would adapt a module of this name, if an entry of ``target_modules`` were the end of the name."""
+
+    def __init__(self, config: Any):
+        fields = ("exclude_modules", "modules_to_save", "layers_to_transform")
+        narrowed = any(getattr(config, field, None) not in (None, [], set()) for field in fields)
+        self.config = copy.copy(config) if narrowed else None
+
+    def __call__(self, name: str) -> bool:
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        if self.config is None:
+            return True
+        self.config.target_modules = {name.rpartition(".")[2]}
+        return bool(check_target_module_exists(self.config, name))
 
 
 def fill_targets(model: nn.Module, config: Any) -> Selection | None:
@@ -135,6 +155,9 @@ def fill_targets(model: nn.Module, config: Any) -> Selection | None:
 
     Returns:
         What was selected, or ``None`` if the config names its own targets.
+
+    Raises:
+        ContractError: No layer is left, or ``layers_to_transform`` has a number that no layer has.
     """
     if not hasattr(config, "target_modules"):
         return None
@@ -143,7 +166,9 @@ def fill_targets(model: nn.Module, config: Any) -> Selection | None:
     unsaid = targets is None and not getattr(config, "target_parameters", None)
     if not wanted and not (unsaid and config.peft_type == "LORA"):
         return None
-    selection = all_linear(model)
+    if wanted_layers(config):
+        check_layers(config, all_linear(model).modules)
+    selection = all_linear(model, config)
     if selection.parameters and not _takes_parameters(config):
         lost = {
             name: REWRITTEN
@@ -153,10 +178,29 @@ def fill_targets(model: nn.Module, config: Any) -> Selection | None:
         kept = tuple(name for name in selection.modules if name not in lost)
         lost |= dict.fromkeys(selection.stacks, STACKED.format(ndim=3))
         selection = Selection(selection.names, [], kept, (), {**selection.left_out, **lost})
+    if not selection.names and not selection.parameters:
+        _raise_nothing_left(model, config, selection)
     config.target_modules = selection.names
+    if isinstance(selection.names, str) and wanted_layers(config):
+        # a regular expression of whole names has the layer numbers in it, and PEFT takes no others beside it
+        config.layers_to_transform = config.layers_pattern = None
     if selection.parameters:
         config.target_parameters = [*(config.target_parameters or []), *selection.parameters]
     return selection
+
+
+def _raise_nothing_left(model: nn.Module, config: Any, selection: Selection) -> None:
+    reasons = [f"{name}: {reason}" for name, reason in selection.left_out.items()]
+    narrowed = [name for name, reason in selection.left_out.items() if reason == NARROWED]
+    way_out = "name the modules to adapt in target_modules"
+    if narrowed:
+        fields = ("exclude_modules", "modules_to_save", "layers_to_transform")
+        given = [f"{f}={getattr(config, f)!r}" for f in fields if getattr(config, f, None)]
+        way_out = f"{' and '.join(given)} leave out all {len(narrowed)} linear layers; leave out fewer of them"
+    raise ContractError(
+        f"no linear layer of {type(model).__name__} is left to adapt; {way_out}"
+        + (f":\n{listing(reasons)}" if reasons else "")
+    )
 
 
 def _takes_parameters(config: Any) -> bool:
@@ -171,101 +215,6 @@ def is_cross_attention(name: str, module: nn.Module) -> bool:
     return bool(_CROSS.search(name.rpartition(".")[2])) or "Cross" in type(module).__name__
 
 
-def _experts_and_routers(modules: dict[str, nn.Module]) -> tuple[dict[str, str], list[str]]:
-    """Reasons for the parts of mixture-of-experts blocks that "all-linear" does not adapt, and the stacks that it does.
-
-    A block is whatever holds a container of experts: a child called ``experts``, or one whose class says so.
-    """
-    left_out: dict[str, str] = {}
-    stacks: list[str] = []
-    names = list(modules)
-    for name, module in modules.items():
-        parent, _, leaf = name.rpartition(".")
-        if leaf != "experts" and not type(module).__name__.endswith("Experts"):
-            continue
-        inside = {name, *_below(names, name)}
-        for inner in inside:
-            if not is_linear_like(modules[inner]):
-                odd, whole = _stacked_weights(inner, modules[inner])
-                left_out |= odd
-                stacks += whole
-        count = _count_experts(module)
-        for other in _below(names, parent):
-            beside = other.removeprefix(f"{parent}.") if parent else other
-            if other not in inside and _is_router(beside, modules[other], count):
-                left_out[other] = ROUTER
-    return left_out, list(dict.fromkeys(stacks))
-
-
-def _below(names: list[str], parent: str) -> Iterator[str]:
-    """The names inside ``parent``; ``names`` lists every module before its children."""
-    prefix = f"{parent}." if parent else ""
-    inside = itertools.islice(names, names.index(parent) + 1, None)
-    return itertools.takewhile(lambda name: name.startswith(prefix), inside)
-
-
-def _stacked_weights(name: str, module: nn.Module) -> tuple[dict[str, str], list[str]]:
-    """The expert weights of one module: those that cannot be adapted with the reason, and those that can."""
-    reasons, stacks = {}, []
-    for own, weight in module._parameters.items():
-        if weight is None or weight.ndim < 2 or own.endswith("bias"):
-            continue
-        if not weight.is_floating_point():
-            dtype = str(weight.dtype).removeprefix("torch.")
-            reasons[f"{name}.{own}"] = PACKED.format(dtype=dtype)
-        elif weight.ndim == 3:
-            stacks.append(f"{name}.{own}")
-        else:
-            # PEFT would put one low-rank pair over all experts
-            reasons[f"{name}.{own}"] = STACKED.format(ndim=weight.ndim)
-    return reasons, stacks
-
-
-def _count_experts(container: nn.Module) -> int | None:
-    if isinstance(container, (nn.ModuleList, nn.ModuleDict)):
-        return len(container)
-    stacked = [p.shape[0] for p in container.parameters() if p.ndim == 3]
-    return stacked[0] if stacked else getattr(container, "num_experts", None)
-
-
-def _is_router(beside: str, module: nn.Module, experts: int | None) -> bool:
-    """Whether a module next to the experts chooses among them; ``beside`` is its name within the block."""
-    weight = module._parameters.get("weight")
-    if not is_linear_like(module) and (weight is None or weight.ndim != 2):
-        return False
-    if isinstance(module, nn.Embedding):
-        return False
-    first, *rest = beside.split(".")
-    if "router" in first or re.fullmatch(r"(shared_experts?_)?(gate|gating)", first):
-        return True
-    rows = getattr(module, "out_features", weight.shape[0] if weight is not None else None)
-    return not rest and experts is not None and rows == experts
-
-
-def _names_peft_rewrites(model: nn.Module, leaves: set[str]) -> set[str]:
-    """Module names that PEFT turns into expert parameters for this architecture, wherever they stand.
-
-    Checkpoints of transformers 4 had one linear a expert; PEFT therefore reads ``gate_proj`` in ``target_modules`` as the
-    experts' ``gate_up_proj``, even where ``shared_expert.gate_proj`` was meant.
-    """
-    return {leaf for leaf in leaves if peft_rewrite(model, [leaf])[0] != {leaf}}
-
-
-def peft_rewrite(model: nn.Module, entries: Iterable[str]) -> tuple[set[str], set[str]]:
-    """The ``target_modules`` and added ``target_parameters`` that PEFT makes of ``entries`` for this architecture."""
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    entries = set(entries)
-    config = LoraConfig(target_modules=set(entries))
-    try:
-        convert_peft_config_for_transformers(config, model=model, conversions=None)
-    except ValueError:
-        # Only one of two projections that PEFT fuses was named: rewritten, but not alone.
-        return set(), set()
-    return set(config.target_modules or ()), set(config.target_parameters or ())
-
-
 def _shortest_entries(chosen: set[str], others: set[str]) -> list[str] | str:
     entries = _shortest_suffixes(chosen, others)
     if any(_has_suffix(other, entry) for entry in entries for other in others):
@@ -274,7 +223,7 @@ def _shortest_entries(chosen: set[str], others: set[str]) -> list[str] | str:
 
 
 def _shortest_suffixes(chosen: set[str], others: set[str], parts: int = 1) -> list[str]:
-    """The shortest suffix of each chosen name, of at least so many parts, that no other name ends with; the whole name failing that."""
+    """The shortest suffix of each chosen name, of at least ``parts`` parts, that no other name has; else the whole name."""
     taken = {suffix for other in others for suffix in suffixes(other)}
     found = {
         next((s for s in suffixes(name)[parts - 1 :] if s not in taken), name) for name in chosen

@@ -1,0 +1,151 @@
+"""What a config means in a model, but cannot have: shared weights, impossible ranks, names that PEFT reads otherwise."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftkit.errors import ContractError, listing
+from peftkit.find.modules import storage_of
+
+Modules = Mapping[str, nn.Module]
+Matches = Mapping[tuple[str, str], list[str]]
+
+
+def check_shadowed(rewritten: Mapping[str, list[str]], matched: Mapping[str, list[str]]) -> None:
+    """Raise if PEFT takes entries for names of experts and so leaves modules of the same name without an adapter.
+
+    Args:
+        rewritten: Expert parameters by entry that PEFT rewrites.
+        matched: Modules by entry of ``target_modules``.
+
+    Raises:
+        ContractError: There are such modules.
+    """
+    lost = [name for entry in rewritten for name in matched[entry]]
+    if lost:
+        raise ContractError(
+            f"target_modules: PEFT reads {', '.join(rewritten)} as the experts of this architecture, so these modules of the "
+            f"same name would get no adapter:\n{listing(lost)}\n"
+            "Leave target_modules open for peftkit's all-linear, or pass the weights you mean in target_parameters, such as "
+            f"{lost[0] + '.weight'!r}."
+        )
+
+
+def check_ties(modules: Modules, config: Any, matches: Matches) -> None:
+    """Raise if one of several modules that share a weight is adapted, but not all, and the config does not say what to do.
+
+    Raises:
+        ContractError: There is such a module.
+    """
+    if getattr(config, "ensure_weight_tying", False):
+        return
+    adapted, replaced = _touched(matches)
+    sharing: dict[Any, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            sharing[storage_of(weight)].append(name)
+    for names in sharing.values():
+        if len(names) == 1:
+            continue
+        # a merged adapter, or a trained copy, would change or untie what the others see
+        touched = [name for name in names if name in adapted or _inside(name, replaced)]
+        if touched:
+            others = [name for name in names if name not in touched] or names
+            raise ContractError(
+                f"{', '.join(touched)} shares its weight with {', '.join(others)}, and this {type(config).__name__} does not "
+                "say whether they stay one: pass ensure_weight_tying=True to adapt or train them as one, untie them first "
+                f"({names[-1]}.weight = torch.nn.Parameter({names[-1]}.weight.detach().clone()) and "
+                "config.tie_word_embeddings = False), or leave them out"
+            )
+
+
+def _touched(matches: Matches) -> tuple[set[str], set[str]]:
+    """Modules that get an adapter on their weight, and modules that are trained as a copy."""
+    adapted, replaced = set(), set()
+    for (field, _), names in matches.items():
+        if field == "target_modules":
+            adapted |= set(names)
+        elif field == "target_parameters":
+            adapted |= {name.rpartition(".")[0] for name in names}
+        elif field == "modules_to_save":
+            replaced |= set(names)
+    return adapted, replaced
+
+
+def _inside(name: str, parents: set[str]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def check_convolutions(modules: Modules, config: Any, matches: Matches) -> None:
+    """Raise if a rank is not a multiple of the groups of a convolution: PEFT divides the rank among them.
+
+    Raises:
+        ContractError: There is such a convolution.
+    """
+    if getattr(config, "r", None) is None:
+        return
+    for name in _targets(matches):
+        module = modules.get(name)  # PEFT reads some names as those of parameters
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        groups, rank = module.groups, _rank(config, name)
+        if rank % groups:
+            raise ContractError(
+                f"{name} is a {type(module).__name__} of {groups} groups, and its rank is {rank}: the rank must be a "
+                f"multiple of the groups. Pass r={groups * -(-rank // groups)}, or "
+                f"rank_pattern={{{name!r}: {groups}}}, or leave it out by exclude_modules. (LoRA on a grouped convolution "
+                "cannot be merged.)"
+            )
+
+
+def check_ranks(modules: Modules, config: Any, matches: Matches) -> None:
+    """Raise if a rank of LoRA is larger than both sides of every weight that it is for.
+
+    A product of two factors has at most the rank of the weight's smaller side; the rest is memory without use.
+
+    Raises:
+        ContractError: There is such a rank.
+    """
+    if getattr(config, "peft_type", None) not in ("LORA", "PEFTKIT_MIX"):
+        return
+    sides: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for name in _targets(matches):
+        if name in modules and (found := _sides(modules[name])):
+            sides[_rank(config, name)].append(found)
+    for rank, found in sides.items():
+        if rank > max(map(max, found)):
+            useful = max(map(min, found))
+            where = "r" if rank == config.r else "rank_pattern"
+            raise ContractError(
+                f"{where}={rank} is larger than both sides of every weight that it is for; the largest useful rank there is "
+                f"{useful}, and 4 to 64 is common"
+            )
+
+
+def _sides(module: nn.Module) -> tuple[int, int] | None:
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if all(isinstance(size, int) for size in sizes):
+        return sizes
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, Tensor) or weight.ndim < 2:
+        return None
+    return weight.shape[0], weight[0].numel()
+
+
+def _targets(matches: Matches) -> list[str]:
+    return [
+        name for (field, _), names in matches.items() if field == "target_modules" for name in names
+    ]
+
+
+def _rank(config: Any, name: str) -> int:
+    """The rank that PEFT gives to a module."""
+    patterns = getattr(config, "rank_pattern", None) or {}
+    found = (rank for entry, rank in patterns.items() if re.match(rf"(.*\.)?({entry})$", name))
+    return next(found, config.r)

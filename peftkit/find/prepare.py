@@ -1,0 +1,254 @@
+"""What ``wrap`` does with its arguments before it touches the model: checks them, and fills in what the user left open."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftConfig, PeftType
+from torch import nn
+
+from peftkit.errors import ContractError, listing
+from peftkit.find.heads import Heads, find_heads
+from peftkit.find.matching import check_targets
+from peftkit.find.modules import base_modules, is_adapted
+from peftkit.find.targets import fill_targets
+from peftkit.find.values import check_tokens, check_values
+
+_LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+# PEFT's classes for these tasks pass input_ids, inputs_embeds and labels to the model.
+_TEXT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", *_LANGUAGE)
+_TASK_OF_CLASS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+
+def check_arguments(model: Any, configs: tuple[Any, ...], adapter_name: Any) -> None:
+    """Raise unless ``wrap`` got a model that carries no adapters, configs and a usable name.
+
+    Raises:
+        TypeError: An argument is of the wrong type, such as the name of a model, a dict, or model and config swapped.
+        ValueError: The model carries adapters already, or PEFT cannot use the name of the adapter.
+    """
+    _check_model(model)
+    for config in configs:
+        _check_config(config)
+    _check_adapter_name(adapter_name, configs)
+    if any(is_adapted(module) for module in model.modules()):
+        raise ValueError(
+            f"this {type(model).__name__} carries adapters already; add another one by model.add_adapter, or fuse those that "
+            "are there by peftkit.accelerate(model)"
+        )
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, PeftConfig):
+        raise TypeError(
+            f"the first argument is a {type(model).__name__}; the model is the first one: wrap(model, config)"
+        )
+    if isinstance(model, str):
+        way_out = f"load the model first, such as AutoModelForCausalLM.from_pretrained({model!r})"
+    elif model is None:
+        way_out = "pass a loaded model; a function that builds it may lack its return"
+    elif isinstance(model, type):
+        way_out = f"pass an instance, such as {model.__name__}.from_pretrained(...)"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        way_out = "pass its .model"
+    else:
+        way_out = "pass a torch.nn.Module, such as a loaded transformers model"
+    kind = model.__name__ if isinstance(model, type) else type(model).__name__
+    raise TypeError(
+        f"model={_shortened(model)} is not a model but {_article(model, kind)}; {way_out}"
+    )
+
+
+def _article(value: Any, kind: str) -> str:
+    if value is None:
+        return "None"
+    return f"the class {kind}" if isinstance(value, type) else f"a {kind}"
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_config(config: Any) -> None:
+    if isinstance(config, PeftConfig):
+        if getattr(config, "peft_type", None) is None:
+            raise ValueError(
+                f"this {type(config).__name__} names no method; pass a config of one, such as peft.LoraConfig(r=16)"
+            )
+        return
+    if isinstance(config, nn.Module):
+        raise TypeError(
+            f"a config is a {type(config).__name__}, which is a model; call wrap(model, config)"
+        )
+    if config is None:
+        way_out = "leave it out to get LoRA with r=16"
+    elif isinstance(config, type) and issubclass(config, PeftConfig):
+        way_out = f"pass an instance: {config.__name__}()"
+    elif isinstance(config, Mapping):
+        inner = ", ".join(f"{key}={_shortened(value)}" for key, value in config.items())
+        way_out = f"pass a config, such as peft.LoraConfig({inner})"
+    elif isinstance(config, (list, tuple)):
+        way_out = "pass configs one by one: wrap(model, first, second)"
+    elif isinstance(config, str):
+        way_out = (
+            "pass a config, such as peft.LoraConfig(r=16); pass the name of the adapter as adapter_name, and load a saved "
+            "adapter by peftkit.load_adapter"
+        )
+    else:
+        way_out = "pass a peft.PeftConfig, such as peft.LoraConfig(r=16)"
+    kind = config.__name__ if isinstance(config, type) else type(config).__name__
+    raise TypeError(
+        f"config={_shortened(config)} is not a config but {_article(config, kind)}; {way_out}"
+    )
+
+
+def _check_adapter_name(name: Any, configs: tuple[Any, ...]) -> None:
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    if not isinstance(name, str):
+        raise TypeError(
+            f"adapter_name={_shortened(name)} is a {type(name).__name__}; it must be a string"
+        )
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        reason = (
+            "is empty"
+            if not name
+            else "has a dot in it"
+            if "." in name
+            else "is an attribute of torch.nn.ModuleDict"
+        )
+        raise ValueError(
+            f"adapter_name={name!r} {reason}, so PEFT cannot store modules by it; pass another one, such as 'default'"
+        )
+    methods = [config.peft_type for config in configs] or [PeftType.LORA]
+    for prefix in (PEFT_TYPE_TO_PREFIX_MAPPING.get(method) for method in methods):
+        if prefix and name in prefix:
+            raise ValueError(
+                f"adapter_name={name!r} is part of {prefix!r}, the start of the parameter names of this method, so PEFT could "
+                "not load the adapter again; pass another name, such as 'default'"
+            )
+
+
+def complete(model: nn.Module, config: PeftConfig) -> PeftConfig:
+    """Check a config against the model and fill in heads and targets, in place.
+
+    Returns:
+        ``config``.
+
+    Raises:
+        TypeError: A value is of the wrong type.
+        ValueError: A value is out of range, or the task does not fit the model.
+        ContractError: An entry matches nothing, or a head has to be trained that PEFT cannot train.
+    """
+    check_values(config)
+    check_task(model, config.task_type)
+    check_tokens(model, config)
+    fill_heads(model, config)
+    fill_targets(model, config)
+    check_targets(model, config)
+    return config
+
+
+def fill_heads(model: nn.Module, config: Any) -> None:
+    """Have task heads trained and saved, unless ``modules_to_save`` says what to train, if only ``[]``. Changes ``config``.
+
+    A head that an entry of ``target_modules`` names by itself gets the adapter instead.
+
+    Raises:
+        ContractError: PEFT cannot train a part of the head.
+    """
+    if not hasattr(config, "modules_to_save") or config.modules_to_save is not None:
+        return
+    heads = find_heads(model)
+    if heads.out_of_reach:
+        _raise_out_of_reach(model, heads)
+    names = [name for name in heads.names if not _is_target(name, model, config)]
+    if names:
+        config.modules_to_save = names
+
+
+def _raise_out_of_reach(model: nn.Module, heads: Heads) -> None:
+    reasons = [f"{name}: {reason}" for name, reason in heads.out_of_reach.items()]
+    raise ContractError(
+        f"PEFT cannot train these parts of the head of {type(model).__name__}, which may be at their random start:\n"
+        f"{listing(reasons)}\nPass modules_to_save={heads.names} to train the other parts only and leave these as they are."
+    )
+
+
+def _is_target(head: str, model: nn.Module, config: Any) -> bool:
+    """Whether an entry of ``target_modules`` matches nothing but this head or modules inside it."""
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, str) or not targets:
+        return False
+    for entry in targets:
+        found = [n for n, _ in base_modules(model) if n == entry or n.endswith(f".{entry}")]
+        if found and all(name == head or name.startswith(f"{head}.") for name in found):
+            return True
+    return False
+
+
+def task_of(model: nn.Module) -> str | None:
+    """PEFT's task type, if the name of the model's class says it and the model takes the arguments that PEFT passes then."""
+    task = _task_of_class(model)
+    fits = task in ("CAUSAL_LM", "SEQ_CLS") and _takes_text(model)
+    return task if fits else None
+
+
+def _task_of_class(model: nn.Module) -> str | None:
+    for cls in type(model).__mro__:
+        for ending, task in _TASK_OF_CLASS.items():
+            if cls.__name__.endswith(ending):
+                return task
+    generates = hasattr(model, "prepare_inputs_for_generation")
+    if generates and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return None
+
+
+def _takes_text(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return "input_ids" in parameters or not hasattr(model, "base_model_prefix")
+
+
+def check_task(model: nn.Module, task: str | None) -> None:
+    """Raise if PEFT's class for this task could not run the model.
+
+    Raises:
+        ValueError: The task is another one than that of the model's class.
+    """
+    if task not in _TEXT:
+        return
+    kind = type(model).__name__
+    own = _task_of_class(model)
+    if own is not None and own != task:
+        raise ValueError(
+            f"task_type={task!r} does not fit {kind}, whose task is {own}; leave task_type out, or load the model by the class "
+            "of the other task"
+        )
+    if task in _LANGUAGE and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"task_type={task!r} does not fit {kind}, which cannot generate; leave task_type out"
+        )
+    if task not in _LANGUAGE and re.search(
+        r"For(MaskedLM|ConditionalGeneration|PreTraining)$", kind
+    ):
+        raise ValueError(
+            f"task_type={task!r} does not fit {kind}, which has no such head; leave task_type out"
+        )
+    if not _takes_text(model):
+        raise ValueError(
+            f"task_type={task!r}: PEFT would call {kind} with input_ids, which it does not take; leave task_type out, and "
+            "peftkit trains the head all the same"
+        )
