@@ -26,10 +26,11 @@ from torch import nn
 
 from peftkit.bottleneck import BottleneckConfig, BottleneckSite, remove_bottlenecks
 from peftkit.bottleneck import inject as bottleneck
+from peftkit.find.matching import check_targets
 from peftkit.find.modules import wrapped_modules
 from peftkit.find.prepare import check_arguments, complete, fill_heads, task_of
 from peftkit.find.targets import fill_targets
-from peftkit.find.values import check_values
+from peftkit.find.values import check_tokens, check_values
 from peftkit.peft_types import PeftkitType
 from peftkit.prefix import PrefixConfig, PrefixSite, remove_prefixes
 from peftkit.prefix import inject as prefix
@@ -88,6 +89,9 @@ def combine(model: nn.Module, configs: tuple[Any, ...]) -> PeftConfig:
                 f"two {type(config).__name__}s: give one, and add a second adapter by model.add_adapter"
             )
         check_values(config)
+        if type(config) is not LoraConfig:
+            check_tokens(model, config)
+            check_targets(model, config)
         kinds[type(config)] = copy.deepcopy(config)
     tasks = {str(config.task_type): config.task_type for config in configs if config.task_type}
     if len(tasks) > 1:

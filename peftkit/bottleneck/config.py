@@ -7,6 +7,13 @@ from typing import Literal
 
 from peft import PeftConfig
 
+from peftkit.find.values import (
+    require_bool,
+    require_factor,
+    require_integer,
+    require_integers,
+    require_number,
+)
 from peftkit.peft_types import PeftkitType
 
 DEFAULT_REDUCTION = 16.0
@@ -65,6 +72,16 @@ class BottleneckConfig(PeftConfig):
                 f"bottleneck_size={self.bottleneck_size} and reduction_factor={self.reduction_factor} say the same thing; "
                 "give one of them"
             )
+        if self.bottleneck_size is not None:
+            require_integer("bottleneck_size", self.bottleneck_size, 1)
+        require_integers("layers", self.layers)
+        require_bool("layer_norm", self.layer_norm)
+        if self.scaling != "learned":
+            if isinstance(self.scaling, str):
+                raise ValueError(f"scaling={self.scaling!r}: use a number or 'learned'")
+            require_factor("scaling", self.scaling)
+        if self.reduction_factor is not None:
+            require_number("reduction_factor", self.reduction_factor)
         if self.reduction_factor is not None and not self.reduction_factor > 0:
             raise ValueError(
                 f"reduction_factor={self.reduction_factor} is not above 0; it divides the width, mostly by 2 to 64"

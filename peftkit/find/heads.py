@@ -25,9 +25,7 @@ from peftkit.find.modules import (
     wrapped_modules,
 )
 
-AMBIGUOUS = (
-    "PEFT's modules_to_save takes every module whose name ends with these letters, and others do"
-)
+AMBIGUOUS = "the names of other modules end with these letters, and PEFT's modules_to_save takes all of them; rename it"
 QUANTISED = "its weight is quantised; load the model with this module in llm_int8_skip_modules"
 SHARED = "it shares its weight with another module"
 BARE = "it is a parameter of the model itself, which PEFT cannot save"

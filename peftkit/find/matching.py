@@ -210,10 +210,11 @@ def _reason(
         return _narrowed(entry, config, names, len(found))
     if field == "layers_to_transform":
         return "has no target left in it; see exclude_modules and modules_to_save"
-    if field == "exclude_modules" and isinstance(config.exclude_modules, str):
-        return "matches nothing; it is one regular expression for whole names, such as " + repr(
-            f".*{list(names.modules)[-1].rpartition('.')[2]}"
-        )
+    if isinstance(getattr(config, field), str):
+        way_out = close_matches(entry, names.modules)
+        if names.ending(entry):
+            way_out = f"; pass a list to match the ends of names: {field}=[{entry!r}]"
+        return f"matches nothing as a regular expression for whole names{way_out}"
     if field in ("rank_pattern", "alpha_pattern"):
         adapted = [n for (f, _), found in matches.items() if f.startswith("target_") for n in found]
         return "matches nothing that is adapted" + close_matches(entry, adapted)

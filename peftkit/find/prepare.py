@@ -15,7 +15,7 @@ from peftkit.find.heads import Heads, find_heads
 from peftkit.find.matching import check_targets
 from peftkit.find.modules import base_modules, is_adapted
 from peftkit.find.targets import fill_targets
-from peftkit.find.values import check_tokens, check_values
+from peftkit.find.values import check_tokens, check_values, kind_of
 
 _LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 # PEFT's classes for these tasks pass input_ids, inputs_embeds and labels to the model.
@@ -52,7 +52,7 @@ def _check_model(model: Any) -> None:
         return
     if isinstance(model, PeftConfig):
         raise TypeError(
-            f"the first argument is a {type(model).__name__}; the model is the first one: wrap(model, config)"
+            f"the first argument is a {type(model).__name__}, but it must be the model; call wrap(model, config)"
         )
     if isinstance(model, str):
         way_out = f"load the model first, such as AutoModelForCausalLM.from_pretrained({model!r})"
@@ -64,16 +64,11 @@ def _check_model(model: Any) -> None:
         way_out = "pass its .model"
     else:
         way_out = "pass a torch.nn.Module, such as a loaded transformers model"
-    kind = model.__name__ if isinstance(model, type) else type(model).__name__
-    raise TypeError(
-        f"model={_shortened(model)} is not a model but {_article(model, kind)}; {way_out}"
-    )
+    raise TypeError(f"model={_shortened(model)} is not a model but {_kind(model)}; {way_out}")
 
 
-def _article(value: Any, kind: str) -> str:
-    if value is None:
-        return "None"
-    return f"the class {kind}" if isinstance(value, type) else f"a {kind}"
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else kind_of(value)
 
 
 def _shortened(value: Any) -> str:
@@ -90,7 +85,7 @@ def _check_config(config: Any) -> None:
         return
     if isinstance(config, nn.Module):
         raise TypeError(
-            f"a config is a {type(config).__name__}, which is a model; call wrap(model, config)"
+            f"one of the configs is a model, {type(config).__name__}; call wrap(model, config)"
         )
     if config is None:
         way_out = "leave it out to get LoRA with r=16"
@@ -108,19 +103,14 @@ def _check_config(config: Any) -> None:
         )
     else:
         way_out = "pass a peft.PeftConfig, such as peft.LoraConfig(r=16)"
-    kind = config.__name__ if isinstance(config, type) else type(config).__name__
-    raise TypeError(
-        f"config={_shortened(config)} is not a config but {_article(config, kind)}; {way_out}"
-    )
+    raise TypeError(f"config={_shortened(config)} is not a config but {_kind(config)}; {way_out}")
 
 
 def _check_adapter_name(name: Any, configs: tuple[Any, ...]) -> None:
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     if not isinstance(name, str):
-        raise TypeError(
-            f"adapter_name={_shortened(name)} is a {type(name).__name__}; it must be a string"
-        )
+        raise TypeError(f"adapter_name={_shortened(name)} is {kind_of(name)}; it must be a string")
     if not name or "." in name or hasattr(nn.ModuleDict, name):
         reason = (
             "is empty"

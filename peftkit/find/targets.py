@@ -196,7 +196,7 @@ def _raise_nothing_left(model: nn.Module, config: Any, selection: Selection) -> 
     if narrowed:
         fields = ("exclude_modules", "modules_to_save", "layers_to_transform")
         given = [f"{f}={getattr(config, f)!r}" for f in fields if getattr(config, f, None)]
-        way_out = f"{' and '.join(given)} leave out all {len(narrowed)} linear layers; leave out fewer of them"
+        way_out = f"{' and '.join(given)} left out {len(narrowed)} of them; leave out fewer"
     raise ContractError(
         f"no linear layer of {type(model).__name__} is left to adapt; {way_out}"
         + (f":\n{listing(reasons)}" if reasons else "")

@@ -33,10 +33,10 @@ def check_values(config: Any) -> None:
     if str(getattr(config.peft_type, "value", config.peft_type)) in _RANKED:
         for name in (name for name in _RANKS if name in values):
             require_integer(name, values[name], 1)
-    for name in (name for name in _FACTORS if values.get(name) is not None):
+    for name in (name for name in _FACTORS if name in values):
         require_factor(name, values[name])
     for name, value in values.items():
-        if name.endswith("dropout") and value is not None:
+        if name.endswith("dropout") and (value is not None or name == "lora_dropout"):
             require_dropout(name, value)
     for name in ("rank_pattern", "alpha_pattern"):
         _check_pattern(name, values.get(name))
@@ -44,31 +44,69 @@ def check_values(config: Any) -> None:
         _check_names(name, values.get(name), pattern=False)
     for name in _SELECTIONS:
         _check_names(name, values.get(name), pattern=True)
-    _check_layer_numbers(values.get("layers_to_transform"))
+    layers = values.get("layers_to_transform")
+    single = isinstance(layers, numbers.Integral) and not isinstance(layers, bool)
+    require_integers("layers_to_transform", [layers] if single else layers)
     _check_words(config, values)
-    if values.get("target_modules") in ([], ()) and not values.get("target_parameters"):
+    targets = values.get("target_modules")
+    if targets is not None and not targets and not values.get("target_parameters"):
         raise ValueError(
-            "target_modules=[] names no module; leave it out to adapt every linear layer of the backbone, or name modules "
+            "target_modules is empty, so no module would get an adapter; leave it out to use peftkit's choice, or name modules "
             'such as ["q_proj", "v_proj"]'
         )
+
+
+def kind_of(value: Any) -> str:
+    """``"an int"``, ``"a str"`` or ``"None"``: what an error calls a value of the wrong type."""
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    return f"an {kind}" if kind[0].lower() in "aeiou" else f"a {kind}"
 
 
 def require_integer(name: str, value: Any, at_least: int) -> None:
     """Raise unless ``value`` is a whole number, not a bool, of at least ``at_least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
-            f"{name}={value!r} is a {type(value).__name__}; it must be a whole number, such as {name}={max(at_least, 16)}"
+            f"{name}={value!r} is {kind_of(value)}; it must be a whole number, such as {max(at_least, 16)}"
         )
+    if value < 0 == at_least:
+        raise ValueError(f"{name}={value} is negative; pass 0 or more")
     if value < at_least:
-        raise ValueError(f"{name}={value} is below {at_least}; pass a number such as {name}=16")
+        raise ValueError(
+            f"{name}={value} is below {at_least}; pass a number such as {max(at_least, 16)}"
+        )
 
 
 def require_number(name: str, value: Any) -> None:
     """Raise unless ``value`` is a finite number, not a bool."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be a number")
+        raise TypeError(f"{name}={value!r} is {kind_of(value)}; it must be a number")
     if not math.isfinite(value):
-        raise ValueError(f"{name}={value} is not finite, so the loss would not be either")
+        raise ValueError(f"{name}={value} is not finite; pass an ordinary number")
+
+
+def require_bool(name: str, value: Any) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is {kind_of(value)}; it must be True or False")
+
+
+def require_integers(name: str, values: Any) -> None:
+    """Raise unless ``values`` is None or a collection of whole numbers that are not negative."""
+    if values is None:
+        return
+    if isinstance(values, (str, dict)) or not isinstance(values, Collection):
+        raise TypeError(
+            f"{name}={values!r} is {kind_of(values)}; it must be a list of whole numbers"
+        )
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} has the entry {value!r}; entries must be whole numbers")
+        if value < 0:
+            raise ValueError(
+                f"{name} has the entry {value}; numbers start at 0 and do not count from the end"
+            )
 
 
 def require_factor(name: str, value: Any) -> None:
@@ -76,8 +114,7 @@ def require_factor(name: str, value: Any) -> None:
     require_number(name, value)
     if value == 0:
         raise ValueError(
-            f"{name}=0 multiplies the adapter by zero, so it could never learn; pass a positive number, often once or twice "
-            "the rank"
+            f"{name}=0 multiplies the adapter by zero, so it could never learn; pass another number, such as 16.0"
         )
 
 
@@ -97,7 +134,7 @@ def _check_pattern(field: str, patterns: Any) -> None:
         return
     if not isinstance(patterns, dict):
         raise TypeError(
-            f"{field}={patterns!r} is a {type(patterns).__name__}; it must be a dict from module names to numbers"
+            f"{field}={patterns!r} is {kind_of(patterns)}; it must be a dict from module names to numbers"
         )
     for entry, value in patterns.items():
         if not isinstance(entry, str):
@@ -122,7 +159,7 @@ def _check_names(field: str, value: Any, pattern: bool) -> None:
         return
     if not isinstance(value, Collection) or isinstance(value, dict):
         kinds = "a list of names or a regular expression" if pattern else "a list of names"
-        raise TypeError(f"{field}={value!r} is a {type(value).__name__}; it must be {kinds}")
+        raise TypeError(f"{field}={value!r} is {kind_of(value)}; it must be {kinds}")
     for entry in value:
         if not isinstance(entry, str) or not entry:
             raise TypeError(f"{field} has the entry {entry!r}; entries must be names of modules")
@@ -135,25 +172,6 @@ def _require_regex(field: str, pattern: str) -> None:
         raise ValueError(
             f"{field}: {pattern!r} is not a regular expression ({error}); escape special characters with a backslash"
         ) from None
-
-
-def _check_layer_numbers(layers: Any) -> None:
-    if layers is None:
-        return
-    single = isinstance(layers, numbers.Integral)
-    if not single and (isinstance(layers, (str, dict)) or not isinstance(layers, Collection)):
-        raise TypeError(
-            f"layers_to_transform={layers!r} is a {type(layers).__name__}; it must be a layer number or a list of them"
-        )
-    for layer in [layers] if single else layers:
-        if isinstance(layer, bool) or not isinstance(layer, numbers.Integral):
-            raise TypeError(
-                f"layers_to_transform has the entry {layer!r}; entries must be whole numbers"
-            )
-        if layer < 0:
-            raise ValueError(
-                f"layers_to_transform has the entry {layer}; layers are numbered from 0, and PEFT does not count from the end"
-            )
 
 
 def _check_words(config: Any, values: dict[str, Any]) -> None:
@@ -191,12 +209,15 @@ def _literals(hint: Any) -> list[Any]:
 
 
 def check_tokens(model: nn.Module, config: Any) -> None:
-    """Raise unless every entry of ``trainable_token_indices`` is a row of the embedding that it is for.
+    """Raise unless the entries of ``trainable_token_indices`` and ``init_token_ids`` are rows of the embedding that they are for.
 
     Raises:
         TypeError: An index is not a whole number.
         ContractError: The embedding has no such row.
     """
+    start = getattr(config, "init_token_ids", None)
+    if start and (embeddings := getattr(model, "get_input_embeddings", lambda: None)()) is not None:
+        _check_rows("init_token_ids", start, embeddings)
     wanted = getattr(config, "trainable_token_indices", None)
     if wanted is None:
         return
@@ -225,9 +246,7 @@ def check_tokens(model: nn.Module, config: Any) -> None:
 
 def _check_rows(field: str, rows: Any, module: nn.Module) -> None:
     if isinstance(rows, (str, dict)) or not isinstance(rows, Collection):
-        raise TypeError(
-            f"{field}={rows!r} is a {type(rows).__name__}; it must be a list of token ids"
-        )
+        raise TypeError(f"{field}={rows!r} is {kind_of(rows)}; it must be a list of token ids")
     weight = getattr(module, "weight", None)
     size = weight.shape[0] if weight is not None else None
     for row in rows:

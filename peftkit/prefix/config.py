@@ -7,6 +7,7 @@ from typing import Literal
 
 from peft import PeftConfig
 
+from peftkit.find.values import require_bool, require_integer, require_integers, require_number
 from peftkit.peft_types import PeftkitType
 
 STACKS = ("encoder", "decoder", "cross")
@@ -62,16 +63,24 @@ class PrefixConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftkitType.PEFTKIT_PREFIX
-        if self.num_virtual_tokens < 1:
-            raise ValueError(f"num_virtual_tokens={self.num_virtual_tokens} is below 1")
-        if self.position_offset < 0:
-            raise ValueError(f"position_offset={self.position_offset} is negative")
+        require_integer("num_virtual_tokens", self.num_virtual_tokens, 1)
+        require_integer("position_offset", self.position_offset, 0)
+        require_integers("layers", self.layers)
+        require_integers("init_token_ids", self.init_token_ids)
+        require_number("init_std", self.init_std)
+        if self.init_std < 0:
+            raise ValueError(f"init_std={self.init_std} is negative; it is a standard deviation")
+        require_bool("gate", self.gate)
         if self.init not in ("random", "text"):
             raise ValueError(f"init={self.init!r} is unknown; use 'random' or 'text'")
         if (self.init == "text") != bool(self.init_token_ids):
             raise ValueError(
                 f"init={self.init!r} and init_token_ids={self.init_token_ids}: give token ids with init='text', and only there"
             )
-        unknown = set(self.attention) - set(STACKS)
-        if unknown or not self.attention:
-            raise ValueError(f"attention={self.attention}: choose from {', '.join(STACKS)}")
+        known = isinstance(self.attention, (list, tuple, set)) and set(self.attention) <= set(
+            STACKS
+        )
+        if not known or not self.attention:
+            raise ValueError(
+                f"attention={self.attention!r} must be a list; choose from {', '.join(STACKS)}"
+            )
