@@ -62,6 +62,20 @@ def require_model(model: Any, path: Any, call: str) -> None:
         )
 
 
+def require_adapter_name(adapter_name: Any) -> None:
+    """Raise unless torch's module containers accept this name.
+
+    Raises:
+        ContractError: It is not a string, empty, has dots, or is the name of a method of those containers.
+    """
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ContractError(f"adapter_name={adapter_name!r}: use a non-empty name without dots")
+    if hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name):
+        raise ContractError(
+            f"adapter_name={adapter_name!r} is the name of a method of torch's modules; use another name"
+        )
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read ``adapter_config.json``.
 

@@ -16,6 +16,7 @@ from peftkit.adapter_files import (
     CONFIG_FILE,
     read_config,
     read_tensors,
+    require_adapter_name,
     require_model,
     weights_file,
 )
@@ -60,7 +61,7 @@ def load_adapter(
     from peft import PeftModel
 
     require_model(model, path, "load_adapter(model, path)")
-    _check_adapter_name(model, adapter_name)
+    _check_room(model, adapter_name)
     checkpoint = _Checkpoint(Path(path), model)
     if is_trainable and checkpoint.config.is_prompt_learning:
         raise ContractError(
@@ -210,16 +211,12 @@ class _Checkpoint:
         return f"{said}\nValues that {CONFIG_FILE} should not have there:\n{listing(odd)}\nCorrect them, or save the adapter again."
 
 
-def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
+def _check_room(model: nn.Module, adapter_name: str) -> None:
+    """Raise unless the model can get an adapter of this name."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ContractError(f"adapter_name={adapter_name!r}: use a non-empty name without dots")
-    if hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name):
-        raise ContractError(
-            f"adapter_name={adapter_name!r} is the name of a method of torch's modules; use another name"
-        )
+    require_adapter_name(adapter_name)
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
             raise ContractError(

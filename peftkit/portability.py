@@ -13,7 +13,7 @@ from packaging.version import InvalidVersion, Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
-from peftkit.errors import ContractError
+from peftkit.errors import ContractError, count
 from peftkit.interop.files import Checkpoint, read_checkpoint
 from peftkit.loading import check_fits
 from peftkit.peft_types import PeftkitType
@@ -237,7 +237,7 @@ def _vllm(facts: AdapterFacts) -> tuple[list[str], list[str]]:
     odd = [key for key in facts.shapes if not known.search(key)]
     if odd and not problems:
         problems.append(
-            f"{len(odd)} keys are none that vLLM reads, such as {odd[0]} ({_VLLM_WEIGHTS})"
+            f"vLLM does not read {count(len(odd), 'key')}, such as {odd[0]} ({_VLLM_WEIGHTS})"
         )
     if any("lora_embedding_" in key for key in facts.shapes):
         notes.append("it adapts an embedding, which vLLM does for those models that declare it")

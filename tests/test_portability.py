@@ -166,7 +166,7 @@ def test_keys_vllm_does_not_read_are_problems(tmp_path):
     held = load_file(file)
     save_file(held | {"base_model.model.score.weight": torch.ones(2)}, file)
     problem = fit(inspect_adapter(folder), "vllm").problems[0]
-    assert "1 keys are none that vLLM reads, such as base_model.model.score.weight" in problem
+    assert "vLLM does not read 1 key, such as base_model.model.score.weight" in problem
     save_file({"base_model.model.conv.lora_A.weight": torch.ones(8, 3, 3, 3)}, file)
     assert "is a convolution's" in fit(inspect_adapter(folder), "vllm").problems[0]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from peftkit.bottleneck import BottleneckConfig
 from peftkit.bottleneck.inject import CHILD
-from peftkit.errors import ContractError, listing
+from peftkit.errors import ContractError, count, listing
 from peftkit.find.modules import wrapped_modules
 from peftkit.find.points import Point, find_points
 from peftkit.interop.files import Checkpoint
@@ -236,7 +236,8 @@ def _parts(checkpoint: Checkpoint, layout: _Layout) -> dict[tuple[str, str], dic
             left_over.append(key)
     if left_over:
         raise _refused(
-            checkpoint, f"{len(left_over)} keys have no place here:\n{listing(left_over)}"
+            checkpoint,
+            f"{count(len(left_over), 'key')} without a place here:\n{listing(left_over)}",
         )
     return parts
 

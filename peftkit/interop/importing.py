@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from peftkit.errors import ContractError
+from peftkit.adapter_files import require_adapter_name, require_model
+from peftkit.errors import ContractError, count, listing
 from peftkit.interop.adapterhub import import_bottlenecks
 from peftkit.interop.files import Checkpoint, read_checkpoint
 from peftkit.interop.prefix_tuning import import_prefix
+from peftkit.rollback import restoring
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,18 +48,40 @@ def import_adapter(
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    require_model(model, path, "import_adapter(model, path)")
+    require_adapter_name(adapter_name)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ContractError(
             "model carries adapters already: import into the plain base model, save the result, and add that to the other "
             "model by peftkit.load_adapter"
         )
     checkpoint = read_checkpoint(path)
-    imported = _importer(checkpoint)(model, checkpoint, adapter_name)
+    _require_floating_point(checkpoint)
+    importer = _importer(checkpoint)
+    with restoring(model):
+        try:
+            imported = importer(model, checkpoint, adapter_name)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ContractError(
+                f"{checkpoint.folder} cannot be imported into {type(model).__name__}, which was left unchanged ({error!r}); the "
+                "adapter's config or weights are damaged, copy or save it again"
+            ) from error
     if not is_trainable:
         imported.requires_grad_(False)
         imported.eval()
         imported.peft_config[adapter_name].inference_mode = True
     return imported
+
+
+def _require_floating_point(checkpoint: Checkpoint) -> None:
+    odd = [f"{k}: {t.dtype}" for k, t in checkpoint.tensors.items() if not t.is_floating_point()]
+    if odd:
+        raise ContractError(
+            f"{count(len(odd), 'tensor')} of {checkpoint.weights} cannot be weights of an adapter, which are floating-point "
+            f"numbers:\n{listing(odd)}\nSave the adapter again."
+        )
 
 
 def _importer(checkpoint: Checkpoint):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.errors import ContractError, listing
+from peftkit.errors import ContractError, count, listing
 from peftkit.find.modules import base_modules
 from peftkit.interop.files import Checkpoint
 from peftkit.interop.rotary import check_turning, rotations, turn
@@ -99,8 +99,8 @@ def _embeddings(checkpoint: Checkpoint) -> Tensor:
         flat = _encoded(checkpoint, tensors)
     if tensors:
         raise ContractError(
-            f"{len(tensors)} keys of {checkpoint.weights} belong to no prefix:\n{listing(list(tensors))}\n"
-            "a model's head is loaded together with the base model"
+            f"{checkpoint.weights} has {count(len(tensors), 'key')} that no prefix has:\n{listing(list(tensors))}\n"
+            "A model's head is loaded together with the base model."
         )
     if flat.ndim != 2:
         raise ContractError(

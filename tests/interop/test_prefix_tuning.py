@@ -147,7 +147,7 @@ def test_encoder_decoders_are_refused_with_the_reason(name, why, tmp_path):
     [
         ({"prompt_embeddings": torch.ones(P, 8)}, r"is \[3, 8\], and this model needs \[3, 64\]"),
         ({"prompt_embeddings": torch.ones(64)}, r"is \[64\], not \[tokens"),
-        ({"prompt_embeddings": torch.ones(P, 64), "classifier.weight": torch.ones(2)}, "1 keys"),
+        ({"prompt_embeddings": torch.ones(P, 64), "classifier.weight": torch.ones(2)}, "1 key "),
         ({"lora_A": torch.ones(2)}, "has no prompt_embeddings, but lora_A"),
     ],
 )
