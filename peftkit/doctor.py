@@ -1,4 +1,4 @@
-"""What is installed here, on which device, and which path every operation takes on it, with the reason."""
+"""What is installed, on which device, and which path every operation takes there, with the reason."""
 
 from __future__ import annotations
 
@@ -59,13 +59,14 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_paths() -> dict[str, str]:
-    from peftkit_kernels import gemm, native
+    from peftkit_kernels import calibration, gemm, native
     from peftkit_kernels.int8_compute_linear.torch_impl import multiplies_int8
 
     return {
-        "element-wise passes, attention": native.obstacle() or "native",
+        "element-wise passes, attention": native.obstacle() or f"native, {native.description()}",
         "float32 products": "oneDNN" if gemm.prefers_onednn() else "the BLAS of PyTorch",
         "int8 products": "8-bit instructions" if multiplies_int8() else "as float32",
+        "GPU calibration": calibration.obstacle() or "nothing is wrong with it",
     }
 
 

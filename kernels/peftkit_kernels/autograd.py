@@ -3,51 +3,64 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from peftkit_kernels.modes import is_transformed
 
 
 def run(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``, without autograd's share of the time where nobody can ask for a gradient.
+    """``function.apply(*args)``, without the time that autograd takes if no gradient can be computed.
 
-    Transforms (``torch.func``) and forward-mode tangents go through ``apply``, which refuses what it has no rule for.
+    Transforms (``torch.func``) and forward-mode tangents go through ``apply``, which refuses functions it has no rule for.
     """
-    if (
-        torch.is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if torch.is_grad_enabled() or is_transformed():
         return function.apply(*args)
     return function.forward(_NoContext(len(args)), *args)
 
 
 class _NoContext:
-    """Stands in for an autograd function's context: asks for nothing to be kept, and keeps nothing."""
+    """Replaces the context of an autograd function: says that no gradient is needed, and keeps nothing."""
 
     def __init__(self, count: int):
         self.needs_input_grad = (False,) * count
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Drop them."""
+        """Keep none of them."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """No gradient will come."""
+        """Do nothing: there is no backward."""
+
+
+def gradients_of(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``function(*tensors)`` by ``tensors``, computed by autograd from a second call of the function.
+
+    Args:
+        function: Made of torch operations.
+        tensors: Its arguments, floating point; none of them is changed.
+        grad: The gradient by its result.
+    """
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        return torch.autograd.grad(function(*leaves), leaves, grad)
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward without a derivative of its own: under ``create_graph=True`` its results raise where they are differentiated.
+    """A backward that has no derivative: under ``create_graph=True`` its results raise an error if they are differentiated.
 
-    torch's decorator of that name passes them off as constants where the incoming gradient is one, which would make a
-    gradient penalty silently wrong; and it costs microseconds in every other backward.
+    <<<<<<< HEAD
+        torch's decorator of that name passes them off as constants where the incoming gradient is one, which would make a
+        gradient penalty silently wrong; and it costs microseconds in every other backward.
 
-    Autocast is off inside: the forward has chosen the dtypes, and a backward that runs under autocast must not round its
-    float32 products to 16 bits.
-    """
+        Autocast is off inside: the forward has chosen the dtypes, and a backward that runs under autocast must not round its
+        float32 products to 16 bits.
+        """
 
     @functools.wraps(backward)
     def call(ctx: Any, *grads: Tensor | None) -> Any:
@@ -78,13 +91,13 @@ def _device_under_autocast(grads: tuple[Any, ...]) -> str | None:
 
 
 def _op_name(ctx: Any) -> str:
-    """What to call the op of an autograd function, our own or one torch made for a torch.library op."""
+    """The name of the op of an autograd function, which is ours or was made by torch for a torch.library op."""
     name = type(ctx).__name__.strip("_").removesuffix("Backward")
     return name.removeprefix("GeneratedBackwardFor_peftkit_").removesuffix("_default")
 
 
 class _Once(torch.autograd.Function):
-    """Passes gradients on and raises where somebody differentiates them."""
+    """Returns the gradients unchanged and raises an error if they are differentiated."""
 
     @staticmethod
     def forward(ctx: Any, op: str, connection: Tensor, *grads: Tensor | None) -> Any:

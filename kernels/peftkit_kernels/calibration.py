@@ -1,24 +1,34 @@
-"""Crossovers of schedules measured on a GPU, kept between processes by the name of the device.
+"""Which schedule is faster at which size, as measured on a GPU and kept between processes by the name of the device.
 
-Nothing is measured unasked: ``python benchmarks/run.py kernels --calibrate`` writes the file, the first launch on a GPU reads it.
+Nothing is measured unless it is asked for: ``python benchmarks/run.py kernels --calibrate`` writes the file, and the first
+launch on a GPU reads it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from peftkit_kernels.cache import cache_folder
+from peftkit_kernels import cache
+
+_MAX_BYTES = 2**16
+"""Hundreds of devices; a larger file is not read."""
+
+
+_UNUSABLE = (ValueError, RecursionError, OSError, cache.Unsafe)
+"""What reading a file can raise; JSON that is nested too deeply is a ``RecursionError``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Where one schedule overtakes another.
+    """From which size on one schedule is faster than another.
 
     Attributes:
-        fused_width: Layers up to this width take the update inside the product (kernel ``gemm_lora``) instead of before it.
-        small_m: Rows up to which a quantised weight is decoded inside the product where its columns fill the GPU; ``None`` is the
+        fused_width: Layers up to this width add the update inside the product (kernel ``gemm_lora``) instead of before it.
+        small_m: Rows up to which a quantised weight is decoded inside the product if its columns fill the GPU; ``None`` is the
             architecture's default.
     """
 
@@ -27,38 +37,91 @@ class Calibration:
 
 
 def load(device: str, path: Path | None = None) -> Calibration:
-    """What was measured on ``device``, or the defaults where nothing was.
+    """What was measured on ``device``, or the defaults if nothing was.
+
+    A file that is malformed, or that someone else could have written, is ignored with a warning. One that this user may not
+    read is ignored; ``obstacle`` says so.
 
     Args:
         device: Name, as ``torch.cuda.get_device_name`` gives it.
         path: The file; in the user's cache by default.
-
-    Raises:
-        ValueError: The file holds something else.
     """
-    path = path or calibration_file()
-    if not path.exists():
-        return Calibration()
     try:
-        return Calibration(**json.loads(path.read_text()).get(device, {}))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no calibration ({error}); delete it, or measure again by "
-            "python benchmarks/run.py kernels --calibrate"
-        ) from error
+        return _read(path).get(device, Calibration())
+    except PermissionError:
+        return Calibration()
+    except _UNUSABLE as error:
+        warnings.warn(f"the defaults are used instead of a calibration: {error}", stacklevel=2)
+        return Calibration()
+
+
+def obstacle(path: Path | None = None) -> str | None:
+    """Why the file of calibrations is ignored, as a sentence; ``None`` if it is read or if there is none."""
+    try:
+        _read(path)
+    except _UNUSABLE as error:
+        return str(error)
+    return None
 
 
 def save(device: str, calibration: Calibration, path: Path | None = None) -> Path:
-    """Keep ``calibration`` for ``device`` beside what is known of others; returns the file."""
+    """Keep ``calibration`` for ``device`` in the file, beside those of other devices.
+
+    A file that ``load`` would ignore is replaced.
+
+    Returns:
+        The file.
+
+    Raises:
+        peftkit_kernels.cache.Unsafe: The folder belongs to someone else, or others can write to it.
+        OSError: The file cannot be written.
+    """
     path = path or calibration_file()
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known | {device: asdict(calibration)}, indent=1) + "\n")
-    temporary.replace(path)
+    cache.make_folder(path.parent)
+    try:
+        known = _read(path)
+    except _UNUSABLE:
+        known = {}
+    known[device] = calibration
+    text = json.dumps({name: asdict(value) for name, value in known.items()}, indent=1)
+    cache.write_file(path, f"{text}\n".encode())
     return path
 
 
 def calibration_file() -> Path:
-    """Where calibrations are kept."""
-    return cache_folder() / "calibration.json"
+    """Where calibrations are kept; raises as ``cache_folder``."""
+    return cache.cache_folder() / "calibration.json"
+
+
+def _read(path: Path | None) -> dict[str, Calibration]:
+    """The calibrations in a file, by device; none if there is no file."""
+    try:
+        path = path or calibration_file()
+    except cache.Unsafe:
+        return {}  # without a home folder nothing was kept
+    if not path.exists():
+        return {}
+    content = cache.read_file(path, _MAX_BYTES)
+    try:
+        known = json.loads(content)
+        if not isinstance(known, dict):
+            raise ValueError(f"it holds a {type(known).__name__}, not an object")
+        return {device: _parse(device, values) for device, values in known.items()}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not a calibration ({error}); delete it, or measure again with "
+            "python benchmarks/run.py kernels --calibrate"
+        ) from error
+
+
+def _parse(device: str, values: Any) -> Calibration:
+    names = {field.name for field in fields(Calibration)}
+    if not isinstance(values, dict) or not names.issuperset(values):
+        raise ValueError(f"the entry of {device!r} has other keys than {', '.join(sorted(names))}")
+    for name, value in values.items():
+        is_size = type(value) is int and 0 <= value < 2**31
+        if not (is_size or (name == "small_m" and value is None)):
+            raise ValueError(
+                f"{name} of {device!r} is {value!r:.40}, not an integer from 0 to {2**31 - 1}"
+            )
+    return Calibration(**values)

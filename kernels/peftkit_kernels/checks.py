@@ -11,6 +11,11 @@ from torch import Tensor
 
 from peftkit_kernels.low_rank import LoRA
 
+# Not asked in a forward: not every version of torch.compile can trace the question.
+_WITHOUT_AUTOCAST = frozenset(
+    name for name in ("lazy", "meta", "vulkan") if not torch.amp.is_autocast_available(name)
+)
+
 
 def is_autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for tensors of this device type; false for types without autocast, such as ``"meta"``.
@@ -18,7 +23,7 @@ def is_autocast_enabled(device_type: str) -> bool:
     Args:
         device_type: As in ``tensor.device.type``.
     """
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -12,28 +12,17 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from peftkit_kernels.launch import is_recording
 from peftkit_kernels.low_rank.config import MAX_RANK
+from peftkit_kernels.modes import is_transformed
+
+__all__ = ["Backend", "choose_backend", "is_transformed", "triton_obstacle"]
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 
 _BACKENDS = get_args(Backend)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def is_transformed() -> bool:
-    """Whether operations are taken over one by one, so that plain torch operations are wanted.
-
-    ``torch.compile`` fuses and differentiates those itself. ``torch.func`` and forward-mode tangents have no rule for an
-    autograd function.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
 
 
 def triton_obstacle(

@@ -20,8 +20,11 @@ _WORD = 0xFFFFFFFF
 
 
 def draw_seed() -> int:
-    """One 63-bit seed from torch's CPU generator, so that ``torch.manual_seed`` and checkpointing reproduce it."""
-    return int(torch.randint(2**63 - 1, (), dtype=torch.int64))
+    """One 63-bit seed from torch's CPU generator, so that ``torch.manual_seed`` and checkpointing reproduce it.
+
+    The device is named, so that a default device that the user has set changes nothing.
+    """
+    return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def threshold(p: float) -> int:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkit_kernels.modes import hides_native_calls
+
 _MIN_FLOPS = 2 * 64**3
 """Below this the product takes microseconds and the lighter call wins."""
 
@@ -86,13 +88,14 @@ def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _use_onednn(x: Tensor, w: Tensor) -> bool:
+    # tracers have no rule for oneDNN's operations, and counters of operations do not know them
     return (
         2 * x.shape[0] * w.numel() >= _MIN_FLOPS
         and x.dtype is torch.float32
         and x.is_cpu
         and w.dtype is torch.float32
         and prefers_onednn()
-        and not torch.compiler.is_compiling()
+        and not hides_native_calls()
     )
 
 

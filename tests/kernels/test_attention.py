@@ -167,7 +167,7 @@ def test_bad_arguments_are_named(change, message):
 
 @pytest.mark.parametrize(
     ("dtype", "size", "sentence"),
-    [(torch.float64, 32, "not float32"), (torch.float32, 24, "no multiple of 32")],
+    [(torch.float64, 32, "not float32"), (torch.float32, 24, "not a multiple of 32")],
 )
 def test_obstacles_are_sentences(dtype, size, sentence):
     q, k, v, _ = make((1, 2, 1, 20, 20, size), dtype)

@@ -1,9 +1,5 @@
 """The native passes against float64 and against the torch ops they stand in for, and how the library is built."""
 
-import shutil
-import stat
-from pathlib import Path
-
 import op_cases
 import pytest
 import torch
@@ -172,118 +168,11 @@ def test_ops_agree_with_and_without_the_passes(name, monkeypatch):
         assert_no_worse_than(with_passes[key], plain[key], truth[key], key)
 
 
-class Builder:
-    """``build.load`` in an empty cache folder, with a compiler of one's own."""
-
-    def __init__(self, tmp_path, monkeypatch):
-        self.cache, self.bin = tmp_path / "cache", tmp_path / "bin"
-        self.patch, self.found = monkeypatch, shutil.which("cc") or shutil.which("gcc")
-        self.bin.mkdir()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(self.cache))
-        monkeypatch.delenv("PEFTKIT_NATIVE", raising=False)
-        monkeypatch.setattr(build.platform, "system", lambda: "Linux")
-        self.only(None)
-
-    def only(self, compiler):
-        """Make ``compiler`` the one that is found."""
-        self.patch.setattr(build.shutil, "which", lambda name: compiler if name == "gcc" else None)
-
-    def script(self, text):
-        """Make a shell script the compiler; in it ``$all`` are its arguments, ``$out`` the file to write."""
-        path = self.bin / "gcc"
-        path.write_text(
-            '#!/bin/sh\nall="$*"\nwhile [ "$1" != -o ]; do shift; done\nout="$2"\n' + text
-        )
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        self.only(str(path))
-
-    def load(self):
-        """The library and the sentence, not remembered."""
-        return build.load.__wrapped__()
-
-    @property
-    def files(self):
-        """Everything in the cache folder."""
-        return sorted(self.cache.rglob("*")) if self.cache.exists() else []
-
-
-@pytest.fixture
-def builder(tmp_path, monkeypatch):
-    return Builder(tmp_path, monkeypatch)
-
-
-def test_no_compiler_is_a_sentence(builder):
-    assert builder.load() == (None, "no C compiler (cc, gcc or clang) is on the PATH")
-
-
-def test_switched_off_and_other_systems_are_sentences(builder, monkeypatch):
-    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
-    assert builder.load() == (None, "the native passes are built on Linux only, not on Darwin")
-    monkeypatch.setenv("PEFTKIT_NATIVE", "0")
-    assert builder.load() == (None, "the native passes are switched off (PEFTKIT_NATIVE=0)")
-
-
-def test_a_broken_compiler_is_a_sentence_and_leaves_nothing(builder):
-    builder.script('echo half > "$out"; echo "no space left" >&2; exit 1')
-    library, reason = builder.load()
-    assert library is None
-    assert "gcc failed" in reason
-    assert "no space left" in reason
-    assert builder.files == [builder.cache / "peftkit"]
-
-
-def test_a_compiler_that_says_nothing_is_a_sentence(builder):
-    builder.script("exit 3")
-    assert builder.load()[1].endswith("gcc failed: no message")
-
-
-def test_a_compiler_that_hangs_is_a_sentence_and_leaves_nothing(builder, monkeypatch):
-    monkeypatch.setattr(build, "_TIMEOUT_SECONDS", 0.3)
-    builder.script('echo half > "$out"; exec sleep 20')
-    library, reason = builder.load()
-    assert library is None
-    assert "could not be compiled" in reason
-    assert "timed out" in reason
-    assert builder.files == [builder.cache / "peftkit"]
-
-
-def test_a_cache_folder_that_cannot_be_written_is_a_sentence(builder):
-    builder.script("exit 0")
-    builder.cache.write_text("a file where the folder should be")
-    library, reason = builder.load()
-    assert library is None
-    assert "could not be compiled into" in reason
-
-
-def test_something_that_is_no_library_is_a_sentence(builder):
-    builder.script('echo nonsense > "$out"')
-    library, reason = builder.load()
-    assert library is None
-    assert "cannot be loaded" in reason
-
-
-@needs_native
-def test_the_library_appears_whole_and_is_found_again(builder):
-    seen = builder.bin.parent / "seen"
-    look = f'ls "{builder.cache}/peftkit" > "{seen}"; ls -i "$out" >> "{seen}"'
-    builder.script(f"eval {builder.found} $all\n{look}")
-    library, reason = builder.load()
-    assert library is not None, reason
-    *before, built = seen.read_text().splitlines()
-    assert not [name for name in before if name.endswith(".so")], "one not finished could be loaded"
-    # renamed, not copied: nobody can see a part of it
-    assert int(built.split()[0]) == Path(reason).stat().st_ino
-    builder.only(None)
-    library, path = builder.load()
-    assert library is not None, path
-    assert [str(file) for file in builder.files if file.is_file()] == [path]
-
-
 def test_without_a_library_everything_runs(monkeypatch):
-    monkeypatch.setattr(build, "load", lambda: (None, "there is no compiler"))
+    monkeypatch.setattr(build, "load", lambda symbols: build.Native(None, "there is no compiler"))
     native._library.cache_clear()
     try:
-        assert native.obstacle() == "there is no compiler"
+        assert native.obstacle() == native.description() == "there is no compiler"
         assert not native.takes(torch.zeros(3))
         for name in op_cases.NAMES:
             assert op_cases.build(name).run()["x"].isfinite().all()

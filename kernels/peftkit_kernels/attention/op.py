@@ -10,9 +10,10 @@ from peftkit_kernels.attention.reference import attention_reference
 from peftkit_kernels.attention.torch_impl import Attention
 from peftkit_kernels.autograd import run
 from peftkit_kernels.dispatch import Backend, choose_backend
+from peftkit_kernels.modes import hides_native_calls
 
 HEAD_SIZE_MULTIPLE = 32
-"""Head sizes the native passes take are multiples of this: two vectors of AVX-512."""
+"""The native functions need a head size that is a multiple of this: two vectors of AVX-512."""
 
 
 def attention(
@@ -25,10 +26,10 @@ def attention(
     mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """``softmax(scale q kᵀ) v`` over the keys a query may see, without the scores ever being stored.
+    """``softmax(scale q kᵀ) v`` over the keys that a query may see. The scores are never stored.
 
     Keys and values of grouped-query heads are read in place, never repeated. Kept for backward: q, k, v, the output and
-    one number a query and head.
+    one number for each query and head.
 
     Args:
         q: ``[B, H, S, D]``.
@@ -37,14 +38,13 @@ def attention(
         scale: Factor on the scores, mostly ``D ** -0.5``.
         causal: Query ``i`` sees keys up to ``i``; needs ``S == T``.
         mask: ``Bool[B, 1, S, T]``, true where a query may see a key; a query that sees nothing gives 0.
-        backend: ``"auto"`` takes the native passes where ``native_obstacle`` gives no reason against them, else
-            ``"reference"``.
+        backend: ``"auto"`` runs native code if ``native_obstacle`` gives no reason against it, else ``"reference"``.
 
     Returns:
         ``[B, S, H, D]``.
 
     Raises:
-        ValueError: Shapes do not fit, or ``backend="torch"`` where the native passes cannot run.
+        ValueError: Shapes do not fit, or ``backend="torch"`` and native code cannot run.
 
     Source: Dao et al., 2022, arXiv:2205.14135 (online softmax in blocks, recomputation in backward).
     """
@@ -72,20 +72,26 @@ def attention(
 
 
 def native_obstacle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
-    """Why the native passes cannot take these tensors, as a sentence, or ``None``."""
-    if torch.compiler.is_compiling():
-        return "the native passes cannot be compiled into a graph"
+    """Why the native functions cannot run on these tensors, as a sentence, or ``None``."""
+    if hides_native_calls():
+        return "something records or watches torch operations, and a native call is none"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"{name} is a {type(tensor).__name__}, not a plain tensor"
         if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
             return f"{name} is {tensor.dtype} on {tensor.device}, not float32 on the CPU"
+        if tensor.layout is not torch.strided or tensor.is_neg():
+            return f"{name} is not stored as its plain values"
         if tensor.stride(3) != 1 or tensor.numel() == 0:
             return f"the features of {name} are not contiguous, or it is empty"
     if q.shape[3] % HEAD_SIZE_MULTIPLE:
-        return f"the head size {q.shape[3]} is no multiple of {HEAD_SIZE_MULTIPLE}"
+        return f"the head size {q.shape[3]} is not a multiple of {HEAD_SIZE_MULTIPLE}"
     if k.shape != v.shape:
         return f"k {tuple(k.shape)} and v {tuple(v.shape)} differ in shape"
     if mask is not None:
         shape = (q.shape[0], 1, q.shape[2], k.shape[2])
         if mask.dtype is not torch.bool or mask.shape != shape or mask.stride(3) != 1:
             return f"the mask is {mask.dtype} {tuple(mask.shape)}, not bool {shape} with contiguous keys"
+        if type(mask) is not Tensor or mask.device.type != "cpu":
+            return f"the mask is a {type(mask).__name__} on {mask.device}, not a plain tensor on the CPU"
     return native.obstacle()

@@ -1,20 +1,23 @@
-"""``attention`` by the native passes: keeps q, k, v, the output and one number a row of scores."""
+"""``attention`` in native code: keeps q, k, v, the output and one number for each row of scores."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkit_kernels import native
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.attention.reference import attention_reference
+from peftkit_kernels.autograd import gradients_of, once_differentiable
+from peftkit_kernels.modes import hides_native_calls
 
 
 class Attention(torch.autograd.Function):
     """With ``P = softmax(scale q kᵀ)`` and ``dS = P ∘ (dout vᵀ - rowsum(dout ∘ out))``:
 
-    ``dv = Pᵀ dout``, ``dk = scale dSᵀ q``, ``dq = scale dS k``; P is made again from the kept log-sum-exp.
+    ``dv = Pᵀ dout``, ``dk = scale dSᵀ q``, ``dq = scale dS k``; P is computed again from the kept log-sum-exp.
     """
 
     @staticmethod
@@ -30,6 +33,13 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, lse = ctx.saved_tensors
+        if hides_native_calls():
+            grads = gradients_of(
+                partial(attention_reference, scale=ctx.scale, causal=ctx.causal, mask=mask),
+                (q, k, v),
+                dout,
+            )
+            return *grads, None, None, None
         dout = dout.contiguous()
         grads = native.attention_backward(dout, q, k, v, out, lse, ctx.scale, ctx.causal, mask)
         return *grads, None, None, None

@@ -1,8 +1,12 @@
-"""Element-wise passes of the CPU path as one pass each, in C, built once with the machine's own compiler.
+"""Element-wise operations and attention for the CPU in C, built once with the machine's own compiler.
 
-Where torch needs one pass over memory (and one fresh buffer) for every elementary operation, each of these reads its
-inputs once and writes its outputs once. They are taken for contiguous float32 tensors on the CPU; everything else, and
-every machine without a C compiler, runs the torch ops they stand in for.
+torch needs one pass over memory, and one new buffer, for every elementary operation. Each function here reads its inputs
+once and writes its outputs once. They run on contiguous float32 tensors on the CPU. For other tensors, and on a machine
+without a C compiler, torch operations run instead.
+
+Native code is called past torch: no mode, tracer or transformation sees the call (``peftkit_kernels.modes``). A caller
+checks ``takes`` first. Every size goes to C as a Python int or raises ``ctypes.ArgumentError``, and every tensor must have
+memory.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkit_kernels.modes import hides_native_calls
 from peftkit_kernels.native import build
 
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -47,6 +52,9 @@ _SIGNATURES = {
     "pk_int8_epilogue": (*[_POINTER] * 7, *[_INT64] * 3, _INT),
     "pk_nf4": (*[_POINTER] * 4, *[_INT64] * 5, _INT),
 }
+SYMBOLS = tuple(_SIGNATURES)
+"""The functions that a library must have."""
+
 _FALLIBLE = ("pk_attention", "pk_attention_backward")
 
 
@@ -76,50 +84,63 @@ class _Problem(ctypes.Structure):
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether these tensors can go through the native passes: contiguous float32 on the CPU, and a library to call.
+    """Whether the native functions can run on these tensors: contiguous float32 on the CPU, and a library is loaded.
 
-    Autograd does not see the passes, so tensors it is recording are left to torch, and so are subclasses without memory.
+    False for tensors whose gradient autograd would record, because autograd does not see native calls, for subclasses of
+    ``Tensor``, and if something else takes part in torch's operations (``hides_native_calls``).
     """
     recording = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor.dtype is not torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return False
-        if (recording and tensor.requires_grad) or type(tensor) not in (Tensor, torch.nn.Parameter):
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu or not _is_plain(tensor):
             return False
-    return not torch.compiler.is_compiling() and _library() is not None
+        if recording and tensor.requires_grad:
+            return False
+    return not hides_native_calls() and _library() is not None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the memory of ``tensor`` holds its values one after the other, and not, for example, their negatives."""
+    return tensor.layout is torch.strided and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def obstacle() -> str | None:
-    """Why the native passes cannot run on this machine, as a sentence, or ``None``."""
-    library, reason = build.load()
-    return None if library is not None else reason
+    """Why the native functions cannot run on this machine, as a sentence, or ``None``."""
+    return build.load(SYMBOLS).obstacle
+
+
+def description() -> str:
+    """Which library is loaded and whether it had to be built again, or why none is; one sentence."""
+    found = build.load(SYMBOLS)
+    return found.obstacle or f"{found.path}{found.note and f', {found.note}'}"
 
 
 def gate(e: Tensor, g: Tensor, act: str) -> Tensor:
     """``act(e) ∘ g`` for an ``act`` of ``GATES``."""
     h = torch.empty_like(e)
-    _call("pk_gate", e, g, h, e.numel(), GATES.index(act))
+    _call("pk_gate", (e, g, h), e.numel(), GATES.index(act))
     return h
 
 
 def gate_backward(dh: Tensor, e: Tensor, g: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
     """``(de, dg, h)``; ``dg`` is written over ``dh``."""
     de, h = torch.empty_like(e), torch.empty_like(e)
-    _call("pk_gate_backward", dh, e, g, de, h, e.numel(), GATES.index(act))
+    _call("pk_gate_backward", (dh, e, g, de, h), e.numel(), GATES.index(act))
     return de, dh, h
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """``(y, rstd)`` for ``x [..., K]``; ``rstd`` is ``[..., 1]``."""
     y, rstd = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1))
-    _call("pk_rms_norm", x, weight, y, rstd, rstd.numel(), x.shape[-1], eps, offset)
+    _call("pk_rms_norm", (x, weight, y, rstd), rstd.numel(), x.shape[-1], eps, offset)
     return y, rstd
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float) -> Tensor:
     """``dx`` of ``rms_norm``."""
     dx = torch.empty_like(x)
-    _call("pk_rms_norm_backward", dy, x, weight, rstd, dx, rstd.numel(), x.shape[-1], offset)
+    _call("pk_rms_norm_backward", (dy, x, weight, rstd, dx), rstd.numel(), x.shape[-1], offset)
     return dx
 
 
@@ -128,7 +149,7 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, mean, rstd)`` for ``x [..., K]``; the last two are ``[..., 1]``."""
     y, (mean, rstd) = torch.empty_like(x), x.new_empty(2, *x.shape[:-1], 1)
-    _call("pk_layer_norm", x, weight, bias, y, mean, rstd, rstd.numel(), x.shape[-1], eps)
+    _call("pk_layer_norm", (x, weight, bias, y, mean, rstd), rstd.numel(), x.shape[-1], eps)
     return y, mean, rstd
 
 
@@ -137,14 +158,14 @@ def layer_norm_backward(
 ) -> Tensor:
     """``dx`` of ``layer_norm``."""
     dx = torch.empty_like(x)
-    _call("pk_layer_norm_backward", dy, x, weight, mean, rstd, dx, rstd.numel(), x.shape[-1])
+    _call("pk_layer_norm_backward", (dy, x, weight, mean, rstd, dx), rstd.numel(), x.shape[-1])
     return dx
 
 
 def updated_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """``|W + scale · B A|`` of every row in one read of ``W [N, K]``; the rank is at most ``MAX_RANK``."""
     norm = weight.new_empty(weight.shape[0])
-    _call("pk_updated_norm", weight, A, B, norm, *weight.shape, A.shape[0], scale)
+    _call("pk_updated_norm", (weight, A, B, norm), *weight.shape, A.shape[0], scale)
     return norm
 
 
@@ -153,7 +174,7 @@ def scaled_gate(
 ) -> Tensor:
     """``act(z0 ∘ g0 + b0) ∘ (z1 ∘ g1 + b1)`` for ``zs [M, F]`` and the others ``[F]``; an ``act`` of ``GATES``."""
     h = torch.empty_like(zs[0])
-    _call("pk_scaled_gate", *zs, *gs, *biases, h, *h.shape, GATES.index(act))
+    _call("pk_scaled_gate", (*zs, *gs, *biases, h), *h.shape, GATES.index(act))
     return h
 
 
@@ -170,7 +191,7 @@ def scaled_gate_backward(
     partial = dh.new_empty(-(-dh.shape[0] // _SUM_ROWS), 4, dh.shape[1])
     _call(
         "pk_scaled_gate_backward",
-        *(dh, *zs, *gs, *biases, de, du, partial),
+        (dh, *zs, *gs, *biases, de, du, partial),
         *dh.shape,
         GATES.index(act),
     )
@@ -180,7 +201,7 @@ def scaled_gate_backward(
 def scale_backward(dy: Tensor, z: Tensor, g: Tensor, dz: Tensor) -> Tensor:
     """``dz = dy ∘ g`` for ``dy [M, N]`` and ``g [N]``, written; returns ``Σ dy ∘ z`` over the rows, ``[N]``."""
     partial = dy.new_empty(-(-dy.shape[0] // _SUM_ROWS), dy.shape[1])
-    _call("pk_scale_backward", dy, z, g, dz, partial, *dy.shape)
+    _call("pk_scale_backward", (dy, z, g, dz, partial), *dy.shape)
     return partial.sum(0)
 
 
@@ -197,25 +218,14 @@ def cross_entropy_(
         grad_scale: Factor on the gradient.
     """
     loss, lse = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
-    _call(
-        "pk_cross_entropy",
-        z,
-        target,
-        loss,
-        lse,
-        z.shape[0],
-        z.shape[1],
-        smoothing,
-        z_loss,
-        grad_scale,
-    )
+    _call("pk_cross_entropy", (z, target, loss, lse), *z.shape, smoothing, z_loss, grad_scale)
     return loss, lse
 
 
 def dropout(x: Tensor, threshold: int, scale: float, seed: int) -> Tensor:
     """``mask ∘ x · scale`` by the rule of ``peftkit_kernels.dropout`` for ``x [M, K]``."""
     y = torch.empty_like(x)
-    _call("pk_dropout", x, y, x.shape[0], x.shape[1], threshold, scale, seed)
+    _call("pk_dropout", (x, y), *x.shape, threshold, scale, seed)
     return y
 
 
@@ -238,7 +248,7 @@ def dequantize_nf4(
         first_row: Row of the weight that ``out`` starts at.
     """
     sizes = *out.shape, out.stride(0), blocksize, first_row
-    _call("pk_nf4", packed, absmax, row_scale, out, *sizes)
+    _call("pk_nf4", (packed, absmax, row_scale, out), *sizes)
 
 
 def quantize_rows(x: Tensor, column_scale: Tensor | None, codes: Tensor) -> Tensor:
@@ -253,7 +263,7 @@ def quantize_rows(x: Tensor, column_scale: Tensor | None, codes: Tensor) -> Tens
         ``Float32[M]``, the largest magnitude of each row of ``x ∘ column_scale``.
     """
     absmax = x.new_empty(x.shape[0])
-    _call("pk_quantize_rows", x, column_scale, codes, absmax, *x.shape)
+    _call("pk_quantize_rows", (x, column_scale, codes, absmax), *x.shape)
     return absmax
 
 
@@ -277,7 +287,8 @@ def int8_epilogue(
     """
     y = row_scale.new_empty(acc.shape)
     rank = 0 if s is None else s.shape[1]
-    _call("pk_int8_epilogue", acc, row_scale, column_scale, bias, s, t, y, *acc.shape, rank)
+    tensors = acc, row_scale, column_scale, bias, s, t, y
+    _call("pk_int8_epilogue", tensors, *acc.shape, rank)
     return y
 
 
@@ -311,7 +322,7 @@ def attention(
     out, lse = q.new_empty(B, S, H, D), q.new_empty(*(() if gate is None else (2,)), B, H, S)
     problem = _problem(q, k, scale, causal, mask, prefix, gate)
     tensors = [_tensor4(t) for t in (q, k, v, *(prefix or (None, None)), out.transpose(1, 2))]
-    _run("pk_attention", problem, *tensors, lse.data_ptr())
+    _run("pk_attention", problem, *tensors, _address(lse))
     return out, lse
 
 
@@ -332,6 +343,9 @@ def attention_backward(
 
     With a prefix also its two gradients, and with a gate that of it, a part for each sequence: ``[B, H_kv, P, D]`` and ``[B, H]``.
     """
+    lse = (
+        lse.contiguous()
+    )  # torch's own flash attention, which may have computed it, has another layout
     grads = [torch.empty_like(t) for t in (q, k, v)]
     grads += [t.new_empty(q.shape[0], *t.shape) for t in prefix or ()]
     dgate = [] if gate is None else [gate.new_empty(q.shape[:2])]
@@ -339,8 +353,8 @@ def attention_backward(
     own = prefix or (None, None)
     before = [_tensor4(t) for t in (dout.transpose(1, 2), q, k, v, *own, out.transpose(1, 2))]
     after = [_tensor4(t) for t in (*grads, None, None)[:5]]
-    pointer = dgate[0].data_ptr() if dgate else None
-    _run("pk_attention_backward", problem, *before, lse.data_ptr(), *after, pointer)
+    pointer = _address(dgate[0]) if dgate else None
+    _run("pk_attention_backward", problem, *before, _address(lse), *after, pointer)
     return *grads, *dgate
 
 
@@ -349,7 +363,7 @@ def _tensor4(t: Tensor | None) -> _Tensor4 | None:
     if t is None:
         return None
     batch, head, position = t.stride()[:3] if t.dim() == 4 else (0, *t.stride()[:2])
-    return _Tensor4(t.data_ptr(), batch, head, position)
+    return _Tensor4(_address(t), batch, head, position)
 
 
 def _problem(
@@ -362,11 +376,11 @@ def _problem(
     gate: Tensor | None,
 ) -> _Problem:
     B, H, S, D = q.shape
-    strides = (None, 0, 0) if mask is None else (mask.data_ptr(), mask.stride(0), mask.stride(2))
+    strides = (None, 0, 0) if mask is None else (_address(mask), mask.stride(0), mask.stride(2))
     before = 0 if prefix is None else prefix[0].shape[1]
     return _Problem(
         *(B, H, k.shape[1], S, k.shape[2], D, scale, causal, torch.get_num_threads()),
-        *(*strides, before, None if gate is None else gate.data_ptr()),
+        *(*strides, before, None if gate is None else _address(gate)),
     )
 
 
@@ -376,14 +390,30 @@ def _run(name: str, *arguments: Any) -> None:
         raise MemoryError(f"{name}: no memory for its work space (about 100 KiB a thread)")
 
 
-def _call(name: str, *arguments: Tensor | float | None) -> None:
-    pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    getattr(_library(), name)(*pointers, torch.get_num_threads())
+def _call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+    """Call a function whose arguments are the addresses of ``tensors``, then ``numbers``, then the number of threads."""
+    pointers = [None if t is None else _address(t) for t in tensors]
+    getattr(_library(), name)(*pointers, *numbers, torch.get_num_threads())
+
+
+def _address(t: Tensor) -> int:
+    """Where the values of ``t`` are in memory.
+
+    Raises:
+        ValueError: ``t`` has no memory, as on the meta device or in ``FakeTensorMode``.
+    """
+    address = t.data_ptr()
+    if not address and t.numel():
+        raise ValueError(
+            f"a {type(t).__name__} of shape {tuple(t.shape)} on {t.device} has no values in memory, and native code needs "
+            "them; use backend='reference'"
+        )
+    return address
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    library, _ = build.load()
+    library = build.load(SYMBOLS).library
     if library is None:
         return None
     for name, arguments in _SIGNATURES.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkit_kernels.checks import autocast_dtype
+from peftkit_kernels.checks import autocast_dtype, without_autocast
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.prefix_attention.flash import Pass
 from peftkit_kernels.prefix_attention.reference import prefix_attention_reference
@@ -56,7 +56,7 @@ def prefix_attention(
     """
     dtype = autocast_dtype(q)
     if dtype is not None:
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             return prefix_attention(
                 *(q.to(dtype), k.to(dtype), v.to(dtype), prefix_k, prefix_v, scale),
                 **{"causal": causal, "mask": mask, "gate": gate, "backend": backend},

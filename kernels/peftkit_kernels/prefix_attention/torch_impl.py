@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkit_kernels import native
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.autograd import gradients_of, once_differentiable
 from peftkit_kernels.low_rank import cast
+from peftkit_kernels.modes import hides_native_calls
 from peftkit_kernels.prefix_attention.flash import Pass, of_batch, over_batch
+from peftkit_kernels.prefix_attention.reference import prefix_attention_reference
 
 
 class PrefixAttention(torch.autograd.Function):
@@ -58,6 +61,10 @@ class PrefixAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, prefix_k, prefix_v, gate, mask, *kept = ctx.saved_tensors
+        if ctx.one and hides_native_calls():
+            tensors = q, k, v, prefix_k, prefix_v, *(() if gate is None else (gate,))
+            grads = gradients_of(partial(_reference, ctx, mask), tensors, dout)
+            return *(*grads, None)[:6], None, None, None
         dout, dgate = dout.contiguous(), None
         if ctx.one:
             before = _contiguous(prefix_k, prefix_v, gate, q.dtype)
@@ -82,6 +89,13 @@ class PrefixAttention(torch.autograd.Function):
             *(over_batch(dprefix_k, prefix_k), over_batch(dprefix_v, prefix_v)),
             *(dgate, None, None, None),
         )
+
+
+def _reference(ctx: Any, mask: Tensor | None, *tensors: Tensor) -> Tensor:
+    gate = tensors[5] if len(tensors) > 5 else None
+    return prefix_attention_reference(
+        *tensors[:5], ctx.scale, causal=ctx.causal, mask=mask, gate=gate
+    )
 
 
 def _contiguous(
