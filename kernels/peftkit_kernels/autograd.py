@@ -54,13 +54,12 @@ def gradients_of(
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward that has no derivative: under ``create_graph=True`` its results raise an error if they are differentiated.
 
-    <<<<<<< HEAD
-        torch's decorator of that name passes them off as constants where the incoming gradient is one, which would make a
-        gradient penalty silently wrong; and it costs microseconds in every other backward.
+    torch's decorator of the same name treats the results as constants if the incoming gradient is a constant, which would
+    make a gradient penalty silently wrong. It also costs microseconds in every other backward.
 
-        Autocast is off inside: the forward has chosen the dtypes, and a backward that runs under autocast must not round its
-        float32 products to 16 bits.
-        """
+    Autocast is off inside: the forward has chosen the dtypes, and a backward that runs under autocast must not round its
+    float32 products to 16 bits.
+    """
 
     @functools.wraps(backward)
     def call(ctx: Any, *grads: Tensor | None) -> Any:

@@ -68,7 +68,9 @@ class FusedLoRA(Fused):
         A dropout seed is drawn when the parts are used (``draw_seeds``), so asking for a plan changes no random state.
         """
         found = current_adapter(self, self._modules["base_layer"])
-        reason = found if isinstance(found, Reason) else changed_reason(self, found)
+        if isinstance(found, Reason):
+            return found
+        reason = changed_reason(self, found)
         if reason is not None:
             return reason
         weight = self._weight(found.base, x)

@@ -192,12 +192,16 @@ def calls_on_one_input(cls: type, names: tuple[str, ...]) -> tuple[str, ...]:
             assigned.setdefault(node.targets[0].id, []).append(node.value)
     calls: dict[str, tuple[tuple[int, int], set[str]]] = {}
     for node in ast.walk(tree):
-        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func
-        if called and called.attr in names and node.args:
-            sources = _sources(node.args[0], assigned, frozenset())
-            place = (called.end_lineno or 0, called.end_col_offset or 0)
-            before, known = calls.get(called.attr, (place, set()))
-            calls[called.attr] = min(place, before), known | sources
+        if (
+            not isinstance(node, ast.Call)
+            or not isinstance(node.func, ast.Attribute)
+            or not node.args
+        ):
+            continue
+        name, place = node.func.attr, (node.func.end_lineno or 0, node.func.end_col_offset or 0)
+        if name in names:
+            before, known = calls.get(name, (place, set()))
+            calls[name] = min(place, before), known | _sources(node.args[0], assigned, frozenset())
     if set(calls) != set(names):
         return names
     ordered = sorted(names, key=lambda name: calls[name][0])
