@@ -22,7 +22,7 @@ from peftkit.adapter_files import (
 )
 from peftkit.errors import ContractError, count, listing
 from peftkit.rollback import restoring, writes_base_weights
-from peftkit.wrapping import accelerate as fuse
+from peftkit.wrapping import fuse_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -92,7 +92,9 @@ def load_adapter(
                 )
                 if is_trainable and loaded is model:
                     loaded.set_requires_grad(adapter_name)
-        return fuse(loaded) if accelerate else loaded
+        if accelerate:
+            fuse_model(loaded)
+        return loaded
 
 
 def check_fits(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:

@@ -63,7 +63,8 @@ def wrap(
     config = prepare(model, configs, adapter_name)
     with restoring(model, copy_values=writes_base_weights(config)):
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)
-        return accelerate(wrapped, strict=strict, logit_free=logit_free)
+        fuse_model(wrapped, strict, logit_free)
+    return wrapped
 
 
 def accelerate(model: Model, strict: bool = False, logit_free: bool = True) -> Model:
@@ -86,18 +87,23 @@ def accelerate(model: Model, strict: bool = False, logit_free: bool = True) -> M
     Raises:
         ContractError: ``strict`` and something is not fused; the model is left as it was.
     """
-    warn_if_newer_than_tested()
     with restoring(model):
-        _fuse(model)
-        for owner, method, action in _followed(model):
-            owner.__dict__.setdefault(method, _Followed(owner, method, action))
-        if logit_free:
-            install_logit_free(model)
-        else:
-            remove_logit_free(model)
-        if strict:
-            _require_all_fused(model)
+        fuse_model(model, strict, logit_free)
     return model
+
+
+def fuse_model(model: nn.Module, strict: bool = False, logit_free: bool = True) -> None:
+    """As ``accelerate``; what raises may leave the model half fused, so the caller has to put it back."""
+    warn_if_newer_than_tested()
+    _fuse(model)
+    for owner, method, action in _followed(model):
+        owner.__dict__.setdefault(method, _Followed(owner, method, action))
+    if logit_free:
+        install_logit_free(model)
+    else:
+        remove_logit_free(model)
+    if strict:
+        _require_all_fused(model)
 
 
 def restore(model: Model) -> Model:
