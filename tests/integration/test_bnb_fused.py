@@ -135,6 +135,23 @@ def test_a_step_is_as_near_to_float64_as_pefts(base, dora):
     assert report.method == ("DoRA" if dora else "LoRA")
 
 
+@pytest.mark.parametrize("base", ["nf4", "int8", "int8, threshold"])
+def test_under_autocast_a_step_is_fused_and_as_near_to_float64_as_pefts(base):
+    runs = []
+    for seed in range(4):
+        plain, fused = pair(base)
+        x = torch.randn(17, K, generator=torch.Generator().manual_seed(seed))
+        with torch.autocast("cpu", torch.bfloat16):
+            with fused_calls() as calls:
+                actual = step(fused, x)
+            stock = step(plain, x)
+            (report,) = [r for r in explain(fused).layers if r.is_adapter]
+        assert calls["nf4_linear"] + calls["int8_linear"] == 1
+        assert (report.path, report.reason) == ("fused:torch", "")
+        runs.append((actual, stock, truth(plain, x)))
+    pairs.assert_near_enough(runs, torch.bfloat16)
+
+
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_dropout_merging_disabling_and_several_steps(base):
     plain, fused = pair(base, lora_dropout=0.4)
