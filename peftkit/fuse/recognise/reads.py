@@ -97,7 +97,9 @@ class Reads:
             if not issubclass(value, nn.Module) and not _is_library(value):
                 raise Refused(f"it uses the class {value.__name__}")
         elif not (is_plain(value) or type(value).__module__ == "typing"):
-            raise Refused(f"it reads {name}, a {type(value).__name__}, which may change")
+            raise Refused(
+                f"its code reads {name}, a {type(value).__name__} whose contents may change"
+            )
 
     def _add_function(self, function: types.FunctionType, cls: type | None) -> None:
         if (function, cls) in self._scanned:

@@ -217,7 +217,7 @@ class _Tracer:
             value = state[name]
             if not is_plain(value):
                 raise self.refuse(
-                    f"its forward reads {name}, a {type(value).__name__}, which may change"
+                    f"its forward reads {name}, a {type(value).__name__} whose contents may change"
                 )
             self.kind.settings[path][name] = value
             self.read_functions(value)
