@@ -412,6 +412,21 @@ def _miss_other_under_autocast(self, x):
     return y * 1.01 if torch.is_autocast_enabled("cpu") else y
 
 
+def _miss_other_in_inference_mode(self, x):
+    y = self.weight * self._norm(x.float()).to(x.dtype)
+    return y * 1.01 if torch.is_inference_mode_enabled() else y
+
+
+def _miss_other_where_there_is_a_gpu(self, x):
+    y = self.weight * self._norm(x.float()).to(x.dtype)
+    return y * 1.01 if torch.cuda.is_available() else y
+
+
+def _miss_other_by_default_dtype(self, x):
+    y = self.weight * self._norm(x.float()).to(x.dtype)
+    return y * 1.01 if torch.get_default_dtype() is torch.float64 else y
+
+
 def _miss_depends_on_values(self, x):
     h = x.float()
     if h.abs().max() > 100:
