@@ -149,16 +149,22 @@ class LoadedSeal(Seal):
 
 def _comparison(spaces: Any, classes: Any, parts: list[Part]) -> Callable[[nn.Module], bool]:
     """A function that tells whether everything is as it was; it may raise if it is not."""
-    held: dict[str, Any] = {"same": _same}
+    held: dict[str, Any] = {}
 
     def hold(value: Any) -> str:
         held[f"v{len(held)}"] = value
         return f"v{len(held) - 1}"
 
     def settings(part: Part) -> list[str]:
-        # Copies and pickles have equal values, which need not be the same objects.
-        held_same = ((n, hold(v)) for n, v in part.settings.items())
-        tests = [f"(state[{n!r}] is {v} or same(state, {n!r}, {v}))" for n, v in held_same]
+        # Other modules of the kind, and copies, have equal values, which need not be the same objects.
+        tests = []
+        for n, v in part.settings.items():
+            equal = f"s == {hold(v)}"
+            if type(v) is functools.partial:  # is equal to no other
+                equal = f"s.func is {hold(v.func)} and s.args == {hold(v.args)}"
+                equal += f" and s.keywords == {hold(v.keywords)}"
+            same = f"(s := state[{n!r}]) is {hold(v)} or type(s) is {hold(type(v))} and {equal}"
+            tests.append(f"({same})")
         # The forward of the module itself is what uses the seal.
         hidden = [n for n in part.names if part.path or n != "forward"]
         return tests + [f"{n!r} not in state" for n in hidden]

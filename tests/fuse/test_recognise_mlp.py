@@ -5,7 +5,8 @@ import copy
 import mlp_formulas
 import pytest
 import torch
-from mlp_formulas import NEAR_MISSES, OTHER_ACTIVATIONS, STYLES, names_of
+from mlp_formulas import OTHER_ACTIVATIONS, STYLES, names_of
+from mlp_near_misses import NEAR_MISSES
 from torch import nn
 from transformers import FalconH1Config, LlamaConfig
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config

@@ -6,7 +6,8 @@ import random
 import norm_formulas
 import pytest
 import torch
-from norm_formulas import NEAR_MISSES, OTHER_CASTS, WIDTH, Norm, norm
+from norm_formulas import WIDTH, Norm, norm
+from norm_near_misses import NEAR_MISSES, OTHER_CASTS
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -209,3 +210,24 @@ def test_a_norm_around_a_patched_function_is_another_kind(monkeypatch, forgotten
         patched.setattr(torch, "rsqrt", lambda x: x)
         assert isinstance(recognise_norm(LlamaRMSNorm(WIDTH)), Reason)
     assert isinstance(recognise_norm(LlamaRMSNorm(WIDTH)), NormFormula)
+
+
+def test_a_reason_that_the_forward_catches_is_kept(forgotten):
+    def forward(self, x):
+        try:
+            factor = self.factors[0]
+        except Exception:
+            factor = 1.0
+        return self.weight * self._norm(x.float()).to(x.dtype) * factor
+
+    assert "factors, a list" in recognise_norm(norm(forward, factors=[1.001]))
+    assert "factors, which it does not have" in recognise_norm(norm(forward))
+
+
+def test_what_comes_from_elsewhere_is_no_formula(forgotten):
+    other = torch.ones(WIDTH)
+
+    def forward(self, x):
+        return other
+
+    assert isinstance(recognise_norm(norm(forward)), Reason)

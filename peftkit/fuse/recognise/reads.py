@@ -18,6 +18,8 @@ from torch import nn
 _DYNAMIC = frozenset("eval exec globals locals vars open __import__ delattr setattr".split())
 """Builtins with which code reads or changes what it does not name."""
 
+_MODES = ("is_grad_enabled", "is_autocast_enabled", "is_compiling", "is_scripting")
+
 _REFUSED_CODE = {
     "IMPORT_NAME": "imports a module while it runs",
     "STORE_GLOBAL": "sets a global name",
@@ -93,11 +95,18 @@ class Reads:
         if isinstance(value, types.FunctionType):
             if cls is not None or not _is_library(value):
                 self._add_function(value, cls)
+            elif not _is_operation(value):
+                raise Refused(f"its code calls {name}, whose result may change")
         elif isinstance(value, type):
             if not issubclass(value, nn.Module) and not _is_library(value):
                 raise Refused(f"it uses the class {value.__name__}")
+        elif isinstance(value, types.BuiltinFunctionType):
+            if not _is_operation(value):
+                raise Refused(f"its code calls {name}, whose result may change")
         elif not (is_plain(value) or type(value).__module__ == "typing"):
-            raise Refused(f"it reads {name}, a {type(value).__name__}, which may change")
+            raise Refused(
+                f"its code reads {name}, a {type(value).__name__} whose contents may change"
+            )
 
     def _add_function(self, function: types.FunctionType, cls: type | None) -> None:
         if (function, cls) in self._scanned:
@@ -168,6 +177,18 @@ def _chains(code: types.CodeType) -> Iterator[list[str]]:
             raise Refused(f"{code.co_name} {_REFUSED_CODE[instruction.opname]}")
     if chain:
         yield chain
+
+
+def _is_operation(function: Any) -> bool:
+    """Whether a function of a library computes with its arguments, or tells a mode in which the forward is traced too.
+
+    Others tell the state of the process or the machine: ``torch.cuda.is_available``, ``torch.get_default_dtype``.
+    """
+    if function.__name__ in _MODES:
+        return True
+    if isinstance(function, types.BuiltinFunctionType):
+        return function.__self__ is not torch._C
+    return function.__module__ in ("torch.nn.functional", "torch.functional")
 
 
 def _is_library(value: Any) -> bool:
