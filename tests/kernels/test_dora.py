@@ -136,7 +136,8 @@ def check(case, layout="contiguous"):
 )
 def test_within_the_error_bound(storage, dtype, factors, rows):
     case = make(storage, x=(rows, 33), dtype=dtype, factors=factors, p=0.1)
-    assert folds(rows, case[0]) == (storage != "dense" or rows == 40)
+    dense_and_exact = rows == 40 and dtype.itemsize >= 4
+    assert folds(rows, case[0]) == (storage != "dense" or dense_and_exact)
     assert check(case) == {"y", *TRAINED}
 
 

@@ -103,6 +103,7 @@ def _lora_linear(
     from peftkit_kernels.lora_linear.triton_impl import backward, forward
 
     own = factor_dtype or dtype
+
     def run(M: int, N: int, K: int, p: float, bias: bool, needs: list[bool]) -> None:
         M, (N, K) = sizes.rows(M), sizes.widths(N, K)
         x, weight = _meta(M, K, dtype=dtype), _meta(N, K, dtype=dtype)

@@ -79,9 +79,7 @@ def add_updates(
         first = _present(loras, members[0])
         A = stacked(loras, members, joint.dtype)
         dropped = {"p": first.p, "seed": first.seed}
-        dx = passes.expand(
-            joint, A.t(), 1.0, **dropped, out=dx, add=dx is not None, dtype=dtype
-        )
+        dx = passes.expand(joint, A.t(), 1.0, **dropped, out=dx, add=dx is not None, dtype=dtype)
     return dx
 
 
