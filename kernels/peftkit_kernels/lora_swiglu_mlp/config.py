@@ -87,7 +87,8 @@ class GateBackwardConfig:
         if mixed and block_r > 16:
             # 32 columns spill in 4 warps, 16 on sm_80 too, and 32 in 8 on sm_90
             hopper = target.capability in (90, 100)
-            block_m, block_f, num_stages = 32, 16 if hopper else 32, 1
+            block_m, block_f = (64, 16) if hopper else (32, 32)
+            num_stages = 1
             num_warps = 4 if hopper else 8
         if itemsize == 4:
             block_m, block_f, num_stages = 32, 32, 1

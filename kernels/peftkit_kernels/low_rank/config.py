@@ -64,8 +64,8 @@ class ShrinkConfig:
         if mixed and aligned and target.capability not in (90, 100):
             # each warp splits the factor's tile for itself: 16 rows a warp stream at 0.6 of DRAM bandwidth on A100
             block_k = 64 if block_r(R) <= 32 else 32
-            block_m, num_warps = (64, 4) if block_r(R) <= 32 else (128, 8 if dropout else 4)
-        elif mixed and aligned and block_r(R) == 64 and not dropout:
+            block_m, num_warps = (128, 8 if dropout else 4) if block_r(R) == 64 else (64, 4)
+        elif mixed and aligned and block_r(R) >= 64 and not dropout:
             # more than 1.1 x DRAM bandwidth on H100, against 1.06 for 64 x 64
             block_m, num_warps = 128, 8
         programs = cdiv(M, block_m)
