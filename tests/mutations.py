@@ -14,6 +14,7 @@ _BOTH = _LOW_RANK + "test_one_pass_over_dy_gives_both_gradients[torch.float32-to
 _GRAD_A = _LOW_RANK + "test_grad_a[0.1-torch.bfloat16]"
 _SUMS = _LOW_RANK + "test_sums_of_partials"
 _GEMM = _LOW_RANK + "test_gemm_lora[backward-0.1-torch.bfloat16]"
+_WIDE = _LOW_RANK + "test_float32_factors_beside_16_bit_rows[torch.float16]"
 _RULE = _LOW_RANK + "test_the_mask_is_the_rule_whatever_the_tiles[16]"
 
 _norm = tests_of("frozen_norm")
@@ -22,6 +23,8 @@ _bottleneck = tests_of("bottleneck")
 _grouped = tests_of("grouped_lora")
 _prefix = tests_of("prefix_attention")
 _loss = tests_of("linear_cross_entropy")
+_peft = tests_of("precision")("no_further_from_float64_than_twice_as_far_as_peft")
+_BFLOAT16, _FLOAT16 = (f"{_peft}[lora_linear-{dtype}-float32]" for dtype in ("bfloat16", "float16"))
 
 MUTATIONS = [
     *bugs_of(
@@ -85,6 +88,15 @@ MUTATIONS = [
         ("rule", "tile_n * BLOCK_N, tl.cdiv(N, 8)", "0, tl.cdiv(N, 8)", _GEMM),
     ),
     *bugs_of("tiles", "kept", ("rule", "n_rounds=7", "n_rounds=10", _RULE)),
+    *bugs_of(
+        "tiles",
+        "mixed_dot",
+        ("rule", "tl.dot(a, middle, tl.dot(a, low, acc))", "tl.dot(a, middle, acc)", _BFLOAT16),
+        ("rule", "tl.dot(middle, b, tl.dot(low, b, acc))", "tl.dot(middle, b, acc)", _BFLOAT16),
+        ("rule", "tl.dot(a_low, high, acc)", "acc", _FLOAT16),
+        ("rule", "tl.dot(high, b_low, acc)", "acc", _FLOAT16),
+        ("scale", "tl.dot(a_low, b_high, acc)", "acc", _WIDE),
+    ),
     *bugs_of(
         "tiles",
         "whole",

@@ -77,7 +77,7 @@ def linear(x: Tensor, part: LinearParts) -> Tensor:
     scale = _scale(x, part)  # first: it leaves the weight in the cache
     if _is_mixed(x, part):
         norms = part.magnitude, scale.norm
-        return dora_linear(x, part.weight, part.bias, part.lora, *norms, keep_direction=True)
+        return dora_linear(x, part.weight, part.bias, part.lora, *norms)
     return dora_scale(_product(x, part.weight, None, part.lora), scale)
 
 

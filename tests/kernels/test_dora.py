@@ -87,9 +87,12 @@ def expected(case, dy):
     norm, magnitude = norm_bound(W, lora), Bound.of(leaves["magnitude"])
     smallest = norm.value - norm.error
     g = magnitude * norm.map(torch.reciprocal, smallest**-2, 0.0)
-    folded = folds(x.shape[:-1].numel(), weight)
     linear = Linear(Bound.of(x.flatten(0, -2)), Projection(W, None, lora), dtype)
+    keeps = linear.wide is not dtype  # the direction, and then nothing is folded
+    folded = folds(x.shape[:-1].numel(), weight) and not keeps
     dy, W = Bound.of(dy.flatten(0, -2)), linear.weight
+    if not isinstance(weight, torch.Tensor) and not folded:
+        W = W.round(dtype)
     if folded:
         W = (W * column(g)).round(dtype)
     s = (linear.drop(linear.x) @ linear.A.T).round(linear.wide)
@@ -101,6 +104,7 @@ def expected(case, dy):
         dx = (dy @ W).round(dtype)
     else:
         y = (linear.x @ W.T).round(dtype).addmm(s, linear.B.T, lora.scale)
+        direction = y = y.round(dtype) if keeps else y
         y = (y * g + shift).round(dtype)
         dx = ((dy * g).round(dtype) @ W).round(dtype)
     linear.ds = ((dy @ scaled_B).round(wide) * lora.scale).round(wide)
@@ -113,6 +117,10 @@ def expected(case, dy):
         "magnitude": ((y - shift) * dy).sum(0) * inverse,
         "bias": dy.sum(0),
     }
+    if keeps:
+        bounds["magnitude"] = (direction * dy).sum(0) * norm.map(
+            torch.reciprocal, smallest**-2, 0.0
+        )
     stored = {name: leaf.dtype for name, leaf in leaves.items()} | {"y": dtype}
     return {name: bounds[name].round(stored[name]) for name in stored}
 
@@ -136,7 +144,8 @@ def check(case, layout="contiguous"):
 )
 def test_within_the_error_bound(storage, dtype, factors, rows):
     case = make(storage, x=(rows, 33), dtype=dtype, factors=factors, p=0.1)
-    assert folds(rows, case[0]) == (storage != "dense" or rows == 40)
+    dense_and_exact = rows == 40 and dtype.itemsize >= 4
+    assert folds(rows, case[0]) == (storage != "dense" or dense_and_exact)
     assert check(case) == {"y", *TRAINED}
 
 

@@ -188,13 +188,16 @@ def bounds(case, dy, norm, y):
     rows, N, K = x.shape[:-1].numel(), *weight.shape
     g = magnitude.float() / norm
     dense = isinstance(weight, torch.Tensor)
-    folded = folds(rows, weight)
+    keeps = (
+        torch.promote_types(dtype, A.dtype) is not dtype
+    )  # the direction, and then nothing is folded
+    folded = folds(rows, weight) and not keeps
     if dense:
         W = Bound.of(weight.to(dtype))
         if folded:
             W = (W * g[:, None]).round(dtype)
     else:
-        W = Bound.of(dequantize_reference(weight, dtype, g))
+        W = Bound.of(dequantize_reference(weight, dtype, None if keeps else g))
     schedule = "fused"
     if not fuses_gemm(N, K, itemsize=x.element_size(), target=INTERPRETED):
         schedule = "addmm"
@@ -207,6 +210,7 @@ def bounds(case, dy, norm, y):
     flat, grads = x.reshape(-1, K), dy.reshape(-1, N)
     update = scaled(linear.narrow_product(linear.s, Bound.of(linear.B).T), scale)
     z = linear.project(Bound.of(flat), W.T, update, None if shift is None else Bound.of(shift))
+    direction = z
     if not folded:
         z = z * g if bias is None else z * g + Bound.of(bias)
         z = z.round(dtype)
@@ -226,6 +230,8 @@ def bounds(case, dy, norm, y):
     spread = Bound.of(y.reshape(-1, N))
     spread = spread if bias is None else spread - Bound.of(bias)
     total = (spread * Bound.of(grads)).sum(0) * (1 / magnitude.double())
+    if keeps:
+        total = (direction * Bound.of(grads)).sum(0) * (1 / norm.double())
     return expected | {
         "y": z,
         "x": linear.project(left, W, dx_update),
@@ -256,7 +262,8 @@ def check(case, layout="contiguous", **watch):
 )
 def test_within_the_error_bound(dtype, factors, rows, storage):
     case = make(storage, x=(rows, 33), dtype=dtype, factors=factors, p=0.1)
-    assert folds(rows, case[0]) == (storage != "dense" or rows == 40)
+    dense_and_exact = rows == 40 and dtype.itemsize >= 4
+    assert folds(rows, case[0]) == (storage != "dense" or dense_and_exact)
     assert check(case) == {"y", *TRAINED}
 
 
@@ -324,4 +331,5 @@ def test_opcheck():
     torch.library.opcheck(ops.dora_norm.default, (stored, layout, A.detach(), B.detach(), 0.7))
     norm = torch.ones(N)
     tensors = leaves["x"], stored, layout, leaves["bias"], A, B, magnitude, norm
-    torch.library.opcheck(ops.dora_linear.default, (*tensors, 0.7, 0.1, 5))
+    for keep_direction in (False, True):
+        torch.library.opcheck(ops.dora_linear.default, (*tensors, 0.7, 0.1, 5, keep_direction))

@@ -121,6 +121,26 @@ def test_grad_a(dtype, p):
         assert read.requested_bytes == read.unique_bytes == x.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_factors_beside_16_bit_rows(dtype):
+    """The small s and ds are float32 and exact to float32; what is as wide as the rows is rounded once."""
+    x, weight = draw(M, K, dtype=dtype), draw(N, K, dtype=dtype)
+    A, B, s = draw(R, K), draw(N, R), draw(M, R)
+    dy, p = draw(M, N, dtype=dtype), 0.1
+    wide = passes.shrink(x, A, p, SEED, scale=SCALE, config=SMALL["shrink"])
+    scaled(Bound.of(dropped(x, p, SEED)) @ Bound.of(A).T, SCALE, p).round(torch.float32).check(wide)
+    update = scaled(Bound.of(s).halves() @ Bound.of(B).T.halves(), SCALE)
+    y = passes.expand(s, B, SCALE, dtype=dtype, config=SMALL["expand"])
+    update.round(dtype).check(y, "y")
+    y = passes.gemm_lora(x, weight, s, B, SCALE, config=SMALL["gemm"])
+    update.addmm(Bound.of(x), Bound.of(weight).T).round(dtype).check(y, "y")
+    dB, ds = passes.grad_b_and_s(dy, s, B, SCALE, torch.float32, config=SMALL["tall"])
+    grad_of_factor(dy, s, SCALE, torch.float32).check(dB, "dB")
+    scaled(Bound.of(dy) @ Bound.of(B), SCALE).round(torch.float32).check(ds, "ds")
+    dA = passes.grad_a(s, x, torch.float32, p, SEED, config=SMALL["tall"])
+    grad_of_factor(s, x, 1.0, torch.float32, p).check(dA, "dA")
+
+
 @every_dtype
 @every_p
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -10,7 +10,7 @@ from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.dora.reference import Weight, dora_linear_reference, dora_norm_reference
 from peftkit_kernels.dora.torch_impl import Call, DoRALinear, weight_norm
 from peftkit_kernels.dora.triton_impl import dora_norm_triton, parts_of, run_triton
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.low_rank import LoRA, adapter_dtype
 from peftkit_kernels.quantized import check_quantized
 
 
@@ -70,7 +70,7 @@ def dora_linear(
         magnitude: ``[N]``. No element may be exactly 0, unless ``keep_direction``: its gradient is computed from the output.
         norm: What ``dora_norm`` gives for these factors, or ``None`` to have it computed.
         keep_direction: Keep ``z = x Wᵀ + scale · drop(x) Aᵀ Bᵀ`` for the magnitude's gradient instead of the output, which may
-            then be changed in place.
+            then be changed in place. Factors wider than ``x`` imply it: the output is rounded once more than the direction.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -98,6 +98,7 @@ def dora_linear(
     check_bias(norm, weight, "norm")
     if norm.requires_grad:
         raise ValueError("norm requires a gradient, and DoRA gives it none; pass norm.detach()")
+    keep_direction = keep_direction or adapter_dtype(x, lora.A) is not x.dtype
     tensors = x, *parts_of(weight)[0], bias, lora.A, lora.B, magnitude, norm
     chosen = choose_backend("dora_linear", backend, *tensors, rank=lora.A.shape[0])
     if chosen == "reference":

@@ -117,7 +117,8 @@ class DoRALinear(torch.autograd.Function):
         ctx.make_x, x_parts = remake.kept(x, needs_A)
         kept = (y if z is None else z) if needs_magnitude else None
         ctx.save_for_backward(
-            *(bias, A, B, magnitude, norm, g, s if needs_B else None, kept),
+            *(bias, A, B, magnitude, None if z is None else norm, g),
+            *(s if needs_B else None, kept),
             *(*_tensors(weight), *x_parts),
         )
         ctx.call, ctx.shape, ctx.parts = call, x.shape, len(x_parts)

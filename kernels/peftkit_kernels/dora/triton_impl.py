@@ -196,7 +196,7 @@ def backward(
     A: Tensor,
     B: Tensor,
     magnitude: Tensor,
-    norm: Tensor,
+    norm: Tensor | None,
     g: Tensor,
     s: Tensor | None,
     scale: float,
@@ -219,7 +219,7 @@ def backward(
     wide = adapter_dtype(dy, A)
     factor = cast(B * g[:, None], wide)
     dx = dA = dB = ds = dmagnitude = None
-    if needs_magnitude and keep_direction:
+    if needs_magnitude and norm is not None:
         dmagnitude = magnitude_grad(flat, y, None, cast(norm, torch.float32), magnitude.dtype)
     elif needs_magnitude:
         dmagnitude = magnitude_grad(flat, rows(y), bias, magnitude, magnitude.dtype)
@@ -254,7 +254,7 @@ def _like_grads(
     A: Tensor,
     B: Tensor,
     magnitude: Tensor,
-    norm: Tensor,
+    norm: Tensor | None,
     g: Tensor,
     s: Tensor | None,
     scale: float,
@@ -291,7 +291,7 @@ _backward_op = torch.library.custom_op(
     backward,
     mutates_args=(),
     schema="(Tensor dy, Tensor[] weight, int[] layout, Tensor? x, Tensor? y, Tensor? bias, Tensor A, Tensor B,"
-    " Tensor magnitude, Tensor norm, Tensor g, Tensor? s, float scale, float p, int seed, bool keep_direction,"
+    " Tensor magnitude, Tensor? norm, Tensor g, Tensor? s, float scale, float p, int seed, bool keep_direction,"
     " bool[] needs) -> Tensor[]",
 )
 
@@ -309,8 +309,8 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.make_x, x_parts = remake.kept(x, A.requires_grad)
     y, s, g, z = output
     kept_y = (z if keep_direction else y) if magnitude.requires_grad else None
-    kept_s = s if B.requires_grad else None
-    ctx.save_for_backward(kept_y, bias, A, B, magnitude, norm, g, kept_s, *weight, *x_parts)
+    kept_s, kept_norm = s if B.requires_grad else None, norm if keep_direction else None
+    ctx.save_for_backward(kept_y, bias, A, B, magnitude, kept_norm, g, kept_s, *weight, *x_parts)
     ctx.layout, ctx.stored, ctx.numbers = layout, len(weight), (*numbers, keep_direction)
     ctx.mark_non_differentiable(s, g, z)
     ctx.set_materialize_grads(False)

@@ -31,7 +31,8 @@ def grouped_lora(
         y: ``[..., N]``, what the frozen linear gives, in the dtype of ``x``.
         x: ``[..., K]``.
         A: ``[E, R, K]``; adapters of lower rank are padded with zeros, in A and in B.
-        B: ``[E, N, R]``, the dtype of ``A``; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
+        B: ``[E, N, R]``, the dtype of ``A``. Adapters are computed in ``low_rank.adapter_dtype``: float32
+            factors on a 16-bit ``x`` in float32.
         scale: ``Float[E]``; it has no gradient.
         plan: From ``plan_groups``, for the rows of ``x`` in their flattened order.
         backend: ``"auto"``, ``"triton"`` (tiles of up to 64 rows, in float32 ranks up to 16), ``"torch"`` or ``"reference"``.

@@ -37,7 +37,7 @@ def int8_compute_linear(
         x: ``[..., K]``.
         q: The weight ``(N, K)``; it has no gradient.
         bias: ``[N]`` or ``None``.
-        lora: The adapter or ``None``; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
+        lora: The adapter or ``None``, computed in ``low_rank.adapter_dtype``: float32 factors on a 16-bit ``x`` in float32.
         threshold: Columns of ``x`` in which a magnitude reaches it are left out of the quantisation and multiplied in the
             dtype of ``x``, as LLM.int8() does (with 6.0); ``None`` for none.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.

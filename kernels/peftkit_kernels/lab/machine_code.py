@@ -72,8 +72,7 @@ STREAMS = {
 
 _MIN_BYTES_IN_FLIGHT = 16 * 1024
 """Little's law on H100: 25 GB/s a multiprocessor times 0.65 microseconds of latency."""
-_MIN_DRAM_MARGIN, _MIN_MIXED_MARGIN = 1.1, 0.7
-"""The second with float32 factors beside 16-bit activations, if a mask or a rank above 16 comes on top of three products for one."""
+_MIN_DRAM_MARGIN = 1.1
 _STREAMING_RANK = 64
 """Above it a pass does 128 FLOPs a byte, as many as an A100 does in the time of one, and products are what limits it."""
 
@@ -159,8 +158,7 @@ class Report:
         if self.bytes_in_flight is not None and self.bytes_in_flight < _MIN_BYTES_IN_FLIGHT:
             found.append(f"keeps {self.bytes_in_flight} bytes in flight a multiprocessor, too few")
         margin = self.dram_margin
-        least = _MIN_MIXED_MARGIN if self._mixed_and_more else _MIN_DRAM_MARGIN
-        if margin is not None and margin < least and not self._instruction_bound():
+        if margin is not None and margin < _MIN_DRAM_MARGIN and not self._instruction_bound():
             found.append(f"streams at {margin:.2f} of DRAM bandwidth: instruction-bound")
         return found
 
@@ -201,13 +199,11 @@ class Report:
         """Whether products are what limits it: of float32 read exactly, which no tensor core does."""
         return self.itemsize == 4 and self.constants.get("PRECISION") == "ieee"
 
-    @property
-    def _mixed_and_more(self) -> bool:
-        if self.constants.get("PRECISION") != "halves":
-            return False
-        return bool(self.constants.get("DROPOUT")) or self.constants["BLOCK_R"] > 16
-
     def _instruction_bound(self) -> bool:
+        # float32 factors beside 16-bit activations: a mask or a rank above 16 on top of three products for one
+        mixed = self.constants.get("PRECISION") == "halves"
+        if mixed and (self.constants.get("DROPOUT") or self.constants["BLOCK_R"] > 16):
+            return True
         known = STREAMS[self.kernel].instruction_bound
         return known is not None and all(self.constants[k] in known[k] for k in known)
 

@@ -53,7 +53,7 @@ def linear_cross_entropy(
         weight: ``[V, D]``, trained or frozen.
         target: ``Int64[...]``, one per row of ``hidden``, in [0, V) or ``ignore_index``.
         bias: ``[V]`` or ``None``.
-        lora: Adapter on the head, without dropout; float32 factors on a 16-bit ``hidden`` are cast.
+        lora: Adapter on the head, without dropout; float32 factors on a 16-bit ``hidden`` are computed in float32.
         ignore_index: Rows with this target have loss and gradient 0 and are not counted. If no row is counted, the mean is
             NaN (0 / 0) and all gradients are 0, as in ``torch.nn.functional.cross_entropy``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one loss a row, 0 where ignored).

@@ -20,13 +20,13 @@ def lora_linear(
     """A frozen linear with a low-rank update: ``y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``.
 
     Kept for backward: ``x`` where A is trained and ``s = drop(x) Aᵀ`` (``[M, R]``) where B is. The mask is drawn again
-    from its seed. Under autocast ``x`` and the weights are cast to its dtype first, as ``nn.Linear`` does.
+    from its seed. Under autocast ``x`` and the weight are cast to its dtype first, as ``nn.Linear`` does; the factors keep theirs.
 
     Args:
         x: ``[..., K]``.
         weight: ``[N, K]``, frozen, any strides (``Conv1D`` passes its transpose).
         bias: ``[N]`` or ``None``.
-        lora: The adapter; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
+        lora: The adapter, computed in ``low_rank.adapter_dtype``: float32 factors on a 16-bit ``x`` in float32.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:

@@ -39,12 +39,20 @@ class GateConfig:
     num_stages: int = 2
 
     @classmethod
-    def choose(cls, M: int, F: int, *, aligned: bool, target: Target) -> GateConfig:
-        """Split F until every multiprocessor has several programs, whose loads hide each other's latency."""
+    def choose(
+        cls, M: int, F: int, block_r: int, *, aligned: bool, target: Target, mixed: bool = False
+    ) -> GateConfig:
+        """Split F until every multiprocessor has several programs, whose loads hide each other's latency.
+
+        ``mixed`` is float32 factors beside 16-bit activations, here and below.
+        """
         block_m, block_f = 64, 32 if aligned else 16
         programs = cdiv(M, block_m)
         wanted = cdiv(_PROGRAMS_A_MULTIPROCESSOR * target.sms, programs)
         splits = min(wanted, cdiv(cdiv(F, block_f), _MIN_STEPS))
+        if mixed and block_r > 16 and target.capability not in (90, 100):
+            # the parts of three wide factors spill a few registers in 4 warps on sm_80
+            return cls(block_m, block_f, splits, num_warps=8, num_stages=1)
         return cls(block_m, block_f, splits)
 
 
@@ -60,7 +68,15 @@ class GateBackwardConfig:
 
     @classmethod
     def choose(
-        cls, M: int, F: int, block_r: int, *, itemsize: int, aligned: bool, target: Target
+        cls,
+        M: int,
+        F: int,
+        block_r: int,
+        *,
+        itemsize: int,
+        aligned: bool,
+        target: Target,
+        mixed: bool = False,
     ) -> GateBackwardConfig:
         """Long chunks make few partial sums of dA; shorter ones where the GPU would not be full."""
         # the factors stay in registers: 64 of them beside 64 columns spill
@@ -68,6 +84,12 @@ class GateBackwardConfig:
         if block_r > 64:
             block_m = 32  # and 64 rows of 128 on sm_90
         num_warps, num_stages = 4, 2
+        if mixed and block_r > 16:
+            # 32 columns spill in 4 warps, 16 on sm_80 too, and 32 in 8 on sm_90
+            hopper = target.capability in (90, 100)
+            block_m, block_f = (64, 16) if hopper else (32, 32)
+            num_stages = 1
+            num_warps = 4 if hopper else 8
         if itemsize == 4:
             block_m, block_f, num_stages = 32, 32, 1
         if not aligned:

@@ -51,12 +51,17 @@ def gate_forward(
     """
     (M, F), (gate, up, down) = e.shape, loras
     p, seed = (down.p, down.seed) if down else (0.0, 0)
-    c = config or GateConfig.choose(M, F, aligned=aligned(e, g), target=target_of(e))
+    b_e, b_g, a_d = _b(gate, e), _b(up, e), _a(down, e)
+    c = config or GateConfig.choose(
+        *(M, F, _block_r(loras)),
+        aligned=aligned(e, g),
+        target=target_of(e),
+        mixed=_is_mixed(e, b_e, b_g, a_d),
+    )
     h = e.new_empty(M, F)
     blocks = cdiv(F, c.block_f)
     steps = cdiv(blocks, c.splits)
     splits = cdiv(blocks, steps)
-    b_e, b_g, a_d = _b(gate, e), _b(up, e), _a(down, e)
     s_d = partial = None
     if a_d is not None:
         s_d = a_d.new_empty(M, a_d.shape[0])
@@ -113,13 +118,14 @@ def gate_backward(
     """
     (M, F), (gate, up, down) = e.shape, loras
     p, seed = (down.p, down.seed) if down else (0.0, 0)
+    b_e, b_g, a_d = _b(gate, e), _b(up, e), _a(down, e)
     c = config or GateBackwardConfig.choose(
         *(M, F, _block_r(loras)),
         itemsize=e.element_size(),
         aligned=aligned(e, g),
         target=target_of(e),
+        mixed=_is_mixed(e, b_e, b_g, a_d),
     )
-    b_e, b_g, a_d = _b(gate, e), _b(up, e), _a(down, e)
     de, dg = e.new_empty(M, 2 * F).split(F, 1)
     chunks = cdiv(M, c.chunk_m)
     dA = partial = None
@@ -153,6 +159,10 @@ def gate_backward(
     if dA is not None and partial is not None and chunks > 1:
         sum_partials(partial, dA)
     return de, dg, dA
+
+
+def _is_mixed(e: Tensor, *factors: Tensor | None) -> bool:
+    return any(factor is not None and factor.dtype is not e.dtype for factor in factors)
 
 
 def _a(lora: LoRA | None, e: Tensor) -> Tensor | None:

@@ -61,8 +61,12 @@ class ShrinkConfig:
         if block_k == 128 and target.capability not in (None, 90, 100):
             # 4 warps spill a few registers at rank 16 on sm_120, at 8 on sm_80 to sm_89: there products are those of one warp
             num_warps = 8
-        if mixed and block_r(R) == 64 and aligned and not dropout:
-            # the parts of a factor are made once a program: 1.1 x DRAM bandwidth on H100 and more, against 1.06 for 64 x 64
+        if mixed and aligned and target.capability not in (90, 100):
+            # each warp splits the factor's tile for itself: 16 rows a warp stream at 0.6 of DRAM bandwidth on A100
+            block_k = 64 if block_r(R) <= 32 else 32
+            block_m, num_warps = (128, 8 if dropout else 4) if block_r(R) == 64 else (64, 4)
+        elif mixed and aligned and block_r(R) >= 64 and not dropout:
+            # more than 1.1 x DRAM bandwidth on H100, against 1.06 for 64 x 64
             block_m, num_warps = 128, 8
         programs = cdiv(M, block_m)
         splits = 1
@@ -81,12 +85,15 @@ class ExpandConfig:
     num_stages: int = 1
 
     @classmethod
-    def choose(cls, R: int, *, itemsize: int, dropout: bool, aligned: bool) -> ExpandConfig:
-        """The mask of a wide tile does not fit the registers beside the tile."""
+    def choose(
+        cls, R: int, *, itemsize: int, dropout: bool, aligned: bool, mixed: bool = False
+    ) -> ExpandConfig:
+        """Neither the mask of a wide tile nor the parts of a wide factor fit the registers beside the tile."""
         if itemsize == 4 and block_r(R) >= 64:
             # without tensor cores the whole product is unrolled, and 64 x 64 spills kilobytes
             return cls(32, 32, num_warps=8)
-        block_n = 64 if dropout or itemsize == 4 or block_r(R) > 64 else 128
+        narrow = dropout or itemsize == 4 or block_r(R) > (32 if mixed else 64)
+        block_n = 64 if narrow else 128
         return cls(64, block_n if aligned else block_n // 2)
 
 
@@ -134,6 +141,9 @@ class TallConfig:
         elif mixed and rank == 16:
             # parts of s are made once for more columns
             block_m, block_c, num_warps = 16 if dropout else 32, 256, 8
+        elif mixed and target.capability not in (90, 100):
+            # 4 warps spill rank 64 beside 128 columns on sm_80, and beside 64 with a mask
+            block_m, block_c, num_warps = (32, 128, 8) if dropout else (32, 64, 4)
         elif mixed and dropout:
             block_m, block_c, num_warps = 32, 128, 4
         if rank > 64:
@@ -160,9 +170,10 @@ class GemmConfig:
     num_stages: int = 3
 
     @classmethod
-    def choose(cls, *, aligned: bool) -> GemmConfig:
-        """Shorter steps where operands are read by elements."""
-        return cls(block_k=64 if aligned else 32)
+    def choose(cls, R: int, *, aligned: bool, mixed: bool = False) -> GemmConfig:
+        """Shorter steps if operands are read by elements; fewer columns beside the parts of a wide factor."""
+        block_n = 64 if mixed and block_r(R) > 32 else 128
+        return cls(block_n=block_n, block_k=64 if aligned else 32)
 
 
 def one_dy_pass(R: int, *, target: Target, mixed: bool = False) -> bool:

@@ -102,7 +102,11 @@ def expand(
     (M, R), N = s.shape, B.shape[0]
     y = s.new_empty(M, N, dtype=dtype) if out is None else out
     c = config or ExpandConfig.choose(
-        R, itemsize=y.element_size(), dropout=p > 0, aligned=aligned(y)
+        R,
+        itemsize=y.element_size(),
+        dropout=p > 0,
+        aligned=aligned(y),
+        mixed=s.dtype is not y.dtype,
     )
     launch(
         _kernels().expand_kernel,
@@ -195,7 +199,7 @@ def gemm_lora(
     """``x Wᵀ + mask ∘ (scale · s Bᵀ) + bias`` with one rounding; ``weight [N, K]`` and ``B [N, R]`` of any strides."""
     (M, K), N, R, x = x.shape, weight.shape[0], s.shape[1], readable(x)
     y = x.new_empty(M, N)
-    c = config or GemmConfig.choose(aligned=aligned(x, weight, y))
+    c = config or GemmConfig.choose(R, aligned=aligned(x, weight, y), mixed=s.dtype is not x.dtype)
     launch(
         _kernels().gemm_lora_kernel,
         (cdiv(M, c.block_m) * cdiv(N, c.block_n),),

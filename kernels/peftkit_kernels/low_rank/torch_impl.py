@@ -27,7 +27,7 @@ class LoRA:
     """One adapter on one linear: ``scale · drop(x) Aᵀ Bᵀ``.
 
     Attributes:
-        A: ``[R, K]``.
+        A: ``[R, K]``. The adapter is computed in ``adapter_dtype``.
         B: ``[N, R]``, the dtype of ``A``.
         scale: ``lora_alpha / r``, or what else the method makes of it.
         p: Dropout probability on the adapter's input.

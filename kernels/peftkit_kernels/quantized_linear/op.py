@@ -33,7 +33,7 @@ def nf4_linear(
         x: ``[..., K]``.
         q: The weight ``(N, K)``; it has no gradient.
         bias: ``[N]`` or ``None``.
-        lora: The adapter or ``None``; float32 factors on a 16-bit ``x`` are cast, their gradients stay float32.
+        lora: The adapter or ``None``, computed in ``low_rank.adapter_dtype``: float32 factors on a 16-bit ``x`` in float32.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
