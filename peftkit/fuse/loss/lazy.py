@@ -352,7 +352,7 @@ def _register_hook(logits: LazyLogits, hook: Any) -> Any:
     while isinstance(hook, functools.partial):
         hook = hook.func
     # FSDP hooks every output of a module to gather the weights before backward. It ignores the gradient.
-    if getattr(hook, "__module__", "").startswith("torch.distributed."):
+    if (getattr(hook, "__module__", None) or "").startswith("torch.distributed."):
         logits._watch.signals.add(handle.id)
     return handle
 
