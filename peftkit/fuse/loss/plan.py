@@ -79,10 +79,10 @@ def _forward_reason(model: nn.Module) -> Reason | None:
     forward: Any = vars(model).get("forward")
     if forward is None:
         return None
-    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
-    if code is not None and "fused_lm_head" in code.co_varnames:
+    home = getattr(getattr(forward, "__func__", forward), "__globals__", {}).get("__name__", "")
+    if home.partition(".")[0] == "trl":
         return Reason(
-            "TRL's trainers compute the loss by a fused output head of their own, which forms large tiles of the logits; "
+            "TRL's trainers compute the loss by an output head of their own, which forms large tiles of the logits; "
             "peftkit's loss is not used there"
         )
     if "loss_function" in _names_in(forward):
