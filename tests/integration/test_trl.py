@@ -15,10 +15,12 @@ from integration.support import (
     fused_calls,
     times,
     tiny_peft,
+    trainer,
     wide_llama,
 )
 
 import peftkit
+from peftkit.fuse.loss import lazy
 
 # The name that every supported version of transformers knows, and that SFTConfig itself sets.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
@@ -98,6 +100,34 @@ def test_model_that_trl_gave_its_adapter_can_be_accelerated(tokenizer, tmp_path)
         run.train()
 
     assert calls == times(BLOCKS, 4) + Counter(frozen_rms_norm=2)
+
+
+def test_the_report_says_that_trl_computes_the_loss(tokenizer, tmp_path):
+    model = tiny_peft(fused=True)
+    assert peftkit.explain(model).logit_free
+    sft(model, tokenizer, tmp_path)
+    report = peftkit.explain(model)
+    assert not report.logit_free
+    assert "TRL's trainers compute the loss" in report.logit_free_reason
+
+
+def test_an_adapter_on_the_head_is_refused_by_trl_and_taken_by_trainer(
+    tokenizer, tmp_path, monkeypatch
+):
+    model = tiny_peft(fused=True, target_modules=["q_proj", "lm_head"])
+    report = peftkit.explain(model)
+    assert report.logit_free
+    assert "SFTTrainer refuses an adapter on the output head" in report.logit_free_reason
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        sft(model, tokenizer, tmp_path)
+    calls, loss = [], lazy.linear_cross_entropy
+    monkeypatch.setattr(
+        lazy,
+        "linear_cross_entropy",
+        lambda *args, **options: calls.append(1) or loss(*args, **options),
+    )
+    trainer(model, tmp_path, max_steps=2).train()
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("method", ["parallel", "prefix", "gated prefix", "all three"])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.fuse.loss.lazy import LazyLogits
-from peftkit.fuse.loss.plan import loss_plan, model_reason, trl_computes_loss
+from peftkit.fuse.loss.plan import loss_plan, model_reason
 from peftkit.fuse.plan import Reason
 from peftkit.swap import swap_in, swap_out
 from peftkit_kernels.checks import is_autocast_enabled
@@ -121,11 +121,6 @@ def remove_logit_free(model: nn.Module) -> None:
 def logit_free_status(model: nn.Module) -> tuple[bool, str]:
     """Whether a forward of ``model`` with labels leaves its logits out now, and a sentence saying so or why not."""
     model = _base_model(model)
-    if trl_computes_loss(model):
-        return (
-            True,
-            "TRL's trainers compute the loss from the hidden states by a fused head of their own; peftkit's is not used there",
-        )
     plan = loss_plan(model)
     if isinstance(plan, Reason):
         return False, plan

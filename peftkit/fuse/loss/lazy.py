@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from peftkit.fuse.loss.head import Head, HeadOutput, Step
+from peftkit.fuse.loss.uses import CASTS, KNOWN_WITHOUT_VALUES, PRODUCTS
 from peftkit_kernels.linear_cross_entropy import RowLoss, linear_cross_entropy
 
 
@@ -138,8 +139,8 @@ class LazyLogits(torch.Tensor):
         """These logits after ``function``, still not computed, or ``None`` if it is not one of those remembered."""
         if function is torch.Tensor.contiguous and not args:
             return self
-        if function in _CASTS and not args:
-            function, args = torch.Tensor.to, (_CASTS[function],)
+        if function in CASTS and not args:
+            function, args = torch.Tensor.to, (CASTS[function],)
         dtype, shape, is_view = self.dtype, self.shape, False
         if function is torch.Tensor.to:
             if len(args) != 1 or not isinstance(args[0], torch.dtype):
@@ -156,8 +157,8 @@ class LazyLogits(torch.Tensor):
             shape = _shape_of_view(self.shape, args[0])
             if shape is None:
                 return None
-        elif function in _PRODUCTS:
-            function = _PRODUCTS[function]
+        elif function in PRODUCTS:
+            function = PRODUCTS[function]
             if len(args) != 1 or type(args[0]) not in (int, float):
                 return None
             if args[0] == 0 or not math.isfinite(args[0]):
@@ -173,7 +174,7 @@ class LazyLogits(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _KNOWN_WITHOUT_VALUES:
+        if func in KNOWN_WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is torch.Tensor.register_hook:
@@ -352,7 +353,7 @@ def _register_hook(logits: LazyLogits, hook: Any) -> Any:
     while isinstance(hook, functools.partial):
         hook = hook.func
     # FSDP hooks every output of a module to gather the weights before backward. It ignores the gradient.
-    if getattr(hook, "__module__", "").startswith("torch.distributed."):
+    if (getattr(hook, "__module__", None) or "").startswith("torch.distributed."):
         logits._watch.signals.add(handle.id)
     return handle
 
@@ -387,71 +388,3 @@ def _real_of(value: Any) -> Any:
 
 def _values_of(value: Any) -> Any:
     return value._values() if isinstance(value, LazyLogits) else value
-
-
-_CASTS = {torch.Tensor.float: torch.float32, torch.Tensor.double: torch.float64}
-
-_PRODUCTS = {
-    torch.mul: torch.mul,
-    torch.multiply: torch.mul,
-    torch.Tensor.mul: torch.mul,
-    torch.Tensor.multiply: torch.mul,
-    torch.Tensor.__mul__: torch.mul,
-    torch.Tensor.__rmul__: torch.mul,
-    torch.div: torch.div,
-    torch.divide: torch.div,
-    torch.true_divide: torch.div,
-    torch.Tensor.div: torch.div,
-    torch.Tensor.divide: torch.div,
-    torch.Tensor.true_divide: torch.div,
-    torch.Tensor.__truediv__: torch.div,
-}
-
-_KNOWN_WITHOUT_VALUES = frozenset(
-    {
-        *(
-            getattr(torch.Tensor, name).__get__
-            for name in (
-                "_backward_hooks",
-                "_version",
-                "device",
-                "dtype",
-                "grad",
-                "grad_fn",
-                "is_cpu",
-                "is_cuda",
-                "is_leaf",
-                "is_meta",
-                "is_nested",
-                "is_quantized",
-                "is_sparse",
-                "itemsize",
-                "layout",
-                "nbytes",
-                "ndim",
-                "output_nr",
-                "requires_grad",
-                "retains_grad",
-                "shape",
-            )
-        ),
-        torch.Tensor.__len__,
-        torch.Tensor.dim,
-        torch.Tensor.element_size,
-        torch.Tensor.get_device,
-        torch.Tensor.is_complex,
-        torch.Tensor.is_contiguous,
-        torch.Tensor.is_floating_point,
-        torch.Tensor.is_inference,
-        torch.Tensor.nelement,
-        torch.Tensor.numel,
-        torch.Tensor.retain_grad,
-        torch.Tensor.size,
-        torch.Tensor.storage_offset,
-        torch.Tensor.stride,
-        torch.is_complex,
-        torch.is_floating_point,
-        torch.numel,
-    }
-)
-"""Uses of the logits that need no values."""

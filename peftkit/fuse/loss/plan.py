@@ -56,13 +56,6 @@ def _class_reason(cls: type) -> Reason | None:
     return None
 
 
-def trl_computes_loss(model: nn.Module) -> bool:
-    """Whether TRL has given the model a fused output head, whose loss its trainers use instead of the model's own."""
-    forward: Any = vars(model).get("forward")
-    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
-    return code is not None and "fused_lm_head" in code.co_varnames
-
-
 def _calls_loss_function(cls: type) -> bool:
     """Whether the forward of ``cls`` mentions ``loss_function``, itself or in the parent that it calls by ``super()``."""
     for parent in cls.__mro__:
@@ -83,8 +76,16 @@ def _names_in(function: Any) -> tuple[str, ...]:
 
 def _forward_reason(model: nn.Module) -> Reason | None:
     """Why a forward that was put on this one model may compute the loss in another way than its class."""
-    forward = vars(model).get("forward")
-    if forward is None or "loss_function" in _names_in(forward):
+    forward: Any = vars(model).get("forward")
+    if forward is None:
+        return None
+    home = getattr(getattr(forward, "__func__", forward), "__globals__", {}).get("__name__", "")
+    if home.partition(".")[0] == "trl":
+        return Reason(
+            "TRL's trainers compute the loss by an output head of their own, which forms large tiles of the logits; "
+            "peftkit's loss is not used there"
+        )
+    if "loss_function" in _names_in(forward):
         return None
     return Reason(f"the forward of this {type(model).__name__} was replaced by another function")
 

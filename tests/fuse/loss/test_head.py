@@ -89,6 +89,15 @@ def test_logits_after_a_change_that_leaves_the_weights(change):
     assert torch.equal(late.logits.detach(), expected)
 
 
+def test_merging_is_noticed_even_if_no_weight_that_is_read_changes():
+    layer = torch.nn.Module()
+    layer.merged_adapters = []
+    output = HeadOutput(torch.randn(2, 4), Head(torch.randn(5, 4), None, None, layer))
+    layer.merged_adapters.append("default")
+    with pytest.raises(RuntimeError, match="merged into the output head"):
+        output.evaluate()
+
+
 def test_logits_of_hidden_states_that_changed():
     hidden, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
     for change in (lambda: hidden.data.view(-1)[7].mul_(1.5), lambda: hidden.mul_(1.0)):
@@ -111,8 +120,10 @@ def test_logits_whose_weight_was_freed():
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "offset"])
 def test_every_layout_is_seen(dtype, trained, layout):
-    """A vocabulary that is a multiple of 512 elements, more than are read of a small head."""
-    V, D = 2**14, 96
+    """So many elements are read of this head that a change of their exponents alone could add up to 0 in 64 bits."""
+    V, D = 16640, 64
+    assert V * D > 2**20
+    assert V * D // (D + 1) % 4096 == 0
     torch.manual_seed(0)
     weight = torch.randn(V, D, dtype=dtype)
     if layout == "transposed":
@@ -128,7 +139,7 @@ def test_every_layout_is_seen(dtype, trained, layout):
         lambda w: w[:, 5].add_(1),
     ]
     if trained:
-        changes += [lambda w: w[9, 9:10].mul_(1.5)]
+        changes += [lambda w: w[9, 4:5].mul_(1.5)]
     for change in changes:
         output = HeadOutput(hidden, Head(weight, None, None))
         assert output.evaluate().shape == (2, V)

@@ -147,7 +147,7 @@ def test_threads_share_a_model(monkeypatch):
     batches = [models.batch("llama", seed=seed) for seed in range(2)]
     expected = [ours(**batch).loss.item() for batch in batches]
     losses, errors = [[], []], []
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=60)
 
     def work(index):
         try:
@@ -193,10 +193,12 @@ def test_one_thread_computes_a_loss_while_another_generates():
 
     thread = threading.Thread(target=generate)
     thread.start()
-    started.wait()
-    losses = [ours(**batch).loss.item() for _ in range(20)]
-    stop.set()
-    thread.join()
+    try:
+        assert started.wait(60)
+        losses = [ours(**batch).loss.item() for _ in range(20)]
+    finally:
+        stop.set()
+        thread.join()
     assert losses == [expected] * 20
     assert set(found) == {torch.Tensor}
 

@@ -259,10 +259,12 @@ def test_autocast():
     assert torch.equal(output.logits, expected.logits)
 
 
-def test_never_forms_the_logits(monkeypatch):
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["frozen", "adapter"])
+def test_never_forms_the_logits(targets, monkeypatch):
     monkeypatch.setattr(torch_impl, "_CPU_CHUNK_BYTES", 1)
     config = hf.LlamaConfig(**{**DECODER, "vocab_size": 2048})
-    model = get_peft_model(hf.LlamaForCausalLM(config), LoraConfig(**LORA))
+    lora = LoraConfig(**{**LORA, "target_modules": targets})
+    model = get_peft_model(hf.LlamaForCausalLM(config), lora)
     labels = torch.randint(0, 2048, (2, 40))
     with LargestResult() as stock:
         model(input_ids=labels, labels=labels).loss.backward()

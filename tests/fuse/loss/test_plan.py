@@ -192,20 +192,20 @@ def test_a_patched_class_runs_its_patch(cls, monkeypatch):
 
 
 def test_trl_computes_the_loss_itself():
-    """In its own call; in others ours does."""
+    """Its trainers do so after they have given the model a fused head; ours stays out of it."""
     model = peft_model(dtype=torch.float32)
-    base = model.get_base_model()
+    base, batch = model.get_base_model(), models.batch("llama")
     assert install_logit_free(model) is None
-    before = logit_free_status(model)
+    before, expected = logit_free_status(model), model(**batch).loss
     trl.trainer.utils.add_fused_lm_head(base)
-    assert logit_free_status(model)[0]
-    assert "TRL" in logit_free_status(model)[1]
-    batch = models.batch("llama")
-    assert type(model(**batch).logits) is LazyLogits
-    theirs = model(**batch, fused_lm_head=True)
-    torch.testing.assert_close(theirs.loss, model(**batch).loss)
+    logit_free, sentence = logit_free_status(model)
+    assert not logit_free
+    assert "TRL" in sentence
+    assert type(model(**batch).logits) is torch.Tensor
+    torch.testing.assert_close(model(**batch, fused_lm_head=True).loss, expected)
     del base.forward
     assert logit_free_status(model) == before
+    assert type(model(**batch).logits) is LazyLogits
 
 
 def test_an_adapter_on_the_head_and_trl():
