@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftkit.find.modules import (
     ancestors,
@@ -193,10 +193,10 @@ def _is_loaded(parameter: Any) -> bool:
     return getattr(parameter, "_is_hf_initialized", False) is True
 
 
-def _is_quantised(parameter: Tensor) -> bool:
-    """Also a new weight in a quantised linear, which is quantised when it moves to its device."""
-    foreign = type(parameter).__module__.startswith("bitsandbytes.")
-    return foreign or not parameter.is_floating_point()
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether a weight is quantised, or belongs in a quantised linear although it is new and so still a plain tensor."""
+    foreign = any(type(m).__module__.startswith("bitsandbytes.") for m in module.modules())
+    return foreign or not all(p.is_floating_point() for p in module.parameters())
 
 
 def _has_loaded(module: nn.Module) -> bool:
@@ -289,7 +289,7 @@ def _within_reach(heads: list[str], modules: dict[str, nn.Module], bare: bool) -
     lost = {name: BARE for name, parameter in own if not _is_loaded(parameter)}
     shared = _shared(modules)
     for name in heads:
-        if any(map(_is_quantised, modules[name].parameters())):
+        if _is_quantised(modules[name]):
             lost[name] = QUANTISED
         elif not shared.isdisjoint([name, *_below(name, modules)]):
             lost[name] = SHARED
