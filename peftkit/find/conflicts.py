@@ -129,9 +129,9 @@ def check_ranks(modules: Modules, config: Any, matches: Matches) -> None:
 
 
 def _sides(module: nn.Module) -> tuple[int, int] | None:
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if all(isinstance(size, int) for size in sizes):
-        return sizes
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inputs, int) and isinstance(outputs, int):
+        return inputs, outputs
     weight = module._parameters.get("weight")
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         return None

@@ -3,7 +3,7 @@
 A head that stays frozen keeps its random weights. An adapter file without the head cannot be used again either, because the
 next process draws other weights. Two facts make a module outside the backbone a head. The class of the model says so
 (``ForTokenClassification`` and the like), or transformers loaded the backbone from a checkpoint and did not find the module
-there: transformers marks each parameter that it loads. Some modules are never a head: embeddings and output embeddings, which
+there: transformers marks each parameter that it loads. So is a pooler inside the backbone that was not there. Some modules are never a head: embeddings and output embeddings, which
 are pretrained and often tied; other pretrained models; a normalisation layer by itself, which starts as the identity.
 """
 
@@ -136,6 +136,8 @@ def heads_among(modules: dict[str, nn.Module], never: set[str] | None = None) ->
     ]
     if task and not names:
         names = _inner_heads(modules, never)
+    if task and loaded:
+        names += _fresh_poolers(modules)
     return _within_reach(names, modules, bare=task and _backbone(modules) != "")
 
 
@@ -189,6 +191,12 @@ def _zero_shot_classes() -> set[str]:
 
 def _is_loaded(parameter: Any) -> bool:
     return getattr(parameter, "_is_hf_initialized", False) is True
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether a weight is quantised, or belongs in a quantised linear although it is new and so still a plain tensor."""
+    foreign = any(type(m).__module__.startswith("bitsandbytes.") for m in module.modules())
+    return foreign or not all(p.is_floating_point() for p in module.parameters())
 
 
 def _has_loaded(module: nn.Module) -> bool:
@@ -262,6 +270,17 @@ def _inner_heads(modules: dict[str, nn.Module], never: set[str]) -> list[str]:
     ]
 
 
+def _fresh_poolers(modules: dict[str, nn.Module]) -> list[str]:
+    """Poolers of a backbone that was saved without one, as language models save it."""
+    inside = _backbone(modules)
+    return [
+        name
+        for name, module in modules.items()
+        if inside and _parent(name) == inside and "pool" in name.rpartition(".")[2]
+        if next(module.parameters(), None) is not None and not _has_loaded(module)
+    ]
+
+
 def _within_reach(heads: list[str], modules: dict[str, nn.Module], bare: bool) -> Heads:
     """Replace heads by their parts until each name matches heads only, and set aside what PEFT cannot train."""
     own = list(modules[""].named_parameters(recurse=False)) if bare else []
@@ -270,7 +289,7 @@ def _within_reach(heads: list[str], modules: dict[str, nn.Module], bare: bool) -
     lost = {name: BARE for name, parameter in own if not _is_loaded(parameter)}
     shared = _shared(modules)
     for name in heads:
-        if not all(p.is_floating_point() for p in modules[name].parameters()):
+        if _is_quantised(modules[name]):
             lost[name] = QUANTISED
         elif not shared.isdisjoint([name, *_below(name, modules)]):
             lost[name] = SHARED

@@ -252,7 +252,7 @@ def _check_rows(field: str, rows: Any, module: nn.Module) -> None:
     for row in rows:
         if isinstance(row, bool) or not isinstance(row, numbers.Integral):
             raise TypeError(f"{field} has the entry {row!r}; entries must be whole numbers")
-        if size is not None and not 0 <= row < size:
+        if size is not None and int(row) not in range(size):
             raise ContractError(
                 f"{field} has the entry {row}, but {type(module).__name__} has {size} rows (0 to {size - 1}); for new tokens, "
                 "call model.resize_token_embeddings(len(tokenizer)) first"

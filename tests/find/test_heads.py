@@ -16,7 +16,15 @@ from task_models import BUILDERS, batch, outputs, task_model
 from torch import nn
 
 from peftkit import BottleneckConfig, ContractError, PrefixConfig, wrap
-from peftkit.find.heads import AMBIGUOUS, BARE, SHARED, find_heads, frozen_heads, trained_in_full
+from peftkit.find.heads import (
+    AMBIGUOUS,
+    BARE,
+    QUANTISED,
+    SHARED,
+    find_heads,
+    frozen_heads,
+    trained_in_full,
+)
 
 
 def _train_one_step(model, inputs):
@@ -149,6 +157,18 @@ def test_a_module_outside_the_backbone_that_was_not_in_the_checkpoint_is_a_head(
     assert find_heads(BertWithScorer.from_pretrained(tmp_path)).names == []
 
 
+def test_a_pooler_that_was_not_in_the_checkpoint_is_trained_too(tmp_path):
+    config = models.tiny("bert").config
+    hf.BertForMaskedLM(config).save_pretrained(tmp_path)
+    fresh = hf.BertForSequenceClassification.from_pretrained(tmp_path)
+    model = wrap(fresh, LoraConfig(r=4))
+    assert trained_in_full(model) == ["bert.pooler", "classifier"]
+    assert not any("pooler" in name for name in model.targeted_module_names)
+    hf.BertModel(config).save_pretrained(tmp_path)
+    whole = hf.BertForSequenceClassification.from_pretrained(tmp_path)
+    assert find_heads(whole).names == ["classifier"]
+
+
 def test_modules_of_the_user_around_a_loaded_model_are_heads(tmp_path):
     hf.BertModel(models.tiny("bert").config).save_pretrained(tmp_path)
 
@@ -218,3 +238,16 @@ def test_a_head_that_peft_cannot_train_is_an_error_with_a_way_out():
         wrap(model, LoraConfig(target_modules=["value"]))
     config = LoraConfig(target_modules=["value"], modules_to_save=[])
     assert frozen_heads(wrap(model, config)) == []
+
+
+def test_a_quantised_head_is_an_error_that_says_how_to_load_the_model(tmp_path):
+    models.tiny("bert").bert.save_pretrained(tmp_path)
+    settings = hf.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["pooler"])
+    load = hf.AutoModelForSequenceClassification.from_pretrained
+    model = load(tmp_path, quantization_config=settings)
+    assert find_heads(model).out_of_reach == {"classifier": QUANTISED}
+    with pytest.raises(ContractError, match="llm_int8_skip_modules"):
+        wrap(model)
+    settings = hf.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["classifier"])
+    model = wrap(load(tmp_path, quantization_config=settings))
+    assert trained_in_full(model) == ["classifier"]
