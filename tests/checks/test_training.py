@@ -125,9 +125,7 @@ def test_a_checkpoint_with_a_wrong_key_is_refused(method, tmp_path):
     first = sorted(held)[0]
     held[first.replace("layers.0", "layers.9")] = held.pop(first)
     save_file(held, file)
-    with pytest.raises(
-        ContractError, match=r"1 of \d+ keys is missing(.|\n)*1 key is left over"
-    ):
+    with pytest.raises(ContractError, match=r"1 of \d+ keys is missing(.|\n)*1 key is left over"):
         load_adapter(models.tiny("llama"), tmp_path)
 
 
