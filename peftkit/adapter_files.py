@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.errors import ContractError, count, listing
+from peftkit.errors import ContractError, count, listing, short
 
 CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 2**24
@@ -53,12 +53,12 @@ def require_model(model: Any, path: Any, call: str) -> None:
         )
     if not isinstance(model, nn.Module):
         raise ContractError(
-            f"model={_short(model)} is a {type(model).__name__}, not a model; load one first, for example with "
+            f"model={short(model)} is of type {type(model).__name__}, not a model; load one first, for example with "
             "transformers.AutoModelForCausalLM.from_pretrained"
         )
     if not isinstance(path, (str, os.PathLike)):
         raise ContractError(
-            f"path={_short(path)} is a {type(path).__name__}, not a path; pass the folder that holds {CONFIG_FILE}"
+            f"path={short(path)} is of type {type(path).__name__}, not a path; pass the folder that holds {CONFIG_FILE}"
         )
 
 
@@ -135,7 +135,7 @@ def _parse(file: Path, content: bytes) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise ContractError(
-            f"{file} is not a PEFT config: it holds {_short(config)}, not an object with fields; save the adapter again"
+            f"{file} is not a PEFT config: it holds {short(config)}, not an object with fields; save the adapter again"
         )
     _require_finite(file, config)
     return config
@@ -290,8 +290,3 @@ def _is(kind: str, path: Path) -> bool:
 def _exists(path: Path) -> bool:
     with reading(path):
         return path.exists()
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

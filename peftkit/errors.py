@@ -14,6 +14,12 @@ def count(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number} {singular if number == 1 else plural or singular + 's'}"
 
 
+def short(value: object) -> str:
+    """``repr`` of a value in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def listing(names: Collection[str], shown: int = 5) -> str:
     """The first few names on lines of their own, and how many more there are."""
     lines = [f"  {name}" for name in list(names)[:shown]]

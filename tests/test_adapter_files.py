@@ -228,7 +228,7 @@ def test_arguments_of_other_types():
     require_model(model, "folder", "f(model, path)")
     with _raises("the arguments are swapped", "path is a Linear", "call f(model, path)"):
         require_model("folder", model, "f(model, path)")
-    with _raises("model='id' is a str, not a model"):
+    with _raises("model='id' is of type str, not a model"):
         require_model("id", "folder", "f(model, path)")
-    with _raises("path=None is a NoneType, not a path"):
+    with _raises("path=None is of type NoneType, not a path"):
         require_model(model, None, "f(model, path)")

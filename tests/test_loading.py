@@ -209,13 +209,13 @@ def test_swapped_arguments(saved):
 
 
 def test_a_name_where_a_model_is_expected(saved):
-    with _raises("model='meta-llama/Llama-3.2-1B' is a str", "from_pretrained"):
+    with _raises("model='meta-llama/Llama-3.2-1B' is of type str", "from_pretrained"):
         load_adapter("meta-llama/Llama-3.2-1B", saved)
 
 
 @pytest.mark.parametrize("path", [None, 5, ["a"]])
 def test_a_path_of_another_type(path):
-    with _raises(f"path={path!r} is a {type(path).__name__}, not a path"):
+    with _raises(f"path={path!r} is of type {type(path).__name__}, not a path"):
         load_adapter(models.tiny("llama"), path)
 
 

@@ -72,31 +72,45 @@ class _Seen:
     positions: int | None = None
     input_is_zero: bool = True
     reached: bool = False
-    incoming_is_zero: bool = True
+    incoming: float = 0.0
+    """Norm of the gradient that reaches the layer's output."""
+    noise: float = 0.0
+    """Share of other layers' gradients below which this one may consist of rounding errors: ``2 N eps``."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why tensors get no gradient.
+
+    Attributes:
+        faults: By name, for those that should get one.
+        advice: By name, what to do about each fault.
+        notes: On those that rightly get none.
+    """
+
+    faults: dict[str, str]
+    advice: dict[str, str]
+    notes: list[str]
 
 
 def why_no_gradient(
     model: nn.Module,
     doubtful: dict[str, AdapterTensor],
     missing: set[str],
-    zero: set[str],
     step: Callable[[], None],
-) -> tuple[list[str], list[str]]:
+) -> Verdict:
     """Explain missing and zero gradients.
 
     Args:
         model: The model, undisturbed by the caller.
         doubtful: The tensors in question by name.
         missing: Names of tensors whose gradient is ``None``.
-        zero: Names of tensors whose gradient is zero.
         step: One forward and backward.
-
-    Returns:
-        Faults (``name: reason``), and notes on those that are as they should be.
     """
     seen: dict[str, _Seen] = {}
     handles = []
-    for name, layer in tuner_layers(model).items():
+    layers = tuner_layers(model)
+    for name, layer in layers.items():
         seen[name] = _Seen()
         # First of all hooks: what others make of the output is then seen in its gradient.
         handles.append(
@@ -108,15 +122,44 @@ def why_no_gradient(
         for handle in handles:
             handle.remove()
 
-    faults, notes = [], []
-    layers = tuner_layers(model)
+    faults, advice, notes = {}, {}, []
+    surroundings = _Surroundings(layers, seen, doubtful)
     for name, t in doubtful.items():
-        excuse = _excuse(model, name, t, layers, seen, doubtful)
+        excuse = _excuse(model, t, layers.get(t.layer), seen.get(t.layer), surroundings)
         if excuse:
             notes.append(f"{name}: no gradient, because {excuse}")
         else:
-            faults.append(f"{name}: {_fault(name, t, seen, missing)}")
-    return faults, notes
+            reason, advice[name] = _fault(name, t, seen, missing)
+            faults[name] = f"{name}: {reason}"
+    return Verdict(faults, advice, notes)
+
+
+class _Surroundings:
+    """What the layers beside a layer did, and the experts beside an expert; counted once for all layers."""
+
+    def __init__(
+        self,
+        layers: dict[str, nn.Module],
+        seen: dict[str, _Seen],
+        doubtful: dict[str, AdapterTensor],
+    ):
+        idle = {t.layer for t in doubtful.values()}
+        self._busy_experts = {_experts_of(name) for name in layers if name not in idle}
+        self._beside: dict[str, list[_Seen]] = {}
+        for name, what in seen.items():
+            self._beside.setdefault(name.rpartition(".")[0], []).append(what)
+
+    def other_experts_ran(self, layer: str) -> bool:
+        """Whether the layer belongs to an expert, and another expert of the same block got a gradient."""
+        return ".experts." in layer and _experts_of(layer) in self._busy_experts
+
+    def beside(self, layer: str) -> list[_Seen]:
+        """What the layers of the same parent did, this one included."""
+        return self._beside[layer.rpartition(".")[0]]
+
+
+def _experts_of(layer: str) -> str:
+    return layer.partition(".experts.")[0]
 
 
 def _record(seen: _Seen) -> Callable[..., None]:
@@ -129,7 +172,8 @@ def _record(seen: _Seen) -> Callable[..., None]:
 
         def arrive(gradient: Tensor) -> None:
             seen.reached = True
-            seen.incoming_is_zero &= not bool(gradient.any())
+            seen.incoming += gradient.float().norm().item()
+            seen.noise = 2 * gradient.shape[-1] * torch.finfo(gradient.dtype).eps
 
         for tensor in _tensors(output):
             if tensor.requires_grad:
@@ -140,24 +184,18 @@ def _record(seen: _Seen) -> Callable[..., None]:
 
 def _excuse(
     model: nn.Module,
-    name: str,
     t: AdapterTensor,
-    layers: dict[str, nn.Module],
-    seen: dict[str, _Seen],
-    doubtful: dict[str, AdapterTensor],
+    layer: nn.Module | None,
+    what: _Seen | None,
+    surroundings: _Surroundings,
 ) -> str:
     """Why this tensor rightly gets no gradient, or nothing."""
-    layer, what = layers.get(t.layer), seen.get(t.layer)
     if "trainable_tokens" in t.role:
         return "none of its tokens occurs in the batch"
     if layer is None or what is None:
         return ""
-    block = t.layer.partition(".experts.")[0] if ".experts." in t.layer else None
-    if block is not None:
-        fellows = {n for n in layers if n.startswith(f"{block}.experts.")}
-        idle = {d.layer for d in doubtful.values()}
-        if fellows - idle:
-            return "no token of the batch was routed to its expert"
+    if surroundings.other_experts_ran(t.layer):
+        return "no token of the batch was routed to its expert"
     if not what.called:
         rate = max((getattr(model.config, key, None) or 0.0 for key in _LAYER_DROP), default=0.0)
         return "its layer was dropped at random" if model.training and rate > 0 else ""
@@ -168,25 +206,43 @@ def _excuse(
         return "the adapter's dropout is 1"
     if what.input_is_zero:
         return "the layer's input is zero"
-    siblings = [s for n, s in seen.items() if n.rpartition(".")[0] == t.layer.rpartition(".")[0]]
-    if what.reached and what.incoming_is_zero and any(s.positions == 1 for s in siblings):
+    beside = surroundings.beside(t.layer)
+    negligible = what.incoming <= what.noise * max(other.incoming for other in beside)
+    if what.reached and negligible and any(other.positions == 1 for other in beside):
         return "attention over a single position does not depend on queries and keys"
     return ""
 
 
-def _fault(name: str, t: AdapterTensor, seen: dict[str, _Seen], missing: set[str]) -> str:
+def _fault(
+    name: str, t: AdapterTensor, seen: dict[str, _Seen], missing: set[str]
+) -> tuple[str, str]:
+    """What is wrong, and what to do."""
     what = seen.get(t.layer)
     if what is None or not what.called:
-        return "the forward of this batch never used it"
+        return (
+            "the forward of this batch never used it",
+            "Leave modules that your data never uses out (exclude_modules), or pass a batch that uses them.",
+        )
+    if name in missing and not what.reached:
+        return (
+            "the output of its layer never reaches the loss (detached, or dropped)",
+            "Look for detach(), torch.no_grad() or an output that is not used in the model's code and hooks, or leave these modules "
+            "out (exclude_modules).",
+        )
     if name in missing:
         return (
-            "the output of its layer never reaches the loss (detached, or dropped)"
-            if not what.reached
-            else "its layer ran without it (is the adapter active in this layer?)"
+            "its layer ran without it (is the adapter active in this layer?)",
+            "Call model.set_adapter with the adapter's name, and look for detach() inside the layer.",
         )
-    if what.incoming_is_zero:
-        return "the gradient that reaches its layer is exactly zero"
-    return "its gradient is exactly zero although its layer's is not (underflow in float16?)"
+    if what.incoming == 0:
+        return (
+            "the gradient that reaches its layer is exactly zero",
+            "Look for a factor of zero between this layer and the loss: masks, gates, hooks, or float16 that underflows.",
+        )
+    return (
+        "its gradient is exactly zero although its layer's is not (underflow in float16?)",
+        "Keep the adapter's weights in float32 or bfloat16, or scale the loss up before the backward.",
+    )
 
 
 def _tensors(value: Any) -> list[Tensor]:

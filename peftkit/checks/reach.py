@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from peftkit.checks.adapters import AdapterTensor
 from peftkit.checks.diagnosis import first_non_finite_module, why_no_gradient
-from peftkit.errors import ContractError, listing
+from peftkit.errors import ContractError, count, listing
 
 
 def measure(
-    model: nn.Module, batch: Mapping[str, Any], tensors: list[AdapterTensor]
+    model: nn.Module, batch: dict[str, Any], tensors: list[AdapterTensor]
 ) -> tuple[float, dict[str, float], list[str]]:
     """Run one forward and backward and judge what comes of it.
 
@@ -43,14 +43,14 @@ def measure(
     if value is not None:
         with undisturbed(model):
             culprit = first_non_finite_module(model, lambda: loss_of(model, batch))
-        raise ContractError(f"the loss of this batch is {value}; {_all_ignored(batch) or culprit}")
+        raise ContractError(f"the loss of this batch is {value}; {culprit}")
 
     broken = [
         n for n, g in gradients.items() if g is not None and not bool(_values(g).isfinite().all())
     ]
     if broken:
         raise ContractError(
-            f"{len(broken)} of {len(gradients)} gradients are not finite although the loss is ({loss.item():.6g}):\n"
+            f"{len(broken)} of {count(len(gradients), 'gradient')} {'is' if len(broken) == 1 else 'are'} not finite although the loss is ({loss.item():.6g}):\n"
             f"{listing(broken)}\nLook for overflow in the backward: a loss scale that is too large, float16, or a division "
             "or logarithm of zero in the model's own code."
         )
@@ -74,24 +74,59 @@ def _judge(
     own = {names[id(t.tensor)]: t for t in tensors if t.tensor.requires_grad}
     missing = {n for n, g in gradients.items() if g is None}
     zero = {n for n in own if (g := gradients[n]) is not None and not bool(_values(g).any())}
+    factors = _Factors(tensors)
     doubtful = {
-        n: own[n] for n in own if n in missing or (n in zero and not _explained(own[n], tensors))
+        n: own[n] for n in own if n in missing or (n in zero and not factors.explain(own[n]))
     }
+    noise = _noise(batch, own, gradients)
     others = [f"{n}: it does not take part in the loss" for n in sorted(missing - own.keys())]
-    if not doubtful and not others:
+    if not doubtful and not others and not noise:
         return []
     with undisturbed(model):
-        faults, notes = why_no_gradient(
-            model, doubtful, missing, zero, lambda: _backward(model, loss_of(model, batch))
+        verdict = why_no_gradient(
+            model, doubtful | noise, missing, lambda: _backward(model, loss_of(model, batch))
         )
-    faults += others
+    # a gradient that is noise without a known reason is still a gradient
+    faults = [f for n, f in verdict.faults.items() if n not in noise] + others
     if faults:
+        advice = list(dict.fromkeys(verdict.advice[n] for n in verdict.faults if n not in noise))
+        if others:
+            advice.append(
+                "Freeze parameters that the loss does not need (requires_grad_(False)), or leave them out of modules_to_save."
+            )
+        if _checkpointing(model):
+            advice.append(f"The model uses gradient checkpointing: {_CHECKPOINTING}.")
         raise ContractError(
-            f"{len(faults)} of {len(gradients)} trainable tensors get no gradient from this batch:\n{listing(faults)}\n"
-            "Leave these modules out (exclude_modules) or repair the path to the loss"
-            + ("." if not _checkpointing(model) else f"; {_CHECKPOINTING}.")
+            f"{len(faults)} of {count(len(gradients), 'trainable tensor')} {'gets' if len(faults) == 1 else 'get'} no gradient from "
+            f"this batch:\n{listing(faults)}\n" + "\n".join(advice)
         )
-    return notes
+    return verdict.notes
+
+
+def _noise(
+    batch: Mapping[str, Any],
+    own: dict[str, AdapterTensor],
+    gradients: dict[str, Tensor | None],
+) -> dict[str, AdapterTensor]:
+    """Tensors whose gradients are rounding errors in place of zeros, as attention over a single position gives them.
+
+    Attention subtracts two equal sums of at most N products there, N being the outputs of the layer, so the error is below
+    ``2 N eps`` of the gradients beside it.
+    """
+    if not any(
+        isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == 1
+        for value in batch.values()
+    ):
+        return {}
+    norms = {n: _values(g).float().norm().item() for n in own if (g := gradients[n]) is not None}
+    largest = max(norms.values(), default=0.0)
+    return {
+        name: own[name]
+        for name, norm in norms.items()
+        if 0
+        < norm
+        < 2 * own[name].tensor.shape[0] * torch.finfo(own[name].tensor.dtype).eps * largest
+    }
 
 
 _CHECKPOINTING = (
@@ -100,15 +135,18 @@ _CHECKPOINTING = (
 )
 
 
-def _explained(t: AdapterTensor, tensors: list[AdapterTensor]) -> bool:
-    """Factors of a product: where one is zero, the gradients of the others are (lora_A while lora_B is still zero)."""
-    return any(
-        other.layer == t.layer
-        and other.adapter == t.adapter
-        and other.tensor is not t.tensor
-        and not bool(other.tensor.any())
-        for other in tensors
-    )
+class _Factors:
+    """Factors of a product: if one is zero, the gradients of the others are (lora_A while lora_B is still zero)."""
+
+    def __init__(self, tensors: list[AdapterTensor]):
+        self._zeros: dict[tuple[str, str], set[int]] = {}
+        for t in tensors:
+            if not bool(t.tensor.any()):
+                self._zeros.setdefault((t.layer, t.adapter), set()).add(id(t.tensor))
+
+    def explain(self, t: AdapterTensor) -> bool:
+        """Whether another factor of the same layer is zero."""
+        return bool(self._zeros.get((t.layer, t.adapter), set()) - {id(t.tensor)})
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -117,13 +155,21 @@ def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Raises:
         ContractError: The output holds none.
     """
-    output = model(**batch)
+    try:
+        output = model(**batch)
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise ContractError(
+                f"{type(model).__name__} does not take this batch of {', '.join(sorted(map(str, batch)))} ({error}); remove the "
+                "columns that its forward does not have"
+            ) from error
+        raise
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None and isinstance(output, tuple) and output and output[0].ndim == 0:
         loss = output[0]
     if loss is None:
         raise ContractError(
-            f"the model returned no loss for a batch of {', '.join(sorted(batch))}; add labels to the batch"
+            f"the model returned no loss for a batch of {', '.join(sorted(map(str, batch)))}; add labels to the batch"
         )
     return loss.mean()
 
@@ -145,17 +191,6 @@ def _checkpointing(model: nn.Module) -> bool:
     )
 
 
-def _all_ignored(batch: Mapping[str, Any]) -> str:
-    labels = batch.get("labels")
-    if (
-        isinstance(labels, Tensor)
-        and not labels.is_floating_point()
-        and bool((labels == -100).all())
-    ):
-        return "every label of the batch is -100 (ignored), so it is the mean of nothing; check the collator"
-    return ""
-
-
 def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
@@ -164,8 +199,15 @@ def _device(model: nn.Module) -> torch.device:
     return next(p.device for p in model.parameters() if not p.is_meta)
 
 
-def _on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def _on_device(value: Any, device: torch.device) -> Any:
+    """Move tensors, also those in lists and dictionaries, such as the boxes of object detection."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _on_device(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on_device(item, device) for item in value)
+    return value
 
 
 @contextlib.contextmanager

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from peftkit.checks.adapters import AdapterTensor, active_adapters, adapter_tensors, tuner_layers
+from peftkit.checks.batches import checked_batch, require_supervision, supervision
+from peftkit.checks.effect import check_heads, check_strength
 from peftkit.checks.reach import measure
-from peftkit.errors import ContractError, listing
+from peftkit.errors import ContractError, count, listing, short
 from peftkit.find.matching import check_targets
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ class CheckReport:
         trainable: Number of trainable adapter tensors.
         loss: Loss of the batch; ``None`` without a batch.
         grad_norms: Euclidean norm of each trainable tensor's gradient by name; empty without a batch.
+        supervised: Number of labels that the loss is computed from; ``None`` without a batch, or if the model's loss has no
+            labels of classes.
+        labels: Number of all labels of the batch, or ``None`` likewise.
         notes: What is unusual but has a reason.
     """
 
@@ -38,6 +43,8 @@ class CheckReport:
     trainable: int
     loss: float | None = None
     grad_norms: dict[str, float] = field(default_factory=dict)
+    supervised: int | None = None
+    labels: int | None = None
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +71,8 @@ class CheckReport:
         ]
         if self.loss is not None:
             norms = {name: norm for name, norm in self.grad_norms.items() if norm > 0.0}
+            if self.supervised is not None:
+                rows.append(("supervised labels", f"{self.supervised} of {self.labels}"))
             rows.append(("loss", f"{self.loss:.6g}"))
             for what, pick in (("smallest", min), ("largest", max)) if norms else ():
                 name = pick(norms, key=norms.__getitem__)
@@ -76,21 +85,31 @@ class CheckReport:
 def check(model: nn.Module, batch: Mapping[str, Any] | None = None) -> CheckReport:
     """Raise if training this model would go wrong without a word.
 
-    Without a batch: adapters exist, are active, matched, finite, trainable and of a dtype that can be trained. With a batch,
-    also one forward and backward in the model's current mode: loss and gradients are finite and every trainable adapter
+    Without a batch: adapters exist, are active, matched, finite, trainable, of a dtype that can be trained, and neither their
+    scale nor their dropout removes them; a task head that starts at random is trained. With a batch, also one forward and
+    backward in the model's current mode: labels are supervised, loss and gradients are finite and every trainable adapter
     tensor gets a gradient that is not zero, unless zero is right (``lora_A`` while ``lora_B`` is zero, an expert without
     tokens, ...). The model, its gradients, buffers and the random state are left as they were.
 
     Args:
         model: A ``PeftModel``, or a transformers model after ``add_adapter``.
-        batch: What the model is called with, labels included; moved to the model's device.
+        batch: What the model is called with, labels included: a dictionary of tensors; moved to the model's device.
 
     Returns:
-        What was seen, for printing.
+        What was found, for printing.
 
     Raises:
         ContractError: Something is wrong; the message names it and a way out.
     """
+    if not isinstance(model, nn.Module):
+        way_out = (
+            "the arguments are swapped, call check(model, batch)"
+            if isinstance(batch, nn.Module)
+            else "load one and call peftkit.wrap(model) first"
+        )
+        raise ContractError(
+            f"model={short(model)} is of type {type(model).__name__}, not a model; {way_out}"
+        )
     model = getattr(model, "_orig_mod", model)
     tensors = adapter_tensors(model)
     if not tensors or not getattr(model, "peft_config", None):
@@ -102,12 +121,24 @@ def check(model: nn.Module, batch: Mapping[str, Any] | None = None) -> CheckRepo
     for config in model.peft_config.values():
         check_targets(model, config)
     notes = _check_values(tensors) + _check_trainable(tensors, active)
+    check_strength(model, active)
+    notes += check_heads(model)
     trainable = sum(t.tensor.requires_grad for t in tensors)
     report = CheckReport(tuple(active), len(tensors), trainable, notes=tuple(notes))
     if batch is None:
         return report
+    batch = checked_batch(batch)
+    found = supervision(model, batch)
+    notes += require_supervision(batch, found)
     loss, norms, more = measure(model, batch, tensors)
-    return CheckReport(tuple(active), len(tensors), trainable, loss, norms, (*report.notes, *more))
+    return replace(
+        report,
+        loss=loss,
+        grad_norms=norms,
+        supervised=found.supervised if found else None,
+        labels=found.labels if found else None,
+        notes=(*notes, *more),
+    )
 
 
 def _check_active(model: nn.Module, active: list[str], tensors: list[AdapterTensor]) -> None:
@@ -130,7 +161,7 @@ def _check_active(model: nn.Module, active: list[str], tensors: list[AdapterTens
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ContractError(
-            f"adapters are merged into the base weights of {len(merged)} layers, so they get no gradient:\n{listing(merged)}\n"
+            f"adapters are merged into the base weights of {count(len(merged), 'layer')}, so they get no gradient:\n{listing(merged)}\n"
             "Call model.unmerge_adapter() first."
         )
 
@@ -139,18 +170,18 @@ def _check_values(tensors: list[AdapterTensor]) -> list[str]:
     empty = [t.name for t in tensors if t.tensor.is_meta]
     if empty:
         raise ContractError(
-            f"{len(empty)} adapter tensors are on the meta device, so their values were never loaded:\n{listing(empty)}\n"
-            "Load the adapter again without low_cpu_mem_usage, or by peftkit.load_adapter."
+            f"{_are(empty)} on the meta device, so their values were never loaded:\n{listing(empty)}\n"
+            "Load the adapter again without low_cpu_mem_usage, or with peftkit.load_adapter."
         )
     odd = [f"{t.name}: {t.tensor.dtype}" for t in tensors if t.tensor.dtype not in _DTYPES]
     if odd:
         raise ContractError(
-            f"{len(odd)} adapter tensors have a dtype that cannot be trained:\n{listing(odd)}\nCast them to torch.float32."
+            f"{_have(odd)} a dtype that cannot be trained:\n{listing(odd)}\nCast them to torch.float32."
         )
     broken = [t.name for t in tensors if not bool(t.tensor.detach().isfinite().all())]
     if broken:
         raise ContractError(
-            f"{len(broken)} adapter tensors hold NaN or infinite values:\n{listing(broken)}\n"
+            f"{_have(broken)} NaN or infinite values:\n{listing(broken)}\n"
             "Load an earlier checkpoint, or start again with a smaller learning rate."
         )
     dtypes: dict[tuple[str, str], set[torch.dtype]] = {}
@@ -164,11 +195,11 @@ def _check_values(tensors: list[AdapterTensor]) -> list[str]:
     ]
     if mixed:
         raise ContractError(
-            f"the factors of {len(mixed)} layers differ in dtype:\n{listing(mixed)}\nCast the whole adapter to one dtype."
+            f"the factors of {count(len(mixed), 'layer')} differ in dtype:\n{listing(mixed)}\nCast the whole adapter to one dtype."
         )
     halves = sum(t.tensor.requires_grad and t.tensor.dtype is torch.float16 for t in tensors)
     return (
-        [f"{halves} tensors are trained in float16: small gradients and updates round to zero"]
+        [f"{count(halves, 'tensor')} trained in float16: small gradients and updates round to zero"]
         if halves
         else []
     )
@@ -190,8 +221,17 @@ def _check_trainable(tensors: list[AdapterTensor], active: list[str]) -> list[st
     odd = [t.name for t in frozen if t.layer in trained_layers]
     if odd:
         raise ContractError(
-            f"{len(odd)} adapter tensors have requires_grad=False while the rest of their layer, and the same tensor of other "
-            f"layers, is trained:\n{listing(odd)}\nSet requires_grad of them all alike."
+            f"{_have(odd)} requires_grad=False while the rest of the layer, and the same tensor of other layers, is trained:\n"
+            f"{listing(odd)}\nSet requires_grad to the same value on all of them."
         )
     layers = sorted({t.layer for t in frozen})
-    return [f"{len(layers)} adapter layers are frozen, such as {layers[0]}"] if layers else []
+    frozen_layers = count(len(layers), "adapter layer is", "adapter layers are")
+    return [f"{frozen_layers} frozen, such as {layers[0]}"] if layers else []
+
+
+def _are(names: list[str]) -> str:
+    return count(len(names), "adapter tensor is", "adapter tensors are")
+
+
+def _have(names: list[str]) -> str:
+    return count(len(names), "adapter tensor has", "adapter tensors have")

@@ -1,8 +1,21 @@
 """Which errors are a message to the user, and which are a defect to be shown in full."""
 
+import errno
 from types import TracebackType
 
 from typer.core import TyperGroup
+
+_OF_THE_DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 class OneLineErrors(TyperGroup):
@@ -12,7 +25,7 @@ class OneLineErrors(TyperGroup):
         """Run the command; unexpected errors pass through with their traceback."""
         try:
             return super().invoke(ctx)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             if not is_expected(error):
                 raise
             from rich.console import Console
@@ -23,13 +36,15 @@ class OneLineErrors(TyperGroup):
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether ``error`` tells the user something to mend: a missing file, or a value we refused.
+    """Whether ``error`` tells the user something to correct: a file that is missing or cannot be written, or a refused value.
 
-    A ValueError counts when our own code raised it (ContractError is one); one that comes out of a
-    library underneath is a defect of ours, and only its traceback says where.
+    A ValueError counts if our own code raised it (ContractError is one); one that a library underneath raised is a defect of
+    ours, and only its traceback says where.
     """
     if isinstance(error, FileNotFoundError):
         return True
+    if isinstance(error, OSError):
+        return error.errno in _OF_THE_DISK
     return isinstance(error, ValueError) and _raised_in(error.__traceback__).startswith("peftkit")
 
 

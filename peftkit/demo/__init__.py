@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from peftkit.demo.settings import DemoError, Settings, open_folder
+from peftkit.demo.files import DemoError
+from peftkit.demo.settings import Settings, open_folder
 
 __all__ = ["DemoError", "Settings", "run"]
 

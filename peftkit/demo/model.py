@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.demo.files import replacing
-from peftkit.demo.settings import DemoError
+from peftkit.demo.files import DemoError, replacing
 
 if TYPE_CHECKING:
     import numpy as np

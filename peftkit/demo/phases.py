@@ -55,7 +55,6 @@ def run_phases(
     write_report(report, folder.path)
     write_json(folder.path / "report.json", report)
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_path, report)
     print_report(report, console, folder.path)
     return 0 if report["plain_peft_agrees"] and report["merged_agrees"] else 1

@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peftkit import __version__
-from peftkit.demo.files import read_json, write_json
+from peftkit.demo.files import DemoError, read_json, recover, write_json
 
 _RUN_FILE = "run.json"
-
-
-class DemoError(ValueError):
-    """The demo cannot go on, for a reason the user can mend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +79,8 @@ def open_folder(path: Path, settings: Settings, *, resume: bool) -> Folder:
             one would destroy; or a folder that holds something else.
     """
     folder = Folder(path)
+    for replaced in (folder.base, folder.adapter):
+        recover(replaced)
     run_file = path / _RUN_FILE
     identity = {"peftkit": __version__, "settings": asdict(settings)}
     if resume:
@@ -110,7 +108,6 @@ def open_folder(path: Path, settings: Settings, *, resume: bool) -> Folder:
         raise DemoError(
             f"out={path} is not empty and holds no run of the demo; name another folder with --out"
         )
-    folder.phase("x").parent.mkdir(parents=True, exist_ok=True)
     write_json(run_file, identity)
     return folder
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from peftkit.demo.dataset import collate, encode, order_in_batches
+from peftkit.demo.files import recover, swap_in, writing
 from peftkit.demo.generator import Example
 from peftkit.demo.interrupt import GracefulInterrupt
 from peftkit.demo.memory import PeakMemory
@@ -83,6 +84,8 @@ def train(
 
 def last_checkpoint(folder: Folder) -> Path | None:
     """The newest whole checkpoint of the run, if any."""
+    for aside in folder.checkpoints.glob(f"{_PREFIX}*.old"):
+        recover(aside.with_suffix(""))
     found = _checkpoints(folder.checkpoints)
     return found[-1] if found else None
 
@@ -127,16 +130,16 @@ class _CheckpointingTrainer(Trainer):
         staging = final / "partial"
         shutil.rmtree(staging, ignore_errors=True)
         self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        (whole,) = _checkpoints(staging)
-        shutil.rmtree(final / whole.name, ignore_errors=True)
-        whole.rename(final / whole.name)
-        shutil.rmtree(staging)
-        for old in _checkpoints(final)[:-_KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+        with writing(final):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            (whole,) = _checkpoints(staging)
+            swap_in(whole, final / whole.name)
+            shutil.rmtree(staging)
+            for old in _checkpoints(final)[:-_KEPT_CHECKPOINTS]:
+                shutil.rmtree(old)
 
 
 class _Watch(TrainerCallback):

@@ -69,6 +69,32 @@ def test_expected_error_is_one_line(fake_demo):
     assert result.stderr == "error: no checkpoint in out/demo; run without --resume\n"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "out/x"),
+        PermissionError(13, "Permission denied", "out/x"),
+    ],
+    ids=["full", "permissions"],
+)
+def test_an_error_of_the_disk_is_one_line(fake_demo, error):
+    def refuse(**kwargs):
+        raise error
+
+    fake_demo(refuse)
+    result = run("demo")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: [Errno {error.errno}] {error.strerror}: 'out/x'\n"
+
+
+def test_another_error_of_the_system_keeps_its_traceback(fake_demo):
+    def defect(**kwargs):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    fake_demo(defect)
+    assert isinstance(run("demo").exception, ConnectionResetError)
+
+
 def test_our_own_value_error_is_one_line(fake_demo):
     code = compile("def refuse(**kwargs): raise ValueError('[r]=0')", "ours", "exec")
     namespace = {"__name__": "peftkit.anything"}

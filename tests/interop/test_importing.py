@@ -25,7 +25,7 @@ def test_arguments_of_other_types_are_named(tmp_path):
     model = models.tiny("bert")
     with _raises("the arguments are swapped", "import_adapter(model, path)"):
         import_adapter(tmp_path, model)
-    with _raises("path=None is a NoneType"):
+    with _raises("path=None is of type NoneType"):
         import_adapter(model, None)
     with _raises("adapter_name='a.b'"):
         import_adapter(model, tmp_path, "a.b")
