@@ -15,6 +15,7 @@ from peftkit.fuse.compute import Frozen, gated_mlp, linears
 from peftkit.fuse.experts import FusedParamWrapper
 from peftkit.fuse.linear import FusedLinear, drop_rate, frozen_part
 from peftkit.swap import swap_in
+from peftkit_kernels.checks import is_autocast_enabled
 from peftkit_kernels.dispatch import is_transformed
 from peftkit_kernels.joined import joined
 from peftkit_kernels.lora_qkv.torch_impl import joins_shrinks
@@ -59,7 +60,7 @@ class SharedInput:
         if is_first and not recording and x.is_cpu and self._shares_nothing(x):
             self._forget()
             return None
-        key = (x._version, recording, torch.is_autocast_enabled(x.device.type))
+        key = (x._version, recording, is_autocast_enabled(x.device.type))
         if not is_first:
             if self._input is x and self._key == key:
                 return self._pop(member)

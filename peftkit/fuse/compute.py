@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftkit_kernels.checks import is_autocast_enabled
 from peftkit_kernels.dora import dora_norm
 from peftkit_kernels.dora_scale import Scale, dora_gate, dora_scale
 from peftkit_kernels.lora_linear import lora_linear
@@ -104,7 +105,7 @@ def _scale(x: Tensor, part: Frozen) -> Scale:
     """What brings the direction to its magnitude; the norm is that of the factors as they are now, in float32 or wider."""
     if part.magnitude is None or part.lora is None:
         return Scale(None, None, part.bias)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not is_autocast_enabled(x.device.type):
         norm = dora_norm(part.weight, part.lora)
     else:
         with torch.autocast(x.device.type, enabled=False):

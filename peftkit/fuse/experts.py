@@ -13,6 +13,7 @@ from peftkit.fuse.compute import Frozen, linear
 from peftkit.fuse.eligibility import has_hooks, obstacle
 from peftkit.fuse.linear import FusedLoRA, takes_input
 from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.checks import is_autocast_enabled
 from peftkit_kernels.dispatch import choose_backend, is_transformed
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
@@ -125,7 +126,7 @@ def _takes(x: Tensor, weight: Tensor | None) -> bool:
     if type(weight) is not nn.Parameter or weight.requires_grad or weight.device != x.device:
         return False
     kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not x.dtype
+    autocast = is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not x.dtype
     on_cpu = kind == "cpu" or hasattr(torch.nn.functional, "grouped_mm")
     return x.dtype is weight.dtype and not autocast and on_cpu
 

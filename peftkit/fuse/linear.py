@@ -23,6 +23,7 @@ from peftkit.fuse.eligibility import (
     obstacle,
     state_obstacle,
 )
+from peftkit_kernels.checks import is_autocast_enabled
 from peftkit_kernels.dispatch import choose_backend, is_transformed
 from peftkit_kernels.dropout import draw_seed
 from peftkit_kernels.low_rank import LoRA
@@ -260,7 +261,7 @@ def takes_input(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if x.device != weight.device or not isinstance(x, Tensor):
         return False
-    return x.dtype is weight.dtype or torch.is_autocast_enabled(x.device.type)
+    return x.dtype is weight.dtype or is_autocast_enabled(x.device.type)
 
 
 def frozen_part(module: Any, x: Tensor) -> Frozen | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from peftkit.fuse.compute import Frozen, linear
 from peftkit.fuse.linear import FusedLoRA
 from peftkit.fuse.storage import int8_obstacle, int8_weight, is_nf4_packed, nf4_weight
+from peftkit_kernels.checks import is_autocast_enabled
 from peftkit_kernels.dispatch import is_transformed
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.nf4 import NF4Weight
@@ -37,7 +38,7 @@ class FusedLinear8bitLt(FusedLoRA, bnb.Linear8bitLt):
     _peftkit_stock = bnb.Linear8bitLt
 
     def _weight(self, base: Any, x: Tensor) -> Int8Weight | None:
-        if torch.is_autocast_enabled(x.device.type) or int8_obstacle(base):
+        if is_autocast_enabled(x.device.type) or int8_obstacle(base):
             return None
         return int8_weight(base) if _takes(base, x) else None
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from peftkit_kernels.checks import is_autocast_enabled, without_autocast
 from peftkit_kernels.linear_cross_entropy import RowLoss
 from peftkit_kernels.low_rank import LoRA
 
@@ -38,7 +39,7 @@ class _Recipe:
     def evaluate(self, tensors: tuple[Any, ...]) -> Tensor:
         """The logits, as ``nn.Linear`` or PEFT's LoRA layer computes them."""
         hidden, weight, bias, A, B = tensors
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             rows = hidden.to(self.dtype)
             y = F.linear(rows, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
             if A is not None:
@@ -74,7 +75,7 @@ class LazyLogits(torch.Tensor):
         Raises:
             TypeError: ``hidden`` and the weight differ in dtype and autocast is off, which ``nn.Linear`` refuses as well.
         """
-        autocast = torch.is_autocast_enabled(hidden.device.type)
+        autocast = is_autocast_enabled(hidden.device.type)
         autocast = autocast and hidden.dtype is not torch.float64
         if not autocast and hidden.dtype is not head.weight.dtype:
             raise TypeError(f"hidden states are {hidden.dtype} and the head is {head.weight.dtype}")
