@@ -17,9 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from peftkit_kernels import native
 from peftkit_kernels.testing import assert_no_worse_than
 
-EXTRA = {"llama": {"use_cache": False}}
-"""What a forward needs so that transformers reads no values itself."""
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -70,7 +67,7 @@ def test_a_forward_with_loss_on_the_meta_device(name):
     model = methods.wrapped("LoRA", name).to("meta").train()
     batch = models.batch(name)
     del batch["attention_mask"]  # transformers reads the values of a mask
-    output = model(**{key: value.to("meta") for key, value in batch.items()}, **EXTRA.get(name, {}))
+    output = model(**{key: value.to("meta") for key, value in batch.items()})
     assert output.logits.device.type == output.loss.device.type == "meta"
     output.loss.backward()
     assert all(p.grad.device.type == "meta" for p in model.parameters() if p.requires_grad)

@@ -31,7 +31,7 @@ class Logits(nn.Module):
 def wide_models() -> None:
     """Make heads of 32 features and 20 tokens, which the native attention needs."""
     models.SEQUENCE_LENGTH, models.HIDDEN_SIZE = 20, 128
-    models._DECODER.update(hidden_size=128, head_dim=32)
+    models._DECODER.update(hidden_size=128)
 
 
 def inputs(name: str) -> dict[str, torch.Tensor]:
