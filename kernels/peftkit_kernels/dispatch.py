@@ -124,7 +124,7 @@ def choose_backend(
     if backend != "auto":
         return backend
     transformed = is_transformed()
-    on_gpu = bool(tensors) and tensors[0] is not None and tensors[0].is_cuda
+    on_gpu = len(tensors) > 0 and tensors[0] is not None and tensors[0].is_cuda
     if on_gpu and (not transformed or torch.compiler.is_compiling()):
         obstacle = triton_obstacle(
             op, *tensors, rank=rank, has_dot=has_dot, own_obstacle=own_obstacle
