@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import random
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -92,7 +93,7 @@ def _transformer(case: Case) -> nn.Module:
 
 def _keep_layers(config: Any, count: int) -> None:
     """Leave ``count`` layers, and as many entries of each list that has one a layer."""
-    before = getattr(config, "num_hidden_layers", 0)
+    before = vars(config).get("num_hidden_layers", 0)
     kinds = getattr(config, "layer_types", None)
     if isinstance(kinds, list) and len(set(kinds)) > count:
         return
@@ -158,6 +159,13 @@ def head_of(model: Any) -> str | None:
     return names.get(id(head))
 
 
+def has_fresh_head(model: nn.Module) -> bool:
+    """Whether the model is for a task whose head ``wrap`` trains in full, unlike PEFT, if the config does not name it."""
+    return bool(
+        re.search(r"Classification|QuestionAnswering|MultipleChoice|CTC", type(model).__name__)
+    )
+
+
 def adapter_config(case: Case, model: nn.Module, second: bool = False) -> LoraConfig:
     """The LoraConfig of a case for ``model``, its base without adapters.
 
@@ -192,10 +200,9 @@ def adapter_config(case: Case, model: nn.Module, second: bool = False) -> LoraCo
         inner = [name for name in inner if "q_proj" in name]
     if not inner and kind != "experts":
         raise Unbuildable("there is no linear to adapt")
-    if kind == "all-linear":
-        settings["target_modules"] = "all-linear"
-    else:
-        settings["target_modules"] = inner
+    # a list and an exclusion that contradict each other are refused
+    all_of_them = kind == "all-linear" or case.get("exclude")
+    settings["target_modules"] = "all-linear" if all_of_them else inner
     if case.get("exclude"):
         settings["exclude_modules"] = [choose.choice(inner).rpartition(".")[2]]
     if case.get("ranks"):
