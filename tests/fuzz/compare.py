@@ -129,8 +129,11 @@ def _values(case: Case, stock: Outcome, fused: Outcome, execute: Run) -> Finding
     for name, finding in suspects.items():
         if name not in squares:
             return finding
-        allowed, error, rounding = torch.tensor(squares[name]).square().mean(0).sqrt().tolist()
-        if error > 4 * allowed + rounding and 4 * allowed < 1:
+        draws = torch.tensor(squares[name])
+        allowed, error, rounding = draws.square().mean(0).sqrt().tolist()
+        # a saturated softmax makes one draw of many wild, in both models alike
+        often = (draws[:, 1] > 4 * draws[:, 0] + draws[:, 2]).double().mean().item() > 0.5
+        if often and error > 4 * allowed + rounding and 4 * allowed < 1:
             return finding  # else stock PEFT gives little more than rounding errors
     return None
 
