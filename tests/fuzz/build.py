@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import random
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -74,6 +75,9 @@ def _transformer(case: Case) -> nn.Module:
         for name, value in case.items():
             if name.startswith("config."):
                 _set(config, name.removeprefix("config."), value)
+        for name in ("mamba_chunk_size", "chunk_size"):
+            if isinstance(getattr(config, name, None), int):
+                setattr(config, name, 8)  # padding to 256 positions takes seconds
         if getattr(config, "is_encoder_decoder", False):
             config.decoder_start_token_id = 1
         model = tiny._class(config)(config)
@@ -92,14 +96,16 @@ def _transformer(case: Case) -> nn.Module:
 
 def _keep_layers(config: Any, count: int) -> None:
     """Leave ``count`` layers, and as many entries of each list that has one a layer."""
-    before = getattr(config, "num_hidden_layers", 0)
+    before = vars(config).get("num_hidden_layers", 0)
     kinds = getattr(config, "layer_types", None)
     if isinstance(kinds, list) and len(set(kinds)) > count:
         return
     for name, value in list(vars(config).items()):
         if name in _LAYERS and isinstance(value, int):
             setattr(config, name, min(value, count))
-        elif isinstance(value, list) and len(value) == before > count:
+        elif (
+            isinstance(value, list) and len(value) == before > count and type(value[0]) is not float
+        ):
             setattr(config, name, value[:count])
 
 
@@ -158,6 +164,13 @@ def head_of(model: Any) -> str | None:
     return names.get(id(head))
 
 
+def has_fresh_head(model: nn.Module) -> bool:
+    """Whether the model is for a task whose head ``wrap`` trains in full, unlike PEFT, if the config does not name it."""
+    return bool(
+        re.search(r"Classification|QuestionAnswering|MultipleChoice|CTC", type(model).__name__)
+    )
+
+
 def adapter_config(case: Case, model: nn.Module, second: bool = False) -> LoraConfig:
     """The LoraConfig of a case for ``model``, its base without adapters.
 
@@ -192,10 +205,9 @@ def adapter_config(case: Case, model: nn.Module, second: bool = False) -> LoraCo
         inner = [name for name in inner if "q_proj" in name]
     if not inner and kind != "experts":
         raise Unbuildable("there is no linear to adapt")
-    if kind == "all-linear":
-        settings["target_modules"] = "all-linear"
-    else:
-        settings["target_modules"] = inner
+    # a list and an exclusion that contradict each other are refused
+    all_of_them = kind == "all-linear" or case.get("exclude")
+    settings["target_modules"] = "all-linear" if all_of_them else inner
     if case.get("exclude"):
         settings["exclude_modules"] = [choose.choice(inner).rpartition(".")[2]]
     if case.get("ranks"):

@@ -82,7 +82,7 @@ def _adapted(case: Case, role: str, outcome: Outcome, undo: ExitStack) -> tuple[
     outcome.stage = "wrap"
     if role != "fused":
         model: Any = peft.get_peft_model(base, config)
-    elif case.get("front") == "accelerate":
+    elif case.get("front") == "accelerate" or build.has_fresh_head(base):
         model = peftkit.accelerate(peft.get_peft_model(base, config))
     else:
         model = peftkit.wrap(base, config)
