@@ -231,7 +231,7 @@ def test_a_model_that_fails_while_it_is_fused_is_left_as_it_was(saved, monkeypat
     def fail(model):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr("peftkit.loading.fuse", fail)
+    monkeypatch.setattr("peftkit.loading.fuse_model", fail)
     model = models.tiny("llama")
     before = everything(model)
     with pytest.raises(RuntimeError, match="planted"):

@@ -11,6 +11,7 @@ _is_compiling = torch.compiler.is_compiling
 _has_functorch_transforms = torch._C._are_functorch_transforms_active
 _is_jit_tracing = torch._C._is_tracing
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
+_dispatch_mode = torch._C._get_dispatch_stack_at
 
 _TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())
 """The dispatch modes of ``make_fx``, ``FakeTensorMode`` and functionalization."""
@@ -40,6 +41,11 @@ def is_transformed() -> bool:
 def hides_native_calls() -> bool:
     """Whether something takes part in torch's operations that does not see a call of native code.
 
-    True in every ``TorchDispatchMode``, such as ``FlopCounterMode``, and wherever ``is_transformed`` is true.
+    True in every ``TorchDispatchMode``, such as ``FlopCounterMode``, and wherever ``is_transformed`` is true. A mode that only
+    watches, and wants the calls to stay as they are without it, has the attribute ``sees_native_calls = True``.
     """
-    return _count_dispatch_modes() > 0 or is_transformed()
+    if _count_dispatch_modes() == 0:
+        return is_transformed()
+    modes = (_dispatch_mode(i) for i in range(_count_dispatch_modes()))
+    watched = all(getattr(mode, "sees_native_calls", False) for mode in modes)
+    return not watched or is_transformed()

@@ -255,6 +255,8 @@ class Made(TorchDispatchMode):
         storages: Bytes by address of every storage returned, besides those of the tensors given.
     """
 
+    sees_native_calls = True
+
     def __init__(self, *known: Tensor):
         super().__init__()
         self._known = {tensor.untyped_storage().data_ptr() for tensor in known}

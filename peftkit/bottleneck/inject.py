@@ -15,7 +15,7 @@ from peftkit.find.points import Point, find_points, first_tensor
 from peftkit.placing import device_and_dtype, refuse_peft_fields
 
 CHILD = "bottleneck"
-_FEEDS = "_peftkit_feeds"
+_FEEDS = "peftkit_feeds"
 _KIND = {"houlsby": ("attention", "mlp"), "pfeiffer": ("end",), "parallel": ("mlp",)}
 _WIDTH_NAMES = ("hidden_size", "embed_dim", "d_model", "n_embd", "dim")
 

@@ -129,6 +129,8 @@ def check_ranks(modules: Modules, config: Any, matches: Matches) -> None:
 
 
 def _sides(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return None  # the rank of a convolution has to fit its groups, whatever its sides
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(inputs, int) and isinstance(outputs, int):
         return inputs, outputs

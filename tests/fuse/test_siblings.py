@@ -12,6 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peftkit import accelerate
+from peftkit.compatibility.batches import training_batch
+from peftkit.compatibility.tiny import tiny_model
 from peftkit.fuse.linear import fuse_layer
 from peftkit.fuse.mlp import FusedGatedMLP
 from peftkit.fuse.siblings import Siblings, calls_on_one_input, group_siblings
@@ -266,16 +268,18 @@ def test_linears_are_grouped_in_the_order_of_their_calls(calls):
     assert calls["LoRAQKV"] == 1
 
 
+_QUERIES = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["convbert", "luke", "segformer"])
 def test_checkpointing_of_models_whose_queries_have_their_own_input(name, use_reentrant):
-    from peftkit.compatibility.batches import training_batch
-    from peftkit.compatibility.tiny import tiny_model
-
-    model = accelerate(
-        get_peft_model(tiny_model(name), LoraConfig(r=4, target_modules=["query", "key", "value"]))
-    ).train()
-    batch = training_batch(model)
+    base = tiny_model(name)
+    batch = training_batch(base)
+    targets = [
+        n for n, m in base.named_modules() if n.endswith(_QUERIES) and isinstance(m, nn.Linear)
+    ]
+    model = accelerate(get_peft_model(base, LoraConfig(r=4, target_modules=targets))).train()
     expected = pairs.step(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()

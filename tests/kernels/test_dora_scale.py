@@ -187,7 +187,9 @@ def test_errors_of_the_gate():
     with pytest.raises(ValueError, match=r"scales\[1\].bias has shape"):
         dora_gate((z, z), (Scale(None, None, None), Scale(None, None, z[0, 1:])))
     wide = Scale(z[0], torch.ones(N, dtype=torch.float64), None)
-    with pytest.raises(ValueError, match=r"dora_gate .*: a norm is torch.float64; the kernels"):
+    with pytest.raises(
+        ValueError, match=r"dora_gate .*: one of its tensors is torch.float64; the kernels"
+    ):
         dora_gate((z, z), (Scale(None, None, None), wide), backend="triton")
 
 

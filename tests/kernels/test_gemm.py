@@ -51,6 +51,8 @@ def test_large_float32_products_alone_go_to_onednn(library):
     ops = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        sees_native_calls = True
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             ops.append(func.overloadpacket._qualified_op_name)
             return func(*args, **(kwargs or {}))
