@@ -234,12 +234,13 @@ def test_a_checkpoint_of_the_bare_backbone_and_old_names_are_read(tmp_path):
         import_adapter(base("bert"), tmp_path)
 
 
-def test_going_on_with_training_trains_the_adapter_alone(tmp_path):
+def test_going_on_with_training_trains_the_adapter_and_the_head(tmp_path):
     write(tmp_path, "bert", HOULSBY)
     imported = import_adapter(families.family("bert"), tmp_path, is_trainable=True)
     trained = {n for n, p in imported.named_parameters() if p.requires_grad}
-    assert trained == {n for n, _ in imported.named_parameters() if ".adapters.default." in n}
-    assert len(trained) == LAYERS * 2 * 4
+    places = (".adapters.default.", ".modules_to_save.default.")
+    assert trained == {n for n, _ in imported.named_parameters() if any(p in n for p in places)}
+    assert len(trained) == LAYERS * 2 * 4 + 2
 
 
 def test_a_head_beside_it_is_not_read_and_that_is_said(tmp_path):
