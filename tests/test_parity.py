@@ -58,7 +58,7 @@ def test_float64(name):
 
 @pytest.mark.parametrize("name", models.CAUSAL_NAMES)
 def test_float64_without_logits(name):
-    """transformers' own loss rounds the logits to float32 in both: a few dozen roundings of that size remain."""
+    """Transformers' own loss rounds the logits to float32 in both: a few dozen roundings of that size remain."""
     plain, fused = pairs.pair(name, torch.float64)
     batch = pairs.inputs(name, torch.float64)
     expected = pairs.step(plain, batch)
