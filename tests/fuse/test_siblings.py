@@ -271,20 +271,32 @@ def test_linears_are_grouped_in_the_order_of_their_calls(calls):
 _QUERIES = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["convbert", "luke", "segformer"])
-def test_checkpointing_of_models_whose_queries_have_their_own_input(name, use_reentrant):
+def test_checkpointing_of_models_whose_queries_have_their_own_input(name):
     base = tiny_model(name)
     batch = training_batch(base)
     targets = [
         n for n, m in base.named_modules() if n.endswith(_QUERIES) and isinstance(m, nn.Linear)
     ]
     model = accelerate(get_peft_model(base, LoraConfig(r=4, target_modules=targets))).train()
-    expected = pairs.step(model, batch)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    expected = run(model, batch)
+    assert len(expected) > 2
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     for _ in range(2):
-        pairs.assert_close(pairs.step(model, batch), expected, 1e-6)
+        actual = run(model, batch)
+        assert actual.keys() == expected.keys()
+        for key, value in actual.items():
+            torch.testing.assert_close(value, expected[key])
+
+
+def run(model, batch):
+    """The loss and the gradients that a step gives; some parameters of these models get none."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | grads
 
 
 def test_another_thread_between_two_calls_gets_and_takes_nothing():
