@@ -58,12 +58,16 @@ def run(case: Case, role: str) -> Outcome:
         warnings.simplefilter("ignore")
         undo.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(case["seed"])
+        base = build.base_model(
+            case
+        )  # before the mode that widens every cast, as it is kept for the next role
         if wide:
             undo.enter_context(AllDouble())
         try:
-            base, model = _adapted(case, role, outcome, undo)
+            untouched = copy.deepcopy(base)
+            model = _adapted(case, role, base, outcome, undo)
             outcome.stage = "run"
-            _run(case, role, model, base, outcome)
+            _run(case, role, model, untouched, outcome)
         except Unbuildable:
             raise
         except Exception as error:  # compared with what the other role raises
@@ -71,9 +75,8 @@ def run(case: Case, role: str) -> Outcome:
     return outcome
 
 
-def _adapted(case: Case, role: str, outcome: Outcome, undo: ExitStack) -> tuple[Any, Any]:
-    """A copy of the base, to make batches from, and the model with adapters in its final state."""
-    base = build.base_model(case)
+def _adapted(case: Case, role: str, base: Any, outcome: Outcome, undo: ExitStack) -> Any:
+    """The model with adapters around ``base``, in its final state."""
     untouched = copy.deepcopy(base)
     choose = build.chooser(case, "touch")
     if case.get("touch_first"):
@@ -100,7 +103,7 @@ def _adapted(case: Case, role: str, outcome: Outcome, undo: ExitStack) -> tuple[
     if case.get("touch"):
         outcome.stage = "touch"
         touches.touch(case["touch"], model, choose, undo)
-    return untouched, model
+    return model
 
 
 def _copied(case: Case, role: str, model: Any) -> Any:
