@@ -10,6 +10,7 @@ import torch
 from fuzz import counting
 from fuzz.build import Case, Unbuildable
 from fuzz.execute import Outcome, run
+from fuzz.options import CAUSAL
 from torch import Tensor
 
 DRAWS = 6
@@ -19,6 +20,7 @@ REFUSED = {
     "shares its weight with": "PEFT adapts one of two tied weights and leaves the other behind",
     "these logits were not computed in the forward": "logits read after the head has changed",
     "is larger than both sides of every weight": "a rank that no weight can use",
+    "as the experts of this architecture": "names that PEFT rewrites into other modules",
     "because modules_to_save has": "a module that is both adapted and trained in full",
     "the gradient of the logits is wanted": "the gradient of logits that were never formed",
 }
@@ -99,8 +101,8 @@ def _report(case: Case, stock: Outcome, fused: Outcome) -> Finding | None:
     adapted = case.get("adapters") not in ("unloaded", "removed")
     seen = stock.seen if adapted else set()  # without adapters there is nothing to report
     wrong = counting.disagreements(fused.report, fused.ran, seen)
-    if case.get("length", 8) < 32:
-        # transformers' own attention runs for few queries
+    if case.get("length", 8) < 32 or case["family"] not in CAUSAL:
+        # transformers' own attention runs for few queries; only text has as many as the case says
         wrong = [sentence for sentence in wrong if not sentence.startswith("attention")]
     labelled = case.get("labels") != "none"
     return Finding("report", wrong[0]) if wrong else _loss_report(fused, labelled)

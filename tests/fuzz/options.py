@@ -246,12 +246,15 @@ def config_names(family: str) -> set[str]:
 def consistent(case: Case) -> Case:
     """Leave out options that cannot be had together."""
     drop = set()
+    if case.get("threads"):
+        case["dtype"] = "float64"
+    if case.get("exclude"):
+        drop |= {"ranks"}
     if case.get("dtype") == "float64":
         drop |= {"adapter_dtype", "autocast"}
     if case.get("logits") in ("merged", "data", "retained", "hooked", "differentiated"):
         drop |= {"grad", "adapters", "twice", "threads", "checkpointing", "call", "cotangent"}
     if case.get("threads"):
-        case["dtype"] = "float64"
         drop |= {"checkpointing", "call", "steps", "twice", "copy", "touch", "logits", "embeds"}
         drop |= {"touch_first", "adapters", "lora.lora_dropout"}
     if case.get("call", "plain") != "plain":
