@@ -14,6 +14,7 @@ import sys
 import types
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -60,7 +61,7 @@ class FusedAttention(OwnAttention, Fused):
         name = self.__dict__["config"]._attn_implementation
         if name != "sdpa":
             return Reason(f"the model's attention is {name}")
-        return _replaced(self) or _dropout_reason(self) or attention_forward
+        return _replaced(self) or _dropout_reason(self) or _dtype_reason(self) or attention_forward
 
     def peftkit_example(self) -> Any:
         """``None``: the decision does not depend on the input."""
@@ -171,6 +172,16 @@ def _dropout_reason(module: nn.Module) -> Reason | None:
     except AttributeError:
         return None
     return Reason(_DROPS.format(rate)) if isinstance(rate, float) and rate > 0.0 else None
+
+
+def _dtype_reason(module: nn.Module) -> Reason | None:
+    """Whether queries and keys are of another dtype than float32: that of the frozen weights."""
+    weights = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    frozen = [p.dtype for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
+    dtype = next(iter(frozen or weights), torch.float32)
+    if dtype is torch.float32:
+        return None
+    return Reason(f"its queries and keys are {dtype}; the native passes compute in float32")
 
 
 @functools.cache

@@ -218,6 +218,22 @@ def test_a_mode_in_which_the_attention_drops_is_reported():
     assert explain(model.eval()).blocks["attention"] == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_dtype_that_the_native_attention_does_not_support_is_reported(dtype):
+    reasons = assert_report_is_what_runs(llama().to(dtype))
+    (reason,) = (reason for method, reason in reasons if method == "attention")
+    assert f"{dtype}; the native passes compute in float32" in reason
+
+
+def test_under_autocast_the_attention_runs_as_reported():
+    model = llama()
+    with torch.autocast("cpu", torch.bfloat16):
+        with fused_calls() as calls:
+            step(model)
+        rows = [row for row in explain(model).layers if row.method == "attention"]
+    assert calls["attention"] == sum(row.path == "fused:torch" for row in rows)
+
+
 def test_an_activation_without_a_fused_form_has_a_row_and_a_reason():
     rows = [row for row in explain(llama(hidden_act="relu")).layers if row.method == "gated MLP"]
     assert {(row.path, row.reason) for row in rows} == {
