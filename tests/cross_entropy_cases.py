@@ -57,6 +57,7 @@ def output_grad(loss):
 class LargestResult(TorchDispatchMode):
     """The number of elements of the largest tensor any operation returned."""
 
+    sees_native_calls = True
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

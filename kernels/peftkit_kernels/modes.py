@@ -44,8 +44,7 @@ def hides_native_calls() -> bool:
     True in every ``TorchDispatchMode``, such as ``FlopCounterMode``, and wherever ``is_transformed`` is true. A mode that only
     watches, and wants the calls to stay as they are without it, has the attribute ``sees_native_calls = True``.
     """
-    if _count_dispatch_modes() == 0:
-        return is_transformed()
-    modes = (_dispatch_mode(i) for i in range(_count_dispatch_modes()))
-    watched = all(getattr(mode, "sees_native_calls", False) for mode in modes)
-    return not watched or is_transformed()
+    if is_transformed():  # first, because torch.compile cannot trace the rest
+        return True
+    modes = map(_dispatch_mode, range(_count_dispatch_modes()))
+    return any(not getattr(mode, "sees_native_calls", False) for mode in modes)

@@ -23,7 +23,7 @@ from peftkit.fuse.loss.plan import loss_plan, model_reason
 from peftkit.fuse.plan import Reason
 from peftkit.swap import swap_in, swap_out
 from peftkit_kernels.checks import is_autocast_enabled
-from peftkit_kernels.dispatch import is_transformed
+from peftkit_kernels.modes import hides_native_calls
 
 _STATE = "_peftkit_logit_free"
 _SWAPPING = threading.Lock()
@@ -71,7 +71,7 @@ class LogitFreeHead:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As the head's own forward, or ``LazyLogits``."""
-        if not is_transformed() and len(args) == 1 and not kwargs:
+        if not hides_native_calls() and len(args) == 1 and not kwargs:
             model = _model_computing_loss(self)
             plan = None if model is None else loss_plan(model)
             if plan is not None and not isinstance(plan, Reason) and _fits(args[0], plan.weight):

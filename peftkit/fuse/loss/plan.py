@@ -14,9 +14,13 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from peftkit.fuse.loss.head import Head
 from peftkit.fuse.plan import Reason
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.modes import hides_native_calls
 
 _OWN_FORWARDS = {nn.Linear: nn.Linear.forward, LoraLinear: LoraLinear.forward}
 """The forwards that ``Head`` describes, as they were when this module was imported."""
+
+
+_WATCHED = Reason("something records or watches torch operations, such as FlopCounterMode")
 
 
 def loss_plan(model: Any) -> Head | Reason:
@@ -25,6 +29,8 @@ def loss_plan(model: Any) -> Head | Reason:
     Args:
         model: A causal language model of transformers, without a ``PeftModel`` around it.
     """
+    if hides_native_calls():
+        return _WATCHED
     reason = model_reason(model)
     return _head_plan(model.get_output_embeddings()) if reason is None else reason
 
