@@ -83,9 +83,11 @@ class GroupedTallConfig:
     num_stages: int = 2
 
     @classmethod
-    def choose(cls, R: int, *, itemsize: int, aligned: bool):
-        """As the tall pass of one adapter."""
+    def choose(cls, R: int, *, itemsize: int, aligned: bool, mixed: bool = False):
+        """As the tall pass of one adapter; ``mixed`` is a float32 ds beside a 16-bit x."""
         block_c = 128 * 2 // itemsize // (1 if aligned else 2)
         if block_r(R) > 64:
             return cls(32, block_c, 8)
+        if mixed and block_r(R) == 64:
+            return cls(64, block_c, 8)  # 4 warps spill on sm_90
         return cls(32 if itemsize == 4 else 64, block_c, 4)

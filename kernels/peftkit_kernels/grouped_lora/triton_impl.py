@@ -140,7 +140,9 @@ def grouped_tall(
 ) -> None:
     """Fill ``out [E, R, C]``, of any strides, with ``scale[e] · Σ s[m]ᵀ x[m]`` over the rows of each adapter."""
     C, (E, R, _), x = x.shape[1], out.shape, readable(x)
-    c = config or GroupedTallConfig.choose(R, itemsize=x.element_size(), aligned=aligned(x))
+    c = config or GroupedTallConfig.choose(
+        R, itemsize=x.element_size(), aligned=aligned(x), mixed=s.dtype is not x.dtype
+    )
     segments = table.segments.shape[0]
     partial = x.new_empty(segments, R, C, dtype=torch.float32)
     launch(

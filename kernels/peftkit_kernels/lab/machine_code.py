@@ -200,9 +200,11 @@ class Report:
         return self.itemsize == 4 and self.constants.get("PRECISION") == "ieee"
 
     def _instruction_bound(self) -> bool:
-        # float32 factors beside 16-bit activations: a mask or a rank above 16 on top of three products for one
+        # float32 factors beside 16-bit activations: a mask or a rank above 16 on top of three products for one, or a factor
+        # that is split into its parts for 16 rows alone
         mixed = self.constants.get("PRECISION") == "halves"
-        if mixed and (self.constants.get("DROPOUT") or self.constants["BLOCK_R"] > 16):
+        few_rows = self.kernel.startswith("grouped_") and self.constants.get("BLOCK_M") == 16
+        if mixed and (self.constants.get("DROPOUT") or self.constants["BLOCK_R"] > 16 or few_rows):
             return True
         known = STREAMS[self.kernel].instruction_bound
         return known is not None and all(self.constants[k] in known[k] for k in known)

@@ -65,8 +65,8 @@ class ShrinkConfig:
             # each warp splits the factor's tile for itself: 16 rows a warp stream at 0.6 of DRAM bandwidth on A100
             block_k = 64 if block_r(R) <= 32 else 32
             block_m, num_warps = (128, 8 if dropout else 4) if block_r(R) == 64 else (64, 4)
-        elif mixed and aligned and block_r(R) >= 64 and not dropout:
-            # more than 1.1 x DRAM bandwidth on H100, against 1.06 for 64 x 64
+        elif mixed and aligned and block_r(R) >= 64 and (block_r(R) > 64 or not dropout):
+            # more than 1.1 x DRAM bandwidth on H100, against 1.06 for 64 x 64; at rank 128 enough bytes in flight
             block_m, num_warps = 128, 8
         programs = cdiv(M, block_m)
         splits = 1
@@ -148,6 +148,8 @@ class TallConfig:
             block_m, block_c, num_warps = 32, 128, 4
         if rank > 64:
             block_m, block_c, num_warps = 32, 32 if wide else block_c, 8
+            if mixed and dropout and aligned:
+                block_m, block_c = 64, 128  # enough bytes in flight
         num_stages = 2
         if not aligned:
             # elements of 2 bytes are not copied asynchronously, so that a second buffer only takes registers
