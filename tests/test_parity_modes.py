@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from peftkit.fuse import layers
+from peftkit.fuse import compute
 from peftkit_kernels.dropout import dropout_mask, keep_scale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +33,7 @@ class SeededDropout(nn.Module):
 def test_dropout_is_the_explicit_computation_with_the_same_seeds(name, monkeypatch):
     plain, fused = pairs.pair(name, torch.float64, logit_free=False, lora_dropout=0.3)
     drawn, explicit = itertools.count(2**60), itertools.count(2**60)
-    monkeypatch.setattr(layers, "draw_seed", lambda: next(drawn))
+    monkeypatch.setattr(compute, "draw_seed", lambda: next(drawn))
     for module in list(plain.modules()):
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = SeededDropout(0.3, explicit)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peftkit import check, explain, load_adapter, restore, wrap
-from peftkit.fuse.blocks import same_up_to_rounding
+from peftkit.compatibility.rounding import same_up_to_rounding
 from peftkit_kernels.testing import assert_no_worse_than
 
 NOT_THE_BASE_AT_FIRST = ("prefix",)
