@@ -99,7 +99,7 @@ MUTATIONS = [
     ),
     *bugs_of(
         "tiles",
-        "whole",
+        "assume_multiple_of",
         ("stride", "n // STEP * STEP", "n // STEP", _BOTH),
     ),
     *bugs_of(
@@ -205,9 +205,14 @@ MUTATIONS = [
     *bugs_of(
         "lora_swiglu_mlp.kernels",
         "gate_forward_kernel",
-        ("stride", "g_ptr + rows * stride_gm", "g_ptr + rows * F", _gate("within_the_error_bound")),
+        (
+            "stride",
+            "up_ptr + rows * stride_up_m",
+            "up_ptr + rows * F",
+            _gate("within_the_error_bound"),
+        ),
         ("mask", "mask_f = offs_f < F", "mask_f = offs_f < F + 1", _gate("within_the_error_bound")),
-        ("scale", "(s_d * factor)", "s_d", _gate("within_the_error_bound")),
+        ("scale", "(s_down * factor)", "s_down", _gate("within_the_error_bound")),
         (
             "tile",
             "first + steps * BLOCK_F), BLOCK_F",
@@ -239,7 +244,7 @@ MUTATIONS = [
         (
             "stride",
             "rows * stride_dm",
-            "rows * stride_em",
+            "rows * stride_gate_m",
             _gate("tiles_do_not_matter_and_each_stream_moves_once"),
         ),
         (
@@ -267,7 +272,7 @@ MUTATIONS = [
             "offs_m[:, None]",
             _gate("offsets_of_rows_do_not_overflow"),
         ),
-        ("rule", "dh * g * slope", "dh * g", _gate("within_the_error_bound")),
+        ("rule", "dh * up * slope", "dh * up", _gate("within_the_error_bound")),
     ),
     *bugs_of(
         "bottleneck.kernels",

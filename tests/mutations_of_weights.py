@@ -308,12 +308,12 @@ MUTATIONS_OF_WEIGHTS = [
         "scaled_gate_kernel",
         (
             "stride",
-            "rows * stride_um",
+            "rows * stride_up_m",
             "rows * F",
             _scale("gate_of_strided_inputs_and_gradients"),
         ),
         ("mask", "mask_f = offs_f < F", "mask_f = offs_f < F + 1", _scale("gate_of_any_shape")),
-        ("scale", "u * g_u + bias_u", "u + bias_u", _scale("gate_of_any_shape")),
+        ("scale", "up * g_up + bias_up", "up + bias_up", _scale("gate_of_any_shape")),
         ("tile", "% blocks * BLOCK_F", "% blocks * (BLOCK_F - 1)", _scale("gate_of_any_shape")),
         ("race", "tl.program_id(0) // blocks * BLOCK_M + ", "", _scale("gate_of_any_shape")),
         (
@@ -322,7 +322,7 @@ MUTATIONS_OF_WEIGHTS = [
             "offs_m[:, None]",
             _scale("offsets_of_rows_do_not_overflow"),
         ),
-        ("rule", "e * g_e + bias_e", "e * g_e + bias_u", _scale("gate_of_any_shape")),
+        ("rule", "e * g_gate + bias_gate", "e * g_gate + bias_up", _scale("gate_of_any_shape")),
     ),
     *bugs_of(
         "dora_scale.kernels",
@@ -339,7 +339,7 @@ MUTATIONS_OF_WEIGHTS = [
             "(offs_m < M + 1)[:, None]",
             _scale("gate_of_any_shape"),
         ),
-        ("scale", "(du * g_u)", "du", _scale("gate_of_any_shape")),
+        ("scale", "(d_up * g_up)", "d_up", _scale("gate_of_any_shape")),
         (
             "tile",
             "first + chunk_m), BLOCK_M",
@@ -348,7 +348,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
         (
             "race",
-            "pid_m.to(tl.int64) * (DG_E + DG_U + DBIAS_E + DBIAS_U) * F + ",
+            "pid_m.to(tl.int64) * (DG_GATE + DG_UP + DBIAS_GATE + DBIAS_UP) * F + ",
             "",
             _scale("gate_of_any_shape"),
         ),
@@ -359,7 +359,7 @@ MUTATIONS_OF_WEIGHTS = [
             _scale("offsets_of_rows_do_not_overflow"),
         ),
         ("rule", " * slope", "", _scale("gate_of_any_shape")),
-        ("rule", "dg_u += du * z_u", "dg_u += du * z_e", _scale("gate_of_any_shape")),
-        ("rule", "dbias_e += de", "dbias_e += dh", _scale("gate_of_any_shape")),
+        ("rule", "dg_up += d_up * z_up", "dg_up += d_up * z_gate", _scale("gate_of_any_shape")),
+        ("rule", "dbias_gate += d_gate", "dbias_gate += dh", _scale("gate_of_any_shape")),
     ),
 ]

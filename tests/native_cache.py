@@ -17,7 +17,7 @@ from peftkit_kernels import native
 
 print(native.description())
 x, weight = torch.linspace(-3, 3, 64).view(4, 16), torch.ones(16)
-assert native.takes(x, weight)
+assert native.supports(x, weight)
 expected = torch.nn.functional.rms_norm(x, (16,), weight, 1e-5)
 torch.testing.assert_close(native.rms_norm(x, weight, 1e-5, 0.0)[0], expected)
 """

@@ -75,7 +75,7 @@ def apply_dropout(x: Tensor, p: float, seed: int, *, first_row: int = 0) -> Tens
     """
     if p == 0.0:
         return x
-    if first_row == 0 and native.takes(x):
+    if first_row == 0 and native.supports(x):
         return native.dropout(x, threshold(p), keep_scale(p), seed)
     mask = dropout_mask(x.shape[0], x.shape[1], p, seed, x.device, first_row=first_row)
     return torch.where(mask, x * keep_scale(p), torch.zeros((), dtype=x.dtype, device=x.device))

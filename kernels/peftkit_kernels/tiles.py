@@ -28,10 +28,11 @@ def kept(seed, rows, column, groups, threshold, BLOCK_M: tl.constexpr, BLOCK_C: 
 
 
 @triton.jit
-def whole(n, STEP: tl.constexpr):
-    """``n``, a multiple of STEP: said so that the compiler, which the launcher tells of multiples of 16 only, knows.
+def assume_multiple_of(n, STEP: tl.constexpr):
+    """``n``, which must be a multiple of STEP, in a form that tells the compiler so.
 
-    Rows of 8 and 24 ranks are then accessed by 128 bits rather than by elements, whose addresses take registers.
+    Triton's launcher tells the compiler about multiples of 16 only. With this, rows of 8 or 24 ranks are accessed by 128
+    bits instead of element by element, which needs more registers for addresses.
     """
     return n // STEP * STEP
 

@@ -17,7 +17,7 @@ from peftkit.fuse.recognise import seal_gated_mlp
 from peftkit.fuse.seal import Seal
 from peftkit.swap import swap_in, swap_out
 from peftkit_kernels.dispatch import is_transformed
-from peftkit_kernels.joined import joined
+from peftkit_kernels.views import as_one_view
 
 METHOD = "gated MLP"
 
@@ -164,7 +164,7 @@ def share_buffer(weights: Sequence[Tensor]) -> None:
     Whatever moves or copies the model separates them again; that costs only the speed.
     """
     if (
-        joined(weights, 0) is not None
+        as_one_view(weights, 0) is not None
         or len({(w.dtype, w.device, w.shape[1]) for w in weights}) > 1
     ):
         return

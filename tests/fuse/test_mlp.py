@@ -14,7 +14,7 @@ from transformers.models.t5gemma.modeling_t5gemma import T5GemmaMLP
 from peftkit import accelerate, explain
 from peftkit.fuse import mlp
 from peftkit.fuse.mlp import FusedGatedMLP, fuse_gated_mlps, share_buffer
-from peftkit_kernels.joined import joined
+from peftkit_kernels.views import as_one_view
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,12 +164,14 @@ def test_on_one_gpu_gate_and_up_are_brought_together_without_changing_a_bit(monk
     expected = model(**batch).loss
     mlps = [m for m in base.modules() if isinstance(m, FusedGatedMLP)]
     weights = [[m.gate_proj.base_layer.weight, m.up_proj.base_layer.weight] for m in mlps]
-    assert [joined(pair, 0) for pair in weights] == [None, None], "on the CPU they stay as they are"
+    assert [as_one_view(pair, 0) for pair in weights] == [None, None], (
+        "on the CPU they stay as they are"
+    )
     monkeypatch.setattr(mlp, "_may_move_weights", lambda x: True)
     places = []
     for _ in range(2):
         assert torch.equal(model(**batch).loss, expected)
-        whole = [joined(pair, 0) for pair in weights]
+        whole = [as_one_view(pair, 0) for pair in weights]
         assert [w.shape for w in whole] == [(2 * len(pair[0]), 32) for pair in weights]
         places.append([w.data_ptr() for w in whole])
     assert places[0] == places[1], "moved once"
@@ -192,7 +194,7 @@ def test_weights_that_are_not_alone_or_not_alike_stay_where_they_are():
     first, second = weight(3, 4), weight(2, 4)
     with torch.inference_mode():
         share_buffer([first, second])
-    assert joined([first, second], 0).shape == (5, 4)
+    assert as_one_view([first, second], 0).shape == (5, 4)
     assert not first.is_inference(), "training may follow"
     assert (torch.ones(1, 4, requires_grad=True) @ first.T).sum().requires_grad
 

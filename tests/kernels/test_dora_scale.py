@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from dora_scale_cases import TRAINED, N, apply, bounds, gate_bounds, gate_case, leaves, results
 from lora_cases import DTYPES, LAYOUTS, MIXED, draw, subsets
 
-from peftkit_kernels import native, remake
+from peftkit_kernels import native, recompute
 from peftkit_kernels.dora_scale import Scale, dora_gate, dora_gate_reference, dora_scale
 from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
 from peftkit_kernels.testing import kept_for_backward
@@ -103,11 +103,11 @@ def test_gate_is_the_definition_in_float64(act):
 def test_what_consumes_the_gate_makes_it_again_instead_of_keeping_it():
     case, _ = gate_case("silu")
     h = case.apply(case.leaves)
-    make, ingredients = remake.kept(h, True)
+    make, ingredients = recompute.saved_for(h, True)
     assert make is not None
     with torch.no_grad():
         case.leaves["magnitude_e"].mul_(2.0)
-        assert torch.equal(remake.again(make, ingredients), h), "as it was in this forward"
+        assert torch.equal(recompute.restore(make, ingredients), h), "as it was in this forward"
     with kept_for_backward(*case.leaves.values()) as kept:
         h = case.apply({name: leaf * 1 for name, leaf in case.leaves.items()})
     assert h.requires_grad
@@ -156,7 +156,7 @@ def test_modes_and_repetition(gated):
 def test_native_and_torch_passes_agree(monkeypatch):
     tensors, dy = leaves(), draw((3, 5, N), torch.float32, torch.Generator().manual_seed(1))
     by_default = results(tensors, dy)
-    monkeypatch.setattr(native, "takes", lambda *tensors: False)
+    monkeypatch.setattr(native, "supports", lambda *tensors: False)
     by_torch = results(tensors, dy)
     for name, bound in bounds(tensors, dy).items():
         bound.check(by_torch[name].reshape(bound.value.shape), name)

@@ -142,16 +142,16 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 @needs_native
 def test_what_the_passes_do_not_take():
     x = torch.zeros(4, 6)
-    assert native.takes(x, torch.nn.Parameter(x, requires_grad=False))
-    assert not native.takes(x, x.double())
-    assert not native.takes(x.t())
-    assert not native.takes(x.to("meta"))
+    assert native.supports(x, torch.nn.Parameter(x, requires_grad=False))
+    assert not native.supports(x, x.double())
+    assert not native.supports(x.t())
+    assert not native.supports(x.to("meta"))
     leaf = x.clone().requires_grad_()
-    assert not native.takes(leaf)
+    assert not native.supports(leaf)
     with torch.no_grad():
-        assert native.takes(leaf)
+        assert native.supports(leaf)
     with torch._subclasses.FakeTensorMode() as mode:
-        assert not native.takes(mode.from_tensor(x))
+        assert not native.supports(mode.from_tensor(x))
 
 
 @pytest.mark.parametrize("name", op_cases.NAMES)
@@ -173,7 +173,7 @@ def test_without_a_library_everything_runs(monkeypatch):
     native._library.cache_clear()
     try:
         assert native.obstacle() == native.description() == "there is no compiler"
-        assert not native.takes(torch.zeros(3))
+        assert not native.supports(torch.zeros(3))
         for name in op_cases.NAMES:
             assert op_cases.build(name).run()["x"].isfinite().all()
     finally:

@@ -17,7 +17,7 @@ from lora_cases import LAYOUTS, MIXED, draw, subsets
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, watched
 from triton_cases import draw as normal
 
-from peftkit_kernels import remake
+from peftkit_kernels import recompute
 from peftkit_kernels.dora_scale import (
     Scale,
     dora_gate,
@@ -281,12 +281,12 @@ def test_bytes_against_eager_at_training_sizes(variant, N, ratio):
 def test_a_magnitude_changed_after_the_forward_does_not_change_what_is_made_again():
     case, _ = gate_case("silu")
     h = case.apply(case.leaves, backend="triton")
-    make, ingredients = remake.kept(h, True)
+    make, ingredients = recompute.saved_for(h, True)
     assert make is not None
     with torch.no_grad():
         case.leaves["magnitude_e"].mul_(2.0)
     with watched() as traffic:
-        assert torch.equal(remake.again(make, ingredients), h)
+        assert torch.equal(recompute.restore(make, ingredients), h)
     assert [launch.kernel for launch in traffic.launches] == ["scaled_gate_kernel"]
 
 

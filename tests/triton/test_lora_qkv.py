@@ -213,7 +213,7 @@ def test_results_do_not_depend_on_the_order_of_programs():
 def test_passes_over_the_input_are_one_shrink_one_gemm_each_and_one_da_pass():
     x, parts = make(widths=(64, 32, 32), x=(40, 64), rank=4, dtype=torch.float32, bias=False)
     weights = [part.weight for part in parts]
-    arguments = triton_impl.compact([None] * 3, [part.lora for part in parts])
+    arguments = triton_impl.without_gaps([None] * 3, [part.lora for part in parts])
     torch.use_deterministic_algorithms(False)
     with watched() as traffic, EagerTraffic() as torch_ops, torch.no_grad():
         ys, joint = triton_impl.forward(x, weights, *arguments)
@@ -245,7 +245,7 @@ def test_passes_over_the_input_are_one_shrink_one_gemm_each_and_one_da_pass():
 def test_opcheck():
     x, parts = make(x=(3, 33), p=0.1, dtype=torch.bfloat16, factors=torch.float32)
     weights, biases, loras = ([getattr(p, n) for p in parts] for n in ("weight", "bias", "lora"))
-    arguments = triton_impl.compact([biases[0], None, biases[2]], [loras[0], loras[1], None])
+    arguments = triton_impl.without_gaps([biases[0], None, biases[2]], [loras[0], loras[1], None])
     torch.library.opcheck(torch.ops.peftkit.lora_qkv.default, (x, weights, *arguments))
 
 

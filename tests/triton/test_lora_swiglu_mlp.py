@@ -291,7 +291,7 @@ def test_bytes_are_those_of_the_formula(monkeypatch, one_buffer):
     if one_buffer:
         parts = in_one_buffer(parts)
     weights, biases, loras = (list(part) for part in tensors(parts))
-    arguments = triton_impl.compact(biases, loras)
+    arguments = triton_impl.without_gaps(biases, loras)
     _, As, Bs, _, *numbers = arguments
     dy = output_grad(x)
     torch.use_deterministic_algorithms(False)  # filling new memory with NaN is traffic of its own
@@ -381,6 +381,6 @@ def test_opcheck():
     weights, biases, loras = (list(part) for part in tensors(parts))
     cases = (biases, loras), ([biases[0], None, None], [None, loras[1], None])
     for biases, loras in cases:
-        arguments = triton_impl.compact(biases, loras)
+        arguments = triton_impl.without_gaps(biases, loras)
         op = torch.ops.peftkit.lora_swiglu_mlp.default
         torch.library.opcheck(op, (x, weights, *arguments, "gelu"))

@@ -75,7 +75,7 @@ print(json.dumps([report.row() for report in aot.inspect_launches(found, "cuda:9
 
 
 def test_rows_of_8_ranks_are_read_as_fast_as_those_of_16():
-    """PEFT's default: 8 elements are the 128 bits of an access, which a kernel has to tell the compiler (``tiles.whole``)."""
+    """PEFT's default: 8 elements are the 128 bits of an access, which a kernel has to tell the compiler (``tiles.assume_multiple_of``)."""
     rows = machine_code(RANK_8)
     assert problems(rows) == []
     passes = [row for row in rows if row["kernel"] in ("shrink_kernel", "tall_kernel")]

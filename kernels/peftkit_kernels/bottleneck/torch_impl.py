@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels import low_rank, remake
+from peftkit_kernels import low_rank, recompute
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.bottleneck.reference import ACTIVATIONS
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
@@ -39,12 +39,12 @@ class Bottleneck(torch.autograd.Function):
         scale, act = numbers
         flat, dtype = rows(h), h.dtype
         z = matmul_nt(flat, cast(down, dtype), _cast_bias(down_bias, dtype))
-        shift = None if up_bias is None else cast(up_bias, dtype) * scale
-        y = matmul_nt(ACTIVATIONS[act](z).mul(scale), cast(up, dtype), shift)
+        cast_bias = None if up_bias is None else cast(up_bias, dtype) * scale
+        y = matmul_nt(ACTIVATIONS[act](z).mul(scale), cast(up, dtype), cast_bias)
         y.add_(flat if base is None else rows(base))
         _, needs_down, _, needs_up, *_ = ctx.needs_input_grad
         inner = any(ctx.needs_input_grad[:3])
-        ctx.make_h, h_parts = remake.kept(h, needs_down)
+        ctx.recompute_h, h_parts = recompute.saved_for(h, needs_down)
         ctx.save_for_backward(z if inner or needs_up else None, down, up, *h_parts)
         ctx.numbers, ctx.shape, ctx.has_base = numbers, h.shape, base is not None
         ctx.dtypes = tuple(None if b is None else b.dtype for b in (down_bias, up_bias))
@@ -66,7 +66,7 @@ class Bottleneck(torch.autograd.Function):
             da = matmul_nn(dy, cast(up, dy.dtype)).mul_(scale)
             a, dz = _activation_backward(da, z, act)
             if needs_down:
-                h = remake.again(ctx.make_h, h_parts)
+                h = recompute.restore(ctx.recompute_h, h_parts)
                 ddown = low_rank.grad_a(dz, rows(h), down.dtype)
             if needs_down_bias:
                 ddown_bias = cast(_sum(dz, ctx.dtypes[0]), ctx.dtypes[0])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels import remake
+from peftkit_kernels import recompute
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.bottleneck.config import BottleneckConfig
 from peftkit_kernels.bottleneck.reference import ACTIVATIONS
@@ -198,7 +198,7 @@ _backward_op = torch.library.custom_op(
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     h, down, down_bias, up, up_bias, base, *ctx.numbers = inputs
     z = output[1]
-    ctx.make_h, h_parts = remake.kept(h, ctx.needs_input_grad[1])
+    ctx.recompute_h, h_parts = recompute.saved_for(h, ctx.needs_input_grad[1])
     ctx.save_for_backward(z if any(ctx.needs_input_grad[:4]) else None, down, up, *h_parts)
     ctx.dtypes = tuple(None if b is None else b.dtype for b in (down_bias, up_bias))
     ctx.has_base = base is not None
@@ -216,7 +216,7 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         dup_bias = cast(rows(dy).sum(0, dtype=torch.float32).mul_(scale), ctx.dtypes[1])
     grads: list[Tensor] = []
     if any(needs):
-        h = remake.again(ctx.make_h, h_parts)
+        h = recompute.restore(ctx.recompute_h, h_parts)
         grads = list(_backward_op(dy, h, z, down, up, scale, act, ctx.has_base, needs))
     dh, ddown, ddown_bias, dup = (grads.pop(0) if needed else None for needed in needs)
     if ddown_bias is not None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit_kernels import low_rank, native, remake, workspace
+from peftkit_kernels import low_rank, native, recompute, workspace
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.dora.reference import Weight
 from peftkit_kernels.dora_scale.torch_impl import column_products, scaled
@@ -33,7 +33,7 @@ def weight_norm(weight: Weight, lora: LoRA) -> Tensor:
     else:
         weight = decode(weight, wide)
     A, B = cast(lora.A, wide), cast(lora.B, wide)
-    if A.shape[0] <= native.MAX_RANK and native.takes(weight, A, B):
+    if A.shape[0] <= native.MAX_RANK and native.supports(weight, A, B):
         return native.updated_norm(weight, A, B, lora.scale)
     squares = A.new_empty(weight.shape[0])
     for start in range(0, weight.shape[0], _NORM_ROWS):
@@ -101,20 +101,20 @@ class DoRALinear(torch.autograd.Function):
         flat, dtype = rows(x), x.dtype
         g = cast(magnitude, norm.dtype) / norm
         s = low_rank.shrink(flat, A, lora.p, lora.seed)
-        shift = None if bias is None else cast(bias, dtype)
+        cast_bias = None if bias is None else cast(bias, dtype)
         z = None
         if call.keep_direction:
             W = cast(weight, dtype) if isinstance(weight, Tensor) else decode(weight, dtype)
             z = low_rank.expand_(matmul_nt(flat, W), s, B, lora.scale)
-            y = scaled(z, g, shift)
+            y = scaled(z, g, cast_bias)
         elif folds(flat.shape[0], weight):
-            y = matmul_nt(flat, scaled_weight(weight, g, dtype), shift)
+            y = matmul_nt(flat, scaled_weight(weight, g, dtype), cast_bias)
             low_rank.expand_(y, s, B * g[:, None], lora.scale)
         else:
-            y = _add_and_scale_(matmul_nt(flat, cast(weight, dtype)), s, lora, g, shift)
+            y = _add_and_scale_(matmul_nt(flat, cast(weight, dtype)), s, lora, g, cast_bias)
         y = unflatten(y, x.shape)
         _, _, _, needs_A, needs_B, needs_magnitude, _ = ctx.needs_input_grad
-        ctx.make_x, x_parts = remake.kept(x, needs_A)
+        ctx.recompute_x, x_parts = recompute.saved_for(x, needs_A)
         kept = (y if z is None else z) if needs_magnitude else None
         ctx.save_for_backward(
             *(bias, A, B, magnitude, None if z is None else norm, g),
@@ -143,7 +143,7 @@ class DoRALinear(torch.autograd.Function):
         if needs_x or needs_A:
             ds = low_rank.grad_s(dy, grown, lora.scale)
             if needs_A:
-                x = remake.again(ctx.make_x, more[len(more) - ctx.parts :])
+                x = recompute.restore(ctx.recompute_x, more[len(more) - ctx.parts :])
                 dA = low_rank.grad_a(ds, rows(x), A.dtype, lora.p, lora.seed)
             if needs_x:
                 if folds(dy.shape[0], weight) and not ctx.call.keep_direction:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels import remake
+from peftkit_kernels import recompute
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.dora.config import MagnitudeConfig, NormConfig
 from peftkit_kernels.dora.reference import Weight
@@ -306,7 +306,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, layout, bias, A, B, magnitude, norm, *numbers, keep_direction = inputs
     # here torch counts the tensors of a list one by one in what needs a gradient, in the backward as one
-    ctx.make_x, x_parts = remake.kept(x, A.requires_grad)
+    ctx.recompute_x, x_parts = recompute.saved_for(x, A.requires_grad)
     y, s, g, z = output
     kept_y = (z if keep_direction else y) if magnitude.requires_grad else None
     kept_s, kept_norm = s if B.requires_grad else None, norm if keep_direction else None
@@ -325,7 +325,7 @@ def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
     needs = [needs_x, needs_A, needs_B, needs_magnitude]
     grads: Sequence[Tensor] = []
     if any(needs):
-        x = remake.again(ctx.make_x, x_parts)
+        x = recompute.restore(ctx.recompute_x, x_parts)
         tensors = weight, ctx.layout, x, y, bias, A, B, magnitude, norm, g, s
         grads = _backward_op(dy, *tensors, *ctx.numbers, needs)
     found = iter(grads)

@@ -83,93 +83,100 @@ def scale_backward_kernel(
 
 @triton.jit
 def scaled_gate_kernel(
-    z_e_ptr, z_u_ptr, g_e_ptr, g_u_ptr, bias_e_ptr, bias_u_ptr,  # z[M, F]  g[F] or None  bias[F] or None
+    z_gate_ptr, z_up_ptr, g_gate_ptr, g_up_ptr, bias_gate_ptr, bias_up_ptr,  # z[M, F]  g[F] or None  bias[F] or None
     h_ptr,  # h[M, F]
-    M, F, stride_em, stride_um, stride_hm,
-    HAS_G_E: tl.constexpr, HAS_G_U: tl.constexpr,
-    HAS_BIAS_E: tl.constexpr, HAS_BIAS_U: tl.constexpr,
+    M, F, stride_gate_m, stride_up_m, stride_hm,
+    HAS_G_GATE: tl.constexpr, HAS_G_UP: tl.constexpr,
+    HAS_BIAS_GATE: tl.constexpr, HAS_BIAS_UP: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """``h = act(z_e ∘ g_e + bias_e) ∘ (z_u ∘ g_u + bias_u)``."""
+    """``h = act(z_gate ∘ g_gate + bias_gate) ∘ (z_up ∘ g_up + bias_up)``."""
     blocks = tl.cdiv(F, BLOCK_F)
     offs_m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
     mask_f = offs_f < F
     mask = (offs_m < M)[:, None] & mask_f[None, :]
     rows = offs_m.to(tl.int64)[:, None]
-    g_e = _of_columns(g_e_ptr, offs_f, mask_f, HAS_G_E, 1.0, BLOCK_F)
-    g_u = _of_columns(g_u_ptr, offs_f, mask_f, HAS_G_U, 1.0, BLOCK_F)
-    bias_e = _of_columns(bias_e_ptr, offs_f, mask_f, HAS_BIAS_E, 0.0, BLOCK_F)
-    bias_u = _of_columns(bias_u_ptr, offs_f, mask_f, HAS_BIAS_U, 0.0, BLOCK_F)
-    e = tl.load(z_e_ptr + rows * stride_em + offs_f[None, :], mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(z_u_ptr + rows * stride_um + offs_f[None, :], mask=mask, other=0.0).to(tl.float32)
-    a, _ = activation(e * g_e + bias_e, ACT)
-    h = (a * (u * g_u + bias_u)).to(h_ptr.dtype.element_ty)
+    g_gate = _of_columns(g_gate_ptr, offs_f, mask_f, HAS_G_GATE, 1.0, BLOCK_F)
+    g_up = _of_columns(g_up_ptr, offs_f, mask_f, HAS_G_UP, 1.0, BLOCK_F)
+    bias_gate = _of_columns(bias_gate_ptr, offs_f, mask_f, HAS_BIAS_GATE, 0.0, BLOCK_F)
+    bias_up = _of_columns(bias_up_ptr, offs_f, mask_f, HAS_BIAS_UP, 0.0, BLOCK_F)
+    gate = tl.load(z_gate_ptr + rows * stride_gate_m + offs_f[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+    up = tl.load(z_up_ptr + rows * stride_up_m + offs_f[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+    a, _ = activation(gate * g_gate + bias_gate, ACT)
+    h = (a * (up * g_up + bias_up)).to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + rows * stride_hm + offs_f[None, :], h, mask=mask)
 
 
 @triton.jit
 def scaled_gate_backward_kernel(
-    dh_ptr, z_e_ptr, z_u_ptr, g_e_ptr, g_u_ptr, bias_e_ptr, bias_u_ptr,  # dh[M, F], the rest as in the forward
-    dz_e_ptr, dz_u_ptr, sums_ptr,  # dz[M, F] each  sums[row chunks, sums wanted, F] or None
-    M, F, chunk_m, stride_dhm, stride_em, stride_um, stride_dzm,
-    HAS_G_E: tl.constexpr, HAS_G_U: tl.constexpr,
-    HAS_BIAS_E: tl.constexpr, HAS_BIAS_U: tl.constexpr,
-    DG_E: tl.constexpr, DG_U: tl.constexpr, DBIAS_E: tl.constexpr, DBIAS_U: tl.constexpr,
+    dh_ptr, z_gate_ptr, z_up_ptr, g_gate_ptr, g_up_ptr, bias_gate_ptr, bias_up_ptr,  # dh[M, F], the rest as in the forward
+    dz_gate_ptr, dz_up_ptr, sums_ptr,  # dz[M, F] each  sums[row chunks, sums wanted, F] or None
+    M, F, chunk_m, stride_dhm, stride_gate_m, stride_up_m, stride_dzm,
+    HAS_G_GATE: tl.constexpr, HAS_G_UP: tl.constexpr,
+    HAS_BIAS_GATE: tl.constexpr, HAS_BIAS_UP: tl.constexpr,
+    DG_GATE: tl.constexpr, DG_UP: tl.constexpr, DBIAS_GATE: tl.constexpr, DBIAS_UP: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """With ``e`` and ``u`` made again, ``de = dh ∘ u ∘ act'(e)`` and ``du = dh ∘ act(e)``: ``dz_e = de ∘ g_e``, ``dz_u = du ∘ g_u``.
+    """``d_gate = dh ∘ up ∘ act'(gate)``, ``d_up = dh ∘ act(gate)``, ``dz_gate = d_gate ∘ g_gate`` and ``dz_up = d_up ∘ g_up``.
 
-    Over each chunk of rows those of ``Σ de ∘ z_e``, ``Σ du ∘ z_u``, ``Σ de`` and ``Σ du`` that are wanted, in this order.
+    ``gate`` and ``up``, the scaled values, are recomputed. The sums over each chunk of rows are ``Σ d_gate ∘ z_gate``,
+    ``Σ d_up ∘ z_up``, ``Σ d_gate`` and ``Σ d_up``, in this order, without those that are not needed.
     """
     blocks = tl.cdiv(F, BLOCK_F)
     pid_m = tl.program_id(0) // blocks
     offs_f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
     mask_f = offs_f < F
-    g_e = _of_columns(g_e_ptr, offs_f, mask_f, HAS_G_E, 1.0, BLOCK_F)
-    g_u = _of_columns(g_u_ptr, offs_f, mask_f, HAS_G_U, 1.0, BLOCK_F)
-    bias_e = _of_columns(bias_e_ptr, offs_f, mask_f, HAS_BIAS_E, 0.0, BLOCK_F)
-    bias_u = _of_columns(bias_u_ptr, offs_f, mask_f, HAS_BIAS_U, 0.0, BLOCK_F)
-    dg_e = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
-    dg_u = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
-    dbias_e = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
-    dbias_u = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    g_gate = _of_columns(g_gate_ptr, offs_f, mask_f, HAS_G_GATE, 1.0, BLOCK_F)
+    g_up = _of_columns(g_up_ptr, offs_f, mask_f, HAS_G_UP, 1.0, BLOCK_F)
+    bias_gate = _of_columns(bias_gate_ptr, offs_f, mask_f, HAS_BIAS_GATE, 0.0, BLOCK_F)
+    bias_up = _of_columns(bias_up_ptr, offs_f, mask_f, HAS_BIAS_UP, 0.0, BLOCK_F)
+    dg_gate = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    dg_up = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    dbias_gate = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
+    dbias_up = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
     first = pid_m * chunk_m
     for m in range(first, tl.minimum(M, first + chunk_m), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask = (offs_m < M)[:, None] & mask_f[None, :]
         rows = offs_m.to(tl.int64)[:, None]
-        z_e_ptrs = z_e_ptr + rows * stride_em + offs_f[None, :]
-        z_u_ptrs = z_u_ptr + rows * stride_um + offs_f[None, :]
+        z_gate_ptrs = z_gate_ptr + rows * stride_gate_m + offs_f[None, :]
+        z_up_ptrs = z_up_ptr + rows * stride_up_m + offs_f[None, :]
         dh_ptrs = dh_ptr + rows * stride_dhm + offs_f[None, :]
-        z_e = tl.load(z_e_ptrs, mask=mask, other=0.0).to(tl.float32)
-        z_u = tl.load(z_u_ptrs, mask=mask, other=0.0).to(tl.float32)
+        z_gate = tl.load(z_gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+        z_up = tl.load(z_up_ptrs, mask=mask, other=0.0).to(tl.float32)
         dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
-        a, slope = activation(z_e * g_e + bias_e, ACT)
-        de = dh * (z_u * g_u + bias_u) * slope
-        du = dh * a
+        a, slope = activation(z_gate * g_gate + bias_gate, ACT)
+        d_gate = dh * (z_up * g_up + bias_up) * slope
+        d_up = dh * a
         offs_d = rows * stride_dzm + offs_f[None, :]
-        tl.store(dz_e_ptr + offs_d, (de * g_e).to(dz_e_ptr.dtype.element_ty), mask=mask)
-        tl.store(dz_u_ptr + offs_d, (du * g_u).to(dz_u_ptr.dtype.element_ty), mask=mask)
-        if DG_E:
-            dg_e += de * z_e
-        if DG_U:
-            dg_u += du * z_u
-        if DBIAS_E:
-            dbias_e += de
-        if DBIAS_U:
-            dbias_u += du
-    offs_s = pid_m.to(tl.int64) * (DG_E + DG_U + DBIAS_E + DBIAS_U) * F + offs_f
-    if DG_E:
-        tl.store(sums_ptr + offs_s, tl.sum(dg_e, 0), mask=mask_f)
+        tl.store(
+            dz_gate_ptr + offs_d, (d_gate * g_gate).to(dz_gate_ptr.dtype.element_ty), mask=mask
+        )
+        tl.store(dz_up_ptr + offs_d, (d_up * g_up).to(dz_up_ptr.dtype.element_ty), mask=mask)
+        if DG_GATE:
+            dg_gate += d_gate * z_gate
+        if DG_UP:
+            dg_up += d_up * z_up
+        if DBIAS_GATE:
+            dbias_gate += d_gate
+        if DBIAS_UP:
+            dbias_up += d_up
+    offs_s = pid_m.to(tl.int64) * (DG_GATE + DG_UP + DBIAS_GATE + DBIAS_UP) * F + offs_f
+    if DG_GATE:
+        tl.store(sums_ptr + offs_s, tl.sum(dg_gate, 0), mask=mask_f)
         offs_s += F
-    if DG_U:
-        tl.store(sums_ptr + offs_s, tl.sum(dg_u, 0), mask=mask_f)
+    if DG_UP:
+        tl.store(sums_ptr + offs_s, tl.sum(dg_up, 0), mask=mask_f)
         offs_s += F
-    if DBIAS_E:
-        tl.store(sums_ptr + offs_s, tl.sum(dbias_e, 0), mask=mask_f)
+    if DBIAS_GATE:
+        tl.store(sums_ptr + offs_s, tl.sum(dbias_gate, 0), mask=mask_f)
         offs_s += F
-    if DBIAS_U:
-        tl.store(sums_ptr + offs_s, tl.sum(dbias_u, 0), mask=mask_f)
+    if DBIAS_UP:
+        tl.store(sums_ptr + offs_s, tl.sum(dbias_up, 0), mask=mask_f)

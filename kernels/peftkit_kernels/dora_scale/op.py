@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from peftkit_kernels import remake
+from peftkit_kernels import recompute
 from peftkit_kernels.autograd import run
 from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.dora_scale.reference import (
@@ -62,7 +62,7 @@ def dora_gate(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The middle of a gated MLP of DoRA linears: ``h = act(e) ∘ u`` with ``e`` and ``u`` each as ``dora_scale`` gives them.
+    """The middle of a gated MLP of DoRA linears: ``h = act(gate) ∘ up``, each computed as by ``dora_scale``.
 
     Kept for backward: the two ``z``. What consumes ``h`` can make it again from them and need not keep it.
 
@@ -107,7 +107,7 @@ def dora_gate(
         return unflatten(gate_of(tensors[:2], tensors[2:4], tensors[4:], act), shape)
 
     # the factors of this forward, which no optimiser step changes
-    return remake.mark(h, make, *zs, *(None if g is None else g.detach() for g in gs), *biases)
+    return recompute.tag(h, make, *zs, *(None if g is None else g.detach() for g in gs), *biases)
 
 
 def _choose(

@@ -45,9 +45,9 @@ def dora_gate_reference(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``h = act(e) ∘ u`` of the two scaled outputs; arguments and result as ``dora_gate``."""
-    e, u = (
+    """``h = act(gate) ∘ up`` of the two scaled outputs; arguments and result as ``dora_gate``."""
+    gate, up = (
         dora_scale_reference(z, scale, compute_dtype=compute_dtype)
         for z, scale in zip(zs, scales, strict=True)
     )
-    return activate(e, act) * u
+    return activate(gate, act) * up

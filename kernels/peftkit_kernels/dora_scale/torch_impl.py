@@ -11,7 +11,7 @@ from torch import Tensor
 from peftkit_kernels import native
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.lora_linear.torch_impl import unflatten
-from peftkit_kernels.lora_swiglu_mlp.activation import gate, gate_backward
+from peftkit_kernels.lora_swiglu_mlp.activation import gate_backward, gated
 from peftkit_kernels.low_rank import cast, rows
 
 _ROWS = 64
@@ -49,7 +49,7 @@ def scaled_backward(
     dz = torch.empty_like(dy)
     if z is None or norm is None or dtype is None:
         return torch.mul(dy, g, out=dz), None
-    if native.takes(dy, z, g):
+    if native.supports(dy, z, g):
         total = native.scale_backward(dy, z, g, dz)
     else:
         torch.mul(dy, g, out=dz)
@@ -136,34 +136,34 @@ class DoRAGate(torch.autograd.Function):
 
 
 Sides = Sequence[Tensor | None]
-"""What belongs to ``e`` and what belongs to ``u``."""
+"""One for the gate, one for up."""
 
 
 def gate_of(zs: Sides, gs: Sides, biases: Sides, act: str) -> Tensor:
-    """``act(e) ∘ u``, ``[M, F]``, with ``e`` and ``u`` scaled from ``zs``."""
+    """``act(gate) ∘ up``, ``[M, F]``, with gate and up scaled from ``zs``."""
     flat = [rows(z) for z in zs if z is not None]
     whole = _native_sides(flat, gs, biases, act)
     if whole is not None:
         return native.scaled_gate(flat, *whole, act)
-    e, u = (scaled(z, g, bias) for z, g, bias in zip(flat, gs, biases, strict=True))
-    return gate(e.contiguous(), u.contiguous(), act)
+    gate, up = (scaled(z, g, bias) for z, g, bias in zip(flat, gs, biases, strict=True))
+    return gated(gate.contiguous(), up.contiguous(), act)
 
 
 def gate_gradients(
     dh: Tensor, zs: Sequence[Tensor], gs: Sides, biases: Sides, act: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of ``gate_of`` by ``zs``, and the sums its other gradients are had from.
+    """The gradients of ``gate_of`` by ``zs``, and the sums from which its other gradients follow.
 
     Returns:
-        ``[M, F]`` twice; and ``Σ de ∘ z``, ``Σ du ∘ z``, ``Σ de`` and ``Σ du``, ``[F]`` each.
+        ``[M, F]`` twice; and ``Σ d_gate ∘ z``, ``Σ d_up ∘ z``, ``Σ d_gate`` and ``Σ d_up``, ``[F]`` each.
     """
     whole = _native_sides([dh, *zs], gs, biases, act)
     if whole is not None:
         *dz, sums = native.scaled_gate_backward(dh, zs, *whole, act)
         return dz, list(sums)
-    e, u = (scaled(*parts).contiguous() for parts in zip(zs, gs, biases, strict=True))
-    # the pass writes over the gradient it gets, and this one may be somebody else's too
-    grads = gate_backward(dh.clone(memory_format=torch.contiguous_format), e, u, act)[:2]
+    gate, up = (scaled(*parts).contiguous() for parts in zip(zs, gs, biases, strict=True))
+    # the pass overwrites its gradient, and other code may still hold this one
+    grads = gate_backward(dh.clone(memory_format=torch.contiguous_format), gate, up, act)[:2]
     dz, products = [], []
     for grad, z, g in zip(grads, zs, gs, strict=True):
         dz.append(grad if g is None else torch.mul(grad, g, out=torch.empty_like(grad)))
@@ -176,7 +176,7 @@ def _native_sides(
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """Factors and biases without gaps for the native passes, or ``None`` where those cannot run."""
     given = [side for side in (*gs, *biases) if side is not None]
-    if act not in native.GATES or not native.takes(*tensors, *given):
+    if act not in native.GATES or not native.supports(*tensors, *given):
         return None
     like = tensors[0]
     ones, zeros = like.new_ones(like.shape[1]), like.new_zeros(like.shape[1])

@@ -105,26 +105,26 @@ def scale_backward(
 
 
 def gate_forward(
-    z_e: Tensor,
-    z_u: Tensor,
-    g_e: Tensor | None,
-    g_u: Tensor | None,
-    bias_e: Tensor | None,
-    bias_u: Tensor | None,
+    z_gate: Tensor,
+    z_up: Tensor,
+    g_gate: Tensor | None,
+    g_up: Tensor | None,
+    bias_gate: Tensor | None,
+    bias_up: Tensor | None,
     act: str,
 ) -> Tensor:
-    """``act(z_e ∘ g_e + bias_e) ∘ (z_u ∘ g_u + bias_u)`` in the shape and dtype of ``z_e [..., F]``."""
-    h = _like(z_e)
-    if not z_e.numel():
+    """``act(z_gate ∘ g_gate + bias_gate) ∘ (z_up ∘ g_up + bias_up)`` in the shape and dtype of ``z_gate [..., F]``."""
+    h = _like(z_gate)
+    if not z_gate.numel():
         return h
-    flat_e, flat_u, out = readable(rows(z_e)), readable(rows(z_u)), rows(h)
-    (M, F), c = flat_e.shape, ForwardConfig()
+    flat_gate, flat_up, out = readable(rows(z_gate)), readable(rows(z_up)), rows(h)
+    (M, F), c = flat_gate.shape, ForwardConfig()
     launch(
         _kernels().scaled_gate_kernel,
         (cdiv(M, c.block_m) * cdiv(F, c.block_n),),
-        *(flat_e, flat_u, *(_columns(t) for t in (g_e, g_u, bias_e, bias_u)), out),
-        *(M, F, flat_e.stride(0), flat_u.stride(0), out.stride(0)),
-        **_present((g_e, g_u), (bias_e, bias_u)),
+        *(flat_gate, flat_up, *(_columns(t) for t in (g_gate, g_up, bias_gate, bias_up)), out),
+        *(M, F, flat_gate.stride(0), flat_up.stride(0), out.stride(0)),
+        **_present((g_gate, g_up), (bias_gate, bias_up)),
         ACT=act,
         BLOCK_M=c.block_m,
         BLOCK_F=c.block_n,
@@ -136,27 +136,27 @@ def gate_forward(
 
 def gate_backward(
     dh: Tensor,
-    z_e: Tensor,
-    z_u: Tensor,
-    g_e: Tensor | None,
-    g_u: Tensor | None,
-    bias_e: Tensor | None,
-    bias_u: Tensor | None,
+    z_gate: Tensor,
+    z_up: Tensor,
+    g_gate: Tensor | None,
+    g_up: Tensor | None,
+    bias_gate: Tensor | None,
+    bias_up: Tensor | None,
     act: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by ``z_e`` and ``z_u``, and those of ``g_e``, ``g_u`` and the two biases that ``needs`` asks for.
+    """The gradients by ``z_gate`` and ``z_up``, and those of ``g_gate``, ``g_up`` and the two biases that ``needs`` selects.
 
     Returns:
         ``[..., F]`` twice; and ``Float32[sums, F]``, the sums one below the other.
     """
-    dz_e, dz_u, sums = found = _gate_grads(
-        dh, z_e, z_u, g_e, g_u, bias_e, bias_u, act=act, needs=needs
+    dz_gate, dz_up, sums = found = _gate_grads(
+        dh, z_gate, z_up, g_gate, g_up, bias_gate, bias_up, act=act, needs=needs
     )
     if not dh.numel():
         sums.zero_()
         return found
-    flat, flat_e, flat_u = (readable(rows(t)) for t in (dh, z_e, z_u))
+    flat, flat_gate, flat_up = (readable(rows(t)) for t in (dh, z_gate, z_up))
     M, F = flat.shape
     c = BackwardConfig.choose("dora_gate", M, F, target=target_of(dh))
     chunks = cdiv(M, c.chunk_m)
@@ -164,11 +164,11 @@ def gate_backward(
     launch(
         _kernels().scaled_gate_backward_kernel,
         (chunks * cdiv(F, c.block_n),),
-        *(flat, flat_e, flat_u, *(_columns(t) for t in (g_e, g_u, bias_e, bias_u))),
-        *(rows(dz_e), rows(dz_u), partial, M, F, c.chunk_m),
-        *(flat.stride(0), flat_e.stride(0), flat_u.stride(0), rows(dz_e).stride(0)),
-        **_present((g_e, g_u), (bias_e, bias_u)),
-        **dict(zip(("DG_E", "DG_U", "DBIAS_E", "DBIAS_U"), needs, strict=True)),
+        *(flat, flat_gate, flat_up, *(_columns(t) for t in (g_gate, g_up, bias_gate, bias_up))),
+        *(rows(dz_gate), rows(dz_up), partial, M, F, c.chunk_m),
+        *(flat.stride(0), flat_gate.stride(0), flat_up.stride(0), rows(dz_gate).stride(0)),
+        **_present((g_gate, g_up), (bias_gate, bias_up)),
+        **dict(zip(("DG_GATE", "DG_UP", "DBIAS_GATE", "DBIAS_UP"), needs, strict=True)),
         ACT=act,
         BLOCK_M=c.block_m,
         BLOCK_F=c.block_n,
@@ -193,7 +193,7 @@ def _row_stride(t: Tensor | None) -> int:
 
 
 def _present(gs: Tensors, biases: Tensors) -> dict[str, bool]:
-    names = "HAS_G_E", "HAS_G_U", "HAS_BIAS_E", "HAS_BIAS_U"
+    names = "HAS_G_GATE", "HAS_G_UP", "HAS_BIAS_GATE", "HAS_BIAS_UP"
     return {name: t is not None for name, t in zip(names, (*gs, *biases), strict=True)}
 
 
@@ -236,7 +236,7 @@ _scale_backward_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor dy, Tensor? z, Tensor? g, bool needs_bias) -> Tensor[]",
 )
-_GATE = "Tensor z_e, Tensor z_u, Tensor? g_e, Tensor? g_u, Tensor? bias_e, Tensor? bias_u, str act"
+_GATE = "Tensor z_gate, Tensor z_up, Tensor? g_gate, Tensor? g_up, Tensor? bias_gate, Tensor? bias_up, str act"
 dora_gate_triton = torch.library.custom_op(
     "peftkit::dora_gate", gate_forward, mutates_args=(), schema=f"({_GATE}) -> Tensor"
 )
@@ -254,8 +254,8 @@ def _scale_like(z: Tensor, *_: Any) -> Tensor:
 
 
 @dora_gate_triton.register_fake
-def _gate_like(z_e: Tensor, *_: Any) -> Tensor:
-    return _like(z_e)
+def _gate_like(z_gate: Tensor, *_: Any) -> Tensor:
+    return _like(z_gate)
 
 
 def _keep_scale(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -293,14 +293,14 @@ def _keep_gate(ctx: Any, inputs: tuple, output: Tensor) -> None:
 @once_differentiable
 def _gate_backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     tensors, needs = ctx.saved_tensors, list(ctx.needs_input_grad[2:6])
-    dz_e, dz_u, sums = _gate_backward_op(dh, *tensors, ctx.act, needs)
+    dz_gate, dz_up, sums = _gate_backward_op(dh, *tensors, ctx.act, needs)
     found = iter(sums)
-    dg_e, dg_u, *dbias = (next(found) if needed else None for needed in needs)
+    dg_gate, dg_up, *dbias = (next(found) if needed else None for needed in needs)
     dbias = [
         None if grad is None else cast(grad, bias.dtype)
         for grad, bias in zip(dbias, tensors[4:], strict=True)
     ]
-    return dz_e, dz_u, dg_e, dg_u, *dbias, None
+    return dz_gate, dz_up, dg_gate, dg_up, *dbias, None
 
 
 _scale_backward_op.register_fake(_scale_grads)

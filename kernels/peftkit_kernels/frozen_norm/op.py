@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from peftkit_kernels import remake
+from peftkit_kernels import recompute
 from peftkit_kernels.autograd import run
 from peftkit_kernels.dispatch import Backend, choose_backend, is_transformed
 from peftkit_kernels.frozen_norm.config import obstacle
@@ -62,7 +62,7 @@ def frozen_rms_norm(
     def make(x: Tensor, weight: Tensor) -> Tensor:
         return forward(x, weight, *numbers)[0]
 
-    return remake.mark(y, make, x, weight)
+    return recompute.tag(y, make, x, weight)
 
 
 def frozen_layer_norm(
@@ -98,7 +98,7 @@ def frozen_layer_norm(
     def make(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return forward(x, weight, bias, eps)[0]
 
-    return remake.mark(y, make, x, weight, bias)
+    return recompute.tag(y, make, x, weight, bias)
 
 
 def _choose(op: str, backend: Backend, x: Tensor, *parameters: Tensor | None) -> str:

@@ -15,7 +15,7 @@ def rms_norm_forward(
     x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor]:
     """The normalised ``x`` and ``rsqrt(mean(x²) + eps)``, ``[..., 1]``; as ``rms_norm_reference``."""
-    if native.takes(x, weight):
+    if native.supports(x, weight):
         return native.rms_norm(x, weight, eps, offset)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -42,7 +42,7 @@ class FrozenRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dy = dy.contiguous()
-        if native.takes(x, weight, dy):
+        if native.supports(x, weight, dy):
             return native.rms_norm_backward(dy, x, weight, rstd, ctx.offset), None, None, None, None
         wide = x.to(rstd.dtype)
         u = dy.to(rstd.dtype) * (ctx.offset + weight.to(rstd.dtype))
@@ -54,7 +54,7 @@ def layer_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised ``x``, its mean and ``rsqrt(var + eps)``, ``[..., 1]``; as ``layer_norm_reference``."""
-    if native.takes(x, weight, *(() if bias is None else (bias,))):
+    if native.supports(x, weight, *(() if bias is None else (bias,))):
         return native.layer_norm(x, weight, bias, eps)
     return torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
@@ -73,7 +73,7 @@ class FrozenLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         dy = dy.contiguous()
-        if native.takes(x, weight, dy):
+        if native.supports(x, weight, dy):
             return native.layer_norm_backward(dy, x, weight, mean, rstd), None, None, None
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
             dy, x, (x.shape[-1],), mean, rstd, weight, None, [True, False, False]

@@ -9,7 +9,7 @@ adapters are int64, all others int32.
 import triton
 import triton.language as tl
 
-from peftkit_kernels.tiles import mixed_dot, whole
+from peftkit_kernels.tiles import assume_multiple_of, mixed_dot
 
 
 @triton.jit
@@ -33,7 +33,11 @@ def grouped_shrink_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``s[m] = scale[e] · a[e] x[m]`` for every row with an adapter. Program (i, j): tile i, the j-th share of K."""
-    R, stride_sm, stride_ak = whole(R, STEP), whole(stride_sm, STEP), whole(stride_ak, STEP_A)
+    R, stride_sm, stride_ak = (
+        assume_multiple_of(R, STEP),
+        assume_multiple_of(stride_sm, STEP),
+        assume_multiple_of(stride_ak, STEP_A),
+    )
     pid_k = tl.program_id(1)
     adapter, first, count = _tile(tiles_ptr, tl.program_id(0))
     if adapter < 0:
@@ -78,7 +82,11 @@ def grouped_expand_kernel(
 
     Program (i, j): tile i, column block j. Tiles past the table are of the rows without an adapter, which ``order`` has last.
     """
-    R, stride_sm, stride_bn = whole(R, STEP), whole(stride_sm, STEP), whole(stride_bn, STEP_B)
+    R, stride_sm, stride_bn = (
+        assume_multiple_of(R, STEP),
+        assume_multiple_of(stride_sm, STEP),
+        assume_multiple_of(stride_bn, STEP_B),
+    )
     pid_m = tl.program_id(0)
     adapter, first, count = _tile(tiles_ptr, tl.minimum(pid_m, tiles - 1))
     position = tl.load(adapted_ptr) + (pid_m - tiles) * BLOCK_M
@@ -129,7 +137,7 @@ def grouped_tall_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``g[i] = scale[e] · Σ s[m]ᵀ x[m]`` over the rows of segment i. Program (i, j): segment i, column block j."""
-    R, stride_sm = whole(R, STEP), whole(stride_sm, STEP)
+    R, stride_sm = assume_multiple_of(R, STEP), assume_multiple_of(stride_sm, STEP)
     pid_s = tl.program_id(0)
     adapter, first, count = _tile(segments_ptr, pid_s)
     if adapter < 0:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels import low_rank, native, remake, workspace
+from peftkit_kernels import low_rank, native, recompute, workspace
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.checks import without_autocast
 from peftkit_kernels.int8 import Int8Weight
@@ -30,7 +30,7 @@ def multiplies_int8() -> bool:
 
 def quantize(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """The codes of ``x ∘ column_scale`` by rows, in the workspace, and what a step of each row is worth, ``Float32[M]``."""
-    if native.takes(x):
+    if native.supports(x):
         codes = workspace.take(x.shape, torch.int8, x.device)
         absmax = native.quantize_rows(x, column_scale, codes)
     else:
@@ -74,7 +74,7 @@ def epilogue(
         None if part is None else cast(part, wide).contiguous()
         for part in (column_scale, bias, s, t)
     ]
-    if dtype is torch.float32 and acc.dtype is torch.int32 and native.takes(row_scale):
+    if dtype is torch.float32 and acc.dtype is torch.int32 and native.supports(row_scale):
         return native.int8_epilogue(acc, row_scale, *parts)
     column_scale, bias, s, t = parts
     y = acc * row_scale.to(wide)[:, None]
@@ -122,7 +122,7 @@ class Int8ComputeLinear(torch.autograd.Function):
             weight = q.codes[:, outliers] * q.row_scale().to(wide)[:, None]
             y.addmm_(flat[:, outliers], cast(weight, x.dtype).t())
         _, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
-        ctx.make_x, x_parts = remake.kept(x, needs_A)
+        ctx.recompute_x, x_parts = recompute.saved_for(x, needs_A)
         ctx.save_for_backward(A, B, s if needs_B else None, *x_parts)
         ctx.q, ctx.numbers, ctx.shape = q, numbers, x.shape
         return unflatten(y, x.shape)
@@ -141,7 +141,7 @@ class Int8ComputeLinear(torch.autograd.Function):
         if lora is not None and (needs_x or needs_A):
             ds = low_rank.grad_s(dy, lora.B, lora.scale)
         if needs_A:
-            x = remake.again(ctx.make_x, x_parts)
+            x = recompute.restore(ctx.recompute_x, x_parts)
             dA = low_rank.grad_a(ds, rows(x), lora.A.dtype, lora.p, lora.seed)
         if needs_x:
             dx = _input_grad(dy, ctx.q, ds, lora).view(ctx.shape)

@@ -123,7 +123,7 @@ def _lora_linear(
 def _lora_qkv(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.lora_qkv.triton_impl import backward, compact, forward
+    from peftkit_kernels.lora_qkv.triton_impl import backward, forward, without_gaps
     from peftkit_kernels.low_rank import LoRA
 
     own = factor_dtype or dtype
@@ -134,7 +134,7 @@ def _lora_qkv(
             LoRA(_meta(rank, K, dtype=own), _meta(n, rank, dtype=own), 2.0, p, seed)
             for n, seed in zip(widths, (_SEED,) * 3 if shared else range(3), strict=True)
         ]
-        arguments = compact([None] * 3, loras)
+        arguments = without_gaps([None] * 3, loras)
         ys, joint = forward(x, weights, *arguments)
         dys = [torch.empty_like(y) for y in ys]
         _, As, Bs, _, *numbers = arguments
@@ -144,7 +144,7 @@ def _lora_qkv(
 def _lora_swiglu_mlp(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.lora_qkv.triton_impl import compact
+    from peftkit_kernels.lora_qkv.triton_impl import without_gaps
     from peftkit_kernels.lora_swiglu_mlp.config import obstacle
     from peftkit_kernels.lora_swiglu_mlp.triton_impl import backward, forward
     from peftkit_kernels.low_rank import LoRA
@@ -162,7 +162,7 @@ def _lora_swiglu_mlp(
             LoRA(_meta(rank, K, dtype=own), _meta(N, rank, dtype=own), 2.0, p, _SEED + i)
             for i, (N, K) in enumerate(shapes)
         ]
-        arguments = compact([None] * 3, loras)
+        arguments = without_gaps([None] * 3, loras)
         y, eg, s = forward(x, weights, *arguments, act)
         _, As, Bs, _, *numbers = arguments
         needs = True, [False, False], [True] * 3, [True] * 3
@@ -353,9 +353,9 @@ def _dora(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
             A, B = _meta(rank, K, dtype=factors), _meta(N, rank, dtype=factors)
             weight_norm(weight, A, B, 2.0)
     dy, bias = _meta(sizes.rows(), N, dtype=dtype), _meta(N, dtype=dtype)
-    for shift in (bias, None):
+    for added in (bias, None):
         magnitude = _meta(N, dtype=torch.float32)
-        magnitude_grad(dy, torch.empty_like(dy), shift, magnitude, torch.float32)
+        magnitude_grad(dy, torch.empty_like(dy), added, magnitude, torch.float32)
 
 
 def _dora_scale(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
@@ -369,15 +369,15 @@ def _dora_scale(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     del rank
     M, (N,) = sizes.rows(), sizes.widths(4096)
     z, bias, g = _meta(M, N, dtype=dtype), _meta(N, dtype=dtype), _meta(N, dtype=torch.float32)
-    for shift in (bias, None):
-        scale_forward(z, g, shift)
+    for added in (bias, None):
+        scale_forward(z, g, added)
     for kept, needs_bias in ((z, True), (z, False), (None, False)):
         scale_backward(z, kept, g, needs_bias)
     # trained biases take the most registers, and add to every activation alike
-    for act, shift in (("silu", None), ("silu", bias), ("gelu", bias), ("gelu_tanh", bias)):
-        tensors = z, z, g, g, shift, shift, act
+    for act, added in (("silu", None), ("silu", bias), ("gelu", bias), ("gelu_tanh", bias)):
+        tensors = z, z, g, g, added, added, act
         gate_forward(*tensors)
-        gate_backward(z, *tensors, [True, True, *[shift is not None] * 2])
+        gate_backward(z, *tensors, [True, True, *[added is not None] * 2])
 
 
 OPS: dict[str, Callable[..., Any]] = {

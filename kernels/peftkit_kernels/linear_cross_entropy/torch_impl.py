@@ -123,7 +123,7 @@ def _xent_wide_rows_(
     slope = None
     if row_loss.logit_scale != 1.0:
         z.mul_(row_loss.logit_scale)
-    if cap is None and native.takes(z):
+    if cap is None and native.supports(z):
         counted = target if ignored is None else target.masked_fill(ignored, -1)
         return native.cross_entropy_(z, counted, smoothing, row_loss.z_loss, row_loss.logit_scale)
     if cap is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels import low_rank, remake
+from peftkit_kernels import low_rank, recompute
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.low_rank import LoRA, cast, rows
@@ -60,7 +60,7 @@ class LoRALinear(torch.autograd.Function):
         s = low_rank.shrink(flat, A, lora.p, lora.seed)
         y = project(flat, weight, bias, s, lora)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        ctx.make_x, x_parts = remake.kept(x, needs_A)
+        ctx.recompute_x, x_parts = recompute.saved_for(x, needs_A)
         ctx.save_for_backward(weight, A, B, s if needs_B else None, *x_parts)
         ctx.numbers, ctx.shape = numbers, x.shape
         return unflatten(y, x.shape)
@@ -78,7 +78,7 @@ class LoRALinear(torch.autograd.Function):
         if needs_x or needs_A:
             ds = low_rank.grad_s(dy, B, lora.scale)
             if needs_A:
-                x = remake.again(ctx.make_x, x_parts)
+                x = recompute.restore(ctx.recompute_x, x_parts)
                 dA = low_rank.grad_a(ds, rows(x), A.dtype, lora.p, lora.seed)
             if needs_x:
                 dx = add_update_grad(matmul_nn(dy, cast(weight, dy.dtype)), ds, lora)

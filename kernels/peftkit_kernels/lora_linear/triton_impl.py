@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels import remake
+from peftkit_kernels import recompute
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.launch import target_of
 from peftkit_kernels.lora_linear.torch_impl import unflatten
@@ -137,7 +137,7 @@ _backward_op = torch.library.custom_op(
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, A, B, *numbers = inputs
     _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-    ctx.make_x, x_parts = remake.kept(x, needs_A)
+    ctx.recompute_x, x_parts = recompute.saved_for(x, needs_A)
     ctx.save_for_backward(weight, A, B, output[1] if needs_B else None, *x_parts)
     ctx.numbers = numbers
     ctx.mark_non_differentiable(output[1])
@@ -152,7 +152,7 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     needs = [needs_x, needs_A, needs_B]
     grads: Sequence[Tensor] = []
     if any(needs):
-        x = remake.again(ctx.make_x, x_parts)
+        x = recompute.restore(ctx.recompute_x, x_parts)
         grads = _backward_op(dy, weight, x, A, B, s, *ctx.numbers, needs)
     found = iter(grads)
     dx, dA, dB = (next(found) if needed else None for needed in needs)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit_kernels import low_rank, remake
+from peftkit_kernels import low_rank, recompute
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.gemm import addmm_nn, matmul_nn
 from peftkit_kernels.lora_linear.torch_impl import add_update_grad, project, unflatten
@@ -98,7 +98,7 @@ class LoRAQKV(torch.autograd.Function):
         s = shared_shrink(flat, loras)
         ys = [project(flat, *parts) for parts in zip(weights, biases, s, loras, strict=True)]
         needs = ctx.needs_input_grad[2:]
-        ctx.make_x, x_parts = remake.kept(x, any(needs[2 * count : 3 * count]))
+        ctx.recompute_x, x_parts = recompute.saved_for(x, any(needs[2 * count : 3 * count]))
         ctx.save_for_backward(*weights, *As, *Bs, *s, *x_parts)
         ctx.call, ctx.shape = call, x.shape
         ctx.set_materialize_grads(False)
@@ -109,7 +109,7 @@ class LoRAQKV(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         count = len(ctx.call.numbers)
-        x = remake.again(ctx.make_x, saved[4 * count :])
+        x = recompute.restore(ctx.recompute_x, saved[4 * count :])
         weights, As, Bs, ss = (saved[i * count : (i + 1) * count] for i in range(4))
         loras = make_loras(As, Bs, ctx.call.numbers)
         needs = ctx.needs_input_grad[2:]

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels import remake
+from peftkit_kernels import recompute
 from peftkit_kernels.autograd import once_differentiable
-from peftkit_kernels.joined import joined
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.lora_linear.triton_impl import project
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
@@ -22,6 +21,7 @@ from peftkit_kernels.low_rank.groups import (
     rank_of,
     shrink_groups,
 )
+from peftkit_kernels.views import as_one_view
 
 Tensors = Sequence[Tensor | None]
 
@@ -57,7 +57,7 @@ def forward(
     ys = []
     for weight, bias, s, lora in zip(
         weights,
-        spread(biases, biased, len(weights)),
+        with_gaps(biases, biased, len(weights)),
         members_of(joint, loras, groups, 1),
         loras,
         strict=True,
@@ -135,8 +135,10 @@ def backward(
     for members, part in zip(groups, ds, strict=True):
         if any(dys[i] is None for i in members):
             part.zero_()
-    needed = spread(needs_B, adapted, len(loras))
-    dB = reach(flat, ss, members_of(ds, loras, groups, 1), loras, needed, needs_x or needs_A)
+    needed = with_gaps(needs_B, adapted, len(loras))
+    dB = grads_at_output(
+        flat, ss, members_of(ds, loras, groups, 1), loras, needed, needs_x or needs_A
+    )
     dx = add_updates(None, ds, loras, groups, dtype) if needs_x else None
     if needs_x:
         for dy, W in _products(flat, [cast(weight, dtype) for weight in weights]):
@@ -149,12 +151,12 @@ def backward(
 def _products(dys: Tensors, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """What dx is the sum of; one product where gradients and weights each lie in one buffer."""
     present = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if dy is not None]
-    left = joined([dy for dy, _ in present], 1)
-    right = None if left is None else joined([weight for _, weight in present], 0)
+    left = as_one_view([dy for dy, _ in present], 1)
+    right = None if left is None else as_one_view([weight for _, weight in present], 0)
     return present if left is None or right is None else [(left, right)]
 
 
-def reach(
+def grads_at_output(
     dys: Tensors,
     ss: Tensors,
     ds: Tensors,
@@ -205,7 +207,7 @@ def _like_grads(
     return grads + [B.new_empty(B.shape) for B, needed in zip(Bs, needs_B, strict=True) if needed]
 
 
-def spread(parts: Sequence[Any], where: Sequence[int], count: int) -> list[Any]:
+def with_gaps(parts: Sequence[Any], where: Sequence[int], count: int) -> list[Any]:
     """A list of ``count`` with ``parts`` at the indices ``where`` and ``None`` elsewhere."""
     full: list[Any] = [None] * count
     for i, part in zip(where, parts, strict=True):
@@ -223,7 +225,7 @@ def _loras(
     seeds: Sequence[int],
 ) -> list[LoRA | None]:
     parts = zip(As, Bs, scales, ps, seeds, strict=True)
-    return spread([LoRA(*values) for values in parts], adapted, count)
+    return with_gaps([LoRA(*values) for values in parts], adapted, count)
 
 
 _NUMBERS = "int[] adapted, float[] scales, float[] ps, int[] seeds"
@@ -245,7 +247,7 @@ _backward_op = torch.library.custom_op(
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
     x, weights, _, As, Bs, biased, *numbers = inputs
-    ctx.make_x, x_parts = remake.kept(x, any(A.requires_grad for A in As))
+    ctx.recompute_x, x_parts = recompute.saved_for(x, any(A.requires_grad for A in As))
     joint = output[1]
     needed = any(B.requires_grad for B in Bs)
     ctx.save_for_backward(*weights, *As, *Bs, *(s if needed else None for s in joint), *x_parts)
@@ -271,7 +273,7 @@ def _backward(ctx: Any, dys: Tensors, _: Any) -> tuple[Any, ...]:
     needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
     dx, dA, dB, dbias = None, [None] * adapters, [None] * adapters, [None] * len(ctx.biased)
     if any(dy is not None for dy in dys):
-        x = remake.again(ctx.make_x, x_parts)
+        x = recompute.restore(ctx.recompute_x, x_parts)
         wanted = needs_x, any(needs_A), needs_B
         grads = _backward_op(dys, weights, x, As, Bs, joint, *ctx.numbers, *wanted)
         dx = grads.pop(0) if needs_x else None
@@ -300,10 +302,10 @@ def run_triton(
     x: Tensor, weights: Sequence[Tensor], biases: Tensors, loras: Sequence[LoRA | None]
 ) -> list[Tensor]:
     """``lora_qkv`` on Triton, from lists with gaps."""
-    return lora_qkv_triton(x, list(weights), *compact(biases, loras))[0]
+    return lora_qkv_triton(x, list(weights), *without_gaps(biases, loras))[0]
 
 
-def compact(biases: Tensors, loras: Sequence[LoRA | None]) -> tuple[list[Any], ...]:
+def without_gaps(biases: Tensors, loras: Sequence[LoRA | None]) -> tuple[list[Any], ...]:
     """What is there of biases and adapters, as the ops take it: tensors, where they belong, numbers."""
     biased = [i for i, bias in enumerate(biases) if bias is not None]
     adapted = [i for i, lora in enumerate(loras) if lora is not None]

@@ -1,4 +1,4 @@
-"""``h = act(e) ∘ g`` and its gradient: the element-wise heart of a gated MLP, one native pass where there is one."""
+"""``h = act(gate) ∘ up`` and its gradient: the element-wise part of a gated MLP, in one native pass if there is one."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """``gelu`` is the exact one (erf), ``gelu_tanh`` its tanh approximation."""
 
 
-def activate(e: Tensor, act: str) -> Tensor:
-    """``act(e)``, one of ``ACTIVATIONS``."""
+def activate(gate: Tensor, act: str) -> Tensor:
+    """``act(gate)``; ``act`` is one of ``ACTIVATIONS``."""
     if act == "silu":
-        return F.silu(e)
-    return F.gelu(e, approximate="tanh" if act == "gelu_tanh" else "none")
+        return F.silu(gate)
+    return F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
-def gate(e: Tensor, g: Tensor, act: str) -> Tensor:
-    """``act(e) ∘ g`` as a new tensor; ``e`` and ``g`` are ``[M, F]``, contiguous."""
-    if act in native.GATES and native.takes(e, g):
-        return native.gate(e, g, act)
-    return activate(e, act).mul_(g)
+def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """``act(gate) ∘ up`` as a new tensor; ``gate`` and ``up`` are ``[M, F]``, contiguous."""
+    if act in native.GATES and native.supports(gate, up):
+        return native.gate(gate, up, act)
+    return activate(gate, act).mul_(up)
 
 
-def gate_backward(dh: Tensor, e: Tensor, g: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of ``gate`` and its value again: ``(de, dg, h)``.
+def gate_backward(dh: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``gated`` and its value: ``(d_gate, d_up, h)``.
 
     Args:
         dh: ``[M, F]``, overwritten.
-        e: ``[M, F]``, kept.
-        g: ``[M, F]``, kept.
+        gate: ``[M, F]``, not changed.
+        up: ``[M, F]``, not changed.
         act: One of ``ACTIVATIONS``.
     """
-    if act in native.GATES and native.takes(dh, e, g):
-        return native.gate_backward(dh, e, g, act)
-    a = activate(e, act)
-    de = dh * g
+    if act in native.GATES and native.supports(dh, gate, up):
+        return native.gate_backward(dh, gate, up, act)
+    a = activate(gate, act)
+    d_gate = dh * up
     if act == "silu":
-        de = torch.ops.aten.silu_backward(de, e)
+        d_gate = torch.ops.aten.silu_backward(d_gate, gate)
     else:
-        de = torch.ops.aten.gelu_backward(
-            de, e, approximate="tanh" if act == "gelu_tanh" else "none"
+        d_gate = torch.ops.aten.gelu_backward(
+            d_gate, gate, approximate="tanh" if act == "gelu_tanh" else "none"
         )
-    dg = dh.mul_(a)
-    return de, dg, a.mul_(g)
+    d_up = dh.mul_(a)
+    return d_gate, d_up, a.mul_(up)

@@ -35,7 +35,7 @@ def lora_swiglu_mlp(
 ) -> Tensor:
     """A gated MLP with low-rank updates: ``y = down(act(gate(x)) ∘ up(x))``, each linear as in ``lora_linear``.
 
-    Kept for backward: ``x``, ``e = gate(x)`` and ``g = up(x)`` (``[M, F]`` each) and the rank-r projections.
+    Kept for backward: ``x``, the outputs of the gate and up projections (``[M, F]`` each) and the rank-r projections.
 
     Args:
         x: ``[..., D]``.

@@ -31,70 +31,72 @@ def _kernels() -> Any:
 
 
 def gate_forward(
-    e: Tensor,
-    g: Tensor,
+    gate: Tensor,
+    up: Tensor,
     s: Sequence[Tensor | None],
     loras: Loras,
     act: str,
     *,
     config: GateConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``h = act(e + c s Bᵀ) ∘ (g + c s Bᵀ)``, ``[M, F]``, and ``drop(h) Aᵀ`` of the down projection, ``[M, R]``.
+    """``h = act(gate + c s Bᵀ) ∘ (up + c s Bᵀ)``, ``[M, F]``, and ``drop(h) Aᵀ`` of the down projection, ``[M, R]``.
 
     Args:
-        e: ``x Wᵀ + bias`` of the gate projection, without its update.
-        g: The same of the up projection.
-        s: Of gate and up.
-        loras: Three; without one for the down projection there is no second result.
+        gate: ``x Wᵀ + bias`` of the gate projection, without its low-rank update.
+        up: The same for the up projection.
+        s: ``drop(x) Aᵀ`` of gate and up.
+        loras: Of gate, up and down. If down has none, the second result is ``None``.
         act: One of ``ACTIVATIONS``.
         config: Tiles.
     """
-    (M, F), (gate, up, down) = e.shape, loras
-    p, seed = (down.p, down.seed) if down else (0.0, 0)
-    b_e, b_g, a_d = _b(gate, e), _b(up, e), _a(down, e)
+    (M, F), (gate_lora, up_lora, down_lora) = gate.shape, loras
+    p, seed = (down_lora.p, down_lora.seed) if down_lora else (0.0, 0)
+    b_gate, b_up, a_down = _b(gate_lora, gate), _b(up_lora, gate), _a(down_lora, gate)
     c = config or GateConfig.choose(
         *(M, F, _block_r(loras)),
-        aligned=aligned(e, g),
-        target=target_of(e),
-        mixed=_is_mixed(e, b_e, b_g, a_d),
+        aligned=aligned(gate, up),
+        target=target_of(gate),
+        mixed=_is_mixed(gate, b_gate, b_up, a_down),
     )
-    h = e.new_empty(M, F)
+    h = gate.new_empty(M, F)
     blocks = cdiv(F, c.block_f)
     steps = cdiv(blocks, c.splits)
     splits = cdiv(blocks, steps)
-    s_d = partial = None
-    if a_d is not None:
-        s_d = a_d.new_empty(M, a_d.shape[0])
-        partial = s_d if splits == 1 else e.new_empty(splits, *s_d.shape, dtype=torch.float32)
+    s_down = partial = None
+    if a_down is not None:
+        s_down = a_down.new_empty(M, a_down.shape[0])
+        partial = (
+            s_down if splits == 1 else gate.new_empty(splits, *s_down.shape, dtype=torch.float32)
+        )
     launch(
         _kernels().gate_forward_kernel,
         (cdiv(M, c.block_m), splits),
-        *(e, g, h, s[0], b_e, s[1], b_g, a_d, partial),
-        *(_scale(gate), _scale(up), keep_scale(p), seed, threshold(p)),
+        *(gate, up, h, s[0], b_gate, s[1], b_up, a_down, partial),
+        *(_scale(gate_lora), _scale(up_lora), keep_scale(p), seed, threshold(p)),
         *(M, F, *(_rank(lora) for lora in loras), steps),
-        *(e.stride(0), g.stride(0), h.stride(0), *(_row_stride(t) for t in s)),
-        HAS_E=gate is not None,
-        HAS_G=up is not None,
-        HAS_D=down is not None,
+        *(gate.stride(0), up.stride(0), h.stride(0), *(_row_stride(t) for t in s)),
+        HAS_GATE_LORA=gate_lora is not None,
+        HAS_UP_LORA=up_lora is not None,
+        HAS_DOWN_LORA=down_lora is not None,
         DROPOUT=p > 0,
         ACT=act,
         STEP=step_of(*(_rank(lora) for lora in loras), *(_row_stride(t) for t in s)),
         BLOCK_M=c.block_m,
         BLOCK_F=c.block_f,
         BLOCK_R=_block_r(loras),
-        PRECISION=dot_precision(e.dtype, b_e, b_g, a_d),
+        PRECISION=dot_precision(gate.dtype, b_gate, b_up, a_down),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
-    if s_d is not None and partial is not None and splits > 1:
-        sum_partials(partial, s_d)
-    return h, s_d
+    if s_down is not None and partial is not None and splits > 1:
+        sum_partials(partial, s_down)
+    return h, s_down
 
 
 def gate_backward(
     dh: Tensor,
-    e: Tensor,
-    g: Tensor,
+    gate: Tensor,
+    up: Tensor,
     s: Sequence[Tensor | None],
     ds: Tensor | None,
     loras: Loras,
@@ -103,48 +105,48 @@ def gate_backward(
     needs_dA: bool,
     config: GateBackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``de`` and ``dg`` (the halves of one ``[M, 2F]``), and dA of the down projection if ``needs_dA``.
+    """The gradients of gate and up (the halves of one ``[M, 2F]``), and dA of the down projection if ``needs_dA``.
 
     Args:
-        dh: ``dy W`` of the down projection, without its update's part.
-        e: As in ``gate_forward``, and so are ``g``, ``s`` and ``act``; ``h`` is made again from them and not stored.
-        g: See ``e``.
-        s: See ``e``.
+        dh: ``dy W`` of the down projection, without the part of its low-rank update.
+        gate: As in ``gate_forward``. ``h`` is recomputed and not stored.
+        up: As in ``gate_forward``.
+        s: As in ``gate_forward``.
         ds: ``scale · dy B`` of the down projection.
-        loras: Three.
-        act: See ``e``.
+        loras: Of gate, up and down.
+        act: One of ``ACTIVATIONS``.
         needs_dA: Whether dA is wanted.
         config: Tiles.
     """
-    (M, F), (gate, up, down) = e.shape, loras
-    p, seed = (down.p, down.seed) if down else (0.0, 0)
-    b_e, b_g, a_d = _b(gate, e), _b(up, e), _a(down, e)
+    (M, F), (gate_lora, up_lora, down_lora) = gate.shape, loras
+    p, seed = (down_lora.p, down_lora.seed) if down_lora else (0.0, 0)
+    b_gate, b_up, a_down = _b(gate_lora, gate), _b(up_lora, gate), _a(down_lora, gate)
     c = config or GateBackwardConfig.choose(
         *(M, F, _block_r(loras)),
-        itemsize=e.element_size(),
-        aligned=aligned(e, g),
-        target=target_of(e),
-        mixed=_is_mixed(e, b_e, b_g, a_d),
+        itemsize=gate.element_size(),
+        aligned=aligned(gate, up),
+        target=target_of(gate),
+        mixed=_is_mixed(gate, b_gate, b_up, a_down),
     )
-    de, dg = e.new_empty(M, 2 * F).split(F, 1)
+    d_gate, d_up = gate.new_empty(M, 2 * F).split(F, 1)
     chunks = cdiv(M, c.chunk_m)
     dA = partial = None
-    if needs_dA and down is not None:
-        dA = down.A.new_empty(down.A.shape)
-        partial = dA if chunks == 1 else e.new_empty(chunks, *dA.shape, dtype=torch.float32)
+    if needs_dA and down_lora is not None:
+        dA = down_lora.A.new_empty(down_lora.A.shape)
+        partial = dA if chunks == 1 else gate.new_empty(chunks, *dA.shape, dtype=torch.float32)
     launch(
         _kernels().gate_backward_kernel,
         (chunks, cdiv(F, c.block_f)),
-        *(e, g, dh, de, dg, s[0], b_e, s[1], b_g),
-        *(ds, a_d, partial),
-        *(_scale(gate), _scale(up), keep_scale(p), seed, threshold(p)),
+        *(gate, up, dh, d_gate, d_up, s[0], b_gate, s[1], b_up),
+        *(ds, a_down, partial),
+        *(_scale(gate_lora), _scale(up_lora), keep_scale(p), seed, threshold(p)),
         *(M, F, *(_rank(lora) for lora in loras), c.chunk_m),
-        *(e.stride(0), g.stride(0), dh.stride(0), de.stride(0)),
+        *(gate.stride(0), up.stride(0), dh.stride(0), d_gate.stride(0)),
         *(_row_stride(t) for t in (*s, ds)),
         *((0, 0) if partial is None else (0 if chunks == 1 else partial.stride(0), F)),
-        HAS_E=gate is not None,
-        HAS_G=up is not None,
-        HAS_D=down is not None,
+        HAS_GATE_LORA=gate_lora is not None,
+        HAS_UP_LORA=up_lora is not None,
+        HAS_DOWN_LORA=down_lora is not None,
         WITH_DA=partial is not None,
         DROPOUT=p > 0,
         ACT=act,
@@ -152,25 +154,25 @@ def gate_backward(
         BLOCK_M=c.block_m,
         BLOCK_F=c.block_f,
         BLOCK_R=_block_r(loras),
-        PRECISION=dot_precision(e.dtype, b_e, b_g, a_d),
+        PRECISION=dot_precision(gate.dtype, b_gate, b_up, a_down),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
     if dA is not None and partial is not None and chunks > 1:
         sum_partials(partial, dA)
-    return de, dg, dA
+    return d_gate, d_up, dA
 
 
-def _is_mixed(e: Tensor, *factors: Tensor | None) -> bool:
-    return any(factor is not None and factor.dtype is not e.dtype for factor in factors)
+def _is_mixed(gate: Tensor, *factors: Tensor | None) -> bool:
+    return any(factor is not None and factor.dtype is not gate.dtype for factor in factors)
 
 
-def _a(lora: LoRA | None, e: Tensor) -> Tensor | None:
-    return None if lora is None else cast(lora.A, adapter_dtype(e, lora.A)).contiguous()
+def _a(lora: LoRA | None, gate: Tensor) -> Tensor | None:
+    return None if lora is None else cast(lora.A, adapter_dtype(gate, lora.A)).contiguous()
 
 
-def _b(lora: LoRA | None, e: Tensor) -> Tensor | None:
-    return None if lora is None else cast(lora.B, adapter_dtype(e, lora.B)).contiguous()
+def _b(lora: LoRA | None, gate: Tensor) -> Tensor | None:
+    return None if lora is None else cast(lora.B, adapter_dtype(gate, lora.B)).contiguous()
 
 
 def _scale(lora: LoRA | None) -> float:

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels import remake
+from peftkit_kernels import recompute
 from peftkit_kernels.autograd import once_differentiable
-from peftkit_kernels.joined import joined
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.lora_linear.triton_impl import project
 from peftkit_kernels.lora_qkv import triton_impl as qkv
-from peftkit_kernels.lora_qkv.triton_impl import compact, linear, split, spread
+from peftkit_kernels.lora_qkv.triton_impl import linear, split, with_gaps, without_gaps
 from peftkit_kernels.lora_swiglu_mlp.passes import gate_backward, gate_forward
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.groups import group, members_of, rank_of, shrink_groups
+from peftkit_kernels.views import as_one_view
 
 Tensors = Sequence[Tensor | None]
 DOWN = 2
@@ -49,39 +49,39 @@ def forward(
     if not x.numel():
         return _empty_outputs(x, weights, biases, As, Bs, biased, adapted, scales, ps, seeds, act)
     flat, loras = rows(x), _loras(As, Bs, adapted, scales, ps, seeds)
-    bias = spread(biases, biased, 3)
+    bias = with_gaps(biases, biased, 3)
     groups = group(loras[:DOWN])
     joint = shrink_groups(flat, loras[:DOWN], groups)
-    eg = _gate_and_up(flat, weights[:DOWN], bias[:DOWN])
-    h, s = gate_forward(*_halves(eg), members_of(joint, loras[:DOWN], groups, 1), loras, act)
+    gate_up = _gate_and_up(flat, weights[:DOWN], bias[:DOWN])
+    h, s = gate_forward(*_halves(gate_up), members_of(joint, loras[:DOWN], groups, 1), loras, act)
     down = loras[DOWN]
     if down is None or s is None:
-        return unflatten(linear(h, weights[DOWN], bias[DOWN]), x.shape), eg, joint
-    shift = None if bias[DOWN] is None else cast(bias[DOWN], x.dtype)
+        return unflatten(linear(h, weights[DOWN], bias[DOWN]), x.shape), gate_up, joint
+    cast_bias = None if bias[DOWN] is None else cast(bias[DOWN], x.dtype)
     W, B = cast(weights[DOWN], x.dtype), cast(down.B, s.dtype)
-    y = project(h, W, s, B, down.scale, bias=shift)
-    return unflatten(y, x.shape), eg, [*joint, s]
+    y = project(h, W, s, B, down.scale, bias=cast_bias)
+    return unflatten(y, x.shape), gate_up, [*joint, s]
 
 
 def _gate_and_up(x: Tensor, weights: Sequence[Tensor], biases: Tensors) -> Tensor:
     """``x Wᵀ + bias`` of both, ``[M, 2F]``."""
     weights = [cast(weight, x.dtype) for weight in weights]
-    shifts = [None if bias is None else cast(bias, x.dtype) for bias in biases]
+    cast_biases = [None if bias is None else cast(bias, x.dtype) for bias in biases]
     out = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
-    parts = list(zip(weights, shifts, _halves(out), strict=True))
-    whole, there = joined(weights, 0), [shift for shift in shifts if shift is not None]
-    if whole is not None and len(there) != 1:
-        parts = [(whole, torch.cat(there) if there else None, out)]
-    for weight, shift, part in parts:
-        if shift is None:
+    parts = list(zip(weights, cast_biases, _halves(out), strict=True))
+    both, present = as_one_view(weights, 0), [bias for bias in cast_biases if bias is not None]
+    if both is not None and len(present) != 1:
+        parts = [(both, torch.cat(present) if present else None, out)]
+    for weight, bias, part in parts:
+        if bias is None:
             torch.mm(x, weight.t(), out=part)
         else:
-            torch.addmm(shift, x, weight.t(), out=part)
+            torch.addmm(bias, x, weight.t(), out=part)
     return out
 
 
-def _halves(eg: Tensor) -> Sequence[Tensor]:
-    return eg.split(eg.shape[1] // 2, 1)
+def _halves(gate_up: Tensor) -> Sequence[Tensor]:
+    return gate_up.split(gate_up.shape[1] // 2, 1)
 
 
 def _empty_outputs(
@@ -108,7 +108,7 @@ def backward(
     dy: Tensor,
     weights: Sequence[Tensor],
     x: Tensor | None,
-    eg: Tensor | None,
+    gate_up: Tensor | None,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     s: Tensors,
@@ -130,7 +130,7 @@ def backward(
     wanted = needs_x, needs_bias, needs_A, needs_B
     numbers = adapted, scales, ps, seeds
     if not dy.numel():
-        grads = _like_grads(dy, weights, x, eg, As, Bs, s, *numbers, act, *wanted)
+        grads = _like_grads(dy, weights, x, gate_up, As, Bs, s, *numbers, act, *wanted)
         return [grad.zero_() for grad in grads]
     flat, loras = rows(dy), _loras(As, Bs, *numbers)
     outer, groups, down = sum(i < DOWN for i in adapted), group(loras[:DOWN]), loras[DOWN]
@@ -140,24 +140,26 @@ def backward(
     if down is not None:
         ds = flat.new_empty(flat.shape[0], down.A.shape[0], dtype=adapter_dtype(flat, down.A))
         needs_ds = needs_outer or needs_dA
-        (dB,) = qkv.reach([flat], s[-1:], [ds], [down], needs_B[outer:], needs_ds)
+        (dB,) = qkv.grads_at_output([flat], s[-1:], [ds], [down], needs_B[outer:], needs_ds)
     found: list[Tensor] = []
-    if eg is not None:
-        e, g = _halves(eg)
+    if gate_up is not None:
+        gate, up = _halves(gate_up)
         joint = s[: len(groups)]
         ss = members_of(joint, loras[:DOWN], groups, 1)
         if needs_outer:
             dh = flat @ cast(weights[DOWN], dy.dtype)
-            de, dg, dA = gate_backward(dh, e, g, ss, ds, loras, act, needs_dA=needs_dA)
+            d_gate, d_up, dA = gate_backward(dh, gate, up, ss, ds, loras, act, needs_dA=needs_dA)
             found = qkv.backward(
-                *([de, dg], weights[:DOWN], x, As[:outer], Bs[:outer], joint),
+                *([d_gate, d_up], weights[:DOWN], x, As[:outer], Bs[:outer], joint),
                 *(values[:outer] for values in numbers),
                 *(needs_x, any(needs_A[:outer]), needs_B[:outer]),
             )
-            shifts = [d.sum(0) for d, needed in zip((de, dg), needs_bias, strict=True) if needed]
-            found[needs_x:needs_x] = shifts
+            bias_grads = [
+                d.sum(0) for d, needed in zip((d_gate, d_up), needs_bias, strict=True) if needed
+            ]
+            found[needs_x:needs_x] = bias_grads
         elif needs_dA and down is not None:
-            h, _ = gate_forward(e, g, ss, [*loras[:DOWN], None], act)
+            h, _ = gate_forward(gate, up, ss, [*loras[:DOWN], None], act)
             dA = passes.grad_a(ds, h, down.A.dtype, down.p, down.seed)
     if found and needs_x:
         found[0] = unflatten(found[0], torch.Size((*dy.shape[:-1], found[0].shape[-1])))
@@ -168,7 +170,7 @@ def _like_grads(
     dy: Tensor,
     weights: Sequence[Tensor],
     x: Tensor | None,
-    eg: Tensor | None,
+    gate_up: Tensor | None,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     s: Tensors,
@@ -204,7 +206,7 @@ def _loras(
     seeds: Sequence[int],
 ) -> list[LoRA | None]:
     parts = zip(As, Bs, scales, ps, seeds, strict=True)
-    return spread([LoRA(*values) for values in parts], adapted, 3)
+    return with_gaps([LoRA(*values) for values in parts], adapted, 3)
 
 
 _NUMBERS = "int[] adapted, float[] scales, float[] ps, int[] seeds, str act"
@@ -219,14 +221,14 @@ _backward_op = torch.library.custom_op(
     "peftkit::lora_swiglu_mlp_backward",
     backward,
     mutates_args=(),
-    schema="(Tensor dy, Tensor[] weights, Tensor? x, Tensor? eg, Tensor[] As, Tensor[] Bs, Tensor?[] s,"
+    schema="(Tensor dy, Tensor[] weights, Tensor? x, Tensor? gate_up, Tensor[] As, Tensor[] Bs, Tensor?[] s,"
     f" {_NUMBERS}, bool needs_x, bool[] needs_bias, bool[] needs_A, bool[] needs_B) -> Tensor[]",
 )
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weights, biases, As, Bs, biased, *numbers = inputs
-    _, eg, s = output
+    _, gate_up, s = output
     outer = sum(i < DOWN for i in numbers[0])
     trained = [
         *As[:outer],
@@ -236,12 +238,12 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     needs_gate = x.requires_grad or any(t.requires_grad for t in (*trained, *As[outer:]))
     needs_down = any(B.requires_grad for B in Bs[outer:])
     groups = len(s) - len(As[outer:])
-    kept = [t if needs_gate else None for t in (eg, *s[:groups])]
+    kept = [t if needs_gate else None for t in (gate_up, *s[:groups])]
     kept += [t if needs_down else None for t in s[groups:]]
-    ctx.make_x, x_parts = remake.kept(x, any(A.requires_grad for A in As[:outer]))
+    ctx.recompute_x, x_parts = recompute.saved_for(x, any(A.requires_grad for A in As[:outer]))
     ctx.save_for_backward(*weights, *As, *Bs, *kept, *x_parts)
     ctx.counts, ctx.biased, ctx.numbers = (len(As), len(kept)), biased, numbers
-    ctx.mark_non_differentiable(eg, *s)
+    ctx.mark_non_differentiable(gate_up, *s)
     ctx.set_materialize_grads(False)
 
 
@@ -250,14 +252,14 @@ def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     adapters, count = ctx.counts
     adapted = ctx.numbers[0]
     weights, As, Bs, kept, x_parts = split(ctx.saved_tensors, 3, adapters, adapters, count)
-    eg, s = kept[0], kept[1:]
+    gate_up, s = kept[0], kept[1:]
     needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-    bias = spread(needs_bias, ctx.biased, 3)
+    bias = with_gaps(needs_bias, ctx.biased, 3)
     wanted = needs_x, [bool(needed) for needed in bias[:DOWN]], list(needs_A), list(needs_B)
     grads: list[Tensor] = []
     if needs_x or any((*wanted[1], *needs_A, *needs_B)):
-        x = remake.again(ctx.make_x, x_parts)
-        grads = list(_backward_op(dy, weights, x, eg, As, Bs, s, *ctx.numbers, *wanted))
+        x = recompute.restore(ctx.recompute_x, x_parts)
+        grads = list(_backward_op(dy, weights, x, gate_up, As, Bs, s, *ctx.numbers, *wanted))
     dx = grads.pop(0) if needs_x else None
     dbias: list[Tensor | None] = [grads.pop(0) if needed else None for needed in wanted[1]]
     dbias.append(rows(dy).sum(0) if bias[DOWN] else None)
@@ -291,4 +293,4 @@ def run_triton(
     act: str,
 ) -> Tensor:
     """``lora_swiglu_mlp`` on Triton, from lists with gaps."""
-    return lora_swiglu_mlp_triton(x, list(weights), *compact(biases, loras), act)[0]
+    return lora_swiglu_mlp_triton(x, list(weights), *without_gaps(biases, loras), act)[0]

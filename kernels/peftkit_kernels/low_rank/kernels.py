@@ -10,7 +10,7 @@ counters of the dropout rule (M K < 2³⁴) are int32.
 import triton
 import triton.language as tl
 
-from peftkit_kernels.tiles import grouped_tile, kept, mixed_dot, whole
+from peftkit_kernels.tiles import assume_multiple_of, grouped_tile, kept, mixed_dot
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
@@ -24,7 +24,11 @@ def shrink_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``s = factor · drop(x) aᵀ``; x is read once. Program (i, j): row block i, the j-th share of K."""
-    R, stride_sm, stride_ak = whole(R, STEP), whole(stride_sm, STEP), whole(stride_ak, STEP_A)
+    R, stride_sm, stride_ak = (
+        assume_multiple_of(R, STEP),
+        assume_multiple_of(stride_sm, STEP),
+        assume_multiple_of(stride_ak, STEP_A),
+    )
     pid_m, pid_k = tl.program_id(0), tl.program_id(1)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
@@ -65,7 +69,11 @@ def expand_kernel(
 
     It runs *before* ``y.addmm_(x, Wᵀ)``, whose epilogue reads y back under its main loop. In the backward b is Aᵀ.
     """
-    R, stride_sm, stride_bn = whole(R, STEP), whole(stride_sm, STEP), whole(stride_bn, STEP_B)
+    R, stride_sm, stride_bn = (
+        assume_multiple_of(R, STEP),
+        assume_multiple_of(stride_sm, STEP),
+        assume_multiple_of(stride_bn, STEP_B),
+    )
     pid_n = tl.program_id(1)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -111,8 +119,12 @@ def tall_kernel(
     Program (i, j): row chunk i, column block j. With x = dy, s, b = B it gives dBᵀ and ds, with x and s = ds dA. The product
     is sᵀ x rather than xᵀ s, so that the large tile stays as it is: 39 registers against 51 at rank 16 on sm_80.
     """
-    R, stride_sm, stride_pm = whole(R, STEP), whole(stride_sm, STEP), whole(stride_pm, STEP)
-    stride_bc = whole(stride_bc, STEP_B)
+    R, stride_sm, stride_pm = (
+        assume_multiple_of(R, STEP),
+        assume_multiple_of(stride_sm, STEP),
+        assume_multiple_of(stride_pm, STEP),
+    )
+    stride_bc = assume_multiple_of(stride_bc, STEP_B)
     pid_m, pid_c = tl.program_id(0), tl.program_id(1)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
@@ -187,7 +199,11 @@ def gemm_lora_kernel(
 
     In the backward x = dy, w = Wᵀ, s = ds, b = Aᵀ, and the mask is that of a dropout over y's columns.
     """
-    R, stride_sm, stride_bn = whole(R, STEP), whole(stride_sm, STEP), whole(stride_bn, STEP_B)
+    R, stride_sm, stride_bn = (
+        assume_multiple_of(R, STEP),
+        assume_multiple_of(stride_sm, STEP),
+        assume_multiple_of(stride_bn, STEP_B),
+    )
     # 1. which tile this program owns
     tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -5,7 +5,7 @@ once and writes its outputs once. They run on contiguous float32 tensors on the 
 without a C compiler, torch operations run instead.
 
 Native code is called past torch: no mode, tracer or transformation sees the call (``peftkit_kernels.modes``). A caller
-checks ``takes`` first. Every size goes to C as a Python int or raises ``ctypes.ArgumentError``, and every tensor must have
+checks ``supports`` first. Every size goes to C as a Python int or raises ``ctypes.ArgumentError``, and every tensor must have
 memory.
 """
 
@@ -83,7 +83,7 @@ class _Problem(ctypes.Structure):
     )
 
 
-def takes(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor) -> bool:
     """Whether the native functions can run on these tensors: contiguous float32 on the CPU, and a library is loaded.
 
     False for tensors whose gradient autograd would record, because autograd does not see native calls, for subclasses of
@@ -116,18 +116,18 @@ def description() -> str:
     return found.obstacle or f"{found.path}{found.note and f', {found.note}'}"
 
 
-def gate(e: Tensor, g: Tensor, act: str) -> Tensor:
-    """``act(e) ∘ g`` for an ``act`` of ``GATES``."""
-    h = torch.empty_like(e)
-    _call("pk_gate", (e, g, h), e.numel(), GATES.index(act))
+def gate(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    """``act(gate) ∘ up`` for an ``act`` of ``GATES``."""
+    h = torch.empty_like(gate)
+    _call("pk_gate", (gate, up, h), gate.numel(), GATES.index(act))
     return h
 
 
-def gate_backward(dh: Tensor, e: Tensor, g: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    """``(de, dg, h)``; ``dg`` is written over ``dh``."""
-    de, h = torch.empty_like(e), torch.empty_like(e)
-    _call("pk_gate_backward", (dh, e, g, de, h), e.numel(), GATES.index(act))
-    return de, dh, h
+def gate_backward(dh: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    """``(d_gate, d_up, h)``; ``d_up`` is written into ``dh``."""
+    d_gate, h = torch.empty_like(gate), torch.empty_like(gate)
+    _call("pk_gate_backward", (dh, gate, up, d_gate, h), gate.numel(), GATES.index(act))
+    return d_gate, dh, h
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -184,18 +184,18 @@ def scaled_gate_backward(
     """``(dz0, dz1, sums)`` of ``scaled_gate``.
 
     Returns:
-        The gradients by the two ``zs``, and ``[4, F]``: summed over the rows, ``de ∘ z0``, ``du ∘ z1``, ``de`` and ``du``,
-        where ``de`` and ``du`` are the gradients by the two scaled values.
+        The gradients by the two ``zs``, and ``[4, F]``: summed over the rows, ``d_gate ∘ z0``, ``d_up ∘ z1``, ``d_gate`` and ``d_up``,
+        where ``d_gate`` and ``d_up`` are the gradients by the two scaled values.
     """
-    de, du = torch.empty_like(dh), torch.empty_like(dh)
+    d_gate, d_up = torch.empty_like(dh), torch.empty_like(dh)
     partial = dh.new_empty(-(-dh.shape[0] // _SUM_ROWS), 4, dh.shape[1])
     _call(
         "pk_scaled_gate_backward",
-        (dh, *zs, *gs, *biases, de, du, partial),
+        (dh, *zs, *gs, *biases, d_gate, d_up, partial),
         *dh.shape,
         GATES.index(act),
     )
-    return de, du, partial.sum(0)
+    return d_gate, d_up, partial.sum(0)
 
 
 def scale_backward(dy: Tensor, z: Tensor, g: Tensor, dz: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def dequantize_into(q: NF4Weight, out: Tensor, row_scale: Tensor | None) -> Tens
     """
     rows, width = q.shape
     absmax = q.block_absmax()
-    if not native.takes(absmax) or not q.packed.is_contiguous():
+    if not native.supports(absmax) or not q.packed.is_contiguous():
         return _by_torch(q, absmax, out, row_scale)
     if row_scale is not None:
         row_scale = row_scale.contiguous()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels import low_rank, remake
+from peftkit_kernels import low_rank, recompute
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.gemm import matmul_nn
 from peftkit_kernels.lora_linear.torch_impl import add_update_grad, project, unflatten
@@ -34,7 +34,7 @@ class QuantizedLinear(torch.autograd.Function):
         s = None if lora is None else low_rank.shrink(flat, lora.A, lora.p, lora.seed)
         y = project(flat, decode(q, x.dtype), bias, s, lora)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        ctx.make_x, x_parts = remake.kept(x, needs_A)
+        ctx.recompute_x, x_parts = recompute.saved_for(x, needs_A)
         ctx.save_for_backward(A, B, s if needs_B else None, *x_parts)
         ctx.q, ctx.numbers, ctx.shape = q, numbers, x.shape
         return unflatten(y, x.shape)
@@ -56,7 +56,7 @@ class QuantizedLinear(torch.autograd.Function):
             if needs_x or needs_A:
                 ds = low_rank.grad_s(dy, lora.B, lora.scale)
             if needs_A:
-                x = remake.again(ctx.make_x, x_parts)
+                x = recompute.restore(ctx.recompute_x, x_parts)
                 dA = low_rank.grad_a(ds, rows(x), lora.A.dtype, lora.p, lora.seed)
             if needs_x:
                 dx = add_update_grad(dx, ds, lora)

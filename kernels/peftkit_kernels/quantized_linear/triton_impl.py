@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels import remake
+from peftkit_kernels import recompute
 from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.launch import cdiv, dot_precision, launch, target_of
@@ -219,7 +219,7 @@ _backward_op = torch.library.custom_op(
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, q, layout, _, A, B, *numbers = inputs
     # here torch counts the tensors of a list one by one in what needs a gradient, in the backward as one
-    ctx.make_x, x_parts = remake.kept(x, A is not None and A.requires_grad)
+    ctx.recompute_x, x_parts = recompute.saved_for(x, A is not None and A.requires_grad)
     s = output[1] if B is not None and B.requires_grad else None
     ctx.save_for_backward(A, B, s, *q, *x_parts)
     ctx.layout, ctx.stored, ctx.numbers = layout, len(q), numbers
@@ -236,7 +236,7 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     needs = [needs_x, needs_A, needs_B]
     grads: Sequence[Tensor] = []
     if any(needs):
-        x = remake.again(ctx.make_x, x_parts)
+        x = recompute.restore(ctx.recompute_x, x_parts)
         grads = _backward_op(dy, q, ctx.layout, x, A, B, s, *ctx.numbers, needs)
     found = iter(grads)
     dx, dA, dB = (next(found) if needed else None for needed in needs)

@@ -1,4 +1,4 @@
-"""Tensors that lie one behind the other in one buffer, so that what is done to each can be done to all of them at once."""
+"""Recognise tensors that are consecutive parts of one buffer, so that one operation can act on all of them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def joined(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
-    """The tensor of which these are the consecutive parts along ``dim``, as a view, or ``None`` where they are not.
+def as_one_view(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
+    """One view that covers all tensors, if they are consecutive parts of one tensor along ``dim``; otherwise ``None``.
 
     Args:
         tensors: At least one.
-        dim: The axis along which their sizes may differ.
+        dim: The axis along which the parts follow each other. All other sizes are equal.
     """
     first = tensors[0]
     storage, stride = first.untyped_storage()._cdata, first.stride()
