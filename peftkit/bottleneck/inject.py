@@ -12,7 +12,7 @@ from peftkit.bottleneck.config import DEFAULT_REDUCTION, BottleneckConfig
 from peftkit.bottleneck.module import Bottleneck, BottleneckSite
 from peftkit.find.modules import is_linear_like, wrapped_modules
 from peftkit.find.points import Point, find_points, first_tensor
-from peftkit.placing import device_and_dtype, refuse_peft_fields
+from peftkit.injection import device_and_dtype, refuse_peft_fields
 
 CHILD = "bottleneck"
 _FEEDS = "peftkit_feeds"

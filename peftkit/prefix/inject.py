@@ -12,7 +12,7 @@ from torch import nn
 from peftkit.attention_dispatch import dispatches
 from peftkit.find.points import evaluating
 from peftkit.find.targets import base_modules, is_cross_attention
-from peftkit.placing import device_and_dtype, refuse_peft_fields
+from peftkit.injection import device_and_dtype, refuse_peft_fields
 from peftkit.prefix.attention import IMPLEMENTATION, RECORD, prefix_attention
 from peftkit.prefix.config import PrefixConfig
 from peftkit.prefix.module import CHILD, Prefix, PrefixAttention, PrefixSite

@@ -20,6 +20,7 @@ from peftkit_kernels.int8.reference import quantize_rows_reference
 from peftkit_kernels.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.int8_compute_linear import torch_impl as implementation
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.native import library
 from peftkit_kernels.testing import Bound, Made, kept_for_backward
 
 N = 29
@@ -136,7 +137,7 @@ def test_keeps_what_the_readme_says(trained):
 @pytest.mark.parametrize("switch", ["native", "int8"])
 def test_machines_without_native_passes_or_8_bit_products(switch, monkeypatch):
     if switch == "native":
-        monkeypatch.setattr(native, "_library", lambda: None)
+        monkeypatch.setattr(library, "loaded", lambda: None)
     else:
         monkeypatch.setattr(implementation, "multiplies_int8", lambda: False)
     for dtype in DTYPES:

@@ -9,7 +9,7 @@ from markers import needs_native
 
 from peftkit_kernels import native
 from peftkit_kernels.frozen_norm import layer_norm_reference, rms_norm_reference
-from peftkit_kernels.native import build
+from peftkit_kernels.native import build, library
 from peftkit_kernels.testing import Bound, assert_no_worse_than
 
 SHAPES = [(1, 1), (1, 7), (3, 64), (17, 1001), (65, 33)]
@@ -25,7 +25,7 @@ def tensors(*shapes, scale=1.0):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gate_and_its_gradient(shape, act):
     dh, e, g = tensors(shape, shape, shape, scale=2.0)
-    h = native.gate(e, g, act)
+    h = native.gated(e, g, act)
     de, dg, again = native.gate_backward(dh.clone(), e, g, act)
     assert torch.equal(h, again)
     dh, g = Bound.of(dh), Bound.of(g)
@@ -42,9 +42,9 @@ def test_activations_over_their_whole_range(act):
     # nothing cancels; below the smallest normal numbers, where these are too small to matter, no digit is promised
     bound = Bound.of(e).map(lambda v: activation(v, act), 1.13, 8.0)
     bound.error += 1e-25
-    bound.check(native.gate(e, torch.ones_like(e), act))
+    bound.check(native.gated(e, torch.ones_like(e), act))
     bad = torch.tensor([torch.nan, torch.inf])
-    assert native.gate(bad, torch.ones(2), act).isfinite().logical_not().all()
+    assert native.gated(bad, torch.ones(2), act).isfinite().logical_not().all()
 
 
 @needs_native
@@ -160,7 +160,7 @@ def test_ops_agree_with_and_without_the_passes(name, monkeypatch):
     case = op_cases.build(name, leading=(65,), **options)
     truth, plain = case.to(torch.float64).run(backend="reference"), case.run(backend="reference")
     with_passes = case.run()
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(library, "loaded", lambda: None)
     without = case.run()
     assert with_passes.keys() == without.keys()
     for key, value in without.items():
@@ -170,14 +170,14 @@ def test_ops_agree_with_and_without_the_passes(name, monkeypatch):
 
 def test_without_a_library_everything_runs(monkeypatch):
     monkeypatch.setattr(build, "load", lambda symbols: build.Native(None, "there is no compiler"))
-    native._library.cache_clear()
+    library.loaded.cache_clear()
     try:
         assert native.obstacle() == native.description() == "there is no compiler"
         assert not native.supports(torch.zeros(3))
         for name in op_cases.NAMES:
             assert op_cases.build(name).run()["x"].isfinite().all()
     finally:
-        native._library.cache_clear()
+        library.loaded.cache_clear()
 
 
 @needs_native

@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 
-from peftkit_kernels import native
 from peftkit_kernels.nf4 import (
     NestedAbsmax,
     NF4Weight,
@@ -104,7 +103,7 @@ def test_every_way_gives_the_bits_of_the_formula(shape, blocksize, scaled, neste
         assert torch.equal(dequantize_nf4_reference(q, dtype, scale), rounded)
         assert torch.equal(dequantize_nf4(q, dtype, row_scale=scale), rounded)
         with monkeypatch.context() as patch:
-            patch.setattr(native, "_library", lambda: None)
+            patch.setattr("peftkit_kernels.native.library.loaded", lambda: None)
             assert torch.equal(dequantize_nf4(q, dtype, row_scale=scale), rounded)
 
 

@@ -22,7 +22,7 @@ def activate(gate: Tensor, act: str) -> Tensor:
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """``act(gate) ∘ up`` as a new tensor; ``gate`` and ``up`` are ``[M, F]``, contiguous."""
     if act in native.GATES and native.supports(gate, up):
-        return native.gate(gate, up, act)
+        return native.gated(gate, up, act)
     return activate(gate, act).mul_(up)
 
 
