@@ -91,28 +91,6 @@ def frozen_heads(model: nn.Module) -> list[str]:
     return [name for name, own in parameters.items() if not any(p.requires_grad for p in own)]
 
 
-def trained_in_full(model: nn.Module) -> list[str]:
-    """Name the modules whose own weights are trained, such as a head: those without a parent that is trained, too.
-
-    Args:
-        model: A model with adapters. Names are those without adapters; parameters of adapters do not count.
-    """
-    from peft.utils import ModulesToSaveWrapper
-
-    found: list[str] = []
-    for name, outer, inner in wrapped_modules(model):
-        if any(name.startswith(f"{parent}.") for parent in found):
-            continue
-        trained = inner
-        if isinstance(outer, ModulesToSaveWrapper) and not outer.disable_adapters:
-            copies = [outer.modules_to_save[adapter] for adapter in outer.active_adapters]
-            trained = copies[0] if copies else inner
-        below = trained.parameters() if trained is not inner else trained._parameters.values()
-        if any(p is not None and p.requires_grad for p in below):
-            found.append(name)
-    return found
-
-
 def heads_among(modules: dict[str, nn.Module], never: set[str] | None = None) -> Heads:
     """Do the work of ``find_heads`` on all modules of a model by name, the model itself first.
 

@@ -15,7 +15,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig
 from task_models import BUILDERS, batch, outputs, task_model
 from torch import nn
 
-from peftkit import BottleneckConfig, ContractError, PrefixConfig, wrap
+from peftkit import BottleneckConfig, ContractError, PrefixConfig, explain, wrap
 from peftkit.find.heads import (
     AMBIGUOUS,
     BARE,
@@ -23,7 +23,6 @@ from peftkit.find.heads import (
     SHARED,
     find_heads,
     frozen_heads,
-    trained_in_full,
 )
 
 
@@ -51,7 +50,7 @@ def test_heads_are_trained_and_saved_by_default(name, tmp_path):
     targets = ["convolution"] if name == "resnet image" else None
     model = wrap(task_model(name), LoraConfig(r=4, target_modules=targets))
     before = {head: _weights(model, head) for head in heads}
-    assert trained_in_full(model) == heads
+    assert list(explain(model).trained_in_full) == heads
     assert frozen_heads(model) == []
     _train_one_step(model, inputs)
     for head in heads:
@@ -75,7 +74,7 @@ def _weights(model, head):
 @pytest.mark.parametrize("name", ["bert sequence", "llama sequence", "wav2vec2 audio", "vit image"])
 def test_no_config_at_all(name):
     model = wrap(task_model(name))
-    assert trained_in_full(model) == BUILDERS[name][1]
+    assert list(explain(model).trained_in_full) == BUILDERS[name][1]
     outputs(model, batch(name))
 
 
@@ -89,7 +88,7 @@ _OTHER = {
 def test_every_method_trains_the_head(method, tmp_path):
     configs = (METHODS | _OTHER)[method]()
     model = wrap(task_model("bert tokens"), *configs)
-    assert trained_in_full(model) == ["classifier"]
+    assert list(explain(model).trained_in_full) == ["classifier"]
     assert all(config.modules_to_save is None for config in configs)
     inputs = batch("bert tokens")
     _train_one_step(model, inputs)
@@ -151,7 +150,7 @@ def test_a_module_outside_the_backbone_that_was_not_in_the_checkpoint_is_a_head(
     hf.BertModel(config).save_pretrained(tmp_path)
     fresh = BertWithScorer.from_pretrained(tmp_path)
     assert find_heads(fresh).names == ["scorers.0", "scorers.1"]
-    assert trained_in_full(wrap(fresh)) == ["scorers.0", "scorers.1"]
+    assert list(explain(wrap(fresh)).trained_in_full) == ["scorers.0", "scorers.1"]
     assert find_heads(BertWithScorer(config)).names == []
     BertWithScorer(config).save_pretrained(tmp_path)
     assert find_heads(BertWithScorer.from_pretrained(tmp_path)).names == []
@@ -162,7 +161,7 @@ def test_a_pooler_that_was_not_in_the_checkpoint_is_trained_too(tmp_path):
     hf.BertForMaskedLM(config).save_pretrained(tmp_path)
     fresh = hf.BertForSequenceClassification.from_pretrained(tmp_path)
     model = wrap(fresh, LoraConfig(r=4))
-    assert trained_in_full(model) == ["bert.pooler", "classifier"]
+    assert list(explain(model).trained_in_full) == ["bert.pooler", "classifier"]
     assert not any("pooler" in name for name in model.targeted_module_names)
     hf.BertModel(config).save_pretrained(tmp_path)
     whole = hf.BertForSequenceClassification.from_pretrained(tmp_path)
@@ -189,21 +188,21 @@ def test_modules_of_the_user_around_a_loaded_model_are_heads(tmp_path):
 def test_what_a_config_says_is_respected():
     for saved in ([], ["bert.embeddings.LayerNorm"]):
         model = wrap(task_model("bert tokens"), LoraConfig(r=4, modules_to_save=saved))
-        assert trained_in_full(model) == saved
+        assert list(explain(model).trained_in_full) == saved
         assert frozen_heads(model) == (["classifier"] if saved else [])
     adapted = wrap(task_model("bert tokens"), LoraConfig(target_modules=["query", "classifier"]))
-    assert trained_in_full(adapted) == []
+    assert list(explain(adapted).trained_in_full) == []
     assert frozen_heads(adapted) == []
 
 
 def test_one_config_of_a_mix_speaks_for_all():
     mix = LoraConfig(r=4), PrefixConfig(modules_to_save=[]), BottleneckConfig()
-    assert trained_in_full(wrap(task_model("bert tokens"), *mix)) == []
+    assert list(explain(wrap(task_model("bert tokens"), *mix)).trained_in_full) == []
 
 
 def test_a_head_is_never_adapted_and_trained_in_full():
     model = wrap(task_model("roberta sequence"), LoraConfig(target_modules=["dense"]))
-    assert trained_in_full(model) == ["classifier"]
+    assert list(explain(model).trained_in_full) == ["classifier"]
     assert not any("classifier" in name for name in model.targeted_module_names)
 
 
@@ -250,4 +249,4 @@ def test_a_quantised_head_is_an_error_that_says_how_to_load_the_model(tmp_path):
         wrap(model)
     settings = hf.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["classifier"])
     model = wrap(load(tmp_path, quantization_config=settings))
-    assert trained_in_full(model) == ["classifier"]
+    assert list(explain(model).trained_in_full) == ["classifier"]
