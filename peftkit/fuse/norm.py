@@ -19,6 +19,9 @@ from peftkit_kernels.frozen_norm.config import obstacle
 
 METHOD = "frozen norm"
 
+_OVER_OTHER_AXES = nn.modules.batchnorm._NormBase, nn.GroupNorm
+"""torch's norms that never normalise over the last axis alone: nothing to look at, and no row in the report."""
+
 _TRAINED = Reason("its weight or bias is trained, and the fused norm computes no gradient for them")
 
 
@@ -85,6 +88,8 @@ def fuse_norms(model: nn.Module) -> int:
     own = {id(part) for m in model.modules() if is_own_adapter(m) for part in m.modules()}
     for module in list(model.modules()):
         if "norm" not in type(module).__name__.lower() or id(module) in own:
+            continue
+        if isinstance(module, _OVER_OTHER_AXES):
             continue
         is_fused = isinstance(module, FusedNorm)
         if is_fused and module._peftkit_seal.broken(module) is None:

@@ -16,6 +16,7 @@ import torch.nn.modules.module as torch_module
 from torch import nn
 
 from peftkit.fuse.plan import Reason
+from peftkit.swap import own_class
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(
@@ -38,14 +39,6 @@ class Part(NamedTuple):
     cls: type
     settings: dict[str, Any]
     names: tuple[str, ...] = ()
-
-
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class without the forwards that were swapped in."""
-    cls: Any = type(module)
-    while "_peftkit_swap" in vars(cls):
-        cls = cls._peftkit_swap[1]
-    return cls
 
 
 def changed_calls(module: nn.Module) -> str | None:

@@ -95,8 +95,6 @@ def test_known_norms_give_their_own_output(cls, method, dtype, scale):
     ("norm", "reason"),
     [
         (OtherNorm(WIDTH), "no RMSNorm or LayerNorm that has a fused form"),
-        (nn.BatchNorm1d(WIDTH), "running_mean"),
-        (nn.GroupNorm(4, WIDTH), ""),
         (Qwen3NextRMSNormGated(WIDTH), ""),
     ],
     ids=lambda value: type(value).__name__,
@@ -117,10 +115,13 @@ def test_another_norm_is_left_alone_with_a_reason(norm, reason):
         nn.LayerNorm(WIDTH, elementwise_affine=False),
         nn.Linear(WIDTH, WIDTH),
         nn.PReLU(WIDTH),
+        nn.BatchNorm1d(WIDTH),
+        nn.InstanceNorm2d(WIDTH, affine=True),
+        nn.GroupNorm(4, WIDTH),
     ],
     ids=lambda norm: type(norm).__name__,
 )
-def test_modules_without_a_weight_of_a_norm_get_no_row(norm):
+def test_modules_that_are_no_norm_of_the_last_axis_get_no_row(norm):
     assert fuse_norms(norm.requires_grad_(False)) == 0
     assert declined(norm) is None
 

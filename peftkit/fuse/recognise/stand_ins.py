@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from peftkit.fuse.recognise.reads import is_plain
-from peftkit.fuse.seal import changed_calls, own_class
+from peftkit.fuse.seal import changed_calls
+from peftkit.swap import own_class
 
 if TYPE_CHECKING:
     from peftkit.fuse.recognise.trace import Leaf, Path, Tracer

@@ -19,7 +19,7 @@ from peftkit.fuse.recognise.graph import Graph, Node
 from peftkit.fuse.recognise.modes import Called, Dispatched
 from peftkit.fuse.recognise.reads import Reads, Refused
 from peftkit.fuse.recognise.stand_ins import stand_in_for
-from peftkit.fuse.seal import own_class
+from peftkit.swap import own_class
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEADING = {

@@ -11,7 +11,8 @@ from torch import nn
 from peftkit.fuse.plan import Reason
 from peftkit.fuse.recognise.reads import Refused, is_plain
 from peftkit.fuse.recognise.trace import Kind
-from peftkit.fuse.seal import Part, Seal, changed_calls, own_class
+from peftkit.fuse.seal import Part, Seal, changed_calls
+from peftkit.swap import own_class
 
 _MOST = 1024
 
@@ -46,7 +47,9 @@ def examine(
         found = Reason(str(refused))
     except Exception as error:  # whatever the forward of an unknown module raises
         text = " ".join(str(error).split())[:120]
-        found = Reason(f"its forward cannot be traced ({type(error).__name__}: {text})")
+        found = Reason(
+            f"its forward fails on a trial input whose last axis holds the features ({type(error).__name__}: {text})"
+        )
     parts = [Part(path, cls, kind.settings[path]) for path, cls in kind.classes.items()]
     seal = Seal(found, find, kind.reads.spaces.values(), kind.reads.classes, parts)
     if len(_seals) >= _MOST:
