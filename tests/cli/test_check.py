@@ -60,8 +60,10 @@ def test_one_that_does_not_fit_gives_the_reason_and_status_1(tmp_path):
 
 def test_errors_are_one_line(tmp_path):
     assert "is not a folder" in run(tmp_path / "nowhere", code=1)
-    assert "give the folder of an adapter, or --family" in run(code=2)
-    assert "give the folder of an adapter, or --family" in run(tmp_path, "--family", "x", code=2)
+    assert "give either the folder of an adapter or --family" in run(code=2)
+    assert "give either the folder of an adapter or --family" in run(
+        tmp_path, "--family", "x", code=2
+    )
     assert "--method 'lora' is unknown; use one of LoRA" in run(
         "--family", "qwen2", "--method", "lora", code=1
     )

@@ -246,7 +246,7 @@ def test_going_on_with_training_trains_the_adapter_and_the_head(tmp_path):
 def test_a_head_beside_it_is_not_read_and_that_is_said(tmp_path):
     write(tmp_path, "bert", HOULSBY)
     torch.save({}, tmp_path / "pytorch_model_head.bin")
-    with pytest.warns(UserWarning, match=r"pytorch_model_head.bin .* is not read"):
+    with pytest.warns(UserWarning, match=r"pytorch_model_head.bin .* is not loaded"):
         import_adapter(base("bert"), tmp_path)
 
 
@@ -284,7 +284,9 @@ def test_what_has_no_equivalent_is_refused_with_the_reason(config, message, tmp_
 
 def test_models_it_was_not_compared_on_are_refused(tmp_path):
     write(tmp_path, "bert", HOULSBY)
-    with pytest.raises(ContractError, match="trained on 'base', a bert model, but this model is a rob"):
+    with pytest.raises(
+        ContractError, match="trained on 'base', a bert model, but this model is a rob"
+    ):
         import_adapter(base("roberta"), tmp_path)
     write(tmp_path, "bert", HOULSBY, model_type="opt")
     with pytest.raises(ContractError, match="opt models are not supported"):
@@ -348,7 +350,9 @@ def test_files_that_are_missing_or_of_another_kind_are_named(tmp_path):
     with pytest.raises(ContractError, match="is a LORA adapter, which needs no import"):
         import_adapter(model, tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"scaling": 1}')
-    with pytest.raises(ContractError, match="the library that saved it is unknown; its fields are: scaling"):
+    with pytest.raises(
+        ContractError, match="the library that saved it is unknown; its fields are: scaling"
+    ):
         import_adapter(model, tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(ContractError, match="cannot be read"):

@@ -124,7 +124,7 @@ def test_an_offset_of_our_own_moves_the_tokens_and_goes_with_the_prefix(tmp_path
     assert torch.equal(logits(model), moved)
     remove_prefixes(model)
     assert torch.equal(logits(model), plain)
-    with pytest.raises(ValueError, match="no table of learned positions"):
+    with pytest.raises(ValueError, match="no position embedding with a known name"):
         add_prefixes(base("llama"), PrefixConfig(position_offset=1))
     with pytest.raises(ValueError, match="position_offset=-1 is negative"):
         PrefixConfig(position_offset=-1)
@@ -145,7 +145,10 @@ def test_encoder_decoders_are_refused_with_the_reason(name, why, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"prompt_embeddings": torch.ones(P, 8)}, r"has the shape \[3, 8\], but this model needs \[3, 64\]"),
+        (
+            {"prompt_embeddings": torch.ones(P, 8)},
+            r"has the shape \[3, 8\], but this model needs \[3, 64\]",
+        ),
         ({"prompt_embeddings": torch.ones(64)}, r"has the shape \[64\] instead of \[tokens"),
         ({"prompt_embeddings": torch.ones(P, 64), "classifier.weight": torch.ones(2)}, "1 key "),
         ({"lora_A": torch.ones(2)}, "has no prompt_embeddings, but lora_A"),
