@@ -279,7 +279,7 @@ torch.save(model(**torch.load(sys.argv[3])).logits.detach(), sys.argv[4])
 @pytest.mark.parametrize(
     ("configs", "message"),
     [
-        (lambda: (houlsby(), houlsby()), "two BottleneckConfigs: give one"),
+        (lambda: (houlsby(), houlsby()), "two BottleneckConfigs; give one"),
         (lambda: (houlsby(), peft.IA3Config()), "IA3Config cannot be mixed"),
     ],
 )

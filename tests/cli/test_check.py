@@ -50,7 +50,7 @@ def test_an_adapter_that_fits(adapter, tmp_path):
 
 def test_one_that_does_not_fit_gives_the_reason_and_status_1(tmp_path):
     wrap(models.tiny("llama"), PrefixConfig()).save_pretrained(tmp_path)
-    assert "does not fit: vLLM loads LoRA adapters only" in run(
+    assert "does not fit: vLLM loads only LoRA adapters" in run(
         tmp_path, "--target", "vllm", code=1
     )
     found = json.loads(run(tmp_path, "--target", "vllm", "--json", code=1))
