@@ -148,7 +148,7 @@ def test_vllm_takes_plain_lora_of_any_rank_up_to_its_limit(tmp_path, base):
         ),
         (
             lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
-            "this is IA3",
+            "this adapter is IA3",
         ),
     ],
 )

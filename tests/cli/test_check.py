@@ -67,7 +67,7 @@ def test_errors_are_one_line(tmp_path):
     assert "--method 'lora' is unknown; use one of LoRA" in run(
         "--family", "qwen2", "--method", "lora", code=1
     )
-    assert "'no_such' is no model type of transformers" in run("--family", "no_such", code=1)
+    assert "'no_such' is not a model type of transformers" in run("--family", "no_such", code=1)
 
 
 def test_an_architecture_is_tried(tmp_path):

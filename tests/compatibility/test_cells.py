@@ -101,7 +101,7 @@ def test_an_adapter_that_comes_back_changed_is_noticed(monkeypatch):
         return model
 
     monkeypatch.setattr(cells_module, "load_adapter", rounded)
-    assert "tensors came back changed" in outcome("save, load").why
+    assert "loaded tensors differ" in outcome("save, load").why
 
 
 def test_a_merge_that_forgets_something_is_noticed(monkeypatch):
