@@ -193,8 +193,8 @@ def read_tensors(file: Path, load: Callable[[], Any]) -> dict[str, Tensor]:
             code = [] if file.suffix == ".safetensors" else _code(file)
             if code:
                 raise ContractError(
-                    f"{file} contains code ({', '.join(code[:3])}), which would run when the file is loaded; it was not loaded. "
-                    "Ask its author for a .safetensors file, which can only hold tensors."
+                    f"{file} contains code ({', '.join(code[:3])}), which would run when the file is loaded; it was not "
+                    "loaded. Ask its author for a .safetensors file, which can only hold tensors."
                 ) from error
             raise
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):

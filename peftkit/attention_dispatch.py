@@ -1,7 +1,8 @@
 """Run another attention function in a single module than the one that the model's config names.
 
-transformers finds the function by ``self.config._attn_implementation``. The classes here replace ``self.config`` of an attention
-module by a proxy in which only this name differs. The model's own config is unchanged, so masks and ``generate`` are unchanged.
+transformers finds the function by ``self.config._attn_implementation``. The classes here replace ``self.config`` of an
+attention module by a proxy in which only this name differs. The model's own config is unchanged, so masks and ``generate`` are
+unchanged.
 """
 
 from __future__ import annotations

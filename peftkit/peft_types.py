@@ -4,7 +4,7 @@ from enum import Enum
 
 
 class PeftkitType(str, Enum):
-    """Used in place of PEFT's ``PeftType``. A member equals its string, and its ``value`` is saved in ``adapter_config.json``."""
+    """Used in place of PEFT's ``PeftType``. A member equals its string, and ``adapter_config.json`` has its ``value``."""
 
     PEFTKIT_BOTTLENECK = "PEFTKIT_BOTTLENECK"
     PEFTKIT_PREFIX = "PEFTKIT_PREFIX"

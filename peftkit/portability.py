@@ -104,8 +104,8 @@ def inspect_adapter(path: str | Path) -> AdapterFacts:
     theirs = "peft_type" not in config and isinstance(config.get("config"), dict)
     if not theirs and "peft_type" not in config:
         raise ContractError(
-            f"{path}/adapter_config.json has neither the field peft_type (PEFT) nor the field config (AdapterHub); pass a folder "
-            "saved by PEFT, peftkit or AdapterHub"
+            f"{path}/adapter_config.json has neither the field peft_type (PEFT) nor the field config (AdapterHub); pass a "
+            "folder saved by PEFT, peftkit or AdapterHub"
         )
     method = (config["config"].get("architecture") or "bottleneck") if theirs else _method(config)
     return AdapterFacts(

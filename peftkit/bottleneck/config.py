@@ -33,9 +33,9 @@ class BottleneckConfig(PeftConfig):
     """width / bottleneck_size. Default: 16, if ``bottleneck_size`` is not given either."""
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
-    """``houlsby``: on the outputs of attention and MLP. ``pfeiffer``: one at the end of each layer. In post-norm models it reads
-    the output of the layer's last norm, and its part is added to the input of this norm. ``parallel``: beside the MLP, from the
-    MLP's input to its output."""
+    """``houlsby``: on the outputs of attention and MLP. ``pfeiffer``: one at the end of each layer. In post-norm models it
+    reads the output of the layer's last norm, and its part is added to the input of this norm. ``parallel``: beside the MLP,
+    from the MLP's input to its output."""
 
     activation: str = "relu"
     """One of ``peftkit.bottleneck.module.ACTIVATIONS``."""
@@ -59,8 +59,8 @@ class BottleneckConfig(PeftConfig):
     """Modules that are trained and saved in full, such as a new head."""
 
     sources: dict[str, str] | None = None
-    """For ``parallel``: the module whose input the adapter reads, by target module, if it is not the target itself. Set together
-    with ``target_modules``."""
+    """For ``parallel``: the module whose input the adapter reads, by target module, if it is not the target itself. Set
+    together with ``target_modules``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -141,7 +141,8 @@ def attach(modules: Mapping[str, nn.Module], name: str, site: BottleneckSite) ->
 def output_width(module: nn.Module, model: nn.Module) -> int:
     """Return the size of the last axis of a module's output.
 
-    Linear layers and norms have this size in their weights. For other modules it is read from the module's or the model's config.
+    Linear layers and norms have this size in their weights. For other modules it is read from the module's or the model's
+    config.
 
     Raises:
         ValueError: The size is unknown.

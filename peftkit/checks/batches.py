@@ -58,13 +58,13 @@ def checked_batch(batch: Any) -> dict[str, Any]:
         )
     if isinstance(batch, (list, tuple)):
         raise ContractError(
-            f"batch is a {type(batch).__name__} of {count(len(batch), 'item')}; pass a dictionary of the tensors that the model "
-            "gets: apply the data collator first, for example default_data_collator(examples)"
+            f"batch is a {type(batch).__name__} of {count(len(batch), 'item')}; pass a dictionary of the tensors that the "
+            "model gets: apply the data collator first, for example default_data_collator(examples)"
         )
     if not isinstance(batch, Mapping):
         raise ContractError(
-            f"batch={short(batch)} is of type {type(batch).__name__}; pass a dictionary of tensors, such as input_ids, attention_mask "
-            "and labels"
+            f"batch={short(batch)} is of type {type(batch).__name__}; pass a dictionary of tensors, such as input_ids, "
+            "attention_mask and labels"
         )
     if not batch:
         raise ContractError(
@@ -83,13 +83,13 @@ def checked_batch(batch: Any) -> dict[str, Any]:
 def _check_value(name: str, value: Any) -> None:
     if type(value).__module__ == "numpy":
         raise ContractError(
-            f"batch[{name!r}] is a numpy {type(value).__name__}; convert it with torch.from_numpy, or let the tokenizer and the "
-            'collator return tensors (return_tensors="pt")'
+            f"batch[{name!r}] is a numpy {type(value).__name__}; convert it with torch.from_numpy, or let the tokenizer and "
+            'the collator return tensors (return_tensors="pt")'
         )
     if isinstance(value, (list, tuple)) and _holds_numbers(value):
         raise ContractError(
-            f"batch[{name!r}] is a {type(value).__name__} of numbers; convert it with torch.tensor, or let the tokenizer and the "
-            'collator return tensors (return_tensors="pt")'
+            f"batch[{name!r}] is a {type(value).__name__} of numbers; convert it with torch.tensor, or let the tokenizer and "
+            'the collator return tensors (return_tensors="pt")'
         )
     if name in _INPUTS and isinstance(value, Tensor) and value.numel() == 0:
         what = "rows" if value.ndim == 0 or value.shape[0] == 0 else "tokens"
@@ -115,7 +115,8 @@ def supervision(model: nn.Module, batch: Mapping[str, Any]) -> Supervision | Non
         batch: A batch from ``checked_batch``.
 
     Returns:
-        The counts, or ``None`` if the labels are not classes or the model has another kind of loss (CTC, detection, regression).
+        The counts, or ``None`` if the labels are not classes or the model has another kind of loss (CTC, detection,
+        regression).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = [cls.__name__ for cls in type(base).__mro__]
@@ -187,8 +188,8 @@ def require_supervision(batch: Mapping[str, Any], found: Supervision | None) -> 
     items = batch.get("num_items_in_batch")
     if items is not None and not bool(torch.as_tensor(items) > 0):
         raise ContractError(
-            f"num_items_in_batch={items}, but the loss is divided by this number; leave it out, or pass the number of labels that "
-            "are not -100"
+            f"num_items_in_batch={items}, but the loss is divided by this number; leave it out, or pass the number of labels "
+            "that are not -100"
         )
     if found is None:
         return []

@@ -65,8 +65,8 @@ def first_non_finite_module(model: nn.Module, forward: Callable[[], Any]) -> str
     if broken:
         return f"{name}.{broken[0]} has NaN or infinite values; load the model or the adapter again"
     return (
-        f"the first {kind} occurred in the output of {name} ({type(culprit).__name__}), whose own weights are finite; check its "
-        "input, and use bfloat16 or float32 if the model runs in float16"
+        f"the first {kind} occurred in the output of {name} ({type(culprit).__name__}), whose own weights are finite; check "
+        "its input, and use bfloat16 or float32 if the model runs in float16"
     )
 
 

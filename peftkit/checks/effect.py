@@ -32,8 +32,8 @@ def check_strength(model: nn.Module, active: list[str]) -> None:
                 f"{alpha}=0" if alpha else f"every layer of adapter {adapter!r} has a scale of 0"
             )
             raise ContractError(
-                f"{cause}: the adapter's output is multiplied by 0, so the adapter has no effect and cannot learn; set lora_alpha "
-                "to a positive number such as twice the rank"
+                f"{cause}: the adapter's output is multiplied by 0, so the adapter has no effect and cannot learn; set "
+                "lora_alpha to a positive number such as twice the rank"
                 if alpha
                 else f"{cause}, so the adapter has no effect and cannot learn; call set_scale with another factor"
             )
@@ -44,8 +44,8 @@ def check_strength(model: nn.Module, active: list[str]) -> None:
             full = ["lora_dropout"]
         if full:
             raise ContractError(
-                f"{full[0]}=1.0 of adapter {adapter!r}: all of the adapter's input is dropped in training, so it gets no gradient; "
-                "set it to 0, or to a small probability such as 0.05"
+                f"{full[0]}=1.0 of adapter {adapter!r}: all of the adapter's input is dropped in training, so it gets no "
+                "gradient; set it to 0, or to a small probability such as 0.05"
             )
 
 
@@ -65,10 +65,10 @@ def check_heads(model: nn.Module) -> list[str]:
     if fresh:
         leaves = sorted({name.rpartition(".")[2] for name in fresh})
         raise ContractError(
-            f"{count(len(fresh), 'task head is', 'task heads are')} frozen, but the weights were not loaded from a checkpoint, so "
-            f"they are random:\n{listing(fresh)}\n"
-            f"Train them: pass modules_to_save={leaves} in the config (peftkit.wrap does it if the config has no modules_to_save), "
-            "or set requires_grad. To keep them frozen on purpose, pass modules_to_save=[]."
+            f"{count(len(fresh), 'task head is', 'task heads are')} frozen, but the weights were not loaded from a checkpoint, "
+            f"so they are random:\n{listing(fresh)}\n"
+            f"Train them: pass modules_to_save={leaves} in the config (peftkit.wrap does it if the config has no "
+            "modules_to_save), or set requires_grad. To keep them frozen on purpose, pass modules_to_save=[]."
         )
     return [
         f"the task head {name} is frozen; it keeps the weights of its checkpoint" for name in loaded

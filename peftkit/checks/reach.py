@@ -55,8 +55,8 @@ def measure(
     ]
     if broken:
         raise ContractError(
-            f"{len(broken)} of {count(len(gradients), 'gradient')} {'is' if len(broken) == 1 else 'are'} not finite although the "
-            f"loss is ({loss.item():.6g}):\n{listing(broken)}\nLook for overflow in the backward: a loss scale that is too "
+            f"{len(broken)} of {count(len(gradients), 'gradient')} {'is' if len(broken) == 1 else 'are'} not finite although "
+            f"the loss is ({loss.item():.6g}):\n{listing(broken)}\nLook for overflow in the backward: a loss scale that is too "
             "large, float16, or a division by zero or the logarithm of zero in the model's own code."
         )
     notes = _judge(model, batch, tensors, gradients)
@@ -97,13 +97,14 @@ def _judge(
         advice = list(dict.fromkeys(verdict.advice[n] for n in verdict.faults if n not in noise))
         if others:
             advice.append(
-                "Freeze parameters that the loss does not depend on (requires_grad_(False)), or remove them from modules_to_save."
+                "Freeze parameters that the loss does not depend on (requires_grad_(False)), or remove them from "
+                "modules_to_save."
             )
         if _checkpointing(model):
             advice.append(f"The model uses gradient checkpointing: {_CHECKPOINTING}.")
         raise ContractError(
-            f"{len(faults)} of {count(len(gradients), 'trainable tensor')} {'gets' if len(faults) == 1 else 'get'} no gradient from "
-            f"this batch:\n{listing(faults)}\n" + "\n".join(advice)
+            f"{len(faults)} of {count(len(gradients), 'trainable tensor')} {'gets' if len(faults) == 1 else 'get'} no gradient "
+            f"from this batch:\n{listing(faults)}\n" + "\n".join(advice)
         )
     return verdict.notes
 
@@ -165,8 +166,8 @@ def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     except TypeError as error:
         if "unexpected keyword argument" in str(error):
             raise ContractError(
-                f"{type(model).__name__} does not take this batch of {', '.join(sorted(map(str, batch)))} ({error}); remove the "
-                "columns that its forward does not have"
+                f"{type(model).__name__} does not take this batch of {', '.join(sorted(map(str, batch)))} ({error}); remove "
+                "the columns that its forward does not have"
             ) from error
         raise
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)

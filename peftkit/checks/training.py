@@ -198,7 +198,8 @@ def _check_values(tensors: list[AdapterTensor]) -> list[str]:
     ]
     if mixed:
         raise ContractError(
-            f"the factors of {count(len(mixed), 'layer')} differ in dtype:\n{listing(mixed)}\nCast the whole adapter to one dtype."
+            f"the factors of {count(len(mixed), 'layer')} differ in dtype:\n{listing(mixed)}\nCast the whole adapter to one "
+            "dtype."
         )
     halves = sum(t.tensor.requires_grad and t.tensor.dtype is torch.float16 for t in tensors)
     return (

@@ -68,8 +68,8 @@ def order_in_batches(
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Pad rows on the right.
 
-    The length is rounded up to a multiple of 4, because oneDNN generates and keeps code for each matrix shape. No attention mask
-    is needed: with causal attention no token attends to padding on its right, and the padding has no loss.
+    The length is rounded up to a multiple of 4, because oneDNN generates and keeps code for each matrix shape. No attention
+    mask is needed: with causal attention no token attends to padding on its right, and the padding has no loss.
 
     Returns:
         ``input_ids`` and ``labels``, each ``Int64[rows, length]``.

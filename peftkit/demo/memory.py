@@ -12,8 +12,8 @@ _PROC = Path("/proc/self")
 class PeakMemory:
     """The current memory and the peak since ``reset``, in bytes: of the GPU if the model is on a GPU, else of the process.
 
-    On Linux the resident set is read from ``/proc``. On other systems the peak of the process cannot be reset, so ``peak`` is the
-    peak since the start of the process. The two are equal if nothing before ``reset`` needed more memory.
+    On Linux the resident set is read from ``/proc``. On other systems the peak of the process cannot be reset, so ``peak`` is
+    the peak since the start of the process. The two are equal if nothing before ``reset`` needed more memory.
 
     Args:
         device: ``"cuda"`` or ``"cpu"``.

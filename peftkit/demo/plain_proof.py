@@ -3,8 +3,8 @@
 This is a script for a separate process that does not import peftkit: ``python plain_proof.py DATA RESULT``. DATA is a
 safetensors file with the results of peftkit (see ``proof.py``). RESULT is the JSON file to write.
 
-The truth for the logits is the plain PEFT model in float64. Logits agree if their error is at most twice the error of plain PEFT
-in float32, plus one rounding. Texts agree if they are equal.
+The truth for the logits is the plain PEFT model in float64. Logits agree if their error is at most twice the error of plain
+PEFT in float32, plus one rounding. Texts agree if they are equal.
 """
 
 from __future__ import annotations

@@ -212,8 +212,8 @@ def _environment(report: dict[str, Any]) -> Section:
 
 def _commands() -> Section:
     text = (
-        "`make demo` or `peftkit demo` makes this report. `--resume` continues after Ctrl-C, `--no-compare` skips plain PEFT and "
-        "full fine-tuning, and `--json FILE` writes the numbers as JSON. Plain PEFT can load the adapter in `adapter/`: "
+        "`make demo` or `peftkit demo` makes this report. `--resume` continues after Ctrl-C, `--no-compare` skips plain PEFT "
+        "and full fine-tuning, and `--json FILE` writes the numbers as JSON. Plain PEFT can load the adapter in `adapter/`: "
         '`AutoPeftModelForCausalLM.from_pretrained("adapter")`.'
     )
     return Section("Commands", [text], [], on_terminal=False)

@@ -51,7 +51,7 @@ def experts_and_routers(modules: dict[str, nn.Module]) -> tuple[dict[str, str], 
 
 
 def _below(names: list[str], places: dict[str, int], parent: str) -> Iterator[str]:
-    """Yield the names inside ``parent``. ``names`` has every module before its children; ``places`` is the index of each name."""
+    """Yield the names inside ``parent``. ``names`` has parents before children; ``places`` is the index of each name."""
     prefix = f"{parent}." if parent else ""
     inside = itertools.islice(names, places[parent] + 1, None)
     return itertools.takewhile(lambda name: name.startswith(prefix), inside)
@@ -98,8 +98,8 @@ def _is_router(beside: str, module: nn.Module, experts: int | None) -> bool:
 def names_peft_rewrites(model: nn.Module, leaves: set[str]) -> set[str]:
     """Return the module names that PEFT rewrites to expert parameters for this architecture.
 
-    Checkpoints of transformers 4 had one linear layer per expert. PEFT therefore reads ``gate_proj`` in ``target_modules`` as the
-    experts' ``gate_up_proj``, even if ``shared_expert.gate_proj`` was meant.
+    Checkpoints of transformers 4 had one linear layer per expert. PEFT therefore reads ``gate_proj`` in ``target_modules`` as
+    the experts' ``gate_up_proj``, even if ``shared_expert.gate_proj`` was meant.
     """
     return {leaf for leaf in leaves if peft_rewrite(model, [leaf])[0] != {leaf}}
 

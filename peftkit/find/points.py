@@ -1,9 +1,9 @@
 """Find the boundaries of a transformer's sub-layers by one forward, for any architecture.
 
-A bottleneck adapter needs the module whose output is that of the attention or the MLP, the module that gets the MLP's input, and
-the end of the layer. Names differ between model families, but the order of calls does not. A layer is a list element that calls
-an attention and other modules. The attention ends with the last linear that is called inside it, and the MLP with the last
-linear that is called outside the attention. A mixture of experts has no linear modules; it ends with the block of experts.
+A bottleneck adapter needs the module whose output is that of the attention or the MLP, the module that gets the MLP's input,
+and the end of the layer. Names differ between model families, but the order of calls does not. A layer is a list element that
+calls an attention and other modules. The attention ends with the last linear that is called inside it, and the MLP with the
+last linear that is called outside the attention. A mixture of experts has no linear modules; it ends with the block of experts.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def first_tensor(value: Any) -> Tensor | None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode, and restore the mode of each module at the end.
 
-    4-bit linear layers stay in training mode, which has no other effect on them. In evaluation mode on the CPU, bitsandbytes would
-    permanently repack their weights, with block maxima rounded to bfloat16.
+    4-bit linear layers stay in training mode, which has no other effect on them. In evaluation mode on the CPU, bitsandbytes
+    would permanently repack their weights, with block maxima rounded to bfloat16.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

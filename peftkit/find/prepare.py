@@ -42,8 +42,8 @@ def check_arguments(model: Any, configs: tuple[Any, ...], adapter_name: Any) -> 
     _check_adapter_name(adapter_name, configs)
     if any(is_adapted(module) for module in model.modules()):
         raise ValueError(
-            f"this {type(model).__name__} already has adapters; add another adapter with model.add_adapter, or fuse the existing "
-            "adapters with peftkit.accelerate(model)"
+            f"this {type(model).__name__} already has adapters; add another adapter with model.add_adapter, or fuse the "
+            "existing adapters with peftkit.accelerate(model)"
         )
 
 
@@ -242,6 +242,6 @@ def check_task(model: nn.Module, task: str | None) -> None:
         )
     if not _takes_text(model):
         raise ValueError(
-            f"task_type={task!r}: PEFT would call {kind} with input_ids, which its forward does not accept; leave task_type out; "
-            "peftkit still trains the head"
+            f"task_type={task!r}: PEFT would call {kind} with input_ids, which its forward does not accept; leave task_type "
+            "out; peftkit still trains the head"
         )

@@ -147,7 +147,8 @@ class _Admission:
 def fill_targets(model: nn.Module, config: Any) -> Selection | None:
     """Set the targets of a config to peftkit's "all-linear", in place, unless the config has targets.
 
-    This is done for ``target_modules="all-linear"``, and for a LoRA config without ``target_modules`` and ``target_parameters``.
+    This is done for ``target_modules="all-linear"``, and for a LoRA config without ``target_modules`` and
+    ``target_parameters``.
 
     Returns:
         The selection, or ``None`` if the config has targets.

@@ -104,7 +104,7 @@ _WITHOUT_EFFECT = re.compile(
     r"init_weights(_seed)?|dropout|stochastic_depth|adapter_residual_before_ln|inv_adapter_reduction_factor|"
     r".*phm.*|hypercomplex_nonlinearity"
 )
-"""Fields that do not change the outputs: initialisation, training, and details of features that ``_REQUIRED_VALUES`` excludes."""
+"""Fields without effect on the outputs: initialisation, training, and details of features that ``_REQUIRED_VALUES`` excludes."""
 
 
 def import_bottlenecks(model: Any, checkpoint: Checkpoint, adapter_name: str) -> PeftModel:

@@ -152,8 +152,8 @@ def _pairs(
     wanted = [count, len(attentions) * 2 * kv_heads * size]
     if len(sizes) > 1 or size != value_size:
         raise ContractError(
-            "the attentions of this model have heads of different sizes, and PEFT skips some of these attentions; train a prefix "
-            "with peftkit.PrefixConfig"
+            "the attentions of this model have heads of different sizes, and PEFT skips some of these attentions; train a "
+            "prefix with peftkit.PrefixConfig"
         )
     if list(flat.shape) != wanted:
         trained_on = checkpoint.config.get("base_model_name_or_path") or "a model without a name"

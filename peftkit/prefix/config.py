@@ -37,13 +37,13 @@ class PrefixConfig(PeftConfig):
     """Standard deviation for ``init="random"``."""
 
     gate: bool = False
-    """Add the attention over the prefix, multiplied by ``tanh(gate)``, to the attention over the tokens. ``gate`` is one trained
-    number per head. It starts at zero, so a new adapter does not change the base model's output. Without a gate, prefix and
-    tokens share one softmax, so a new adapter changes the output."""
+    """Add the attention over the prefix, multiplied by ``tanh(gate)``, to the attention over the tokens. ``gate`` is one
+    trained number per head. It starts at zero, so a new adapter does not change the base model's output. Without a gate, prefix
+    and tokens share one softmax, so a new adapter changes the output."""
 
     attention: list[str] = field(default_factory=lambda: list(STACKS))
-    """Attentions of an encoder-decoder that get a prefix: ``encoder`` and ``decoder`` (their self-attentions) and ``cross``. For
-    other models this field has no effect."""
+    """Attentions of an encoder-decoder that get a prefix: ``encoder`` and ``decoder`` (their self-attentions) and ``cross``.
+    For other models this field has no effect."""
 
     position_offset: int = 0
     """Number added to the positions of the tokens while the prefix is active, in models with learned position vectors. PEFT's

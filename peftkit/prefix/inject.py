@@ -125,7 +125,10 @@ def _refusal(modules: dict[str, nn.Module], module: nn.Module | None = None) -> 
         if kind
         else "it has no attention"
     )
-    return f"{type(modules['']).__name__} cannot have a KV prefix: {why}; use BottleneckConfig or LoraConfig on this architecture"
+    return (
+        f"{type(modules['']).__name__} cannot have a KV prefix: {why}; use BottleneckConfig or LoraConfig on this "
+        "architecture"
+    )
 
 
 def _stack(name: str, module: nn.Module) -> str:
@@ -174,8 +177,8 @@ def head_sizes(module: Any) -> tuple[int, int, int, int]:
     heads = getattr(config, "num_attention_heads", None)
     if size is None or not isinstance(heads, int):
         raise ValueError(
-            f"the head size of {type(module).__name__} is unknown, because it has no attribute {', '.join(_HEAD_SIZE_NAMES)}, or "
-            "its config has no num_attention_heads; list the module in exclude_modules"
+            f"the head size of {type(module).__name__} is unknown, because it has no attribute {', '.join(_HEAD_SIZE_NAMES)}, "
+            "or its config has no num_attention_heads; list the module in exclude_modules"
         )
     if isinstance(getattr(module, "v_head_dim", None), int):  # DeepSeek's latent attention
         return heads, heads, size, module.v_head_dim

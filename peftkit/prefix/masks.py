@@ -39,9 +39,9 @@ def widen(mask: Any, prefixed: int) -> Any:
 def _widen_blocks(mask: BlockMask, prefixed: int) -> BlockMask:
     """Compute the widened block mask from the old blocks; no mask of single keys is formed for any length.
 
-    The prefix shifts the tokens, by a number that need not be a multiple of the block size. A new block thus has tokens of up to
-    two old blocks. It is skipped if both old blocks were skipped and it has no part of the prefix. It needs no ``mask_mod`` if
-    each of the two old blocks needed none or is prefix.
+    The prefix shifts the tokens, by a number that need not be a multiple of the block size. A new block thus has tokens of up
+    to two old blocks. It is skipped if both old blocks were skipped and it has no part of the prefix. It needs no ``mask_mod``
+    if each of the two old blocks needed none or is prefix.
     """
     queries, tokens = mask.seq_lengths
     rows, size = mask.BLOCK_SIZE
@@ -51,7 +51,7 @@ def _widen_blocks(mask: BlockMask, prefixed: int) -> BlockMask:
     ends = (begin - prefixed) // size, ((begin + size).clamp(max=keys) - 1 - prefixed) // size
 
     def of_both(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``blocks`` at the first and at the last key of each new block, ``Bool[B, H, rows, columns]``; True for prefix."""
+        """Return ``blocks`` at the first and the last key of each new block, ``Bool[B, H, rows, columns]``; True for prefix."""
         first, last = ((end < 0) | blocks[..., end.clamp(min=0)] for end in ends)
         return first, last
 
@@ -76,7 +76,7 @@ def _widen_blocks(mask: BlockMask, prefixed: int) -> BlockMask:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of True columns in each row, and the column indices with the True ones first (``BlockMask``'s format)."""
+    """Return the number of True columns in each row, and the column indices with the True ones first, as in ``BlockMask``."""
     blocks = blocks.int()
     order = blocks.argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.int()

@@ -17,8 +17,8 @@ from peftkit.prefix.attention import (
 from peftkit_kernels.dispatch import choose_backend
 
 CHILD = "virtual_tokens"
-"""Name of the child module. PEFT assigns every key that contains an adapter's name to this adapter, so the name must not contain
-a usual adapter name. TRL names its reference adapter ``ref``, which excludes names with ``prefix``."""
+"""Name of the child module. PEFT assigns every key that contains an adapter's name to this adapter, so the name must not
+contain a usual adapter name. TRL names its reference adapter ``ref``, which excludes names with ``prefix``."""
 
 
 class Prefix(nn.Module):
@@ -119,8 +119,8 @@ class PrefixSite(nn.Module):
             key: ``[B, H_kv, T, D]``.
 
         Returns:
-            The keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of the prefixes without a gate, or ``None`` if there are none;
-            and the list of prefixes with a gate.
+            The keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of the prefixes without a gate, or ``None`` if there are
+            none; and the list of prefixes with a gate.
 
         Raises:
             ValueError: A prefix has another number of heads or features than the keys.
