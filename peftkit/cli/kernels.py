@@ -67,8 +67,8 @@ def inspect(
 ) -> None:
     """Compile every kernel that the dispatcher can choose, and inspect the machine code for real GPUs.
 
-    Exits with status 1 if a kernel spills registers, needs more memory than the GPU has, or does not use tensor cores or wide
-    loads.
+    Exits with status 1 if a kernel spills registers, needs more shared memory than a block has, or does not use tensor cores or
+    wide loads.
     """
     from peftkit_kernels.lab import child
     from peftkit_kernels.lab.inventory import known_archs

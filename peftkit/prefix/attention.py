@@ -169,7 +169,7 @@ def gated_obstacle(
 
 
 def standing_gated_obstacle(name: str | None, like: Tensor) -> str | None:
-    """Return the reasons of ``gated_obstacle`` that hold for every call, or ``None``.
+    """Return the reason of ``gated_obstacle`` if it applies to every call, else ``None``.
 
     Args:
         name: Name of the attention function.
@@ -182,7 +182,7 @@ def standing_gated_obstacle(name: str | None, like: Tensor) -> str | None:
 
 
 def standing_obstacle(name: str | None, like: Tensor) -> str | None:
-    """Return the reasons of ``obstacle`` that hold for every call, or ``None``.
+    """Return the reason of ``obstacle`` if it applies to every call, else ``None``.
 
     Args:
         name: Name of the attention function.
