@@ -168,7 +168,7 @@ def test_native_and_torch_passes_agree(monkeypatch):
     [
         ({"magnitude": torch.zeros(28)}, r"scale.magnitude has shape \(28,\); z .* takes \[29\]"),
         ({"bias": torch.zeros(28)}, r"scale.bias has shape \(28,\)"),
-        ({"norm": None}, "scale has a magnitude or a norm alone"),
+        ({"norm": None}, "scale has only a magnitude or only a norm"),
         ({"norm": torch.ones(29, requires_grad=True)}, r"norm requires a gradient.*norm.detach"),
     ],
 )
