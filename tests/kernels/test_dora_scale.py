@@ -182,7 +182,7 @@ def test_errors_of_the_gate():
     z = case.leaves["z_e"]
     with pytest.raises(ValueError, match="act='relu' is unknown"):
         dora_gate((z, z), (Scale(None, None, None),) * 2, "relu")
-    with pytest.raises(ValueError, match="two of one shape"):
+    with pytest.raises(ValueError, match="pass two of each"):
         dora_gate((z, z[1:]), (Scale(None, None, None),) * 2)
     with pytest.raises(ValueError, match=r"scales\[1\].bias has shape"):
         dora_gate((z, z), (Scale(None, None, None), Scale(None, None, z[0, 1:])))
