@@ -1,7 +1,7 @@
 """``lora_linear`` by Triton kernels around the library's GEMMs, as torch.library ops: traceable, and differentiable once.
 
-Two schedules (``low_rank.config.fuses_gemm`` chooses): *addmm* writes the update first and lets the GEMM add to it, so that
-reading it back hides under the main loop and only the small term is rounded before the sum; *fused* is one kernel.
+There are two schedules (``low_rank.config.fuses_gemm`` chooses). *addmm* writes the update first and lets the GEMM add to it: the
+GEMM reads it back while its main loop runs, and only the small term is rounded before the sum. *fused* is one kernel.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def backward(
     seed: int,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Those of ``dx``, ``dA`` and ``dB`` that ``needs`` asks for; ``x`` is needed for dA and ``s`` for dB."""
+    """Those of ``dx``, ``dA`` and ``dB`` that ``needs`` selects. dA needs ``x``, and dB needs ``s``."""
     if not dy.numel():
         grads = _like_grads(dy, weight, x, A, B, s, scale, p, seed, needs)
         return [grad.zero_() for grad in grads]
