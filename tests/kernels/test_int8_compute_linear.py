@@ -323,6 +323,6 @@ def test_errors_name_the_argument(options, message):
 def test_widths_whose_sums_overflow_are_refused():
     q = Int8Weight(torch.zeros(1, 133_145, dtype=torch.int8), torch.zeros(1))
     with pytest.raises(
-        ValueError, match=r"more than 133144 products overflow 32 bits: use int8_linear"
+        ValueError, match=r"more than 133144 products overflow 32 bits; use int8_linear"
     ):
         int8_compute_linear(torch.zeros(1, 133_145), q)
