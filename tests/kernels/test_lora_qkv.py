@@ -210,5 +210,5 @@ def test_lists_that_do_not_fit_are_refused(short):
         lora_qkv(x, **named)
     named[short] = lists[("weights", "biases", "loras").index(short)]
     named["biases"] = named["biases"][:1] * 3
-    with pytest.raises(ValueError, match=r"biases\[1\] has shape \(29,\); .* takes \[12\]"):
+    with pytest.raises(ValueError, match=r"biases\[1\] has shape \(29,\); .* must be \[12\]"):
         lora_qkv(x, **named)
