@@ -94,7 +94,7 @@ def test_an_int32_offset_is_found_with_small_tensors():
     with faithful(int32_limit=4096):
         kernels.copy_row[(80,)](x, y, 72, 72, 128, True)
         assert torch.equal(x, y)
-        with pytest.raises(InterpreterError, match="int32 arithmetic leaves ±4096: widen"):
+        with pytest.raises(InterpreterError, match="int32 arithmetic exceeds ±4096; widen"):
             kernels.copy_row[(80,)](x, y, 72, 72, 128, False)
     with faithful():
         kernels.copy_row[(80,)](x, y, 72, 72, 128, False)
@@ -135,7 +135,7 @@ def test_a_triton_with_other_private_methods_is_refused():
         RuntimeError, match=r"has create_dot\(self a b\) where.*install one of triton"
     ):
         patching.check_methods(Changed)
-    with pytest.raises(RuntimeError, match="has no cast_impl where the lab patches"):
+    with pytest.raises(RuntimeError, match="has no cast_impl, but the lab patches"):
         patching.check_methods(Removed)
 
 
