@@ -61,7 +61,7 @@ def rebuild(tensors: Sequence[Tensor], layout: Sequence[int]) -> QuantizedWeight
 def check_quantized(x: Tensor, q: QuantizedWeight, kind: type, name: str = "q") -> None:
     """Raise ``ValueError`` unless ``q`` is a ``kind`` with the shape ``(N, K)`` of a linear for ``x [..., K]``."""
     if not isinstance(q, kind):
-        raise ValueError(f"{name} is a {type(q).__name__}; this op takes {kind.__name__}")
+        raise ValueError(f"{name} is a {type(q).__name__}; it must be of type {kind.__name__}")
     if len(q.shape) != 2 or x.dim() < 1 or x.shape[-1] != q.shape[1]:
         raise ValueError(
             f"{name} has shape {tuple(q.shape)} and x {tuple(x.shape)}; {name} must be (N, K) for x [..., K]"

@@ -131,9 +131,7 @@ def test_a_triton_with_other_private_methods_is_refused():
     class Removed:
         pass
 
-    with pytest.raises(
-        RuntimeError, match=r"has create_dot\(self a b\), but.*install triton"
-    ):
+    with pytest.raises(RuntimeError, match=r"has create_dot\(self a b\), but.*install triton"):
         patching.check_methods(Changed)
     with pytest.raises(RuntimeError, match="has no cast_impl, but the lab patches"):
         patching.check_methods(Removed)

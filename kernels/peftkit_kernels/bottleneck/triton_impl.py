@@ -96,6 +96,7 @@ def backward(
         factors = cast(down, dtype), cast(up, dtype)
         _launch_backward(flat, z, *factors, a, dz, dh, scale, act, has_base, config)
     elif needs_up:
+        # only dup is needed: no kernel has to read dy for a
         a = ACTIVATIONS[act](z)
     if needs_down:
         ddown = _concatenate(

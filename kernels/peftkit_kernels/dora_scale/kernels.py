@@ -44,7 +44,7 @@ def scale_kernel(
 
 @triton.jit
 def scale_backward_kernel(
-    dy_ptr, z_ptr, g_ptr,  # dy[M, N]  z[M, N] and g[N], each None where it is not needed
+    dy_ptr, z_ptr, g_ptr,  # dy[M, N]  z[M, N] and g[N], each None if it is not needed
     dz_ptr, sums_ptr,  # dz[M, N] or None  sums[row chunks, DG + DBIAS, N] or None
     M, N, chunk_m, stride_dym, stride_zm, stride_dzm,
     DZ: tl.constexpr, DG: tl.constexpr, DBIAS: tl.constexpr,

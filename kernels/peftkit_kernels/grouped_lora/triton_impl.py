@@ -73,6 +73,7 @@ def grouped_shrink(
     steps = cdiv(cdiv(K, c.block_k), c.splits)
     splits = cdiv(cdiv(K, c.block_k), steps)
     s = x.new_empty(M, R, dtype=adapter_dtype(x, A))
+    # programs that share K write float32 partial sums, which are then added in a fixed order
     partial = s if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
     launch(
         _kernels().grouped_shrink_kernel,
@@ -145,6 +146,7 @@ def grouped_tall(
         R, itemsize=x.element_size(), aligned=aligned(x), mixed=s.dtype is not x.dtype
     )
     segments = table.segments.shape[0]
+    # one partial sum for each segment, so that no program adds to memory of another
     partial = x.new_empty(segments, R, C, dtype=torch.float32)
     launch(
         _kernels().grouped_tall_kernel,

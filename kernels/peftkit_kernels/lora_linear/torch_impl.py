@@ -61,6 +61,7 @@ class LoRALinear(torch.autograd.Function):
         y = project(flat, weight, bias, s, lora)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         ctx.recompute_x, x_parts = recompute.saved_for(x, needs_A)
+        # neither a dropped x nor a mask: the mask is recomputed from its seed
         ctx.save_for_backward(weight, A, B, s if needs_B else None, *x_parts)
         ctx.numbers, ctx.shape = numbers, x.shape
         return unflatten(y, x.shape)

@@ -36,6 +36,7 @@ def shared_shrink(x: Tensor, loras: Sequence[LoRA | None]) -> list[Tensor | None
     s: list[Tensor | None] = [None] * len(loras)
     shared = [(i, lora.A) for i, lora in enumerate(loras) if lora is not None and lora.p == 0.0]
     ranks = [A.shape[0] for _, A in shared]
+    # one read of x for all of them, if it saves more than copying the A's costs
     if joins_shrinks(x.shape[0], ranks):
         joint = low_rank.shrink(x, torch.cat([A for _, A in shared]))
         for (i, _), part in zip(shared, joint.split(ranks, dim=1), strict=True):
@@ -73,6 +74,7 @@ def shared_grads(
             parts = grads.split([lora.A.shape[0] for lora in adapters])
             for i, lora, part in zip(shared, adapters, parts, strict=True):
                 dA[i] = cast(part, lora.A.dtype)
+    # an adapter with dropout has its own mask, and therefore its own products
     for i, lora in enumerate(loras):
         if lora is None or ds[i] is None or lora.p == 0.0:
             continue
@@ -101,6 +103,7 @@ class LoRAQKV(torch.autograd.Function):
         ctx.recompute_x, x_parts = recompute.saved_for(x, any(needs[2 * count : 3 * count]))
         ctx.save_for_backward(*weights, *As, *Bs, *s, *x_parts)
         ctx.call, ctx.shape = call, x.shape
+        # an output that was not used has no gradient, so backward can skip it
         ctx.set_materialize_grads(False)
         return tuple(unflatten(y, x.shape) for y in ys)
 

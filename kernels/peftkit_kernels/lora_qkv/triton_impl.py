@@ -133,12 +133,14 @@ def backward(
         ss = members_of(joint, loras, groups, 1)
     ds = joint_like(present[0], present[0].shape[:-1].numel(), loras)
     for members, part in zip(groups, ds, strict=True):
+        # no pass writes the columns of an output without gradient, but the passes over the group read them
         if any(dys[i] is None for i in members):
             part.zero_()
     needed = with_gaps(needs_B, adapted, len(loras))
     dB = grads_at_output(
         flat, ss, members_of(ds, loras, groups, 1), loras, needed, needs_x or needs_A
     )
+    # the updates before the products: the GEMMs then add to dx in place
     dx = add_updates(None, ds, loras, groups, dtype) if needs_x else None
     if needs_x:
         for dy, W in _products(flat, [cast(weight, dtype) for weight in weights]):

@@ -18,7 +18,7 @@ def obstacle(rank: int, itemsize: int) -> str | None:
     """Why the gate's kernels cannot compute adapters of this rank, or ``None``."""
     if itemsize == 4 and rank > _MAX_FLOAT32_RANK:
         return (
-            f"the rank is {rank} in float32; the gate's kernels keep a tile of each adapter in registers, "
+            f"the rank is {rank} in float32; the gate's kernels hold all ranks of each adapter in registers, "
             f"up to {_MAX_FLOAT32_RANK}"
         )
     return None

@@ -73,6 +73,7 @@ class LoRASwiGLUMLP(torch.autograd.Function):
         d_gate, d_up, h = gate_backward(dh, gate, up, ctx.call.act)
         if needs[8]:
             dA[2] = low_rank.grad_a(ds[2], h, As[2].dtype, loras[2].p, loras[2].seed)
+        # only dA of the down projection needs h; free it before the other gradients are computed
         del h
         grads_at_output(0, d_gate)
         grads_at_output(1, d_up)

@@ -24,7 +24,7 @@ from peftkit_kernels.views import as_one_view
 
 Tensors = Sequence[Tensor | None]
 DOWN = 2
-"""Index of the down projection; gate and up come before it and share their input."""
+"""Index of the down projection; gate and up have the indices before it and share their input."""
 
 
 def forward(

@@ -27,6 +27,7 @@ def group(loras: Sequence[LoRA | None]) -> Groups:
             continue
         key = (lora.p, lora.seed if lora.p else 0, lora.A.dtype)
         members = open_groups.get(key)
+        # a group that is full is replaced by a new one with the same key
         if members is None or rank_of(loras, members) + lora.A.shape[0] > MAX_RANK:
             members = open_groups[key] = []
             found.append(members)

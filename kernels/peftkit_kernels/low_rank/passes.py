@@ -63,6 +63,7 @@ def shrink(
     steps = cdiv(cdiv(K, c.block_k), c.splits)
     splits = cdiv(cdiv(K, c.block_k), steps)
     s = A.new_empty(M, R) if out is None else out
+    # programs that share K write float32 partial sums, which are then added in a fixed order
     partial = s if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
     launch(
         _kernels().shrink_kernel,
@@ -248,6 +249,7 @@ def _tall(
         mixed=s.dtype is not x.dtype,
     )
     chunks, blocks = cdiv(M, c.chunk_m), cdiv(C, c.block_c)
+    # g has one partial sum for each chunk of rows, p one for each block of columns
     g = g_out if chunks == 1 else x.new_empty(chunks, R, C, dtype=torch.float32)
     partial_p = p_out
     if p_out is not None and blocks > 1:
