@@ -306,7 +306,7 @@ def test_codes_may_have_any_strides(layout):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"q": torch.ones(N, 33)}, r"q is a Tensor; this op takes Int8Weight"),
+        ({"q": torch.ones(N, 33)}, r"q is a Tensor; it must be of type Int8Weight"),
         ({"q": quantize_int8(torch.ones(N, 32))}, r"q has shape \(29, 32\) and x \(3, 33\)"),
         ({"bias": torch.zeros(28)}, r"bias has shape \(28,\)"),
         ({"lora": LoRA(torch.ones(4, 32), torch.ones(N, 4), 1.0)}, r"lora: A \(4, 32\)"),
