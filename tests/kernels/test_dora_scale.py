@@ -166,7 +166,10 @@ def test_native_and_torch_passes_agree(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"magnitude": torch.zeros(28)}, r"scale.magnitude has shape \(28,\); for z .* must be \[29\]"),
+        (
+            {"magnitude": torch.zeros(28)},
+            r"scale.magnitude has shape \(28,\); for z .* must be \[29\]",
+        ),
         ({"bias": torch.zeros(28)}, r"scale.bias has shape \(28,\)"),
         ({"norm": None}, "scale has only a magnitude or only a norm"),
         ({"norm": torch.ones(29, requires_grad=True)}, r"norm requires a gradient.*norm.detach"),

@@ -1,4 +1,4 @@
-"""Compile recorded launches for GPUs that this machine need not have, and read the machine code.
+"""Compile recorded launches for GPUs that need not be present, and read the machine code.
 
     with recording(Target("cuda:90", 132)) as launches:
         lora_linear(...)                                # on meta tensors

@@ -1,4 +1,4 @@
-"""Predicted times of the ops on GPUs that this machine need not have, compared with eager torch and with the frozen layer alone.
+"""Predicted times of the ops on GPUs that need not be present, compared with eager torch and with the frozen layer alone.
 
 An op is a list of kernels: the launches that it makes at these sizes on that GPU, recorded on meta tensors, and the torch ops
 between them. Eager torch is the list of its aten ops. The time of a kernel is the longer of the times for its products and for
