@@ -1,7 +1,6 @@
-"""Fine-tune pretrained Hugging Face models on one machine: LoRA that is still PEFT's, with less work.
+"""Fine-tune pretrained Hugging Face models on one machine, with fused kernels for PEFT's LoRA layers.
 
-The public names below are loaded when first used, so that ``import peftkit`` loads neither torch nor
-transformers.
+Each public name is imported at its first use, so that ``import peftkit`` imports neither torch nor transformers.
 """
 
 from importlib import import_module

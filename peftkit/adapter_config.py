@@ -1,4 +1,4 @@
-"""Values of an ``adapter_config.json`` that cannot work, named before PEFT meets them."""
+"""Check the values of an ``adapter_config.json`` before PEFT uses them, so that errors name the file and the field."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_values(file: Path, written: dict[str, Any]) -> None:
         written: Its content.
 
     Raises:
-        ContractError: It names the file, the field and its value.
+        ContractError: A value cannot work. The message names the file, the field and its value.
     """
     for name, rank in _entries(written, "r", "rank_pattern"):
         # OFT writes r=0 if the size of its blocks is given.
@@ -35,12 +35,12 @@ def check_values(file: Path, written: dict[str, Any]) -> None:
     for factor in _FACTORS:
         for name, value in _entries(written, factor, "alpha_pattern"):
             if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise _wrong(file, name, value, "it is a factor, so it must be a number")
+                raise _wrong(file, name, value, "it is a factor, so the value must be a number")
     for name, value in written.items():
         if not name.endswith("dropout") or value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise _wrong(file, name, value, "it is a probability, so it must be from 0 to 1")
+            raise _wrong(file, name, value, "it is a probability, so the value must be from 0 to 1")
     for name in _EXPRESSIONS:
         value = written.get(name)
         if not isinstance(value, str):
@@ -52,7 +52,7 @@ def check_values(file: Path, written: dict[str, Any]) -> None:
                 file,
                 name,
                 value,
-                f"a string is a regular expression there, and this is none ({error})",
+                f"a string must be a regular expression, but this is not a valid one ({error})",
             ) from error
 
 
@@ -62,10 +62,10 @@ def check_sizes(file: Path, written: dict[str, Any], numbers: int) -> None:
     Args:
         file: Where the config was read, for the message.
         written: Its content.
-        numbers: How many numbers the checkpoint holds.
+        numbers: Number of elements in all tensors of the checkpoint.
 
     Raises:
-        ContractError: It names the file, the field and its value.
+        ContractError: A size is too large. The message names the file, the field and its value.
     """
     for name, value in _integers(written):
         if value > max(numbers, _ALWAYS_PLAUSIBLE) and not _NOT_SIZES.search(name):
@@ -73,24 +73,24 @@ def check_sizes(file: Path, written: dict[str, Any], numbers: int) -> None:
                 file,
                 name,
                 value,
-                f"the weights beside it hold {numbers} numbers in all, so they cannot have that size",
+                f"the weights have only {numbers} elements in all, so no tensor can have this size",
             )
 
 
 def largest_size(written: dict[str, Any]) -> int:
-    """The largest integer of a config that may be the size of something."""
+    """Return the largest integer in a config that may be a size."""
     return max((v for name, v in _integers(written) if not _NOT_SIZES.search(name)), default=0)
 
 
 def ranks(written: dict[str, Any]) -> set[int]:
-    """The ranks that a LoRA config gives to its layers; empty for other methods."""
+    """Return the ranks in a LoRA config; empty for other methods."""
     if written.get("peft_type") != "LORA":
         return set()
     return {rank for _, rank in _entries(written, "r", "rank_pattern")}
 
 
 def odd_fields(kind: type, written: dict[str, Any]) -> list[str]:
-    """Fields whose values are not of the type that a config class declares, as ``name=value, and PEFT expects type``."""
+    """Return the fields whose values do not have the declared type, as ``name=value: PEFT expects type``."""
     try:
         hints = typing.get_type_hints(kind)
     except (NameError, TypeError):  # a type that can only be resolved while type checking
@@ -103,7 +103,7 @@ def odd_fields(kind: type, written: dict[str, Any]) -> list[str]:
 
 
 def _entries(written: dict[str, Any], field: str, pattern: str) -> Iterator[tuple[str, Any]]:
-    """A field, and the values that a pattern gives to single modules instead."""
+    """Yield a field, then the values that a pattern sets for single modules."""
     if field in written:
         yield field, written[field]
     by_module = written.get(pattern)
@@ -129,7 +129,7 @@ def _wrong(file: Path, name: str, value: Any, why: str) -> ContractError:
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON may stand for a type; types that are not known here accept anything."""
+    """Whether a value read from JSON can have the declared type. Any value matches a type that is not handled."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_matches(value, arg) for arg in args)

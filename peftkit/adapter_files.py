@@ -1,4 +1,4 @@
-"""The files of an adapter's folder: its config and its tensors, read with errors that name the file and a way out."""
+"""Read the config and the tensors of an adapter's folder. Errors name the file and say what to do."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def require_model(model: Any, path: Any, call: str) -> None:
         call: How the call should look, for the message: ``"load_adapter(model, path)"``.
 
     Raises:
-        ContractError: One of them is something else, or they are swapped.
+        ContractError: One of them has another type, or the two arguments are swapped.
     """
     if isinstance(model, (str, os.PathLike)) and isinstance(path, nn.Module):
         raise ContractError(
@@ -97,15 +97,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ContractError(f"{file} is a folder, not a file; save the adapter again")
     if not _is("file", file):
         with reading(file):
-            held = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+            content = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
         raise ContractError(
-            f"{file} does not exist; path must be a folder written by save_pretrained of a PeftModel (it holds {held})"
+            f"{file} does not exist; path must be a folder written by save_pretrained of a PeftModel (it holds {content})"
         )
     with reading(file):
         size = file.stat().st_size
         if size > _MAX_CONFIG_BYTES:
             raise ContractError(
-                f"{file} has {size / 2**20:.0f} MiB, and a config has some KiB; it is another file, save the adapter again"
+                f"{file} has {size / 2**20:.0f} MiB, but a config has a few KiB; it is another file, save the adapter again"
             )
         content = file.read_bytes()
     return _parse(file, content)
@@ -154,10 +154,10 @@ def _require_finite(file: Path, config: dict[str, Any]) -> None:
 
 
 def weights_file(folder: Path, names: Collection[str]) -> Path:
-    """The first of these files that a folder holds.
+    """Return the first of these files that exists in a folder.
 
     Raises:
-        ContractError: It holds none of them, or one that is a folder.
+        ContractError: None of them exists, or the first one is a folder.
     """
     file = next((folder / name for name in names if _exists(folder / name)), None)
     if file is None:
@@ -170,14 +170,15 @@ def weights_file(folder: Path, names: Collection[str]) -> Path:
 
 
 def read_tensors(file: Path, load: Callable[[], Any]) -> dict[str, Tensor]:
-    """Load tensors and check that they are tensors of finite numbers.
+    """Load tensors, and check that all values are finite.
 
     Args:
-        file: The file that ``load`` reads; looked at first.
+        file: The file that ``load`` reads.
         load: Returns the tensors by name, on the CPU.
 
     Raises:
-        ContractError: The file contains code or cannot be read, or holds something else, nothing, or NaN or infinite values.
+        ContractError: The file contains code, cannot be read, has no tensors or other objects than tensors, or has NaN or
+            infinite values.
     """
     with reading(file):
         with file.open("rb") as stream:
@@ -192,13 +193,13 @@ def read_tensors(file: Path, load: Callable[[], Any]) -> dict[str, Tensor]:
             code = [] if file.suffix == ".safetensors" else _code(file)
             if code:
                 raise ContractError(
-                    f"{file} contains code ({', '.join(code[:3])}), which would run when the file is loaded; it was not loaded. "
-                    "Ask its author for a .safetensors file, which holds tensors alone."
+                    f"{file} contains code ({', '.join(code[:3])}), which would run when the file is loaded; it was not "
+                    "loaded. Ask its author for a .safetensors file, which can only hold tensors."
                 ) from error
             raise
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ContractError(
-            f"{file} holds something else than named tensors; save the adapter again"
+            f"{file} holds other objects than named tensors; save the adapter again"
         )
     if not tensors:
         raise ContractError(f"{file} holds no tensors; save the adapter again")
@@ -213,7 +214,7 @@ def read_tensors(file: Path, load: Callable[[], Any]) -> dict[str, Tensor]:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn whatever a reader raises into a ``ContractError`` that names the file."""
+    """Convert every error of a reader to a ``ContractError`` that names the file."""
     try:
         yield
     except ContractError:
@@ -235,7 +236,7 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def _code(file: Path) -> list[str]:
-    """The functions and classes that unpickling this file would import, apart from those that rebuild tensors."""
+    """Return the functions and classes that unpickling this file would import, except those that rebuild tensors."""
     names: list[str] = []
     with file.open("rb") as stream:
         if zipfile.is_zipfile(stream):
@@ -251,7 +252,7 @@ def _code(file: Path) -> list[str]:
 
 
 def _imports(stream: IO[bytes]) -> list[str]:
-    """The names that a stream of pickles imports, up to the first byte that is not part of one."""
+    """Return the names that a stream of pickles imports, up to the first byte that is not part of a pickle."""
     names: list[str] = []
     strings: list[str] = []
     with suppress(ValueError, KeyError, IndexError, UnicodeDecodeError):

@@ -1,7 +1,8 @@
-"""Attention modules that ask transformers for another function than their model's config says.
+"""Run another attention function in a single module than the one that the model's config names.
 
-transformers looks the function up by ``self.config._attn_implementation``. A module of such a class sees a config that reads
-the same but for that one name, so masks, ``generate`` and the model's own config still say what they said.
+transformers finds the function by ``self.config._attn_implementation``. The classes here replace ``self.config`` of an
+attention module by a proxy in which only this name differs. The model's own config is unchanged, so masks and ``generate`` are
+unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ NATIVE = "peftkit_sdpa"
 
 
 class _Config:
-    """A config as one attention module sees it."""
+    """A proxy of the model's config for one attention module."""
 
     def __init__(self, module: OwnAttention):
         object.__setattr__(self, "_module", module)
@@ -33,17 +34,17 @@ class _Config:
 
 
 class OwnAttention(nn.Module):
-    """Base of what is mixed into an attention module's own class; the mixins combine in any order."""
+    """Base of the classes that are mixed into the class of an attention module. They can be combined in any order."""
 
     peftkit_renames: ClassVar[dict[str, str]] = {}
-    """Functions that are replaced: the model's name for one, and ours."""
+    """Attention functions to replace: the name in the model's config, and the name of peftkit's function."""
 
     peftkit_dispatch: ClassVar[str | None] = None
-    """A function that stands around whichever it is."""
+    """Name of a function that transformers calls instead; it calls ``peftkit_function`` itself."""
 
     @property
     def config(self) -> Any:
-        """The module's config, read through."""
+        """A proxy of the module's config."""
         return _Config(self)
 
     @config.setter
@@ -51,13 +52,16 @@ class OwnAttention(nn.Module):
         self.__dict__["config"] = value
 
     def peftkit_function(self) -> Any:
-        """Name of the function that computes the attention, replacements applied."""
+        """Return the name of the function that computes the attention, after ``peftkit_renames``."""
         name = self.__dict__["config"]._attn_implementation
         return self.peftkit_renames.get(name, name)
 
 
 class Undispatched:
-    """An attention module as seen by functions that read their own name in its config: flash attention loads its kernel by it."""
+    """An attention module with the model's own config, for functions that read their name in it.
+
+    Flash attention, for example, loads its kernel by this name.
+    """
 
     def __init__(self, module: OwnAttention):
         self.peftkit_module = module
@@ -68,7 +72,7 @@ class Undispatched:
 
 
 def dispatches(module: nn.Module) -> bool:
-    """Whether the module's own forward asks transformers' registry for the attention function."""
+    """Whether the module's own forward gets its attention function from transformers' registry."""
     forward = inspect.unwrap(type(module).forward)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     return "ALL_ATTENTION_FUNCTIONS" in names and "config" in module.__dict__

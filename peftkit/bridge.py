@@ -1,8 +1,8 @@
-"""Prefixes, bottlenecks and their mix with LoRA as tuner types of PEFT: the only file that knows PEFT's tuner machinery.
+"""Prefixes, bottlenecks and their mix with LoRA as tuner types of PEFT. Only this file depends on PEFT's tuner classes.
 
-Importing this module enters the three types in PEFT's tables, under names of our own; nothing that is there is replaced.
-``peftkit.wrap``, ``peftkit.load_adapter`` and the configs import it. A process that loads such an adapter by plain PEFT needs
-one line before: ``import peftkit.bridge``.
+Importing this module registers three new types in PEFT's tables and replaces none of PEFT's types. ``peftkit.wrap``,
+``peftkit.load_adapter`` and the configs import it. A program that loads such an adapter with plain PEFT needs the line
+``import peftkit.bridge`` first.
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ from peftkit.prefix.positions import move_positions
 
 __all__ = ["BottleneckConfig", "MixConfig", "PrefixConfig", "combine"]
 
-_NO_MERGE = "{} cannot be merged: it is not linear in the layer's input, so no weight equals it; keep the adapter, or train LoRA alone"
+_NO_MERGE = (
+    "{} cannot be merged: it is not linear in the layer's input, so no weight has the same output; keep the adapter, or train "
+    "only LoRA"
+)
 
 
 @dataclass
 class MixConfig(LoraConfig):
-    """LoRA together with a prefix, a bottleneck or both, as one adapter; made by ``wrap`` from their configs."""
+    """LoRA together with a prefix, a bottleneck or both, as one adapter. ``wrap`` makes it from their configs."""
 
     prefix_config: dict[str, Any] | None = None
     """Fields of a ``PrefixConfig``."""
@@ -57,12 +60,12 @@ class MixConfig(LoraConfig):
 
 
 def prepare(model: nn.Module, configs: tuple[Any, ...], adapter_name: str) -> PeftConfig:
-    """Check the arguments of ``wrap`` and make one complete config of them; the model and the configs stay as they were.
+    """Check the arguments of ``wrap``, and return one complete config. The model and the configs are not changed.
 
     Raises:
-        TypeError: An argument or a value in a config is of the wrong type.
+        TypeError: An argument or a value in a config has the wrong type.
         ValueError: A value is out of range, the configs do not fit together, or a config does not fit the model.
-        ContractError: An entry of a config matches nothing, or a head has to be trained that PEFT cannot train.
+        ContractError: An entry of a config matches nothing, or PEFT cannot train a head that has to be trained.
     """
     check_arguments(model, configs, adapter_name)
     if len(configs) > 1:
@@ -73,20 +76,21 @@ def prepare(model: nn.Module, configs: tuple[Any, ...], adapter_name: str) -> Pe
 
 
 def combine(model: nn.Module, configs: tuple[Any, ...]) -> PeftConfig:
-    """Make one config of several, with the places of each found in the model; the model and the configs stay as they were.
+    """Combine several configs into one, and find the target modules of each. The model and the configs are not changed.
 
     Raises:
-        ValueError: Two configs are of one kind, one is of a kind that cannot be mixed, or their tasks differ.
+        ValueError: Two configs have the same type, a type cannot be mixed, or the tasks differ.
     """
     kinds = {LoraConfig: None, PrefixConfig: None, BottleneckConfig: None}
     for config in configs:
         if type(config) not in kinds:
             raise ValueError(
-                f"{type(config).__name__} cannot be mixed with other methods; LoraConfig, PrefixConfig and BottleneckConfig can"
+                f"{type(config).__name__} cannot be mixed with other methods; only LoraConfig, PrefixConfig and "
+                "BottleneckConfig can be mixed"
             )
         if kinds[type(config)] is not None:
             raise ValueError(
-                f"two {type(config).__name__}s: give one, and add a second adapter by model.add_adapter"
+                f"wrap got two {type(config).__name__}s; give one, and add the second adapter with model.add_adapter"
             )
         check_values(config)
         if type(config) is not LoraConfig:
@@ -98,7 +102,7 @@ def combine(model: nn.Module, configs: tuple[Any, ...]) -> PeftConfig:
         raise ValueError(
             f"the configs name different tasks ({', '.join(sorted(tasks))}); give all of them the same task_type"
         )
-    lora, own, narrow = kinds.values()
+    lora, prefix_config, bottleneck_config = kinds.values()
     mix: Any = LoraConfig(target_modules=DUMMY_TARGET_MODULES) if lora is None else lora
     mix.task_type = next(iter(tasks.values()), None)
     saved = [config.modules_to_save for config in configs if config.modules_to_save is not None]
@@ -111,22 +115,23 @@ def combine(model: nn.Module, configs: tuple[Any, ...]) -> PeftConfig:
     mix.__class__ = MixConfig
     mix.peft_type = PeftkitType.PEFTKIT_MIX
     mix.prefix_config = mix.bottleneck_config = None
-    if own is not None:
-        prefix.fill_attentions(model, own)
-        mix.prefix_config = _own_fields(own)
-    if narrow is not None:
-        bottleneck.fill_points(model, narrow)
-        mix.bottleneck_config = _own_fields(narrow)
+    if prefix_config is not None:
+        prefix.fill_attentions(model, prefix_config)
+        mix.prefix_config = _own_fields(prefix_config)
+    if bottleneck_config is not None:
+        bottleneck.fill_points(model, bottleneck_config)
+        mix.bottleneck_config = _own_fields(bottleneck_config)
     return mix
 
 
 def _own_fields(config: PeftConfig) -> dict[str, Any]:
+    """Return the fields that ``PeftConfig`` does not have."""
     shared = {field.name for field in fields(PeftConfig)} | {"modules_to_save"}
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in shared}
 
 
 class _OwnLayer(BaseTunerLayer):
-    """What PEFT asks of a tuner layer; it stands beside a module, so there is no base layer."""
+    """The interface that PEFT needs from a tuner layer. The layer is a child of the adapted module, so it has no base layer."""
 
     adapter_layer_names = ("adapters",)
     weight: Any = None
@@ -134,13 +139,13 @@ class _OwnLayer(BaseTunerLayer):
     peftkit_method: str
 
     def chosen(self: Any) -> list[nn.Module]:
-        """The active adapters, none while adapters are disabled."""
+        """Return the active adapters; none while adapters are disabled."""
         if self._disable_adapters:
             return []
         return [self.adapters[name] for name in self.active_adapters if name in self.adapters]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """There is nothing to merge into.
+        """Raise an error, because these adapters cannot be merged.
 
         Raises:
             ValueError: Always.
@@ -148,7 +153,7 @@ class _OwnLayer(BaseTunerLayer):
         raise ValueError(_NO_MERGE.format(f"a {self.peftkit_method}"))
 
     def unmerge(self) -> None:
-        """Nothing is ever merged."""
+        """Do nothing, because these adapters are never merged."""
 
 
 class BottleneckLayer(_OwnLayer, BottleneckSite):
@@ -173,8 +178,8 @@ def _place_bottleneck(model: nn.Module, config: BottleneckConfig, adapter: str, 
         bottleneck.attach(modules, name, site)
     elif (site.normed, site.source) != (options["normed"], options["source"]):
         raise ValueError(
-            f"{name} has a bottleneck that works another way (normed={site.normed}, source={site.source!r}); use the same "
-            "placement for all adapters of this model"
+            f"{name} already has a bottleneck with another placement (normed={site.normed}, source={site.source!r}); use the "
+            "same placement for all adapters of this model"
         )
     site.adapters[adapter] = bottleneck.build(module, model, config)
 
@@ -191,7 +196,7 @@ def _place_prefix(model: nn.Module, config: PrefixConfig, adapter: str, module: 
 
 
 def _write_text(model: nn.Module, config: PrefixConfig, adapter: str) -> None:
-    """Start the new prefixes from a text; not where a checkpoint is going to be read into them."""
+    """Initialise the new prefixes from the config's text, unless a checkpoint will be loaded into them."""
     modules: dict[str, Any] = {name: inner for name, _, inner in wrapped_modules(model)}
     sites: dict[str, Any] = {
         name: inner.virtual_tokens.adapters[adapter]
@@ -204,9 +209,9 @@ def _write_text(model: nn.Module, config: PrefixConfig, adapter: str) -> None:
 
 
 class _OwnTuner(BaseTuner):
-    """What the three tuners share: keys without the adapter's name, and unloading without merging."""
+    """Base of the three tuners: saved keys have no adapter name, and unloading does not merge."""
 
-    tuner_layer_cls = BaseTunerLayer  # a mix holds layers of several classes
+    tuner_layer_cls = BaseTunerLayer  # a mix has layers of several classes
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - typed by PEFT
 
     @classmethod
@@ -218,7 +223,7 @@ class _OwnTuner(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             _NO_MERGE.format("an adapter with a prefix or a bottleneck")
-            + "; unload() gives the base model back"
+            + "; unload() returns the base model"
         )
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
@@ -262,13 +267,13 @@ class PrefixTuner(_OwnTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """PEFT's injection, then the text the prefixes start from."""
+        """Run PEFT's injection, then initialise the prefixes from the config's text."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _write_text(self.model, self.peft_config[adapter_name], adapter_name)
 
 
 class MixTuner(_OwnTuner, LoraModel):
-    """LoRA, injected by PEFT, with prefixes and bottlenecks placed around it."""
+    """LoRA, injected by PEFT, together with prefixes and bottlenecks."""
 
     target_module_mapping = LoraModel.target_module_mapping
 
@@ -280,47 +285,52 @@ class MixTuner(_OwnTuner, LoraModel):
         low_cpu_mem_usage: bool = False,
         state_dict: Any = None,
     ) -> None:
-        """PEFT's injection of LoRA; bottlenecks that are there move outside of the LoRA layers that come."""
+        """Run PEFT's injection of LoRA, then add the prefixes and bottlenecks.
+
+        Bottlenecks of earlier adapters are removed first and added again to the new LoRA layers.
+        """
         config: Any = self.peft_config[adapter_name]
-        held = remove_bottlenecks(self.model)
+        earlier = remove_bottlenecks(self.model)
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
         modules = {name: outer for name, outer, _ in wrapped_modules(self.model)}
-        for name, site in held.items():
+        for name, site in earlier.items():
             bottleneck.attach(modules, name, site)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             if config.bottleneck_config is not None:
-                narrow = BottleneckConfig(**config.bottleneck_config)
-                bottleneck.fill_points(self.model, narrow)
-                for name in _named(narrow, modules):
-                    _place_bottleneck(self.model, narrow, adapter_name, name)
-            own = None
+                bottlenecks = BottleneckConfig(**config.bottleneck_config)
+                bottleneck.fill_points(self.model, bottlenecks)
+                for name in _named(bottlenecks, modules):
+                    _place_bottleneck(self.model, bottlenecks, adapter_name, name)
+            prefixes = None
             if config.prefix_config is not None:
-                own = PrefixConfig(**config.prefix_config, inference_mode=config.inference_mode)
-                prefix.fill_attentions(self.model, own)
-                for name in _named(own, modules):
+                prefixes = PrefixConfig(
+                    **config.prefix_config, inference_mode=config.inference_mode
+                )
+                prefix.fill_attentions(self.model, prefixes)
+                for name in _named(prefixes, modules):
                     prefix.require_dispatch(self.model, name, modules[name])
-                    _place_prefix(self.model, own, adapter_name, modules[name])
+                    _place_prefix(self.model, prefixes, adapter_name, modules[name])
         for module in self.model.modules():
             if isinstance(module, _OwnLayer):
                 module.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        if own is not None:
-            _write_text(self.model, own, adapter_name)
+        if prefixes is not None:
+            _write_text(self.model, prefixes, adapter_name)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Only LoRA could be averaged.
+        """Raise an error, because PEFT can only combine LoRA adapters.
 
         Raises:
             ValueError: Always.
         """
         raise ValueError(
-            "adapters with a prefix or a bottleneck cannot be averaged; train one adapter"
+            "adapters with a prefix or a bottleneck cannot be averaged, because they are not linear; train one adapter"
         )
 
 
 def _named(config: Any, modules: dict[str, nn.Module]) -> list[str]:
-    """The modules a config names, by PEFT's own rules."""
+    """Return the names of the modules that a config selects, by PEFT's own rules."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     return [name for name in modules if name and check_target_module_exists(config, name)]

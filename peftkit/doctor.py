@@ -1,4 +1,4 @@
-"""What is installed, on which device, and which path every operation takes there, with the reason."""
+"""Report the installed packages, the device, and which path each operation takes on this device and why."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ _PACKAGES = (
 
 
 def diagnose() -> dict[str, Any]:
-    """Look, and change nothing.
+    """Collect the facts that ``peftkit doctor`` shows. Nothing is changed.
 
     Returns:
-        ``environment`` (facts by name), ``packages`` (version by name, ``None`` where absent), ``warnings`` (sentences),
-        ``cpu`` (what the CPU paths use, by name) and ``operations`` (``operation``, ``path``, ``reason`` each).
+        A dictionary with ``environment`` (facts by name), ``packages`` (versions by name, ``None`` if not installed),
+        ``warnings`` (sentences), ``cpu`` (the implementation of each CPU path, by name) and ``operations`` (a list of
+        dictionaries with ``operation``, ``path`` and ``reason``).
     """
     return {
         "environment": describe_environment(),
@@ -40,7 +41,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def operations() -> list[str]:
-    """Names of the operations of ``peftkit_kernels``, as its folders are called."""
+    """Return the names of the operations of ``peftkit_kernels``, which are the names of its folders."""
     import peftkit_kernels
 
     (folder,) = map(Path, peftkit_kernels.__path__)
@@ -66,12 +67,12 @@ def _cpu_paths() -> dict[str, str]:
         "element-wise passes, attention": native.obstacle() or f"native, {native.description()}",
         "float32 products": "oneDNN" if gemm.prefers_onednn() else "the BLAS of PyTorch",
         "int8 products": "8-bit instructions" if multiplies_int8() else "as float32",
-        "GPU calibration": calibration.obstacle() or "nothing is wrong with it",
+        "GPU calibration": calibration.obstacle() or "valid",
     }
 
 
 def _path(operation: str) -> dict[str, str]:
-    """The path of one operation for bfloat16 on the GPU, or for float32 on the CPU where there is none."""
+    """Return the path of one operation, for bfloat16 on a GPU, or for float32 on the CPU if there is no GPU."""
     import torch
 
     from peftkit_kernels.dispatch import triton_obstacle
@@ -82,7 +83,7 @@ def _path(operation: str) -> dict[str, str]:
         1, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16 if on_gpu else torch.float32
     )
     obstacle = triton_obstacle(operation, x) if operation in OPS else triton_obstacle(operation)
-    # without a GPU the automatic choice is torch, even where Triton's interpreter could run
+    # without a GPU the automatic choice is torch, even if Triton's interpreter could run
     triton = on_gpu and obstacle is None
     return {
         "operation": operation,

@@ -1,4 +1,4 @@
-"""What a run ran on: the facts without which its numbers mean nothing."""
+"""Describe the machine and the library versions, for reports of measurements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def describe_environment() -> dict[str, str | int]:
-    """Processor, cores, threads, device, system and the versions that matter."""
+    """Return the device, processor, number of cores and threads, system, and library versions, by name."""
     import torch
 
     from peftkit import __version__
@@ -38,7 +38,7 @@ def _cpu_model() -> str:
 
 
 def _cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The one error of promise 3: something would have failed silently."""
+"""The error for mistakes that would otherwise fail silently, and helpers for error messages."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Collection
 
 
 class ContractError(ValueError):
-    """A fine-tuning run would have gone wrong without a word; the message names the thing and a way out."""
+    """A fine-tuning run would have failed silently. The message names the cause and a way out."""
 
 
 def count(number: int, singular: str, plural: str | None = None) -> str:
-    """A number with its noun: ``"1 entry"``, ``"2 entries"``; the plural is the singular with an "s" if it is not given."""
+    """Return a number with its noun: ``"1 entry"``, ``"2 entries"``. The default plural is the singular with an "s"."""
     return f"{number} {singular if number == 1 else plural or singular + 's'}"
 
 
 def short(value: object) -> str:
-    """``repr`` of a value in at most 60 characters."""
+    """Return the ``repr`` of a value, truncated to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def listing(names: Collection[str], shown: int = 5) -> str:
-    """The first few names on lines of their own, and how many more there are."""
+    """Return the first ``shown`` names, one per line, and the number of further names."""
     lines = [f"  {name}" for name in list(names)[:shown]]
     if len(names) > shown:
         lines.append(f"  ... and {len(names) - shown} more")

@@ -1,4 +1,4 @@
-"""LoRA+: a larger learning rate for the factor that starts at zero."""
+"""LoRA+: a larger learning rate for ``lora_B``, the factor that starts at zero."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def lora_plus_groups(
     weight_decay: float = 0.0,
     embedding_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimiser, in which every ``lora_B`` learns ``ratio`` times as fast as ``lora_A``.
+    """Make parameter groups for a torch optimiser, in which ``lora_B`` has ``ratio`` times the learning rate of ``lora_A``.
 
-    With Trainer, pass the optimiser; its scheduler then scales all groups alike::
+    With Trainer, pass the optimiser. Trainer's scheduler then scales all groups by the same factor::
 
         optimizer = torch.optim.AdamW(lora_plus_groups(model, lr=2e-4))
         Trainer(model=model, ..., optimizers=(optimizer, None)).train()
 
-    or, where Trainer should choose the optimiser's class, override ``create_optimizer``::
+    If Trainer should choose the class of the optimiser, override ``create_optimizer``::
 
         class LoraPlusTrainer(Trainer):
             def create_optimizer(self):
@@ -34,16 +34,16 @@ def lora_plus_groups(
 
     Args:
         model: A model with LoRA layers of PEFT, fused or not.
-        lr: Learning rate of ``lora_A``, and of every other trainable parameter: magnitudes, biases, heads trained as a
-            whole, prefixes and bottlenecks.
-        ratio: By how much ``lora_B`` learns faster, at least 1. The paper finds values near 16 best, together with a
-            somewhat smaller ``lr`` than without.
-        weight_decay: Of parameters with two or more axes; vectors (magnitudes, biases, norms) never decay.
-        embedding_lr: Learning rate of both factors of LoRA on embeddings; ``None`` treats them as those of linears.
+        lr: Learning rate of ``lora_A`` and of every other trainable parameter: magnitudes, biases, heads trained in full,
+            prefixes and bottlenecks.
+        ratio: Learning rate of ``lora_B`` divided by ``lr``; at least 1. In the paper values near 16 are best, together with
+            a somewhat smaller ``lr`` than plain LoRA's.
+        weight_decay: Weight decay of parameters with two or more axes. Vectors (magnitudes, biases, norms) have none.
+        embedding_lr: Learning rate of both factors of LoRA on embeddings. ``None`` uses the same rates as for linear layers.
 
     Returns:
-        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``; every trainable parameter is in exactly one, and no
-        group is empty.
+        Groups with ``name``, ``params``, ``lr`` and ``weight_decay``. Every trainable parameter is in exactly one group, and
+        no group is empty.
 
     Raises:
         ValueError: A number is out of range, or the model has no trainable ``lora_B``.
@@ -57,7 +57,7 @@ def lora_plus_groups(
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay={weight_decay} must not be negative; pass 0 for none")
     if embedding_lr is not None and not embedding_lr > 0:
-        raise ValueError(f"embedding_lr={embedding_lr} must be positive, or None")
+        raise ValueError(f"embedding_lr={embedding_lr} must be positive or None")
     kinds = _kinds(model)
     rates = {"other": lr, "lora_B": lr * ratio}
     rates |= {"embedding": lr, "embedding_B": lr * ratio}
@@ -80,13 +80,13 @@ def lora_plus_groups(
         group["params"].append(parameter)
     if not any(kind in ("lora_B", "embedding_B") for kind, _ in groups):
         raise ValueError(
-            "model has no trainable lora_B: put a LoRA adapter on it first (peftkit.wrap), or call model.set_adapter"
+            "the model has no trainable lora_B; add a LoRA adapter first (peftkit.wrap), or activate one with model.set_adapter"
         )
     return list(groups.values())
 
 
 def _kinds(model: nn.Module) -> dict[int, str]:
-    """``lora_B``, ``embedding`` or ``embedding_B`` by the identity of the parameter; what is absent is something else."""
+    """Return ``lora_B``, ``embedding`` or ``embedding_B`` by the ``id`` of the parameter. Other parameters are absent."""
     from peft.tuners.lora import LoraLayer
 
     kinds: dict[int, str] = {}

@@ -1,10 +1,10 @@
-"""The names under which our methods are known to PEFT."""
+"""The names of peftkit's methods in PEFT's tables."""
 
 from enum import Enum
 
 
 class PeftkitType(str, Enum):
-    """Stands where PEFT has a ``PeftType``: equal to its string, and its ``value`` is what ``adapter_config.json`` holds."""
+    """Used in place of PEFT's ``PeftType``. A member equals its string, and ``adapter_config.json`` has its ``value``."""
 
     PEFTKIT_BOTTLENECK = "PEFTKIT_BOTTLENECK"
     PEFTKIT_PREFIX = "PEFTKIT_PREFIX"

@@ -1,4 +1,4 @@
-"""What is in an adapter's folder, and will it load elsewhere: in PEFT, in vLLM, in a given base model."""
+"""Read what an adapter's folder contains, and check whether it loads in PEFT, in vLLM, and into a given base model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Target = Literal["peft", "vllm"]
 TARGETS: tuple[Target, ...] = ("peft", "vllm")
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What ``--max-lora-rank`` can be; an adapter's rank may be anything up to it (16 where it is not given).
+"""The values that vLLM allows for ``--max-lora-rank``. An adapter's rank can be any number up to this value (default: 16).
 
 Source: https://docs.vllm.ai/en/latest/api/vllm/config/lora/ (MaxLoRARanks).
 """
@@ -38,20 +38,20 @@ _ROLE = re.compile(
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What a folder holds.
+    """The content of an adapter's folder.
 
     Attributes:
-        folder: Where it is.
-        written_by: ``PEFT`` (peftkit included) or ``AdapterHub``.
+        folder: The folder.
+        written_by: ``PEFT`` (also for adapters saved by peftkit) or ``AdapterHub``.
         method: Name of the method, such as ``LORA``, ``DORA`` or ``PEFTKIT_MIX``.
-        trained_on: The base model's name or path, where it is written down.
-        shapes: Of the tensors, by key.
+        trained_on: The base model's name or path, or ``None`` if the config does not record it.
+        shapes: Shapes of the tensors, by key.
         dtypes: Number of tensors by dtype.
-        sizes: How often each size occurs, by kind: ``rank``, ``bottleneck size``, ``virtual tokens``.
-        modules: How many modules of each name are adapted.
-        parameters: Numbers in all tensors.
+        sizes: Number of occurrences of each size, by kind: ``rank``, ``bottleneck size``, ``virtual tokens``.
+        modules: Number of adapted modules, by the last part of their names.
+        parameters: Number of elements in all tensors.
         size_bytes: Size of the file with the tensors.
-        config: ``adapter_config.json``.
+        config: Content of ``adapter_config.json``.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ class AdapterFacts:
     config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as plain data; shapes as lists."""
+        """Return the facts as data for JSON: shapes are lists, and the folder is a string."""
         return {
             **vars(self),
             "folder": str(self.folder),
@@ -77,12 +77,12 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether an adapter loads somewhere.
+    """Whether an adapter loads in a library.
 
     Attributes:
-        target: Where.
-        problems: Why it does not, or would compute something else; empty where it does.
-        notes: What has to be done or known for it.
+        target: The library.
+        problems: Why the adapter does not load, or would have other outputs. Empty if it loads.
+        notes: What the user has to do or know.
     """
 
     target: Target
@@ -91,7 +91,10 @@ class Fit:
 
 
 def inspect_adapter(path: str | Path) -> AdapterFacts:
-    """Read what an adapter's folder holds, of PEFT, peftkit or AdapterHub.
+    """Read an adapter's folder saved by PEFT, peftkit or AdapterHub.
+
+    Args:
+        path: The folder.
 
     Raises:
         ContractError: A file is missing or cannot be read, or a tensor is not finite.
@@ -101,7 +104,8 @@ def inspect_adapter(path: str | Path) -> AdapterFacts:
     theirs = "peft_type" not in config and isinstance(config.get("config"), dict)
     if not theirs and "peft_type" not in config:
         raise ContractError(
-            f"{path}/adapter_config.json has neither peft_type (PEFT) nor config (AdapterHub): it is no adapter known here"
+            f"{path}/adapter_config.json has neither the field peft_type (PEFT) nor the field config (AdapterHub); pass a "
+            "folder saved by PEFT, peftkit or AdapterHub"
         )
     method = (config["config"].get("architecture") or "bottleneck") if theirs else _method(config)
     return AdapterFacts(
@@ -120,22 +124,24 @@ def inspect_adapter(path: str | Path) -> AdapterFacts:
 
 
 def fit(facts: AdapterFacts, target: Target = "peft", base: str | None = None) -> Fit:
-    """Judge whether an adapter loads in ``target``, and into a base model if one is given.
+    """Check whether an adapter loads in ``target``, and into a base model if one is given.
 
     Args:
-        facts: From ``inspect_adapter``.
+        facts: The result of ``inspect_adapter``.
         target: ``peft`` or ``vllm``.
-        base: A folder or hub id; its config is read, and its modules are made without weights.
+        base: Folder or hub id of a base model. Only its config is read; the model is built without weights.
 
     Raises:
-        ValueError: The target is unknown, or ``base`` has no config that transformers knows.
+        ValueError: The target is unknown, or transformers does not know the config of ``base``.
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r} is unknown; use one of {', '.join(TARGETS)}")
     if facts.written_by == "AdapterHub":
-        way_out = "read it by peftkit.import_adapter, and save the result"
+        way_out = "import it with peftkit.import_adapter, and save the result"
         return Fit(
-            target, (f"it is in AdapterHub's format, which {target} does not read; {way_out}",), ()
+            target,
+            (f"it is in AdapterHub's format, which {target} cannot read; {way_out}",),
+            (),
         )
     problems, notes = (_peft if target == "peft" else _vllm)(facts)
     if base is not None and not problems:
@@ -145,7 +151,7 @@ def fit(facts: AdapterFacts, target: Target = "peft", base: str | None = None) -
             problems.append(str(error))
     if base is None:
         notes.append(
-            "not compared with a base model; pass base (--base) to see whether every key has its place"
+            "not compared with a base model; pass base (--base) to check whether every key exists in this model"
         )
     return Fit(target, tuple(problems), tuple(notes))
 
@@ -155,8 +161,11 @@ def _method(config: dict[str, Any]) -> str:
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, dict[int, int]]:
-    """The sizes that a user chooses, read from the tensors; the config's rank where experts share one tensor."""
-    found: dict[str, Counter[int]] = {}
+    """Count the ranks, bottleneck sizes and virtual tokens of the tensors.
+
+    If experts share one tensor, the rank is read from the config.
+    """
+    sizes: dict[str, Counter[int]] = {}
     stacked = checkpoint.config.get("target_parameters")
     for key, tensor in checkpoint.tensors.items():
         kind = None
@@ -164,14 +173,14 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, dict[int, int]]:
             kind, size = "rank", checkpoint.config.get("r") if stacked else tensor.shape[0]
         elif re.search(r"\.(bottleneck\.adapters\.down|adapter_down\.\d)\.weight$", key):
             kind, size = "bottleneck size", tensor.shape[0]
-            kind = kind if tensor.ndim == 2 else None  # a norm in front of it is a vector
+            kind = kind if tensor.ndim == 2 else None  # the weight of a norm is a vector
         elif key.endswith(".virtual_tokens.adapters.key"):
             kind, size = "virtual tokens", tensor.shape[1]
         elif key == "prompt_embeddings":
             kind, size = "virtual tokens", tensor.shape[0]
         if kind is not None:
-            found.setdefault(kind, Counter())[size] += 1
-    return {kind: dict(sorted(counter.items())) for kind, counter in found.items()}
+            sizes.setdefault(kind, Counter())[size] += 1
+    return {kind: dict(sorted(counter.items())) for kind, counter in sizes.items()}
 
 
 def _modules(tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -184,13 +193,13 @@ def _peft(facts: AdapterFacts) -> tuple[list[str], list[str]]:
     problems, notes = [], []
     kind = facts.config["peft_type"]
     if kind in {own.value for own in PeftkitType}:
-        notes.append(f"the process that loads it needs one line before: {_BRIDGE}")
+        notes.append(f"a program that loads it with PEFT needs this line first: {_BRIDGE}")
     elif kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         problems.append(f"peft_type={kind!r} is unknown to the installed PEFT; upgrade peft")
     written, here = _version(facts.config.get("peft_version")), _version(_installed())
     if written and here and written > here:
         notes.append(
-            f"it was written by PEFT {written}, and {here} is installed, which ignores fields it does not know"
+            f"it was saved by PEFT {written}; the installed PEFT {here} ignores config fields that it does not know"
         )
     return problems, notes
 
@@ -198,20 +207,20 @@ def _peft(facts: AdapterFacts) -> tuple[list[str], list[str]]:
 def _vllm(facts: AdapterFacts) -> tuple[list[str], list[str]]:
     config = facts.config
     if config["peft_type"] != "LORA":
-        why = f"vLLM loads LoRA adapters only, and this is {config['peft_type']} ({_VLLM_CONFIG})"
+        why = f"vLLM loads only LoRA adapters, but this adapter is {config['peft_type']} ({_VLLM_CONFIG})"
         return [why], []
     problems, notes = [], []
     for field, harmless, what in (
         ("use_dora", (False, None), "does not yet support DoRA"),
         ("modules_to_save", (None, []), "only supports modules_to_save being None"),
-        ("bias", ("none", None), "supports no trained biases"),
-        ("lora_bias", (False, None), "supports no biases in LoRA layers"),
-        ("layer_replication", (None, []), "does not repeat layers of the base"),
-        ("trainable_token_indices", (None, [], {}), "does not train single tokens"),
+        ("bias", ("none", None), "does not support trained biases"),
+        ("lora_bias", (False, None), "does not support biases in LoRA layers"),
+        ("layer_replication", (None, []), "does not repeat layers of the base model"),
+        ("trainable_token_indices", (None, [], {}), "does not support trained tokens"),
         (
             "alora_invocation_tokens",
             (None, []),
-            "does not read aLoRA's fields, and would apply it everywhere",
+            "does not read aLoRA's fields, and would apply the adapter to all tokens",
         ),
     ):
         if config.get(field) not in harmless:
@@ -219,19 +228,21 @@ def _vllm(facts: AdapterFacts) -> tuple[list[str], list[str]]:
     for field in ("rank_pattern", "alpha_pattern"):
         if config.get(field):
             problems.append(
-                f"{field} is set: vLLM scales every module by the lora_alpha and r of the whole config, so these modules would "
-                f"compute something else ({_VLLM_CONFIG})"
+                f"{field} is set: vLLM scales every module by the config's lora_alpha and r, so the outputs of these modules "
+                f"would differ ({_VLLM_CONFIG})"
             )
     rank = max(facts.sizes.get("rank", {config.get("r", 0): 1}))
     setting = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
     if setting is None:
-        problems.append(f"rank {rank}: vLLM's --max-lora-rank ends at {VLLM_RANKS[-1]}")
+        problems.append(
+            f"rank {rank}: the largest value of vLLM's --max-lora-rank is {VLLM_RANKS[-1]}"
+        )
     elif rank > VLLM_DEFAULT_RANK:
         notes.append(f"rank {rank}: start vLLM with --max-lora-rank {setting} or more")
     wide = [key for key, shape in facts.shapes.items() if "lora_" in key and len(shape) > 2]
     if wide:
         problems.append(
-            f"{wide[0]} is a convolution's; vLLM adapts linear layers ({_VLLM_WEIGHTS})"
+            f"{wide[0]} belongs to a convolution, but vLLM only adapts linear layers ({_VLLM_WEIGHTS})"
         )
     known = re.compile(r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$")
     odd = [key for key in facts.shapes if not known.search(key)]
@@ -240,21 +251,21 @@ def _vllm(facts: AdapterFacts) -> tuple[list[str], list[str]]:
             f"vLLM does not read {count(len(odd), 'key')}, such as {odd[0]} ({_VLLM_WEIGHTS})"
         )
     if any("lora_embedding_" in key for key in facts.shapes):
-        notes.append("it adapts an embedding, which vLLM does for those models that declare it")
+        notes.append("it adapts an embedding, which vLLM supports only for some models")
     if config.get("target_parameters"):
-        notes.append("it adapts stacked experts, which vLLM does for some mixtures of experts")
+        notes.append("it adapts stacked experts, which vLLM supports only for some models")
     if config.get("trainable_token_indices") is None and "float32" in facts.dtypes:
         notes.append(
-            "it is float32; vLLM casts it to --lora-dtype, which is the base model's dtype where not given"
+            "it is float32; vLLM casts it to --lora-dtype (default: the dtype of the base model)"
         )
     notes.append(
-        f"whether the base model's class takes LoRA in vLLM is in its table of models: {_VLLM_MODELS}"
+        f"vLLM's table of models shows whether it supports LoRA for the base model: {_VLLM_MODELS}"
     )
     return problems, notes
 
 
 def _without_weights(base: str, facts: AdapterFacts) -> Any:
-    """The base model on the meta device, with the head the adapter was trained with."""
+    """Build the base model on the meta device, with a head of the size that the adapter was trained with."""
     import transformers
 
     try:

@@ -16,9 +16,9 @@ _ATOMS = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dty
 
 @contextmanager
 def restoring(model: nn.Module, *, copy_values: bool = False) -> Iterator[None]:
-    """Run the block; if it raises, put the model back and let the exception through.
+    """Run the block. If it raises an error, restore the model and re-raise the error.
 
-    Restored are, with their identities: submodules, classes, attributes and their order, hooks, parameters and buffers with
+    The same objects are restored: submodules, classes, attributes and their order, hooks, parameters and buffers with
     ``requires_grad``, ``grad`` and ``training``, the content of lists, sets and dictionaries on modules, the fields of configs
     (``model.config``, ``peft_config``), and torch's random state. A tensor that was given other storage (``tensor.data = ...``)
     gets its own storage back. Values that were changed in place are restored only with ``copy_values``.
@@ -26,9 +26,9 @@ def restoring(model: nn.Module, *, copy_values: bool = False) -> Iterator[None]:
     The cost is linear in the number of modules and tensors; without ``copy_values`` no tensor is copied.
 
     Args:
-        model: The model; also what it refers to through its modules' attributes.
-        copy_values: Copy every parameter and buffer first. Needed if the block may write base weights in place, which
-            ``writes_base_weights`` says of a PEFT config.
+        model: The model. Objects that its modules refer to by attributes are restored too.
+        copy_values: Copy every parameter and buffer first. Needed if the block may change base weights in place; for a PEFT
+            config, ``writes_base_weights`` returns whether it does.
     """
     before = _Snapshot(model, copy_values)
     try:
@@ -65,7 +65,7 @@ class _Snapshot:
         self._random_on_gpus = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
 
     def _record(self, value: Any, copy_values: bool) -> Any:
-        """Note the state of one object; returns the objects that it refers to."""
+        """Record the state of one object, and return the objects that it refers to."""
         if isinstance(value, Tensor):
             self._tensors.append(_TensorState(value, copy_values))
         elif isinstance(value, (dict, list, set)):
@@ -85,7 +85,7 @@ class _Snapshot:
         return ()
 
     def restore(self) -> None:
-        """Put everything back, each object by itself: none depends on another's state."""
+        """Restore every object. The order does not matter, because no object's state depends on another's."""
         for value, cls, attributes in self._objects:
             if type(value) is not cls:
                 value.__class__ = cls
@@ -134,7 +134,7 @@ class _TensorState:
         self.attributes = vars(tensor).copy()
 
     def restore(self) -> None:
-        """Put back the class, storage, copied values, flags, gradient and attributes."""
+        """Restore the class, storage, copied values, flags, gradient and attributes."""
         tensor = self.tensor
         if type(tensor) is not self.cls:
             tensor.__class__ = self.cls

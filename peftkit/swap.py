@@ -1,4 +1,4 @@
-"""A module's class exchanged for a subclass with a fused forward, and back: the one way in which peftkit changes classes."""
+"""Exchange a module's class for a subclass with a fused forward, and back. peftkit changes classes only with this file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import nn
 
 @functools.cache
 def fused_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
-    """``base`` with the forward of ``mixin``; keeps the name and module of ``base``, which others match and print."""
+    """Make a subclass of ``base`` with the forward of ``mixin``.
+
+    The subclass has the name and ``__module__`` of ``base``, because other code matches and prints them.
+    """
     members = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -22,12 +25,12 @@ def fused_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
 
 
 def swap_in(module: nn.Module, mixin: type) -> None:
-    """Give ``module`` the forward of ``mixin``, which falls back to the module's own by ``super()``."""
+    """Give ``module`` the forward of ``mixin``, which can call the module's own forward by ``super()``."""
     module.__class__ = fused_class(mixin, type(module))
 
 
 def swap_out(module: nn.Module, mixin: type) -> None:
-    """Undo ``swap_in`` of this mixin and remove what its forward kept on the module; others that were swapped in stay."""
+    """Undo ``swap_in`` of this mixin. Other mixins stay; if none is left, peftkit's attributes on the module are removed."""
     mixins, base = _parts(type(module))
     kept = [other for other in mixins if other is not mixin]
     module.__class__ = _class_of(tuple(kept), base)
@@ -37,17 +40,17 @@ def swap_out(module: nn.Module, mixin: type) -> None:
 
 
 def swapped_in(module: nn.Module) -> tuple[type, ...]:
-    """The mixins of a module, the last one first."""
+    """Return the mixins of a module, the last one swapped in first."""
     return _parts(type(module))[0]
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without what was swapped in."""
+    """Return the class of a module without its mixins."""
     return _parts(type(module))[1]
 
 
 def _parts(cls: Any) -> tuple[tuple[type, ...], type[nn.Module]]:
-    """The mixins of a class made here, the last one swapped in first, and the module's own class."""
+    """Return the mixins of a class that ``fused_class`` made, the last one swapped in first, and the module's own class."""
     mixins = []
     while "_peftkit_swap" in cls.__dict__:
         mixin, cls = cls._peftkit_swap
@@ -67,10 +70,10 @@ def _rebuild(mixins: tuple[type, ...], base: type[nn.Module]) -> nn.Module:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    # A class made at run time cannot be found by its name; name those it is made of instead.
+    # pickle cannot find a class that was made at run time by its name, so the classes that it was made of are saved instead
     state = {key: value for key, value in self.__dict__.items() if key not in CACHES}
     return _rebuild, _parts(type(self)), state
 
 
 CACHES = ("_peftkit_found", "_peftkit_storage")
-"""Attributes that are found again when missing: copies and pickles do without."""
+"""Attributes that are computed again if they are missing, so copies and pickles leave them out."""

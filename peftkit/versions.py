@@ -1,4 +1,4 @@
-"""Which releases of the libraries underneath peftkit has been tested with."""
+"""The releases of transformers and PEFT with which peftkit has been tested."""
 
 import warnings
 from importlib.metadata import version
@@ -10,7 +10,7 @@ NEWEST_TESTED = {"transformers": "5.23", "peft": "0.21"}
 
 
 def newer_than_tested() -> list[str]:
-    """Name each installed library that is newer than the newest tested one, for a person to read."""
+    """Return a phrase for each installed library that is newer than the newest tested release."""
     return [
         f"{name} {version(name)} (tested up to {newest})"
         for name, newest in NEWEST_TESTED.items()
@@ -19,7 +19,7 @@ def newer_than_tested() -> list[str]:
 
 
 def warn_if_newer_than_tested() -> None:
-    """Warn, once a process by Python's default filters, when a library is newer than any tested."""
+    """Warn if a library is newer than its newest tested release. Python's default filters show the warning once per process."""
     newer = newer_than_tested()
     if newer:
         warnings.warn(

@@ -63,7 +63,7 @@ def test_values_that_work():
 
 
 def test_sizes_beyond_the_checkpoint():
-    with _raises("r=1000000", "hold 100 numbers in all"):
+    with _raises("r=1000000", "have only 100 elements in all"):
         check_sizes(_FILE, {"r": 10**6}, 100)
     with _raises("nested['a']=1000000"):
         check_sizes(_FILE, {"nested": {"a": [1, 10**6]}}, 100)

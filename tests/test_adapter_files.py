@@ -60,7 +60,7 @@ def test_a_huge_file_is_not_read(tmp_path):
     file = tmp_path / "adapter_config.json"
     with file.open("wb") as stream:
         stream.truncate(2**25)
-    with _raises("has 32 MiB, and a config has some KiB"):
+    with _raises("has 32 MiB, but a config has a few KiB"):
         read_config(tmp_path)
 
 

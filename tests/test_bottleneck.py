@@ -260,12 +260,12 @@ def test_checkpointing_gives_the_same_gradients(name, use_reentrant, placement):
     ("fields", "message"),
     [
         ({"placement": "sideways"}, "placement='sideways' is unknown; use 'houlsby'"),
-        ({"bottleneck_size": 4, "reduction_factor": 2}, "say the same thing"),
+        ({"bottleneck_size": 4, "reduction_factor": 2}, "both set the size"),
         ({"activation": "elu"}, "activation='elu' is unknown; use one of relu"),
         ({"bottleneck_size": 0}, "bottleneck_size=0 is below 1"),
         ({"reduction_factor": 0}, "reduction_factor=0 is not above 0"),
         ({"scaling": "big"}, "scaling='big': use a number or 'learned'"),
-        ({"layers": [0, 2]}, "there is no layer 2; the model has layers 0 to 1"),
+        ({"layers": [0, 2]}, "the model has no layer 2; it has the layers 0 to 1"),
         ({"target_modules": ["mlp"]}, "'mlp' is not a module of LlamaForCausalLM"),
     ],
 )

@@ -142,7 +142,7 @@ def test_an_unknown_peft_type(saved, peft_type):
 
 _REFUSED_CONFIGS = {
     "a late failure": ({"init_lora_weights": "nope"}, ("nope",)),
-    "a rank without memory for it": ({"r": 10**12}, ("r=1000000000000: ", "numbers in all")),
+    "a rank without memory for it": ({"r": 10**12}, ("r=1000000000000: ", "elements in all")),
     "a rank of another size": ({"r": 60_000}, ("[8, 32] in the checkpoint, [60000, 32]",)),
     "one rank of a pattern": ({"rank_pattern": {"q_proj": 40_000}}, ("[40000, 32] in the model",)),
     "a wrong type": ({"rank_pattern": "q"}, ("rank_pattern='q': PEFT expects Optional[dict]",)),

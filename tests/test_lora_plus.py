@@ -116,5 +116,5 @@ def test_numbers_out_of_range(options, message):
 
 
 def test_a_model_without_adapter():
-    with pytest.raises(ValueError, match="no trainable lora_B: put a LoRA adapter on it"):
+    with pytest.raises(ValueError, match="no trainable lora_B; add a LoRA adapter first"):
         lora_plus_groups(models.tiny("llama"), lr=1e-3)

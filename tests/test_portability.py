@@ -65,7 +65,7 @@ def test_facts_of_our_own_types_and_of_others(tmp_path):
     peft.get_peft_model(models.tiny("llama"), prefix).save_pretrained(tmp_path / "prefix")
     assert inspect_adapter(tmp_path / "prefix").sizes == {"virtual tokens": {5: 1}}
     (tmp_path / "dora" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ContractError, match="it is no adapter known here"):
+    with pytest.raises(ContractError, match="pass a folder saved by PEFT, peftkit or AdapterHub"):
         inspect_adapter(tmp_path / "dora")
 
 
@@ -128,7 +128,10 @@ def test_vllm_takes_plain_lora_of_any_rank_up_to_its_limit(tmp_path, base):
     large = peft.get_peft_model(models.tiny("llama"), lora(r=VLLM_RANKS[-1] + 1))
     large.save_pretrained(tmp_path / "513")
     facts = inspect_adapter(tmp_path / "513")
-    assert "rank 513: vLLM's --max-lora-rank ends at 512" in fit(facts, "vllm").problems[0]
+    assert (
+        "rank 513: the largest value of vLLM's --max-lora-rank is 512"
+        in fit(facts, "vllm").problems[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,10 +142,13 @@ def test_vllm_takes_plain_lora_of_any_rank_up_to_its_limit(tmp_path, base):
         (lambda: lora(alpha_pattern={"q_proj": 4}), "alpha_pattern is set: vLLM scales every"),
         (lambda: lora(rank_pattern={"q_proj": 4}), "rank_pattern is set"),
         (lambda: lora(trainable_token_indices=[1]), "trainable_token_indices"),
-        (lambda: PrefixConfig(), "vLLM loads LoRA adapters only, and this is PEFTKIT_PREFIX"),
+        (
+            lambda: PrefixConfig(),
+            "vLLM loads only LoRA adapters, but this adapter is PEFTKIT_PREFIX",
+        ),
         (
             lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
-            "this is IA3",
+            "this adapter is IA3",
         ),
     ],
 )
@@ -158,7 +164,7 @@ def test_what_vllm_does_not_take_is_named(config, message, tmp_path):
 def test_biases_of_lora_layers_are_a_problem_for_vllm(tmp_path):
     folder = edit(saved(tmp_path, lora()), lora_bias=True)
     assert (
-        "lora_bias=True: vLLM supports no biases"
+        "lora_bias=True: vLLM does not support biases"
         in fit(inspect_adapter(folder), "vllm").problems[0]
     )
 
@@ -171,7 +177,7 @@ def test_keys_vllm_does_not_read_are_problems(tmp_path):
     problem = fit(inspect_adapter(folder), "vllm").problems[0]
     assert "vLLM does not read 1 key, such as base_model.model.score.weight" in problem
     save_file({"base_model.model.conv.lora_A.weight": torch.ones(8, 3, 3, 3)}, file)
-    assert "is a convolution's" in fit(inspect_adapter(folder), "vllm").problems[0]
+    assert "belongs to a convolution" in fit(inspect_adapter(folder), "vllm").problems[0]
 
 
 @pytest.mark.parametrize("target", ["peft", "vllm"])

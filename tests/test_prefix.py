@@ -27,7 +27,7 @@ MIXTURES = ("mixtral", "qwen3_moe")
 @pytest.mark.parametrize("name", REFUSING)
 def test_architectures_that_compute_attention_themselves_are_named(name):
     with pytest.raises(
-        ValueError, match=r"cannot take a KV prefix: its \w+Attention .*BottleneckConfig"
+        ValueError, match=r"cannot have a KV prefix: its \w+Attention .*BottleneckConfig"
     ):
         add_prefixes(families.family(name), PrefixConfig())
 
@@ -248,14 +248,14 @@ def test_explain_names_what_kept_a_call_from_merged_passes():
         joined = model(input_ids=ids, attention_mask=additive).logits
         assert site.peftkit_verdict() == (
             "torch",
-            "in front of the keys: its mask is torch.float32 (1, 1, 6, 6), not bool with one head",
+            "concatenated with the keys: its mask is torch.float32 (1, 1, 6, 6), not bool with one head",
         )
         model(input_ids=ids)
         assert site.peftkit_verdict() == ("fused:torch", "")
         assert same_up_to_rounding(merged, joined)
     model.set_attn_implementation("eager")
     model.model.layers[0].self_attn.virtual_tokens.joined_because = None
-    assert site.peftkit_verdict()[1] == "in front of the keys: the model's attention is eager"
+    assert site.peftkit_verdict()[1] == "concatenated with the keys: the model's attention is eager"
 
 
 def test_dropout_of_the_attention_is_drawn_over_joined_keys():
@@ -266,7 +266,7 @@ def test_dropout_of_the_attention_is_drawn_over_joined_keys():
     one, two = model(input_ids=ids).logits, model(input_ids=ids).logits
     assert not torch.equal(one, two)
     site = model.model.layers[0].self_attn.virtual_tokens
-    assert site.peftkit_verdict()[1] == "in front of the keys: attention dropout is on"
+    assert site.peftkit_verdict()[1] == "concatenated with the keys: attention dropout is on"
 
 
 def test_decoding_does_not_copy_the_cache():
@@ -361,7 +361,7 @@ def test_text_gives_the_keys_and_values_of_the_base_model():
         model, config := PrefixConfig(num_virtual_tokens=2, init="text", init_token_ids=[5])
     )
     assert len(config.target_modules) == 6
-    with pytest.raises(ValueError, match="ViTForImageClassification takes no tokens"):
+    with pytest.raises(ValueError, match="the input of ViTForImageClassification is not tokens"):
         add_prefixes(families.family("vit"), PrefixConfig(init="text", init_token_ids=[1]))
 
 
@@ -395,7 +395,7 @@ def test_other_attention_functions_are_refused_without_a_gate():
             site = model.model.layers[0].self_attn.virtual_tokens
             assert site.peftkit_verdict() == (
                 "torch",
-                "in front of the keys: the model's attention is lengths_only, whose masks would hide them: a forward raises",
+                "concatenated with the keys: the model's attention is lengths_only, whose masks would hide a prefix: a forward raises an error",
             )
             with pytest.raises(NotImplementedError, match=r"'lengths_only' attention.*gate=True"):
                 model(input_ids=torch.arange(5)[None])
@@ -406,9 +406,9 @@ def test_other_attention_functions_are_refused_without_a_gate():
     [
         ({"num_virtual_tokens": 0}, "num_virtual_tokens=0 is below 1"),
         ({"init": "zeros"}, "init='zeros' is unknown"),
-        ({"init": "text"}, "give token ids with init='text'"),
-        ({"attention": ["both"]}, "choose from encoder, decoder, cross"),
-        ({"layers": [5]}, r"no attention in layer 5; they are in layers \[0, 1\]"),
+        ({"init": "text"}, "give init_token_ids with init='text'"),
+        ({"attention": ["both"]}, "is not a list of encoder, decoder, cross"),
+        ({"layers": [5]}, r"layer 5 has no attention; the layers with attentions are \[0, 1\]"),
         ({"target_modules": ["attn"]}, "'attn' is not a module of"),
     ],
 )

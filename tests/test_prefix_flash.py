@@ -164,18 +164,21 @@ def test_each_of_packed_sequences_sees_the_prefix(told, name, gate):
 
 
 REFUSED = {
-    "a window": ({"input_ids": tokens(length=9)}, "its window of 8 tokens, less than the 9"),
+    "a window": (
+        {"input_ids": tokens(length=9)},
+        "its window of 8 tokens would hide the prefix, because the text has 9 tokens",
+    ),
     "a window of packed sequences": (
         {
             "input_ids": tokens(1, 12),
             "position_ids": torch.cat([torch.arange(3), torch.arange(9)])[None],
             "use_cache": False,
         },
-        "its window of 8 tokens, less than the 9",
+        "its window of 8 tokens would hide the prefix, because the text has 9 tokens",
     ),
     "packed sequences in rows": (
         {"input_ids": tokens(2, 6), "use_cache": False, **VARLEN},
-        "its packed sequences lie in 2 rows",
+        "its packed sequences are in 2 rows",
     ),
 }
 
@@ -198,7 +201,7 @@ def test_a_gate_is_open_to_windows():
 def test_padding_of_other_keys_than_the_queries_own_is_refused():
     module = flash_cases.use(prefixed("bart")).model.decoder.layers[0].encoder_attn
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 4, LENGTH, 8)
-    with pytest.raises(NotImplementedError, match="padding of 7 keys for that of 5 queries"):
+    with pytest.raises(NotImplementedError, match="padding of 7 keys to 5 queries"):
         prefix_attention(module, q, k, k, padded("right"), scaling=0.4)
 
 
@@ -229,7 +232,7 @@ def test_masks_aligned_to_the_first_key_are_refused(monkeypatch):
 def test_paged_keys_are_refused():
     module = flash_cases.use(prefixed("llama")).model.layers[0].self_attn
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
-    with pytest.raises(NotImplementedError, match="its keys lie in pages"):
+    with pytest.raises(NotImplementedError, match="its keys are in a paged cache"):
         prefix_attention(module, q, k, k, None, scaling=0.4, cache=object())
 
 
@@ -237,6 +240,6 @@ def test_explain_says_where_a_forward_raises():
     site = flash_cases.use(prefixed("llama")).model.layers[0].self_attn.virtual_tokens
     assert site.peftkit_verdict() == (
         "torch",
-        "in front of the keys: the model's attention is flash_attention_2, where a text longer than "
-        "a sliding window raises",
+        "concatenated with the keys: the model's attention is flash_attention_2, which raises an error "
+        "if a text is longer than a sliding window",
     )

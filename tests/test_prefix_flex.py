@@ -347,7 +347,7 @@ def test_on_the_cpu_torch_refuses_the_gradient_and_explain_says_so(written_out):
     site = model.model.layers[0].self_attn.virtual_tokens
     assert site.peftkit_verdict() == (
         "torch",
-        "in front of the keys: the model's attention is flex_attention, of which torch has no backward on the CPU",
+        "concatenated with the keys: the model's attention is flex_attention, which has no backward in torch on the CPU",
     )
     with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
         model(input_ids=tokens(9))

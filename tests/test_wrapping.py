@@ -101,7 +101,7 @@ def test_an_adapter_added_by_transformers_is_fused_now_and_later():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (lambda: (models.tiny("llama"), LoraConfig(), LoraConfig()), "two LoraConfigs: give one"),
+        (lambda: (models.tiny("llama"), LoraConfig(), LoraConfig()), "two LoraConfigs; give one"),
         (lambda: (wrap(models.tiny("llama")),), "is a PeftModel already"),
     ],
     ids=["two configs", "wrapped twice"],

@@ -1,4 +1,4 @@
-"""What the autograd functions of the ops share."""
+"""Helpers that all autograd functions of the ops use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftkit_kernels.modes import is_transformed
 
 
 def run(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``, without the time that autograd takes if no gradient can be computed.
+    """``function.apply(*args)``. If gradients are disabled, autograd is skipped to save time.
 
     Transforms (``torch.func``) and forward-mode tangents go through ``apply``, which refuses functions it has no rule for.
     """
@@ -24,13 +24,13 @@ def run(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 class _NoContext:
-    """Replaces the context of an autograd function: says that no gradient is needed, and keeps nothing."""
+    """Replaces the context of an autograd function: no input needs a gradient, and nothing is kept."""
 
     def __init__(self, count: int):
         self.needs_input_grad = (False,) * count
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Keep none of them."""
+        """Save nothing: there is no backward."""
 
     def set_materialize_grads(self, value: bool) -> None:
         """Do nothing: there is no backward."""
@@ -39,12 +39,12 @@ class _NoContext:
 def gradients_of(
     function: Callable[..., Tensor], tensors: Sequence[Tensor], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of ``function(*tensors)`` by ``tensors``, computed by autograd from a second call of the function.
+    """The gradients of ``function(*tensors)`` with respect to ``tensors``: autograd calls the function once more.
 
     Args:
-        function: Made of torch operations.
-        tensors: Its arguments, floating point; none of them is changed.
-        grad: The gradient by its result.
+        function: Consists of torch operations.
+        tensors: Its arguments, floating point. They are not changed.
+        grad: The gradient with respect to the function's result.
     """
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in tensors]
@@ -52,7 +52,7 @@ def gradients_of(
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that has no derivative: under ``create_graph=True`` its results raise an error if they are differentiated.
+    """A backward without a derivative: with ``create_graph=True``, differentiating its results raises an error.
 
     torch's decorator of the same name treats the results as constants if the incoming gradient is a constant, which would
     make a gradient penalty silently wrong. It also costs microseconds in every other backward.
@@ -71,7 +71,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        # a torch.library op has lists of tensors among its arguments
+        # the gradients of a torch.library op may be lists of tensors
         like = next(grad for grad in tree_leaves(grads) if grad is not None)
         connection = like.new_empty(0, requires_grad=True)
         leaves, structure = tree_flatten(results)
@@ -81,7 +81,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _device_under_autocast(grads: tuple[Any, ...]) -> str | None:
-    """The kind of device that the gradients are on if autocast is on for it."""
+    """The device type of the gradients if autocast is on for that type, else ``None``."""
     for grad in grads:
         if isinstance(grad, Tensor):
             kind = grad.device.type
@@ -90,7 +90,7 @@ def _device_under_autocast(grads: tuple[Any, ...]) -> str | None:
 
 
 def _op_name(ctx: Any) -> str:
-    """The name of the op of an autograd function, which is ours or was made by torch for a torch.library op."""
+    """The name of the op of an autograd function: one of this package, or one that torch generated for a torch.library op."""
     name = type(ctx).__name__.strip("_").removesuffix("Backward")
     return name.removeprefix("GeneratedBackwardFor_peftkit_").removesuffix("_default")
 

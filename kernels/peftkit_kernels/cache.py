@@ -1,8 +1,8 @@
-"""The folder where peftkit keeps files that it made for this machine, and which of its files are safe to use.
+"""The folder where peftkit keeps files that it made for this machine, and the check that a file in it is safe to use.
 
 A file from the cache runs as code or changes which code runs. So it is used only if nobody but this user and root could
-have written it. The check holds the open file and its open folder, never their names: a name could be given to another
-file between the check and the use.
+have written it. The check examines the open file and its open folder, never their names: between the check and the use
+someone could give the name to another file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _READ = os.O_RDONLY | (
 
 
 class Unsafe(Exception):
-    """A file or folder of the cache must not be used; the message is a sentence that says why."""
+    """A file or folder of the cache must not be used. The message says why, in one sentence."""
 
 
 def cache_folder() -> Path:
@@ -32,7 +32,7 @@ def cache_folder() -> Path:
     A relative ``XDG_CACHE_HOME`` is ignored, as the XDG specification demands.
 
     Raises:
-        Unsafe: Neither variable names a folder, and the user has no home folder.
+        Unsafe: ``XDG_CACHE_HOME`` is not an absolute path, and the user has no home folder.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if cache.is_absolute():
@@ -51,7 +51,7 @@ def open_file(path: Path, max_bytes: int) -> int:
 
     Args:
         path: The file. Its folder and the folder above are checked too.
-        max_bytes: The largest size that is not refused.
+        max_bytes: A larger file is refused.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -67,7 +67,7 @@ def open_file(path: Path, max_bytes: int) -> int:
             raise Unsafe(f"{path} is not a regular file")
         _check(path, facts)
         if facts.st_size > max_bytes:
-            raise Unsafe(f"{path} has {facts.st_size} bytes, more than the {max_bytes} it may have")
+            raise Unsafe(f"{path} has {facts.st_size} bytes, more than the limit of {max_bytes}")
     except Unsafe:
         os.close(file)
         raise
@@ -95,7 +95,7 @@ def write_file(path: Path, content: bytes) -> None:
 
     Args:
         path: The file; its folder must exist (``make_folder``).
-        content: What it will hold.
+        content: The new content of the file.
 
     Raises:
         OSError: The file cannot be written.
@@ -113,10 +113,10 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder of a file, if needed, so that others cannot write to it.
+    """Make a folder, if needed, that others cannot write to.
 
-    If the folder exists, belongs to this user and others can write to it, they no longer can; its files are not trusted and
-    are removed first.
+    If the folder exists and belongs to this user, but others can write to it, their permission is removed. Its files are
+    deleted first, because others could have written them.
 
     Raises:
         Unsafe: The folder, or the nearest folder above that exists, belongs to someone else or others can write to it.
@@ -143,7 +143,7 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def _open_folder(path: Path) -> Iterator[int | None]:
-    """A descriptor of a folder that, like the folder above it, only this user and root can change."""
+    """A descriptor of the folder, if only this user and root can change it and the folder above it."""
     if not _HAS_OWNERS:
         yield None
         return
@@ -163,8 +163,8 @@ def _open_folder(path: Path) -> Iterator[int | None]:
 def _check(path: Path, facts: os.stat_result, may_be_sticky: bool = True) -> None:
     """Raise ``Unsafe`` if someone other than this user and root can change the file or folder.
 
-    In a folder with the sticky bit, such as ``/tmp``, others can only make entries of their own, and each entry that is used
-    is checked too.
+    In a folder with the sticky bit, such as ``/tmp``, others can make entries of their own but cannot replace those of this
+    user. Each entry that is used is checked too.
     """
     if not _HAS_OWNERS:
         return

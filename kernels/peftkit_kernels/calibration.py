@@ -1,7 +1,7 @@
-"""Which schedule is faster at which size, as measured on a GPU and kept between processes by the name of the device.
+"""Which schedule is faster at which size: measured on a GPU and stored in a file by the name of the device.
 
-Nothing is measured unless it is asked for: ``python benchmarks/run.py kernels --calibrate`` writes the file, and the first
-launch on a GPU reads it.
+Nothing is measured unless the user requests it: ``python benchmarks/run.py kernels --calibrate`` writes the file, and the
+first launch on a GPU reads it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from typing import Any
 from peftkit_kernels import cache
 
 _MAX_BYTES = 2**16
-"""Hundreds of devices; a larger file is not read."""
-
+"""Enough for hundreds of devices; a larger file is not read."""
 
 _UNUSABLE = (ValueError, RecursionError, OSError, cache.Unsafe)
-"""What reading a file can raise; JSON that is nested too deeply is a ``RecursionError``."""
+"""The errors that reading a file can raise; JSON that is nested too deeply raises ``RecursionError``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """From which size on one schedule is faster than another.
+    """The sizes at which one schedule becomes faster than another.
 
     Attributes:
         fused_width: Layers up to this width add the update inside the product (kernel ``gemm_lora``) instead of before it.
-        small_m: Rows up to which a quantised weight is decoded inside the product if its columns fill the GPU; ``None`` is the
-            architecture's default.
+        small_m: Up to this number of rows a quantised weight is decoded inside the product, if its columns fill the GPU.
+            ``None`` is the architecture's default.
     """
 
     fused_width: int = 2048
@@ -37,14 +36,14 @@ class Calibration:
 
 
 def load(device: str, path: Path | None = None) -> Calibration:
-    """What was measured on ``device``, or the defaults if nothing was.
+    """The calibration measured on ``device``, or the defaults if there is none.
 
-    A file that is malformed, or that someone else could have written, is ignored with a warning. One that this user may not
-    read is ignored; ``obstacle`` says so.
+    A file that is malformed, or that someone else could have written, is ignored with a warning. A file that this user may
+    not read is ignored without one; ``obstacle`` reports it.
 
     Args:
-        device: Name, as ``torch.cuda.get_device_name`` gives it.
-        path: The file; in the user's cache by default.
+        device: The name, as ``torch.cuda.get_device_name`` returns it.
+        path: The file; by default the one in the user's cache.
     """
     try:
         return _read(path).get(device, Calibration())
@@ -56,7 +55,7 @@ def load(device: str, path: Path | None = None) -> Calibration:
 
 
 def obstacle(path: Path | None = None) -> str | None:
-    """Why the file of calibrations is ignored, as a sentence; ``None`` if it is read or if there is none."""
+    """Why the calibration file is ignored, as a sentence; ``None`` if the file is used or does not exist."""
     try:
         _read(path)
     except _UNUSABLE as error:
@@ -65,7 +64,7 @@ def obstacle(path: Path | None = None) -> str | None:
 
 
 def save(device: str, calibration: Calibration, path: Path | None = None) -> Path:
-    """Keep ``calibration`` for ``device`` in the file, beside those of other devices.
+    """Store ``calibration`` for ``device`` in the file, beside those of other devices.
 
     A file that ``load`` would ignore is replaced.
 
@@ -89,7 +88,7 @@ def save(device: str, calibration: Calibration, path: Path | None = None) -> Pat
 
 
 def calibration_file() -> Path:
-    """Where calibrations are kept; raises as ``cache_folder``."""
+    """The path of the calibration file; raises as ``cache_folder``."""
     return cache.cache_folder() / "calibration.json"
 
 
@@ -98,14 +97,14 @@ def _read(path: Path | None) -> dict[str, Calibration]:
     try:
         path = path or calibration_file()
     except cache.Unsafe:
-        return {}  # without a home folder nothing was kept
+        return {}  # without a home folder nothing was stored
     if not path.exists():
         return {}
     content = cache.read_file(path, _MAX_BYTES)
     try:
         known = json.loads(content)
         if not isinstance(known, dict):
-            raise ValueError(f"it holds a {type(known).__name__}, not an object")
+            raise ValueError(f"it contains a {type(known).__name__}, not an object")
         return {device: _parse(device, values) for device, values in known.items()}
     except (ValueError, RecursionError) as error:
         raise ValueError(
@@ -117,7 +116,9 @@ def _read(path: Path | None) -> dict[str, Calibration]:
 def _parse(device: str, values: Any) -> Calibration:
     names = {field.name for field in fields(Calibration)}
     if not isinstance(values, dict) or not names.issuperset(values):
-        raise ValueError(f"the entry of {device!r} has other keys than {', '.join(sorted(names))}")
+        raise ValueError(
+            f"the entry of {device!r} must be an object with keys among {', '.join(sorted(names))}"
+        )
     for name, value in values.items():
         is_size = type(value) is int and 0 <= value < 2**31
         if not (is_size or (name == "small_m" and value is None)):

@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions. They cost well under a microsecond a tensor, so they always run."""
+"""Argument checks shared by the public functions. They take well under a microsecond for each tensor, so they always run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkit_kernels.low_rank import LoRA
 
-# Not asked in a forward: not every version of torch.compile can trace the question.
+# computed at import, because some versions of torch.compile cannot trace is_autocast_available
 _WITHOUT_AUTOCAST = frozenset(
     name for name in ("lazy", "meta", "vulkan") if not torch.amp.is_autocast_available(name)
 )
@@ -47,11 +47,11 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 def check_counts(
     weights: Sequence[object], biases: Sequence[object], loras: Sequence[object]
 ) -> None:
-    """Raise ``ValueError`` unless every linear has its entry in all three lists."""
+    """Raise ``ValueError`` unless the three lists have one entry for each linear."""
     if not len(weights) == len(biases) == len(loras):
         raise ValueError(
-            f"there are {len(weights)} weights, {len(biases)} biases and {len(loras)} loras; pass one a linear, "
-            "or None where it has no bias or no adapter"
+            f"there are {len(weights)} weights, {len(biases)} biases and {len(loras)} loras; pass one of each for "
+            "every linear, and None for a missing bias or adapter"
         )
 
 
@@ -68,7 +68,7 @@ def check_bias(bias: Tensor | None, weight: Shaped, name: str) -> None:
     """Raise ``ValueError`` unless ``bias`` is ``[N]`` for ``weight [N, K]``, or ``None``."""
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"{name} has shape {tuple(bias.shape)}; a weight {tuple(weight.shape)} takes [{weight.shape[0]}]"
+            f"{name} has shape {tuple(bias.shape)}; for a weight {tuple(weight.shape)} it must be [{weight.shape[0]}]"
         )
 
 
@@ -80,7 +80,7 @@ def check_weight(x: Tensor, weight: Tensor, name: str) -> None:
         )
     if weight.requires_grad:
         raise ValueError(
-            f"{name} requires a gradient, and this op gives it none; freeze it with requires_grad_(False)"
+            f"{name} requires a gradient, but this op does not compute one; freeze it with requires_grad_(False)"
         )
 
 

@@ -1,7 +1,7 @@
-"""Which implementation of an op runs, and the sentence saying why another one cannot.
+"""Chooses the implementation of an op, and says in a sentence why another one cannot run.
 
 ``reference`` is the definition in plain torch, differentiated by autograd. ``torch`` is the fast schedule written with torch
-ops (CPU, and GPU without Triton). ``triton`` is the GPU kernel; asking for it by name never falls back.
+ops (CPU, and GPU without Triton). ``triton`` is the GPU kernel; if it is requested by name there is no fallback.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def triton_obstacle(
     has_dot: bool = True,
     own_obstacle: str | None = None,
 ) -> str | None:
-    """Why ``op`` cannot run on Triton here, as a sentence, or ``None`` when it can.
+    """Why ``op`` cannot run on Triton with these tensors, as a sentence, or ``None`` if it can.
 
     Args:
         op: Name of the op.
-        tensors: What it would run on, its input first; none where the op has no Triton kernel.
-        rank: Of its adapters.
+        tensors: The op's arguments, its input first; none if the op has no Triton kernel.
+        rank: The largest rank of its adapters.
         has_dot: Whether its kernels multiply matrices.
-        own_obstacle: What only the op itself knows to stand in the way, as a sentence.
+        own_obstacle: A reason that only the op can know, as a sentence, or ``None``.
     """
     present = [t for t in tensors if t is not None]
     if not present:
@@ -55,13 +55,13 @@ def triton_obstacle(
     if any(t.dtype is torch.float64 for t in present):
         return "one of its tensors is torch.float64; the kernels compute in at most float32"
     if rank > MAX_RANK:
-        return f"the rank is {rank}; the kernels keep a tile of it in registers, up to {MAX_RANK}"
+        return f"the rank is {rank}; the kernels hold all ranks in registers, up to {MAX_RANK}"
     if own_obstacle is not None:
         return own_obstacle
     if x.device.type == "meta" and is_recording():
         return None
-    ask = _device_obstacle if torch.compiler.is_compiling() else _cached_device_obstacle
-    return ask(x.device.type, x.device.index, x.dtype, has_dot)
+    of_device = _device_obstacle if torch.compiler.is_compiling() else _cached_device_obstacle
+    return of_device(x.device.type, x.device.index, x.dtype, has_dot)
 
 
 def _device_obstacle(kind: str, index: int | None, dtype: torch.dtype, has_dot: bool) -> str | None:
@@ -74,7 +74,7 @@ def _device_obstacle(kind: str, index: int | None, dtype: torch.dtype, has_dot: 
         if kind == "cpu" and knobs.runtime.interpret:
             return None
         return (
-            f"its tensors are on {kind}, where Triton runs in its interpreter only "
+            f"its tensors are on {kind}, where Triton runs only in its interpreter "
             "(TRITON_INTERPRET=1, set before triton is imported)"
         )
     if torch.version.hip:
@@ -88,8 +88,8 @@ def _device_obstacle(kind: str, index: int | None, dtype: torch.dtype, has_dot: 
     return None
 
 
-# torch.compile takes the answer for a constant: what torch.compiler.assume_constant_result asks for, without importing the
-# compiler. It would look through the cache, which is for eager calls: asking takes 20 microseconds.
+# torch.compile treats the result as a constant. torch.compiler.assume_constant_result sets the same attribute, but imports
+# the compiler. The cache is only for eager calls, in which one check takes 20 microseconds; torch.compile would trace through it.
 _device_obstacle._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 _cached_device_obstacle = functools.cache(_device_obstacle)
 
@@ -104,11 +104,12 @@ def choose_backend(
 ) -> Literal["reference", "torch", "triton"]:
     """Resolve the backend of one call; the other arguments are those of ``triton_obstacle``.
 
-    The automatic choice is ``triton`` on a GPU where nothing stands in its way, and ``torch`` otherwise. In a transformation
-    (``is_transformed``) it is ``reference``; ``triton`` remains under ``torch.compile``, which takes its operations whole.
+    The automatic choice is ``triton`` on a GPU if it has no obstacle, and ``torch`` otherwise. Inside a transformation
+    (``is_transformed``) it is ``reference``, except under ``torch.compile`` on a GPU: it remains ``triton``, because
+    torch.compile treats a Triton op as one opaque operation.
 
     Raises:
-        ValueError: ``backend`` is unknown, or is ``"triton"`` where that cannot run.
+        ValueError: ``backend`` is unknown, or is ``"triton"`` and Triton cannot run.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(_BACKENDS)}")

@@ -1,4 +1,4 @@
-"""The dropout rule of every op: a mask that is a pure function of (seed, row, column), so it is regenerated, never stored.
+"""The dropout rule of every op: the mask is a pure function of (seed, row, column), so it is recomputed, never stored.
 
 Element ``(row, col)`` of a ``[M, K]`` tensor is kept iff ``d >= round(65536 p)``, where ``d`` is the 16-bit draw
 ``col % 8`` of philox4x32 with 7 rounds (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"), key = seed,
@@ -20,15 +20,13 @@ _WORD = 0xFFFFFFFF
 
 
 def draw_seed() -> int:
-    """One 63-bit seed from torch's CPU generator, so that ``torch.manual_seed`` and checkpointing reproduce it.
-
-    The device is named, so that a default device that the user has set changes nothing.
-    """
+    """One 63-bit seed from torch's CPU generator, so that ``torch.manual_seed`` and checkpointing reproduce it."""
+    # device="cpu", because the user may have set another default device
     return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def threshold(p: float) -> int:
-    """The number of the 65,536 draws that drop an element.
+    """How many of the 65,536 possible draws drop an element.
 
     Raises:
         ValueError: ``p`` is outside [0, 1].
@@ -39,7 +37,7 @@ def threshold(p: float) -> int:
 
 
 def keep_scale(p: float) -> float:
-    """The factor on kept elements: 65536 / (65536 - threshold), and 0 where everything is dropped."""
+    """The factor on kept elements: 65536 / (65536 - threshold), and 0 if every element is dropped."""
     kept = 65536 - threshold(p)
     return 65536 / kept if kept else 0.0
 
@@ -53,7 +51,7 @@ def dropout_mask(
     *,
     first_row: int = 0,
 ) -> Tensor:
-    """``Bool[rows, columns]``, true where an element is kept: the rows from ``first_row`` on of a larger mask."""
+    """``Bool[rows, columns]``, true where an element is kept. These are the rows from ``first_row`` on of a larger mask."""
     groups = (columns + 7) // 8
     counter = torch.arange(
         first_row * groups, (first_row + rows) * groups, dtype=torch.int64, device=device
@@ -71,7 +69,7 @@ def apply_dropout(x: Tensor, p: float, seed: int, *, first_row: int = 0) -> Tens
         x: ``[M, K]``, contiguous.
         p: Probability of dropping an element; 0 returns ``x`` itself.
         seed: 63-bit seed from ``draw_seed``.
-        first_row: The row of the mask at which ``x``, a block of rows of a larger tensor, starts.
+        first_row: If ``x`` is a block of rows of a larger tensor: the row at which the block starts.
     """
     if p == 0.0:
         return x

@@ -1,9 +1,9 @@
 """The dense products of every op, by the fastest float32 routine of the machine.
 
-PyTorch multiplies float32 matrices on x86 with MKL, which keeps to its AVX2 code on processors that are not Intel's.
-oneDNN, which every x86 build of PyTorch carries as well, uses AVX-512 there: 1.9x faster on a Zen 5 server core at the
-sizes of a 135M-parameter model (512 x 576 x 576: 183 against 350 GFLOP/s on two cores). Which one runs is decided by
-the processor, never by timing, so the same machine always gives the same bits.
+PyTorch multiplies float32 matrices on x86 with MKL, which runs only its AVX2 code on processors that are not Intel's.
+oneDNN, which every x86 build of PyTorch also contains, uses AVX-512 on them: 1.9x faster on a Zen 5 server core at the
+sizes of a 135M-parameter model (512 x 576 x 576: 183 against 350 GFLOP/s on two cores). The processor decides which of the
+two runs, never a timing, so the same machine always gives the same bits.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from peftkit_kernels.modes import hides_native_calls
 
 _MIN_FLOPS = 2 * 64**3
-"""Below this the product takes microseconds and the lighter call wins."""
+"""A smaller product takes microseconds, and torch's own call has less overhead."""
 
 _WHOLE_BYTES = 2**26
-"""Largest weight that oneDNN gets in one piece."""
+"""The largest weight that is passed to oneDNN in one piece."""
 
 _SLICE_BYTES = 2**24
 
@@ -61,10 +61,10 @@ def addmm_nn(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """``matmul_nt`` by oneDNN, which copies the whole weight into a layout of its own first.
+    """``matmul_nt`` by oneDNN, which first copies the whole weight into its own layout.
 
-    A weight too large for that is taken in slices: the copy of a language model's head alone (49,152 x 576) would add
-    108 MiB to the peak, and slices are no slower (M 128, forward and input gradient: 48 against 51 ms on two Zen 5 cores).
+    A large weight is multiplied in slices: the copy of a language model's head alone (49,152 x 576) would add 108 MiB to
+    the peak memory. Slices are no slower (M 128, forward and input gradient: 48 against 51 ms on two Zen 5 cores).
     """
     linear = torch.ops.mkldnn._linear_pointwise
     (N, K), size = w.shape, w.numel() * 4
@@ -88,7 +88,7 @@ def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _use_onednn(x: Tensor, w: Tensor) -> bool:
-    # tracers have no rule for oneDNN's operations, and counters of operations do not know them
+    # tracers have no rule for oneDNN's operations, and counters of operations do not count them
     return (
         2 * x.shape[0] * w.numel() >= _MIN_FLOPS
         and x.dtype is torch.float32
@@ -101,7 +101,7 @@ def _use_onednn(x: Tensor, w: Tensor) -> bool:
 
 @functools.cache
 def prefers_onednn() -> bool:
-    """Whether float32 products on this machine's CPU go to oneDNN rather than to the BLAS PyTorch was built with."""
+    """Whether this machine's CPU multiplies float32 matrices with oneDNN instead of the BLAS that PyTorch was built with."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -111,7 +111,7 @@ def prefers_onednn() -> bool:
 
 @functools.cache
 def cpu_vendor() -> str:
-    """The processor's vendor string, ``GenuineIntel`` or ``AuthenticAMD`` on x86; empty where it cannot be read."""
+    """The processor's vendor string, ``GenuineIntel`` or ``AuthenticAMD`` on x86; empty if it cannot be read."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

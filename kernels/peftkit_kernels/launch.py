@@ -1,7 +1,7 @@
-"""Launching Triton kernels, and recording launches instead: the same code gives the machine-code tests their inputs.
+"""Launches Triton kernels, or records the launches instead of running them.
 
-Inside ``recording(target)`` nothing runs. What would have been launched is kept with its real arguments (meta tensors will
-do), so that the compiler can be asked about exactly what the dispatcher chooses for these sizes on that GPU.
+Inside ``recording(target)`` nothing runs. Each launch is stored with its real arguments, which may be meta tensors. So the
+machine-code tests compile exactly the kernels and configurations that the dispatcher chooses for these sizes on that GPU.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from peftkit_kernels.calibration import Calibration, load
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the configurations depend on.
+    """The properties of a GPU that launch configurations depend on.
 
     Attributes:
         arch: ``"cuda:90"`` or ``"hip:gfx942"``.
-        sms: Streaming multiprocessors, or compute units.
-        calibration: Crossovers measured there, or the defaults.
+        sms: Number of streaming multiprocessors, or of compute units.
+        calibration: Crossovers measured on this GPU, or the defaults.
     """
 
     arch: str
@@ -41,7 +41,7 @@ class Target:
 
 
 INTERPRETED = Target("cuda:80", 108)
-"""What the interpreter stands for: an A100."""
+"""In the interpreter, configurations are chosen as for an A100."""
 
 
 class Launch(NamedTuple):
@@ -67,7 +67,7 @@ _recorder: ContextVar[_Recorder | None] = ContextVar("peftkit_recorder", default
 
 @contextlib.contextmanager
 def recording(target: Target) -> Iterator[list[Launch]]:
-    """Collect launches as they would happen on ``target`` instead of running them."""
+    """Collect the launches that would run on ``target``, without running them."""
     recorder = _Recorder(target, [])
     token = _recorder.set(recorder)
     try:
@@ -82,7 +82,7 @@ def is_recording() -> bool:
 
 
 def target_of(tensor: Tensor) -> Target:
-    """The GPU a kernel on ``tensor`` runs on."""
+    """The GPU that a kernel on ``tensor`` runs on."""
     recorder = _recorder.get()
     if recorder is not None:
         return recorder.target
@@ -101,13 +101,14 @@ def _target_of_gpu(index: int) -> Target:
 
 
 def aligned(*tensors: Tensor | None) -> bool:
-    """Whether threads access the rows of all tensors in pieces of 128 bits rather than by elements.
+    """Whether threads access the rows of all tensors in pieces of 128 bits instead of element by element.
 
-    They do where Triton knows where a row starts and ends: it is told of multiples of 16, of an address in bytes, and of a
-    width and a distance in elements. An element's address takes registers, so that a tile read by elements is smaller.
+    This needs rows whose start and end Triton knows to be aligned. Triton's launcher tells the compiler only about multiples
+    of 16: of an address in bytes, and of a width and a stride in elements. An access element by element needs registers for
+    each address, so configurations for it have smaller tiles.
 
     Args:
-        tensors: Of any strides; those that are ``None`` do not matter.
+        tensors: Tensors of any strides; ``None`` entries are ignored.
     """
     for t in tensors:
         if t is None:
@@ -121,7 +122,7 @@ def aligned(*tensors: Tensor | None) -> bool:
 
 
 def step_of(*numbers: int) -> int:
-    """8 where it divides all ``numbers``, otherwise 1: the STEP with which a kernel says that of them to the compiler."""
+    """8 if it divides every number, else 1. Passed as STEP so that the compiler can assume this divisibility."""
     return 1 if any(number % 8 for number in numbers) else 8
 
 
@@ -134,15 +135,16 @@ def launch(
     fp_fusion: bool = True,
     **constants: Any,
 ) -> None:
-    """Run ``kernel`` on ``grid``, or record that.
+    """Run ``kernel`` on ``grid``, or record the launch.
 
     Args:
-        kernel: From ``@triton.jit``.
-        grid: Programs along each axis.
+        kernel: A function decorated with ``@triton.jit``.
+        grid: Number of programs along each axis.
         arguments: The kernel's arguments that are not constexpr; an absent tensor is ``None``.
-        num_warps: Warps a program.
+        num_warps: Warps in each program.
         num_stages: Software-pipeline stages of its loops.
-        fp_fusion: Whether a product and a sum may become one instruction with one rounding; not where bits are promised.
+        fp_fusion: Whether a product and a sum may become one instruction with one rounding. Must be false for ops that
+            promise the bits of their definition.
         constants: The constexpr arguments.
     """
     recorder = _recorder.get()
@@ -171,14 +173,17 @@ def cdiv(a: int, b: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype, *factors: Tensor | None) -> str:
-    """How ``tiles.mixed_dot`` multiplies two float32 tiles: as torch's own products do. 16-bit ones are exact in any case.
+    """The PRECISION with which ``tiles.mixed_dot`` multiplies two float32 tiles: the precision of torch's own products.
+
+    Products of two 16-bit elements are exact in any case.
 
     Args:
-        dtype: Of the activations.
-        factors: Those of the adapters, whose dtype may differ, or each s. Beside 16-bit activations two float32 tiles are an s and a factor, whose
-            product is rounded to 16 bits: bfloat16 halves, with an error of 2⁻¹⁶, are enough.
+        dtype: The dtype of the activations.
+        factors: Factors of the adapters, or their s; the dtype may differ from that of the activations.
     """
     if dtype.itemsize == 2 and any(t is not None and t.dtype is torch.float32 for t in factors):
+        # with 16-bit activations, two float32 tiles are an s and a factor; their product is rounded to 16 bits, so two
+        # bfloat16 parts of each, with an error of 2⁻¹⁶, are enough
         return "halves"
     if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "tf32"

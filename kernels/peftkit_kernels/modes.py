@@ -1,4 +1,4 @@
-"""Who else takes part when torch runs an operation: a tracer, a transformation, or a mode that watches every operation."""
+"""Detects what else acts on torch operations: a tracer, a transformation, or a mode that watches every operation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.fx._symbolic_trace as fx_trace
 from torch.autograd import forward_ad
 
-# bound once: these functions are called many times in every forward
+# bound to names once, because these functions are called many times in every forward
 _is_compiling = torch.compiler.is_compiling
 _has_functorch_transforms = torch._C._are_functorch_transforms_active
 _is_jit_tracing = torch._C._is_tracing
@@ -39,10 +39,10 @@ def is_transformed() -> bool:
 
 
 def hides_native_calls() -> bool:
-    """Whether something takes part in torch's operations that does not see a call of native code.
+    """Whether something records or watches torch operations and would miss a call of native code.
 
-    True in every ``TorchDispatchMode``, such as ``FlopCounterMode``, and wherever ``is_transformed`` is true. A mode that only
-    watches, and wants the calls to stay as they are without it, has the attribute ``sees_native_calls = True``.
+    True in every ``TorchDispatchMode``, such as ``FlopCounterMode``, and whenever ``is_transformed`` is true. A mode that only
+    watches, and must not change which calls run, has the attribute ``sees_native_calls = True``.
     """
     if is_transformed():  # first, because torch.compile cannot trace the rest
         return True

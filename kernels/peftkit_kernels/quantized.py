@@ -1,4 +1,4 @@
-"""What ops on quantised weights share: one name for both storages, and decoding by whichever it is."""
+"""Helpers for ops on quantised weights, the same for NF4 and 8-bit storage."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ QuantizedWeight = NF4Weight | Int8Weight
 def dequantize_reference(
     q: QuantizedWeight, dtype: torch.dtype, row_scale: Tensor | None = None
 ) -> Tensor:
-    """``[N, K]``: the weight as its storage defines it, by plain torch ops."""
+    """The decoded weight, ``[N, K]``, by the definition of its storage in plain torch ops."""
     if isinstance(q, NF4Weight):
         return nf4.dequantize_nf4_reference(q, dtype, row_scale)
     return int8.dequantize_int8_reference(q, dtype, row_scale)
 
 
 def decode(q: QuantizedWeight, dtype: torch.dtype, row_scale: Tensor | None = None) -> Tensor:
-    """The same in the workspace of this thread: to be used up before the next call, never saved."""
+    """The decoded weight, ``[N, K]``, in the workspace of this thread: valid until the next call, so never save it."""
     out = workspace.take(q.shape, dtype, q.device)
     if isinstance(q, NF4Weight):
         return nf4.dequantize_nf4(q, out=out, row_scale=row_scale, backend="torch")
@@ -44,12 +44,15 @@ def decode_triton(
 
 
 def layout_of(q: QuantizedWeight) -> list[int]:
-    """The numbers a torch.library op takes beside ``q.tensors()``; never empty, which it would take for a list of tensors."""
+    """The numbers that a torch.library op takes besides ``q.tensors()``.
+
+    Never empty: torch.library would treat an empty list as a list of tensors.
+    """
     return q.layout() if isinstance(q, NF4Weight) else list(q.shape)
 
 
 def rebuild(tensors: Sequence[Tensor], layout: Sequence[int]) -> QuantizedWeight:
-    """The weight that ``tensors()`` and ``layout_of`` came from."""
+    """The weight, from its ``tensors()`` and ``layout_of``."""
     if tensors[0].dtype is torch.int8:
         return Int8Weight(*tensors)
     return NF4Weight.rebuild(tensors, layout)
@@ -58,7 +61,7 @@ def rebuild(tensors: Sequence[Tensor], layout: Sequence[int]) -> QuantizedWeight
 def check_quantized(x: Tensor, q: QuantizedWeight, kind: type, name: str = "q") -> None:
     """Raise ``ValueError`` unless ``q`` is a ``kind`` with the shape ``(N, K)`` of a linear for ``x [..., K]``."""
     if not isinstance(q, kind):
-        raise ValueError(f"{name} is a {type(q).__name__}; this op takes {kind.__name__}")
+        raise ValueError(f"{name} is a {type(q).__name__}; it must be of type {kind.__name__}")
     if len(q.shape) != 2 or x.dim() < 1 or x.shape[-1] != q.shape[1]:
         raise ValueError(
             f"{name} has shape {tuple(q.shape)} and x {tuple(x.shape)}; {name} must be (N, K) for x [..., K]"

@@ -21,10 +21,10 @@ class _Recipe(NamedTuple):
     function: Function
     inputs: tuple[Tensor | None, ...]
     versions: tuple[int, int]
-    """Of the activation and of its first input. An in-place change of either makes the recipe wrong."""
+    """Versions of the activation and of its first input. An in-place change of either makes the recipe wrong."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        """Saved activations lose their recipe: it becomes an empty value that every ``torch.load`` accepts."""
+        """In a saved activation the recipe becomes an empty value that every ``torch.load`` accepts."""
         return bytearray, ()
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the ops measure with: running-error bounds, error against float64, bytes kept and tensors made."""
+"""Measurements for the tests of the ops: running-error bounds, error against float64, bytes kept, tensors created."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ UNIT_ROUNDOFF = {
 """Largest relative error of rounding to nearest."""
 
 _TF32_ROUNDOFF = 2.0**-10
-"""Largest relative error of dropping what a TF32 tensor core does not read."""
+"""Largest relative error of dropping the bits that a TF32 tensor core does not read."""
 
 _HALVES_ROUNDOFF = 2.0**-16
-"""Largest relative error of a float32 number as the sum of two bfloat16 numbers, and of leaving out half of a product of two."""
+"""Largest relative error of a float32 number as the sum of two bfloat16 numbers, and of omitting the product of the low parts."""
 
 _HALF_SMALLEST = {
     torch.float64: 0.0,
@@ -36,9 +36,9 @@ _HALF_SMALLEST = {
 class Bound:
     """The exact value of an expression, and for every element a bound on the error of computing it.
 
-    An algorithm written once more on ``Bound`` values, with the same roundings in the same places, tells how far from the
-    exact result each element may lie. Unlike one tolerance for the whole tensor this fails for a dropped term, a rounding
-    too many or a sum in too narrow a dtype, and nothing is tuned to a shape::
+    Write the algorithm once more on ``Bound`` values, with the same roundings in the same places. The result says how far
+    each element may be from the exact value. Unlike one tolerance for the whole tensor, this check fails for a dropped term,
+    an extra rounding or a sum in too narrow a dtype, and no number is tuned to a shape::
 
         s = (Bound.of(x) @ Bound.of(A).T).round(torch.bfloat16)
         y = (Bound.of(x) @ Bound.of(W).T).round(torch.bfloat16)
@@ -57,7 +57,7 @@ class Bound:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Bound:
-        """An input: no error yet. Sums of float64 tensors are held in float64, all others in float32."""
+        """An input, without error. Sums of float64 tensors are held in float64, all others in float32."""
         wide = torch.promote_types(tensor.dtype, torch.float32)
         value = tensor.detach().double()
         return cls(value, torch.zeros_like(value), UNIT_ROUNDOFF[wide])
@@ -91,7 +91,7 @@ class Bound:
         return Bound(self.value[index], self.error[index], self.unit)
 
     def __mul__(self, other: Bound | Tensor | float) -> Bound:
-        """Times another bound, or times a number or tensor that is exact."""
+        """The product with another bound, or with an exact number or tensor."""
         if not isinstance(other, Bound):
             exact = torch.as_tensor(other, dtype=torch.float64)
             other = Bound(exact, torch.zeros_like(exact), self.unit)
@@ -111,22 +111,22 @@ class Bound:
         return Bound(self.value.reshape(shape), self.error.reshape(shape), self.unit)
 
     def round(self, dtype: torch.dtype) -> Bound:
-        """Stored in ``dtype``."""
+        """The bound after rounding to ``dtype``."""
         rounding = UNIT_ROUNDOFF[dtype] * (self.value.abs() + self.error) + _HALF_SMALLEST[dtype]
         return Bound(self.value, self.error + rounding, self.unit)
 
     def tf32(self) -> Bound:
-        """Read by a TF32 tensor core."""
+        """The bound after a TF32 tensor core has read the value."""
         size = self.value.abs() + self.error
         return Bound(self.value, self.error + _TF32_ROUNDOFF * size, self.unit)
 
     def halves(self) -> Bound:
-        """Read as the sum of two bfloat16 numbers, as ``tiles.mixed_dot`` does with ``"halves"``."""
+        """The bound of the value as the sum of two bfloat16 numbers, as ``tiles.mixed_dot`` with ``"halves"`` uses it."""
         size = self.value.abs() + self.error
         return Bound(self.value, self.error + _HALVES_ROUNDOFF * size, self.unit)
 
     def sum(self, dim: int, keepdim: bool = False) -> Bound:
-        """Summed over one axis, in any order."""
+        """The sum over one axis, in any order."""
         error = self.error.sum(dim, keepdim)
         size = self.value.abs().sum(dim, keepdim) + error
         rounding = self.value.shape[dim] * self.unit * size
@@ -145,7 +145,8 @@ class Bound:
             function: Evaluated exactly (in float64).
             slope: Bound on ``|function'|`` between the exact argument and the computed one.
             ulps: Error of evaluating it, in units of ``size``.
-            size: Of the intermediate results, from the argument; where these cancel it is larger than the result.
+            size: The size of the intermediate results, as a function of the argument. It is larger than the result if
+                intermediate results cancel.
         """
         rounding = ulps * self.unit * torch.maximum(size(self.value), function(self.value).abs())
         return Bound(function(self.value), slope * self.error + rounding, self.unit)
@@ -161,9 +162,9 @@ class Bound:
         )
         if not actual.numel():
             return 0.0
-        # the "exact" value has been computed in float64 and is itself off by as much as a float64 result may be
+        # the "exact" value is computed in float64, so its own error may be as large as that of a float64 result
         allowed = self.error * (2.0 if self.unit == UNIT_ROUNDOFF[torch.float64] else 1.0)
-        # a slope taken beyond where the function is defined can turn negative, and then any value would pass
+        # a slope evaluated outside the function's domain can be negative, and then any value would pass
         assert (allowed >= 0).all(), f"{name}: the error bound is negative or NaN somewhere"
         off = (actual.detach().double() - self.value).abs()
         ratio = torch.where(off == 0, 0.0, off / allowed).nan_to_num(nan=torch.inf)
@@ -186,8 +187,8 @@ def assert_no_worse_than(
         actual: The result under test.
         plain: The same by plain torch, in the same dtype.
         truth: The same in float64.
-        name: What the error calls it.
-        factor: How much larger the error may be than that of ``plain``; one rounding at the size of the result comes on top.
+        name: The name of ``actual`` in the error message.
+        factor: How many times the error of ``plain`` is allowed, plus one rounding at the size of the result.
 
     Raises:
         AssertionError: The error is larger, the shapes or dtypes differ, or the numbers are too small for a wrong result
@@ -202,7 +203,7 @@ def assert_no_worse_than(
     error, allowed = error_and_allowed(actual, plain, truth, factor)
     largest = float(truth.detach().double().abs().max())
     assert largest > 10 * allowed, (
-        f"{name}: at most {largest:.3g} in size and {allowed:.3g} off allowed; a wrong result would pass"
+        f"{name}: elements are at most {largest:.3g} in size, and an error of {allowed:.3g} is allowed; a wrong result would pass"
     )
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
@@ -210,7 +211,7 @@ def assert_no_worse_than(
 def error_and_allowed(
     actual: Tensor, plain: Tensor, truth: Tensor, factor: float = 2.0
 ) -> tuple[float, float]:
-    """The largest error of ``actual`` and how large it may be; arguments as ``assert_no_worse_than``, not empty."""
+    """The largest error of ``actual`` and the error allowed; arguments as ``assert_no_worse_than``, not empty."""
     truth = truth.detach().double()
     floor = torch.finfo(actual.dtype).eps * float(truth.abs().max())
     allowed = factor * float((plain.detach().double() - truth).abs().max()) + floor
@@ -218,7 +219,7 @@ def error_and_allowed(
 
 
 class Kept:
-    """What autograd keeps for backward, as distinct storages."""
+    """The distinct storages that autograd keeps for backward."""
 
     def __init__(self, weights: Iterable[Tensor]):
         self._known = {weight.untyped_storage().data_ptr() for weight in weights}
@@ -226,7 +227,7 @@ class Kept:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all storages kept besides those of the weights."""
+        """Bytes of all storages kept, except those of the weights."""
         return sum(self.storages.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -238,9 +239,9 @@ class Kept:
 
 @contextlib.contextmanager
 def kept_for_backward(*weights: Tensor) -> Iterator[Kept]:
-    """Count the bytes autograd keeps of what runs inside, not counting ``weights``, which are there anyway.
+    """Count the bytes that autograd keeps for operations inside this context, except those of ``weights``.
 
-    The results have to stay alive until the count is read; a freed storage's address could be counted as another's.
+    Keep the results alive until the count is read: a new storage could get the address of a freed one.
     """
     kept = Kept(weights)
     with torch.autograd.graph.saved_tensors_hooks(kept._pack, lambda tensor: tensor):
@@ -248,11 +249,11 @@ def kept_for_backward(*weights: Tensor) -> Iterator[Kept]:
 
 
 class Made(TorchDispatchMode):
-    """The torch ops that run inside and the storages of what they return.
+    """Records the torch ops that run inside this mode and the storages of the tensors they return.
 
     Attributes:
-        calls: How many ops ran, views included.
-        storages: Bytes by address of every storage returned, besides those of the tensors given.
+        calls: How many ops ran, including views.
+        storages: Bytes by address of every returned storage, except those of the tensors given.
     """
 
     sees_native_calls = True
@@ -265,7 +266,7 @@ class Made(TorchDispatchMode):
 
     @property
     def largest_bytes(self) -> int:
-        """Of one storage."""
+        """Bytes of the largest storage."""
         return max(self.storages.values(), default=0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -1,7 +1,7 @@
-"""One buffer a thread, device and dtype, in which quantised weights are decoded just before they are multiplied with.
+"""Buffers into which quantised weights are decoded just before a product: one for each thread, stream, device and dtype.
 
-It grows to the largest weight it has held and is handed out again on the next call, so what it holds must be used up
-before anybody asks for it again, and is never saved for backward. Other threads and other CUDA streams have their own.
+A buffer grows to the largest weight it has held, and the next ``take`` returns the same memory. So use its content before
+the next call, and never save it for backward.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def take(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tens
     buffer = buffers.get(key)
     if buffer is None or buffer.numel() < numel:
         buffers.pop(key, None)
-        # made outside inference mode: a tensor made inside could not be written to outside
+        # created outside inference mode: a tensor created inside it could not be written to outside it
         with torch.inference_mode(False):
             buffer = buffers[key] = torch.empty(numel, dtype=dtype, device=device)
     return buffer[:numel].view(*shape)
 
 
 def release() -> None:
-    """Free the buffers of this thread, for instance after the last quantised model is gone."""
+    """Free the buffers of this thread, for instance after the last quantised model was deleted."""
     _OF_THREAD.__dict__.clear()

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: small modules beside a model's own, on the outputs of attention, MLP or layer."""
+"""Bottleneck adapters: small trained modules that change the output of an attention, an MLP or a layer."""
 
 from peftkit.bottleneck.config import BottleneckConfig
 from peftkit.bottleneck.inject import add_bottlenecks, remove_bottlenecks

@@ -1,4 +1,4 @@
-"""What a user says about bottleneck adapters."""
+"""The configuration of bottleneck adapters."""
 
 from __future__ import annotations
 
@@ -21,44 +21,46 @@ DEFAULT_REDUCTION = 16.0
 
 @dataclass
 class BottleneckConfig(PeftConfig):
-    """Bottleneck adapters: ``h + scaling · up(act(down(h)))``, the base model's output at the start.
+    """Bottleneck adapters: ``h + scaling · up(act(down(h)))``. A new adapter does not change the base model's output.
 
     Source: Houlsby et al., 2019, arXiv:1902.00751; Pfeiffer et al., 2020, arXiv:2005.00247; He et al., 2021, arXiv:2110.04366.
     """
 
     bottleneck_size: int | None = None
-    """Features between ``down`` and ``up``; where left out, the width divided by ``reduction_factor``."""
+    """Features between ``down`` and ``up``. Default: the width divided by ``reduction_factor``."""
 
     reduction_factor: float | None = None
-    """width / bottleneck_size; 16 where neither is given."""
+    """width / bottleneck_size. Default: 16, if ``bottleneck_size`` is not given either."""
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
-    """``houlsby``: on the outputs of attention and MLP. ``pfeiffer``: one at the end of each layer (in post-norm models before
-    the last norm, which its input passes too). ``parallel``: beside the MLP, from the MLP's input to its output."""
+    """``houlsby``: on the outputs of attention and MLP. ``pfeiffer``: one at the end of each layer. In post-norm models it
+    reads the output of the layer's last norm, and its part is added to the input of this norm. ``parallel``: beside the MLP,
+    from the MLP's input to its output."""
 
     activation: str = "relu"
     """One of ``peftkit.bottleneck.module.ACTIVATIONS``."""
 
     scaling: float | Literal["learned"] = 1.0
-    """Factor of the adapter's part; ``"learned"`` trains one number a adapter, which starts at 1."""
+    """Factor of the adapter's part. ``"learned"`` trains one number per adapter, which starts at 1."""
 
     layer_norm: bool = False
-    """Normalise the adapter's input by a LayerNorm of its own."""
+    """Add a LayerNorm before ``down``."""
 
     layers: list[int] | None = None
-    """Numbers of the layers that get adapters; all where left out."""
+    """Indices of the layers that get adapters. Default: all layers."""
 
     target_modules: list[str] | str | None = None
-    """Modules whose output is adapted; derived from ``placement`` where left out."""
+    """Modules whose output is adapted. Default: the modules that ``placement`` selects."""
 
     exclude_modules: list[str] | str | None = None
-    """Modules that stay as they are."""
+    """Modules that get no adapter."""
 
     modules_to_save: list[str] | None = None
-    """Modules trained and saved as a whole, such as a new head."""
+    """Modules that are trained and saved in full, such as a new head."""
 
     sources: dict[str, str] | None = None
-    """For ``parallel``: where the input of a target comes from, if not from itself; filled in together with the targets."""
+    """For ``parallel``: the module whose input the adapter reads, by target module, if it is not the target itself. Set
+    together with ``target_modules``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,8 +71,8 @@ class BottleneckConfig(PeftConfig):
             )
         if self.bottleneck_size is not None and self.reduction_factor is not None:
             raise ValueError(
-                f"bottleneck_size={self.bottleneck_size} and reduction_factor={self.reduction_factor} say the same thing; "
-                "give one of them"
+                f"bottleneck_size={self.bottleneck_size} and reduction_factor={self.reduction_factor} both set the size; give "
+                "only one of them"
             )
         if self.bottleneck_size is not None:
             require_integer("bottleneck_size", self.bottleneck_size, 1)
@@ -84,5 +86,5 @@ class BottleneckConfig(PeftConfig):
             require_number("reduction_factor", self.reduction_factor)
         if self.reduction_factor is not None and not self.reduction_factor > 0:
             raise ValueError(
-                f"reduction_factor={self.reduction_factor} is not above 0; it divides the width, mostly by 2 to 64"
+                f"reduction_factor={self.reduction_factor} is not above 0, but the width is divided by it; use for example 16"
             )

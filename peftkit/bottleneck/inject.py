@@ -1,4 +1,8 @@
-"""Putting bottleneck adapters beside a model's modules, by a child module and a hook: no module is replaced, no key changes."""
+"""Add bottleneck adapters to a model and remove them.
+
+An adapter is a child of the adapted module, and a forward hook runs it. No module is replaced, and no key of the state dict
+changes.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +31,15 @@ def add_bottlenecks(
 
     Args:
         model: A transformers model; changed in place.
-        config: Which adapters, and where.
-        example: What the model is called with to find the places; made from its config where left out.
+        config: The configuration of the adapters.
+        example: Inputs of one forward, which finds the target modules. Default: inputs made from the model's config.
 
     Returns:
         Names of the modules whose outputs are adapted.
 
     Raises:
-        ValueError: A place cannot be derived, a named module does not exist, or one has adapters already.
+        ValueError: The target modules cannot be found, a module in ``target_modules`` does not exist, or a module already has
+            adapters.
     """
     refuse_peft_fields(config)
     model.requires_grad_(False)
@@ -44,7 +49,9 @@ def add_bottlenecks(
         if name not in modules:
             raise ValueError(f"target_modules: {name!r} is not a module of {type(model).__name__}")
         if hasattr(modules[name], CHILD):
-            raise ValueError(f"{name} has bottleneck adapters; call remove_bottlenecks first")
+            raise ValueError(
+                f"{name} already has bottleneck adapters; call remove_bottlenecks first"
+            )
         site = BottleneckSite(**site_options(modules[name], name, config))
         site.adapters["default"] = build(modules[name], model, config)
         attach(modules, name, site)
@@ -52,30 +59,33 @@ def add_bottlenecks(
 
 
 def remove_bottlenecks(model: nn.Module) -> dict[str, BottleneckSite]:
-    """Take all bottleneck adapters off a model; returns them by the names of their modules."""
-    found = {}
+    """Remove all bottleneck adapters from a model, and return them by the names of their modules."""
+    removed = {}
     for name, outer, _ in list(wrapped_modules(model)):
         if isinstance(outer._modules.get(CHILD), BottleneckSite):
-            found[name] = outer._modules.pop(CHILD)
+            removed[name] = outer._modules.pop(CHILD)
             _drop_hook(outer._forward_hooks, outer._forward_hooks_with_kwargs, _adapt)
         if outer.__dict__.pop(_FEEDS, None) is not None:
             _drop_hook(outer._forward_pre_hooks, outer._forward_pre_hooks_with_kwargs, _feed)
-    return found
+    return removed
 
 
 def fill_points(
     model: nn.Module, config: BottleneckConfig, example: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the modules that ``placement`` and ``layers`` mean for this model into a config that leaves its targets open."""
+    """Set ``config.target_modules`` to the modules that ``placement`` and ``layers`` select, unless it is set.
+
+    Raises:
+        ValueError: The modules cannot be found, or ``layers`` has a layer that the model does not have.
+    """
     if config.target_modules is not None:
         return
-    found = find_points(model, example)
-    points = [point for point in found if point.kind in _KIND[config.placement]]
+    points = [p for p in find_points(model, example) if p.kind in _KIND[config.placement]]
     if config.layers is not None:
         missing = set(config.layers) - {point.index for point in points}
         if missing:
             raise ValueError(
-                f"layers={config.layers}: there is no layer {min(missing)}; the model has layers 0 to "
+                f"layers={config.layers}: the model has no layer {min(missing)}; it has the layers 0 to "
                 f"{max(point.index for point in points)}"
             )
         points = [point for point in points if point.index in config.layers]
@@ -86,13 +96,13 @@ def fill_points(
 
 
 def site_options(module: nn.Module, name: str, config: BottleneckConfig) -> dict[str, Any]:
-    """How the site at this module has to work: the arguments of ``BottleneckSite``."""
+    """Return the arguments of ``BottleneckSite`` for this module."""
     normed = config.placement == "pfeiffer" and "Norm" in type(module).__name__
     return {"normed": normed, "source": (config.sources or {}).get(name)}
 
 
 def build(module: nn.Module, model: nn.Module, config: BottleneckConfig) -> Bottleneck:
-    """Make the adapter that a config means for one module."""
+    """Make the adapter of one module."""
     width = output_width(module, model)
     size = config.bottleneck_size
     if size is None:
@@ -111,12 +121,13 @@ def build(module: nn.Module, model: nn.Module, config: BottleneckConfig) -> Bott
 
 
 def attach(modules: Mapping[str, nn.Module], name: str, site: BottleneckSite) -> None:
-    """Make ``site`` a child of the module of that name, and let its hooks run.
+    """Make ``site`` a child of a module, and register the hooks.
 
     Args:
-        modules: The modules that are called, by the names they have without adapters (``wrapped_modules``).
+        modules: The modules by their names in the base model, from ``wrapped_modules``. For an adapted layer this is the outer
+            module, whose forward is called.
         name: A key of ``modules``.
-        site: What to attach.
+        site: The adapters of the module.
     """
     module = modules[name]
     module.add_module(CHILD, site)
@@ -128,7 +139,14 @@ def attach(modules: Mapping[str, nn.Module], name: str, site: BottleneckSite) ->
 
 
 def output_width(module: nn.Module, model: nn.Module) -> int:
-    """Size of the last axis of a module's output: from the module where it tells, otherwise from its or the model's config."""
+    """Return the size of the last axis of a module's output.
+
+    Linear layers and norms have this size in their weights. For other modules it is read from the module's or the model's
+    config.
+
+    Raises:
+        ValueError: The size is unknown.
+    """
     inner: Any = getattr(module, "base_layer", module)
     if is_linear_like(inner):
         return inner.nf if hasattr(inner, "nf") else inner.out_features
@@ -141,7 +159,7 @@ def output_width(module: nn.Module, model: nn.Module) -> int:
             if isinstance(getattr(owner, name, None), int):
                 return getattr(owner, name)
     raise ValueError(
-        f"the size of the output of a {type(inner).__name__} is not known; name a linear layer in target_modules"
+        f"the output size of {type(inner).__name__} is unknown; name a linear layer in target_modules instead"
     )
 
 
@@ -151,13 +169,13 @@ def _check_widths(model: nn.Module, points: list[Point]) -> None:
         width = output_width(modules[point.output], model)
         if width != point.width:
             raise ValueError(
-                f"{point.output} gives {point.width} features where its config says {width}; name a linear layer in "
-                "target_modules"
+                f"the output of {point.output} has {point.width} features, but the config of its model says {width}; name a "
+                "linear layer in target_modules instead"
             )
 
 
 def _adapt(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-    """Forward hook of an adapted module: the output, or its first tensor, with what the adapters add."""
+    """Forward hook of an adapted module: apply the adapters to the output, or to its first tensor."""
     site = module.bottleneck
     x = first_tensor((*args, *kwargs.values())) if site.carry is None else site.carry.take()
     if not site.chosen():
@@ -172,7 +190,7 @@ def _adapt(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def _feed(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Forward pre-hook of the module where an MLP begins."""
+    """Forward pre-hook of the module whose input parallel adapters read: record the input."""
     module.__dict__[_FEEDS].value = first_tensor((*args, *kwargs.values()))
 
 

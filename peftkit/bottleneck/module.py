@@ -1,4 +1,4 @@
-"""A bottleneck adapter, and the place where the adapters of one module live."""
+"""The modules of bottleneck adapters: one adapter, and the container of all adapters of one module."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Bottleneck(nn.Module):
-    """``base + scaling · up(act(down(x)))``; ``up`` starts at zero, so a new adapter changes nothing.
+    """``base + scaling · up(act(down(x)))``. ``up`` starts at zero, so a new adapter changes nothing.
 
     Args:
         width: Features of ``base`` and ``x``.
-        bottleneck_size: Features in between.
+        bottleneck_size: Features between ``down`` and ``up``.
         activation: A key of ``ACTIVATIONS``.
         scaling: A fixed factor, or ``"learned"``.
-        layer_norm: Put a LayerNorm before ``down``.
-        parallel: Whether ``x`` is the input of the adapted module, and not its output.
-        device: Of the new parameters.
-        dtype: Of the new parameters; the adapter computes in it.
+        layer_norm: Whether to add a LayerNorm before ``down``.
+        parallel: Whether ``x`` is the input of the adapted module instead of its output.
+        device: Device of the new parameters.
+        dtype: Dtype of the new parameters.
 
     Raises:
         ValueError: The activation is unknown, a size is below 1, or ``scaling`` is neither a number nor ``"learned"``.
@@ -54,7 +54,7 @@ class Bottleneck(nn.Module):
                 f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}"
             )
         if bottleneck_size < 1:
-            raise ValueError(f"bottleneck_size={bottleneck_size} is below 1")
+            raise ValueError(f"bottleneck_size={bottleneck_size} is below 1; use 1 or more")
         if scaling != "learned" and not isinstance(scaling, (int, float)):
             raise ValueError(f"scaling={scaling!r}: use a number or 'learned'")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -71,38 +71,46 @@ class Bottleneck(nn.Module):
         """Add the adapter's part to ``base``.
 
         Args:
-            base: ``[..., width]``, what the adapter's part is added to; gives the dtype of the result.
-            x: ``[..., width]``, what the adapter's part is computed from.
+            base: ``[..., width]``, to which the adapter's part is added. The result has its dtype.
+            x: ``[..., width]``, the input of the adapter.
+
+        Returns:
+            ``[..., width]``.
         """
         up, up_bias, scale = self.up.weight, self.up.bias, self.scaling
         if isinstance(scale, nn.Parameter):
-            # on the [width, bottleneck_size] weight it costs less than on the adapter's output
+            # scaling the weight [width, bottleneck_size] costs less than scaling the adapter's output
             up, up_bias, scale = up * scale, up_bias * scale, 1.0
-        own = x is not base or self.norm is not None
+        separate_base = x is not base or self.norm is not None
         if self.norm is not None:
             x = self.norm(x.to(self.norm.weight.dtype))
         act = "identity" if self.activation == "linear" else self.activation
         factors = self.down.weight, self.down.bias, up, up_bias
-        return bottleneck(x.to(base.dtype), *factors, scale, act, base if own else None)
+        return bottleneck(x.to(base.dtype), *factors, scale, act, base if separate_base else None)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows besides the layers."""
+        """Return the settings that ``print`` shows."""
         scaling = "learned" if isinstance(self.scaling, nn.Parameter) else self.scaling
         return f"activation={self.activation}, scaling={scaling}, parallel={self.parallel}"
 
 
 class Carry:
-    """Takes a tensor from where the MLP begins to where it ends, when these are two modules."""
+    """Holds the MLP's input until the adapter needs it, if the MLP's input and output belong to two modules."""
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
 
     def take(self) -> Tensor:
-        """The tensor put in last, which is let go."""
+        """Return the tensor that was stored last, and release it.
+
+        Raises:
+            RuntimeError: No tensor was stored.
+        """
         value, self.value = self.value, None
         if value is None:
             raise RuntimeError(
-                "a parallel bottleneck ran without its input: the module that receives the MLP's input was not called first"
+                "a parallel bottleneck ran without its input, because the module that receives the MLP's input was not called "
+                "before; call the whole model"
             )
         return value
 
@@ -111,12 +119,12 @@ class Carry:
 
 
 class BottleneckSite(nn.Module):
-    """Child of the module whose output its adapters change; one adapter a name, all in use.
+    """Child of the adapted module with one adapter per adapter name. All adapters are used.
 
     Args:
-        normed: Whether that module is the norm that closes a post-norm layer. The adapters then read its output and add to
-            its input: ``LN(s + A(LN(s)))``.
-        source: Name of the module whose input parallel adapters read, where it is not the same module.
+        normed: Whether the adapted module is the last norm of a post-norm layer. The adapters then read the norm's output, and
+            their part is added to the norm's input: ``LN(s + A(LN(s)))``.
+        source: Name of the module whose input parallel adapters read, or ``None`` if it is the adapted module.
     """
 
     peftkit_adapter = True
@@ -128,25 +136,29 @@ class BottleneckSite(nn.Module):
         self.carry = None if source is None else Carry()
 
     def chosen(self) -> list[nn.Module]:
-        """The adapters that take part in a forward."""
+        """Return the adapters that a forward uses."""
         return list(self.adapters.values())
 
     def peftkit_verdict(self) -> tuple[str, str]:
-        """The path a forward takes, and the reason where it is not fused."""
+        """Return the path of a forward, and the reason if the path is not fused."""
         adapters: list[Any] = list(self.adapters.values())
         if not adapters:
             return "torch", "no adapter is active"
         return f"fused:{choose_backend('bottleneck', 'auto', adapters[0].down.weight)}", ""
 
     def forward(self, base: Tensor, read: Tensor | None, x: Tensor | None) -> Tensor:
-        """Let every chosen adapter add its part.
+        """Add the part of every active adapter to ``base``.
 
         Args:
-            base: ``[..., width]``, what is added to.
-            read: What adapters read that are not parallel; ``None`` for ``base`` as the adapters before have left it.
-            x: What parallel adapters read.
+            base: ``[..., width]``.
+            read: ``[..., width]``, the input of adapters that are not parallel. ``None`` for ``base`` plus the parts of the
+                adapters before.
+            x: ``[..., width]``, the input of parallel adapters.
+
+        Returns:
+            ``[..., width]``.
         """
         for adapter in self.chosen():
-            seen = x if adapter.parallel else base if read is None else read
-            base = adapter(base, seen)
+            source = x if adapter.parallel else base if read is None else read
+            base = adapter(base, source)
         return base

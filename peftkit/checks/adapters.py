@@ -1,4 +1,4 @@
-"""What adapters a model carries, tensor by tensor, whatever PEFT method they belong to."""
+"""List the adapter tensors of a model, for every PEFT method."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AdapterTensor:
         name: Its name in the model.
         layer: Name of the tuner layer or wrapper that owns it.
         role: Its name within the layer, without the adapter's name: ``"lora_A.weight"``.
-        adapter: The adapter's name; empty where the method keeps one set for all.
+        adapter: The adapter's name; empty if the method shares one tensor among all adapters.
         tensor: The parameter.
     """
 
@@ -31,7 +31,7 @@ class AdapterTensor:
 
 
 def adapter_tensors(model: nn.Module) -> list[AdapterTensor]:
-    """Every parameter that belongs to an adapter, the copies made for ``modules_to_save`` included."""
+    """Return every parameter of an adapter, including the copies made for ``modules_to_save``."""
     configs = getattr(model, "peft_config", None) or {}
     return [
         AdapterTensor(
@@ -67,7 +67,7 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The PEFT tuner layers of a model by name."""
+    """Return the PEFT tuner layers of a model by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     modules = dict(model.named_modules())
@@ -75,7 +75,7 @@ def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters that a forward uses, as PEFT's or transformers' model reports them."""
+    """Return the names of the adapters that a forward uses, as the PEFT or transformers model reports them."""
     active: Any = model.active_adapters
     active = active() if callable(active) else active
     return [active] if isinstance(active, str) else list(active)

@@ -1,4 +1,4 @@
-"""Whether a batch can teach a model anything: what it must look like, and how many of its labels are supervised."""
+"""Check that a batch has a usable form, and count its supervised labels."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _IGNORED = -100
 _INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "labels")
 # transformers' loss of these models compares the output at one position with the label at the next.
 _SHIFTED = re.compile(r"ForCausalLM$|LMHeadModel$|ForConditionalGeneration$")
-# Their losses have no label that is left out, or leave out another one.
+# The losses of these models ignore no label, or another label than -100.
 _OTHER_LOSSES = re.compile(r"ForCTC|Segmentation|ObjectDetection|DepthEstimation|ForPreTraining")
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """How many labels of a batch the loss is computed from.
+    """The number of labels in a batch that the loss uses.
 
     Attributes:
         supervised: Number of labels that are compared with an output.
@@ -44,13 +44,13 @@ class Supervision:
 
 
 def checked_batch(batch: Any) -> dict[str, Any]:
-    """The batch as a dictionary.
+    """Check a batch, and return it as a dictionary.
 
     Args:
         batch: A mapping from names to tensors, such as a ``BatchEncoding``.
 
     Raises:
-        ContractError: It is something else, holds no rows or tokens, or masks out every token.
+        ContractError: The batch is not a mapping, has no rows or tokens, or masks out every token.
     """
     if hasattr(batch, "__next__") or type(batch).__name__.endswith("DataLoader"):
         raise ContractError(
@@ -58,16 +58,18 @@ def checked_batch(batch: Any) -> dict[str, Any]:
         )
     if isinstance(batch, (list, tuple)):
         raise ContractError(
-            f"batch is a {type(batch).__name__} of {count(len(batch), 'item')}; pass what the model is called with, a dictionary "
-            "of tensors: apply the data collator first (for example default_data_collator(examples))"
+            f"batch is a {type(batch).__name__} of {count(len(batch), 'item')}; pass a dictionary of the tensors that the "
+            "model gets: apply the data collator first, for example default_data_collator(examples)"
         )
     if not isinstance(batch, Mapping):
         raise ContractError(
-            f"batch={short(batch)} is of type {type(batch).__name__}; pass a dictionary of tensors, such as input_ids, attention_mask "
-            "and labels"
+            f"batch={short(batch)} is of type {type(batch).__name__}; pass a dictionary of tensors, such as input_ids, "
+            "attention_mask and labels"
         )
     if not batch:
-        raise ContractError("batch is empty; pass input_ids, labels and what else the model needs")
+        raise ContractError(
+            "batch is empty; pass input_ids, labels and the other inputs of the model"
+        )
     for name, value in batch.items():
         _check_value(str(name), value)
     mask = batch.get("attention_mask")
@@ -81,19 +83,19 @@ def checked_batch(batch: Any) -> dict[str, Any]:
 def _check_value(name: str, value: Any) -> None:
     if type(value).__module__ == "numpy":
         raise ContractError(
-            f"batch[{name!r}] is a numpy {type(value).__name__}; convert it with torch.from_numpy, or let the tokenizer and the "
-            'collator return tensors (return_tensors="pt")'
+            f"batch[{name!r}] is a numpy {type(value).__name__}; convert it with torch.from_numpy, or let the tokenizer and "
+            'the collator return tensors (return_tensors="pt")'
         )
     if isinstance(value, (list, tuple)) and _holds_numbers(value):
         raise ContractError(
-            f"batch[{name!r}] is a {type(value).__name__} of numbers; convert it with torch.tensor, or let the tokenizer and the "
-            'collator return tensors (return_tensors="pt")'
+            f"batch[{name!r}] is a {type(value).__name__} of numbers; convert it with torch.tensor, or let the tokenizer and "
+            'the collator return tensors (return_tensors="pt")'
         )
     if name in _INPUTS and isinstance(value, Tensor) and value.numel() == 0:
         what = "rows" if value.ndim == 0 or value.shape[0] == 0 else "tokens"
         raise ContractError(
-            f"the batch has no {what}: batch[{name!r}] has the shape {list(value.shape)}; look at the sampler and at filters of the "
-            "data set"
+            f"the batch has no {what}: batch[{name!r}] has the shape {list(value.shape)}; check the sampler and the filters of "
+            "the data set"
         )
 
 
@@ -106,14 +108,15 @@ def _holds_numbers(value: Any) -> bool:
 
 
 def supervision(model: nn.Module, batch: Mapping[str, Any]) -> Supervision | None:
-    """Count the labels that the loss of a transformers model is computed from.
+    """Count the labels that the loss of a transformers model uses.
 
     Args:
-        model: With or without adapters.
-        batch: Checked by ``checked_batch``.
+        model: A model with or without adapters.
+        batch: A batch from ``checked_batch``.
 
     Returns:
-        ``None`` if the batch has no labels of classes, or the model's loss is of another kind (CTC, detection, regression).
+        The counts, or ``None`` if the labels are not classes or the model has another kind of loss (CTC, detection,
+        regression).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = [cls.__name__ for cls in type(base).__mro__]
@@ -143,7 +146,7 @@ def _counted(used: Tensor, labels: int, where: str) -> Supervision:
 
 
 def _of_spans(batch: Mapping[str, Any]) -> Supervision | None:
-    """Question answering: transformers leaves out positions behind the end of the sequence."""
+    """Count the labels of question answering. transformers ignores positions after the end of the sequence."""
     ids, ends = batch.get("input_ids"), [batch["start_positions"], batch.get("end_positions")]
     if not isinstance(ids, Tensor) or not all(isinstance(end, Tensor) for end in ends):
         return None
@@ -163,37 +166,37 @@ def _is_regression(config: Any, names: list[str]) -> bool:
 def _shifts(model: nn.Module, config: Any, names: list[str]) -> bool:
     if getattr(config, "is_encoder_decoder", False) or not any(map(_SHIFTED.search, names)):
         return False
-    # Prompts stand before the first token, so an output before it exists.
+    # With prompts before the first token, the first label has an output before it.
     active = getattr(model, "active_peft_config", None)
     prompts = active is not None and active.is_prompt_learning
     return not (prompts and active.peft_type != "PREFIX_TUNING")
 
 
 def require_supervision(batch: Mapping[str, Any], found: Supervision | None) -> list[str]:
-    """Raise if the loss of a batch is computed from nothing.
+    """Raise if the loss of a batch uses no label.
 
     Args:
-        batch: Checked by ``checked_batch``.
-        found: From ``supervision``.
+        batch: A batch from ``checked_batch``.
+        found: The result of ``supervision``.
 
     Returns:
         Notes on rows without a supervised label.
 
     Raises:
-        ContractError: It names the count and where to look.
+        ContractError: No label is supervised, or ``num_items_in_batch`` is not positive.
     """
     items = batch.get("num_items_in_batch")
     if items is not None and not bool(torch.as_tensor(items) > 0):
         raise ContractError(
-            f"num_items_in_batch={items}: the loss is divided by this number of supervised tokens; leave it out, or count the "
-            "labels that are not -100"
+            f"num_items_in_batch={items}, but the loss is divided by this number; leave it out, or pass the number of labels "
+            "that are not -100"
         )
     if found is None:
         return []
     if found.supervised == 0:
         raise ContractError(
-            f"{found}, so this batch teaches nothing; look at the collator's masking of prompts and padding (labels of {_IGNORED} are "
-            "ignored), and at truncation, which may cut the answers off"
+            f"{found}, so the model cannot learn from this batch; check how the collator masks prompts and padding (labels of "
+            f"{_IGNORED} are ignored), and whether truncation removes the answers"
         )
     if found.empty_rows:
         have = "has" if found.empty_rows == 1 else "have"

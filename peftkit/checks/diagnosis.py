@@ -1,4 +1,4 @@
-"""Why a loss is not finite, or a gradient missing or zero: a second pass with hooks on the modules in question."""
+"""Find out why a loss is not finite, or why a gradient is missing or zero, by a second pass with hooks on the modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ _LAYER_DROP = (
 
 
 def first_non_finite_module(model: nn.Module, forward: Callable[[], Any]) -> str:
-    """Name the first module, in the order they finish, whose output is not finite, and a parameter to blame if there is one."""
+    """Find the first module, in the order of completion, whose output is not finite.
+
+    Args:
+        model: The model.
+        forward: Runs one forward of the model.
+
+    Returns:
+        A sentence that names the module, and a parameter of the module that is not finite if there is one.
+    """
     found: dict[str, str] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -43,10 +51,10 @@ def first_non_finite_module(model: nn.Module, forward: Callable[[], Any]) -> str
     finally:
         for handle in handles:
             handle.remove()
-    # Infinities are at home in masks; a NaN never is.
+    # Masks may rightly have infinite values, but nothing may have a NaN.
     name = found.get("nan", found.get("inf"))
     if name is None:
-        return "all modules give finite outputs, so look at the labels and at the loss function"
+        return "all modules have finite outputs, so check the labels and the loss function"
     kind = "NaN" if "nan" in found else "infinite values"
     culprit = model.get_submodule(name)
     broken = [
@@ -55,27 +63,25 @@ def first_non_finite_module(model: nn.Module, forward: Callable[[], Any]) -> str
         if p.is_floating_point() and not bool(p.isfinite().all())
     ]
     if broken:
-        return (
-            f"{name}.{broken[0]} holds NaN or infinite values: load the model or the adapter again"
-        )
+        return f"{name}.{broken[0]} has NaN or infinite values; load the model or the adapter again"
     return (
-        f"the first {kind} came out of {name} ({type(culprit).__name__}), whose own weights are finite: look at its input, and "
-        "use bfloat16 or float32 if the model runs in float16"
+        f"the first {kind} occurred in the output of {name} ({type(culprit).__name__}), whose own weights are finite; check "
+        "its input, and use bfloat16 or float32 if the model runs in float16"
     )
 
 
 @dataclass
 class _Seen:
-    """What one tuner layer did in one forward and backward."""
+    """Observations of one tuner layer in one forward and backward."""
 
     called: bool = False
     positions: int | None = None
     input_is_zero: bool = True
     reached: bool = False
     incoming: float = 0.0
-    """Norm of the gradient that reaches the layer's output."""
+    """Norm of the gradient at the layer's output."""
     noise: float = 0.0
-    """Share of other layers' gradients below which this one may consist of rounding errors: ``2 N eps``."""
+    """A gradient smaller than this fraction of other layers' gradients may consist of rounding errors: ``2 N eps``."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,9 @@ class Verdict:
     """Why tensors get no gradient.
 
     Attributes:
-        faults: By name, for those that should get one.
-        advice: By name, what to do about each fault.
-        notes: On those that rightly get none.
+        faults: The reason for each tensor that should get a gradient, by name.
+        advice: What to do about each fault, by name.
+        notes: Notes on tensors that rightly get no gradient.
     """
 
     faults: dict[str, str]
@@ -102,17 +108,17 @@ def why_no_gradient(
     """Explain missing and zero gradients.
 
     Args:
-        model: The model, undisturbed by the caller.
-        doubtful: The tensors in question by name.
-        missing: Names of tensors whose gradient is ``None``.
-        step: One forward and backward.
+        model: The model.
+        doubtful: The tensors to explain, by name.
+        missing: Names of the tensors whose gradient is ``None``.
+        step: Runs one forward and backward.
     """
     seen: dict[str, _Seen] = {}
     handles = []
     layers = tuner_layers(model)
     for name, layer in layers.items():
         seen[name] = _Seen()
-        # First of all hooks: what others make of the output is then seen in its gradient.
+        # This hook runs before all others, so that the gradient includes changes that other hooks make to the output.
         handles.append(
             layer.register_forward_hook(_record(seen[name]), with_kwargs=True, prepend=True)
         )
@@ -135,7 +141,7 @@ def why_no_gradient(
 
 
 class _Surroundings:
-    """What the layers beside a layer did, and the experts beside an expert; counted once for all layers."""
+    """Observations of the layers with the same parent, and of the other experts; computed once for all layers."""
 
     def __init__(
         self,
@@ -154,7 +160,7 @@ class _Surroundings:
         return ".experts." in layer and _experts_of(layer) in self._busy_experts
 
     def beside(self, layer: str) -> list[_Seen]:
-        """What the layers of the same parent did, this one included."""
+        """Return the observations of the layers with the same parent, including this layer."""
         return self._beside[layer.rpartition(".")[0]]
 
 
@@ -189,7 +195,7 @@ def _excuse(
     what: _Seen | None,
     surroundings: _Surroundings,
 ) -> str:
-    """Why this tensor rightly gets no gradient, or nothing."""
+    """Return why this tensor rightly gets no gradient, or an empty string."""
     if "trainable_tokens" in t.role:
         return "none of its tokens occurs in the batch"
     if layer is None or what is None:
@@ -216,37 +222,37 @@ def _excuse(
 def _fault(
     name: str, t: AdapterTensor, seen: dict[str, _Seen], missing: set[str]
 ) -> tuple[str, str]:
-    """What is wrong, and what to do."""
+    """Return what is wrong, and what to do."""
     what = seen.get(t.layer)
     if what is None or not what.called:
         return (
-            "the forward of this batch never used it",
-            "Leave modules that your data never uses out (exclude_modules), or pass a batch that uses them.",
+            "the forward of this batch did not use it",
+            "Exclude modules that your data never uses (exclude_modules), or pass a batch that uses them.",
         )
     if name in missing and not what.reached:
         return (
-            "the output of its layer never reaches the loss (detached, or dropped)",
-            "Look for detach(), torch.no_grad() or an output that is not used in the model's code and hooks, or leave these modules "
-            "out (exclude_modules).",
+            "the loss does not depend on the output of its layer (detached, or unused)",
+            "Look for detach(), torch.no_grad() or an unused output in the model's code and hooks, or exclude these modules "
+            "(exclude_modules).",
         )
     if name in missing:
         return (
-            "its layer ran without it (is the adapter active in this layer?)",
+            "its layer ran but did not use it (is the adapter active in this layer?)",
             "Call model.set_adapter with the adapter's name, and look for detach() inside the layer.",
         )
     if what.incoming == 0:
         return (
-            "the gradient that reaches its layer is exactly zero",
-            "Look for a factor of zero between this layer and the loss: masks, gates, hooks, or float16 that underflows.",
+            "the gradient at the output of its layer is exactly zero",
+            "Look for a factor of zero between this layer and the loss: masks, gates, hooks, or underflow in float16.",
         )
     return (
-        "its gradient is exactly zero although its layer's is not (underflow in float16?)",
-        "Keep the adapter's weights in float32 or bfloat16, or scale the loss up before the backward.",
+        "its gradient is exactly zero, but the gradient at its layer's output is not (underflow in float16?)",
+        "Use float32 or bfloat16 for the adapter's weights, or multiply the loss by a factor before the backward.",
     )
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The floating-point tensors of a nested output."""
+    """Return the floating-point tensors in a nested value."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, dict):

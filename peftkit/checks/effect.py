@@ -1,4 +1,4 @@
-"""Settings that leave an adapter or a task head without any effect of training."""
+"""Check for settings with which an adapter or a task head cannot learn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_strength(model: nn.Module, active: list[str]) -> None:
         active: Names of the active adapters.
 
     Raises:
-        ContractError: It names the adapter, the setting and a way out.
+        ContractError: An adapter has no effect in any layer. The message names the adapter and the setting.
     """
     layers = list(tuner_layers(model).values())
     for adapter in active:
@@ -32,10 +32,10 @@ def check_strength(model: nn.Module, active: list[str]) -> None:
                 f"{alpha}=0" if alpha else f"every layer of adapter {adapter!r} has a scale of 0"
             )
             raise ContractError(
-                f"{cause}: the adapter's output is multiplied by 0, so the model stays the base model and nothing is learned; "
-                "set lora_alpha to a positive number such as twice the rank"
+                f"{cause}: the adapter's output is multiplied by 0, so the adapter has no effect and cannot learn; set "
+                "lora_alpha to a positive number such as twice the rank"
                 if alpha
-                else f"{cause}, so the model stays the base model and nothing is learned; call set_scale with another factor"
+                else f"{cause}, so the adapter has no effect and cannot learn; call set_scale with another factor"
             )
         full = [
             f for f in sorted(vars(config)) if f.endswith("dropout") and _is_one(vars(config)[f])
@@ -44,19 +44,19 @@ def check_strength(model: nn.Module, active: list[str]) -> None:
             full = ["lora_dropout"]
         if full:
             raise ContractError(
-                f"{full[0]}=1.0 of adapter {adapter!r}: all of the adapter's input is dropped in training, so it gets no gradient; "
-                "set it to 0, or to a small probability such as 0.05"
+                f"{full[0]}=1.0 of adapter {adapter!r}: all of the adapter's input is dropped in training, so it gets no "
+                "gradient; set it to 0, or to a small probability such as 0.05"
             )
 
 
 def check_heads(model: nn.Module) -> list[str]:
-    """Raise if a task head that starts at random is frozen.
+    """Raise if a task head with random weights is frozen.
 
     Returns:
-        A note on heads that are frozen, and were loaded from a checkpoint.
+        Notes on frozen heads that were loaded from a checkpoint.
 
     Raises:
-        ContractError: It names the heads and a way out.
+        ContractError: A frozen head was not loaded from a checkpoint. The message names the heads.
     """
     frozen = frozen_heads(model)
     modules = dict(model.named_modules())
@@ -65,10 +65,10 @@ def check_heads(model: nn.Module) -> list[str]:
     if fresh:
         leaves = sorted({name.rpartition(".")[2] for name in fresh})
         raise ContractError(
-            f"{count(len(fresh), 'task head is', 'task heads are')} frozen, and nothing says that the weights were loaded from a "
-            f"checkpoint, so they are random:\n{listing(fresh)}\n"
-            f"Train them: pass modules_to_save={leaves} in the config (peftkit.wrap does it if the config has no modules_to_save), "
-            "or set requires_grad. To keep them frozen on purpose, pass modules_to_save=[]."
+            f"{count(len(fresh), 'task head is', 'task heads are')} frozen, but the weights were not loaded from a checkpoint, "
+            f"so they are random:\n{listing(fresh)}\n"
+            f"Train them: pass modules_to_save={leaves} in the config (peftkit.wrap does it if the config has no "
+            "modules_to_save), or set requires_grad. To keep them frozen on purpose, pass modules_to_save=[]."
         )
     return [
         f"the task head {name} is frozen; it keeps the weights of its checkpoint" for name in loaded
@@ -76,7 +76,7 @@ def check_heads(model: nn.Module) -> list[str]:
 
 
 def _module(modules: dict[str, nn.Module], name: str) -> Any:
-    """A module by its name without adapters."""
+    """Return a module by its name without adapters."""
     return modules.get(f"base_model.model.{name}") or modules.get(name)
 
 
@@ -98,7 +98,7 @@ def _dropout(layer: Any, adapter: str) -> Any:
 
 
 def _all(value: float, found: Any) -> bool:
-    """Whether layers have this value, and none has another one; ``None`` is for layers without such a value."""
+    """Whether at least one layer has a value, and all layers with a value have this one. ``None`` means no value."""
     values = [one for one in found if one is not None]
     return bool(values) and all(one == value for one in values)
 

@@ -1,4 +1,4 @@
-"""One forward and backward that change nothing: are loss and gradients finite, and does gradient reach every adapter?"""
+"""Run one forward and backward without changing the model, and check that loss and gradients are finite and not missing."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ from peftkit.errors import ContractError, count, listing
 def measure(
     model: nn.Module, batch: dict[str, Any], tensors: list[AdapterTensor]
 ) -> tuple[float, dict[str, float], list[str]]:
-    """Run one forward and backward and judge what comes of it.
+    """Run one forward and backward, and check the loss and the gradients.
 
-    The first pass runs the model exactly as training would. Only if it looks wrong, a second one with hooks, from the same
-    random state, finds out why.
+    The first pass runs the model exactly as training does. If a result is wrong, a second pass with hooks, from the same random
+    state, finds the reason.
+
+    Args:
+        model: A model with adapters.
+        batch: A batch from ``checked_batch``.
+        tensors: The adapter tensors of the model.
 
     Returns:
-        The loss, the gradient norm of each trainable tensor by name, and notes on gradients that are zero for a reason.
+        The loss, the gradient norm of each trainable tensor by name, and notes on gradients that are zero for a good reason.
 
     Raises:
-        ContractError: The loss or a gradient is not finite, or does not reach a trainable tensor.
+        ContractError: The loss or a gradient is not finite, or a trainable tensor gets no gradient.
     """
     batch = _on_device(batch, _device(model))
     with undisturbed(model):
@@ -50,9 +55,9 @@ def measure(
     ]
     if broken:
         raise ContractError(
-            f"{len(broken)} of {count(len(gradients), 'gradient')} {'is' if len(broken) == 1 else 'are'} not finite although the loss is ({loss.item():.6g}):\n"
-            f"{listing(broken)}\nLook for overflow in the backward: a loss scale that is too large, float16, or a division "
-            "or logarithm of zero in the model's own code."
+            f"{len(broken)} of {count(len(gradients), 'gradient')} {'is' if len(broken) == 1 else 'are'} not finite although "
+            f"the loss is ({loss.item():.6g}):\n{listing(broken)}\nLook for overflow in the backward: a loss scale that is too "
+            "large, float16, or a division by zero or the logarithm of zero in the model's own code."
         )
     notes = _judge(model, batch, tensors, gradients)
     norms = {
@@ -86,19 +91,20 @@ def _judge(
         verdict = why_no_gradient(
             model, doubtful | noise, missing, lambda: _backward(model, loss_of(model, batch))
         )
-    # a gradient that is noise without a known reason is still a gradient
+    # tensors whose gradient only looks like noise do have a gradient, so they are no faults
     faults = [f for n, f in verdict.faults.items() if n not in noise] + others
     if faults:
         advice = list(dict.fromkeys(verdict.advice[n] for n in verdict.faults if n not in noise))
         if others:
             advice.append(
-                "Freeze parameters that the loss does not need (requires_grad_(False)), or leave them out of modules_to_save."
+                "Freeze parameters that the loss does not depend on (requires_grad_(False)), or remove them from "
+                "modules_to_save."
             )
         if _checkpointing(model):
             advice.append(f"The model uses gradient checkpointing: {_CHECKPOINTING}.")
         raise ContractError(
-            f"{len(faults)} of {count(len(gradients), 'trainable tensor')} {'gets' if len(faults) == 1 else 'get'} no gradient from "
-            f"this batch:\n{listing(faults)}\n" + "\n".join(advice)
+            f"{len(faults)} of {count(len(gradients), 'trainable tensor')} {'gets' if len(faults) == 1 else 'get'} no gradient "
+            f"from this batch:\n{listing(faults)}\n" + "\n".join(advice)
         )
     return verdict.notes
 
@@ -108,10 +114,10 @@ def _noise(
     own: dict[str, AdapterTensor],
     gradients: dict[str, Tensor | None],
 ) -> dict[str, AdapterTensor]:
-    """Tensors whose gradients are rounding errors in place of zeros, as attention over a single position gives them.
+    """Return the tensors whose gradients are rounding errors instead of zeros, as in attention over a single position.
 
-    Attention subtracts two equal sums of at most N products there, N being the outputs of the layer, so the error is below
-    ``2 N eps`` of the gradients beside it.
+    In that case attention subtracts two equal sums of at most N products, where N is the number of outputs of the layer. The
+    error is therefore below ``2 N eps`` times the largest gradient.
     """
     if not any(
         isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == 1
@@ -136,7 +142,7 @@ _CHECKPOINTING = (
 
 
 class _Factors:
-    """Factors of a product: if one is zero, the gradients of the others are (lora_A while lora_B is still zero)."""
+    """Finds zero factors of a product. If one factor is zero, so are the gradients of the others (lora_A while lora_B is 0)."""
 
     def __init__(self, tensors: list[AdapterTensor]):
         self._zeros: dict[tuple[str, str], set[int]] = {}
@@ -150,18 +156,18 @@ class _Factors:
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss a model computes for a batch.
+    """Return the loss that a model computes for a batch.
 
     Raises:
-        ContractError: The output holds none.
+        ContractError: The output has no loss, or the model does not accept the batch.
     """
     try:
         output = model(**batch)
     except TypeError as error:
         if "unexpected keyword argument" in str(error):
             raise ContractError(
-                f"{type(model).__name__} does not take this batch of {', '.join(sorted(map(str, batch)))} ({error}); remove the "
-                "columns that its forward does not have"
+                f"{type(model).__name__} does not take this batch of {', '.join(sorted(map(str, batch)))} ({error}); remove "
+                "the columns that its forward does not have"
             ) from error
         raise
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -200,7 +206,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
-    """Move tensors, also those in lists and dictionaries, such as the boxes of object detection."""
+    """Move tensors to a device, also those in lists and dictionaries, such as the boxes of object detection."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
@@ -212,13 +218,13 @@ def _on_device(value: Any, device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore gradients, buffers, modes and random states at the end, and keep hooks on gradients from firing."""
+    """Restore gradients, buffers, modes and random states at the end, and disable hooks on gradients in between."""
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
     buffers = [(module, dict(module._buffers)) for module in modules]
     contents = [(b, b._version, b.detach().clone()) for b in model.buffers()]
     gradients = [(p, p.grad) for p in model.parameters()]
-    # Optimisers that step inside the backward hang on these hooks; autograd keeps the dictionary itself, so empty it.
+    # Optimisers that step during the backward use these hooks. autograd holds the dictionary itself, so it is emptied.
     hooks = [(h, dict(h)) for p in model.parameters() if (h := p._post_accumulate_grad_hooks)]
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")

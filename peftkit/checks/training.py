@@ -1,4 +1,4 @@
-"""Would this model train? ``check`` looks at the adapters, and with a batch at one forward and backward."""
+"""``check``: check that a model would train, from its adapters and, with a batch, from one forward and backward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What ``check`` found in a model that passed.
+    """The results of ``check`` for a model that passed.
 
     Attributes:
         adapters: Names of the active adapters.
@@ -32,10 +32,9 @@ class CheckReport:
         trainable: Number of trainable adapter tensors.
         loss: Loss of the batch; ``None`` without a batch.
         grad_norms: Euclidean norm of each trainable tensor's gradient by name; empty without a batch.
-        supervised: Number of labels that the loss is computed from; ``None`` without a batch, or if the model's loss has no
-            labels of classes.
-        labels: Number of all labels of the batch, or ``None`` likewise.
-        notes: What is unusual but has a reason.
+        supervised: Number of labels that the loss uses; ``None`` without a batch, or if the labels are not classes.
+        labels: Number of all labels of the batch, or ``None`` in the same cases.
+        notes: Notes on unusual facts that are not errors.
     """
 
     adapters: tuple[str, ...]
@@ -48,11 +47,11 @@ class CheckReport:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Return the report as a dictionary of plain data."""
         return asdict(self)
 
     def __rich__(self) -> RenderableType:
-        """Print as a table."""
+        """Return the report as a table."""
         from rich.table import Table
 
         table = Table(title="peftkit check: passed", show_header=False)
@@ -61,7 +60,7 @@ class CheckReport:
         return table
 
     def __str__(self) -> str:
-        """One line an entry."""
+        """Return the report as text, with one line per entry."""
         return "\n".join(f"{name}: {value}" for name, value in self._rows())
 
     def _rows(self) -> list[tuple[str, str]]:
@@ -78,28 +77,32 @@ class CheckReport:
                 name = pick(norms, key=norms.__getitem__)
                 rows.append((f"{what} gradient norm", f"{norms[name]:.3g} ({name})"))
             zeros = len(self.grad_norms) - len(norms)
-            rows.append(("zero gradients", f"{zeros}, as they should be"))
+            rows.append(("zero gradients", f"{zeros}, as expected"))
         return rows + [("note", note) for note in self.notes]
 
 
 def check(model: nn.Module, batch: Mapping[str, Any] | None = None) -> CheckReport:
-    """Raise if training this model would go wrong without a word.
+    """Raise an error if training this model would fail silently.
 
-    Without a batch: adapters exist, are active, matched, finite, trainable, of a dtype that can be trained, and neither their
-    scale nor their dropout removes them; a task head that starts at random is trained. With a batch, also one forward and
-    backward in the model's current mode: labels are supervised, loss and gradients are finite and every trainable adapter
-    tensor gets a gradient that is not zero, unless zero is right (``lora_A`` while ``lora_B`` is zero, an expert without
-    tokens, ...). The model, its gradients, buffers and the random state are left as they were.
+    Without a batch, ``check`` verifies that adapters exist, are active and match modules; that their tensors are finite,
+    trainable and of a trainable dtype; that no scale of 0 or dropout of 1 disables them; and that a task head with random
+    weights is trained.
+
+    With a batch, ``check`` also runs one forward and backward in the model's current mode. It verifies that labels are
+    supervised, that loss and gradients are finite, and that every trainable adapter tensor gets a nonzero gradient. A zero
+    gradient is allowed if it is correct (``lora_A`` while ``lora_B`` is zero, an expert without tokens, ...). The model, its
+    gradients, its buffers and the random state are not changed.
 
     Args:
         model: A ``PeftModel``, or a transformers model after ``add_adapter``.
-        batch: What the model is called with, labels included: a dictionary of tensors; moved to the model's device.
+        batch: The arguments of the model's forward, including labels, as a dictionary of tensors. They are moved to the model's
+            device.
 
     Returns:
-        What was found, for printing.
+        The results, for printing.
 
     Raises:
-        ContractError: Something is wrong; the message names it and a way out.
+        ContractError: A check failed. The message names the cause and a way out.
     """
     if not isinstance(model, nn.Module):
         way_out = (
@@ -114,7 +117,7 @@ def check(model: nn.Module, batch: Mapping[str, Any] | None = None) -> CheckRepo
     tensors = adapter_tensors(model)
     if not tensors or not getattr(model, "peft_config", None):
         raise ContractError(
-            f"{type(model).__name__} carries no adapter; call peftkit.wrap(model) first"
+            f"{type(model).__name__} has no adapter; call peftkit.wrap(model) first"
         )
     active = active_adapters(model)
     _check_active(model, active, tensors)
@@ -151,8 +154,8 @@ def _check_active(model: nn.Module, active: list[str], tensors: list[AdapterTens
     for name in active:
         if name not in owned and owned != {""}:
             raise ContractError(
-                f"the active adapter {name!r} has no tensors in the model, which holds {sorted(owned)}; call "
-                "model.set_adapter with one of those"
+                f"the active adapter {name!r} has no tensors in the model, which has the adapters {sorted(owned)}; call "
+                "model.set_adapter with one of them"
             )
     if layers and all(layer.disable_adapters for layer in layers.values()):
         raise ContractError(
@@ -195,7 +198,8 @@ def _check_values(tensors: list[AdapterTensor]) -> list[str]:
     ]
     if mixed:
         raise ContractError(
-            f"the factors of {count(len(mixed), 'layer')} differ in dtype:\n{listing(mixed)}\nCast the whole adapter to one dtype."
+            f"the factors of {count(len(mixed), 'layer')} differ in dtype:\n{listing(mixed)}\nCast the whole adapter to one "
+            "dtype."
         )
     halves = sum(t.tensor.requires_grad and t.tensor.dtype is torch.float16 for t in tensors)
     return (
@@ -206,7 +210,7 @@ def _check_values(tensors: list[AdapterTensor]) -> list[str]:
 
 
 def _check_trainable(tensors: list[AdapterTensor], active: list[str]) -> list[str]:
-    """Nothing frozen by accident: all of it, or one factor of one layer while its fellows are trained."""
+    """Raise if adapters are frozen by accident: all of them, or one tensor of a layer whose other tensors are trained."""
     mine = [t for t in tensors if t.adapter in active or not t.adapter]
     if not any(t.tensor.requires_grad for t in mine):
         raise ContractError(

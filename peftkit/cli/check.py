@@ -1,4 +1,4 @@
-"""``peftkit check``: what is in an adapter and where it loads, or what works on an architecture."""
+"""``peftkit check``: show what an adapter contains and whether it loads, or what works on an architecture."""
 
 import json
 from pathlib import Path
@@ -13,30 +13,39 @@ def check(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="MODEL", help="Folder or hub id; only its config is read."),
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="Folder or hub id of the base model; only its config is read.",
+        ),
     ] = None,
     target: Annotated[
-        str, typer.Option("--target", metavar="peft|vllm", help="Where it is to be loaded.")
+        str,
+        typer.Option("--target", metavar="peft|vllm", help="The library that is to load it."),
     ] = "peft",
     family: Annotated[
         str | None,
         typer.Option(
             "--family",
             metavar="NAME_OR_CONFIG",
-            help="Try every method on a tiny model of this architecture instead: a model type, a config, or a hub id.",
+            help="Instead of an adapter: try every method on a tiny model of this architecture. A model type, the path of a "
+            "config, or a hub id.",
         ),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", help="With --family: only this method; may be repeated."),
+        typer.Option("--method", help="With --family: try only this method; may be repeated."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document instead of tables.")
     ] = False,
 ) -> None:
-    """Say whether an adapter loads in PEFT or vLLM, or what works on an architecture; exits with 1 where something does not."""
+    """Check whether an adapter loads in PEFT or vLLM, or which methods work on an architecture.
+
+    Exits with status 1 if the adapter does not load or a method fails.
+    """
     if (adapter is None) == (family is None):
-        raise typer.BadParameter("give the folder of an adapter, or --family NAME_OR_CONFIG")
+        raise typer.BadParameter("give either the folder of an adapter or --family NAME_OR_CONFIG")
     if family is not None:
         raise typer.Exit(_family(family, method, as_json))
     raise typer.Exit(_adapter(adapter, target, base, as_json))
@@ -65,7 +74,7 @@ def _print_adapter(facts: Any, found: Any) -> None:
     counted = ", ".join(f"{count} {name}" for name, count in facts.dtypes.items())
     rows = {
         "method": f"{facts.method}, written by {facts.written_by}",
-        "trained on": facts.trained_on or "not written down",
+        "trained on": facts.trained_on or "not recorded",
         "tensors": f"{len(facts.shapes)} ({counted}), {facts.parameters:,} numbers, {facts.size_bytes / 2**20:.2f} MiB",
         "modules": ", ".join(f"{name} ({n})" for name, n in facts.modules.items()),
         "keys": "\n".join(_examples(facts.shapes)),

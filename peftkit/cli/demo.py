@@ -8,21 +8,21 @@ import typer
 
 def demo(
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")
     ] = False,
     no_compare: Annotated[
         bool,
-        typer.Option("--no-compare", help="Leave out the runs of plain PEFT and full fine-tuning."),
+        typer.Option("--no-compare", help="Skip the runs of plain PEFT and full fine-tuning."),
     ] = False,
     json_path: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the report as data to FILE."),
+        typer.Option("--json", metavar="FILE", help="Also write the report as JSON to FILE."),
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Where checkpoints and reports go.")
+        Path, typer.Option("--out", metavar="DIR", help="Folder for checkpoints and reports.")
     ] = Path("out/demo"),
 ) -> None:
-    """Fine-tune SmolLM2-135M on English requests to JSON records, and report the result."""
+    """Fine-tune SmolLM2-135M to turn English requests into JSON records, and report the result."""
     from peftkit.demo import run
 
     raise typer.Exit(run(out=out, resume=resume, compare=not no_compare, json_path=json_path))

@@ -1,4 +1,4 @@
-"""``peftkit doctor``: what is installed, which device, which path each operation takes, and why."""
+"""``peftkit doctor``: show the installed packages, the device, and which path each operation takes and why."""
 
 import json
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ def doctor(
         bool, typer.Option("--json", help="Print one JSON document instead of tables.")
     ] = False,
 ) -> None:
-    """Say what is installed here and which path every operation would take."""
+    """Show what is installed and which path each operation takes on this device."""
     from peftkit.doctor import diagnose
 
     found = diagnose()

@@ -1,11 +1,11 @@
-"""Which errors are a message to the user, and which are a defect to be shown in full."""
+"""Print errors that the user can correct in one line; show a traceback for all other errors."""
 
 import errno
 from types import TracebackType
 
 from typer.core import TyperGroup
 
-_OF_THE_DISK = {
+_FILE_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EACCES,
@@ -22,7 +22,7 @@ class OneLineErrors(TyperGroup):
     """A command group that prints expected errors as one line on stderr and exits with status 1."""
 
     def invoke(self, ctx):
-        """Run the command; unexpected errors pass through with their traceback."""
+        """Run the command. Unexpected errors are raised with their traceback."""
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
@@ -36,19 +36,20 @@ class OneLineErrors(TyperGroup):
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether ``error`` tells the user something to correct: a file that is missing or cannot be written, or a refused value.
+    """Whether the user can correct ``error``: a file is missing or cannot be written, or a value was refused.
 
-    A ValueError counts if our own code raised it (ContractError is one); one that a library underneath raised is a defect of
-    ours, and only its traceback says where.
+    A ValueError (ContractError is one) counts only if peftkit itself raised it. A ValueError from another library is a defect
+    in peftkit, and its traceback is needed to find the place.
     """
     if isinstance(error, FileNotFoundError):
         return True
     if isinstance(error, OSError):
-        return error.errno in _OF_THE_DISK
+        return error.errno in _FILE_ERRORS
     return isinstance(error, ValueError) and _raised_in(error.__traceback__).startswith("peftkit")
 
 
 def _raised_in(traceback: TracebackType | None) -> str:
+    """Return the name of the Python module that raised the error."""
     module = ""
     while traceback is not None:
         module = traceback.tb_frame.f_globals.get("__name__", "")

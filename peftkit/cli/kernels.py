@@ -1,4 +1,4 @@
-"""``peftkit kernels``: what the operations are, and the proof of their GPU kernels on a machine without a GPU."""
+"""``peftkit kernels``: list the operations, and verify their GPU kernels on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Annotated, Any
 import typer
 
 kernels = typer.Typer(
-    no_args_is_help=True, help="The operations and the proof of their GPU kernels, without a GPU."
+    no_args_is_help=True, help="List the operations and verify their GPU kernels without a GPU."
 )
 
 Ops = Annotated[
-    list[str] | None, typer.Option("--op", metavar="NAME", help="Only this one; may be repeated.")
+    list[str] | None,
+    typer.Option("--op", metavar="NAME", help="Only this operation; may be repeated."),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help='Print one JSON document {"rows": [...]} instead.')
+    bool,
+    typer.Option("--json", help='Print one JSON document {"rows": [...]} instead of a table.'),
 ]
 Rows = list[dict[str, Any]]
 
 
 @kernels.command("list")
 def list_(ops: Ops = None, as_json: Json = False) -> None:
-    """The operations: what they compute, by which implementations, and what they keep for the backward."""
+    """List the operations: what each computes, its implementations, and what it saves for the backward."""
     from peftkit_kernels.lab import catalogue
 
     rows = catalogue.rows(ops)
@@ -32,13 +34,13 @@ def list_(ops: Ops = None, as_json: Json = False) -> None:
 
 @kernels.command()
 def check(ops: Ops = None, as_json: Json = False) -> None:
-    """Run every kernel in the faithful interpreter and compare it with the definition in float64.
+    """Run every kernel in the interpreter and compare the results with the definition in float64.
 
-    Exits with status 1 if a value is off by more than its bound, a launch races or leaves its tensors, or the order of
-    programs changes a bit.
+    Exits with status 1 if an error exceeds its bound, a launch has a data race or accesses memory outside its tensors, or the
+    order of programs changes any bit of a result.
     """
     rows = _in_child("check", ops, interpret=True)
-    _show(rows, as_json, "Values, in the interpreter", {"problems": _sentences})
+    _show(rows, as_json, "Values in the interpreter", {"problems": _sentences})
     if any(row["problems"] for row in rows):
         raise typer.Exit(1)
 
@@ -48,7 +50,9 @@ def inspect(
     archs: Annotated[
         list[str] | None,
         typer.Option(
-            "--arch", metavar="ARCH", help="As cuda:90; may be repeated. Default: cuda:80, cuda:90."
+            "--arch",
+            metavar="ARCH",
+            help="Target such as cuda:90; may be repeated. Default: cuda:80, cuda:90.",
         ),
     ] = None,
     ops: Ops = None,
@@ -56,14 +60,15 @@ def inspect(
         bool,
         typer.Option(
             "--all",
-            help="Every target, rank, dtype and size: about 37,500 compilations, hours on two cores.",
+            help="Compile for every target, rank, dtype and size: about 37,500 compilations, which take hours on two cores.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile every kernel the dispatcher can choose for real GPUs, and read the machine code.
+    """Compile every kernel that the dispatcher can choose, and inspect the machine code for real GPUs.
 
-    Exits with status 1 if a kernel spills, does not fit, or leaves the tensor cores or wide loads unused.
+    Exits with status 1 if a kernel spills registers, needs more shared memory than a block has, or does not use tensor cores or
+    wide loads.
     """
     from peftkit_kernels.lab import child
     from peftkit_kernels.lab.inventory import known_archs
@@ -83,9 +88,9 @@ def inspect(
 
 @kernels.command()
 def traffic(ops: Ops = None, as_json: Json = False) -> None:
-    """Bytes of every launch, counted in the interpreter, beside the rule of the predictions and eager torch.
+    """Count the bytes of every launch in the interpreter, and compare them with the prediction's formula and eager torch.
 
-    Exits with status 1 if a launch does not move what the rule says.
+    Exits with status 1 if a launch does not move the bytes that the formula gives.
     """
     rows = _in_child("volumes", ops, interpret=True)
     title = "Bytes, forward and backward in bfloat16 at small sizes"
@@ -96,14 +101,14 @@ def traffic(ops: Ops = None, as_json: Json = False) -> None:
 
 @kernels.command()
 def predict(ops: Ops = None, as_json: Json = False) -> None:
-    """Predicted time and bytes on GPUs against eager torch, by a roofline; nothing here is measured."""
+    """Predict time and bytes on GPUs with a roofline model, compared with eager torch. Nothing is measured."""
     rows = _in_child("predict", ops, interpret=False)
     shown = rows if as_json else [_prediction(row) for row in rows]
     _show(shown, as_json, "Predicted (not measured), forward and backward in bfloat16", {})
 
 
 def _prediction(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the table: fewer columns, each figure beside eager torch's."""
+    """Make a row of the table: fewer columns, each number next to the number of eager torch."""
 
     def beside(name: str, unit: float, form: str) -> str:
         return f"{row[name] / unit:{form}} / {row['eager_' + name] / unit:{form}}"
@@ -123,7 +128,7 @@ def _prediction(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _known(ops: list[str] | None) -> list[str]:
-    """The ops with Triton kernels, or those named."""
+    """Return ``ops``, or all ops with Triton kernels if ``ops`` is None."""
     from peftkit_kernels.lab.cases import chosen
     from peftkit_kernels.lab.inventory import OPS
 

@@ -1,6 +1,6 @@
-"""``peftkit``: options common to all commands, and the commands by name.
+"""``peftkit``: the command line application.
 
-Commands import what they need when they run, so that ``peftkit --help`` answers at once.
+Each command imports what it needs when it runs, so that ``peftkit --help`` is fast.
 """
 
 from typing import Annotated

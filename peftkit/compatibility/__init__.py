@@ -1,4 +1,7 @@
-"""What works on which architecture: cells that train, save, merge and so on a tiny model, for the matrix and ``peftkit check``."""
+"""Test which methods work on which architecture, with tiny models.
+
+Each cell tests one task, such as training, saving or merging. The compatibility table and ``peftkit check`` run the cells.
+"""
 
 from peftkit.compatibility.cells import CELLS, Case, Outcome, run_cells
 from peftkit.compatibility.methods import METHODS

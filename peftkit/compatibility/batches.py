@@ -1,4 +1,4 @@
-"""A batch that a model computes a loss from, made up from its config and its class."""
+"""Make a random training batch for a model, from its config and class."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ ROWS = 2
 
 
 def training_batch(model: Any) -> dict[str, Any]:
-    """Make two rows of inputs with labels; of text, the second row is padded on the right.
+    """Make two rows of inputs with labels. For text, the second row has padding on the right.
 
     Args:
         model: A transformers model.
 
+    Returns:
+        The arguments of the model's forward by name.
+
     Raises:
-        ValueError: Inputs of this kind cannot be made, or the model computes no loss from labels.
+        ValueError: Inputs for the model cannot be made, or the model computes no loss from labels.
     """
     generator = torch.Generator().manual_seed(11)
     parameters = inspect.signature(model.forward).parameters
@@ -48,11 +51,11 @@ def _labels(model: Any, parameters: Any, inputs: dict[str, Any]) -> dict[str, An
     if "return_loss" in parameters:  # contrastive models
         return {"return_loss": True}
     if "labels" not in parameters:
-        raise ValueError(f"{name} computes no loss from labels; name a class with a head")
+        raise ValueError(f"{name} computes no loss from labels; use a class with a head")
     if re.search(r"For\w*Classification$", name) and not name.endswith("TokenClassification"):
         return {"labels": torch.arange(ROWS) % model.config.num_labels}
     ids: Tensor | None = inputs.get("input_ids")
-    if ids is None:  # sound: a short sequence of characters or words
+    if ids is None:  # speech: a short sequence of characters or words
         ids = torch.tensor([[3, 4], [5, 6]])
     if name.endswith("TokenClassification"):
         ids = ids % model.config.num_labels

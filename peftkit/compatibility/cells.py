@@ -1,4 +1,4 @@
-"""The cells of the matrix: each does one thing with one method on one tiny model, and says whether it came out right."""
+"""The cells of the compatibility table: each tests one task with one method on one tiny model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 6
 LEARNING_RATE = 0.02
 NEW_TOKENS = 5
 SHOWN = 300
-"""Characters of an unexpected error."""
+"""Maximum number of characters of an unexpected error that are shown."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Case:
     """One architecture.
 
     Attributes:
-        name: How it is shown.
-        build: Makes the tiny model, the same one each time, without anything random in training mode.
+        name: The name that is shown.
+        build: Builds the tiny model. Each call gives the same model, without dropout or other randomness in training mode.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one cell.
+    """The result of one cell.
 
     Attributes:
-        verdict: ``yes``; ``no``: refused with a reason; ``fails``: an error nobody intended, or a wrong result; ``-``: there
-            is no such thing for this model.
-        why: The reason, for all but ``yes``.
+        verdict: ``yes``; ``no``: refused with a reason; ``fails``: an unexpected error, or a wrong result; ``-``: the cell does
+            not apply to this model.
+        why: The reason; empty for ``yes``.
     """
 
     verdict: Literal["yes", "no", "fails", "-"]
@@ -58,15 +58,15 @@ class Outcome:
 
 
 class _Refused(Exception):
-    """A step was refused, by us or by the library below, where refusing is an answer."""
+    """peftkit or another library refused a step with a reason, and the cell allows this."""
 
 
 class _DoesNotApply(Exception):
-    """The model has nothing of the kind."""
+    """The cell does not apply to the model."""
 
 
 class _Wrong(Exception):
-    """It ran, and the result is wrong."""
+    """The cell ran, but the result is wrong."""
 
 
 @contextlib.contextmanager
@@ -83,10 +83,10 @@ def run_cells(case: Case, method: str, cells: list[str] | None = None) -> dict[s
     Args:
         case: The architecture.
         method: A key of ``METHODS``.
-        cells: Keys of ``CELLS``; all where left out.
+        cells: Keys of ``CELLS``. Default: all.
 
     Returns:
-        The outcome of each cell; where the method is refused, that of all cells.
+        The outcome of each cell. If the method is refused on this architecture, all cells have the same outcome.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -108,7 +108,7 @@ def _outcome(cell: Callable[[], None]) -> Outcome:
         return Outcome("no", _sentence(reason))
     except _Wrong as reason:
         return Outcome("fails", str(reason))
-    except Exception as error:  # any defect of any library is the finding here
+    except Exception as error:  # a defect of any library is a result of the cell
         return Outcome("fails", shorten(f"{type(error).__name__}: {error}", SHOWN))
     return Outcome("yes")
 
@@ -118,7 +118,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _adapted(model: nn.Module, method: str, *, trained: bool = True) -> Any:
-    """The model with a new adapter, or with every number of it drawn anew as if it had been trained."""
+    """Add a new adapter to the model. With ``trained``, add noise to all of its weights, as if it had been trained."""
     torch.manual_seed(0)
     with _may_be_refused():
         adapted: Any = wrap(model, *METHODS[method](model))
@@ -146,7 +146,7 @@ def train(case: Case, method: str) -> None:
     model = _adapted(case.build(), method, trained=False).train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()  # its statistics belong to the base model
+            module.eval()  # keep the statistics of the base model
     batch = training_batch(model.get_base_model())
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimiser = torch.optim.Adam(
@@ -161,13 +161,13 @@ def train(case: Case, method: str) -> None:
         optimiser.zero_grad()
     _expect(losses[-1] < losses[0], f"the loss went from {losses[0]:.4g} to {losses[-1]:.4g}")
     check(model, batch)
-    own = dict(model.named_parameters())
-    moved = [name for name, before in frozen.items() if not torch.equal(own[name], before)]
+    after = dict(model.named_parameters())
+    moved = [name for name, before in frozen.items() if not torch.equal(after[name], before)]
     _expect(not moved, f"{len(moved)} frozen tensors changed, such as {next(iter(moved), '')}")
 
 
 def checkpointing(case: Case, method: str) -> None:
-    """Gradients with checkpointing, reentrant and not, are those without."""
+    """Gradients with checkpointing, reentrant or not, equal those without."""
     base: Any = case.build()
     if not getattr(base, "supports_gradient_checkpointing", False):
         raise _DoesNotApply("transformers has no checkpointing for it")
@@ -194,14 +194,14 @@ def checkpointing(case: Case, method: str) -> None:
 
 
 def generate(case: Case, method: str) -> None:
-    """Greedy generation with a cache gives the tokens that it gives without."""
+    """Greedy generation gives the same tokens with a cache and without."""
     model = _adapted(case.build(), method).eval()
     base: Any = model.get_base_model()
     if not base.can_generate():
         raise _DoesNotApply("it does not generate")
     batch = training_batch(base)
     inputs = {name: batch[name] for name in batch if name not in ("labels", "attention_mask")}
-    if "attention_mask" in batch:  # a prompt is padded on the left
+    if "attention_mask" in batch:  # generation needs the padding on the left
         inputs["attention_mask"] = batch["attention_mask"].flip(-1)
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     settings["eos_token_id"] = None
@@ -212,7 +212,7 @@ def generate(case: Case, method: str) -> None:
 
 
 def save(case: Case, method: str) -> None:
-    """What is saved and loaded again is the same adapter, bit for bit; its outputs are the same up to rounding."""
+    """A saved and loaded adapter has the same tensors, bit for bit, and the same outputs up to rounding."""
     from peft import get_peft_model_state_dict
 
     model = restore(_adapted(case.build(), method))
@@ -220,21 +220,21 @@ def save(case: Case, method: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = load_adapter(case.build(), folder, accelerate=False)
-    held = get_peft_model_state_dict(model, save_embedding_layers=False)
-    again = get_peft_model_state_dict(loaded, save_embedding_layers=False)
-    _expect(held.keys() == again.keys(), "other keys came back")
-    odd = [key for key in held if not torch.equal(held[key], again[key])]
-    _expect(not odd, f"{len(odd)} tensors came back changed, such as {next(iter(odd), '')}")
-    # a matrix product may round otherwise where its operands lie elsewhere in memory
+    before = get_peft_model_state_dict(model, save_embedding_layers=False)
+    after = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    _expect(before.keys() == after.keys(), "the loaded adapter has other keys")
+    odd = [key for key in before if not torch.equal(before[key], after[key])]
+    _expect(not odd, f"{len(odd)} loaded tensors differ, such as {next(iter(odd), '')}")
+    # the rounding of a matrix product can depend on the memory addresses of its operands
     pairs = zip(_outputs(loaded, batch), _outputs(model, batch), strict=True)
     _expect(all(same_up_to_rounding(a, b) for a, b in pairs), "the outputs differ")
 
 
 def merge(case: Case, method: str) -> None:
-    """The merged model has the outputs of the adapted one; in float64, so that rounding hides nothing."""
+    """The merged model has the outputs of the adapted model. Compared in float64, so that rounding hides no error."""
     base: Any = case.build().double()
     if hasattr(base, "set_experts_implementation"):
-        base.set_experts_implementation("eager")  # torch's grouped product knows no float64
+        base.set_experts_implementation("eager")  # torch's grouped product does not support float64
     batch = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in training_batch(base).items()
@@ -244,15 +244,16 @@ def merge(case: Case, method: str) -> None:
     with _may_be_refused():
         merged = model.merge_and_unload()
     for actual, wanted in zip(_outputs(merged, batch), expected, strict=True):
-        # half of the digits: rounding stays far below, what is missing or doubled far above; transformers' loss is float32
+        # Half of the digits have to agree. Rounding errors are far smaller than this limit, and a missing or doubled part is
+        # far larger. transformers computes the loss in float32.
         limit = torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max()
         _expect(bool((actual - wanted).abs().max() <= limit), "the outputs differ")
 
 
 def four_bit(case: Case, method: str) -> None:
-    """On a base whose linear layers are NF4, the loss is finite and every adapter tensor gets a gradient."""
+    """On a base model with NF4 linear layers, the loss is finite and every adapter tensor gets a gradient."""
     with _may_be_refused():
-        import bitsandbytes  # noqa: F401 - only where it can be had
+        import bitsandbytes  # noqa: F401 - if it is not installed, the cell is refused
     base = case.build()
     if not any(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in base.modules()):
         raise _DoesNotApply("it has no linear layers")
@@ -285,9 +286,9 @@ CELLS: dict[str, Callable[[Case, str], None]] = {
     "merge": merge,
     "4-bit": four_bit,
 }
-"""By name; each raises where the result is not right."""
+"""The cells by name. Each raises an error if the result is wrong."""
 
 
 def describe_cells() -> dict[str, str]:
-    """What each cell does, by name."""
+    """Return the description of each cell, by name."""
     return {name: inspect.getdoc(cell) or "" for name, cell in CELLS.items()}

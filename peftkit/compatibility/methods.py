@@ -1,4 +1,4 @@
-"""The methods that are tried, each with the settings of a small model."""
+"""The methods in the compatibility table, each with settings for a tiny model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftkit.find.targets import all_linear, base_modules
 
 
 def _targets(model: nn.Module) -> str | list[str]:
-    """Every linear layer; in a model without any, every convolution that is not split into groups."""
+    """Return all linear layers. If the model has none, return all convolutions without groups."""
     if all_linear(model).modules:
         return "all-linear"
     return [
@@ -32,7 +32,7 @@ def _gated(model: nn.Module) -> PrefixConfig:
 
 
 def _bottleneck(placement: str) -> BottleneckConfig:
-    # four rectified units may all be off, and then rightly get no gradient
+    # with relu, all four units could be zero for every token; they would then rightly get no gradient
     return BottleneckConfig(bottleneck_size=4, placement=placement, activation="gelu")
 
 
@@ -48,4 +48,4 @@ METHODS: dict[str, Callable[[nn.Module], list[Any]]] = {
     "parallel": lambda model: [_bottleneck("parallel")],
     "mix": lambda model: [_lora(model), _gated(model), _bottleneck("houlsby")],
 }
-"""By name: the configs that ``wrap`` gets for a model. ``mix`` is LoRA, a gated prefix and Houlsby's adapters in one."""
+"""The configs that ``wrap`` gets for a model, by method. ``mix`` is LoRA, a gated prefix and Houlsby's adapters together."""

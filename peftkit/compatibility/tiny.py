@@ -1,4 +1,4 @@
-"""A tiny model of any architecture transformers knows: its own config, with every size cut down."""
+"""Build a tiny model of any architecture in transformers: its config with all sizes reduced."""
 
 from __future__ import annotations
 
@@ -45,23 +45,26 @@ _HEADS = (
 
 
 def family_case(name_or_config: str) -> Case:
-    """An architecture to try ``run_cells`` on; ``tiny_model`` has the argument.
+    """Make the ``Case`` of an architecture, for ``run_cells``.
+
+    Args:
+        name_or_config: The argument of ``tiny_model``.
 
     Raises:
-        ValueError: The architecture is not known, or no tiny model of it can be built.
+        ValueError: The architecture is unknown, or a tiny model of it cannot be built.
     """
     return Case(name_or_config, lambda: tiny_model(name_or_config))
 
 
 def tiny_model(name_or_config: str) -> nn.Module:
-    """Build a tiny model with seeded random weights, in evaluation mode and with nothing random in training mode.
+    """Build a tiny model with seeded random weights, in evaluation mode, without dropout or other randomness in training mode.
 
     Args:
         name_or_config: A model type of transformers (``"qwen2"``), a folder or file with a ``config.json``, or the id of a
-            model on the hub, of which only the config is read. Sizes are only ever reduced.
+            model on the hub. Only the config is read. Sizes are never increased.
 
     Raises:
-        ValueError: The architecture is not known, or no tiny model of it can be built.
+        ValueError: The architecture is unknown, or a tiny model of it cannot be built.
     """
     config = _config(name_or_config)
     shrink(config)
@@ -70,20 +73,20 @@ def tiny_model(name_or_config: str) -> nn.Module:
         torch.manual_seed(0)
         try:
             model = cls(config)
-        except Exception as error:  # whatever an unknown architecture makes of small sizes
+        except Exception as error:  # an unknown architecture can fail in any way with small sizes
             raise ValueError(
                 f"a tiny {cls.__name__} cannot be built ({type(error).__name__}: {error}); pass a folder whose config.json has "
                 "small sizes that fit together"
             ) from error
         with torch.no_grad():
             for parameter in model.parameters():
-                # initial scales near 0.02 and norm weights of exactly one would hide wrong factors
+                # weights of size 0.02 and norm weights of exactly one would hide wrong factors
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
 
 
 def shrink(config: Any) -> None:
-    """Cut every size of a config down, in place, and switch everything random off; parts of a config likewise."""
+    """Reduce every size in a config and switch off all randomness, in place. Nested configs are changed in the same way."""
     layers = getattr(config, "num_hidden_layers", 0)
     grouped = getattr(config, "num_key_value_heads", None) != getattr(
         config, "num_attention_heads", None
@@ -97,7 +100,7 @@ def shrink(config: Any) -> None:
                 small = 4
             setattr(config, name, min(value, small))
         elif isinstance(value, (list, tuple)) and len(value) == layers > 2:
-            # one of each kind of layer
+            # keep the first two layers and one of each kind
             first = {item: index for index, item in reversed(list(enumerate(value)))}
             kept = sorted({0, 1, *first.values()})[: max(2, len(first))]
             setattr(config, name, [value[index] for index in kept])
@@ -132,24 +135,24 @@ def _config(name_or_config: str) -> Any:
         return AutoConfig.from_pretrained(path if path.exists() else name_or_config)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{name_or_config!r} is no model type of transformers, no folder with a config.json, and no model on the hub "
-            f"({' '.join(str(error).split())[:200]})"
+            f"{name_or_config!r} is not a model type of transformers, a folder with a config.json, or a model on the hub "
+            f"({' '.join(str(error).split())[:200]}); check the spelling"
         ) from error
 
 
 def _class(config: Any) -> Any:
-    """The class the config names, or the first one with a head that transformers has for its type."""
+    """Return the class that the config names, or transformers' first class with a head for this model type."""
     import transformers
     from transformers.models.auto import modeling_auto
 
     named = getattr(config, "architectures", None) or []
     for mapping in _HEADS:
-        held = getattr(modeling_auto, mapping).get(config.model_type)
-        named += [held] if isinstance(held, str) else list(held or [])
-    found = next((cls for name in named if (cls := getattr(transformers, name, None))), None)
-    if found is None:
+        names = getattr(modeling_auto, mapping).get(config.model_type)
+        named += [names] if isinstance(names, str) else list(names or [])
+    chosen = next((cls for name in named if (cls := getattr(transformers, name, None))), None)
+    if chosen is None:
         raise ValueError(
-            f"transformers has no class with a head for {config.model_type!r} here, so there is nothing to train; the kinds that "
-            "are looked for are language models, classifiers and CTC"
+            f"transformers has no class with a head for {config.model_type!r}, so no loss can be computed; use an architecture "
+            "with a class for language modelling, classification or CTC"
         )
-    return found
+    return chosen

@@ -1,4 +1,4 @@
-"""The main job: fine-tune SmolLM2-135M-Instruct to turn English requests into JSON records, and report what came of it."""
+"""The demo: fine-tune SmolLM2-135M-Instruct to turn English requests into JSON records, and report the result."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def run(
     json_path: Path | None = None,
     settings: Settings | None = None,
 ) -> int:
-    """Run the demo, or what is left of it, and print and save its report.
+    """Run the demo, or continue it, and print and save its report.
 
     Args:
-        out: Folder of the run: state, adapter and report.
-        resume: Go on with the run in ``out``.
-        compare: Also measure plain PEFT and full fine-tuning, each in a process of its own.
-        json_path: Where else to write the report as data.
-        settings: What the run is defined by; the defaults are the demo.
+        out: Folder for the state of the run, the adapter and the report.
+        resume: Continue the run in ``out``.
+        compare: Also measure plain PEFT and full fine-tuning, each in a separate process.
+        json_path: A further file for the report as JSON.
+        settings: The settings of the run; by default those of the demo.
 
     Returns:
-        An exit status: 0, 1 if plain PEFT or the merged model disagrees, 130 after Ctrl-C.
+        An exit status: 0, or 1 if plain PEFT or the merged model disagrees, or 130 after Ctrl-C.
 
     Raises:
         DemoError: A package of the ``demo`` extra is missing, or ``out`` does not fit ``resume``.
@@ -46,7 +46,9 @@ def run(
     require_extra()
     folder = open_folder(Path(out), settings, resume=resume)
     try:
-        from peftkit.demo.phases import run_phases  # loads torch and transformers: seconds
+        from peftkit.demo.phases import (
+            run_phases,
+        )  # imports torch and transformers, which takes seconds
 
         return run_phases(
             folder, settings, console, compare=compare, json_path=json_path, began=began
@@ -55,6 +57,8 @@ def run(
         reason = str(stop) or "stopped"
         option = "" if Path(out) == Path("out/demo") else f" --out {out}"
         console.print(
-            f"\n{reason}; go on with: peftkit demo --resume{option}", highlight=False, markup=False
+            f"\n{reason}; continue with: peftkit demo --resume{option}",
+            highlight=False,
+            markup=False,
         )
         return INTERRUPTED_STATUS

@@ -1,7 +1,7 @@
-"""A short run of one method on the batches the demo trains on, in a process of its own.
+"""Measure a short run of one method on the demo's training batches, in a separate process.
 
-``python -m peftkit.demo.compare METHOD OUT RESULT`` with METHOD one of ``peftkit``, ``peft``, ``full``. Each method gets the same
-model, batches, optimiser and dtype; memory counts from the loaded model, before anything of the method exists.
+The command is ``python -m peftkit.demo.compare METHOD OUT RESULT``, with METHOD one of ``peftkit``, ``peft``, ``full``. Each
+method gets the same model, batches, optimiser and dtype. Memory is measured relative to the loaded model without the method.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _WARM_UP_STEPS = 2
 
 
 def measure_in_process(method: str, folder: Folder) -> dict[str, Any]:
-    """Run ``measure`` in a fresh process on the run in ``folder``.
+    """Run ``measure`` in a new process, for the run in ``folder``.
 
     Raises:
-        RuntimeError: It failed; the message carries its error output.
+        RuntimeError: The process failed. The message has its error output.
     """
     result = folder.phase(f"run-{method}")
     command = [sys.executable, "-m", "peftkit.demo.compare", method, str(folder.path), str(result)]
@@ -40,11 +40,16 @@ def measure_in_process(method: str, folder: Folder) -> dict[str, Any]:
 
 
 def measure(method: str, folder: Folder, settings: Settings) -> dict[str, Any]:
-    """Train a few steps.
+    """Train a few steps with one method, and measure them.
+
+    Args:
+        method: One of ``METHODS``.
+        folder: The run, for the base model.
+        settings: The settings of the run.
 
     Returns:
-        ``step_seconds`` (median), ``tokens_per_second`` (padding not counted), ``peak_bytes`` above the loaded model,
-        ``trainable`` parameters, and the ``losses`` of all steps, which show that the methods did the same work.
+        ``step_seconds`` (median), ``tokens_per_second`` (median, without padding), ``peak_bytes`` (above the loaded model),
+        ``trainable`` (number of parameters), and ``losses`` of all steps, which show that the methods did the same work.
     """
     import torch
 
@@ -112,7 +117,7 @@ def _with_method(method: str, model: nn.Module, settings: Settings) -> nn.Module
 
 
 def adapted(model: nn.Module, settings: Settings) -> Any:
-    """``model`` wrapped by peftkit, as the demo trains it."""
+    """Wrap ``model`` with peftkit, with the settings of the demo."""
     from peft import LoraConfig
 
     from peftkit import wrap

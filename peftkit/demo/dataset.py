@@ -1,4 +1,4 @@
-"""From examples to padded token batches, with the loss on the answer alone."""
+"""Convert examples to padded token batches. Only the answer has a loss."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-"""Label of a position that the loss leaves out."""
+"""Label of a position without a loss."""
 
 _LENGTH_MULTIPLE = 4
 
 
 def prompt_of(request: str) -> str:
-    """The text the model is given: training and evaluation share this one line.
+    """Return the prompt for a request. Training and evaluation both use it.
 
-    Language models attend to their first token from everywhere whatever it says, so that a name there is hard to copy;
-    the sign in front takes that place.
+    Language models attend to the first token from every position, whatever its meaning, so a name at this position is hard to
+    copy. The prompt therefore starts with a sign.
     """
     return f"> {request}\nJSON:"
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Tokenise prompt, answer and end of sequence; the prompt gets no loss.
+    """Tokenise prompt, answer and end of sequence. The prompt has no loss.
 
-    Prompt and answer are tokenised apart, so that the prompt has the same tokens in the evaluation.
+    Prompt and answer are tokenised separately, so that the prompt has the same tokens in the evaluation.
+
+    Returns:
+        ``input_ids`` and ``labels``, lists of the same length.
     """
     prompt = tokenizer(prompt_of(example.request), add_special_tokens=False)["input_ids"]
     answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
@@ -42,13 +45,13 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, li
 def order_in_batches(
     lengths: Sequence[int], batch_size: int, seed: int, window: int = 16
 ) -> list[int]:
-    """Order examples so that every ``batch_size`` consecutive ones are of similar length.
+    """Order examples so that every ``batch_size`` consecutive examples have similar lengths.
 
-    Examples are shuffled, sorted by length within windows of ``window`` batches (a sort over everything would put one intent
-    in each batch), and the batches shuffled again. Examples that fill no batch are left out.
+    Examples are shuffled, then sorted by length within windows of ``window`` batches, then the batches are shuffled. A sort of
+    all examples would put a single intent in each batch. An incomplete last batch is left out.
 
     Returns:
-        Indices into ``lengths``; a multiple of ``batch_size`` of them.
+        Indices into ``lengths``; their number is a multiple of ``batch_size``.
     """
     rng = random.Random(seed)
     shuffled = list(range(len(lengths)))
@@ -63,10 +66,13 @@ def order_in_batches(
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad on the right: ``Int64[rows, longest]`` for ``input_ids`` and ``labels``, ``longest`` rounded up to a multiple of 4.
+    """Pad rows on the right.
 
-    Fewer different lengths mean fewer matrix shapes, for each of which oneDNN keeps code of its own.
-    No attention mask: with causal attention no real token sees the padding on its right, and the padding has no loss.
+    The length is rounded up to a multiple of 4, because oneDNN generates and keeps code for each matrix shape. No attention
+    mask is needed: with causal attention no token attends to padding on its right, and the padding has no loss.
+
+    Returns:
+        ``input_ids`` and ``labels``, each ``Int64[rows, length]``.
     """
     longest = max(len(row["input_ids"]) for row in rows)
     longest += -longest % _LENGTH_MULTIPLE

@@ -1,4 +1,4 @@
-"""Greedy decoding of many requests at once, and how many records come out exactly right."""
+"""Decode many requests greedily, and score the predicted records."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How predictions compare with the records that were asked for, all as fractions of 1.
+    """The score of predictions. All values are fractions from 0 to 1.
 
     Attributes:
-        exact_match: Predictions whose parsed JSON equals the record, key for key and value for value.
-        valid_json: Predictions that are a JSON object and nothing else.
-        fields: Leaves of the records (``when.date``, ``items.0.count``) that the prediction has with the same value.
-        by_intent: ``exact_match`` per intent.
+        exact_match: Fraction of predictions whose parsed JSON equals the record, key for key and value for value.
+        valid_json: Fraction of predictions that are a JSON object and nothing else.
+        fields: Fraction of the records' leaves (``when.date``, ``items.0.count``) that the prediction has with the same value.
+        by_intent: ``exact_match`` of each intent.
     """
 
     exact_match: float
@@ -35,7 +35,7 @@ class Score:
 
 
 def longest_answer(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest answer with its end of sequence: the bound for decoding."""
+    """Return the number of tokens of the longest answer, including the end of sequence."""
     encoded = tokenizer([e.answer for e in examples], add_special_tokens=False)["input_ids"]
     return max(map(len, encoded)) + 1
 
@@ -49,7 +49,7 @@ def decode(
     batch_size: int = 100,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The texts of ``decode_tokens``, without special tokens."""
+    """Run ``decode_tokens``, and return the answers as texts without special tokens."""
     answers = decode_tokens(
         model,
         tokenizer,
@@ -73,16 +73,16 @@ def decode_tokens(
 ) -> list[list[int]]:
     """Continue each request greedily until the end of sequence or ``max_new_tokens``.
 
-    Requests are decoded in batches of similar length, padded on the left. Rows that have ended leave the batch and the
-    key-value cache, so a batch costs what its rows need, not what its longest row needs.
+    Requests are decoded in batches of similar length, padded on the left. Finished rows are removed from the batch and the
+    key-value cache, so that no time is spent on them.
 
     Args:
-        model: A causal language model; put in evaluation mode meanwhile.
-        tokenizer: Its tokenizer.
-        requests: English requests, without the prompt around them.
-        max_new_tokens: Bound for each answer, the end of sequence included.
-        batch_size: Rows decoded at once.
-        on_progress: Called after each token with the number of requests finished so far.
+        model: A causal language model. It is in evaluation mode during decoding.
+        tokenizer: The model's tokenizer.
+        requests: English requests, without the text of the prompt.
+        max_new_tokens: Maximum number of tokens of each answer, including the end of sequence.
+        batch_size: Number of rows decoded at once.
+        on_progress: Called after each token with the number of finished requests.
 
     Returns:
         The tokens of each answer without the end of sequence, in the order of ``requests``.
@@ -114,7 +114,7 @@ def _decode_batch(
     answers: list[list[int]],
     max_new_tokens: int,
 ) -> Iterator[int]:
-    """Append to ``answers[row]`` until every row has ended; yields the number of rows still running after each token."""
+    """Append tokens to ``answers[row]`` until every row has ended. Yield the number of unfinished rows after each token."""
     device = model.device
     longest = max(len(prompts[row]) for row in rows)
     padding = [longest - len(prompts[row]) for row in rows]
@@ -155,7 +155,7 @@ def _decode_batch(
 
 
 def parse(text: str) -> dict[str, Any] | None:
-    """The JSON object that ``text`` is, or None if it is anything else."""
+    """Parse ``text`` as a JSON object. Return None if it is anything else."""
     try:
         record = json.loads(text)
     except ValueError:
@@ -167,11 +167,11 @@ def score(examples: Sequence[Example], predictions: Sequence[str]) -> Score:
     """Compare predictions with the records of ``examples``, in the same order.
 
     Raises:
-        ValueError: There are not as many predictions as examples, or none.
+        ValueError: The numbers of predictions and examples differ, or there are none.
     """
     if len(examples) != len(predictions) or not examples:
         raise ValueError(
-            f"score needs one prediction per example, got {len(predictions)} for {len(examples)}"
+            f"score needs one prediction per example, and at least one, but got {len(predictions)} for {len(examples)}"
         )
     hits: dict[str, list[bool]] = {}
     valid = right_fields = all_fields = 0
@@ -180,10 +180,10 @@ def score(examples: Sequence[Example], predictions: Sequence[str]) -> Score:
         valid += record is not None
         hits.setdefault(example.intent, []).append(same_json(record, example.record))
         wanted = dict(_leaves(example.record))
-        found = dict(_leaves(record)) if record is not None else {}
+        predicted = dict(_leaves(record)) if record is not None else {}
         all_fields += len(wanted)
         right_fields += sum(
-            path in found and same_json(found[path], v) for path, v in wanted.items()
+            path in predicted and same_json(predicted[path], v) for path, v in wanted.items()
         )
     return Score(
         exact_match=sum(map(sum, hits.values())) / len(examples),
@@ -194,7 +194,7 @@ def score(examples: Sequence[Example], predictions: Sequence[str]) -> Score:
 
 
 def same_json(left: Any, right: Any) -> bool:
-    """JSON equality: 5 and 5.0 are the same number, but true is not 1."""
+    """Whether two values are equal as JSON: 5 equals 5.0, but true does not equal 1."""
     if isinstance(left, dict) and isinstance(right, dict):
         return left.keys() == right.keys() and all(same_json(left[k], right[k]) for k in left)
     if isinstance(left, list) and isinstance(right, list):

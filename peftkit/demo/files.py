@@ -1,4 +1,4 @@
-"""Files and folders that are either complete or not there."""
+"""Write files and folders so that each is either complete or absent."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 
 class DemoError(ValueError):
-    """The demo cannot go on, for a reason the user can mend."""
+    """The demo cannot continue, for a reason that the user can correct."""
 
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the place of ``folder`` once it is complete.
+    """Yield an empty folder to fill. At the end of the block it replaces ``folder``.
 
     Raises:
         DemoError: The disk is full, or the folder cannot be written.
@@ -30,9 +30,9 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def swap_in(new: Path, folder: Path) -> None:
-    """Let ``new`` take the place of ``folder``, whose content is deleted last.
+    """Replace ``folder`` by ``new``, and delete the old content at the end.
 
-    If this is interrupted, ``folder`` holds the old or the new content, or does so after ``recover``.
+    If this is interrupted, ``folder`` has either the old or the new content, at the latest after ``recover``.
     """
     recover(folder)
     if folder.exists():
@@ -42,7 +42,7 @@ def swap_in(new: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Finish or undo what an interrupted ``swap_in`` left."""
+    """Complete or undo an interrupted ``swap_in``."""
     old = _old(folder)
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -58,7 +58,7 @@ def _old(folder: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, then rename; the folder is made if it is missing.
+    """Write a text to a temporary file, then rename it. A missing folder is created.
 
     Raises:
         DemoError: The disk is full, or the folder cannot be written.
@@ -76,25 +76,25 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn errors of the file system while ``path`` is written into a ``DemoError`` that names it."""
+    """Convert errors of the file system to a ``DemoError`` that names ``path``, which the block writes."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "failed writing" not in str(error):
-            raise  # torch.save says so in a RuntimeError
+            raise  # torch.save raises a RuntimeError with "failed writing" if the disk is full
         reason = getattr(error, "strerror", None) or error
         raise DemoError(
-            f"{path} cannot be written ({reason}); free space, change the permissions, or name another folder with --out"
+            f"{path} cannot be written ({reason}); free some space, change the permissions, or use another folder with --out"
         ) from error
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write as indented JSON, to a temporary name first."""
+    """Write data as indented JSON, in the same way as ``write_text``."""
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """What ``write_json`` wrote."""
+    """Read a file written by ``write_json``."""
     return json.loads(path.read_text(encoding="utf-8"))

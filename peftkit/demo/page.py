@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else."""
+"""Render the report as a single HTML file."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def to_html(
     """Render the page.
 
     Args:
-        headline: (figure, what it is) for the top of the page.
-        sections: The report.
-        plots: SVG by the names that the sections use.
+        headline: Pairs (number, description) for the top of the page.
+        sections: The sections of the report.
+        plots: The plots as SVG, by the names that the sections use.
     """
     boxes = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd></div>" for a, b in headline)
     body = "\n".join(_section(section, plots) for section in sections)
@@ -65,12 +65,12 @@ def _section(section: Section, plots: Mapping[str, str]) -> str:
 
 
 def _inline(text: str) -> str:
-    """Escape, and show what is between backticks as code."""
+    """Escape the text, and show text between backticks as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text, quote=False))
 
 
 def _table(table: Table) -> str:
-    code = table.prose and len(table.head) > 2  # samples: the JSON reads as code
+    code = table.prose and len(table.head) > 2  # the table of samples, whose JSON is shown as code
 
     def cell(i: int, text: str) -> str:
         shown = escape(text, quote=False)

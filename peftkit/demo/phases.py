@@ -1,4 +1,4 @@
-"""The phases of a run, in order; each leaves its result in the folder, and one that has is not done again."""
+"""The phases of a run, in order. Each phase writes its result to the folder; finished phases are not run again."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ def run_phases(
     json_path: Path | None,
     began: float,
 ) -> int:
-    """Do what is left of the run in ``folder``, then report; returns the exit status.
+    """Run the unfinished phases of the run in ``folder``, then write and print the report.
+
+    Returns:
+        The exit status: 0, or 1 if plain PEFT or the merged model disagrees.
 
     Raises:
-        Interrupted: Ctrl-C while training; a checkpoint of the last step is written.
-        KeyboardInterrupt: Ctrl-C elsewhere; finished phases are kept.
+        Interrupted: Ctrl-C was pressed during training. A checkpoint of the last step has been written.
+        KeyboardInterrupt: Ctrl-C was pressed in another phase. Finished phases are kept.
     """
     startup_seconds = time.perf_counter() - began
     with quiet_upstream(), Display(console) as display:
@@ -61,7 +64,7 @@ def run_phases(
 
 
 class _Run:
-    """The phases that share a loaded model: base evaluation, training, tuned evaluation, proof."""
+    """The phases that share a loaded model: evaluation of the base model, training, evaluation of the tuned model, proof."""
 
     def __init__(self, folder: Folder, settings: Settings, display: Display):
         self._folder, self._settings, self._display = folder, settings, display
@@ -71,7 +74,7 @@ class _Run:
         self._interrupted = False
 
     def all_phases(self) -> None:
-        """Do what is left."""
+        """Run the unfinished phases."""
         self._phase("unpack", self._unpack)
         self._phase("base", self._evaluate_base)
         self._phase("training", self._train)
@@ -111,11 +114,11 @@ class _Run:
         return self._base
 
     def _load_tuned(self) -> PeftModel:
-        """The model trained just now, or the saved adapter on a fresh base."""
+        """Return the model that was just trained, or load the saved adapter into a new base model."""
         if self._tuned is None:
             from peftkit import load_adapter
 
-            base, self._base = self._load_base(), None  # the base carries an adapter from here on
+            base, self._base = self._load_base(), None  # the base model has an adapter from here on
             self._tuned = load_adapter(base, self._folder.adapter)
         return self._tuned
 
@@ -140,7 +143,7 @@ class _Run:
         return {"score": asdict(score(self.held_out, predictions)), "predictions": predictions}
 
     def _train(self) -> dict[str, Any]:
-        """Train and save the adapter; Ctrl-C is answered at the end of a step, with a checkpoint."""
+        """Train and save the adapter. After Ctrl-C, training stops at the end of the step and writes a checkpoint."""
         import torch
 
         from peftkit import explain
@@ -160,7 +163,7 @@ class _Run:
             steps = result["steps"]
             if interrupt.requested:
                 raise Interrupted(
-                    f"stopped after step {len(steps)} of {settings.steps}, with a checkpoint of it"
+                    f"stopped after step {len(steps)} of {settings.steps}, and saved a checkpoint"
                 )
             with replacing(self._folder.adapter) as partial:
                 model.save_pretrained(partial)
@@ -179,7 +182,7 @@ class _Run:
         from peftkit.demo.proof import prove
 
         model = self._load_tuned()
-        self._display.phase("proving that plain PEFT agrees", 1)
+        self._display.phase("checking that plain PEFT agrees", 1)
         return prove(
             model,
             self._tokenizer,
@@ -192,7 +195,7 @@ class _Run:
 def _collect(
     folder: Folder, settings: Settings, held_out: list[Example], startup_seconds: float
 ) -> dict[str, Any]:
-    """Everything the report says, as data."""
+    """Return the content of the report as data."""
     names = ("unpack", "base", "training", "tuned", "proof")
     done = {name: read_json(folder.phase(name)) for name in names}
     training, proof = done["training"], done["proof"]

@@ -1,10 +1,10 @@
-"""Loads an adapter with plain PEFT, merges it, and says whether both still do what peftkit trained.
+"""Load an adapter with plain PEFT, merge it, and compare both models with the results of peftkit.
 
-A script for a process of its own, which never imports peftkit: ``python plain_proof.py DATA RESULT``. DATA is a
-safetensors file with what peftkit computed (see ``proof.py``); RESULT becomes JSON.
+This is a script for a separate process that does not import peftkit: ``python plain_proof.py DATA RESULT``. DATA is a
+safetensors file with the results of peftkit (see ``proof.py``). RESULT is the JSON file to write.
 
-Agreement of logits is judged against the same plain PEFT model in float64: what is compared may be off by twice what plain
-PEFT in float32 is off, plus one rounding. Agreement of texts is equality.
+The truth for the logits is the plain PEFT model in float64. Logits agree if their error is at most twice the error of plain
+PEFT in float32, plus one rounding. Texts agree if they are equal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from transformers import AutoModelForCausalLM
 
 
 def main(data: Path, result: Path) -> None:
-    """Compare and write ``{"plain": {...}, "merged": {...}, "tokens": int}``; each has agreement of texts and logits."""
+    """Compare, and write the result.
+
+    The keys of the result are ``plain`` and ``merged`` (agreement of texts and logits of each model), ``prompts``,
+    ``scored_tokens`` and ``peftkit_imported``.
+    """
     with safe_open(data, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
         paths = file.metadata()
@@ -31,7 +35,7 @@ def main(data: Path, result: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(
         paths["base"], dtype=torch.float32, local_files_only=True
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # where peftkit ran
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the device that peftkit used
     plain = PeftModel.from_pretrained(base, paths["adapter"]).to(device).eval()
     truth = logits_of(copy.deepcopy(plain).double(), rows, scored)
     plain_logits = logits_of(plain, rows, scored)
@@ -54,7 +58,7 @@ def main(data: Path, result: Path) -> None:
 
 @torch.inference_mode()
 def logits_of(model: torch.nn.Module, rows: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
-    """``Float[scored tokens, V]`` of ``rows``, which are padded on the right."""
+    """Return the logits ``[scored tokens, V]`` of ``rows``, which are padded on the right."""
     return torch.cat(
         [
             model(input_ids=row[None].to(model.device)).logits[0].cpu()[keep]
@@ -66,7 +70,7 @@ def logits_of(model: torch.nn.Module, rows: torch.Tensor, scored: torch.Tensor) 
 def generate(
     model: PeftModel, tensors: dict[str, torch.Tensor], expected: torch.Tensor
 ) -> dict[str, int]:
-    """Decode the prompts by transformers' own ``generate``; counts the rows that equal ``expected``."""
+    """Decode the prompts with transformers' own ``generate``, and count the rows that equal ``expected``."""
     prompts, mask, pad = tensors["prompts"], tensors["prompt_mask"], int(tensors["pad"])
     with torch.inference_mode():
         out = model.generate(
@@ -84,7 +88,10 @@ def generate(
 def compare(
     actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor
 ) -> dict[str, float | bool]:
-    """Largest errors against ``truth``, and whether that of ``actual`` is no worse than ``plain``'s allows."""
+    """Return the largest errors of ``actual`` and ``plain``, and whether the error of ``actual`` is within its bound.
+
+    The bound is twice the error of ``plain``, plus one float32 rounding of the largest value.
+    """
     error = float((actual.double() - truth).abs().max())
     plain_error = float((plain.double() - truth).abs().max())
     allowed = 2 * plain_error + torch.finfo(torch.float32).eps * float(truth.abs().max())

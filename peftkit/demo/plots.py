@@ -1,4 +1,4 @@
-"""The plots of the report, as SVG text."""
+"""Draw the plots of the report as SVG."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.edgecolor": "#8b949e",
     "axes.titlelocation": "left",
-    "svg.fonttype": "none",  # text stays text: a tenth of the size, and searchable
+    "svg.fonttype": "none",  # keep text as text: the file has a tenth of the size and is searchable
     "svg.hashsalt": "peftkit",
 }
 
 
 def draw(report: dict[str, Any]) -> dict[str, str]:
-    """SVG by name: ``loss``, ``exact_match``, and ``methods`` where more than one method was measured."""
+    """Return the SVG by name: ``loss``, ``exact_match``, and ``methods`` if more than one method was measured."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -65,7 +65,7 @@ def _methods(runs: dict[str, Any]) -> str:
     names = list(runs)
     colours = [_PEFTKIT if name == "peftkit" else _BEFORE for name in names]
     measures = (
-        ("seconds a step", "step_seconds", 1.0, "{:.2f}"),
+        ("seconds per step", "step_seconds", 1.0, "{:.2f}"),
         ("peak memory above the model, MiB", "peak_bytes", 2.0**20, "{:.0f}"),
         ("trainable parameters, millions", "trainable", 1e6, "{:.1f}"),
     )

@@ -1,4 +1,4 @@
-"""The live display of the demo: one bar a phase, with loss, speed and memory while training."""
+"""The progress display of the demo: one bar per phase, with loss, speed and memory during training."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rich.progress import (
 
 
 class Display:
-    """Bars on a terminal, a line now and then where there is none.
+    """Shows progress bars on a terminal. If the console is not a terminal, prints a line at intervals.
 
     Args:
-        console: Where to write.
-        line_every_s: Seconds between lines of a phase when the console is not a terminal.
+        console: The console to write to.
+        line_every_s: Seconds between the lines of a phase if the console is not a terminal.
     """
 
     def __init__(self, console: Console, line_every_s: float = 30.0):
@@ -58,7 +58,7 @@ class Display:
         self.console.print(text, highlight=False)
 
     def phase(self, title: str, total: int, done: int = 0) -> None:
-        """Begin a phase of ``total`` units, of which ``done`` lie behind us."""
+        """Start a phase of ``total`` units, of which ``done`` are already finished."""
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._title, self._total = title, total

@@ -1,4 +1,4 @@
-"""Proves in a fresh process that plain PEFT loads the adapter, and that the merged model agrees."""
+"""Check in a new process that plain PEFT loads the adapter, and that plain PEFT and the merged model agree with peftkit."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def prove(
     *,
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """Hand tokens, logits and decoded answers of ``model`` to a process that knows plain PEFT only.
+    """Compare ``model`` with plain PEFT and with the merged model, in a new process that does not import peftkit.
 
     Args:
-        model: The trained model, whose adapter lies in ``folder.adapter``.
-        tokenizer: Its tokenizer.
-        examples: Held-out requests to agree on.
+        model: The trained model. Its adapter is saved in ``folder.adapter``.
+        tokenizer: The model's tokenizer.
+        examples: Held-out requests for the comparison.
         folder: The run, for the base model and the adapter.
-        max_new_tokens: The bound of the evaluation.
+        max_new_tokens: Maximum number of tokens of an answer, as in the evaluation.
 
     Returns:
-        What ``plain_proof.py`` wrote, with ``plain_peft_agrees`` and ``merged_agrees``.
+        The result of ``plain_proof.py``, with ``plain_peft_agrees`` and ``merged_agrees``.
     """
     from safetensors.torch import save_file
 
@@ -55,8 +55,8 @@ def prove(
         outcome = read_json(result)
 
     def agrees(which: str) -> bool:
-        seen = outcome[which]
-        return seen["logits_agree"] and seen["same_texts"] == outcome["prompts"]
+        result = outcome[which]
+        return result["logits_agree"] and result["same_texts"] == outcome["prompts"]
 
     return outcome | {
         "plain_peft_agrees": agrees("plain") and not outcome["peftkit_imported"],
@@ -70,7 +70,7 @@ def _evidence(
     examples: Sequence[Example],
     max_new_tokens: int,
 ) -> dict[str, torch.Tensor]:
-    """What the other process needs: prompts and what was decoded from them, and logits over whole answers."""
+    """Return the tensors for the other process: prompts, the decoded tokens, and the logits of whole answers."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     requests = [example.request for example in examples]
     prompts = [tokenizer(prompt_of(r), add_special_tokens=False)["input_ids"] for r in requests]
@@ -110,12 +110,12 @@ def _evidence(
 
 
 def run_python(script: Path, arguments: Sequence[str]) -> None:
-    """Run a script of this folder in a fresh interpreter, with this folder off ``sys.path``.
+    """Run a script of this folder in a new interpreter, without this folder on ``sys.path``.
 
-    Run by its path, its siblings would hide other packages from it.
+    If the script were run by its path, the other files of this folder would hide packages with the same names.
 
     Raises:
-        RuntimeError: It failed; the message carries its error output.
+        RuntimeError: The script failed. The message has its error output.
     """
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, str(script), *arguments]

@@ -1,4 +1,4 @@
-"""The report of a run: what it says, and how that reads as Markdown, as a page, and on the terminal."""
+"""The report of a run: its sections, and how they are written as Markdown, as HTML, and on the terminal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 
 
 def print_report(report: dict[str, Any], console: Console, folder: Path) -> None:
-    """Print the tables of the report; the samples and plots are in the files."""
+    """Print the texts and tables of the report. Samples and plots are only in the files."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -54,19 +54,19 @@ def print_report(report: dict[str, Any], console: Console, folder: Path) -> None
 
 
 def build(report: dict[str, Any]) -> list[Section]:
-    """The sections of the report, in order."""
+    """Return the sections of the report, in order."""
     sections = [_result(report), _proof(report), _training(report), _methods(report)]
     return [*sections, _samples(report), _environment(report), _commands()]
 
 
 def _headline(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures at the top of the page, as (number, what it is)."""
+    """Return the numbers at the top of the page, as pairs (number, description)."""
     match = report["exact_match"]
     agree = report["plain_peft_agrees"] and report["merged_agrees"]
     return [
-        (_percent(match["base"]), "exact before"),
-        (_percent(match["tuned"]), "exact after"),
-        (_duration(report["seconds"]), "in all, evaluation included"),
+        (_percent(match["base"]), "exact match before"),
+        (_percent(match["tuned"]), "exact match after"),
+        (_duration(report["seconds"]), "in total, including the evaluation"),
         ("yes" if agree else "NO", "plain PEFT and the merged model agree"),
     ]
 
@@ -78,7 +78,7 @@ def _result(report: dict[str, Any]) -> Section:
         [title, _percent(base[key]), _percent(tuned[key])]
         for title, key in (
             ("exact match", "exact_match"),
-            ("fields right", "fields"),
+            ("correct fields", "fields"),
             ("valid JSON", "valid_json"),
         )
     ]
@@ -87,10 +87,10 @@ def _result(report: dict[str, Any]) -> Section:
         for intent in tuned["by_intent"]
     ]
     text = (
-        f"SmolLM2-135M-Instruct, before and after LoRA, on {settings['held_out_pairs']} held-out requests whose sentence "
-        "patterns and values (names, places, things, dates, numbers) never occur in training. An answer counts if it parses "
-        "to exactly the wanted JSON record. The base model is given the same prompt; it cannot know the schema, so its "
-        "figure is where training starts, not a judgement of it."
+        f"SmolLM2-135M-Instruct before and after training with LoRA, on {settings['held_out_pairs']} held-out requests. Their "
+        "sentence patterns and values (names, places, things, dates, numbers) never occur in training. An answer is an exact "
+        "match if it parses to exactly the wanted JSON record. The base model gets the same prompt, but it cannot know the "
+        "schema; its number is the starting point of the training, and says little about the base model."
     )
     head = ["", "before", "after"]
     return Section(
@@ -102,18 +102,18 @@ def _proof(report: dict[str, Any]) -> Section:
     proof = report["proof"]
     rows = []
     for title, key, verdict in (
-        ("plain PEFT, fresh process", "plain", report["plain_peft_agrees"]),
+        ("plain PEFT, new process", "plain", report["plain_peft_agrees"]),
         ("merged model", "merged", report["merged_agrees"]),
     ):
-        seen = proof[key]
-        texts = f"{seen['same_texts']} of {proof['prompts']}"
-        errors = f"{seen['logit_error']:.1e} ({seen['plain_logit_error']:.1e})"
+        result = proof[key]
+        texts = f"{result['same_texts']} of {proof['prompts']}"
+        errors = f"{result['logit_error']:.1e} ({result['plain_logit_error']:.1e})"
         rows.append([title, texts, errors, "agrees" if verdict else "DISAGREES"])
     text = (
-        "The saved adapter, loaded in a fresh process by PEFT without peftkit, and then merged into the base model. Texts are "
-        "decoded by transformers' generate. The logit error is the largest distance from plain PEFT in float64 over "
-        f"{proof['scored_tokens']} tokens; in brackets that of plain PEFT in float32. Up to twice that counts as agreement. "
-        "The line of plain PEFT shows the error of peftkit's own logits."
+        "A new process without peftkit loads the saved adapter with PEFT, then merges it into the base model. It decodes texts "
+        "with transformers' generate. The logit error is the largest difference from plain PEFT in float64 over "
+        f"{proof['scored_tokens']} tokens; the number in brackets is the error of plain PEFT in float32. Logits agree if the "
+        "error is at most twice this number. The row of plain PEFT shows the error of peftkit's logits."
     )
     head = ["", "same texts", "logit error (plain PEFT)", "verdict"]
     return Section("Is it still PEFT?", [text], [Table(head, rows)])
@@ -124,13 +124,13 @@ def _training(report: dict[str, Any]) -> Section:
     steps = training["steps"]
     tokens = sum(step["tokens"] for step in steps)
     seconds = report["seconds_by_phase"]
-    seen = settings["steps"] * settings["batch_size"]
+    draws = settings["steps"] * settings["batch_size"]
     text = (
         f"LoRA r={settings['lora_r']}, lora_alpha={settings['lora_alpha']} on every linear layer: "
         f"{training['trainable']:,} of {training['total']:,} parameters "
-        f"({100 * training['fused_fraction']:.0f} % of the adapter layers fused). {settings['steps']} steps of "
-        f"{settings['batch_size']} requests, {tokens:,} tokens: {seen:,} draws from {settings['train_pairs']:,} training "
-        f"requests. Loss {steps[0]['loss']:.3f} at the first step, {_last_losses(steps):.3f} over the last ten."
+        f"({100 * training['fused_fraction']:.0f} % of the adapter layers are fused). {settings['steps']} steps of "
+        f"{settings['batch_size']} requests, {tokens:,} tokens: {draws:,} draws from {settings['train_pairs']:,} training "
+        f"requests. The loss is {steps[0]['loss']:.3f} at the first step and {_last_losses(steps):.3f} over the last ten steps."
     )
     names = {
         "startup": "imports",
@@ -141,7 +141,7 @@ def _training(report: dict[str, Any]) -> Section:
         "proof": "proof",
     }
     rows = [[names[name], f"{value:.1f}"] for name, value in seconds.items()]
-    rows.append(["in all", f"{report['seconds']:.1f}"])
+    rows.append(["total", f"{report['seconds']:.1f}"])
     return Section("Training", [text], [Table(["phase", "seconds"], rows)], "loss")
 
 
@@ -164,13 +164,13 @@ def _methods(report: dict[str, Any]) -> Section:
     ]
     if len(runs) > 1:
         text = (
-            f"{settings['compare_steps']} steps of each method after two untimed ones, on the same batches in the same order, "
-            "each in a process of its own, one after the other; medians. Memory is the most the process held above the "
-            "loaded model."
+            f"Medians of {settings['compare_steps']} steps of each method, after two steps that are not timed. All methods get "
+            "the same batches in the same order. Each method runs in a separate process, one after the other. Peak memory is "
+            "relative to the loaded model."
         )
     else:
-        text = "From the training run itself; the comparison was left out."
-    head = ["method", "seconds a step", "tokens/s", "peak memory, MiB", "trainable"]
+        text = "From the training run itself; the comparison was skipped."
+    head = ["method", "seconds per step", "tokens/s", "peak memory, MiB", "trainable"]
     plot = "methods" if len(runs) > 1 else None
     return Section("Methods side by side", [text], [Table(head, rows)], plot)
 
@@ -182,7 +182,7 @@ def _samples(report: dict[str, Any]) -> Section:
     samples = report["samples"]
     wrong = [sample for sample in samples if not right(sample)]
     texts = [
-        f"The first {_SHOWN_SAMPLES} held-out requests, then all that the tuned model got wrong ({len(wrong)})."
+        f"The first {_SHOWN_SAMPLES} held-out requests, then all requests that the tuned model got wrong ({len(wrong)})."
     ]
     head = ["request", "before", "after", "wanted"]
     rows = [
@@ -212,15 +212,15 @@ def _environment(report: dict[str, Any]) -> Section:
 
 def _commands() -> Section:
     text = (
-        "`make demo` or `peftkit demo` makes this report; `--resume` goes on after Ctrl-C, `--no-compare` leaves out plain PEFT "
-        "and full fine-tuning, `--json FILE` writes the figures as data. The adapter in `adapter/` is plain PEFT: "
+        "`make demo` or `peftkit demo` makes this report. `--resume` continues after Ctrl-C, `--no-compare` skips plain PEFT "
+        "and full fine-tuning, and `--json FILE` writes the numbers as JSON. Plain PEFT can load the adapter in `adapter/`: "
         '`AutoPeftModelForCausalLM.from_pretrained("adapter")`.'
     )
     return Section("Commands", [text], [], on_terminal=False)
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
-    """The report as Markdown; plots are links into ``plots/``."""
+    """Return the report as Markdown. Plots are links to files in ``plots/``."""
     parts = ["# peftkit demo: English requests to JSON records"]
     for section in sections:
         parts.append(f"## {section.title}")
@@ -236,7 +236,9 @@ def _markdown_table(table: Table) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     rule = [":--" if i == 0 or table.prose else "--:" for i in range(len(table.head))]
-    code = table.prose and len(table.head) > 2  # samples: JSON must not be read as markup
+    code = (
+        table.prose and len(table.head) > 2
+    )  # the table of samples, whose JSON must not be markup
     rows = [
         [row[0], *(f"`{c}`" if code and c != "✓" else c for c in row[1:])] for row in table.rows
     ]

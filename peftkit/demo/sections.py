@@ -1,4 +1,4 @@
-"""The parts a report is made of, whatever it is rendered to."""
+"""The parts of a report, independent of the output format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ class Table:
     """A table of text cells.
 
     Attributes:
-        prose: Cells are text to be read, aligned left; else all but the first column are numbers.
+        head: Titles of the columns.
+        rows: The cells of each row.
+        prose: Whether the cells are text, aligned left. If False, all columns but the first are numbers, aligned right.
     """
 
     head: list[str]
@@ -23,8 +25,11 @@ class Section:
     """A titled part of the report.
 
     Attributes:
-        plot: Name of the plot that closes it.
-        on_terminal: Whether it is short enough to be printed at the end of the run.
+        title: The title.
+        paragraphs: Texts before the tables.
+        tables: The tables.
+        plot: Name of the plot at the end of the section, or None.
+        on_terminal: Whether the section is printed on the terminal at the end of the run.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""What a run of the demo is defined by, and the folder that holds its state."""
+"""The settings of a run of the demo, and the folder with its state."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ _RUN_FILE = "run.json"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything that decides the numbers of a run.
+    """The settings that determine the results of a run.
 
     Attributes:
-        seed: Of the generated requests, their order and the adapter's initial weights.
-        steps: Optimiser steps.
-        batch_size: Requests a step.
+        seed: Seed of the generated requests, their order and the adapter's initial weights.
+        train_pairs: Number of training requests.
+        held_out_pairs: Number of held-out requests.
+        steps: Number of optimiser steps.
+        batch_size: Requests per step.
         decode_batch_size: Requests decoded at once in the evaluations.
         checkpoint_every: Steps between checkpoints.
-        proof_prompts: Held-out requests on which plain PEFT and the merged model must agree.
-        compare_steps: Timed steps of each method in the comparison, after two that are not timed.
+        proof_prompts: Number of held-out requests on which plain PEFT and the merged model must agree.
+        compare_steps: Number of timed steps of each method in the comparison, after two steps that are not timed.
     """
 
     seed: int = 0
@@ -45,18 +47,18 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Where a run keeps what it has done so far; a phase is done when its file or folder exists."""
+    """The folder of a run. A phase is finished if its file or folder exists."""
 
     path: Path
 
     @property
     def base(self) -> Path:
-        """The base model as an ordinary model folder."""
+        """The folder of the base model."""
         return self.path / "base"
 
     @property
     def checkpoints(self) -> Path:
-        """Trainer's checkpoints."""
+        """The folder of Trainer's checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -65,18 +67,18 @@ class Folder:
         return self.path / "adapter"
 
     def phase(self, name: str) -> Path:
-        """The result of a finished phase: ``base``, ``training``, ``tuned``, ``proof``, or a method of the comparison."""
+        """Return the result file of a phase: ``base``, ``training``, ``tuned``, ``proof``, or a method of the comparison."""
         return self.path / "phases" / f"{name}.json"
 
 
 def open_folder(path: Path, settings: Settings, *, resume: bool) -> Folder:
-    """Start a run in ``path``, or go on with the one that is there.
+    """Start a run in ``path``, or continue the run in ``path``.
 
-    A finished run is replaced by a new one; its base model is kept, being the same for all.
+    A new run replaces a finished run, and keeps its base model, which is the same for all runs.
 
     Raises:
-        DemoError: Nothing to resume; or a run of another version or with other settings; or an unfinished run that a new
-            one would destroy; or a folder that holds something else.
+        DemoError: There is no run to resume, or the run has another version or other settings. Or a new run would destroy an
+            unfinished run, or the folder has other content.
     """
     folder = Folder(path)
     for replaced in (folder.base, folder.adapter):
@@ -86,27 +88,27 @@ def open_folder(path: Path, settings: Settings, *, resume: bool) -> Folder:
     if resume:
         if not run_file.is_file():
             raise DemoError(
-                f"out={path} holds no run to resume; start one without --resume, or name the folder with --out"
+                f"out={path} has no run to resume; start a run without --resume, or give the folder of a run with --out"
             )
         difference = _difference(read_json(run_file), identity)
         if difference:
             raise DemoError(
-                f"the run in out={path} cannot be resumed, it was started with {difference}; "
-                "delete the folder, or start a new run in another one with --out"
+                f"the run in out={path} cannot be resumed, because it was started with {difference}; "
+                "delete the folder, or start a new run in another folder with --out"
             )
         return folder
     if path.exists() and not path.is_dir():
-        raise DemoError(f"out={path} is a file; name a folder with --out")
+        raise DemoError(f"out={path} is a file; give a folder with --out")
     if run_file.is_file():
         if not (path / "report.json").is_file():
             raise DemoError(
-                f"out={path} holds an unfinished run; go on with --resume, delete the folder, "
-                "or name another one with --out"
+                f"out={path} has an unfinished run; continue it with --resume, delete the folder, "
+                "or give another folder with --out"
             )
         _clear(folder)
     elif path.is_dir() and any(path.iterdir()):
         raise DemoError(
-            f"out={path} is not empty and holds no run of the demo; name another folder with --out"
+            f"out={path} is not empty and is not a run of the demo; give another folder with --out"
         )
     write_json(run_file, identity)
     return folder
@@ -114,7 +116,7 @@ def open_folder(path: Path, settings: Settings, *, resume: bool) -> Folder:
 
 def _difference(theirs: Any, ours: dict[str, Any]) -> str:
     if theirs.get("peftkit") != ours["peftkit"]:
-        return f"peftkit {theirs.get('peftkit')}, and this is {ours['peftkit']}"
+        return f"peftkit {theirs.get('peftkit')}, but {ours['peftkit']} is installed"
     old, new = theirs["settings"], ours["settings"]
     changed = [
         f"{k}={old.get(k)} instead of {new.get(k)}"

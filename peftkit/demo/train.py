@@ -1,4 +1,4 @@
-"""The run itself, on transformers' Trainer: progress, checkpoints that are whole or absent, and Ctrl-C."""
+"""Train with transformers' Trainer: progress display, checkpoints that are either complete or absent, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _KEPT_CHECKPOINTS = 2
-_PREFIX = "checkpoint-"  # Trainer's
+_PREFIX = "checkpoint-"  # Trainer's names of checkpoints
 
 
 def training_rows(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> list[dict[str, list[int]]]:
-    """The tokenised examples in the order in which the run sees them, ``steps · batch_size`` of them.
+    """Return ``steps · batch_size`` tokenised examples, in the order of training.
 
-    Where that is more than one pass over the examples, each pass has an order of its own.
+    If this is more than one pass over the examples, each pass has another order.
     """
     rows = [encode(example, tokenizer) for example in examples]
     lengths = [len(row["input_ids"]) for row in rows]
@@ -54,12 +54,12 @@ def train(
     display: Display,
     interrupt: GracefulInterrupt,
 ) -> dict[str, Any]:
-    """Train ``model``, from the last checkpoint where there is one, until the last step or until ``interrupt.requested``.
+    """Train ``model`` until the last step or until ``interrupt.requested``. If there is a checkpoint, continue from it.
 
     Returns:
-        ``steps``: per step done its ``loss``, ``seconds`` and ``tokens`` (padding not counted), those before the checkpoint
-        included; ``resumed_at``: how many those are; ``peak_bytes``: the most memory since the call, above what was held
-        then.
+        ``steps``: ``loss``, ``seconds`` and ``tokens`` (without padding) of each step, including the steps before the
+        checkpoint. ``resumed_at``: the number of steps before the checkpoint. ``peak_bytes``: the peak memory, relative to the
+        memory at the time of the call.
     """
     memory = PeakMemory(device())
     checkpoint = last_checkpoint(folder)
@@ -83,11 +83,11 @@ def train(
 
 
 def last_checkpoint(folder: Folder) -> Path | None:
-    """The newest whole checkpoint of the run, if any."""
+    """Return the newest complete checkpoint of the run, or None."""
     for aside in folder.checkpoints.glob(f"{_PREFIX}*.old"):
         recover(aside.with_suffix(""))
-    found = _checkpoints(folder.checkpoints)
-    return found[-1] if found else None
+    checkpoints = _checkpoints(folder.checkpoints)
+    return checkpoints[-1] if checkpoints else None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -100,7 +100,7 @@ def _arguments(folder: Folder, settings: Settings) -> TrainingArguments:
         output_dir=str(folder.checkpoints),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
-        train_sampling_strategy="sequential",  # training_rows has the order
+        train_sampling_strategy="sequential",  # training_rows has already ordered the examples
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup_steps,
@@ -118,7 +118,7 @@ def _arguments(folder: Folder, settings: Settings) -> TrainingArguments:
 
 
 class _CheckpointingTrainer(Trainer):
-    """Writes each checkpoint under a temporary name and renames it once it is whole."""
+    """Writes each checkpoint under a temporary name, and renames the complete checkpoint."""
 
     _staging: Path | None = None
 
@@ -135,15 +135,15 @@ class _CheckpointingTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-            (whole,) = _checkpoints(staging)
-            swap_in(whole, final / whole.name)
+            (complete,) = _checkpoints(staging)
+            swap_in(complete, final / complete.name)
             shutil.rmtree(staging)
             for old in _checkpoints(final)[:-_KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
 
 
 class _Watch(TrainerCallback):
-    """Adds time and tokens to each logged step, feeds the display, and turns Ctrl-C into save and stop."""
+    """Adds time and tokens to each logged step, updates the display, and saves and stops after Ctrl-C."""
 
     def __init__(
         self,

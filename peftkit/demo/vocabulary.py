@@ -1,10 +1,10 @@
-"""The words requests are made of, each pool split into a training and a held-out half that share nothing.
+"""The words of the requests. Each pool has words for training and other words for the held-out requests.
 
-A held-out request must not be solvable by recall, so a name, a city, a shopping item or a unit seen in training never occurs in
-the evaluation. Most words are whole tokens of SmolLM2 with a space before them and without: inside quotes a word loses its
-space, and with other words a model of this size would be examined in spelling instead of understanding.
+Held-out requests test whether the model generalises, so a name, a city, a shopping item or a unit from training never occurs in
+the evaluation. Most words are single tokens of SmolLM2, both with a space before them and without, because a word after a quote
+has no space before it. With other words, the evaluation of such a small model would mainly test spelling.
 
-Numbers, dates and clock times have no lists: ``is_held_out_number``, ``is_held_out_day`` and ``is_held_out_time`` decide by rule.
+Numbers, dates and clock times have no lists; ``is_held_out_number``, ``is_held_out_day`` and ``is_held_out_time`` split them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MONTHS = (
 
 WEEKDAYS = Pool.of("Monday; Tuesday; Wednesday; Thursday; Saturday", "Friday; Sunday")
 
-# Ways to ask for something politely, or not; ~ is the imperative.
+# Ways to phrase a request; ~ is replaced by the imperative.
 MANNERS = Pool.of(
     """~.; please ~.; ~, please.; could you ~?; can you ~?; hey, ~.; I want you to ~.; ~, thanks.; ~ for me.""",
     "~; would you ~?; kindly ~.; I need you to ~.; ~ if you can.; okay, now ~.",

@@ -1,1 +1,1 @@
-"""Finding what a config means in a model: target modules, and where sub-layers begin and end."""
+"""Find the parts of a model that a config refers to: target modules, task heads, and the boundaries of sub-layers."""

@@ -1,4 +1,4 @@
-"""What a config means in a model, but cannot have: shared weights, impossible ranks, names that PEFT reads otherwise."""
+"""Check that a config has no conflicts with the model: shared weights, impossible ranks, names that PEFT rewrites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Matches = Mapping[tuple[str, str], list[str]]
 
 
 def check_shadowed(rewritten: Mapping[str, list[str]], matched: Mapping[str, list[str]]) -> None:
-    """Raise if PEFT takes entries for names of experts and so leaves modules of the same name without an adapter.
+    """Raise if PEFT reads entries as names of experts, so that modules with the same name get no adapter.
 
     Args:
         rewritten: Expert parameters by entry that PEFT rewrites.
@@ -31,13 +31,13 @@ def check_shadowed(rewritten: Mapping[str, list[str]], matched: Mapping[str, lis
         raise ContractError(
             f"target_modules: PEFT reads {', '.join(rewritten)} as the experts of this architecture, so these modules of the "
             f"same name would get no adapter:\n{listing(lost)}\n"
-            "Leave target_modules open for peftkit's all-linear, or pass the weights you mean in target_parameters, such as "
+            "Leave target_modules out to use peftkit's all-linear, or pass the weights in target_parameters, such as "
             f"{lost[0] + '.weight'!r}."
         )
 
 
 def check_ties(modules: Modules, config: Any, matches: Matches) -> None:
-    """Raise if one of several modules that share a weight is adapted, but not all, and the config does not say what to do.
+    """Raise if a module that shares its weight with others is adapted, and ``ensure_weight_tying`` is not set.
 
     Raises:
         ContractError: There is such a module.
@@ -53,20 +53,20 @@ def check_ties(modules: Modules, config: Any, matches: Matches) -> None:
     for names in sharing.values():
         if len(names) == 1:
             continue
-        # a merged adapter, or a trained copy, would change or untie what the others see
+        # merging the adapter would change the weight of the other modules, and a trained copy would untie it
         touched = [name for name in names if name in adapted or _inside(name, replaced)]
         if touched:
             others = [name for name in names if name not in touched] or names
             raise ContractError(
                 f"{', '.join(touched)} shares its weight with {', '.join(others)}, and this {type(config).__name__} does not "
-                "say whether they stay one: pass ensure_weight_tying=True to adapt or train them as one, untie them first "
+                "say whether they stay tied: pass ensure_weight_tying=True to adapt or train them together, untie them first "
                 f"({names[-1]}.weight = torch.nn.Parameter({names[-1]}.weight.detach().clone()) and "
                 "config.tie_word_embeddings = False), or leave them out"
             )
 
 
 def _touched(matches: Matches) -> tuple[set[str], set[str]]:
-    """Modules that get an adapter on their weight, and modules that are trained as a copy."""
+    """Return the modules that get an adapter on their weight, and the modules of which a copy is trained."""
     adapted, replaced = set(), set()
     for (field, _), names in matches.items():
         if field == "target_modules":
@@ -83,7 +83,7 @@ def _inside(name: str, parents: set[str]) -> bool:
 
 
 def check_convolutions(modules: Modules, config: Any, matches: Matches) -> None:
-    """Raise if a rank is not a multiple of the groups of a convolution: PEFT divides the rank among them.
+    """Raise if a rank is not a multiple of the number of groups of a convolution, because PEFT divides the rank by it.
 
     Raises:
         ContractError: There is such a convolution.
@@ -91,23 +91,23 @@ def check_convolutions(modules: Modules, config: Any, matches: Matches) -> None:
     if getattr(config, "r", None) is None:
         return
     for name in _targets(matches):
-        module = modules.get(name)  # PEFT reads some names as those of parameters
+        module = modules.get(name)  # None if PEFT reads the entry as a name of parameters
         if not isinstance(module, nn.modules.conv._ConvNd):
             continue
         groups, rank = module.groups, _rank(config, name)
         if rank % groups:
             raise ContractError(
                 f"{name} is a {type(module).__name__} of {groups} groups, and its rank is {rank}: the rank must be a "
-                f"multiple of the groups. Pass r={groups * -(-rank // groups)}, or "
-                f"rank_pattern={{{name!r}: {groups}}}, or leave it out by exclude_modules. (LoRA on a grouped convolution "
+                f"multiple of the number of groups. Pass r={groups * -(-rank // groups)} or "
+                f"rank_pattern={{{name!r}: {groups}}}, or list the module in exclude_modules. (LoRA on a grouped convolution "
                 "cannot be merged.)"
             )
 
 
 def check_ranks(modules: Modules, config: Any, matches: Matches) -> None:
-    """Raise if a rank of LoRA is larger than both sides of every weight that it is for.
+    """Raise if a LoRA rank is larger than both sides of every weight that has this rank.
 
-    A product of two factors has at most the rank of the weight's smaller side; the rest is memory without use.
+    The product of the two factors has at most the rank of the weight's smaller side, so a larger rank only needs more memory.
 
     Raises:
         ContractError: There is such a rank.
@@ -123,14 +123,14 @@ def check_ranks(modules: Modules, config: Any, matches: Matches) -> None:
             useful = max(map(min, found))
             where = "r" if rank == config.r else "rank_pattern"
             raise ContractError(
-                f"{where}={rank} is larger than both sides of every weight that it is for; the largest useful rank there is "
-                f"{useful}, and 4 to 64 is common"
+                f"{where}={rank} is larger than both sides of every weight with this rank; the largest useful rank is {useful}, "
+                "and 4 to 64 is common"
             )
 
 
 def _sides(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.modules.conv._ConvNd):
-        return None  # the rank of a convolution has to fit its groups, whatever its sides
+        return None  # check_convolutions checks the rank of a convolution
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(inputs, int) and isinstance(outputs, int):
         return inputs, outputs
@@ -147,7 +147,7 @@ def _targets(matches: Matches) -> list[str]:
 
 
 def _rank(config: Any, name: str) -> int:
-    """The rank that PEFT gives to a module."""
+    """Return the rank that PEFT uses for a module."""
     patterns = getattr(config, "rank_pattern", None) or {}
     found = (rank for entry, rank in patterns.items() if re.match(rf"(.*\.)?({entry})$", name))
     return next(found, config.r)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: their routers, their stacked weights, and the names that PEFT takes for theirs."""
+"""Mixtures of experts: find routers, stacked weights, and the module names that PEFT reads as names of experts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from torch import nn
 from peftkit.find.modules import is_linear_like
 
 ROUTER = "router or gate of a mixture of experts"
-STACKED = "experts are stored as {ndim}-D parameters, which take LoRA without dropout, DoRA or bias through target_parameters"
+STACKED = (
+    "experts are stored as {ndim}-D parameters; only LoRA without dropout, without DoRA and without bias can adapt them, "
+    "through target_parameters"
+)
 PACKED = (
     "experts are stored packed ({dtype}); load the model unquantised and pass target_parameters"
 )
 
 
 def experts_and_routers(modules: dict[str, nn.Module]) -> tuple[dict[str, str], list[str]]:
-    """Reasons for the parts of mixture-of-experts blocks that "all-linear" does not adapt, and the stacks that it does.
+    """Find the parts of mixture-of-experts blocks that "all-linear" does not adapt, and the stacked weights that it adapts.
 
-    A block is whatever holds a container of experts: a child called ``experts``, or one whose class says so.
+    A block is a module with a container of experts: a child named ``experts``, or a child whose class name ends in ``Experts``.
+
+    Returns:
+        The reason for each part that is not adapted, by name; and the names of the stacked weights.
     """
     left_out: dict[str, str] = {}
     stacks: list[str] = []
@@ -33,9 +39,9 @@ def experts_and_routers(modules: dict[str, nn.Module]) -> tuple[dict[str, str], 
         inside = {name, *_below(names, places, name)}
         for inner in inside:
             if not is_linear_like(modules[inner]):
-                odd, whole = _stacked_weights(inner, modules[inner])
-                left_out |= odd
-                stacks += whole
+                reasons, usable = _stacked_weights(inner, modules[inner])
+                left_out |= reasons
+                stacks += usable
         count = _count_experts(module)
         for other in _below(names, places, parent):
             beside = other.removeprefix(f"{parent}.") if parent else other
@@ -45,14 +51,14 @@ def experts_and_routers(modules: dict[str, nn.Module]) -> tuple[dict[str, str], 
 
 
 def _below(names: list[str], places: dict[str, int], parent: str) -> Iterator[str]:
-    """The names inside ``parent``; ``names`` lists every module before its children, ``places`` gives the index of each."""
+    """Yield the names inside ``parent``. ``names`` has parents before children; ``places`` is the index of each name."""
     prefix = f"{parent}." if parent else ""
     inside = itertools.islice(names, places[parent] + 1, None)
     return itertools.takewhile(lambda name: name.startswith(prefix), inside)
 
 
 def _stacked_weights(name: str, module: nn.Module) -> tuple[dict[str, str], list[str]]:
-    """The expert weights of one module: those that cannot be adapted with the reason, and those that can."""
+    """Return the expert weights of one module: the reasons for those that cannot be adapted, and the names of the others."""
     reasons, stacks = {}, []
     for own, weight in module._parameters.items():
         if weight is None or weight.ndim < 2 or own.endswith("bias"):
@@ -63,7 +69,7 @@ def _stacked_weights(name: str, module: nn.Module) -> tuple[dict[str, str], list
         elif weight.ndim == 3:
             stacks.append(f"{name}.{own}")
         else:
-            # PEFT would put one low-rank pair over all experts
+            # PEFT would use one low-rank pair for all experts together
             reasons[f"{name}.{own}"] = STACKED.format(ndim=weight.ndim)
     return reasons, stacks
 
@@ -76,7 +82,7 @@ def _count_experts(container: nn.Module) -> int | None:
 
 
 def _is_router(beside: str, module: nn.Module, experts: int | None) -> bool:
-    """Whether a module next to the experts chooses among them; ``beside`` is its name within the block."""
+    """Whether a module of the block is the router. ``beside`` is its name within the block."""
     weight = module._parameters.get("weight")
     if not is_linear_like(module) and (weight is None or weight.ndim != 2):
         return False
@@ -90,16 +96,16 @@ def _is_router(beside: str, module: nn.Module, experts: int | None) -> bool:
 
 
 def names_peft_rewrites(model: nn.Module, leaves: set[str]) -> set[str]:
-    """Module names that PEFT turns into expert parameters for this architecture, wherever they stand.
+    """Return the module names that PEFT rewrites to expert parameters for this architecture.
 
-    Checkpoints of transformers 4 had one linear a expert; PEFT therefore reads ``gate_proj`` in ``target_modules`` as the
-    experts' ``gate_up_proj``, even where ``shared_expert.gate_proj`` was meant.
+    Checkpoints of transformers 4 had one linear layer per expert. PEFT therefore reads ``gate_proj`` in ``target_modules`` as
+    the experts' ``gate_up_proj``, even if ``shared_expert.gate_proj`` was meant.
     """
     return {leaf for leaf in leaves if peft_rewrite(model, [leaf])[0] != {leaf}}
 
 
 def peft_rewrite(model: nn.Module, entries: Iterable[str]) -> tuple[set[str], set[str]]:
-    """The ``target_modules`` and added ``target_parameters`` that PEFT makes of ``entries`` for this architecture."""
+    """Return the ``target_modules`` and ``target_parameters`` to which PEFT converts ``entries`` for this architecture."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -108,6 +114,6 @@ def peft_rewrite(model: nn.Module, entries: Iterable[str]) -> tuple[set[str], se
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=None)
     except ValueError:
-        # Only one of two projections that PEFT fuses was named: rewritten, but not alone.
+        # PEFT fuses two projections and only one of them was named. It would be rewritten together with the other one.
         return set(), set()
     return set(config.target_modules or ()), set(config.target_parameters or ())

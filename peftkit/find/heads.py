@@ -1,10 +1,13 @@
-"""Task heads: the modules on top of a pretrained backbone that start at random, so that they must be trained in full.
+"""Find task heads: modules on top of a pretrained backbone with random initial weights, which must be trained in full.
 
-A head that stays frozen keeps its random weights. An adapter file without the head cannot be used again either, because the
-next process draws other weights. Two facts make a module outside the backbone a head. The class of the model says so
-(``ForTokenClassification`` and the like), or transformers loaded the backbone from a checkpoint and did not find the module
-there: transformers marks each parameter that it loads. So is a pooler inside the backbone that was not there. Some modules are never a head: embeddings and output embeddings, which
-are pretrained and often tied; other pretrained models; a normalisation layer by itself, which starts as the identity.
+A frozen head keeps its random weights. An adapter file without the head is useless in another process, because the head gets
+other random weights there.
+
+A module outside the backbone is a head in two cases: the class of the model is that of a task (``ForTokenClassification`` and
+others), or transformers loaded the backbone from a checkpoint without the module. transformers marks each parameter that it
+loads. A pooler inside the backbone that was not in the checkpoint is also a head. Some modules are never a head: embeddings and
+output embeddings, which are pretrained and often tied; other pretrained models; a single normalisation layer, which starts as
+the identity.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from peftkit.find.modules import (
     wrapped_modules,
 )
 
-AMBIGUOUS = "the names of other modules end with these letters, and PEFT's modules_to_save takes all of them; rename it"
+AMBIGUOUS = "the names of other modules end with the same letters, and PEFT's modules_to_save matches all of them; rename it"
 QUANTISED = "its weight is quantised; load the model with this module in llm_int8_skip_modules"
 SHARED = "it shares its weight with another module"
 BARE = "it is a parameter of the model itself, which PEFT cannot save"
@@ -36,7 +39,7 @@ _TASKS = re.compile(
 )
 # The parts before the head of a model that has neither a backbone module nor pretrained models as children.
 _BODY = re.compile(r"(Encoder|Decoder|Backbone|Stack|Embeddings|Model)$")
-# Inside a backbone, only a linear layer with one of these words in its name and one output a label is a head.
+# Inside a backbone, only a linear layer with one of these words in its name and one output per label is a head.
 _INNER_HEAD = re.compile(r"class|cls|score|head|final|logits", re.IGNORECASE)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -47,8 +50,8 @@ class Heads:
 
     Attributes:
         names: Modules that PEFT can train and save; each name, as an entry of ``modules_to_save``, matches heads only.
-        out_of_reach: Reason by name for modules and parameters of a head that PEFT cannot train; those that were loaded from
-            a checkpoint are left out.
+        out_of_reach: The reason for each module or parameter of a head that PEFT cannot train, by name. Those that were loaded
+            from a checkpoint are left out.
     """
 
     names: list[str] = field(default_factory=list)
@@ -56,22 +59,23 @@ class Heads:
 
 
 def find_heads(model: nn.Module) -> Heads:
-    """Find what has to be trained in full, under the names without adapters.
+    """Find the modules that have to be trained in full, by their names without adapters.
 
     Args:
-        model: A base model, or one that carries adapters.
+        model: A model with or without adapters.
 
     Returns:
-        Nothing for language models, for pretrained models without a fresh head, and for plain modules.
+        The heads. Empty for language models, for pretrained models without a new head, and for modules that are not
+        transformers models.
     """
     return heads_among(dict(base_modules(model)))
 
 
 def frozen_heads(model: nn.Module) -> list[str]:
-    """Name the task heads of which no weight and no adapter is trainable.
+    """Return the names of the task heads without a trainable weight or adapter.
 
-    Empty if the config of an adapter says ``modules_to_save=[]``: that freezes the heads on purpose. A list that names other
-    modules does not count as a purpose.
+    The list is empty if the config of an adapter has ``modules_to_save=[]``, which freezes the heads on purpose. A list with
+    other modules does not count as a purpose.
 
     Args:
         model: A model with or without adapters.
@@ -92,11 +96,11 @@ def frozen_heads(model: nn.Module) -> list[str]:
 
 
 def heads_among(modules: dict[str, nn.Module], never: set[str] | None = None) -> Heads:
-    """Do the work of ``find_heads`` on all modules of a model by name, the model itself first.
+    """Find the heads among all modules of a model; ``find_heads`` calls this.
 
     Args:
-        modules: All modules of the model.
-        never: The result of ``output_embeddings``, if it is known already.
+        modules: All modules of the model by name. The model itself is first, with an empty name.
+        never: The result of ``output_embeddings``, if it is already known.
     """
     model = modules[""]
     task = _is_task_model(model)
@@ -120,7 +124,7 @@ def heads_among(modules: dict[str, nn.Module], never: set[str] | None = None) ->
 
 
 def output_embeddings(modules: dict[str, nn.Module]) -> set[str]:
-    """Names of the modules that turn hidden states into logits of a vocabulary, also in a model inside the model."""
+    """Return the names of the modules that compute logits over a vocabulary, also those of nested models."""
     embeddings = {storage_of(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     found, heads = set(), set()
     for name, module in modules.items():
@@ -135,7 +139,10 @@ def output_embeddings(modules: dict[str, nn.Module]) -> set[str]:
 
 
 def outside_backbone(modules: dict[str, nn.Module]) -> set[str]:
-    """Names of all modules that are neither the backbone, nor inside it, nor around it; empty for a model without one."""
+    """Return the names of all modules except the backbone, its descendants and its ancestors.
+
+    Empty if the model has no backbone.
+    """
     inside = _backbone(modules)
     if not inside:
         return set()
@@ -149,7 +156,7 @@ def _backbone(modules: dict[str, nn.Module]) -> str:
 
 
 def _is_task_model(model: nn.Module) -> bool:
-    """Whether the class, or one that it is derived from, is that of a task with labels of its own."""
+    """Whether the model's class, or a base class, is for a task with labels."""
     names = [cls.__name__ for cls in type(model).__mro__]
     return any(map(_TASKS.search, names)) and _zero_shot_classes().isdisjoint(names)
 
@@ -172,7 +179,7 @@ def _is_loaded(parameter: Any) -> bool:
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    """Whether a weight is quantised, or belongs in a quantised linear although it is new and so still a plain tensor."""
+    """Whether a weight is quantised, or belongs to a quantised linear layer but is still a plain tensor because it is new."""
     foreign = any(type(m).__module__.startswith("bitsandbytes.") for m in module.modules())
     return foreign or not all(p.is_floating_point() for p in module.parameters())
 
@@ -188,7 +195,7 @@ def _is_pretrained(module: nn.Module) -> bool:
 
 
 def _outside(modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Topmost modules outside the backbone, or after the body of a model that has no backbone module."""
+    """Yield the topmost modules outside the backbone, or after the body of a model without a backbone module."""
     inside = _backbone(modules)
     if inside:
         around = {"", *ancestors(inside)}
@@ -204,7 +211,7 @@ def _outside(modules: dict[str, nn.Module]) -> Iterator[str]:
     children = [name for name in modules if name and "." not in name]
     pretrained = [name for name in children if _is_pretrained(modules[name])]
     if not _is_pretrained(modules[""]):
-        # a module of the user's around one or several pretrained models
+        # the user's own module, with one or more pretrained models inside
         yield from (name for name in children if pretrained and name not in pretrained)
         return
     body = pretrained or [n for n in children if _BODY.search(type(modules[n]).__name__)]
@@ -217,7 +224,7 @@ def _parent(name: str) -> str:
 
 
 def _parts(name: str, modules: dict[str, nn.Module], never: set[str]) -> list[str]:
-    """The largest modules at or below ``name`` that can be called as a whole and hold nothing of ``never``."""
+    """Return the largest modules at or below ``name`` that can be called and contain no module of ``never``."""
     module = modules[name]
     if next(module.parameters(), None) is None or _is_pretrained(module) or name in never:
         return []
@@ -236,7 +243,7 @@ def _below(name: str, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _inner_heads(modules: dict[str, nn.Module], never: set[str]) -> list[str]:
-    """Linear layers inside a backbone with one output a label: of Perceiver, and of detectors that refine their boxes."""
+    """Return linear layers inside a backbone with one output per label, as in Perceiver and detectors that refine boxes."""
     labels = getattr(getattr(modules[""], "config", None), "num_labels", None)
     return [
         name
@@ -249,7 +256,7 @@ def _inner_heads(modules: dict[str, nn.Module], never: set[str]) -> list[str]:
 
 
 def _fresh_poolers(modules: dict[str, nn.Module]) -> list[str]:
-    """Poolers of a backbone that was saved without one, as language models save it."""
+    """Return the poolers of a backbone that were not in its checkpoint; checkpoints of language models have none."""
     inside = _backbone(modules)
     return [
         name
@@ -260,7 +267,7 @@ def _fresh_poolers(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _within_reach(heads: list[str], modules: dict[str, nn.Module], bare: bool) -> Heads:
-    """Replace heads by their parts until each name matches heads only, and set aside what PEFT cannot train."""
+    """Replace heads by their parts until each name matches heads only, and separate the parts that PEFT cannot train."""
     own = list(modules[""].named_parameters(recurse=False)) if bare else []
     if not heads and not own:
         return Heads()
@@ -283,7 +290,7 @@ def _within_reach(heads: list[str], modules: dict[str, nn.Module], bare: bool) -
 
 
 def _first_clash(names: list[str], modules: dict[str, nn.Module]) -> str | None:
-    """A head that must be taken apart, because the name of one head is also the end of another module's name."""
+    """Return a head that must be split into parts, because another module's name ends with the name of a head."""
     for name in names:
         for other in modules:
             if other.endswith(name) and other not in names:
@@ -292,7 +299,7 @@ def _first_clash(names: list[str], modules: dict[str, nn.Module]) -> str | None:
 
 
 def _shared(modules: dict[str, nn.Module]) -> set[str]:
-    """Modules that share a weight with another one: a trained copy would untie them."""
+    """Return the modules that share a weight with another module. A trained copy would untie them."""
     weights = {name: m._parameters.get("weight") for name, m in modules.items()}
     stored = {name: storage_of(weight) for name, weight in weights.items() if weight is not None}
     count = Counter(stored.values())

@@ -1,4 +1,4 @@
-"""Layer numbers in module names, by PEFT's rules for ``layers_to_transform`` and ``layers_pattern``."""
+"""Find layer numbers in module names, by PEFT's rules for ``layers_to_transform`` and ``layers_pattern``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NUMBERED = re.compile(r".*?\.([^.]*)\.(\d+)\.")
 
 
 def wanted_layers(config: Any) -> list[int]:
-    """The entries of ``layers_to_transform``; empty means all layers."""
+    """Return the entries of ``layers_to_transform``. An empty list means all layers."""
     layers = getattr(config, "layers_to_transform", None)
     if layers is None:
         return []
@@ -20,7 +20,7 @@ def wanted_layers(config: Any) -> list[int]:
 
 
 def layer_number(name: str, config: Any) -> int | None:
-    """The number of the layer that PEFT sees in a module's name, if any."""
+    """Return the layer number that PEFT finds in a module's name, or None."""
     patterns = getattr(config, "layers_pattern", None)
     if not patterns:
         found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
@@ -33,10 +33,14 @@ def layer_number(name: str, config: Any) -> int | None:
 
 
 def check_layers(config: Any, names: Iterable[str]) -> None:
-    """Raise unless ``names``, the targets of all layers, has some in each layer of ``layers_to_transform``.
+    """Raise unless each layer of ``layers_to_transform`` has a target.
+
+    Args:
+        config: A ``peft.PeftConfig``.
+        names: Names of the targets in all layers.
 
     Raises:
-        ContractError: ``layers_pattern`` fits no target, or a layer does not exist.
+        ContractError: ``layers_pattern`` matches no target, or a layer has no target.
     """
     wanted = wanted_layers(config)
     names = list(names)
@@ -50,13 +54,13 @@ def check_layers(config: Any, names: Iterable[str]) -> None:
             f"the targets are in {' and '.join(map(repr, lists))}" if lists else "leave it out"
         )
         raise ContractError(
-            f"layers_pattern={pattern!r} is not the name of a numbered list with targets in it; {way_out}"
+            f"layers_pattern={pattern!r} is not the name of a numbered list that has targets; {way_out}"
         )
     missing = [repr(str(layer)) for layer in wanted if layer not in numbers]
     if missing:
-        there = f"in layers {_ranges(numbers)}" if numbers else "in no numbered layer"
+        where = f"in layers {_ranges(numbers)}" if numbers else "in no numbered layer"
         raise ContractError(
-            f"layers_to_transform: {', '.join(missing)} matches nothing; the targets are {there}"
+            f"layers_to_transform: {', '.join(missing)} matches nothing; the targets are {where}"
         )
 
 

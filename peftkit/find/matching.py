@@ -1,4 +1,4 @@
-"""Does every entry of a config match something? PEFT accepts an entry that matches nothing if another one matched."""
+"""Check that every entry of a config matches something. PEFT accepts an entry without a match if another entry has one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from peftkit.find.suggestions import close_matches
 Matches = dict[tuple[str, str], list[str]]
 """Names by ``(field, entry)``."""
 
-# PEFT's word for a config that adapts no module; a mix without LoRA has it
+# PEFT's value of target_modules for a config that adapts no module, such as a mix without LoRA
 _NONE = "dummy-target-modules"
 
-# PEFT adds these to modules_to_save by task type, whichever of them the model has.
+# PEFT adds these to modules_to_save for some task types, even if the model does not have all of them.
 _HEADS_ADDED_BY_TASK = {"classifier", "score", "qa_outputs"}
 
 
@@ -34,13 +34,13 @@ def check_targets(model: nn.Module, config: Any) -> None:
     ``layers_to_transform``, ``layers_pattern`` and the keys of ``rank_pattern`` and ``alpha_pattern``.
 
     Args:
-        model: The model the config is for, with or without adapters.
+        model: The model that the config is for, with or without adapters.
         config: Any ``peft.PeftConfig``.
 
     Raises:
-        ContractError: An entry matches nothing, PEFT would take a module's name for the experts' and leave the module
-            itself without an adapter, one of several modules that share a weight is meant, a rank is larger than every
-            module that it is for, or a rank does not fit a grouped convolution.
+        ContractError: An entry matches nothing; PEFT would read a module's name as that of experts, so that the module gets no
+            adapter; one of several modules that share a weight would be adapted; a rank is larger than every module with this
+            rank; or a rank does not fit a grouped convolution.
     """
     modules = dict(base_modules(model))
     names = _Names(modules)
@@ -61,7 +61,7 @@ def check_targets(model: nn.Module, config: Any) -> None:
         for field, entry in unmatched
     ]
     raise ContractError(
-        f"{_count(len(unmatched))} of this {type(config).__name__} would do nothing in {type(modules['']).__name__}:\n"
+        f"{_count(len(unmatched))} of this {type(config).__name__} would have no effect in {type(modules['']).__name__}:\n"
         + listing(problems, shown=8)
     )
 
@@ -74,19 +74,19 @@ def match_targets(model: nn.Module, config: Any) -> Matches:
     """Find what each entry of a config matches, by PEFT's own rules.
 
     Args:
-        model: The model the config is for, with or without adapters.
-        config: Any ``peft.PeftConfig``; fields that it lacks are skipped.
+        model: The model that the config is for, with or without adapters.
+        config: Any ``peft.PeftConfig``; fields that it does not have are skipped.
 
     Returns:
-        Names of the matched modules (of parameters, for ``target_parameters``) by ``(field, entry)``. An empty list is an
-        entry that does nothing.
+        Names of the matched modules (or parameters, for ``target_parameters``) by ``(field, entry)``. An entry with an empty
+        list has no effect.
     """
     names = _Names(dict(base_modules(model)))
     return _match(config, names, _rewritten(names.modules[""], config, names))
 
 
 class _Names:
-    """Names of modules and of parameters, found by the ends of their names."""
+    """Finds names of modules and parameters by the ends of the names."""
 
     def __init__(self, modules: Mapping[str, nn.Module]):
         self.modules = modules
@@ -94,17 +94,17 @@ class _Names:
         self._parameters_by_leaf: dict[str, list[str]] | None = None
 
     def ending(self, entry: str) -> list[str]:
-        """The modules that an entry of a list matches: of that name, or with it behind a dot."""
+        """Return the modules that an entry of a list matches: their names equal the entry or end with a dot and the entry."""
         return _ending(entry, self._by_leaf)
 
     def parameters_ending(self, entry: str) -> list[str]:
-        """The parameters that an entry of ``target_parameters`` matches."""
+        """Return the parameters that an entry of ``target_parameters`` matches."""
         if self._parameters_by_leaf is None:
             self._parameters_by_leaf = _grouped(self.parameters())
         return _ending(entry, self._parameters_by_leaf)
 
     def parameters(self) -> list[str]:
-        """Full names of all parameters."""
+        """Return the full names of all parameters."""
         return [f"{name}.{own}" for name, m in self.modules.items() for own in m._parameters]
 
 
@@ -165,7 +165,7 @@ def _entries(value: str | Iterable[str] | None) -> list[str]:
 
 
 def _targeted(config: Any, names: _Names) -> dict[str, list[str]]:
-    """Matches of each entry of ``target_modules`` once exclusions and layer numbers have been applied."""
+    """Return the matches of each entry of ``target_modules``, after exclusions and layer numbers have been applied."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     targets = getattr(config, "target_modules", None)
@@ -179,7 +179,7 @@ def _targeted(config: Any, names: _Names) -> dict[str, list[str]]:
 
 
 def _rewritten(model: nn.Module, config: Any, names: _Names) -> dict[str, list[str]]:
-    """Parameters matched by the entries that PEFT reads as names of experts (mixtures of experts of transformers 4)."""
+    """Return the parameters matched by entries that PEFT reads as names of experts (mixtures of experts of transformers 4)."""
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) or not targets or config.peft_type != "LORA":
         return {}
@@ -189,7 +189,7 @@ def _rewritten(model: nn.Module, config: Any, names: _Names) -> dict[str, list[s
 
 
 def _everywhere(config: Any, keep: str = "") -> Any:
-    """The config without the fields that narrow down ``target_modules``, but for one of them."""
+    """Return the config without the fields that narrow down ``target_modules``, except ``keep``."""
     wide = copy.copy(config)
     for field in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
         if field != keep and hasattr(wide, field):
@@ -205,11 +205,11 @@ def _reason(
     matches: Matches,
     reachable: Mapping[str, list[str]],
 ) -> str:
-    """Why an entry does nothing, and a way out."""
+    """Return why an entry has no effect, and a way out."""
     if field == "target_modules" and (found := reachable.get(entry)):
         return _narrowed(entry, config, names, len(found))
     if field == "layers_to_transform":
-        return "has no target left in it; see exclude_modules and modules_to_save"
+        return "has no target left; check exclude_modules and modules_to_save"
     if isinstance(getattr(config, field), str):
         way_out = close_matches(entry, names.modules)
         if names.ending(entry):
@@ -224,9 +224,9 @@ def _reason(
 
 
 def _narrowed(entry: str, config: Any, names: _Names, count: int) -> str:
-    """Which other field takes away all that an entry of ``target_modules`` matches."""
+    """Return which other field excludes all modules that an entry of ``target_modules`` matches."""
     modules = "the one module" if count == 1 else f"all {count} modules"
     for field in ("exclude_modules", "modules_to_save"):
         if getattr(config, field, None) and not _targeted(_everywhere(config, field), names)[entry]:
-            return f"matches nothing, because {field} has {modules} of that name; remove it from one of the two"
-    return f"matches nothing in the layers that layers_to_transform and exclude_modules leave; it has {modules} elsewhere"
+            return f"matches nothing, because {field} has {modules} of that name; remove the entry from one of the two fields"
+    return f"matches nothing in the layers that layers_to_transform and exclude_modules leave, but {modules} in other layers"

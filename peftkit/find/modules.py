@@ -1,4 +1,4 @@
-"""Walking the modules of a model under the names that they have without adapters."""
+"""Iterate over the modules of a model, with the names that they have without adapters."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of the model below any adapters, under the names they have without adapters."""
+    """Yield the original modules of a model, with the names that they have without adapters."""
     return ((name, inner) for name, _, inner in wrapped_modules(model))
 
 
 def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Yield each module's name without adapters, the module that is called, and the original one inside it.
+    """Yield the name of each module without adapters, the module that is called, and the original module inside it.
 
-    The two differ if PEFT has put a layer around the original. Modules that belong to adapters are left out.
+    The two modules differ if PEFT has wrapped the original. Modules of adapters are left out.
     """
     model = getattr(model, "_orig_mod", model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
@@ -39,17 +39,17 @@ def wrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Modul
 
 
 def is_own_adapter(module: nn.Module) -> bool:
-    """Whether this is a prefix or bottleneck module of ours, which stands beside the model's modules, not around them."""
+    """Whether this is a prefix or bottleneck module of peftkit. Such a module is a child of a module, and does not wrap it."""
     return getattr(type(module), "peftkit_adapter", False) is True
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether this is an adapter: a layer that PEFT has put around a module, or one of ours beside it."""
+    """Whether this is an adapter: a layer in which PEFT has wrapped a module, or a prefix or bottleneck of peftkit."""
     return isinstance(module, _adapter_classes()) or is_own_adapter(module)
 
 
 def without_adapters(module: nn.Module) -> nn.Module:
-    """The original module inside PEFT's layers, or the module itself."""
+    """Return the original module inside PEFT's layers, or the module itself."""
     layer, wrapper = _adapter_classes()
     while isinstance(module, (layer, wrapper)):
         inner = "original_module" if isinstance(module, wrapper) else "base_layer"
@@ -68,7 +68,7 @@ def _adapter_classes() -> tuple[type, type]:
 
 
 def is_linear_like(module: nn.Module) -> bool:
-    """Whether the module multiplies its input by one matrix: ``nn.Linear``, transformers' ``Conv1D``, quantised linears."""
+    """Whether the module multiplies its input by one matrix: ``nn.Linear``, transformers' ``Conv1D``, a quantised linear."""
     if isinstance(module, nn.Linear):
         return True
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
@@ -83,7 +83,7 @@ def is_linear_like(module: nn.Module) -> bool:
 
 
 def storage_of(weight: Tensor) -> Any:
-    """Identify the memory of a weight, so that tied weights are equal whichever ``Parameter`` holds them."""
+    """Return a key for the memory of a weight. Tied weights have equal keys, even as different ``Parameter`` objects."""
     if weight.is_meta:
         return id(weight)
     storage = weight.untyped_storage()
@@ -91,13 +91,13 @@ def storage_of(weight: Tensor) -> Any:
 
 
 def ancestors(name: str) -> list[str]:
-    """``"a.b.c"`` gives ``["a.b", "a"]``."""
+    """Return the names of all parents: ``"a.b.c"`` gives ``["a.b", "a"]``."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
 
 
 def suffixes(name: str) -> list[str]:
-    """``"a.b.c"`` gives ``["c", "b.c", "a.b.c"]``: the entries by which PEFT matches a module of that name."""
+    """Return the entries by which PEFT matches a module: ``"a.b.c"`` gives ``["c", "b.c", "a.b.c"]``."""
     found, end = [], len(name)
     while (end := name.rfind(".", 0, end)) >= 0:
         found.append(name[end + 1 :])

@@ -1,9 +1,9 @@
-"""Where the sub-layers of a transformer begin and end: derived by one forward, whatever the architecture.
+"""Find the boundaries of a transformer's sub-layers by one forward, for any architecture.
 
-A bottleneck adapter needs the module whose output is the attention's or the MLP's, the module that receives the MLP's input,
-and the end of the layer. Names differ between families; the order of calls does not: a layer is a list element that runs an
-attention and something else, the attention ends with the last linear called in it, and the MLP with the last one called
-outside. A mixture of experts ends with the block around its experts, which have no linear modules.
+A bottleneck adapter needs the module whose output is that of the attention or the MLP, the module that gets the MLP's input,
+and the end of the layer. Names differ between model families, but the order of calls does not. A layer is a list element that
+calls an attention and other modules. The attention ends with the last linear that is called inside it, and the MLP with the
+last linear that is called outside the attention. A mixture of experts has no linear modules; it ends with the block of experts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Kind = Literal["attention", "mlp", "end"]
 
 PROBE_TOKENS = 8
 _PROBE_SAMPLES = 3200
-"""Wav2Vec2's convolutions turn 320 samples into one position; a fifth of a second at 16 kHz."""
+"""A fifth of a second at 16 kHz. Wav2Vec2's convolutions compute one position from 320 samples."""
 
 _ANY_IMAGE = 64
-"""Convolutional networks take any size; five halvings leave two pixels of this one."""
+"""Image size for convolutional networks, which accept any size. After five halvings, 2 pixels are left."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Point:
     """One place where an adapter can act.
 
     Attributes:
-        kind: ``"attention"`` (self- and cross-attention) and ``"mlp"`` are sub-layers, before dropout and the residual sum;
+        kind: ``"attention"`` (self- and cross-attention) and ``"mlp"`` are sub-layers, before dropout and the residual sum.
             ``"end"`` is the end of the layer.
         layer: Name of the layer.
-        index: The layer's number in its list.
-        output: Name of the module whose output (or first output) is meant.
+        index: The layer's index in its list.
+        output: Name of the module whose output (or first output) the adapter changes.
         source: Name of the module whose first argument is the sub-layer's input; for ``"end"`` the same as ``output``.
         width: Size of the last axis of the output.
-        normed: Whether ``output`` is the norm that closes a post-norm layer.
+        normed: Whether ``output`` is the last norm of a post-norm layer.
     """
 
     kind: Kind
@@ -62,17 +62,17 @@ class _Call:
 
 
 def find_points(model: nn.Module, example: Mapping[str, Any] | None = None) -> list[Point]:
-    """Find every layer's attention, MLP and end by one forward in evaluation mode, without gradients.
+    """Find the attention, MLP and end of every layer, by one forward in evaluation mode without gradients.
 
     Args:
-        model: A transformers model, with or without adapters; left as it was.
-        example: What to call it with; made from its config where left out.
+        model: A transformers model, with or without adapters. It is not changed.
+        example: The inputs of the forward. Default: inputs made from the model's config.
 
     Returns:
-        The points in the model's order, under the names that modules have without adapters.
+        The points in the model's order, with the names that modules have without adapters.
 
     Raises:
-        ValueError: The inputs cannot be made, or the calls do not show layers with attention.
+        ValueError: The inputs cannot be made, or no layer with an attention was called.
     """
     parts = list(wrapped_modules(model))
     inner = {name: module for name, _, module in parts}
@@ -82,29 +82,34 @@ def find_points(model: nn.Module, example: Mapping[str, Any] | None = None) -> l
         points += _points_of(layer, inner, calls)
     if not points:
         raise ValueError(
-            f"no layer of {type(inner['']).__name__} calls an attention followed by linear layers, so there is no place for "
-            "an adapter to be derived; name the modules in target_modules, or use LoRA"
+            f"no layer of {type(inner['']).__name__} calls an attention and then linear layers, so the modules to adapt cannot "
+            "be found; name the modules in target_modules, or use LoRA"
         )
     return points
 
 
 def probe_inputs(model: Any) -> dict[str, Tensor]:
-    """Make the smallest inputs a transformers model takes: 8 tokens, one image or a fifth of a second of sound.
+    """Make small inputs for a transformers model: 8 tokens, one image or a fifth of a second of sound.
+
+    Returns:
+        The inputs by name, with a batch size of 1.
 
     Raises:
-        ValueError: The model has no config, or its main input is of a kind not known here.
+        ValueError: The model has no config, or inputs of this kind cannot be made.
     """
     config = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
     if config is None or main is None:
         raise ValueError(
-            f"{type(model).__name__} is not a transformers model, so inputs for it cannot be made; pass example="
+            f"{type(model).__name__} is not a transformers model, so inputs for it cannot be made; pass them as example"
         )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     ids = torch.arange(PROBE_TOKENS)[None] % getattr(text, "vocab_size", PROBE_TOKENS)
     eos = getattr(text, "eos_token_id", None)
     if isinstance(eos, int) and eos < getattr(text, "vocab_size", 0):
-        ids[:, -1] = eos  # BART's classification heads read the position of the last one
+        ids[:, -1] = (
+            eos  # BART's classification heads read the output at the last end-of-sequence token
+        )
     image = getattr(config, "vision_config", config)
     makers: dict[str, Callable[[], Tensor]] = {
         "input_ids": lambda: ids,
@@ -120,7 +125,7 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
     unknown = [name for name in wanted if name not in makers]
     if unknown:
         raise ValueError(
-            f"{type(model).__name__} takes {unknown[0]}, which cannot be made up here; pass example="
+            f"{type(model).__name__} needs {unknown[0]}, which cannot be made automatically; pass inputs as example"
         )
     inputs = {name: makers[name]() for name in wanted}
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
@@ -141,7 +146,11 @@ def _size(config: Any) -> tuple[int, int]:
 def _calls(
     model: nn.Module, outer: dict[str, nn.Module], example: Mapping[str, Any] | None
 ) -> dict[str, _Call]:
-    """The last call of every module: when it began, its first tensor argument and its first output, in order of completion."""
+    """Record the last call of every module: its start time, its first tensor argument and its first output.
+
+    Returns:
+        The calls by module name, in the order of completion.
+    """
     began: dict[str, tuple[int, Tensor | None]] = {}
     calls: dict[str, _Call] = {}
     clock = 0
@@ -175,7 +184,7 @@ def _calls(
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The tensor a module returns or gets, or the first one of several."""
+    """Return the value if it is a tensor, or the first tensor of several values."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -187,10 +196,10 @@ def first_tensor(value: Any) -> Tensor | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode while inside; each module's own mode afterwards.
+    """Put the model in evaluation mode, and restore the mode of each module at the end.
 
-    4-bit linears, which have no other use for their mode, stay in training: on the CPU bitsandbytes would repack their weights
-    for good in the first evaluation, with block maxima rounded to bfloat16.
+    4-bit linear layers stay in training mode, which has no other effect on them. In evaluation mode on the CPU, bitsandbytes
+    would permanently repack their weights, with block maxima rounded to bfloat16.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -205,7 +214,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _layers(inner: dict[str, nn.Module], calls: dict[str, _Call]) -> list[str]:
-    """The innermost list elements that run an attention and something besides."""
+    """Return the innermost list elements that call an attention and an MLP."""
     found = []
     for name in inner:
         parent = inner.get(name.rpartition(".")[0])
@@ -219,7 +228,7 @@ def _layers(inner: dict[str, nn.Module], calls: dict[str, _Call]) -> list[str]:
 
 
 def _attentions(layer: str, inner: dict[str, nn.Module], calls: dict[str, _Call]) -> list[str]:
-    """The outermost attention modules of a layer that were called."""
+    """Return the outermost attention modules of a layer that were called."""
     named = [
         name
         for name in inner
@@ -231,7 +240,7 @@ def _attentions(layer: str, inner: dict[str, nn.Module], calls: dict[str, _Call]
 
 
 def _mlp_linears(layer: str, inner: dict[str, nn.Module], calls: dict[str, _Call]) -> list[str]:
-    """The linears of a layer outside its attention, in the order they finished."""
+    """Return the linear layers outside the attention, in the order of completion."""
     attentions = tuple(f"{name}." for name in _attentions(layer, inner, calls))
     return [
         name
@@ -243,7 +252,7 @@ def _mlp_linears(layer: str, inner: dict[str, nn.Module], calls: dict[str, _Call
 
 
 def _experts(layer: str, inner: dict[str, nn.Module], calls: dict[str, _Call]) -> str | None:
-    """The block around the experts of a layer, where it is a mixture of experts."""
+    """Return the module with the experts if the layer has a mixture of experts, else None."""
     attentions = tuple(f"{name}." for name in _attentions(layer, inner, calls))
     for name in inner:
         parent, _, leaf = name.rpartition(".")
@@ -289,14 +298,18 @@ def _points_of(layer: str, inner: dict[str, nn.Module], calls: dict[str, _Call])
 def _mlp(
     layer: str, width: int, inner: dict[str, nn.Module], calls: dict[str, _Call]
 ) -> tuple[str, str]:
-    """Where the MLP's output and input are: its own module where that adds nothing, otherwise its last and first linear."""
+    """Return the modules with the MLP's output and input.
+
+    This is the MLP's own module if its output equals that of the last linear (or its input that of the first linear), else that
+    linear.
+    """
     linears = _mlp_linears(layer, inner, calls)
     last = _of_width(linears, width, calls, f"the MLP of {layer}")
     first = min(linears, key=lambda name: calls[name].start)
     block = _common_parent(first, last)
     if len(block) <= len(layer) or block not in calls:
         return last, first
-    # dropout is the identity here, and adapters act before it
+    # in evaluation mode dropout is the identity, so it is searched for: adapters act before dropout
     drops = any(isinstance(module, nn.Dropout) for module in inner[block].modules())
     output = block if calls[block].y is calls[last].y and not drops else last
     source = block if calls[block].x is calls[first].x else first
@@ -304,19 +317,19 @@ def _mlp(
 
 
 def _of_width(names: list[str], width: int, calls: dict[str, _Call], what: str) -> str:
-    """The last of these linears, which has to write to the residual stream."""
+    """Return the last of these linear layers. Its output must have the width of the residual stream."""
     last = names[-1] if names else None
     y = calls[last].y if last else None
     if last is None or y is None or y.shape[-1] != width:
         raise ValueError(
             f"{what} does not end with a linear of {width} features (its last one is {last}), so its output cannot be "
-            "derived; name the modules in target_modules"
+            "found; name the modules in target_modules"
         )
     return last
 
 
 def _common_parent(a: str, b: str) -> str:
-    """``("l.mlp.fc1", "l.mlp.fc2")`` gives ``"l.mlp"``."""
+    """Return the common parent of two names: ``("l.mlp.fc1", "l.mlp.fc2")`` gives ``"l.mlp"``."""
     shared = []
     for x, y in zip(a.split(".")[:-1], b.split(".")[:-1], strict=False):
         if x != y:

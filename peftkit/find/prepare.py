@@ -1,4 +1,4 @@
-"""What ``wrap`` does with its arguments before it touches the model: checks them, and fills in what the user left open."""
+"""Check the arguments of ``wrap`` and fill in missing fields of the configs, before the model is changed."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _TASK_OF_CLASS = {
 
 
 def check_arguments(model: Any, configs: tuple[Any, ...], adapter_name: Any) -> None:
-    """Raise unless ``wrap`` got a model that carries no adapters, configs and a usable name.
+    """Raise unless ``wrap`` got a model without adapters, configs, and a usable adapter name.
 
     Raises:
-        TypeError: An argument is of the wrong type, such as the name of a model, a dict, or model and config swapped.
-        ValueError: The model carries adapters already, or PEFT cannot use the name of the adapter.
+        TypeError: An argument has the wrong type, such as the name of a model or a dict, or the arguments are swapped.
+        ValueError: The model already has adapters, or PEFT cannot use the name of the adapter.
     """
     _check_model(model)
     for config in configs:
@@ -42,8 +42,8 @@ def check_arguments(model: Any, configs: tuple[Any, ...], adapter_name: Any) -> 
     _check_adapter_name(adapter_name, configs)
     if any(is_adapted(module) for module in model.modules()):
         raise ValueError(
-            f"this {type(model).__name__} carries adapters already; add another one by model.add_adapter, or fuse those that "
-            "are there by peftkit.accelerate(model)"
+            f"this {type(model).__name__} already has adapters; add another adapter with model.add_adapter, or fuse the "
+            "existing adapters with peftkit.accelerate(model)"
         )
 
 
@@ -80,7 +80,7 @@ def _check_config(config: Any) -> None:
     if isinstance(config, PeftConfig):
         if getattr(config, "peft_type", None) is None:
             raise ValueError(
-                f"this {type(config).__name__} names no method; pass a config of one, such as peft.LoraConfig(r=16)"
+                f"this {type(config).__name__} has no method; pass the config of a method, such as peft.LoraConfig(r=16)"
             )
         return
     if isinstance(config, nn.Module):
@@ -99,7 +99,7 @@ def _check_config(config: Any) -> None:
     elif isinstance(config, str):
         way_out = (
             "pass a config, such as peft.LoraConfig(r=16); pass the name of the adapter as adapter_name, and load a saved "
-            "adapter by peftkit.load_adapter"
+            "adapter with peftkit.load_adapter"
         )
     else:
         way_out = "pass a peft.PeftConfig, such as peft.LoraConfig(r=16)"
@@ -120,7 +120,7 @@ def _check_adapter_name(name: Any, configs: tuple[Any, ...]) -> None:
             else "is an attribute of torch.nn.ModuleDict"
         )
         raise ValueError(
-            f"adapter_name={name!r} {reason}, so PEFT cannot store modules by it; pass another one, such as 'default'"
+            f"adapter_name={name!r} {reason}, so PEFT cannot use it as a module name; pass another name, such as 'default'"
         )
     methods = [config.peft_type for config in configs] or [PeftType.LORA]
     for prefix in (PEFT_TYPE_TO_PREFIX_MAPPING.get(method) for method in methods):
@@ -132,15 +132,15 @@ def _check_adapter_name(name: Any, configs: tuple[Any, ...]) -> None:
 
 
 def complete(model: nn.Module, config: PeftConfig) -> PeftConfig:
-    """Check a config against the model and fill in heads and targets, in place.
+    """Check a config for a model, and fill in heads and targets, in place.
 
     Returns:
         ``config``.
 
     Raises:
-        TypeError: A value is of the wrong type.
+        TypeError: A value has the wrong type.
         ValueError: A value is out of range, or the task does not fit the model.
-        ContractError: An entry matches nothing, or a head has to be trained that PEFT cannot train.
+        ContractError: An entry matches nothing, or PEFT cannot train a head that has to be trained.
     """
     check_values(config)
     check_task(model, config.task_type)
@@ -152,9 +152,9 @@ def complete(model: nn.Module, config: PeftConfig) -> PeftConfig:
 
 
 def fill_heads(model: nn.Module, config: Any) -> None:
-    """Have task heads trained and saved, unless ``modules_to_save`` says what to train, if only ``[]``. Changes ``config``.
+    """Set ``config.modules_to_save`` to the task heads, unless it is set (also if it is ``[]``).
 
-    A head that an entry of ``target_modules`` names by itself gets the adapter instead.
+    A head that an entry of ``target_modules`` names explicitly gets an adapter instead.
 
     Raises:
         ContractError: PEFT cannot train a part of the head.
@@ -172,13 +172,13 @@ def fill_heads(model: nn.Module, config: Any) -> None:
 def _raise_out_of_reach(model: nn.Module, heads: Heads) -> None:
     reasons = [f"{name}: {reason}" for name, reason in heads.out_of_reach.items()]
     raise ContractError(
-        f"PEFT cannot train these parts of the head of {type(model).__name__}, which may be at their random start:\n"
-        f"{listing(reasons)}\nPass modules_to_save={heads.names} to train the other parts only and leave these as they are."
+        f"PEFT cannot train these parts of the head of {type(model).__name__}, which may have random initial weights:\n"
+        f"{listing(reasons)}\nPass modules_to_save={heads.names} to train only the other parts and keep these unchanged."
     )
 
 
 def _is_target(head: str, model: nn.Module, config: Any) -> bool:
-    """Whether an entry of ``target_modules`` matches nothing but this head or modules inside it."""
+    """Whether an entry of ``target_modules`` matches only this head or modules inside it."""
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) or not targets:
         return False
@@ -190,7 +190,10 @@ def _is_target(head: str, model: nn.Module, config: Any) -> bool:
 
 
 def task_of(model: nn.Module) -> str | None:
-    """PEFT's task type, if the name of the model's class says it and the model takes the arguments that PEFT passes then."""
+    """Return PEFT's task type for the model's class, or None.
+
+    It is None for an unknown class, and for a model that does not accept the arguments that PEFT passes for this task.
+    """
     task = _task_of_class(model)
     fits = task in ("CAUSAL_LM", "SEQ_CLS") and _takes_text(model)
     return task if fits else None
@@ -213,10 +216,10 @@ def _takes_text(model: nn.Module) -> bool:
 
 
 def check_task(model: nn.Module, task: str | None) -> None:
-    """Raise if PEFT's class for this task could not run the model.
+    """Raise if PEFT's class for this task cannot run the model.
 
     Raises:
-        ValueError: The task is another one than that of the model's class.
+        ValueError: The model's class is for another task, or does not accept the arguments that PEFT passes.
     """
     if task not in _TEXT:
         return
@@ -224,8 +227,8 @@ def check_task(model: nn.Module, task: str | None) -> None:
     own = _task_of_class(model)
     if own is not None and own != task:
         raise ValueError(
-            f"task_type={task!r} does not fit {kind}, whose task is {own}; leave task_type out, or load the model by the class "
-            "of the other task"
+            f"task_type={task!r} does not fit {kind}, whose task is {own}; leave task_type out, or load the model with a class "
+            f"for {task}"
         )
     if task in _LANGUAGE and not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(
@@ -235,10 +238,10 @@ def check_task(model: nn.Module, task: str | None) -> None:
         r"For(MaskedLM|ConditionalGeneration|PreTraining)$", kind
     ):
         raise ValueError(
-            f"task_type={task!r} does not fit {kind}, which has no such head; leave task_type out"
+            f"task_type={task!r} does not fit {kind}, which has no head for this task; leave task_type out"
         )
     if not _takes_text(model):
         raise ValueError(
-            f"task_type={task!r}: PEFT would call {kind} with input_ids, which it does not take; leave task_type out, and "
-            "peftkit trains the head all the same"
+            f"task_type={task!r}: PEFT would call {kind} with input_ids, which its forward does not accept; leave task_type "
+            "out; peftkit still trains the head"
         )

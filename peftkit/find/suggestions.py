@@ -1,4 +1,4 @@
-"""What was probably meant by a name that matches nothing."""
+"""Suggest names for an entry that matches nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peftkit.find.modules import suffixes
 
 
 def close_matches(entry: str, names: Iterable[str]) -> str:
-    """Suggest names with as many dotted parts as ``entry`` has; empty if there are no names."""
+    """Return a suggestion of names with as many dotted parts as ``entry``; an empty string if there are no names."""
     names = [name for name in names if name]
     depth = entry.count(".")
     candidates = {suffixes(name)[min(depth, name.count("."))] for name in names}

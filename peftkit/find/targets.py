@@ -1,7 +1,7 @@
-"""Which modules "all-linear" means: every linear-like layer of the backbone, stacked experts included, and why what is left out is.
+"""Find the modules of "all-linear": every linear-like layer of the backbone, including stacked experts.
 
-PEFT's own "all-linear" depends on the architecture: on mixtures of experts it adds the router, drops shared experts and
-doubles ranks. Ours means the same everywhere, and says what it left out.
+PEFT's own "all-linear" depends on the architecture: on mixtures of experts it adds the router, omits shared experts and doubles
+ranks. peftkit's "all-linear" has the same meaning for all architectures, and gives a reason for each module that it leaves out.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from peftkit.find.modules import is_own_adapter as is_own_adapter
 from peftkit.find.modules import wrapped_modules as wrapped_modules
 
 HEAD = "output head; list it in modules_to_save to train it"
-ATTENTION = (
-    "nn.MultiheadAttention multiplies by this weight itself, so a layer around it would never run"
-)
-GROUPED = "a block-diagonal linear: one low-rank pair over all of its groups does not fit"
-MAMBA = "Mamba's fused scan multiplies by this weight itself; PEFT refuses it"
+ATTENTION = "nn.MultiheadAttention uses this weight directly, so an adapter layer would never run"
+GROUPED = "a block-diagonal linear layer: one low-rank pair for all of its groups does not fit"
+MAMBA = "Mamba's fused scan uses this weight directly; PEFT refuses to adapt it"
 CONVOLUTION = "a convolution, not a linear layer; name it in target_modules to adapt it"
 REWRITTEN = (
-    "PEFT takes a module of this name for the experts here; its weight can be reached through target_parameters, by LoRA "
-    "without dropout and DoRA on an unquantised model"
+    "PEFT reads the name of this module as that of experts; LoRA without dropout and without DoRA can adapt its weight through "
+    "target_parameters, on an unquantised model"
 )
 NARROWED = "left out by exclude_modules, modules_to_save or layers_to_transform"
 
@@ -42,17 +40,16 @@ _CROSS = re.compile(r"cross|encoder_attn|EncDec|encdec", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Selection:
-    """What "all-linear" means for one model.
+    """The result of "all-linear" for one model.
 
     Attributes:
-        names: For PEFT's ``target_modules``: the shortest suffixes that match the chosen modules and nothing else; a
-            regular expression where no list can be that exact.
-        parameters: For PEFT's ``target_parameters``: the stacked weights of experts, and weights of linear layers that
-            cannot be reached through ``target_modules``, because PEFT rewrites their names to those of the experts. Empty
-            for most models.
-        modules: Full names of all chosen modules, those with a weight in ``parameters`` included.
-        stacks: Full names of the chosen parameters that hold the weights of all experts of a layer.
-        left_out: Reason by full name, for every linear-like module and expert parameter that was not chosen.
+        names: For PEFT's ``target_modules``: the shortest suffixes that match exactly the chosen modules, or a regular
+            expression if no list of suffixes does.
+        parameters: For PEFT's ``target_parameters``: the stacked weights of experts, and the weights of linear layers that
+            ``target_modules`` cannot name, because PEFT rewrites their names to those of the experts. Empty for most models.
+        modules: Full names of all chosen modules, including those with a weight in ``parameters``.
+        stacks: Full names of the chosen parameters with the weights of all experts of a layer.
+        left_out: The reason for each linear-like module and expert parameter that was not chosen, by full name.
     """
 
     names: list[str] | str
@@ -66,7 +63,7 @@ def all_linear(model: nn.Module, config: Any = None) -> Selection:
     """Select every linear-like layer of the backbone: never the output head, never a router.
 
     Args:
-        model: A base model, or one that already carries adapters (then its original layers are selected).
+        model: A model with or without adapters. The names are those without adapters.
         config: A ``peft.PeftConfig`` whose ``exclude_modules``, ``modules_to_save`` and ``layers_to_transform`` narrow the
             selection down, by PEFT's rules.
     """
@@ -131,7 +128,7 @@ def all_linear(model: nn.Module, config: Any = None) -> Selection:
 
 
 class _Admission:
-    """Whether PEFT would adapt a module of this name, if an entry of ``target_modules`` were the end of the name."""
+    """Whether PEFT would adapt a module with this name if ``target_modules`` had the last part of the name."""
 
     def __init__(self, config: Any):
         fields = ("exclude_modules", "modules_to_save", "layers_to_transform")
@@ -148,16 +145,16 @@ class _Admission:
 
 
 def fill_targets(model: nn.Module, config: Any) -> Selection | None:
-    """Write our "all-linear" into a config that leaves its targets open.
+    """Set the targets of a config to peftkit's "all-linear", in place, unless the config has targets.
 
-    Open means ``target_modules="all-linear"``, or a LoRA config that names no modules and no parameters. The config is
-    changed in place.
+    This is done for ``target_modules="all-linear"``, and for a LoRA config without ``target_modules`` and
+    ``target_parameters``.
 
     Returns:
-        What was selected, or ``None`` if the config names its own targets.
+        The selection, or ``None`` if the config has targets.
 
     Raises:
-        ContractError: No layer is left, or ``layers_to_transform`` has a number that no layer has.
+        ContractError: No layer is left, or ``layers_to_transform`` has a layer that does not exist.
     """
     if not hasattr(config, "target_modules"):
         return None
@@ -182,7 +179,7 @@ def fill_targets(model: nn.Module, config: Any) -> Selection | None:
         _raise_nothing_left(model, config, selection)
     config.target_modules = selection.names
     if isinstance(selection.names, str) and wanted_layers(config):
-        # a regular expression of whole names has the layer numbers in it, and PEFT takes no others beside it
+        # the regular expression already has the layer numbers, and PEFT does not accept these fields together with it
         config.layers_to_transform = config.layers_pattern = None
     if selection.parameters:
         config.target_parameters = [*(config.target_parameters or []), *selection.parameters]
@@ -204,14 +201,14 @@ def _raise_nothing_left(model: nn.Module, config: Any, selection: Selection) -> 
 
 
 def _takes_parameters(config: Any) -> bool:
-    """Whether PEFT can adapt bare parameters by this config."""
+    """Whether PEFT can adapt single parameters with this config."""
     return config.peft_type == "LORA" and not (
         config.lora_dropout or config.use_dora or config.lora_bias
     )
 
 
 def is_cross_attention(name: str, module: nn.Module) -> bool:
-    """Whether an attention reads its keys and values from another stack, by what the families call it."""
+    """Whether an attention gets keys and values from another stack, judged by the names that model families use."""
     return bool(_CROSS.search(name.rpartition(".")[2])) or "Cross" in type(module).__name__
 
 
@@ -223,12 +220,15 @@ def _shortest_entries(chosen: set[str], others: set[str]) -> list[str] | str:
 
 
 def _shortest_suffixes(chosen: set[str], others: set[str], parts: int = 1) -> list[str]:
-    """The shortest suffix of each chosen name, of at least ``parts`` parts, that no other name has; else the whole name."""
+    """Return the shortest suffix of each chosen name that no other name has, with at least ``parts`` parts.
+
+    If there is no such suffix, the whole name is used.
+    """
     taken = {suffix for other in others for suffix in suffixes(other)}
     found = {
         next((s for s in suffixes(name)[parts - 1 :] if s not in taken), name) for name in chosen
     }
-    # What ends in another entry is already matched by it.
+    # An entry that ends with another entry is redundant, because that entry matches the same modules.
     return sorted(s for s in found if found.isdisjoint(suffixes(s)[:-1]))
 
 

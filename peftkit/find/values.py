@@ -1,4 +1,4 @@
-"""Checks of single values in a config, before the model is touched: types, ranges and names that cannot work."""
+"""Check single values in a config before the model is changed: types, ranges and names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from peftkit.errors import ContractError
 
-# Methods whose ``r`` is a number of features; in others zero means that another field gives the size.
+# Methods whose ``r`` is a number of features. In other methods, zero means that another field sets the size.
 _RANKED = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PEFTKIT_MIX"}
 _RANKS = ("r", "init_r", "target_r")
 _FACTORS = ("lora_alpha", "alpha")
@@ -23,11 +23,11 @@ _SELECTIONS = ("target_modules", "exclude_modules", "feedforward_modules", "laye
 
 
 def check_values(config: Any) -> None:
-    """Raise if a field of a ``peft.PeftConfig`` has a value that no model could be trained with.
+    """Raise if a field of a ``peft.PeftConfig`` has a value with which no model can be trained.
 
     Raises:
-        TypeError: A value is of the wrong type, such as ``r="16"``.
-        ValueError: A value is out of range, such as ``lora_dropout=1.0``, or an unknown word.
+        TypeError: A value has the wrong type, such as ``r="16"``.
+        ValueError: A value is out of range, such as ``lora_dropout=1.0``, or is an unknown word.
     """
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     if str(getattr(config.peft_type, "value", config.peft_type)) in _RANKED:
@@ -57,7 +57,7 @@ def check_values(config: Any) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """``"an int"``, ``"a str"`` or ``"None"``: what an error calls a value of the wrong type."""
+    """Return the type of a value for an error message: ``"an int"``, ``"a str"`` or ``"None"``."""
     if value is None:
         return "None"
     kind = type(value).__name__
@@ -83,7 +83,7 @@ def require_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} is {kind_of(value)}; it must be a number")
     if not math.isfinite(value):
-        raise ValueError(f"{name}={value} is not finite; pass an ordinary number")
+        raise ValueError(f"{name}={value} is not finite; pass a finite number")
 
 
 def require_bool(name: str, value: Any) -> None:
@@ -114,7 +114,7 @@ def require_factor(name: str, value: Any) -> None:
     require_number(name, value)
     if value == 0:
         raise ValueError(
-            f"{name}=0 multiplies the adapter by zero, so it could never learn; pass another number, such as 16.0"
+            f"{name}=0 multiplies the adapter by zero, so it cannot learn; pass another number, such as 16.0"
         )
 
 
@@ -123,7 +123,7 @@ def require_dropout(name: str, value: Any) -> None:
     require_number(name, value)
     if value == 1:
         raise ValueError(
-            f"{name}={value} drops every input of the adapter, so it could never learn; pass a probability below 1"
+            f"{name}={value} drops every input of the adapter, so it cannot learn; pass a probability below 1"
         )
     if not 0 <= value < 1:
         raise ValueError(f"{name}={value} is not a probability; pass a number from 0 to below 1")
@@ -152,7 +152,7 @@ def _check_names(field: str, value: Any, pattern: bool) -> None:
     if isinstance(value, str):
         if not pattern:
             raise TypeError(
-                f"{field}={value!r} is a string, and PEFT would take each letter for a name; pass a list: "
+                f"{field}={value!r} is a string, and PEFT would read each letter as a name; pass a list: "
                 f"{field}=[{value!r}]"
             )
         _require_regex(field, value)
@@ -201,7 +201,7 @@ def _check_lora_words(config: Any, values: dict[str, Any]) -> None:
 
 
 def _literals(hint: Any) -> list[Any]:
-    """The values of each ``Literal`` in a type."""
+    """Return the values of each ``Literal`` in a type."""
     inner = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return list(inner)
@@ -209,7 +209,7 @@ def _literals(hint: Any) -> list[Any]:
 
 
 def check_tokens(model: nn.Module, config: Any) -> None:
-    """Raise unless the entries of ``trainable_token_indices`` and ``init_token_ids`` are rows of the embedding that they are for.
+    """Raise unless the entries of ``trainable_token_indices`` and ``init_token_ids`` are rows of their embedding.
 
     Raises:
         TypeError: An index is not a whole number.
@@ -238,7 +238,7 @@ def check_tokens(model: nn.Module, config: Any) -> None:
         if not names:
             embeddings = [name for name, m in modules.items() if isinstance(m, nn.Embedding)]
             raise ContractError(
-                f"trainable_token_indices: {entry!r} matches nothing; embeddings here are {', '.join(embeddings)}"
+                f"trainable_token_indices: {entry!r} matches nothing; the embeddings of this model are {', '.join(embeddings)}"
             )
         for name in names:
             _check_rows(f"trainable_token_indices[{entry!r}]", rows, modules[name])

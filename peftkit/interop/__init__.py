@@ -1,4 +1,4 @@
-"""Reading adapters that other libraries wrote: PEFT's prefix tuning and AdapterHub's bottleneck adapters."""
+"""Import adapters saved by other libraries: PEFT's prefix tuning and AdapterHub's bottleneck adapters."""
 
 from peftkit.interop.importing import import_adapter
 

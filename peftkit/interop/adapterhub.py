@@ -1,11 +1,13 @@
-"""AdapterHub's bottleneck adapters: ``double_seq_bn`` (Houlsby), ``seq_bn`` (Pfeiffer) and ``par_bn`` (parallel).
+"""Import AdapterHub's bottleneck adapters: ``double_seq_bn`` (Houlsby), ``seq_bn`` (Pfeiffer) and ``par_bn`` (parallel).
 
-With h a sub-layer's output, r the residual stream that enters it, LN the norm that closes it where the model is post-norm, and
-``A(x) = scaling · up(act(down(x)))``, that library computes (Poth et al., 2023, arXiv:2311.11077; its page "Bottleneck Adapters"):
+Let h be the output of a sub-layer, r the residual stream that enters the sub-layer, LN the norm after the residual sum of a
+post-norm model, and ``A(x) = scaling · up(act(down(x)))``. AdapterHub computes:
 
     Houlsby   LN(h + A(h) + r)             after attention and MLP
     Pfeiffer  LN(s + A(LN(s))), s = h + r  after the MLP; pre-norm models: s + A(s)
-    parallel  LN(h + A(r) + r)             beside the MLP; r is taken before a pre-norm model's norm
+    parallel  LN(h + A(r) + r)             beside the MLP; in a pre-norm model, r is the value before the norm
+
+Source: Poth et al., 2023, arXiv:2311.11077; the page "Bottleneck Adapters" of the library's documentation.
 """
 
 from __future__ import annotations
@@ -33,16 +35,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How AdapterHub names the places of one architecture, relative to the layer, as regular expressions."""
+    """AdapterHub's module names in one architecture, relative to the layer. Each name is a regular expression."""
 
     attention: str = "attention_adapters"
     output: str = "output_adapters"
     norms_before_mlp: tuple[str, ...] = ()
-    """Names of the module whose input is the residual stream entering the MLP, the first that a layer has; the MLP's own input
-    where left out."""
+    """Candidate names of the norm before the MLP. Its input is the residual stream that enters the MLP. The first name that the
+    layer has is used. If no name fits, the input of the MLP itself is used."""
 
     since: str = ""
-    """The release of the library whose model gives transformers' outputs where earlier ones did not."""
+    """The first AdapterHub release whose base model has the same outputs as transformers' model. Empty if all releases do."""
 
 
 _IN_THE_BLOCKS = _Layout("attention.output", "output")
@@ -71,7 +73,7 @@ _LAYOUTS = {
     "t5": _T5,
     "mt5": _T5,
 }
-"""Model types whose outputs were compared with those of adapters 1.3.0, for each of the three placements."""
+"""Supported model types. For each, the outputs of all three placements were compared with adapters 1.3.0."""
 
 _ACTIVATIONS = {
     "relu": "relu",
@@ -82,19 +84,19 @@ _ACTIVATIONS = {
     "linear": "linear",
 }
 _LEGACY_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-"""What the names meant in configs without a version."""
+"""Configs without a version used these names differently."""
 
 _LEGACY_KEYS = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
 
-_HAS_TO_BE: dict[str, tuple[Any, str]] = {
+_REQUIRED_VALUES: dict[str, tuple[Any, str]] = {
     "phm_layer": (False, "its projections are sums of Kronecker products (Compacter)"),
     "use_gating": (False, "its gate averages over the tokens of a sequence"),
     "inv_adapter": (None, "it has an invertible adapter on the embeddings"),
-    "ln_after": (False, "it has a norm of its own after the adapter"),
-    "original_ln_after": (True, "it leaves out the model's norm and residual sum"),
+    "ln_after": (False, "it has an additional norm after the adapter"),
+    "original_ln_after": (True, "it omits the model's norm and residual sum"),
     "cross_adapter": (False, "it has adapters after cross-attentions"),
 }
-_READ = {
+_READ_FIELDS = {
     *("mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "original_ln_before"),
     *("ln_before", "is_parallel", "scaling", "residual_before_ln", "leave_out", "architecture"),
 }
@@ -102,11 +104,11 @@ _WITHOUT_EFFECT = re.compile(
     r"init_weights(_seed)?|dropout|stochastic_depth|adapter_residual_before_ln|inv_adapter_reduction_factor|"
     r".*phm.*|hypercomplex_nonlinearity"
 )
-"""Initialisation, training, and details of what ``_HAS_TO_BE`` excludes."""
+"""Fields without effect on the outputs: initialisation, training, and details of features that ``_REQUIRED_VALUES`` excludes."""
 
 
 def import_bottlenecks(model: Any, checkpoint: Checkpoint, adapter_name: str) -> PeftModel:
-    """Put an AdapterHub adapter on a model; ``import_adapter`` has the contract."""
+    """Add an AdapterHub adapter to a model. See ``import_adapter`` for the arguments and errors."""
     options = _options(checkpoint)
     layout = _layout(model, checkpoint)
     parts = _parts(checkpoint, layout)
@@ -115,7 +117,7 @@ def import_bottlenecks(model: Any, checkpoint: Checkpoint, adapter_name: str) ->
     sources: dict[str, str] = {}
     widths: dict[str, int] = {}
     names = {name for name, _, _ in wrapped_modules(model)}
-    # its numbers go on from an encoder to the decoder
+    # AdapterHub numbers the decoder's layers after the encoder's
     index = {layer: i for i, layer in enumerate(dict.fromkeys(p.layer for p in points))}
     layers = _matched_layers(checkpoint, {layer for layer, _ in parts}, set(index))
     _check_complete(checkpoint, {(layers[layer], kind) for layer, kind in parts}, index)
@@ -138,52 +140,55 @@ def import_bottlenecks(model: Any, checkpoint: Checkpoint, adapter_name: str) ->
     with torch.no_grad():
         for name, tensors in renamed.items():
             site: Any = modules[name]._modules[CHILD]
-            for own, parameter in site.adapters[adapter_name].named_parameters():
-                parameter.copy_(tensors[own])
-    _say_that_the_head_stays(checkpoint)
+            for parameter_name, parameter in site.adapters[adapter_name].named_parameters():
+                parameter.copy_(tensors[parameter_name])
+    _warn_about_unread_head(checkpoint)
     return imported
 
 
 def _options(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The fields of a ``BottleneckConfig`` that mean the same, but for sizes and places."""
+    """Translate AdapterHub's config to fields of ``BottleneckConfig``, except the size and the target modules."""
     written = dict(checkpoint.config["config"])
-    if written.pop("invertible_adapter", None):  # how the first version spelled it
+    if written.pop("invertible_adapter", None):  # the name of the field in the first version
         written["inv_adapter"] = "nested"
     kind = written.get("architecture")
     if kind is not None:
-        raise _refused(checkpoint, f"it is a {kind} adapter, and only bottleneck adapters are read")
-    for field, (needed, why) in _HAS_TO_BE.items():
+        raise _refused(
+            checkpoint, f"it is a {kind} adapter, and only bottleneck adapters can be imported"
+        )
+    for field, (needed, why) in _REQUIRED_VALUES.items():
         if written.get(field, needed) != needed:
             raise _refused(checkpoint, f"{field}={written[field]!r}: {why}")
     unknown = [
         field
         for field in written
-        if field not in _READ | _HAS_TO_BE.keys() and not _WITHOUT_EFFECT.fullmatch(field)
+        if field not in _READ_FIELDS | _REQUIRED_VALUES.keys()
+        and not _WITHOUT_EFFECT.fullmatch(field)
     ]
     if unknown:
-        raise _refused(
-            checkpoint, f"its config has {unknown[0]!r}, whose meaning is not known here"
-        )
+        raise _refused(checkpoint, f"its config has the unknown field {unknown[0]!r}")
 
     parallel, before = written.get("is_parallel", False), written.get("original_ln_before", False)
     attention, output = written.get("mh_adapter", False), written.get("output_adapter", False)
     if not (attention or output):
-        raise _refused(checkpoint, "mh_adapter and output_adapter are both off, so it does nothing")
+        raise _refused(
+            checkpoint, "mh_adapter and output_adapter are both False, so it has no adapters"
+        )
     if attention and (parallel or before):
-        where = "parallel adapters" if parallel else "adapters behind the residual sum"
-        raise _refused(checkpoint, f"mh_adapter=True: {where} are only computed for the MLP")
+        kind = "parallel adapters" if parallel else "adapters after the residual sum"
+        raise _refused(checkpoint, f"mh_adapter=True: {kind} are only supported for the MLP")
     residual = written.get("residual_before_ln", True)
     if before and not parallel and residual is not True:
-        raise _refused(checkpoint, f"residual_before_ln={residual!r}: only True is computed")
+        raise _refused(checkpoint, f"residual_before_ln={residual!r}: only True is supported")
     scaling = written.get("scaling", 1.0)
     if scaling != "learned" and not isinstance(scaling, (int, float)):
-        raise _refused(checkpoint, f"scaling={scaling!r}: one factor is read, fixed or learned")
+        raise _refused(checkpoint, f"scaling={scaling!r}: only a number or 'learned' is supported")
     activation = str(written.get("non_linearity")).lower()
     if "version" not in checkpoint.config:
         activation = _LEGACY_ACTIVATIONS.get(activation, activation)
     if activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
-        raise _refused(checkpoint, f"non_linearity={activation!r}: only {known} are computed")
+        raise _refused(checkpoint, f"non_linearity={activation!r}: only {known} are supported")
     return {
         "placement": "parallel" if parallel else "pfeiffer" if before else "houlsby",
         "activation": _ACTIVATIONS[activation],
@@ -198,37 +203,40 @@ def _layout(model: Any, checkpoint: Checkpoint) -> _Layout:
     if trained_on != kind:
         name = checkpoint.config.get("model_name", "a model without a name")
         raise ContractError(
-            f"{checkpoint.folder} was trained on {name!r}, a {trained_on} model, and this is a {kind} model; load that model"
+            f"{checkpoint.folder} was trained on {name!r}, a {trained_on} model, but this model is a {kind} model; load "
+            f"{name!r} and import into that model"
         )
     if kind not in _LAYOUTS:
         raise _refused(
             checkpoint,
-            f"where that library puts adapters in {kind} models is not known here; it is for {', '.join(_LAYOUTS)}",
+            f"{kind} models are not supported; supported model types are {', '.join(_LAYOUTS)}",
         )
     layout, release = _LAYOUTS[kind], str(checkpoint.config.get("version", ""))
     if layout.since and _numbers(release) < _numbers(layout.since):
         raise _refused(
             checkpoint,
-            f"it was written by {release or 'a release without a version'}, whose {kind} model gives other outputs than "
-            f"transformers' even without an adapter (until {layout.since})",
+            f"it was saved by {release or 'a release without a version'}; before release {layout.since}, AdapterHub's {kind} "
+            "model has other outputs than transformers' model even without an adapter",
         )
     return layout
 
 
 def _numbers(release: str) -> tuple[int, ...]:
-    """``"adapters.1.3.0"`` as ``(1, 3, 0)``."""
+    """Return the numbers in a version: ``"adapters.1.3.0"`` gives ``(1, 3, 0)``."""
     return tuple(int(part) for part in release.split(".") if part.isdigit())
 
 
 def _parts(checkpoint: Checkpoint, layout: _Layout) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """The tensors of each adapter by the layer's name in the file and the kind of place."""
+    """Return the tensors of each adapter, by the layer's name in the file and ``"attention"`` or ``"mlp"``."""
     name = checkpoint.config.get("name", "")
     parts: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     left_over = []
     for key, tensor in checkpoint.tensors.items():
-        place, found, role = _LEGACY_KEYS.sub(".adapters.", key).partition(f".adapters.{name}.")
+        module, separator, role = _LEGACY_KEYS.sub(".adapters.", key).partition(
+            f".adapters.{name}."
+        )
         for kind, ending in (("attention", layout.attention), ("mlp", layout.output)):
-            fit = re.fullmatch(rf"(.*)\.{ending}", place) if found else None
+            fit = re.fullmatch(rf"(.*)\.{ending}", module) if separator else None
             if fit:
                 parts[fit[1], kind][role] = tensor
                 break
@@ -237,7 +245,7 @@ def _parts(checkpoint: Checkpoint, layout: _Layout) -> dict[tuple[str, str], dic
     if left_over:
         raise _refused(
             checkpoint,
-            f"{count(len(left_over), 'key')} without a place here:\n{listing(left_over)}",
+            f"{count(len(left_over), 'key')} outside the known adapters:\n{listing(left_over)}",
         )
     return parts
 
@@ -248,9 +256,10 @@ def _points(model: nn.Module, placement: str) -> list[Point]:
 
 
 def _matched_layers(checkpoint: Checkpoint, written: set[str], own: set[str]) -> dict[str, str]:
-    """The model's layer for each layer of the file; a model with a head has one more name in front.
+    """Map each layer name in the file to the name of a layer of the model.
 
-    Where transformers has renamed its only list of layers since, their numbers say it.
+    A model with a head has one more prefix in its names. If transformers has renamed its only list of layers since, layers are
+    matched by their numbers.
     """
     matched = {}
     for layer in written:
@@ -261,8 +270,8 @@ def _matched_layers(checkpoint: Checkpoint, written: set[str], own: set[str]) ->
         ] or [name for name in own if name.rpartition(".")[2] == layer.rpartition(".")[2]]
         if len(fit) != 1:
             raise ContractError(
-                f"{checkpoint.weights} has adapters for {layer!r}, and the model has the layers\n{listing(sorted(own))}\n"
-                "load the model it was trained on"
+                f"{checkpoint.weights} has adapters for the layer {layer!r}, but the model has the layers\n"
+                f"{listing(sorted(own))}\nload the model that the adapters were trained on"
             )
         matched[layer] = fit[0]
     return matched
@@ -271,7 +280,7 @@ def _matched_layers(checkpoint: Checkpoint, written: set[str], own: set[str]) ->
 def _check_complete(
     checkpoint: Checkpoint, places: set[tuple[str, str]], index: dict[str, int]
 ) -> None:
-    """Raise unless there is an adapter at every place the config names, and nowhere else."""
+    """Raise unless the file has exactly the adapters that its config describes."""
     written = checkpoint.config["config"]
     fields = (("attention", "mh_adapter"), ("mlp", "output_adapter"))
     kinds = [kind for kind, field in fields if written.get(field)]
@@ -283,7 +292,8 @@ def _check_complete(
             for layer, kind in odd
         ]
         raise ContractError(
-            f"{checkpoint.weights} does not hold the adapters its config names:\n{listing(lines)}\ncopy or save it again"
+            f"{checkpoint.weights} does not have the adapters that its config describes:\n{listing(lines)}\n"
+            "copy or save the file again"
         )
 
 
@@ -296,7 +306,7 @@ def _bottleneck_size(checkpoint: Checkpoint, targets: dict[str, dict[str, Tensor
     if len(sizes) != 1:
         raise _refused(
             checkpoint,
-            f"its bottlenecks are of different sizes ({', '.join(map(str, sorted(sizes)))}), and ours have one",
+            f"its bottlenecks have different sizes ({', '.join(map(str, sorted(sizes)))}), but a BottleneckConfig has one size",
         )
     return sizes.pop()
 
@@ -304,28 +314,32 @@ def _bottleneck_size(checkpoint: Checkpoint, targets: dict[str, dict[str, Tensor
 def _renamed(
     where: str, tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter under the names of our parameters, which have to be exactly the ``wanted`` ones."""
+    """Rename the tensors of one adapter to our parameter names.
+
+    Raises:
+        ContractError: The names or shapes are not those of ``wanted``.
+    """
     down = 1 if "norm.weight" in wanted else 0
     names = {f"adapter_down.{down}": "down", "adapter_up": "up", "adapter_norm_before": "norm"}
-    if down:  # the norm is stored under both of its names
+    if down:  # AdapterHub stores the norm twice, under two names
         names["adapter_down.0"] = "norm"
-    found = {}
+    renamed = {}
     for role, tensor in tensors.items():
         module, _, leaf = role.rpartition(".")
         name = f"{names[module]}.{leaf}" if module in names else role
-        found[name] = tensor.reshape(()) if name == "scaling" and tensor.numel() == 1 else tensor
-    if odd := sorted(found.keys() ^ wanted.keys()):
-        raise ContractError(f"{where}: these are missing or left over:\n{listing(odd)}")
+        renamed[name] = tensor.reshape(()) if name == "scaling" and tensor.numel() == 1 else tensor
+    if odd := sorted(renamed.keys() ^ wanted.keys()):
+        raise ContractError(f"{where}: these tensors are missing or left over:\n{listing(odd)}")
     for name, shape in wanted.items():
-        if tuple(found[name].shape) != shape:
+        if tuple(renamed[name].shape) != shape:
             raise ContractError(
-                f"{where}: {name} is {list(found[name].shape)} in the checkpoint and {list(shape)} in the model"
+                f"{where}: {name} has the shape {list(renamed[name].shape)} in the checkpoint and {list(shape)} in the model"
             )
-    return found
+    return renamed
 
 
 def _shapes(width: int, config: BottleneckConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of one adapter."""
+    """Return the shape of each parameter of one adapter."""
     size = config.bottleneck_size or 0
     shapes: dict[str, tuple[int, ...]] = {"down.weight": (size, width), "down.bias": (size,)}
     shapes |= {"up.weight": (width, size), "up.bias": (width,)}
@@ -334,16 +348,16 @@ def _shapes(width: int, config: BottleneckConfig) -> dict[str, tuple[int, ...]]:
     return shapes | ({"scaling": ()} if config.scaling == "learned" else {})
 
 
-def _say_that_the_head_stays(checkpoint: Checkpoint) -> None:
+def _warn_about_unread_head(checkpoint: Checkpoint) -> None:
     heads = [p.name for p in checkpoint.folder.glob("*head*") if p.suffix != ".json"]
     if heads:
         warnings.warn(
-            f"{heads[0]} in {checkpoint.folder} is not read: the model keeps its own head",
+            f"{heads[0]} in {checkpoint.folder} is not loaded: the model keeps its own head",
             stacklevel=4,
         )
 
 
 def _refused(checkpoint: Checkpoint, why: str) -> ContractError:
     return ContractError(
-        f"{checkpoint.folder} cannot be imported exactly: {why}; use the adapters library for it, or train again"
+        f"{checkpoint.folder} cannot be imported exactly: {why}; use the adapters library for this adapter, or train a new one"
     )

@@ -1,4 +1,4 @@
-"""A folder with an adapter's config and tensors, whoever wrote it."""
+"""Read the config and tensors of an adapter folder, saved by PEFT or by AdapterHub."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ WEIGHT_FILES = (
     "adapter.safetensors",
     "pytorch_adapter.bin",
 )
-"""PEFT's two and AdapterHub's two."""
+"""PEFT's two file names, then AdapterHub's two."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds.
+    """The content of an adapter folder.
 
     Attributes:
-        folder: Where it was read.
-        weights: The file that holds the tensors.
+        folder: The folder.
+        weights: The file with the tensors.
         config: The content of ``adapter_config.json``.
-        tensors: By the names they have in the file, on the CPU.
+        tensors: The tensors by their names in the file, on the CPU.
     """
 
     folder: Path
@@ -38,10 +38,13 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read an adapter's config and tensors, of PEFT or of AdapterHub.
+    """Read the config and tensors of an adapter saved by PEFT or AdapterHub.
+
+    Args:
+        path: The folder.
 
     Raises:
-        ContractError: A file is missing, cannot be read or contains code, or the tensors are none or not finite.
+        ContractError: A file is missing, cannot be read or contains code, or there are no tensors or not all are finite.
     """
     folder = Path(path)
     config = adapter_files.read_config(folder)

@@ -1,4 +1,4 @@
-"""``import_adapter``: which library wrote a checkpoint, and what of ours computes the same."""
+"""``import_adapter``: recognise which library saved a checkpoint, and import the checkpoint as an adapter of peftkit."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ def import_adapter(
     *,
     is_trainable: bool = False,
 ) -> PeftModel:
-    """Turn a checkpoint of PEFT's prefix tuning or of AdapterHub's bottleneck adapters into an adapter of ours.
+    """Import a checkpoint of PEFT's prefix tuning or AdapterHub's bottleneck adapters.
 
-    The adapter computes what the other library computes, up to rounding; a checkpoint for which that is not so is refused with
-    the reason. ``save_pretrained`` of the result writes our format, which ``load_adapter`` and PEFT (after
-    ``import peftkit.bridge``) read. AdapterHub applies its adapters after a sub-layer's dropout and we before it, which only
-    shows when the adapter is trained further with dropout.
+    The imported adapter has the outputs of the other library, up to rounding. A checkpoint for which this is impossible raises
+    an error with the reason. ``save_pretrained`` of the result writes peftkit's format, which ``load_adapter`` and PEFT (after
+    ``import peftkit.bridge``) can read. AdapterHub applies its adapters after the dropout of a sub-layer, peftkit before this
+    dropout. The two therefore differ if the adapter is trained further with dropout.
 
     Args:
-        model: The base model the adapter was trained on, without adapters.
-        path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``) as PEFT writes them, or
-            ``adapter.safetensors`` (or ``pytorch_adapter.bin``) as AdapterHub does.
-        adapter_name: The name it gets in the model.
-        is_trainable: Go on training the adapter; otherwise it is frozen and the model put in evaluation mode.
+        model: The base model that the adapter was trained on, without adapters.
+        path: A folder with ``adapter_config.json`` and the weights. PEFT's weights are in ``adapter_model.safetensors`` (or
+            ``.bin``), AdapterHub's in ``adapter.safetensors`` (or ``pytorch_adapter.bin``).
+        adapter_name: The adapter's name in the model.
+        is_trainable: Whether the adapter can be trained further. If False, the adapter is frozen and the model is put in
+            evaluation mode.
 
     Returns:
         The ``PeftModel`` around ``model``.
 
     Raises:
-        ContractError: A file is missing, the checkpoint is of a kind that cannot be computed exactly, or it does not fit the
-            model; the model is left as it was.
+        ContractError: A file is missing, the checkpoint cannot be computed exactly, or it does not fit the model. The model
+            is unchanged after an error.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -52,8 +53,8 @@ def import_adapter(
     require_adapter_name(adapter_name)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ContractError(
-            "model carries adapters already: import into the plain base model, save the result, and add that to the other "
-            "model by peftkit.load_adapter"
+            "the model already has adapters; import into a base model without adapters, save the result, and load it into this "
+            "model with peftkit.load_adapter"
         )
     checkpoint = read_checkpoint(path)
     _require_floating_point(checkpoint)
@@ -65,8 +66,8 @@ def import_adapter(
             raise
         except Exception as error:
             raise ContractError(
-                f"{checkpoint.folder} cannot be imported into {type(model).__name__}, which was left unchanged ({error!r}); the "
-                "adapter's config or weights are damaged, copy or save it again"
+                f"{checkpoint.folder} cannot be imported into {type(model).__name__} ({error!r}); the adapter's config or "
+                "weights are damaged; copy or save the adapter again. The model is unchanged."
             ) from error
     if not is_trainable:
         imported.requires_grad_(False)
@@ -79,8 +80,8 @@ def _require_floating_point(checkpoint: Checkpoint) -> None:
     odd = [f"{k}: {t.dtype}" for k, t in checkpoint.tensors.items() if not t.is_floating_point()]
     if odd:
         raise ContractError(
-            f"{count(len(odd), 'tensor')} of {checkpoint.weights} cannot be weights of an adapter, which are floating-point "
-            f"numbers:\n{listing(odd)}\nSave the adapter again."
+            f"{count(len(odd), 'tensor')} in {checkpoint.weights} cannot be adapter weights, which have a floating-point "
+            f"dtype:\n{listing(odd)}\nSave the adapter again."
         )
 
 
@@ -91,11 +92,12 @@ def _importer(checkpoint: Checkpoint):
         return import_prefix
     if peft_type is not None:
         raise ContractError(
-            f"{where} is a {peft_type} adapter, which needs no import; read it by peftkit.load_adapter(model, path)"
+            f"{where} is a {peft_type} adapter, which needs no import; load it with peftkit.load_adapter(model, path)"
         )
     if isinstance(config.get("config"), dict):
         return import_bottlenecks
     raise ContractError(
-        f"{where}/adapter_config.json has neither peft_type (PEFT) nor config (AdapterHub), so it is not known what wrote it; "
-        f"it has {', '.join(sorted(config)) or 'nothing'}"
+        f"{where}/adapter_config.json has neither the field peft_type (PEFT) nor the field config (AdapterHub), so the library "
+        f"that saved it is unknown; its fields are: {', '.join(sorted(config)) or 'none'}; pass a folder saved by PEFT or "
+        "AdapterHub"
     )

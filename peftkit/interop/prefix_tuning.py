@@ -1,9 +1,9 @@
-"""PEFT's prefix tuning as a ``PrefixConfig`` adapter.
+"""Import PEFT's prefix tuning as a ``PrefixConfig`` adapter.
 
-PEFT keeps ``prompt_embeddings [P, L · 2 · H · D]``, layer i's key at ``2i`` and its value at ``2i + 1``, and lays them into the
-cache. They thereby take up positions 0 to P - 1, and the tokens stand P positions further back than without a prefix. Ours take
-up none. Rotated keys are turned back by P once, which gives the same scores; where positions are learned vectors, the tokens
-are moved (``PrefixConfig.position_offset``).
+PEFT saves ``prompt_embeddings [P, L · 2 · H · D]``: the key of layer i is at ``2i``, the value at ``2i + 1``. PEFT puts them in
+the cache, so the prefix takes positions 0 to P - 1 and the tokens start at position P. peftkit's prefix takes no positions, so
+the tokens start at 0. If the model rotates its keys (RoPE), the prefix's keys are rotated back by P positions once, which gives
+the same scores. If positions are learned vectors, P is added to the tokens' positions (``PrefixConfig.position_offset``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def import_prefix(model: Any, checkpoint: Checkpoint, adapter_name: str) -> PeftModel:
-    """Put a prefix of PEFT's on a model; ``import_adapter`` has the contract."""
+    """Add a prefix saved by PEFT to a model. See ``import_adapter`` for the arguments and errors."""
     _refuse_encoder_decoder(model)
     flat = _embeddings(checkpoint)
     config = PrefixConfig(
@@ -52,10 +52,10 @@ def import_prefix(model: Any, checkpoint: Checkpoint, adapter_name: str) -> Peft
         config.position_offset = flat.shape[0]
     else:
         raise ContractError(
-            f"{type(model).__name__} neither turns its keys by position nor has a table of positions known here, so tokens cannot "
-            f"be put where {checkpoint.folder} was trained; train a prefix by peftkit.PrefixConfig"
+            f"{type(model).__name__} neither rotates its keys by position nor has a known table of learned positions, so the "
+            f"token positions of {checkpoint.folder} cannot be reproduced; train a prefix with peftkit.PrefixConfig"
         )
-    _say_where_windows_end(model, flat.shape[0])
+    _warn_about_window(model, flat.shape[0])
     imported = wrap(model, config, adapter_name=adapter_name)
     for name, (key, value) in prefixes.items():
         prefix = modules[name]._modules[CHILD].adapters[adapter_name]
@@ -70,47 +70,55 @@ def _refuse_encoder_decoder(model: Any) -> None:
         return
     biased = any(hasattr(module, "relative_attention_bias") for module in model.modules())
     why = (
-        "its attention adds a bias by relative position to the prefix too, which a prefix without a position does not get"
+        "with PEFT its attention adds a relative position bias to the prefix, but a prefix of peftkit has no position"
         if biased
-        else "PEFT lays one prefix into the decoder's cache alone and moves the positions of the decoder alone"
+        else "PEFT puts a prefix in the decoder's cache only and shifts only the positions of the decoder"
     )
     raise ContractError(
-        f"prefixes of PEFT for {type(model).__name__} cannot be computed exactly: {why}; train one by peftkit.PrefixConfig"
+        f"PEFT's prefixes for {type(model).__name__} cannot be computed exactly: {why}; train a prefix with "
+        "peftkit.PrefixConfig"
     )
 
 
-def _say_where_windows_end(model: Any, count: int) -> None:
+def _warn_about_window(model: Any, count: int) -> None:
     text = model.config.get_text_config()
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
     if window and getattr(text, "use_sliding_window", True) and "sliding_attention" in kinds:
         warnings.warn(
-            f"{type(model).__name__} attends to a window of {window} tokens, out of which PEFT's prefix falls; ours stays visible, so "
-            f"the two agree on the first {window - count} tokens",
+            f"{type(model).__name__} attends to a sliding window of {window} tokens. PEFT's prefix leaves this window in long "
+            f"texts, but peftkit's prefix stays visible: the outputs agree only on the first {window - count} tokens",
             stacklevel=4,
         )
 
 
 def _embeddings(checkpoint: Checkpoint) -> Tensor:
-    """``[P, L · 2 · H · D]``: as PEFT saves it, or computed from the parts of an encoder that was saved as it trains."""
+    """Return the prompt embeddings ``Float64[P, L · 2 · H · D]``.
+
+    PEFT saves either the embeddings or the parts of the encoder that computes them.
+    """
     tensors = dict(checkpoint.tensors)
     flat = tensors.pop("prompt_embeddings", None)
     if flat is None:
         flat = _encoded(checkpoint, tensors)
     if tensors:
         raise ContractError(
-            f"{checkpoint.weights} has {count(len(tensors), 'key')} that no prefix has:\n{listing(list(tensors))}\n"
-            "A model's head is loaded together with the base model."
+            f"{checkpoint.weights} has {count(len(tensors), 'key')} outside the prefix:\n{listing(list(tensors))}\n"
+            "If these are a model's head, load the head with the base model and remove these keys."
         )
     if flat.ndim != 2:
         raise ContractError(
-            f"{checkpoint.weights}: prompt_embeddings is {list(flat.shape)}, not [tokens, layers · 2 · heads · size]"
+            f"{checkpoint.weights}: prompt_embeddings has the shape {list(flat.shape)} instead of "
+            "[tokens, layers · 2 · heads · size]; save the adapter again"
         )
     return flat.double()
 
 
 def _encoded(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Tensor:
-    """``W₂ tanh(W₁ e + b₁) + b₂`` with the parts found by the ends of their names, which are taken out of ``tensors``."""
+    """Compute ``W₂ tanh(W₁ e + b₁) + b₂`` from the encoder's parts, and remove these parts from ``tensors``.
+
+    The parts are found by the ends of their names.
+    """
 
     def take(end: str) -> Tensor | None:
         found = [key for key in tensors if key == end or key.endswith(f".{end}")]
@@ -119,7 +127,8 @@ def _encoded(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Tensor:
     embedding = take("embedding.weight")
     if embedding is None:
         raise ContractError(
-            f"{checkpoint.weights} has no prompt_embeddings, but {', '.join(sorted(tensors)[:5])}; it is no prefix of PEFT"
+            f"{checkpoint.weights} is not a prefix saved by PEFT: it has no prompt_embeddings, but "
+            f"{', '.join(sorted(tensors)[:5])}; pass the folder of a prefix tuning adapter"
         )
     names = ("transform.0.weight", "transform.0.bias", "transform.2.weight", "transform.2.bias")
     transform = [take(name) for name in names]
@@ -136,21 +145,22 @@ def _encoded(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Tensor:
 def _pairs(
     checkpoint: Checkpoint, flat: Tensor, attentions: list[nn.Module]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Key and value ``[H_kv, P, D]`` of each attention."""
+    """Return the key and value of each attention, each ``[H_kv, P, D]``."""
     sizes = {head_sizes(module) for module in attentions}
     count = checkpoint.config.get("num_virtual_tokens", flat.shape[0])
     kv_heads, _, size, value_size = next(iter(sizes))
     wanted = [count, len(attentions) * 2 * kv_heads * size]
     if len(sizes) > 1 or size != value_size:
         raise ContractError(
-            "the attentions of this model have heads of different sizes, of which PEFT skips some; train a prefix by "
-            "peftkit.PrefixConfig"
+            "the attentions of this model have heads of different sizes, and PEFT skips some of these attentions; train a "
+            "prefix with peftkit.PrefixConfig"
         )
     if list(flat.shape) != wanted:
         trained_on = checkpoint.config.get("base_model_name_or_path") or "a model without a name"
         raise ContractError(
-            f"{checkpoint.weights}: prompt_embeddings is {list(flat.shape)}, and this model needs {wanted} ({count} tokens, "
-            f"{len(attentions)} layers, {kv_heads} heads of {size}); it was trained on {trained_on!r}"
+            f"{checkpoint.weights}: prompt_embeddings has the shape {list(flat.shape)}, but this model needs {wanted} ({count} "
+            f"tokens, {len(attentions)} layers, {kv_heads} heads of size {size}); load the model that it was trained on: "
+            f"{trained_on!r}"
         )
     table = flat.view(count, len(attentions), 2, kv_heads, size).permute(1, 2, 3, 0, 4)
     return [(key, value) for key, value in table]

@@ -1,7 +1,7 @@
-"""Turning keys back by a number of positions, in a model whose positions are rotations of its keys (RoPE).
+"""Rotate keys back by a number of positions, in a model with rotary position embeddings (RoPE).
 
-A score depends on the difference of two positions alone. A prefix trained in front of tokens that start at position P, such as
-PEFT's, therefore has the same scores with tokens that start at 0 once its keys are turned back by P.
+With RoPE, a score depends only on the difference of two positions. PEFT trains a prefix with tokens that start at position P.
+If the prefix's keys are rotated back by P positions, tokens that start at position 0 have the same scores.
 """
 
 from __future__ import annotations
@@ -18,14 +18,22 @@ from peftkit.find.modules import base_modules
 from peftkit.find.points import PROBE_TOKENS, evaluating
 
 Angles = tuple[Tensor, Tensor]
-"""Cosines and sines for one position, ``[1, 1, D]`` each, of whatever layout the model uses."""
+"""Cosines and sines of one position, ``[1, 1, D]`` each, in the layout that the model uses."""
 
 
 def rotations(model: nn.Module, attentions: list[str], positions: int) -> dict[str, Angles] | None:
-    """The angles by which a model turns keys at a position, by attention; ``None`` for a model that does not turn keys.
+    """Return the angles by which each attention rotates a key at one position.
+
+    Args:
+        model: A transformers model.
+        attentions: Names of its attention modules.
+        positions: The position.
+
+    Returns:
+        The angles by the names of the attentions, or ``None`` if the model does not rotate its keys.
 
     Raises:
-        ContractError: Some of its attentions do and some do not.
+        ContractError: Some of the attentions rotate their keys and others do not.
     """
     seen: dict[str, Angles | None] = {}
 
@@ -49,22 +57,25 @@ def rotations(model: nn.Module, attentions: list[str], positions: int) -> dict[s
             handle.remove()
     turned = {name: angles for name, angles in seen.items() if angles is not None}
     if turned and turned.keys() != set(attentions):
-        still = sorted(set(attentions) - turned.keys())
+        without = sorted(set(attentions) - turned.keys())
         raise ContractError(
-            f"{type(modules['']).__name__} turns the keys of some attentions by their positions and not those of {still[0]}; "
-            "prefixes of PEFT cannot be imported into it"
+            f"{type(modules['']).__name__} rotates the keys of some attentions by position, but not those of {without[0]}, so "
+            "PEFT's prefixes cannot be imported; train a prefix with peftkit.PrefixConfig"
         )
     return {name: _normalised(angles) for name, angles in turned.items()} or None
 
 
 def turn(module: Any, key: Tensor, angles: Angles, *, back: bool) -> Tensor:
-    """Turn keys by the angles of a position, by the model's own function.
+    """Rotate keys by the angles of one position, with the model's own function.
 
     Args:
-        module: The attention; the function is ``apply_rotary_pos_emb`` of the file it is written in.
+        module: The attention module. The function is ``apply_rotary_pos_emb`` of the Python module that defines its class.
         key: ``[H_kv, T, D]``.
-        angles: Of the position.
-        back: The other way round.
+        angles: The angles of the position.
+        back: Rotate in the opposite direction.
+
+    Returns:
+        ``[H_kv, T, D]``.
     """
     apply = sys.modules[type(module).__module__].apply_rotary_pos_emb
     cos, sin = (part.to(key.dtype) for part in angles)
@@ -78,28 +89,28 @@ def turn(module: Any, key: Tensor, angles: Angles, *, back: bool) -> Tensor:
 def check_turning(
     model: nn.Module, attentions: list[str], angles: dict[str, Angles], by: int
 ) -> None:
-    """Raise unless turning reproduces the model's own keys of the same tokens at positions that are ``by`` larger.
+    """Check that rotating keys by ``by`` positions gives the keys that the model itself computes at these positions.
 
     Raises:
-        ContractError: It does not, so the model does something else with positions than turning keys.
+        ContractError: The keys differ, so the model does more with positions than rotate its keys.
     """
     near, far = _keys(model, 0, PROBE_TOKENS), _keys(model, by, PROBE_TOKENS)
     modules = dict(base_modules(model))
     for name, at_start, moved in zip(attentions, near, far, strict=True):
         turned = turn(modules[name], at_start, angles[name], back=False)
-        # half of the digits: deeper layers have rounded their inputs differently, another formula has none in common
-        # (angles are computed in float32, whatever the dtype)
+        # Half of the digits have to agree: deeper layers get inputs that were rounded differently, but with another formula
+        # no digits agree. Models compute the angles in float32 for every dtype.
         eps = max(torch.finfo(moved.dtype).eps, torch.finfo(torch.float32).eps)
         limit = eps**0.5 * moved.norm()
         if (turned - moved).norm() > limit:
             raise ContractError(
-                f"{name} does not turn its keys by an angle proportional to the position, so a prefix that was trained in front "
-                f"of positions from {by} on cannot be moved; train one by peftkit.PrefixConfig"
+                f"{name} does not rotate its keys by an angle proportional to the position, so a prefix that was trained with "
+                f"tokens from position {by} on cannot be imported; train a prefix with peftkit.PrefixConfig"
             )
 
 
 def _keys(model: Any, start: int, count: int) -> list[Tensor]:
-    """The keys ``[H_kv, count, D]`` of some tokens at positions from ``start`` on, as the cache gets them, by layer."""
+    """Return the keys ``[H_kv, count, D]`` that each layer writes to the cache for tokens at positions from ``start`` on."""
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
@@ -113,7 +124,7 @@ def _keys(model: Any, start: int, count: int) -> list[Tensor]:
 
 
 def _normalised(angles: Angles) -> Angles:
-    """YaRN and others scale keys along with turning them; only the turning depends on the position."""
+    """Remove the length from the angles: YaRN and others also scale keys, by a factor that does not depend on the position."""
     cos, sin = (part.double() for part in angles)
     length = (cos.square() + sin.square()).sqrt()
     return cos / length, sin / length

@@ -1,4 +1,4 @@
-"""KV prefixes: trained keys and values that every query of an attention sees."""
+"""KV prefixes: trained keys and values that every query of an attention attends to."""
 
 from peftkit.prefix.config import PrefixConfig
 from peftkit.prefix.inject import add_prefixes, remove_prefixes

@@ -1,4 +1,8 @@
-"""The attention call of a module with prefixes: one op where it can run, the model's function over joined keys elsewhere."""
+"""The attention function of a module with prefixes.
+
+If possible, one fused op computes prefix and tokens. Otherwise the prefix is concatenated with the keys, and the model's own
+attention function runs.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,16 @@ from peftkit_kernels.prefix_attention.flash import Pass
 OP = "prefix_attention"
 IMPLEMENTATION = "peftkit_prefix"
 RECORD = "_peftkit_record"
-"""Name under which an attention module keeps a list while the keys and values of a text are recorded."""
+"""Attribute of an attention module: a list of recorded keys and values, only set while a text is recorded."""
 
 _SDPA = ("sdpa", NATIVE)
 _FLEX = "flex_attention"
 _SHARED_SOFTMAX = (*_SDPA, "eager", _FLEX)
-"""Functions that take any mask. Flash attention masks by lengths, which can leave a prefix seen; others are not known here."""
+"""Attention functions that accept any mask. Flash attention masks by lengths, which can keep a prefix visible. Other functions
+are unknown."""
 
 _OWN_TERMS = ("position_bias", "cache", "softcap", "s_aux")
-"""Arguments by which a model changes its scores or keys beyond a mask."""
+"""Arguments with which a model changes its scores or keys in other ways than by a mask."""
 
 
 def prefix_attention(
@@ -40,19 +45,33 @@ def prefix_attention(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function of a module with prefixes, called as transformers calls any.
+    """Compute the attention of a module with prefixes. The signature is that of transformers' attention functions.
 
-    Prefixes that share the tokens' softmax are one ``peftkit_kernels.prefix_attention`` with the keys where they lie; where
-    ``obstacle`` gives a reason against it they are joined to the keys, for the function that the model's config names.
-    What prefixes with a gate attend to is added to the result of either; one such prefix alone is computed in the same native
-    pass where that is the model's attention (``gated_obstacle``).
+    Prefixes without a gate share one softmax with the tokens. One call of ``peftkit_kernels.prefix_attention`` computes them
+    without copying the keys. If ``obstacle`` gives a reason against this call, the prefixes are concatenated with the keys, and
+    the attention function that the model's config names runs.
+
+    The output of a prefix with a gate is added to the result. If one prefix with a gate is the only prefix, the fused op
+    computes prefix and tokens in one native pass, unless ``gated_obstacle`` gives a reason against it.
+
+    Args:
+        module: The attention module; its class is a ``PrefixAttention``.
+        query: ``[B, H, S, D]``.
+        key: ``[B, H_kv, T, D]``.
+        value: ``[B, H_kv, T, D_v]``.
+        attention_mask: The mask of the tokens, in the form that the model's attention function takes.
+        args: Further arguments of the model's attention function.
+        kwargs: Further arguments of the model's attention function.
+
+    Returns:
+        The output ``[B, S, H, D_v]``, and the attention weights if the model's function returns them.
 
     Raises:
-        NotImplementedError: A prefix without a gate meets a function, or a call of one, whose masks would hide it.
-        ValueError: A prefix is not of the shape of the keys.
+        NotImplementedError: A prefix has no gate, and the masks of the model's attention function would hide the prefix.
+        ValueError: The shape of a prefix does not fit the keys.
     """
     name = module.peftkit_function()
-    # that of the own class; classes swapped in keep it
+    # the Python module of the model's own class; a class that was swapped in has the same __module__
     modeling = sys.modules[type(module).__module__]
     function = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
         name, getattr(modeling, "eager_attention_forward", None)
@@ -107,19 +126,19 @@ def obstacle(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> str | None:
-    """Why prefix and tokens cannot be two merged passes in this call, as a sentence, or ``None``."""
+    """Why the fused op cannot compute this call, as a sentence, or ``None`` if it can."""
     reason = standing_obstacle(name, query)
     if reason is not None:
         return reason
     if is_transformed():
-        return "compiled or in torch.func: there one attention over joined keys is known"
+        return "torch.compile and torch.func only support one attention over the concatenated keys"
     if args or dropout:
         return "attention dropout is on"
     own = [term for term in _OWN_TERMS if kwargs.get(term) is not None]
     if own:
         return f"the model passes {own[0]}"
     if key.shape != value.shape:
-        return f"keys of {key.shape[3]} and values of {value.shape[3]} features"
+        return f"the keys have {key.shape[3]} features, the values {value.shape[3]}"
     if mask is not None and (mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[1] != 1):
         return f"its mask is {mask.dtype} {tuple(mask.shape)}, not bool with one head"
     return Pass(1.0, mask=mask).obstacle(query)
@@ -135,22 +154,27 @@ def gated_obstacle(
     *args: Any,
     **kwargs: Any,
 ) -> str | None:
-    """Why the tokens and a prefix with a gate cannot be one pass in this call, as a sentence, or ``None``.
+    """Why the tokens and a prefix with a gate cannot be computed in one pass in this call, as a sentence, or ``None``.
 
-    It has to be the pass that would run without a prefix, so that a closed gate changes no bit.
+    The pass has to be the one that would run without a prefix, so that the output is bit-identical while the gate is zero.
     """
     reason = standing_gated_obstacle(name, query) or obstacle(
         name, query, key, value, mask, *args, **kwargs
     )
     if reason is None and causal and query.shape[2] != key.shape[2]:
-        return f"{query.shape[2]} queries of {key.shape[2]} tokens"
+        return f"a causal call has {query.shape[2]} queries and {key.shape[2]} tokens"
     if reason is None and not Pass(1.0, mask=mask).is_native(query, key, value):
-        return "the native passes do not take its queries or mask"
+        return "the native passes do not support its queries or mask"
     return reason
 
 
 def standing_gated_obstacle(name: str | None, like: Tensor) -> str | None:
-    """The part of ``gated_obstacle`` that is known without a call; ``like`` as keys, with or without an axis for sequences."""
+    """Return the reason of ``gated_obstacle`` if it applies to every call, else ``None``.
+
+    Args:
+        name: Name of the attention function.
+        like: A tensor with the shape, device and dtype of the keys; the batch axis may be missing.
+    """
     if name != NATIVE:
         return f"its attention is {name}"
     like = like[None] if like.dim() == 3 else like
@@ -158,18 +182,23 @@ def standing_gated_obstacle(name: str | None, like: Tensor) -> str | None:
 
 
 def standing_obstacle(name: str | None, like: Tensor) -> str | None:
-    """The part of ``obstacle`` that is known without a call; ``like`` is a tensor of the attention's device and dtype."""
+    """Return the reason of ``obstacle`` if it applies to every call, else ``None``.
+
+    Args:
+        name: Name of the attention function.
+        like: A tensor with the device and dtype of the attention.
+    """
     if name not in _SHARED_SOFTMAX:
         raises = (
-            "where a text longer than a sliding window raises"
+            "which raises an error if a text is longer than a sliding window"
             if is_flash(name)
-            else "whose masks would hide them: a forward raises"
+            else "whose masks would hide a prefix: a forward raises an error"
         )
         return f"the model's attention is {name}, {raises}"
     if name not in _SDPA:
-        untrained = name == _FLEX and like.device.type == "cpu"
+        no_backward = name == _FLEX and like.device.type == "cpu"
         return f"the model's attention is {name}" + (
-            ", of which torch has no backward on the CPU" if untrained else ""
+            ", which has no backward in torch on the CPU" if no_backward else ""
         )
     return None if like.device.type == "cpu" else triton_obstacle(OP, like, has_dot=False)
 
@@ -177,15 +206,15 @@ def standing_obstacle(name: str | None, like: Tensor) -> str | None:
 def gated_attention(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """``tanh(gate) · softmax(scale q kᵀ) v`` over the prefix alone.
+    """Compute ``tanh(gate) · softmax(scale q kᵀ) v`` over the prefix only.
 
     Args:
         query: ``[B, H, S, D]``.
         key: ``[H_kv, P, D]``.
         value: ``[H_kv, P, D_v]``.
         gate: ``[H]``.
-        scale: Factor on the scores.
-        softcap: Bound on the scores, or ``None``.
+        scale: Factor of the scores.
+        softcap: Scores are replaced by ``softcap · tanh(score / softcap)``; ``None`` for no cap.
 
     Returns:
         ``[B, S, H, D_v]``.
@@ -204,7 +233,10 @@ def gated_attention(
 def _hides_later_tokens(
     module: Any, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether ``sdpa`` would take the call as causal: aligned at the first token, also where a static cache is longer."""
+    """Whether ``sdpa`` would apply a causal mask in this call.
+
+    The mask is aligned to the first token, even if a static cache has more keys than there are queries.
+    """
     return _is_causal(module, kwargs) and mask is None and query.shape[2] > 1
 
 
@@ -225,13 +257,13 @@ def _merged(
 ) -> Tensor:
     queries, tokens = query.shape[2], key.shape[2]
     if causal and tokens > queries:
-        # no query sees them
+        # the mask hides the later keys from every query
         key, value = key[:, :, :queries], value[:, :, :queries]
     elif causal and tokens < queries:
         mask, causal = _triangle(queries, tokens, query.device), False
     batch, heads, _, size = query.shape
     if queries == 1:
-        # the heads that share a key see the same of it: as queries of one head they read it once
+        # heads that share a key become queries of one head, so that the key is read once
         query = query.reshape(batch, key.shape[1], -1, size)
     if mask is not None:
         mask = mask.expand(batch, 1, query.shape[2], tokens)
@@ -253,7 +285,7 @@ def _joined(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The function itself, over keys with the prefix in front, and a mask that shows it to every query."""
+    """Call the model's attention function with the prefix before the keys, visible to every query."""
     flash = name not in _SHARED_SOFTMAX and is_flash(name)
     if flash:
         kwargs = by_lengths(query, mask, kwargs)
@@ -261,13 +293,13 @@ def _joined(
     if reason is not None:
         raise NotImplementedError(
             f"a prefix without a gate cannot run in {name!r} attention: {reason}; load the model with "
-            "attn_implementation='sdpa', or use PrefixConfig(gate=True), which runs in any"
+            "attn_implementation='sdpa', or use PrefixConfig(gate=True), which works with every attention function"
         )
     queries, tokens, prefixed = query.shape[2], key.shape[2], before[0].shape[1]
     if name in _SDPA:
         if _hides_later_tokens(module, query, mask, kwargs):
             mask = _triangle(queries, tokens, query.device)
-        kwargs["is_causal"] = False  # the mask says all of it
+        kwargs["is_causal"] = False  # the mask includes the causal part
     if mask is not None:
         mask = widen(mask, prefixed)
     if kwargs.get("position_bias") is not None:
@@ -284,9 +316,9 @@ def _joined(
 def _joining_obstacle(
     module: Any, name: str | None, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> str | None:
-    """Why the function cannot show keys in front of the others to every query, as a sentence, or ``None``."""
+    """Why the prefix would not be visible to every query in the model's attention function, as a sentence, or ``None``."""
     if kwargs.get("cache") is not None:
-        return "its keys lie in pages"
+        return "its keys are in a paged cache"
     if name in _SHARED_SOFTMAX:
         return None
     if not is_flash(name):
@@ -295,5 +327,5 @@ def _joining_obstacle(
 
 
 def _triangle(queries: int, tokens: int, device: torch.device) -> Tensor:
-    """``Bool[1, 1, S, T]``: each query sees the tokens up to its own number."""
+    """Return a causal mask ``Bool[1, 1, S, T]``: query i attends to tokens 0 to i."""
     return torch.ones(queries, tokens, dtype=torch.bool, device=device).tril()[None, None]

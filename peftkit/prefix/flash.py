@@ -1,7 +1,8 @@
-"""Keys with a prefix in front in transformers' flash attention, which masks by lengths: what they can say, and what they cannot.
+"""Prefixes in transformers' flash attention, which masks by sequence lengths and positions only.
 
-The causal mask of flash-attn ends at the last query and the last key, so every query sees whatever lies in front of the tokens.
-Packed sequences get a prefix each; a window would hide it.
+flash-attn aligns the causal mask to the last query and the last key, so every query attends to keys before the tokens. Each
+packed sequence gets its own copy of the prefix. A sliding window would hide the prefix, so texts longer than the window are not
+supported.
 
 Source: docstrings of flash-attn 2.8; ``_flash_attention_forward`` of transformers 5.23.
 """
@@ -17,7 +18,7 @@ _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def is_flash(name: str | None) -> bool:
-    """Whether transformers computes the attention of that name by flash-attn or a kernel with its interface."""
+    """Whether transformers computes the attention with this name by flash-attn or a kernel with the same interface."""
     from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -25,12 +26,14 @@ def is_flash(name: str | None) -> bool:
 
 
 def by_lengths(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The model's arguments with packed sequences told by lengths alone, or not at all where flash attention would not look.
+    """Return the model's arguments with packed sequences described by lengths only.
+
+    If flash attention would not treat the call as packed, the lengths and positions are removed.
 
     Args:
         query: ``[B, H, S, D]``.
-        mask: ``[B, T]``, which tokens are no padding; with it nothing is packed.
-        kwargs: Lengths of packed sequences, or positions that start anew in each.
+        mask: ``[B, T]``, nonzero for tokens that are not padding. A call with a mask is not packed.
+        kwargs: The arguments: lengths of the packed sequences, or positions that restart in each sequence.
     """
     from transformers.modeling_flash_attention_utils import (
         _is_packed_sequence,
@@ -52,44 +55,45 @@ def by_lengths(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> di
 def flash_obstacle(
     query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, kwargs: dict[str, Any]
 ) -> str | None:
-    """Why a prefix in front of the keys would not be seen by every query, as a sentence, or ``None``.
+    """Why a prefix before the keys would not be visible to every query, as a sentence, or ``None``.
 
     Args:
         query: ``[B, H, S, D]``.
         key: ``[B, H_kv, T, D]``, without the prefix.
         mask: ``[B, T]`` or ``None``.
         causal: Whether later tokens are hidden.
-        kwargs: As by ``by_lengths``.
+        kwargs: The result of ``by_lengths``.
     """
     from transformers.integrations import flash_attention
 
     queries, tokens, window = query.shape[2], key.shape[2], kwargs.get("sliding_window")
     packed = kwargs.get("cu_seq_lens_k") is not None
     if packed and len(query) > 1:
-        return f"its packed sequences lie in {len(query)} rows"
+        return f"its packed sequences are in {len(query)} rows, and only one row is supported"
     if window is not None:
         longest = int(kwargs["max_length_k"]) if packed else tokens
         if longest > window:
-            return (
-                f"its window of {window} tokens, less than the {longest} there are, would hide it"
-            )
+            return f"its window of {window} tokens would hide the prefix, because the text has {longest} tokens"
     if causal and flash_attention._use_top_left_mask:
-        return "this build aligns its causal mask to the first key, which hides tokens instead"
+        return "this build aligns its causal mask to the first key, so a prefix would hide tokens"
     if mask is not None and not causal and queries not in (1, tokens):
-        return f"it takes the padding of {tokens} keys for that of {queries} queries"
+        return f"it applies the padding of {tokens} keys to {queries} queries"
     return None
 
 
 def in_front(
     key: Tensor, value: Tensor, prefixed: int, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Keys, values and arguments of a call without an obstacle, with the prefix in front of each sequence.
+    """Return keys, values and arguments with a copy of the prefix before each packed sequence.
+
+    ``flash_obstacle`` must have returned ``None`` for the call.
 
     Args:
-        key: ``[B, H_kv, P + T, D]``, with the prefix in front.
-        value: ``[B, H_kv, P + T, D_v]``.
+        key: ``[B, H_kv, P + T, D]``, with the prefix once before all tokens.
+        value: ``[B, H_kv, P + T, D_v]``, likewise.
         prefixed: ``P``.
-        kwargs: As by ``by_lengths``; the window reaches all tokens, but perhaps not all keys.
+        kwargs: The result of ``by_lengths``. The sliding window covers all tokens but perhaps not the prefix, so the result has
+            no window.
     """
     kwargs = kwargs | {"sliding_window": None}
     starts = kwargs.get("cu_seq_lens_k")
@@ -100,7 +104,8 @@ def in_front(
     places = torch.arange(key.shape[2] + prefixed * (len(starts) - 2), **like)
     sequence = torch.searchsorted(moved, places, right=True) - 1
     place = places - moved[sequence]
-    # the prefix is taken from the front each time, a token from behind the prefix and the sequences before its own
+    # places 0 to P - 1 of each sequence copy the prefix, at the start of the keys; a token's index is shifted by the tokens of
+    # the sequences before its own
     order = place + starts[sequence] * (place >= prefixed)
     kwargs |= {"cu_seq_lens_k": moved, "max_length_k": kwargs["max_length_k"] + prefixed}
     return key.index_select(2, order), value.index_select(2, order), kwargs

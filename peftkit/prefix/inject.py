@@ -1,4 +1,8 @@
-"""Putting KV prefixes into a model's attentions, by a child module and a change of class: no module is replaced, no key changes."""
+"""Add KV prefixes to a model's attentions and remove them.
+
+A prefix is a child of the attention module, whose class is exchanged for a subclass. No module is replaced, and no key of the
+state dict changes.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +32,14 @@ def add_prefixes(model: nn.Module, config: PrefixConfig) -> list[str]:
 
     Args:
         model: A transformers model; changed in place.
-        config: How many keys and values, and where.
+        config: The configuration of the prefixes.
 
     Returns:
-        Names of the attention modules.
+        Names of the attention modules that got a prefix.
 
     Raises:
-        ValueError: The model's attention does not ask transformers for its function, a named module does not exist, or one
-            has a prefix already.
+        ValueError: The model's attention does not use transformers' ``AttentionInterface``, a module in ``target_modules`` does
+            not exist, or a module already has a prefix.
     """
     refuse_peft_fields(config)
     model.requires_grad_(False)
@@ -46,7 +50,7 @@ def add_prefixes(model: nn.Module, config: PrefixConfig) -> list[str]:
         if name not in modules:
             raise ValueError(f"target_modules: {name!r} is not a module of {type(model).__name__}")
         if hasattr(modules[name], CHILD):
-            raise ValueError(f"{name} has a prefix; call remove_prefixes first")
+            raise ValueError(f"{name} already has a prefix; call remove_prefixes first")
         site = PrefixSite()
         site.adapters["default"] = new[name] = build(modules[name], model, config)
         attach(modules[name], site)
@@ -58,18 +62,18 @@ def add_prefixes(model: nn.Module, config: PrefixConfig) -> list[str]:
 
 
 def remove_prefixes(model: nn.Module) -> dict[str, PrefixSite]:
-    """Take all prefixes off a model; returns them by the names of their attentions."""
-    found = {}
+    """Remove all prefixes from a model, and return them by the names of their attention modules."""
+    removed = {}
     for name, module in list(base_modules(model)):
         if isinstance(module, PrefixAttention):
-            found[name] = module._modules.pop(CHILD)
+            removed[name] = module._modules.pop(CHILD)
             swap_out(module, PrefixAttention)
     restore_positions(model)
-    return found
+    return removed
 
 
 def attach(module: nn.Module, site: PrefixSite) -> None:
-    """Make ``site`` the prefixes of an attention module."""
+    """Add ``site``, the prefixes of one attention, to the attention module."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(IMPLEMENTATION, prefix_attention)
@@ -79,10 +83,10 @@ def attach(module: nn.Module, site: PrefixSite) -> None:
 
 
 def fill_attentions(model: nn.Module, config: PrefixConfig) -> None:
-    """Write the attention modules that ``attention`` and ``layers`` mean for this model into a config that leaves them open.
+    """Set ``config.target_modules`` to the attentions that ``attention`` and ``layers`` select, unless it is set.
 
     Raises:
-        ValueError: No attention of the model asks transformers for its function, or none is chosen.
+        ValueError: No attention of the model uses transformers' ``AttentionInterface``, or a layer has no attention.
     """
     modules = dict(base_modules(model))
     if config.target_modules is not None:
@@ -96,7 +100,7 @@ def fill_attentions(model: nn.Module, config: PrefixConfig) -> None:
         missing = set(config.layers) - {_index(name) for name in chosen}
         if missing:
             raise ValueError(
-                f"layers={config.layers}: there is no attention in layer {min(missing)}; they are in layers "
+                f"layers={config.layers}: layer {min(missing)} has no attention; the layers with attentions are "
                 f"{sorted({_index(name) for name in chosen})}"
             )
         chosen = [name for name in chosen if _index(name) in config.layers]
@@ -104,10 +108,10 @@ def fill_attentions(model: nn.Module, config: PrefixConfig) -> None:
 
 
 def require_dispatch(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise where a module that was named cannot take a prefix.
+    """Raise if a module cannot have a prefix.
 
     Raises:
-        ValueError: Its forward does not ask transformers for its attention function.
+        ValueError: The module's forward does not use transformers' ``AttentionInterface``.
     """
     if not dispatches(module):
         raise ValueError(f"{name}: {_refusal(dict(base_modules(model)), module)}")
@@ -117,11 +121,14 @@ def _refusal(modules: dict[str, nn.Module], module: nn.Module | None = None) -> 
     kinds = [type(m).__name__ for m in modules.values() if "Attention" in type(m).__name__]
     kind = type(module).__name__ if module is not None else kinds[-1] if kinds else None
     why = (
-        f"its {kind} computes the attention itself instead of asking transformers' AttentionInterface"
+        f"its {kind} computes the attention itself instead of using transformers' AttentionInterface"
         if kind
         else "it has no attention"
     )
-    return f"{type(modules['']).__name__} cannot take a KV prefix: {why}; use BottleneckConfig or LoraConfig on this architecture"
+    return (
+        f"{type(modules['']).__name__} cannot have a KV prefix: {why}; use BottleneckConfig or LoraConfig on this "
+        "architecture"
+    )
 
 
 def _stack(name: str, module: nn.Module) -> str:
@@ -131,15 +138,15 @@ def _stack(name: str, module: nn.Module) -> str:
 
 
 def _index(name: str) -> int:
-    """Number of the layer: the first one in the name (T5 numbers a layer's parts as well)."""
+    """Return the index of the layer: the first number in the name. T5 also numbers the parts of a layer."""
     return int(next((part for part in name.split(".") if part.isdigit()), -1))
 
 
 def build(module: Any, model: nn.Module, config: PrefixConfig) -> Prefix:
-    """Make the prefix that a config means for one attention module.
+    """Make the prefix of one attention module.
 
     Raises:
-        ValueError: The module does not ask for its attention function, or does not tell the sizes of its heads.
+        ValueError: The sizes of the module's heads are unknown.
     """
     kv_heads, heads, key_size, value_size = head_sizes(module)
     device, dtype = device_and_dtype(module, model)
@@ -159,10 +166,10 @@ def build(module: Any, model: nn.Module, config: PrefixConfig) -> Prefix:
 
 
 def head_sizes(module: Any) -> tuple[int, int, int, int]:
-    """Heads of keys and of queries, features of a key and of a value.
+    """Return the number of key heads, the number of query heads, the features of a key, and the features of a value.
 
     Raises:
-        ValueError: The module does not tell.
+        ValueError: The module has none of the attributes with these sizes.
     """
     config = module.__dict__.get("config")
     sizes = [getattr(module, name, None) for name in ("qk_head_dim", *_HEAD_SIZE_NAMES)]
@@ -170,8 +177,8 @@ def head_sizes(module: Any) -> tuple[int, int, int, int]:
     heads = getattr(config, "num_attention_heads", None)
     if size is None or not isinstance(heads, int):
         raise ValueError(
-            f"{type(module).__name__} does not tell the size of its heads ({', '.join(_HEAD_SIZE_NAMES)}); leave it out by "
-            "exclude_modules"
+            f"the head size of {type(module).__name__} is unknown, because it has no attribute {', '.join(_HEAD_SIZE_NAMES)}, "
+            "or its config has no num_attention_heads; list the module in exclude_modules"
         )
     if isinstance(getattr(module, "v_head_dim", None), int):  # DeepSeek's latent attention
         return heads, heads, size, module.v_head_dim
@@ -188,19 +195,21 @@ def head_sizes(module: Any) -> tuple[int, int, int, int]:
 
 
 def fill_from_tokens(model: Any, prefixes: Mapping[str, Prefix], token_ids: Iterable[int]) -> None:
-    """Set prefixes to the keys and values that the model computes for a text, prefixes of all adapters aside.
+    """Set prefixes to the keys and values that the model computes for a text without any prefix.
 
     Args:
-        model: A model whose forward takes ``input_ids``.
-        prefixes: By the names of their attention modules.
-        token_ids: Repeated or cut to the length of the prefixes.
+        model: A model whose forward has the argument ``input_ids``.
+        prefixes: The prefixes by the names of their attention modules.
+        token_ids: The text. It is repeated or truncated to the length of the prefixes.
 
     Raises:
-        ValueError: The model takes no tokens, or an attention was not called.
+        ValueError: The model's input is not tokens, or an attention was not called.
     """
     parameters = inspect.signature(model.forward).parameters
     if getattr(model, "main_input_name", None) != "input_ids":
-        raise ValueError(f"init='text': {type(model).__name__} takes no tokens; use init='random'")
+        raise ValueError(
+            f"init='text': the input of {type(model).__name__} is not tokens; use init='random'"
+        )
     count = max(prefix.key.shape[1] for prefix in prefixes.values())
     token_ids = list(token_ids)
     ids = torch.tensor(token_ids * -(-count // len(token_ids)))[None, :count]
@@ -222,7 +231,9 @@ def fill_from_tokens(model: Any, prefixes: Mapping[str, Prefix], token_ids: Iter
         for name, prefix in prefixes.items():
             recorded = modules[name].__dict__[RECORD]
             if not recorded:
-                raise ValueError(f"init='text': {name} was not called; use init='random'")
+                raise ValueError(
+                    f"init='text': the model's forward did not call {name}; use init='random'"
+                )
             for parameter, tensor in zip((prefix.key, prefix.value), recorded[-1], strict=True):
                 parameter.data.copy_(tensor[0, :, : parameter.shape[1]])
     finally:

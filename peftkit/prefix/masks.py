@@ -1,4 +1,4 @@
-"""Masks of attention over joined keys: the prefix lies in front of the tokens, and every query sees it."""
+"""Attention masks for keys with a prefix before the tokens. The prefix is visible to every query."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 _WIDENED = "_peftkit_widened"
-"""Name under which a block mask keeps what it was widened to, by the length of the prefix: its layers share it."""
+"""Attribute of a block mask: the widened masks by prefix length, so that all layers share them."""
 
 
 def widen(mask: Any, prefixed: int) -> Any:
-    """The mask of the same attention with ``prefixed`` keys in front that every query sees.
+    """Extend a mask by ``prefixed`` keys before the others, visible to every query.
 
     Args:
-        mask: A tensor with the keys in its last axis, bool (seen), integer (1 is seen) or added to the scores; or flex attention's
-            ``BlockMask``.
-        prefixed: Number of keys in front.
+        mask: A tensor whose last axis is the keys, or flex attention's ``BlockMask``. A bool or integer tensor is True or 1 for
+            visible keys; a floating-point tensor is added to the scores.
+        prefixed: Number of keys to add.
 
     Returns:
-        A mask of the same kind. One block mask and length give the same object again, for as long as that mask lives.
+        A mask of the same kind. For a ``BlockMask``, the result is cached on the mask: the same mask and length give the same
+        object.
     """
     if not isinstance(mask, BlockMask):
         seen = 0 if mask.is_floating_point() else 1
@@ -36,20 +37,21 @@ def widen(mask: Any, prefixed: int) -> Any:
 
 
 def _widen_blocks(mask: BlockMask, prefixed: int) -> BlockMask:
-    """From the blocks alone: no mask of single keys is made, whatever the lengths.
+    """Compute the widened block mask from the old blocks; no mask of single keys is formed for any length.
 
-    The prefix moves the tokens by a part of a block, so a new block holds tokens of up to two old ones: it is skipped where both
-    were and no prefix lies in it, and goes without ``mask_mod`` where both did or are prefix.
+    The prefix shifts the tokens, by a number that need not be a multiple of the block size. A new block thus has tokens of up
+    to two old blocks. It is skipped if both old blocks were skipped and it has no part of the prefix. It needs no ``mask_mod``
+    if each of the two old blocks needed none or is prefix.
     """
     queries, tokens = mask.seq_lengths
     rows, size = mask.BLOCK_SIZE
     keys, device = prefixed + tokens, mask.kv_indices.device
     begin = torch.arange(0, keys, size, device=device)
-    # the old blocks of a new one's first and last token; below zero is prefix
+    # index of the old block of each new block's first and last key; negative for the prefix
     ends = (begin - prefixed) // size, ((begin + size).clamp(max=keys) - 1 - prefixed) // size
 
     def of_both(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """``Bool[B, H, rows, columns]`` of the first and the last token of each new block, the prefix as seen."""
+        """Return ``blocks`` at the first and the last key of each new block, ``Bool[B, H, rows, columns]``; True for prefix."""
         first, last = ((end < 0) | blocks[..., end.clamp(min=0)] for end in ends)
         return first, last
 
@@ -57,11 +59,11 @@ def _widen_blocks(mask: BlockMask, prefixed: int) -> BlockMask:
     seen = first | last
     full = torch.zeros_like(seen)
     if mask.full_kv_num_blocks is not None:
-        whole = BlockMask.from_kv_blocks(
+        full_blocks = BlockMask.from_kv_blocks(
             mask.full_kv_num_blocks, mask.full_kv_indices, BLOCK_SIZE=mask.BLOCK_SIZE
         )
-        first, last = of_both(whole.to_dense().bool())
-        # like torch's own, a block that ends outside the queries or keys is never whole
+        first, last = of_both(full_blocks.to_dense().bool())
+        # as in torch, a block that ends beyond the last query or key never counts as full
         inside = torch.arange(rows, rows * full.shape[-2] + 1, rows, device=device) <= queries
         full = first & last & inside[:, None] & (begin + size <= keys)
     return BlockMask.from_kv_blocks(
@@ -74,7 +76,7 @@ def _widen_blocks(mask: BlockMask, prefixed: int) -> BlockMask:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of the true columns of each row, and the columns with those in front, as block masks keep them."""
+    """Return the number of True columns in each row, and the column indices with the True ones first, as in ``BlockMask``."""
     blocks = blocks.int()
     order = blocks.argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.int()
@@ -82,7 +84,7 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _behind_prefix(mask_mod: Callable[..., Tensor], prefixed: int) -> Callable[..., Tensor]:
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        # a prefix has no place among the tokens; a mask that looks its key up still needs one that exists
+        # keys of the prefix have no token index, but a mask_mod may index a tensor by the token, so the index must be valid
         token = (key - prefixed).clamp(min=0)
         return (key < prefixed) | mask_mod(batch, head, query, token)
 

@@ -1,4 +1,4 @@
-"""A KV prefix, and the place where the prefixes of one attention live."""
+"""The modules of KV prefixes: one prefix, and the container of all prefixes of one attention."""
 
 from __future__ import annotations
 
@@ -17,23 +17,28 @@ from peftkit.prefix.attention import (
 from peftkit_kernels.dispatch import choose_backend
 
 CHILD = "virtual_tokens"
-"""Name of the child module. PEFT takes every key that contains an adapter's name for a key of that adapter, so no usual name
-may be part of it; TRL's reference adapter is called ``ref``, which rules out any ``prefix``."""
+"""Name of the child module. PEFT assigns every key that contains an adapter's name to this adapter, so the name must not
+contain a usual adapter name. TRL names its reference adapter ``ref``, which excludes names with ``prefix``."""
 
 
 class Prefix(nn.Module):
     """Keys and values of one adapter in one attention.
 
     Args:
-        kv_heads: Heads of keys and values, before any are repeated.
-        num_virtual_tokens: Number of keys.
+        kv_heads: Number of key and value heads, before they are repeated for grouped queries.
+        num_virtual_tokens: Number of keys and values per head.
         key_size: Features of a key.
         value_size: Features of a value.
-        std: Standard deviation of the initial numbers.
-        gated_heads: Heads of the queries, to add the prefix's own attention times a gate that starts at zero; ``None`` to let
-            the prefix share the softmax of the tokens.
-        device: Of the new parameters.
-        dtype: Of the new parameters.
+        std: Standard deviation of the initial values.
+        gated_heads: Number of query heads, for a prefix with a gate per head that starts at zero. ``None`` for a prefix that
+            shares the softmax of the tokens.
+        device: Device of the new parameters.
+        dtype: Dtype of the new parameters.
+
+    Attributes:
+        key: ``[kv_heads, num_virtual_tokens, key_size]``.
+        value: ``[kv_heads, num_virtual_tokens, value_size]``.
+        gate: ``[gated_heads]``, or ``None``.
     """
 
     peftkit_adapter = True
@@ -59,12 +64,11 @@ class Prefix(nn.Module):
 
 
 class PrefixSite(nn.Module):
-    """Child of an attention module; one prefix a name, all in use.
+    """Child of an attention module with one prefix per adapter name. All prefixes are used.
 
     Attributes:
-        joined_because: Why the last call did not merge the passes over prefix and tokens; empty where it did, ``None`` before the
-            first call.
-        owner: The attention module, in a tuple, so that it is not taken for a child.
+        joined_because: Why the last call did not use the fused op. Empty if it did, ``None`` before the first call.
+        owner: The attention module, in a tuple so that torch does not register it as a child.
     """
 
     peftkit_adapter = True
@@ -76,11 +80,14 @@ class PrefixSite(nn.Module):
         self.owner: tuple[Any, ...] = ()
 
     def chosen(self) -> list[Any]:
-        """The prefixes that take part in a forward."""
+        """Return the prefixes that a forward uses."""
         return list(self.adapters.values())
 
     def peftkit_verdict(self) -> tuple[str, str]:
-        """The path of the last call, or of the next one as far as it can be told, and the reason where it is not fused."""
+        """Return the path of a call, and the reason if the path is not fused.
+
+        The path is that of the last call. Before the first call, it is the expected path of the next one.
+        """
         reason, chosen = self.joined_because, self.chosen()
         gated = any(prefix.gate is not None for prefix in chosen)
         keys = [prefix.key for prefix in chosen]
@@ -91,36 +98,39 @@ class PrefixSite(nn.Module):
         if gated and len(chosen) > 1:
             reason = f"{len(chosen)} prefixes are active"
         if reason:
-            how = "a softmax of its own, added to the model's" if gated else "in front of the keys"
+            how = (
+                "separate softmax, added to the model's" if gated else "concatenated with the keys"
+            )
             return "torch", f"{how}: {reason}"
         return f"fused:{choose_backend(OP, 'auto', *keys, has_dot=False)}", ""
 
     def note(self, reason: str | None) -> None:
-        """Keep why a call did not merge the passes, for ``peftkit_verdict``."""
+        """Record why a call did not use the fused op, for ``peftkit_verdict``."""
         if not torch.compiler.is_compiling():
             self.joined_because = reason or ""
 
     def forward(
         self, query: Tensor, key: Tensor
     ) -> tuple[tuple[Tensor, Tensor] | None, list[Prefix]]:
-        """Collect the prefixes, those without a gate one behind the other.
+        """Collect the prefixes. Those without a gate are concatenated.
 
         Args:
             query: ``[B, H, S, D]``.
             key: ``[B, H_kv, T, D]``.
 
         Returns:
-            Keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of those without a gate, or ``None``; and those with one.
+            The keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of the prefixes without a gate, or ``None`` if there are
+            none; and the list of prefixes with a gate.
 
         Raises:
-            ValueError: A prefix is not of the shape of the keys.
+            ValueError: A prefix has another number of heads or features than the keys.
         """
         shared, gated = [], []
         for prefix in self.chosen():
             if prefix.key.shape[0] != key.shape[1] or prefix.key.shape[2] != key.shape[3]:
                 raise ValueError(
-                    f"the prefix has {prefix.key.shape[0]} heads of {prefix.key.shape[2]} features, the keys of this attention "
-                    f"{key.shape[1]} of {key.shape[3]}; leave the module out by exclude_modules"
+                    f"the prefix has {prefix.key.shape[0]} heads of {prefix.key.shape[2]} features, but the keys of this "
+                    f"attention have {key.shape[1]} heads of {key.shape[3]} features; list the module in exclude_modules"
                 )
             (shared if prefix.gate is None else gated).append(prefix)
         keys, values = [p.key for p in shared], [p.value for p in shared]
@@ -130,6 +140,6 @@ class PrefixSite(nn.Module):
 
 
 class PrefixAttention(OwnAttention):
-    """Mixed into an attention module's own class: the attention call passes through its prefixes."""
+    """Mixed into the class of an attention module: its attention function becomes ``prefix_attention``."""
 
     peftkit_dispatch = IMPLEMENTATION

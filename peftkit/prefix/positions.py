@@ -1,4 +1,4 @@
-"""Moving the tokens of a model with learned positions, for prefixes that were trained where they took up positions themselves."""
+"""Shift the positions of tokens in a model with learned positions, for prefixes that had positions of their own in training."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _SITE = "_peftkit_moved_by"
 
 
 class MovedPositions(nn.Embedding):
-    """Mixed into a table of positions: looks up positions that are larger by the offset of the prefixes in use."""
+    """Mixed into the class of a position embedding: adds the offset of the active prefixes to the positions."""
 
     def peftkit_offset(self) -> int:
-        """How far the tokens are moved now: by nothing while the prefix is disabled."""
+        """Return the current offset; 0 while the prefix is disabled."""
         return max((prefix.position_offset for prefix in self.__dict__[_SITE].chosen()), default=0)
 
     @property
     def offset(self) -> int:
-        """What the table's own forward adds to positions (OPT, BART), and ours with it."""
+        """The offset that the embedding's own forward adds to positions (OPT, BART), plus the offset of the prefixes."""
         own = self.__dict__.get("offset")
         if own is None:
             raise AttributeError("offset")
@@ -33,7 +33,7 @@ class MovedPositions(nn.Embedding):
         self.__dict__["offset"] = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The table's own forward, with the positions moved."""
+        """Run the embedding's own forward with shifted positions."""
         if "offset" in self.__dict__:
             return super().forward(*args, **kwargs)
         positions, *others = args
@@ -41,7 +41,7 @@ class MovedPositions(nn.Embedding):
 
 
 def learned_positions(model: nn.Module) -> list[nn.Embedding]:
-    """The tables of positions of a model, by the names the families give them."""
+    """Return the position embeddings of a model. They are recognised by the names that model families use."""
     return [
         module
         for name, module in base_modules(model)
@@ -50,19 +50,19 @@ def learned_positions(model: nn.Module) -> list[nn.Embedding]:
 
 
 def move_positions(model: nn.Module, site: nn.Module) -> None:
-    """Let the prefixes of a model move its tokens, each by its ``position_offset``.
+    """Let the prefixes of a model shift its tokens by their ``position_offset``.
 
     Args:
-        model: Its tables of positions are changed in place.
-        site: The prefixes of one attention; those of the others are in use together with them.
+        model: The model; the class of its position embeddings is changed in place.
+        site: The prefixes of one attention. The prefixes of the other attentions are active at the same time.
 
     Raises:
-        ValueError: The model has no table of positions known here.
+        ValueError: The model has no known position embedding.
     """
     tables = learned_positions(model)
     if not tables:
         raise ValueError(
-            "position_offset: the model has no table of learned positions known here; leave position_offset at 0"
+            "position_offset: the model has no position embedding with a known name; leave position_offset at 0"
         )
     for table in tables:
         if not isinstance(table, MovedPositions):

@@ -49,7 +49,7 @@ def test_an_unmatched_target_of_a_model_that_stock_peft_accepted():
 
 
 def test_a_model_without_adapters():
-    with _raises("LlamaForCausalLM carries no adapter", "peftkit.wrap"):
+    with _raises("LlamaForCausalLM has no adapter", "peftkit.wrap"):
         check(models.tiny("llama"))
 
 
@@ -218,7 +218,7 @@ def test_a_loss_that_is_nan_names_the_weight_to_blame():
         model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").weight[3, 3] = float(
             "nan"
         )
-    with _raises("the loss of this batch is nan", "model.layers.1.mlp.up_proj.weight holds NaN"):
+    with _raises("the loss of this batch is nan", "model.layers.1.mlp.up_proj.weight has NaN"):
         check(model, models.batch("llama"))
 
 
@@ -227,7 +227,7 @@ def test_a_loss_that_is_nan_names_the_module_that_made_it():
     norm = model.get_submodule("base_model.model.model.layers.0.post_attention_layernorm")
     norm.register_forward_hook(lambda module, args, output: output / 0.0 * 0.0)
     with _raises(
-        "first NaN came out of base_model.model.model.layers.0.post_attention_layernorm (LlamaRMSNorm)"
+        "first NaN occurred in the output of base_model.model.model.layers.0.post_attention_layernorm (LlamaRMSNorm)"
     ):
         check(model, models.batch("llama"))
 
@@ -256,7 +256,7 @@ def test_an_output_that_is_detached():
     with _raises(
         "2 of 8 trainable tensors get no gradient",
         f"{_V}.lora_A.default.weight",
-        "never reaches the loss",
+        "the loss does not depend on the output of its layer",
     ):
         check(model, models.batch("llama"))
 
@@ -266,7 +266,7 @@ def test_a_module_that_the_forward_bypasses():
     attention = model.get_submodule("base_model.model.model.layers.1.self_attn")
     layer = attention.v_proj
     attention.forward = _bypassing(attention, layer.base_layer)
-    with _raises("2 of 8 trainable tensors", f"{_V}.lora_B.default.weight", "never used it"):
+    with _raises("2 of 8 trainable tensors", f"{_V}.lora_B.default.weight", "did not use it"):
         check(model, models.batch("llama"))
 
 
@@ -298,7 +298,7 @@ def test_a_gradient_that_is_zero_where_it_cannot_be():
     # Without values attention gives zero whatever its queries are, so q_proj is named too.
     with _raises(
         "2 of 8 trainable",
-        f"{_V}.lora_B.default.weight: the gradient that reaches its layer is exactly zero",
+        f"{_V}.lora_B.default.weight: the gradient at the output of its layer is exactly zero",
     ):
         check(model, models.batch("llama"))
 
@@ -307,7 +307,9 @@ def test_a_factor_whose_gradient_is_cut_off():
     model = _wrapped(init_lora_weights=False)
     layer = _layer(model)
     layer.lora_A["default"].register_forward_hook(lambda module, args, output: output.detach())
-    with _raises("1 of 8 trainable", f"{_V}.lora_A.default.weight", "its layer ran without it"):
+    with _raises(
+        "1 of 8 trainable", f"{_V}.lora_A.default.weight", "its layer ran but did not use it"
+    ):
         check(model, models.batch("llama"))
 
 

@@ -198,7 +198,7 @@ def test_adapters_of_a_bf16_base_are_float32_and_as_near_as_plain_torch(method, 
 
 
 FUSED_BOTTLENECK = ("bottleneck", "fused:torch", "")
-GATED = ("prefix", "torch", "a softmax of its own, added to the model's: its attention is sdpa")
+GATED = ("prefix", "torch", "separate softmax, added to the model's: its attention is sdpa")
 EXPLAINED = {
     "LoRA": set(),
     "bottleneck": {FUSED_BOTTLENECK},
@@ -279,7 +279,7 @@ torch.save(model(**torch.load(sys.argv[3])).logits.detach(), sys.argv[4])
 @pytest.mark.parametrize(
     ("configs", "message"),
     [
-        (lambda: (houlsby(), houlsby()), "two BottleneckConfigs: give one"),
+        (lambda: (houlsby(), houlsby()), "two BottleneckConfigs; give one"),
         (lambda: (houlsby(), peft.IA3Config()), "IA3Config cannot be mixed"),
     ],
 )
@@ -294,6 +294,6 @@ def test_an_architecture_without_dispatch_is_refused_before_anything_changes(mix
 
     model = families.family("bloom")
     before = {n: (type(m), len(m._forward_hooks)) for n, m in model.named_modules()}
-    with pytest.raises(ValueError, match="BloomForCausalLM cannot take a KV prefix"):
+    with pytest.raises(ValueError, match="BloomForCausalLM cannot have a KV prefix"):
         wrap(model, gated(), *([lora()] if mixed else []))
     assert {n: (type(m), len(m._forward_hooks)) for n, m in model.named_modules()} == before

@@ -50,7 +50,7 @@ def test_an_adapter_that_fits(adapter, tmp_path):
 
 def test_one_that_does_not_fit_gives_the_reason_and_status_1(tmp_path):
     wrap(models.tiny("llama"), PrefixConfig()).save_pretrained(tmp_path)
-    assert "does not fit: vLLM loads LoRA adapters only" in run(
+    assert "does not fit: vLLM loads only LoRA adapters" in run(
         tmp_path, "--target", "vllm", code=1
     )
     found = json.loads(run(tmp_path, "--target", "vllm", "--json", code=1))
@@ -60,12 +60,14 @@ def test_one_that_does_not_fit_gives_the_reason_and_status_1(tmp_path):
 
 def test_errors_are_one_line(tmp_path):
     assert "is not a folder" in run(tmp_path / "nowhere", code=1)
-    assert "give the folder of an adapter, or --family" in run(code=2)
-    assert "give the folder of an adapter, or --family" in run(tmp_path, "--family", "x", code=2)
+    assert "give either the folder of an adapter or --family" in run(code=2)
+    assert "give either the folder of an adapter or --family" in run(
+        tmp_path, "--family", "x", code=2
+    )
     assert "--method 'lora' is unknown; use one of LoRA" in run(
         "--family", "qwen2", "--method", "lora", code=1
     )
-    assert "'no_such' is no model type of transformers" in run("--family", "no_such", code=1)
+    assert "'no_such' is not a model type of transformers" in run("--family", "no_such", code=1)
 
 
 def test_an_architecture_is_tried(tmp_path):

@@ -124,7 +124,7 @@ def test_plots_are_the_same_for_the_same_data(report):
 
 def test_report_without_comparison_says_so(report):
     report["runs"] = {"peftkit": report["runs"]["peftkit"]}
-    assert "the comparison was left out" in to_markdown(build(report))
+    assert "the comparison was skipped" in to_markdown(build(report))
     assert "methods" not in draw(report)
 
 

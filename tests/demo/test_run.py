@@ -164,7 +164,7 @@ def test_torn_checkpoint_is_ignored(tiny_demo, tmp_path, monkeypatch):
 
 
 def test_nothing_to_resume_names_the_folder_and_the_way_out(tmp_path):
-    with pytest.raises(DemoError, match=r"out=.*nowhere holds no run to resume.*without --resume"):
+    with pytest.raises(DemoError, match=r"out=.*nowhere has no run to resume.*without --resume"):
         run(tmp_path / "nowhere", resume=True)
     assert not (tmp_path / "nowhere").exists()
 
@@ -182,7 +182,7 @@ def test_resume_refuses_other_settings_and_other_versions(tmp_path):
 def test_new_run_replaces_a_finished_one_but_no_other_folder(tmp_path):
     out = tmp_path / "out"
     folder = open_folder(out, Settings(), resume=False)
-    with pytest.raises(DemoError, match="unfinished run; go on with --resume"):
+    with pytest.raises(DemoError, match="unfinished run; continue it with --resume"):
         open_folder(out, Settings(), resume=False)
     folder.base.mkdir()
     (out / "report.json").write_text("{}")
@@ -191,7 +191,7 @@ def test_new_run_replaces_a_finished_one_but_no_other_folder(tmp_path):
     assert not (out / "report.json").exists()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
-    with pytest.raises(DemoError, match="not empty and holds no run"):
+    with pytest.raises(DemoError, match="not empty and is not a run"):
         open_folder(tmp_path / "notes", Settings(), resume=False)
     with pytest.raises(DemoError, match="is a file"):
         open_folder(tmp_path / "notes" / "mine.txt", Settings(), resume=False)

@@ -74,7 +74,9 @@ def test_adapters_that_are_there_change_no_point():
 
 def test_an_example_stands_in_for_inputs_that_cannot_be_made():
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"Sequential is not a transformers model.*pass example="):
+    with pytest.raises(
+        ValueError, match=r"Sequential is not a transformers model.*pass them as example"
+    ):
         find_points(model)
     with pytest.raises(ValueError, match="no layer of Sequential calls an attention"):
         find_points(model, example={"input": torch.zeros(1, 4)})

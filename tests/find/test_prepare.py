@@ -83,10 +83,10 @@ def test_names_that_peft_cannot_use(name, message):
 
 
 def test_configs_and_models_that_are_not_ready():
-    with pytest.raises(ValueError, match=r"this PeftConfig names no method.*LoraConfig\(r=16\)"):
+    with pytest.raises(ValueError, match=r"this PeftConfig has no method.*LoraConfig\(r=16\)"):
         wrap(models.tiny("llama"), PeftConfig())
     adapted = get_peft_model(models.tiny("llama"), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="LlamaForCausalLM carries adapters already"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM already has adapters"):
         wrap(adapted.get_base_model())
 
 
@@ -97,7 +97,7 @@ LORA = [
     ({"r": None}, TypeError, "r=None is None"),
     ({"r": 0}, ValueError, "r=0 is below 1"),
     ({"r": -1}, ValueError, "r=-1 is below 1"),
-    ({"r": 10_000}, ContractError, "r=10000 is larger than both sides .* useful rank there is 32"),
+    ({"r": 10_000}, ContractError, "r=10000 is larger than both sides .* useful rank is 32"),
     ({"lora_alpha": 0}, ValueError, "lora_alpha=0 multiplies the adapter by zero"),
     ({"lora_alpha": NAN}, ValueError, "lora_alpha=nan is not finite"),
     ({"lora_alpha": float("inf")}, ValueError, "lora_alpha=inf is not finite"),
@@ -137,7 +137,7 @@ LORA = [
     (
         {"trainable_token_indices": {"embed": [1]}},
         ContractError,
-        "trainable_token_indices: 'embed' matches nothing; embeddings here are model.embed_tokens",
+        "trainable_token_indices: 'embed' matches nothing; the embeddings of this model are model.embed_tokens",
     ),
     ({"task_type": "SEQ_CLS"}, ValueError, "'SEQ_CLS' does not fit LlamaForCausalLM, .*CAUSAL_LM"),
     ({"task_type": "SEQ_2_SEQ_LM"}, ValueError, "does not fit LlamaForCausalLM"),

@@ -32,8 +32,8 @@ def test_the_interpreter_runs_on_the_cpu_when_asked():
         ((), 0, "op has no Triton kernel in this release"),
         ((X.double(),), 0, "its input is torch.float64; the kernels compute in bfloat16, float16"),
         ((X, None, X.to("meta")), 0, "its tensors are on cpu and meta; a kernel needs them on one"),
-        ((X,), 129, "the rank is 129; the kernels keep a tile of it in registers, up to 128"),
-        ((X.to("meta"),), 0, "its tensors are on meta, where Triton runs in its interpreter only"),
+        ((X,), 129, "the rank is 129; the kernels hold all ranks in registers, up to 128"),
+        ((X.to("meta"),), 0, "its tensors are on meta, where Triton runs only in its interpreter"),
     ],
 )
 def test_obstacles(tensors, rank, sentence):

@@ -311,7 +311,7 @@ def test_nothing_of_the_size_of_the_weight_is_made(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"magnitude": torch.zeros(28)}, r"magnitude has shape \(28,\); .* takes \[29\]"),
+        ({"magnitude": torch.zeros(28)}, r"magnitude has shape \(28,\); .* must be \[29\]"),
         ({"bias": torch.zeros(28)}, r"bias has shape \(28,\)"),
         ({"x": torch.zeros(3, 32)}, r"weight has shape \(29, 33\) and x \(3, 32\)"),
         ({"A": torch.zeros(4, 32)}, r"lora: A \(4, 32\)"),

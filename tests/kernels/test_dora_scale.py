@@ -166,9 +166,12 @@ def test_native_and_torch_passes_agree(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"magnitude": torch.zeros(28)}, r"scale.magnitude has shape \(28,\); z .* takes \[29\]"),
+        (
+            {"magnitude": torch.zeros(28)},
+            r"scale.magnitude has shape \(28,\); for z .* must be \[29\]",
+        ),
         ({"bias": torch.zeros(28)}, r"scale.bias has shape \(28,\)"),
-        ({"norm": None}, "scale has a magnitude or a norm alone"),
+        ({"norm": None}, "scale has only a magnitude or only a norm"),
         ({"norm": torch.ones(29, requires_grad=True)}, r"norm requires a gradient.*norm.detach"),
     ],
 )
@@ -182,7 +185,7 @@ def test_errors_of_the_gate():
     z = case.leaves["z_e"]
     with pytest.raises(ValueError, match="act='relu' is unknown"):
         dora_gate((z, z), (Scale(None, None, None),) * 2, "relu")
-    with pytest.raises(ValueError, match="two of one shape"):
+    with pytest.raises(ValueError, match="pass two of each"):
         dora_gate((z, z[1:]), (Scale(None, None, None),) * 2)
     with pytest.raises(ValueError, match=r"scales\[1\].bias has shape"):
         dora_gate((z, z), (Scale(None, None, None), Scale(None, None, z[0, 1:])))

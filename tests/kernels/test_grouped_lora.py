@@ -221,8 +221,12 @@ def test_plans_cover_every_row_once(M, block, ids):
     [
         (torch.zeros(3, 2).long(), 4, r"ids is torch.int64 \(3, 2\); it must be integers \[M\]"),
         (torch.zeros(3), 4, r"ids is torch.float32"),
-        (torch.tensor([0, 4]), 4, r"ids run from 0 to 4; with adapters=4 they must be -1 to 3"),
-        (torch.tensor([-2, 0]), 4, r"ids run from -2 to 0"),
+        (
+            torch.tensor([0, 4]),
+            4,
+            r"ids are from 0 to 4; with adapters=4 they must be from -1 to 3",
+        ),
+        (torch.tensor([-2, 0]), 4, r"ids are from -2 to 0"),
         (torch.tensor([0]), 0, r"adapters=0 and block=16 must be at least 1"),
     ],
 )
@@ -244,7 +248,7 @@ def test_ids_that_do_not_fit_are_refused(ids, adapters, message):
         ({"scale": torch.zeros(E, requires_grad=True)}, r"requires_grad=True; it must be \[5\]"),
         (
             {"plan": plan_groups(torch.zeros(36).long(), E)},
-            r"x \(37, 33\) has other rows than the 36",
+            r"x \(37, 33\) does not have the 36 rows",
         ),
     ],
 )

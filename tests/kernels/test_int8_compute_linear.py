@@ -306,7 +306,7 @@ def test_codes_may_have_any_strides(layout):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"q": torch.ones(N, 33)}, r"q is a Tensor; this op takes Int8Weight"),
+        ({"q": torch.ones(N, 33)}, r"q is a Tensor; it must be of type Int8Weight"),
         ({"q": quantize_int8(torch.ones(N, 32))}, r"q has shape \(29, 32\) and x \(3, 33\)"),
         ({"bias": torch.zeros(28)}, r"bias has shape \(28,\)"),
         ({"lora": LoRA(torch.ones(4, 32), torch.ones(N, 4), 1.0)}, r"lora: A \(4, 32\)"),
@@ -323,6 +323,6 @@ def test_errors_name_the_argument(options, message):
 def test_widths_whose_sums_overflow_are_refused():
     q = Int8Weight(torch.zeros(1, 133_145, dtype=torch.int8), torch.zeros(1))
     with pytest.raises(
-        ValueError, match=r"more than 133144 products overflow 32 bits: use int8_linear"
+        ValueError, match=r"more than 133144 products overflow 32 bits; use int8_linear"
     ):
         int8_compute_linear(torch.zeros(1, 133_145), q)

@@ -241,7 +241,7 @@ def change(**tensors):
             {"weight": torch.zeros(29, 33, requires_grad=True)},
             r"weight requires a gradient.*requires_grad_\(False\)",
         ),
-        ({"bias": torch.zeros(28)}, r"bias has shape \(28,\); .* takes \[29\]"),
+        ({"bias": torch.zeros(28)}, r"bias has shape \(28,\); .* must be \[29\]"),
         ({"bias": torch.zeros(1)}, r"bias has shape \(1,\)"),
         ({"A": torch.zeros(4, 32)}, r"lora: A \(4, 32\) .* must be \[R, 33\] and \[29, R\]"),
         ({"A": torch.zeros(5, 33)}, r"lora: A \(5, 33\) and B \(29, 4\)"),

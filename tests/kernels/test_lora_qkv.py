@@ -206,9 +206,9 @@ def test_lists_that_do_not_fit_are_refused(short):
     x, *lists = change(0)
     named = dict(zip(("weights", "biases", "loras"), lists, strict=True))
     named[short] = named[short][:2]
-    with pytest.raises(ValueError, match=f"2 {short}.*; pass one a linear"):
+    with pytest.raises(ValueError, match=f"2 {short}.*; pass one of each"):
         lora_qkv(x, **named)
     named[short] = lists[("weights", "biases", "loras").index(short)]
     named["biases"] = named["biases"][:1] * 3
-    with pytest.raises(ValueError, match=r"biases\[1\] has shape \(29,\); .* takes \[12\]"):
+    with pytest.raises(ValueError, match=r"biases\[1\] has shape \(29,\); .* must be \[12\]"):
         lora_qkv(x, **named)

@@ -183,9 +183,9 @@ def test_what_does_not_form_an_mlp_is_refused():
     x, weights, biases, loras = change(0)
     with pytest.raises(ValueError, match="act='relu' is unknown; use one of silu"):
         lora_swiglu_mlp(x, weights, biases, loras, "relu")
-    with pytest.raises(ValueError, match=r"2 loras.*; pass one a linear"):
+    with pytest.raises(ValueError, match=r"2 loras.*; pass one of each"):
         lora_swiglu_mlp(x, weights, biases, loras[:2])
-    with pytest.raises(ValueError, match=r"biases\[2\] has shape \(21,\); .* takes \[33\]"):
+    with pytest.raises(ValueError, match=r"biases\[2\] has shape \(21,\); .* must be \[33\]"):
         lora_swiglu_mlp(x, weights, biases[:1] * 3, loras)
     with pytest.raises(ValueError, match="2 weights; a gated MLP has three"):
         lora_swiglu_mlp(x, weights[:2], biases[:2], loras[:2])

@@ -228,7 +228,7 @@ def test_the_dynamic_map_is_that_of_bitsandbytes():
                 "nested": NestedAbsmax(dynamic_code(), torch.zeros(2), torch.zeros(())),
                 "absmax": torch.zeros(1, dtype=torch.uint8),
             },
-            r"nested.absmax has 2 elements; .* take 1",
+            r"nested.absmax has 2 elements; .* need 1",
         ),
     ],
 )

@@ -194,7 +194,7 @@ def test_errors_name_the_weight(op, q, message):
 
 def test_errors_name_the_other_arguments():
     q = quantize_int8(torch.ones(N, 33))
-    with pytest.raises(ValueError, match=r"bias has shape \(28,\); .* takes \[29\]"):
+    with pytest.raises(ValueError, match=r"bias has shape \(28,\); .* must be \[29\]"):
         int8_linear(torch.zeros(3, 33), q, torch.zeros(28))
     lora = LoRA(torch.zeros(4, 32), torch.zeros(N, 4), 1.0)
     with pytest.raises(ValueError, match=r"lora: A \(4, 32\) .* must be \[R, 33\]"):

@@ -155,7 +155,7 @@ def test_a_wrong_value_is_a_problem(monkeypatch):
     monkeypatch.setattr(passes, "keep_scale", lambda p: 1.01 / (1 - p))
     for row in check.rows(["lora_linear"]):
         if row["dtype"] == "float32":
-            assert any("is off by" in problem for problem in row["problems"])
+            assert any("has an error of" in problem for problem in row["problems"])
 
 
 def test_an_exception_is_a_problem(monkeypatch):

@@ -120,7 +120,7 @@ def test_interleaved_views_are_told_apart():
 def test_no_launch_is_no_proof():
     with Traffic() as traffic:
         pass
-    with pytest.raises(AssertionError, match="nothing was launched"):
+    with pytest.raises(AssertionError, match="no kernel was launched"):
         traffic.check()
 
 

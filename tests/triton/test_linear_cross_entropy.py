@@ -13,7 +13,8 @@ from peftkit_kernels.lab.interp import faithful
 from peftkit_kernels.launch import INTERPRETED, recording
 from peftkit_kernels.linear_cross_entropy import RowLoss, linear_cross_entropy, triton_impl
 from peftkit_kernels.linear_cross_entropy.config import RowConfig
-from peftkit_kernels.linear_cross_entropy.triton_impl import sweep, xent_rows_triton_
+from peftkit_kernels.linear_cross_entropy.passes import xent_rows_triton_
+from peftkit_kernels.linear_cross_entropy.triton_impl import sweep
 from peftkit_kernels.testing import Bound, kept_for_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -264,7 +264,7 @@ def test_what_triton_cannot_compute_is_refused_by_name():
     ("dtype", "D", "mask", "sentence"),
     [
         (torch.bfloat16, 64, None, None),
-        (torch.bfloat16, 64, True, "flash attention for GPUs takes no mask"),
+        (torch.bfloat16, 64, True, "flash attention for GPUs supports no mask"),
         (torch.float32, 64, None, "q is torch.float32; .* computes in 16 bits"),
         (torch.float16, 20, None, "the head size is 20; .* multiples of 8 up to 256"),
     ],

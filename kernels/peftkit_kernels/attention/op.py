@@ -1,4 +1,4 @@
-"""The public function: checks and choice between the native passes and the definition."""
+"""The public function: checks, and the choice between the native passes and the definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftkit_kernels.dispatch import Backend, choose_backend
 from peftkit_kernels.modes import hides_native_calls
 
 HEAD_SIZE_MULTIPLE = 32
-"""The native functions need a head size that is a multiple of this: two vectors of AVX-512."""
+"""The native functions need a head size that is a multiple of 32, which is two vectors of AVX-512."""
 
 
 def attention(
@@ -35,10 +35,10 @@ def attention(
         q: ``[B, H, S, D]``.
         k: ``[B, H_kv, T, D]``; ``H`` is a multiple of ``H_kv``.
         v: As ``k``.
-        scale: Factor on the scores, mostly ``D ** -0.5``.
+        scale: Factor on the scores, usually ``D ** -0.5``.
         causal: Query ``i`` sees keys up to ``i``; needs ``S == T``.
-        mask: ``Bool[B, 1, S, T]``, true where a query may see a key; a query that sees nothing gives 0.
-        backend: ``"auto"`` runs native code if ``native_obstacle`` gives no reason against it, else ``"reference"``.
+        mask: ``Bool[B, 1, S, T]``, true where a query may see a key. The output of a query that sees no key is 0.
+        backend: ``"auto"`` runs native code if ``native_obstacle`` returns ``None``, else ``"reference"``.
 
     Returns:
         ``[B, S, H, D]``.
@@ -51,8 +51,8 @@ def attention(
     B, H, S, D = q.shape
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D or H % k.shape[1]:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; they must be [B, H, S, D] and "
-            "twice [B, H_kv, T, D] with H a multiple of H_kv"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; q must be [B, H, S, D], and k and v "
+            "must be [B, H_kv, T, D] with H a multiple of H_kv"
         )
     if causal and k.shape[2] != S:
         raise ValueError(
@@ -74,7 +74,7 @@ def attention(
 def native_obstacle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
     """Why the native functions cannot run on these tensors, as a sentence, or ``None``."""
     if hides_native_calls():
-        return "something records or watches torch operations, and a native call is none"
+        return "something records or watches torch operations, and it would miss a native call"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"{name} is a {type(tensor).__name__}, not a plain tensor"

@@ -28,7 +28,7 @@ def attention_reference(
     if mask is not None:
         hidden = hidden | ~mask
     scores = scores.masked_fill(hidden, -torch.inf)
-    # a query that sees nothing gives 0, not the NaN of an empty softmax
-    blind = hidden.all(-1, keepdim=True)
-    probabilities = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    # the output of a query that sees no key is 0, not the NaN of an empty softmax
+    sees_none = hidden.all(-1, keepdim=True)
+    probabilities = scores.masked_fill(sees_none, 0.0).softmax(-1).masked_fill(sees_none, 0.0)
     return (probabilities @ v).transpose(1, 2)

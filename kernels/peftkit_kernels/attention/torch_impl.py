@@ -17,7 +17,7 @@ from peftkit_kernels.modes import hides_native_calls
 class Attention(torch.autograd.Function):
     """With ``P = softmax(scale q kᵀ)`` and ``dS = P ∘ (dout vᵀ - rowsum(dout ∘ out))``:
 
-    ``dv = Pᵀ dout``, ``dk = scale dSᵀ q``, ``dq = scale dS k``; P is computed again from the kept log-sum-exp.
+    ``dv = Pᵀ dout``, ``dk = scale dSᵀ q``, ``dq = scale dS k``. P is recomputed from the kept log-sum-exp.
     """
 
     @staticmethod
@@ -33,6 +33,7 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, lse = ctx.saved_tensors
+        # the forward ran native code, but the backward may run inside a mode that would miss it
         if hides_native_calls():
             grads = gradients_of(
                 partial(attention_reference, scale=ctx.scale, causal=ctx.causal, mask=mask),

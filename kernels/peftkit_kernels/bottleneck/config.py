@@ -11,7 +11,7 @@ MAX_BOTTLENECK = 256
 
 
 def obstacle(R: int) -> str | None:
-    """Why a bottleneck of ``R`` cannot be computed by the kernels, or ``None``."""
+    """Why the kernels cannot compute a bottleneck of size ``R``, or ``None``."""
     if R > MAX_BOTTLENECK:
         return (
             f"the bottleneck is {R} wide; the kernels keep it in registers, up to {MAX_BOTTLENECK}"
@@ -21,7 +21,7 @@ def obstacle(R: int) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class BottleneckConfig:
-    """``block_m`` rows a program, ``block_d`` of their columns at a time."""
+    """A program owns ``block_m`` rows and reads ``block_d`` of their columns at a time."""
 
     block_m: int
     block_d: int
@@ -32,9 +32,9 @@ class BottleneckConfig:
     def choose(
         cls, M: int, R: int, *, itemsize: int, aligned: bool, target: Target
     ) -> BottleneckConfig:
-        """Every program reads both factors from L2, so it has many rows, unless few rows would leave the GPU a quarter empty."""
+        """Many rows in each program, because every program reads both factors from L2; fewer if a quarter of the GPU would be idle."""
         padded = block_r(R)
-        # 64 rows of a bottleneck of 256 take all 255 registers
+        # with a bottleneck of 256, 64 rows would take all 255 registers
         block_m = 64 if padded <= 128 else 32
         while block_m > 16 and 4 * cdiv(M, block_m) < 3 * target.sms:
             block_m //= 2

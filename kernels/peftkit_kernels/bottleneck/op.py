@@ -25,9 +25,9 @@ def bottleneck(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """A bottleneck adapter: ``y = base + scale · (act(h downᵀ + down_bias) upᵀ + up_bias)``; the base is mostly ``h`` itself.
+    """A bottleneck adapter: ``y = base + scale · (act(h downᵀ + down_bias) upᵀ + up_bias)``; the base is usually ``h`` itself.
 
-    Kept for backward: ``h`` where ``down`` is trained, and the ``[M, R]`` input of the activation.
+    Kept for backward: ``h`` if ``down`` is trained, and the ``[M, R]`` input of the activation.
 
     Args:
         h: ``[..., D]``.
@@ -35,14 +35,14 @@ def bottleneck(
         down_bias: ``[R]`` or ``None``.
         up: ``[D, R]``.
         up_bias: ``[D]`` or ``None``.
-        scale: Factor on what is added to the base.
+        scale: Factor on the output of ``up``, before it is added to the base.
         act: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, ``"tanh"`` or ``"identity"``.
-        base: ``[..., D]`` in the dtype of ``h``, for an adapter that adds to something else than it reads; ``None`` for ``h``.
+        base: ``[..., D]`` in the dtype of ``h``: the tensor that the adapter adds to. ``None`` means ``h``.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        ``[..., D]`` in the dtype of ``h`` (of autocast where that is on). Float32 parameters on a 16-bit ``h`` are cast,
-        their gradients stay float32.
+        ``[..., D]`` in the dtype of ``h``, or of autocast if it is on. Float32 parameters on a 16-bit ``h`` are cast to its
+        dtype; their gradients stay float32.
 
     Raises:
         ValueError: Shapes or dtypes do not fit, the activation is unknown, or the backend cannot run.
@@ -88,7 +88,7 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(bias.shape)}; it must be [{size}]")
     if base is not None and (base.shape != h.shape or base.dtype is not h.dtype):
         raise ValueError(
-            f"base is {base.dtype} {tuple(base.shape)} and h {h.dtype} {tuple(h.shape)}; they must be of one dtype and shape"
+            f"base is {base.dtype} {tuple(base.shape)} and h {h.dtype} {tuple(h.shape)}; they must have the same dtype and shape"
         )
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")

@@ -38,9 +38,9 @@ def bottleneck_reference(
         down_bias: ``[R]`` or ``None``.
         up: ``[D, R]``.
         up_bias: ``[D]`` or ``None``.
-        scale: Factor on what is added to the base.
+        scale: Factor on the output of ``up``, before it is added to the base.
         act: One of ``ACTIVATIONS``.
-        base: ``[..., D]``; ``h`` where there is none.
+        base: ``[..., D]``; ``None`` means ``h``.
         compute_dtype: Dtype of every product.
     """
     dtype = compute_dtype or h.dtype

@@ -1,4 +1,4 @@
-"""``bottleneck`` from torch ops: keeps h and the narrow value before the activation, nothing else."""
+"""``bottleneck`` from torch ops: keeps only h and the ``[M, R]`` input of the activation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Bottleneck(torch.autograd.Function):
 
     ``dup = scale · dyᵀ a``, ``dup_bias = scale · Σ dy``, ``ddown = dzᵀ h``, ``ddown_bias = Σ dz``, ``dh = dy + dz down``.
 
-    With a base ``dbase = dy``, and ``dh`` is without ``dy``.
+    With a separate base ``dbase = dy`` and ``dh = dz down``.
     """
 
     @staticmethod
@@ -39,6 +39,7 @@ class Bottleneck(torch.autograd.Function):
         scale, act = numbers
         flat, dtype = rows(h), h.dtype
         z = matmul_nt(flat, cast(down, dtype), _cast_bias(down_bias, dtype))
+        # the scale multiplies act(z) and the bias, so that no pass over y is needed for it
         cast_bias = None if up_bias is None else cast(up_bias, dtype) * scale
         y = matmul_nt(ACTIVATIONS[act](z).mul(scale), cast(up, dtype), cast_bias)
         y.add_(flat if base is None else rows(base))
@@ -81,7 +82,7 @@ class Bottleneck(torch.autograd.Function):
 
 
 def _activation_backward(da: Tensor, z: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """``act(z)`` again, and ``da ∘ act'(z)`` by torch's own derivative."""
+    """``act(z)``, recomputed, and ``da ∘ act'(z)`` by torch's own derivative."""
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         a = ACTIVATIONS[act](leaf)
@@ -94,5 +95,5 @@ def _cast_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _sum(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Summed over the rows, in float32 where 16 bits would not hold the result that is asked for."""
+    """The sum over the rows, in float32 if a 16-bit ``grad`` is summed for a float32 ``dtype``."""
     return grad.sum(0, dtype=torch.promote_types(grad.dtype, dtype))

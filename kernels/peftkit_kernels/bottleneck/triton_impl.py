@@ -38,7 +38,7 @@ def forward(
     *,
     config: BottleneckConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``y`` as ``bottleneck`` defines it, and the input ``z`` of its activation, ``[M, R]``."""
+    """``y`` as ``bottleneck`` defines it, and ``z``, the input of its activation, ``[M, R]``."""
     y, z = _like_outputs(h, down)
     if not h.numel():
         return y, z
@@ -79,9 +79,9 @@ def backward(
     *,
     config: BottleneckConfig | None = None,
 ) -> list[Tensor]:
-    """Those of ``dh``, ``ddown``, ``ddown_bias`` (float32) and ``dup`` that ``needs`` asks for; ``h`` is needed for ddown.
+    """Those of ``dh``, ``ddown``, ``ddown_bias`` (float32) and ``dup`` that ``needs`` selects; ``ddown`` needs ``h``.
 
-    The gradient of a base is ``dy``; without one ``dy`` is a part of ``dh``.
+    The gradient of a separate base is ``dy``. Without a separate base ``dy`` is added to ``dh``.
     """
     if not dy.numel():
         grads = _like_grads(dy, h, z, down, up, scale, act, has_base, needs)
@@ -96,13 +96,18 @@ def backward(
         factors = cast(down, dtype), cast(up, dtype)
         _launch_backward(flat, z, *factors, a, dz, dh, scale, act, has_base, config)
     elif needs_up:
+        # only dup is needed: no kernel has to read dy for a
         a = ACTIVATIONS[act](z)
     if needs_down:
-        ddown = _joined([passes.grad_a(part, rows(h), down.dtype) for part in _narrow(dz)], 0)
+        ddown = _concatenate(
+            [passes.grad_a(part, rows(h), down.dtype) for part in _rank_parts(dz)], 0
+        )
     if needs_bias and dz is not None:
         ddown_bias = dz.sum(0, dtype=torch.float32)
     if needs_up:
-        dup = _joined([passes.grad_b(flat, part, scale, up.dtype) for part in _narrow(a)], 1)
+        dup = _concatenate(
+            [passes.grad_b(flat, part, scale, up.dtype) for part in _rank_parts(a)], 1
+        )
     return [grad for grad in (dh, ddown, ddown_bias, dup) if grad is not None]
 
 
@@ -119,7 +124,7 @@ def _launch_backward(
     has_base: bool,
     config: BottleneckConfig | None,
 ) -> None:
-    """Fill ``a``, ``dz`` and ``dh``, those that are there."""
+    """Fill those of ``a``, ``dz`` and ``dh`` that are not ``None``."""
     (M, D), R, flat_dh = dy.shape, z.shape[1], None if dh is None else rows(dh)
     c = config or _choose(dy, R)
     launch(
@@ -135,12 +140,12 @@ def _launch_backward(
     )
 
 
-def _narrow(t: Tensor) -> Sequence[Tensor]:
-    """``t [M, R]`` in parts no wider than the tall passes take."""
+def _rank_parts(t: Tensor) -> Sequence[Tensor]:
+    """``t [M, R]`` in parts of at most ``MAX_RANK`` columns, which the tall passes support."""
     return t.split(MAX_RANK, 1)
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+def _concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 

@@ -10,7 +10,7 @@ from peftkit_kernels.low_rank.config import block_r
 
 @dataclass(frozen=True, slots=True)
 class NormConfig:
-    """``block_n`` rows of the weight a program, ``block_k`` columns at a time."""
+    """A program owns ``block_n`` rows of the weight and reads ``block_k`` columns at a time."""
 
     block_n: int
     block_k: int
@@ -19,7 +19,7 @@ class NormConfig:
 
     @classmethod
     def choose(cls, R: int, *, itemsize: int) -> NormConfig:
-        """Few rows a program: the norm of a weight of 4096 rows is 256 programs."""
+        """Few rows in each program, so that a weight of 4096 rows makes 256 programs."""
         if itemsize == 4:
             return cls(16, 64 if block_r(R) < 64 else 32)
         return cls(16, 128 if block_r(R) < 64 else 64)
@@ -27,7 +27,7 @@ class NormConfig:
 
 @dataclass(frozen=True, slots=True)
 class MagnitudeConfig:
-    """``chunk_m`` rows and ``block_n`` columns a program."""
+    """A program owns ``chunk_m`` rows and ``block_n`` columns."""
 
     block_m: int
     block_n: int
@@ -36,7 +36,7 @@ class MagnitudeConfig:
 
     @classmethod
     def choose(cls, M: int, N: int, *, target: Target) -> MagnitudeConfig:
-        """Long chunks make few partial sums; shorter ones fill the GPU."""
+        """Long chunks, because they make few partial sums; shorter ones if there are too few programs to fill the GPU."""
         block_m, block_n, chunk_m = 16, 128, 1024
         while chunk_m > 4 * block_m and cdiv(M, chunk_m) * cdiv(N, block_n) < 2 * target.sms:
             chunk_m //= 2

@@ -1,4 +1,4 @@
-"""The norm of an updated weight in one read of it, however it is stored, and the gradient of a magnitude.
+"""The row norms of an updated weight, which is read once in any storage, and the gradient of a magnitude.
 
 W ``[N, K]``, A ``[R, K]``, B ``[N, R]``, y and dy ``[M, N]``. Offsets of rows and of words are int64.
 """
@@ -11,8 +11,8 @@ from peftkit_kernels.nf4.kernels import block_absmax, decode_words, level_table
 
 @triton.jit
 def norm_kernel(
-    w_ptr,  # w[N, K] by strides: numbers, codes, or words of eight codes
-    absmax_ptr, code_ptr, nested_ptr, offset_ptr,  # of a 4-bit w; absmax[N] of an 8-bit one; or None
+    w_ptr,  # w[N, K] by strides: floating-point numbers, 8-bit codes, or words of eight 4-bit codes
+    absmax_ptr, code_ptr, nested_ptr, offset_ptr,  # block maxima of a 4-bit w; absmax[N] of an 8-bit w; or None
     a_ptr, b_ptr, update_ptr, norm_ptr,  # a[R, K], b[N, R] by strides  update[N] = |scale · B A|²  norm[N]
     scale, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
@@ -22,6 +22,7 @@ def norm_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``norm = |W + scale · B A|`` by rows: ``|W|² + 2 scale · B ∘ (W Aᵀ) + scale² · B (A Aᵀ) ∘ B``, each summed over the row."""
+    # 1. which rows this program owns
     dtype: tl.constexpr = a_ptr.dtype.element_ty
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
@@ -29,7 +30,7 @@ def norm_kernel(
     rows = offs_n.to(tl.int64)[:, None]
     if STORAGE == "nf4":
         table = level_table(tl.float32)
-    # 1. |W|² and W Aᵀ in one pass over W
+    # 2. |W|² and W Aᵀ in one pass over W
     squares = tl.zeros((BLOCK_N,), tl.float32)
     cross = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -39,7 +40,7 @@ def norm_kernel(
             offs_w = k // 8 + tl.arange(0, BLOCK_K // 8)
             mask_w = mask_n[:, None] & (offs_w < K // 8)[None, :]
             word = rows * (K // 8) + offs_w[None, :]
-            # eight times the code of zero
+            # 7 is the code of zero, so padding decodes to 0
             words = tl.load(w_ptr + word, mask=mask_w, other=0x77777777)
             block = word // (BLOCKSIZE // 8)
             absmax = block_absmax(
@@ -65,16 +66,17 @@ def norm_kernel(
         cross = tl.dot(operand, a, cross, input_precision=PRECISION)
         squares += tl.sum(wide * wide, 1)
     if STORAGE == "int8":
+        # the loop used the codes; one step of a code is row_absmax / 127
         step = tl.math.div_rn(tl.load(absmax_ptr + offs_n, mask=mask_n, other=0.0), 127.0)
         squares *= step * step
         cross *= step[:, None]
-    # 2. what the update adds
+    # 3. the terms of the update: 2 scale · B ∘ (W Aᵀ) and |scale · B A|²
     mask_b = mask_n[:, None] & mask_r[None, :]
     b_ptrs = b_ptr + rows * stride_bn + offs_r[None, :] * stride_br
     b = tl.load(b_ptrs, mask=mask_b, other=0.0).to(tl.float32)
     squares += 2.0 * scale * tl.sum(cross * b, 1)
     squares += tl.load(update_ptr + offs_n, mask=mask_n, other=0.0)
-    # 3. below 0 by rounding counts as 0; NaN stays
+    # 4. the root; a sum that rounding made negative counts as 0, and NaN stays NaN
     norm = tl.math.sqrt_rn(tl.where(squares < 0.0, 0.0, squares))
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)
 
@@ -87,7 +89,7 @@ def magnitude_grad_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``g[i] = Σ dy ∘ (y - bias)`` over row chunk i; program (i, j): column block j."""
+    """``g[i] = Σ dy ∘ (y - bias)`` over row chunk i. Program (i, j) owns row chunk i and column block j."""
     pid_m = tl.program_id(0)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N

@@ -57,24 +57,26 @@ def dora_linear(
     keep_direction: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
-    """A frozen linear with direction and magnitude adapted: ``y = magnitude / norm · (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + bias``.
+    """A DoRA linear: ``y = magnitude / norm · (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + bias`` with a frozen ``W``.
 
-    Kept for backward: ``x`` if A is trained, ``s = drop(x) Aᵀ`` if B is, and the output itself if the magnitude is; the
-    output may then not be changed in place.
+    Kept for backward: ``x`` if A is trained, ``s = drop(x) Aᵀ`` if B is trained, and the output itself if the magnitude is
+    trained; in that case do not change the output in place.
 
     Args:
         x: ``[..., K]``.
         weight: ``[N, K]``, frozen, or a weight in NF4 or 8-bit storage.
         bias: ``[N]`` or ``None``.
-        lora: The adapter, computed in ``low_rank.adapter_dtype``: float32 factors on a 16-bit ``x`` in float32.
-        magnitude: ``[N]``. No element may be exactly 0, unless ``keep_direction``: its gradient is computed from the output.
-        norm: What ``dora_norm`` gives for these factors, or ``None`` to have it computed.
-        keep_direction: Keep ``z = x Wᵀ + scale · drop(x) Aᵀ Bᵀ`` for the magnitude's gradient instead of the output, which may
-            then be changed in place. Factors wider than ``x`` imply it: the output is rounded once more than the direction.
+        lora: The adapter. It is computed in ``low_rank.adapter_dtype``: in float32 for float32 factors on a 16-bit ``x``.
+        magnitude: ``[N]``. Without ``keep_direction`` no element may be exactly 0, because the gradient of the magnitude is
+            computed from the output.
+        norm: The result of ``dora_norm`` for these factors, or ``None`` to compute it here.
+        keep_direction: Keep ``z = x Wᵀ + scale · drop(x) Aᵀ Bᵀ`` for the gradient of the magnitude instead of the output. The
+            output may then be changed in place. Factors wider than ``x`` imply it, because the output is rounded once more
+            than the direction.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
+        ``[..., N]`` in the dtype of ``x``, or of autocast if it is on.
 
     Raises:
         ValueError: Shapes or dtypes do not fit, the weight or the norm requires a gradient, or the backend cannot run.
@@ -97,7 +99,10 @@ def dora_linear(
         norm = dora_norm(weight, lora, backend=backend)
     check_bias(norm, weight, "norm")
     if norm.requires_grad:
-        raise ValueError("norm requires a gradient, and DoRA gives it none; pass norm.detach()")
+        raise ValueError(
+            "norm requires a gradient, but DoRA treats it as a constant; pass norm.detach()"
+        )
+    # with wider factors y is rounded to the dtype of x after the scaling, so (y - bias) / g would be less exact than z
     keep_direction = keep_direction or adapter_dtype(x, lora.A) is not x.dtype
     tensors = x, *parts_of(weight)[0], bias, lora.A, lora.B, magnitude, norm
     chosen = choose_backend("dora_linear", backend, *tensors, rank=lora.A.shape[0])

@@ -15,7 +15,7 @@ Weight = Tensor | QuantizedWeight
 def dora_norm_reference(
     weight: Weight, lora: LoRA, *, compute_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``|W + scale · B A|`` of every row, ``[N]`` in ``compute_dtype`` (default: float32, or float64 of a float64 factor)."""
+    """``|W + scale · B A|`` of every row, ``[N]`` in ``compute_dtype`` (default: float32, or float64 for float64 factors)."""
     dtype = compute_dtype or torch.promote_types(lora.A.dtype, torch.float32)
     full = weight.to(dtype) if isinstance(weight, Tensor) else dequantize_reference(weight, dtype)
     return torch.linalg.vector_norm(full + lora.scale * lora.B.to(dtype) @ lora.A.to(dtype), dim=1)

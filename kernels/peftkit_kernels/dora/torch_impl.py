@@ -1,4 +1,4 @@
-"""DoRA from torch ops: norms without the updated weight, and a linear whose row factors are folded where that is cheaper."""
+"""DoRA from torch ops: norms without forming the updated weight, and a linear that folds ``g`` into the weight if that is cheaper."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from peftkit_kernels.low_rank import LoRA, cast, rows
 from peftkit_kernels.quantized import decode
 
 _NORM_ROWS = 128
-"""Rows of a weight that are squared and multiplied at a time: 1 MiB of a width of 2,048 stays in the second-level cache."""
+"""Rows of a weight that are processed at a time: at a width of 2,048 they are 1 MiB, which stays in the second-level cache."""
 
 
 def weight_norm(weight: Weight, lora: LoRA) -> Tensor:
-    """``|W + scale · B A|`` of every row without forming it, in float32 (float64 for a float64 weight or factor).
+    """``|W + scale · B A|`` of every row without forming the sum, in float32 (float64 for a float64 weight or factor).
 
-    ``|W|² + 2 scale · B ∘ (W Aᵀ) + scale² · B (A Aᵀ) ∘ B``, each summed over the row; below 0 by rounding counts as 0.
+    The square is ``|W|² + 2 scale · B ∘ (W Aᵀ) + scale² · B (A Aᵀ) ∘ B``, each term summed over the row. A sum that rounding
+    made negative counts as 0.
     """
     wide = torch.promote_types(lora.A.dtype, torch.float32)
     if isinstance(weight, Tensor):
@@ -48,9 +49,10 @@ def weight_norm(weight: Weight, lora: LoRA) -> Tensor:
 
 
 def folds(rows: int, weight: Weight) -> bool:
-    """Whether the row factors go into the weight rather than into the output: if it is decoded anyway, or is smaller.
+    """Whether ``g`` multiplies the rows of the weight instead of the output.
 
-    A 16-bit weight is left as it is: each scaled row would be rounded, and the magnitude's gradient be off by that.
+    This is cheaper if the weight is decoded anyway, or is smaller than the output. A 16-bit weight is not folded: each scaled
+    row would be rounded, and the gradient of the magnitude would contain that error.
     """
     if not isinstance(weight, Tensor):
         return True
@@ -60,7 +62,7 @@ def folds(rows: int, weight: Weight) -> bool:
 def scaled_weight(
     weight: Weight, factor: Tensor, dtype: torch.dtype, decode: Callable[..., Tensor] = decode
 ) -> Tensor:
-    """``factor`` times the rows of the weight in ``dtype``, in the workspace; ``decode`` as that of ``quantized``."""
+    """The rows of the weight times ``factor``, in ``dtype``, in the workspace; ``decode`` has the signature of ``quantized.decode``."""
     if isinstance(weight, Tensor):
         out = workspace.take(tuple(weight.shape), dtype, weight.device)
         for block in low_rank.blocks(weight):
@@ -72,7 +74,7 @@ def scaled_weight(
 
 
 class Call(NamedTuple):
-    """What the autograd function gets besides tensors."""
+    """The arguments of the autograd function that are not differentiable."""
 
     weight: Weight
     numbers: Numbers
@@ -80,7 +82,7 @@ class Call(NamedTuple):
 
 
 class DoRALinear(torch.autograd.Function):
-    """With ``g = magnitude / norm``, where the norm counts as a constant, ``s = drop(x) Aᵀ`` and ``ds = scale · (dy ∘ g) B``:
+    """With ``g = magnitude / norm`` for a constant norm, ``s = drop(x) Aᵀ`` and ``ds = scale · (dy ∘ g) B``:
 
     ``dB = scale · g ∘ (dyᵀ s)``, ``dA = dsᵀ drop(x)``, ``dx = (dy ∘ g) W + mask ∘ (ds A)``, ``dbias = Σ dy``,
     ``dmagnitude = Σ dy ∘ (y - bias) / magnitude``, or ``Σ dy ∘ z / norm`` if the direction ``z`` is kept.
@@ -137,11 +139,12 @@ class DoRALinear(torch.autograd.Function):
             dmagnitude = cast(column_products(dy, kept) / norm, magnitude.dtype)
         elif needs_magnitude:
             dmagnitude = _magnitude_grad(dy, rows(kept), bias, magnitude)
-        grown = B * g[:, None]  # in the dtype of g
+        # B takes the rows' factors, so that ds needs no scaled copy of dy; in the dtype of g
+        scaled_B = B * g[:, None]
         if needs_B:
-            dB = low_rank.grad_b(dy, s, lora.scale, grown).mul_(g[:, None]).to(B.dtype)
+            dB = low_rank.grad_b(dy, s, lora.scale, scaled_B).mul_(g[:, None]).to(B.dtype)
         if needs_x or needs_A:
-            ds = low_rank.grad_s(dy, grown, lora.scale)
+            ds = low_rank.grad_s(dy, scaled_B, lora.scale)
             if needs_A:
                 x = recompute.restore(ctx.recompute_x, more[len(more) - ctx.parts :])
                 dA = low_rank.grad_a(ds, rows(x), A.dtype, lora.p, lora.seed)
@@ -157,7 +160,7 @@ class DoRALinear(torch.autograd.Function):
 
 
 def _add_and_scale_(y: Tensor, s: Tensor, lora: LoRA, g: Tensor, bias: Tensor | None) -> Tensor:
-    """``g ∘ (y + scale · s Bᵀ) + bias`` in place of ``y``, rounded once."""
+    """``g ∘ (y + scale · s Bᵀ) + bias``, written over ``y`` and rounded once."""
     wide = torch.promote_types(s.dtype, g.dtype)
     s, B = cast(s, wide), cast(lora.B, wide)
     for block in [slice(None)] if y.dtype is wide else low_rank.blocks(y):
@@ -170,7 +173,7 @@ def _add_and_scale_(y: Tensor, s: Tensor, lora: LoRA, g: Tensor, bias: Tensor | 
 
 
 def _tensors(weight: Weight) -> tuple[Tensor, ...]:
-    """A dense weight is saved only so that a change of it before the backward is noticed."""
+    """The dense weight. It is saved only so that autograd notices if it changes before the backward."""
     return (weight,) if isinstance(weight, Tensor) else ()
 
 

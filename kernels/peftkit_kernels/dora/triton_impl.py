@@ -36,24 +36,24 @@ def _kernels() -> Any:
 
 
 def parts_of(weight: Weight) -> tuple[list[Tensor], list[int]]:
-    """A weight as a torch.library op takes it: tensors and numbers."""
+    """A weight in the form that a torch.library op takes: tensors and numbers."""
     if isinstance(weight, Tensor):
         return [weight], list(weight.shape)
     return weight.tensors(), layout_of(weight)
 
 
 def _weight(tensors: Sequence[Tensor], layout: Sequence[int]) -> Weight:
-    """The weight that ``parts_of`` took apart."""
+    """The weight, from the parts that ``parts_of`` returned."""
     return tensors[0] if tensors[0].is_floating_point() else rebuild(tensors, layout)
 
 
 def weight_norm(
     weight: Weight, A: Tensor, B: Tensor, scale: float, *, config: NormConfig | None = None
 ) -> Tensor:
-    """``|W + scale · B A|`` of every row, ``Float32[N]``, in one read of the weight as it is stored.
+    """``|W + scale · B A|`` of every row, ``Float32[N]``, with one read of the stored weight.
 
-    Products with A are 16-bit where A is, and a dense weight too; sums are float32. A 4-bit weight whose rows are not whole words
-    is decoded first.
+    The product with A is 16-bit if A is 16-bit and a dense weight is too; sums are float32. A 4-bit weight whose rows are not
+    whole words is decoded first.
     """
     N, K = weight.shape
     norm = A.new_empty(N, dtype=torch.float32)
@@ -72,9 +72,9 @@ def weight_norm(
     else:
         storage, stored = "nf4", (words_of(weight.packed)[0], *absmax_arguments(weight))
         strides, constants = (0, 0), absmax_constants(weight)
-    R, wide, tall = A.shape[0], A.float(), B.float()
-    # [R, R] and [N, R]: small, and in the kernel they would take its registers
-    update = (tall @ (wide @ wide.t())).mul_(tall).sum(1).mul_(scale * scale)
+    R, float_A, float_B = A.shape[0], A.float(), B.float()
+    # torch computes these small products, [R, R] and [N, R], because they would take registers in the kernel
+    update = (float_B @ (float_A @ float_A.t())).mul_(float_B).sum(1).mul_(scale * scale)
     A = cast(A, dtype)
     c = config or NormConfig.choose(R, itemsize=A.element_size())
     launch(
@@ -138,9 +138,11 @@ def forward(
     seed: int,
     keep_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``y``, ``[..., N]``, ``s = drop(x) Aᵀ``, ``[M, R]``, ``g = magnitude / norm``, ``[N]``, and the direction if it is kept.
+    """The forward of ``dora_linear``, and the tensors that its backward needs.
 
-    That is ``x Wᵀ + scale · s Bᵀ``, ``[M, N]``; ``[0, N]`` if not kept.
+    Returns:
+        ``y``, ``[..., N]``; ``s = drop(x) Aᵀ``, ``[M, R]``; ``g = magnitude / norm``, ``[N]``; and the direction
+        ``x Wᵀ + scale · s Bᵀ``, ``[M, N]`` if it is kept, else ``[0, N]``.
     """
     if not x.numel():
         numbers = scale, p, seed, keep_direction
@@ -205,7 +207,7 @@ def backward(
     keep_direction: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Those of ``dx``, ``dA``, ``dB`` and ``dmagnitude`` that ``needs`` asks for, from ``x``, ``s`` and ``y``, or the kept direction for ``y``."""
+    """Those of ``dx``, ``dA``, ``dB`` and ``dmagnitude`` that ``needs`` selects. If the direction was kept, it is passed as ``y``."""
     if not dy.numel():
         return [
             grad.zero_()
@@ -305,7 +307,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, layout, bias, A, B, magnitude, norm, *numbers, keep_direction = inputs
-    # here torch counts the tensors of a list one by one in what needs a gradient, in the backward as one
+    # not ctx.needs_input_grad: here it has one entry for each tensor of a list, in the backward one for the whole list
     ctx.recompute_x, x_parts = recompute.saved_for(x, A.requires_grad)
     y, s, g, z = output
     kept_y = (z if keep_direction else y) if magnitude.requires_grad else None

@@ -1,4 +1,4 @@
-"""The magnitude of DoRA applied to what a LoRA linear gives: one output, or the two of a gated MLP with its activation."""
+"""The magnitude of DoRA applied to the output of a LoRA linear, or to the two outputs and the activation of a gated MLP."""
 
 from peftkit_kernels.dora_scale.op import dora_gate, dora_scale
 from peftkit_kernels.dora_scale.reference import Scale, dora_gate_reference, dora_scale_reference

@@ -1,8 +1,8 @@
 """DoRA's magnitude applied to a LoRA linear's output, alone and in the gate of an MLP, forward and backward.
 
-Every stream is read once and written once. What belongs to a column (factor, bias) is read once a program, which has all rows
-of its chunk; sums over rows are kept a number an element and added up at the end. Programs count along the columns first, so
-that those running together share the pages of DRAM. Offsets of rows are int64.
+Every tensor is read once and written once. A program reads the values of a column (factor, bias) once for all rows of its
+chunk. It keeps one running sum for each element of a tile and adds the tile's rows at the end. Programs are numbered along the
+columns first, so that those that run together access the same pages of DRAM. Offsets of rows are int64.
 """
 
 import triton
@@ -13,7 +13,7 @@ from peftkit_kernels.tiles import activation
 
 @triton.jit
 def _of_columns(ptr, offs_n, mask_n, PRESENT: tl.constexpr, absent, BLOCK_N: tl.constexpr):
-    """``ptr[N]`` in float32, or ``absent`` in every place."""
+    """``ptr[N]`` in float32, or the value ``absent`` for every column."""
     if PRESENT:
         values = tl.load(ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     else:
@@ -44,17 +44,19 @@ def scale_kernel(
 
 @triton.jit
 def scale_backward_kernel(
-    dy_ptr, z_ptr, g_ptr,  # dy[M, N]  z[M, N] and g[N], each None where it is not needed
+    dy_ptr, z_ptr, g_ptr,  # dy[M, N]  z[M, N] and g[N], each None if it is not needed
     dz_ptr, sums_ptr,  # dz[M, N] or None  sums[row chunks, DG + DBIAS, N] or None
     M, N, chunk_m, stride_dym, stride_zm, stride_dzm,
     DZ: tl.constexpr, DG: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``dz = dy ∘ g``; over each chunk of rows ``Σ dy ∘ z`` with DG and ``Σ dy`` with DBIAS, in this order."""
+    # 1. which columns and which chunk of rows this program owns
     blocks = tl.cdiv(N, BLOCK_N)
     pid_m = tl.program_id(0) // blocks
     offs_n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
+    # 2. one pass over the rows: dz, and running sums for each element of the tile
     g = _of_columns(g_ptr, offs_n, mask_n, DZ, 1.0, BLOCK_N)
     dg = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -73,6 +75,7 @@ def scale_backward_kernel(
         if DZ:
             dz = (dy * g).to(dz_ptr.dtype.element_ty)
             tl.store(dz_ptr + rows * stride_dzm + offs_n[None, :], dz, mask=mask)
+    # 3. the sums over this chunk's rows
     offs_s = pid_m.to(tl.int64) * (DG + DBIAS) * N + offs_n
     if DG:
         tl.store(sums_ptr + offs_s, tl.sum(dg, 0), mask=mask_n)
@@ -129,6 +132,7 @@ def scaled_gate_backward_kernel(
     ``gate`` and ``up``, the scaled values, are recomputed. The sums over each chunk of rows are ``Σ d_gate ∘ z_gate``,
     ``Σ d_up ∘ z_up``, ``Σ d_gate`` and ``Σ d_up``, in this order, without those that are not needed.
     """
+    # 1. which columns and which chunk of rows this program owns
     blocks = tl.cdiv(F, BLOCK_F)
     pid_m = tl.program_id(0) // blocks
     offs_f = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -137,6 +141,7 @@ def scaled_gate_backward_kernel(
     g_up = _of_columns(g_up_ptr, offs_f, mask_f, HAS_G_UP, 1.0, BLOCK_F)
     bias_gate = _of_columns(bias_gate_ptr, offs_f, mask_f, HAS_BIAS_GATE, 0.0, BLOCK_F)
     bias_up = _of_columns(bias_up_ptr, offs_f, mask_f, HAS_BIAS_UP, 0.0, BLOCK_F)
+    # 2. one pass over the rows
     dg_gate = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
     dg_up = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
     dbias_gate = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
@@ -152,6 +157,7 @@ def scaled_gate_backward_kernel(
         z_gate = tl.load(z_gate_ptrs, mask=mask, other=0.0).to(tl.float32)
         z_up = tl.load(z_up_ptrs, mask=mask, other=0.0).to(tl.float32)
         dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
+        # gate and up again, then the gradients at both
         a, slope = activation(z_gate * g_gate + bias_gate, ACT)
         d_gate = dh * (z_up * g_up + bias_up) * slope
         d_up = dh * a
@@ -160,6 +166,7 @@ def scaled_gate_backward_kernel(
             dz_gate_ptr + offs_d, (d_gate * g_gate).to(dz_gate_ptr.dtype.element_ty), mask=mask
         )
         tl.store(dz_up_ptr + offs_d, (d_up * g_up).to(dz_up_ptr.dtype.element_ty), mask=mask)
+        # running sums for each element of the tile
         if DG_GATE:
             dg_gate += d_gate * z_gate
         if DG_UP:
@@ -168,6 +175,7 @@ def scaled_gate_backward_kernel(
             dbias_gate += d_gate
         if DBIAS_UP:
             dbias_up += d_up
+    # 3. the sums over this chunk's rows, in the order of the docstring
     offs_s = pid_m.to(tl.int64) * (DG_GATE + DG_UP + DBIAS_GATE + DBIAS_UP) * F + offs_f
     if DG_GATE:
         tl.store(sums_ptr + offs_s, tl.sum(dg_gate, 0), mask=mask_f)

@@ -29,17 +29,18 @@ from peftkit_kernels.lora_swiglu_mlp.activation import ACTIVATIONS
 
 
 def dora_scale(z: Tensor, scale: Scale, *, backend: Backend = "auto") -> Tensor:
-    """The output of a DoRA linear from that of its LoRA linear: ``y = z ∘ magnitude / norm + bias``.
+    """The output of a DoRA linear from the output of its LoRA linear: ``y = z ∘ magnitude / norm + bias``.
 
-    Kept for backward: ``z`` where the magnitude is trained.
+    Kept for backward: ``z`` if the magnitude is trained.
 
     Args:
         z: ``[..., N]``: ``x Wᵀ + scale · drop(x) Aᵀ Bᵀ``, without bias.
-        scale: Magnitude, norm (of ``dora_norm``) and bias.
+        scale: Magnitude, norm (from ``dora_norm``) and bias.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        ``[..., N]``, a new tensor in the dtype of ``z``; computed in the dtype of the norm (on Triton float32) and rounded once.
+        ``[..., N]``, a new tensor in the dtype of ``z``. It is computed in the dtype of the norm (float32 on Triton) and
+        rounded once.
 
     Raises:
         ValueError: Shapes do not fit, the norm requires a gradient or is missing, or the backend cannot run.
@@ -64,11 +65,11 @@ def dora_gate(
 ) -> Tensor:
     """The middle of a gated MLP of DoRA linears: ``h = act(gate) ∘ up``, each computed as by ``dora_scale``.
 
-    Kept for backward: the two ``z``. What consumes ``h`` can make it again from them and need not keep it.
+    Kept for backward: the two ``z``. The op that reads ``h`` can recompute it from them and need not keep it.
 
     Args:
-        zs: ``[..., F]`` each: what the LoRA linears of gate and up give, without bias.
-        scales: Of gate and up; a side without a magnitude only gets its bias.
+        zs: ``[..., F]`` each: the outputs of the LoRA linears of gate and up, without bias.
+        scales: For gate and up. If a side has no magnitude, only its bias is added.
         act: One of ``lora_swiglu_mlp.ACTIVATIONS``.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
@@ -83,7 +84,8 @@ def dora_gate(
         raise ValueError(f"act={act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
     if len(zs) != 2 or len(scales) != 2 or zs[0].shape != zs[1].shape:
         raise ValueError(
-            f"zs have shapes {[tuple(z.shape) for z in zs]} with {len(scales)} scales; gate and up must be two of one shape"
+            f"zs have shapes {[tuple(z.shape) for z in zs]} with {len(scales)} scales; pass two of each, for gate and up, with "
+            "equal shapes"
         )
     for i, (z, scale) in enumerate(zip(zs, scales, strict=True)):
         _check(z, scale, f"scales[{i}]")
@@ -95,7 +97,8 @@ def dora_gate(
         gs = [wide_factor(scale) for scale in scales]
         h = dora_gate_triton(*zs, *gs, *biases, act)
     else:
-        gs = (factor(*pair) for pair in zip(magnitudes, norms, strict=True))  # made where asked for
+        # a generator, so that the factors are computed only if h is tagged
+        gs = (factor(*pair) for pair in zip(magnitudes, norms, strict=True))
         h = run(DoRAGate, act, *zs, *magnitudes, *norms, *biases)
     if not h.requires_grad or torch.compiler.is_compiling():
         return h
@@ -106,7 +109,7 @@ def dora_gate(
             return gate_forward(*tensors, act)
         return unflatten(gate_of(tensors[:2], tensors[2:4], tensors[4:], act), shape)
 
-    # the factors of this forward, which no optimiser step changes
+    # detached copies of this forward's factors: an optimiser step changes the magnitudes, but not these
     return recompute.tag(h, make, *zs, *(None if g is None else g.detach() for g in gs), *biases)
 
 
@@ -122,11 +125,11 @@ def _check(z: Tensor, scale: Scale, name: str) -> None:
     for part, tensor in zip(Scale._fields, scale, strict=True):
         if tensor is not None and tensor.shape != z.shape[-1:]:
             raise ValueError(
-                f"{name}.{part} has shape {tuple(tensor.shape)}; z {tuple(z.shape)} takes [{z.shape[-1]}]"
+                f"{name}.{part} has shape {tuple(tensor.shape)}; for z {tuple(z.shape)} it must be [{z.shape[-1]}]"
             )
     if (scale.magnitude is None) != (scale.norm is None):
-        raise ValueError(f"{name} has a magnitude or a norm alone; pass both, or neither")
+        raise ValueError(f"{name} has only a magnitude or only a norm; pass both, or neither")
     if scale.norm is not None and scale.norm.requires_grad:
         raise ValueError(
-            f"{name}.norm requires a gradient, and DoRA gives it none; pass norm.detach()"
+            f"{name}.norm requires a gradient, but DoRA treats it as a constant; pass norm.detach()"
         )

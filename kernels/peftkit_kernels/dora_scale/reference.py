@@ -11,11 +11,11 @@ from peftkit_kernels.lora_swiglu_mlp.activation import activate
 
 
 class Scale(NamedTuple):
-    """What turns ``z [..., N]`` into the output of one DoRA linear.
+    """The vectors that turn ``z [..., N]`` into the output of one DoRA linear.
 
     Attributes:
-        magnitude: ``[N]``, or ``None`` where the linear has none.
-        norm: ``Float[N]``, what ``dora_norm`` gives; ``None`` without a magnitude.
+        magnitude: ``[N]``, or ``None`` if the linear has none.
+        norm: ``Float[N]``, the result of ``dora_norm``; ``None`` without a magnitude.
         bias: ``[N]`` or ``None``.
     """
 

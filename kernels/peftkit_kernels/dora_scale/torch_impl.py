@@ -1,4 +1,4 @@
-"""DoRA's magnitude from torch ops: the direction is kept, everything that can be made from it is made again."""
+"""DoRA's magnitude from torch ops: backward keeps the direction and recomputes everything that follows from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftkit_kernels.lora_swiglu_mlp.activation import gate_backward, gated
 from peftkit_kernels.low_rank import cast, rows
 
 _ROWS = 64
-"""Rows whose products are summed at a time: 1 MiB at a width of 2,048 and two tensors stays in the second-level cache."""
+"""Rows whose products are summed at a time: of two tensors of width 2,048 they are 1 MiB, which stays in the second-level cache."""
 
 
 def factor(magnitude: Tensor | None, norm: Tensor | None) -> Tensor | None:
@@ -24,7 +24,7 @@ def factor(magnitude: Tensor | None, norm: Tensor | None) -> Tensor | None:
 
 
 def scaled(z: Tensor, g: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``z ∘ g + bias`` for ``z [M, N]``, computed in the dtype of ``g`` and rounded once; ``z`` itself where there is neither."""
+    """``z ∘ g + bias`` for ``z [M, N]``, computed in the dtype of ``g`` and rounded once. Without ``g`` and bias, ``z`` itself."""
     if g is None:
         return z if bias is None else z + cast(bias, z.dtype)
     if bias is None:
@@ -35,14 +35,14 @@ def scaled(z: Tensor, g: Tensor | None, bias: Tensor | None) -> Tensor:
 def scaled_backward(
     dy: Tensor, z: Tensor | None, g: Tensor | None, norm: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of ``scaled`` by ``z`` and by the magnitude.
+    """The gradients of ``scaled`` with respect to ``z`` and the magnitude.
 
     Args:
         dy: ``[M, N]``.
-        z: ``[M, N]``, or ``None`` where the magnitude needs no gradient.
-        g: As ``scaled``.
+        z: ``[M, N]``, or ``None`` if the magnitude needs no gradient.
+        g: As in ``scaled``.
         norm: ``[N]``.
-        dtype: Of the magnitude.
+        dtype: The dtype of the magnitude.
     """
     if g is None:
         return dy, None
@@ -68,7 +68,7 @@ def column_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 class DoRAScale(torch.autograd.Function):
-    """With ``g = magnitude / norm``, where the norm counts as a constant:
+    """With ``g = magnitude / norm`` for a constant norm:
 
     ``dz = dy ∘ g``, ``dmagnitude = Σ dy ∘ z / norm``, ``dbias = Σ dy``.
     """
@@ -78,6 +78,7 @@ class DoRAScale(torch.autograd.Function):
         ctx: Any, z: Tensor, magnitude: Tensor | None, norm: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         g = factor(magnitude, norm)
+        # without g and bias, scaled returns z itself, but the output must be a new tensor
         y = rows(z).clone() if g is None and bias is None else scaled(rows(z), g, bias)
         _, needs_magnitude, _, needs_bias = ctx.needs_input_grad
         ctx.save_for_backward(z if needs_magnitude else None, g, norm)
@@ -96,11 +97,10 @@ class DoRAScale(torch.autograd.Function):
 
 
 class DoRAGate(torch.autograd.Function):
-    """The chain rule of ``DoRAScale`` for ``e`` and for ``u``, with what arrives at them from ``h = act(e) ∘ u``:
+    """With ``h = act(gate) ∘ up``: ``d_up = dh ∘ act(gate)`` and ``d_gate = dh ∘ up ∘ act'(gate)``.
 
-    ``du = dh ∘ act(e)``, ``de = dh ∘ u ∘ act'(e)``.
-
-    Tensors come in pairs: the ``z``, magnitudes, norms and biases of ``e`` and ``u``.
+    From these the chain rule of ``DoRAScale`` gives the gradients of both sides. The tensors are passed in pairs: the ``z``,
+    magnitudes, norms and biases of gate and up.
     """
 
     @staticmethod
@@ -140,11 +140,11 @@ Sides = Sequence[Tensor | None]
 
 
 def gate_of(zs: Sides, gs: Sides, biases: Sides, act: str) -> Tensor:
-    """``act(gate) ∘ up``, ``[M, F]``, with gate and up scaled from ``zs``."""
+    """``act(gate) ∘ up``, ``[M, F]``; gate and up are the scaled ``zs``."""
     flat = [rows(z) for z in zs if z is not None]
-    whole = _native_sides(flat, gs, biases, act)
-    if whole is not None:
-        return native.scaled_gate(flat, *whole, act)
+    sides = _native_sides(flat, gs, biases, act)
+    if sides is not None:
+        return native.scaled_gate(flat, *sides, act)
     gate, up = (scaled(z, g, bias) for z, g, bias in zip(flat, gs, biases, strict=True))
     return gated(gate.contiguous(), up.contiguous(), act)
 
@@ -152,17 +152,17 @@ def gate_of(zs: Sides, gs: Sides, biases: Sides, act: str) -> Tensor:
 def gate_gradients(
     dh: Tensor, zs: Sequence[Tensor], gs: Sides, biases: Sides, act: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of ``gate_of`` by ``zs``, and the sums from which its other gradients follow.
+    """The gradients of ``gate_of`` with respect to ``zs``, and the sums from which its other gradients follow.
 
     Returns:
         ``[M, F]`` twice; and ``Σ d_gate ∘ z``, ``Σ d_up ∘ z``, ``Σ d_gate`` and ``Σ d_up``, ``[F]`` each.
     """
-    whole = _native_sides([dh, *zs], gs, biases, act)
-    if whole is not None:
-        *dz, sums = native.scaled_gate_backward(dh, zs, *whole, act)
+    sides = _native_sides([dh, *zs], gs, biases, act)
+    if sides is not None:
+        *dz, sums = native.scaled_gate_backward(dh, zs, *sides, act)
         return dz, list(sums)
     gate, up = (scaled(*parts).contiguous() for parts in zip(zs, gs, biases, strict=True))
-    # the pass overwrites its gradient, and other code may still hold this one
+    # gate_backward overwrites the gradient passed to it, and other code may still use dh
     grads = gate_backward(dh.clone(memory_format=torch.contiguous_format), gate, up, act)[:2]
     dz, products = [], []
     for grad, z, g in zip(grads, zs, gs, strict=True):
@@ -174,7 +174,7 @@ def gate_gradients(
 def _native_sides(
     tensors: Sequence[Tensor], gs: Sides, biases: Sides, act: str
 ) -> tuple[list[Tensor], list[Tensor]] | None:
-    """Factors and biases without gaps for the native passes, or ``None`` where those cannot run."""
+    """Factors and biases for the native passes, ones and zeros if missing; ``None`` if the native passes cannot run."""
     given = [side for side in (*gs, *biases) if side is not None]
     if act not in native.GATES or not native.supports(*tensors, *given):
         return None

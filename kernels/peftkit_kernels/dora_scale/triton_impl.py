@@ -1,6 +1,6 @@
 """DoRA's magnitude by one Triton kernel each way, as torch.library ops: traceable, and differentiable once.
 
-The ops take ``g = magnitude / norm`` and give its gradient; the quotient, ``[N]``, is autograd's.
+The ops take ``g = magnitude / norm`` and return its gradient. Autograd differentiates the division of ``[N]`` numbers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _kernels() -> Any:
 
 
 def obstacle(scales: Sequence[Scale]) -> str | None:
-    """Why these factors cannot be computed by the kernels, or ``None``."""
+    """Why the kernels cannot compute these factors, or ``None``."""
     for scale in scales:
         if scale.norm is not None and scale.norm.dtype is torch.float64:
             return "a norm is torch.float64; the kernels compute in float32"
@@ -39,7 +39,7 @@ def obstacle(scales: Sequence[Scale]) -> str | None:
 
 
 def wide_factor(scale: Scale) -> Tensor | None:
-    """``magnitude / norm`` in float32, ``[N]``, differentiable by the magnitude; ``None`` without one."""
+    """``magnitude / norm`` in float32, ``[N]``, differentiable with respect to the magnitude; ``None`` without a norm."""
     if scale.norm is None:
         return None
     return factor(scale.magnitude, cast(scale.norm, torch.float32))
@@ -69,13 +69,13 @@ def scale_forward(z: Tensor, g: Tensor | None, bias: Tensor | None) -> Tensor:
 def scale_backward(
     dy: Tensor, z: Tensor | None, g: Tensor | None, needs_bias: bool
 ) -> list[Tensor]:
-    """``dz = dy ∘ g`` if there is a ``g``, and the sums asked for, ``Float32[sums, N]``, if any is.
+    """``dz = dy ∘ g`` if ``g`` is given, and the requested sums, ``Float32[sums, N]``, if there are any.
 
     Args:
         dy: ``[..., N]``.
-        z: As in the forward, where ``Σ dy ∘ z`` is wanted.
-        g: As in the forward, where ``dz`` is wanted.
-        needs_bias: Whether ``Σ dy`` is wanted.
+        z: As in the forward, to request ``Σ dy ∘ z``; else ``None``.
+        g: As in the forward, to request ``dz``; else ``None``.
+        needs_bias: Whether to compute ``Σ dy``.
     """
     found = _scale_grads(dy, z, g, needs_bias)
     if not dy.numel():
@@ -145,10 +145,10 @@ def gate_backward(
     act: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by ``z_gate`` and ``z_up``, and those of ``g_gate``, ``g_up`` and the two biases that ``needs`` selects.
+    """The gradients of ``z_gate`` and ``z_up``, and those of ``g_gate``, ``g_up`` and the two biases that ``needs`` selects.
 
     Returns:
-        ``[..., F]`` twice; and ``Float32[sums, F]``, the sums one below the other.
+        ``[..., F]`` twice; and ``Float32[sums, F]``, one row for each selected sum.
     """
     dz_gate, dz_up, sums = found = _gate_grads(
         dh, z_gate, z_up, g_gate, g_up, bias_gate, bias_up, act=act, needs=needs
@@ -180,7 +180,7 @@ def gate_backward(
 
 
 def _like(t: Tensor) -> Tensor:
-    """A contiguous tensor of its shape, not yet filled."""
+    """An uninitialised contiguous tensor with the shape and dtype of ``t``."""
     return t.new_empty(t.shape)
 
 
@@ -198,7 +198,7 @@ def _present(gs: Tensors, biases: Tensors) -> dict[str, bool]:
 
 
 def _partial(sums: Tensor | None, chunks: int) -> Tensor | None:
-    """Where the chunks of rows put their sums: ``sums`` itself if there is one chunk."""
+    """The tensor for the sums of the chunks of rows: ``sums`` itself if there is one chunk."""
     if sums is None or chunks == 1:
         return sums
     return sums.new_empty(chunks, *sums.shape)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _weight(w_ptr, offs_k, mask_k, offset, HAS_OFFSET: tl.constexpr, ROUND: tl.constexpr):
-    """``offset + w`` in float32; with ROUND in the precision of w, where a module adds them in the dtype of its weight."""
+    """``offset + w`` in float32. With ROUND the sum is rounded to the dtype of w, as in a module that adds in that dtype."""
     w = tl.load(w_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     if HAS_OFFSET:
         w += offset
@@ -28,11 +28,13 @@ def norm_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``y = (x - mean) · rstd · (offset + w) + bias``."""
+    # 1. which rows this program owns
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_k = offs_m < M, offs_k < K
     mask = mask_m[:, None] & mask_k[None, :]
     rows = offs_m.to(tl.int64)[:, None]
+    # 2. statistics, from the one read of x
     x = tl.load(x_ptr + rows * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
     if CENTRE:
         mean = tl.sum(x, 1) / K
@@ -40,6 +42,7 @@ def norm_forward_kernel(
         tl.store(mean_ptr + offs_m, mean, mask=mask_m)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / K + eps)
     tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+    # 3. y
     y = x * rstd[:, None]
     if ROUND_FIRST:
         y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
@@ -59,21 +62,24 @@ def norm_backward_kernel(
 ):  # fmt: skip
     """With ``n = (x - mean) · rstd`` and ``u = dy ∘ (offset + w)``: ``dx = rstd (u - mean(u) - n mean(u ∘ n))``.
 
-    RMSNorm has no means of x and u.
+    RMSNorm does not subtract the means of x and u.
     """
+    # 1. which rows this program owns
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_k = offs_m < M, offs_k < K
     mask = mask_m[:, None] & mask_k[None, :]
     rows = offs_m.to(tl.int64)[:, None]
+    # 2. u and n
     x = tl.load(x_ptr + rows * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
     u = tl.load(dy_ptr + rows * stride_dym + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
     u *= _weight(w_ptr, offs_k, mask_k, offset, HAS_OFFSET, False)
     rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
     if CENTRE:
-        # what this makes of the padding meets u = 0 there, and is not stored
+        # the padding of x becomes -mean, but u is 0 there and the padding is not stored
         x -= tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
     n = x * rstd
+    # 3. dx
     dx = u - n * (tl.sum(u * n, 1) / K)[:, None]
     if CENTRE:
         dx -= (tl.sum(u, 1) / K)[:, None]

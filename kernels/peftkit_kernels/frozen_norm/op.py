@@ -32,14 +32,15 @@ def frozen_rms_norm(
     round_first: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
-    """``y = x · rsqrt(mean(x²) + eps) · (offset + weight)`` with a frozen weight; keeps x and one number a row.
+    """``y = x · rsqrt(mean(x²) + eps) · (offset + weight)`` with a frozen weight. Keeps x and one number for each row.
 
     Args:
         x: ``[..., K]``.
         weight: ``[K]``, frozen.
         eps: Added to the mean square.
         offset: 0 for Llama's norm, 1 for Gemma's.
-        round_first: Round the normalised value to the dtype of ``x`` before the weight (Llama) or not (Gemma).
+        round_first: Whether the normalised value is rounded to the dtype of ``x`` before it is multiplied with the weight
+            (Llama) or not (Gemma).
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Raises:
@@ -68,7 +69,7 @@ def frozen_rms_norm(
 def frozen_layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, backend: Backend = "auto"
 ) -> Tensor:
-    """``y = (x - mean) · rsqrt(var + eps) · weight + bias`` with frozen weight and bias; keeps x and two numbers a row.
+    """``y = (x - mean) · rsqrt(var + eps) · weight + bias`` with frozen weight and bias. Keeps x and two numbers for each row.
 
     Args:
         x: ``[..., K]``.
@@ -113,5 +114,5 @@ def _check(x: Tensor, parameter: Tensor, name: str = "weight") -> None:
         )
     if parameter.requires_grad:
         raise ValueError(
-            f"{name} requires a gradient, and a frozen norm gives it none; freeze it or use the norm of torch.nn"
+            f"{name} requires a gradient, but a frozen norm does not compute one; freeze it or use the norm of torch.nn"
         )

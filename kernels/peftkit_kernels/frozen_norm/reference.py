@@ -1,4 +1,4 @@
-"""The definitions of the frozen norms, with the roundings of the transformers modules they stand in for."""
+"""The definitions of the frozen norms, with the roundings of the transformers modules that they replace."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def rms_norm_reference(
         weight: ``[K]``.
         eps: Added to the mean square.
         offset: 0 for Llama's norm, 1 for Gemma's.
-        round_first: Whether the normalised value is rounded to the dtype of ``x`` before it meets the weight (Llama) or
-            only at the end (Gemma).
+        round_first: Whether the normalised value is rounded to the dtype of ``x`` before it is multiplied with the weight
+            (Llama) or only at the end (Gemma).
     """
     wide = x.to(_wide(x))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

@@ -1,4 +1,4 @@
-"""The frozen norms from torch ops: x and one number a row (LayerNorm: two) are all that is kept."""
+"""The frozen norms from torch ops. They keep only x and one number for each row (LayerNorm: two)."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ class FrozenLayerNorm(torch.autograd.Function):
         dy = dy.contiguous()
         if native.supports(x, weight, dy):
             return native.layer_norm_backward(dy, x, weight, mean, rstd), None, None, None
+        # the mask requests dx alone, so torch skips the gradients of weight and bias
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
             dy, x, (x.shape[-1],), mean, rstd, weight, None, [True, False, False]
         )

@@ -45,7 +45,7 @@ def layer_forward(
 
 
 def _numbers(x: Tensor) -> Tensor:
-    """One a row, not yet filled."""
+    """One uninitialised float32 number for each row."""
     return x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
 
 
@@ -60,7 +60,7 @@ def _launch_forward(
     offset: float,
     round_first: bool,
 ) -> None:
-    """Fill ``y``, ``mean`` (of LayerNorm; ``None`` makes it RMSNorm) and ``rstd``."""
+    """Fill ``y``, ``mean`` and ``rstd``. The norm is RMSNorm if ``mean`` is ``None``, else LayerNorm."""
     flat, y = readable(rows(x)), rows(y)
     M, K = flat.shape
     if not M:
@@ -85,7 +85,7 @@ def _launch_forward(
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor, offset: float
 ) -> Tensor:
-    """``dx``: of LayerNorm where there is a ``mean``, otherwise of RMSNorm."""
+    """``dx``: of LayerNorm if ``mean`` is given, otherwise of RMSNorm."""
     dx = x.new_empty(x.shape)
     flat_dy, flat, flat_dx = readable(rows(dy)), readable(rows(x)), rows(dx)
     M, K = flat.shape

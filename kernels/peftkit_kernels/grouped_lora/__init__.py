@@ -1,4 +1,4 @@
-"""Many low-rank updates in one batch, each row with its own adapter."""
+"""Low-rank updates of many adapters in one batch; each row has its own adapter."""
 
 from peftkit_kernels.grouped_lora.op import grouped_lora
 from peftkit_kernels.grouped_lora.plan import GroupPlan, plan_groups

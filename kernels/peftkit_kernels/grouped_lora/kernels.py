@@ -1,9 +1,9 @@
 """The rank-r passes over rows sorted by adapter: x ``[M, K]`` is read through ``order``, never gathered.
 
-A table of tiles gives ``(adapter, first, count)``: ``count`` rows from position ``first`` of ``order``, all of one adapter; adapter
--1 is a tile not needed. Factors are stacked, ``[E, ...]`` by strides, and widened in registers, so that only those of adapters
-with rows are read; s has the wider dtype of factors and x. STEP divides R and what lies between rows of s, STEP_A and STEP_B those of a factor. Offsets of rows and
-adapters are int64, all others int32.
+A table of tiles contains ``(adapter, first, count)``: ``count`` rows from position ``first`` of ``order``, all of one adapter. A
+tile with adapter -1 is unused. Factors are stacked, ``[E, ...]`` by strides, and cast in registers, so that only those of
+adapters with rows are read; s has the wider dtype of factors and x. STEP divides R and the row stride of s; STEP_A and STEP_B
+divide a stride of a factor. Offsets of rows and adapters are int64, all others int32.
 """
 
 import triton
@@ -26,13 +26,14 @@ def _tile(tiles_ptr, i):
 def grouped_shrink_kernel(
     x_ptr, a_ptr, scale_ptr,  # x[M, K]  a[E, R, K] by strides  scale[E] or None
     order_ptr, tiles_ptr, s_ptr,  # order[M]  tiles[T, 3]  s[splits * M, R]
-    M, K, R, steps,  # steps: blocks of K a program
+    M, K, R, steps,  # steps: blocks of K in each program
     stride_xm, stride_ae, stride_ar, stride_ak, stride_sm,
     HAS_SCALE: tl.constexpr, STEP: tl.constexpr, STEP_A: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``s[m] = scale[e] · a[e] x[m]`` for every row with an adapter. Program (i, j): tile i, the j-th share of K."""
+    """``s[m] = scale[e] · a[e] x[m]`` for every row with an adapter. Program (i, j) owns tile i and the j-th share of K."""
+    # 1. which rows and which share of K this program owns
     R, stride_sm, stride_ak = (
         assume_multiple_of(R, STEP),
         assume_multiple_of(stride_sm, STEP),
@@ -47,6 +48,7 @@ def grouped_shrink_kernel(
     rows = tl.load(order_ptr + first + offs_m, mask=mask_m, other=0)
     x_rows = x_ptr + rows[:, None] * stride_xm
     a_ptr += adapter * stride_ae
+    # 2. product with the adapter's factor, over this share of K
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     start = pid_k * steps * BLOCK_K
     for k in range(start, tl.minimum(K, start + steps * BLOCK_K), BLOCK_K):
@@ -61,6 +63,7 @@ def grouped_shrink_kernel(
         if a.dtype != x.dtype:
             a = a.to(tl.float32)
         acc = mixed_dot(x, a, acc, PRECISION)
+    # 3. s, or this share's partial sum of it
     if HAS_SCALE:
         acc *= tl.load(scale_ptr + adapter).to(tl.float32)
     offs_s = (pid_k.to(tl.int64) * M + rows)[:, None] * stride_sm + offs_r[None, :]
@@ -78,10 +81,12 @@ def grouped_expand_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out[m] = y[m] + scale[e] · b[e] s[m]``; y, or 0 without it, in rows without an adapter.
+    """``out[m] = y[m] + scale[e] · b[e] s[m]``. In rows without an adapter ``out`` is y, or 0 if there is no y.
 
-    Program (i, j): tile i, column block j. Tiles past the table are of the rows without an adapter, which ``order`` has last.
+    Program (i, j) owns tile i and column block j. Tiles past the end of the table contain the rows without an adapter, which are
+    last in ``order``.
     """
+    # 1. which rows and columns this program owns
     R, stride_sm, stride_bn = (
         assume_multiple_of(R, STEP),
         assume_multiple_of(stride_sm, STEP),
@@ -102,6 +107,7 @@ def grouped_expand_kernel(
     mask_m, mask_n = offs_m < count, offs_n < N
     mask_r = offs_r < tl.where(listed, R, 0)
     rows = tl.load(order_ptr + first + offs_m, mask=mask_m, other=0)
+    # 2. the update; rows without an adapter load nothing of adapter 0, because mask_r is false
     own = tl.maximum(adapter, 0)
     s = tl.load(
         s_ptr + rows[:, None] * stride_sm + offs_r[None, :],
@@ -116,8 +122,9 @@ def grouped_expand_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = mixed_dot(s, b.to(s.dtype), acc, PRECISION)
     if HAS_SCALE:
-        # what the scale of another adapter holds must not reach rows without one
+        # the scale of adapter 0, which may be NaN, must not change rows without an adapter
         acc = tl.where(listed, acc * tl.load(scale_ptr + own).to(tl.float32), 0.0)
+    # 3. add y and store, rounded once
     mask = mask_m[:, None] & mask_n[None, :]
     if HAS_Y:
         y_ptrs = y_ptr + rows[:, None] * stride_ym + offs_n[None, :]
@@ -136,7 +143,8 @@ def grouped_tall_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``g[i] = scale[e] · Σ s[m]ᵀ x[m]`` over the rows of segment i. Program (i, j): segment i, column block j."""
+    """``g[i] = scale[e] · Σ s[m]ᵀ x[m]`` over the rows of segment i. Program (i, j) owns segment i and column block j."""
+    # 1. which segment and which columns this program owns
     R, stride_sm = assume_multiple_of(R, STEP), assume_multiple_of(stride_sm, STEP)
     pid_s = tl.program_id(0)
     adapter, first, count = _tile(segments_ptr, pid_s)
@@ -145,6 +153,7 @@ def grouped_tall_kernel(
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
     mask_c, mask_r = offs_c < C, offs_r < R
+    # 2. sum over the rows of the segment
     g = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for m in range(0, count.to(tl.int32), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -161,6 +170,7 @@ def grouped_tall_kernel(
             other=0.0,
         )
         g = mixed_dot(tl.trans(s), x, g, PRECISION)
+    # 3. the partial sum of this segment
     if HAS_SCALE:
         g *= tl.load(scale_ptr + adapter).to(tl.float32)
     offs_g = pid_s.to(tl.int64) * stride_gi + offs_r[:, None] * C + offs_c[None, :]
@@ -174,7 +184,7 @@ def grouped_sum_kernel(
     stride_gi, stride_oe, stride_or, stride_oc,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The partial sums of each adapter's segments added in their order and rounded once; 0 for an adapter without any."""
+    """Adds the partial sums of each adapter's segments in order and rounds once; 0 for an adapter without segments."""
     adapter = tl.program_id(0).to(tl.int64)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)

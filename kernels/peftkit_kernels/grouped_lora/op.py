@@ -24,18 +24,18 @@ def grouped_lora(
 ) -> Tensor:
     """Add to each row the update of its adapter: ``y[m] + scale[e] · B[e] A[e] x[m]`` with ``e = plan.ids[m]``.
 
-    Rows without an adapter come out as they were, and what they or other adapters hold never reaches a row, be it NaN.
-    Kept for backward: ``x`` where A is trained, and ``s = A[e] x[m]`` where B is.
+    Rows without an adapter are returned unchanged. A NaN in another row or in another adapter never changes a row.
+    Kept for backward: ``x`` if A is trained, and ``s = A[e] x[m]`` if B is trained.
 
     Args:
-        y: ``[..., N]``, what the frozen linear gives, in the dtype of ``x``.
+        y: ``[..., N]``, the output of the frozen linear, in the dtype of ``x``.
         x: ``[..., K]``.
         A: ``[E, R, K]``; adapters of lower rank are padded with zeros, in A and in B.
-        B: ``[E, N, R]``, the dtype of ``A``. Adapters are computed in ``low_rank.adapter_dtype``: float32
-            factors on a 16-bit ``x`` in float32.
+        B: ``[E, N, R]``, the dtype of ``A``. Adapters are computed in ``low_rank.adapter_dtype``: in float32 for float32
+            factors on a 16-bit ``x``.
         scale: ``Float[E]``; it has no gradient.
         plan: From ``plan_groups``, for the rows of ``x`` in their flattened order.
-        backend: ``"auto"``, ``"triton"`` (tiles of up to 64 rows, in float32 ranks up to 16), ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"`` (tiles of up to 64 rows; in float32 ranks up to 16), ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[..., N]``, a new tensor.
@@ -53,7 +53,7 @@ def grouped_lora(
         if backend == "triton":
             raise ValueError(f"backend='triton': {reason}")
         chosen = "reference" if is_transformed() else "torch"
-    # nothing to sort into tiles
+    # without rows the plan has no tiles
     empty = plan.ids.numel() == 0
     if chosen == "reference" or empty:
         return grouped_lora_reference(y, x, A, B, scale, plan.ids)
@@ -77,12 +77,12 @@ def _check(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, plan: Grou
             f"[..., {A.shape[2]}] and [..., {B.shape[1]}]"
         )
     if y.dtype != x.dtype:
-        raise ValueError(f"y is {y.dtype} and x is {x.dtype}; they must have one dtype")
+        raise ValueError(f"y is {y.dtype} and x is {x.dtype}; they must have the same dtype")
     if scale.shape != (E,) or scale.requires_grad:
         raise ValueError(
             f"scale has shape {tuple(scale.shape)} and requires_grad={scale.requires_grad}; it must be [{E}] and frozen"
         )
     if x.numel() // max(1, x.shape[-1]) != plan.ids.numel():
         raise ValueError(
-            f"x {tuple(x.shape)} has other rows than the {plan.ids.numel()} the plan was made for"
+            f"x {tuple(x.shape)} does not have the {plan.ids.numel()} rows that the plan was made for; make a new plan"
         )

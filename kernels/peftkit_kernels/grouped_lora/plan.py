@@ -1,4 +1,4 @@
-"""Which rows go with which adapter, as tiles that never mix two: made once a batch, used by every layer."""
+"""Sorts the rows of a batch by adapter into tiles of one adapter each; made once for a batch and used by every layer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class GroupPlan:
 
     Attributes:
         ids: ``Int64[M]``, the adapter of each row, -1 for none.
-        order: ``Int64[M]``, the rows sorted by adapter, each adapter's in their own order, those without one last.
-        tiles: ``Int64[T, 3]``: adapter, first position in ``order``, count; ``T = ceil(M / block) + min(M, E)``, and those
-            not needed have adapter -1 and count 0.
+        order: ``Int64[M]``, the rows sorted by adapter (stable), rows without an adapter last.
+        tiles: ``Int64[T, 3]``: adapter, first position in ``order``, count; ``T = ceil(M / block) + min(M, E)``. Unused tiles
+            have adapter -1 and count 0.
         rows: ``Int64[T, block]``: the rows of each tile; places beyond its count repeat its first row.
-        filled: ``Bool[T, block]``: places within the count.
-        place: ``Int64[M]``: where each row lies among the ``T · block`` places; 0 for a row without an adapter.
+        filled: ``Bool[T, block]``: true for places within the count.
+        place: ``Int64[M]``: the place of each row among the ``T · block`` places; 0 for a row without an adapter.
         adapted: ``Int64[]``: how many rows have an adapter.
-        segments: ``Int64[S, 3]``: the same rows as ``tiles`` in runs of up to ``segment_rows(M)``, whose gradients are summed
-            in one go; ``S`` as ``T``.
-        first_segment: ``Int64[E + 1]``: where the segments of an adapter start; they end where the next one's do.
-        adapters: E.
+        segments: ``Int64[S, 3]``: the same rows as ``tiles``, cut into runs of up to ``segment_rows(M)`` rows over which
+            gradients are summed; ``S`` is computed as ``T``.
+        first_segment: ``Int64[E + 1]``: the first segment of each adapter, and at the end the number of used segments.
+        adapters: The number of adapters, E.
         block: Places in a tile.
     """
 
@@ -50,7 +50,7 @@ def plan_groups(ids: Tensor, adapters: int, *, block: int = 16) -> GroupPlan:
         block: Rows in a tile.
 
     Raises:
-        ValueError: ``ids`` is no vector of integers or names an adapter there is not, or a number is below 1.
+        ValueError: ``ids`` is not a vector of integers or contains an adapter that does not exist, or a number is below 1.
     """
     if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
         raise ValueError(f"ids is {ids.dtype} {tuple(ids.shape)}; it must be integers [M]")
@@ -63,7 +63,7 @@ def plan_groups(ids: Tensor, adapters: int, *, block: int = 16) -> GroupPlan:
         and not -1 <= int(ids.min()) <= int(ids.max()) < adapters
     ):
         raise ValueError(
-            f"ids run from {int(ids.min())} to {int(ids.max())}; with adapters={adapters} they must be -1 to {adapters - 1}"
+            f"ids are from {int(ids.min())} to {int(ids.max())}; with adapters={adapters} they must be from -1 to {adapters - 1}"
         )
     M, device = ids.numel(), ids.device
     key = torch.where(ids < 0, adapters, ids)
@@ -89,17 +89,24 @@ def plan_groups(ids: Tensor, adapters: int, *, block: int = 16) -> GroupPlan:
 
 
 def segment_rows(M: int) -> int:
-    """Rows whose gradients one program sums: long runs make few partial sums, short ones keep a GPU busy with few rows.
+    """Rows over which one program sums gradients. Long runs make few partial sums; short runs fill a GPU if there are few rows.
 
-    At 1024 rows and rank 16 the partial sums move 6% of what a 16-bit ``x`` does, at 256 rows 25%.
+    At rank 16 the partial sums move 6% of the bytes of a 16-bit ``x`` with 1024 rows, and 25% with 256.
     """
     return 1024 if M >= 8192 else 256
 
 
 def _cut(starts: Tensor, counts: Tensor, M: int, block: int) -> tuple[Tensor, Tensor]:
-    """Each adapter's rows in pieces of ``block``, ``Int64[T, 3]`` as ``tiles``, and the first piece of each, ``Int64[E + 1]``.
+    """Cut each adapter's rows into pieces of ``block``.
 
-    ``starts`` and ``counts`` are ``[E + 1]``: of every adapter, and of the rows without one, which get no pieces.
+    Args:
+        starts: ``Int64[E + 1]``, the first position in ``order`` of every adapter and of the rows without one.
+        counts: ``Int64[E + 1]``, the number of rows of each. Rows without an adapter are not cut.
+        M: Number of rows.
+        block: Rows in a piece.
+
+    Returns:
+        The pieces, ``Int64[T, 3]`` as ``tiles``, and the first piece of each adapter, ``Int64[E + 1]``.
     """
     adapters = counts.shape[0] - 1
     per_adapter = (counts[:adapters] + block - 1) // block

@@ -1,4 +1,4 @@
-"""The definition of ``grouped_lora``: every row multiplied with factors picked for it."""
+"""The definition of ``grouped_lora``: every row is multiplied with the factors of its adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def grouped_lora_reference(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``y[m] + scale[e] · B[e] A[e] x[m]`` with ``e = ids[m]``, and ``y[m]`` where that is -1.
+    """``y[m] + scale[e] · B[e] A[e] x[m]`` with ``e = ids[m]``, and ``y[m]`` if that is -1.
 
     Args:
         y: ``[..., N]``.
@@ -26,7 +26,7 @@ def grouped_lora_reference(
         A: ``[E, R, K]``.
         B: ``[E, N, R]``.
         scale: ``Float[E]``.
-        ids: ``Int[M]``, one a row.
+        ids: ``Int[M]``, one for each row.
         compute_dtype: Dtype of every product (default: ``low_rank.adapter_dtype``).
 
     Returns:
@@ -34,11 +34,11 @@ def grouped_lora_reference(
     """
     dtype = compute_dtype or adapter_dtype(x, A)
     own, rows = ids.clamp(min=0), x.to(dtype).reshape(-1, x.shape[-1])
-    # the gradients of the picked factors are summed over rows: not in 16 bits
+    # indexing happens in float32, so that autograd does not sum the gradients of the factors in 16 bits
     summed = torch.promote_types(dtype, torch.float32)
     own_A, own_B = (factor.to(summed)[own].to(dtype) for factor in (A, B))
     s = torch.einsum("mk,mrk->mr", rows, own_A)
     update = torch.einsum("mr,mnr->mn", s, own_B) * scale.to(dtype)[own, None]
-    # not a product with 0: what a row without an adapter holds may not be finite
+    # not a product with 0, because the update of a row without an adapter may be NaN or infinite
     update = update.masked_fill((ids < 0)[:, None], 0.0)
     return (y.to(dtype) + update.reshape(y.shape)).to(compute_dtype or y.dtype)

@@ -1,4 +1,4 @@
-"""``grouped_lora`` from torch ops: batched products over the tiles of a plan, as many whatever the number of adapters."""
+"""``grouped_lora`` from torch ops: batched products over the tiles of a plan; their number does not depend on that of adapters."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from peftkit_kernels.low_rank import adapter_dtype, blocks, cast, rows
 
 
 def to_tiles(x: Tensor, plan: GroupPlan) -> Tensor:
-    """The rows of ``x [M, K]`` in the places of the plan, ``[T, block, K]``; places not filled repeat a row of their tile."""
+    """The rows of ``x [M, K]`` in the places of the plan, ``[T, block, K]``; unfilled places repeat a row of their tile."""
     return x.index_select(0, plan.rows.view(-1)).view(*plan.rows.shape, x.shape[1])
 
 
 def from_tiles(tiles: Tensor, plan: GroupPlan) -> Tensor:
-    """Back to ``[M, K]``, with zeros in rows without an adapter."""
+    """The reverse of ``to_tiles``: ``[M, K]``, with zeros in rows without an adapter."""
     found = tiles.reshape(-1, tiles.shape[2]).index_select(0, plan.place)
     return found.masked_fill_((plan.ids < 0)[:, None], 0.0)
 
 
 def factors(stacked: Tensor, plan: GroupPlan, dtype: torch.dtype) -> Tensor:
-    """The factor of every tile, ``[T, ...]``; tiles not needed get any."""
+    """The factor of every tile, ``[T, ...]``; an unused tile has the factor of adapter 0."""
     return cast(stacked, dtype).index_select(0, plan.tiles[:, 0].clamp(min=0))
 
 
 def over_tiles(partial: Tensor, plan: GroupPlan, like: Tensor) -> Tensor:
-    """Partial gradients of tiles summed by adapter, in their order: ``[E, ...]`` in the dtype of ``like``."""
+    """Partial gradients of tiles, summed by adapter in the order of tiles: ``[E, ...]`` in the dtype of ``like``."""
     adapter = plan.tiles[:, 0]
-    # tiles not needed go to a place of their own, whatever they hold
+    # unused tiles, which may hold any values, are summed into an extra entry that is cut off
     adapter = torch.where(adapter < 0, plan.adapters, adapter)
     total = partial.new_zeros(plan.adapters + 1, *partial.shape[1:])
     return cast(total.index_add_(0, adapter, partial)[: plan.adapters], like.dtype)
 
 
 def product(tiles: Tensor, factors: Tensor) -> Tensor:
-    """``tiles factors`` of every tile in the dtype of the factors; 16-bit tiles are cast a few at a time."""
+    """``tile @ factor`` for every tile, in the dtype of the factors; 16-bit tiles are cast a few at a time."""
     if tiles.dtype is factors.dtype:
         return torch.bmm(tiles, factors)
     T, block, _ = tiles.shape
@@ -50,7 +50,7 @@ def product(tiles: Tensor, factors: Tensor) -> Tensor:
 
 
 def outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``leftᵀ right`` of every tile, in the widest of the dtypes of both and of the gradient wanted."""
+    """``leftᵀ right`` for every tile, in the widest of the dtypes of both and of the gradient."""
     wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), dtype)
     return torch.bmm(cast(left, wide).transpose(1, 2), cast(right, wide))
 
@@ -82,7 +82,7 @@ class GroupedLoRA(torch.autograd.Function):
         if needs_x or needs_A or needs_B:
             tiles = to_tiles(rows(dy), plan)
             if needs_B:
-                # places not filled repeat a row, which may not count twice
+                # an unfilled place repeats a row, which must not be counted twice
                 inside = s.masked_fill(~plan.filled[..., None], 0.0) * factor
                 dB = over_tiles(outer(tiles, inside, B.dtype), plan, B)
         if needs_x or needs_A:

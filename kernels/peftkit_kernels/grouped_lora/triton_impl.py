@@ -1,6 +1,6 @@
-"""``grouped_lora`` by Triton kernels, as torch.library ops: as many launches whatever the number of adapters, no row gathered.
+"""``grouped_lora`` by Triton kernels, as torch.library ops. The number of launches does not depend on the number of adapters.
 
-The tables of the plan are arguments of the ops; ``Table`` holds them on the way to the kernels.
+The tables of the plan are arguments of the ops; ``Table`` groups them for the functions here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _kernels() -> Any:
 
 
 class Table(NamedTuple):
-    """What of a ``GroupPlan`` the kernels read; the fields are the plan's."""
+    """The fields of a ``GroupPlan`` that the kernels read, under the same names."""
 
     order: Tensor
     tiles: Tensor
@@ -73,6 +73,7 @@ def grouped_shrink(
     steps = cdiv(cdiv(K, c.block_k), c.splits)
     splits = cdiv(cdiv(K, c.block_k), steps)
     s = x.new_empty(M, R, dtype=adapter_dtype(x, A))
+    # programs that share K write float32 partial sums, which are then added in a fixed order
     partial = s if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
     launch(
         _kernels().grouped_shrink_kernel,
@@ -102,16 +103,17 @@ def grouped_expand(
     *,
     config: GroupedExpandConfig | None = None,
 ) -> Tensor:
-    """``y[m] + scale[e] · B[e] s[m]``, ``[M, N]`` in ``dtype``; ``y``, or 0 without it, in rows without an adapter."""
+    """``y[m] + scale[e] · B[e] s[m]``, ``[M, N]`` in ``dtype``. Rows without an adapter are ``y``, or 0 if there is no ``y``."""
     (M, R), N = s.shape, B.shape[1]
     y, out = None if y is None else readable(y), s.new_empty(M, N, dtype=dtype)
     c = config or GroupedExpandConfig.choose(
         R, itemsize=out.element_size(), aligned=aligned(y, out)
     )
-    tiles, rows_a_tile = table.tiles.shape[0], block_m(table.block)
+    tiles, rows_per_tile = table.tiles.shape[0], block_m(table.block)
     launch(
         _kernels().grouped_expand_kernel,
-        (tiles + cdiv(M, rows_a_tile), cdiv(N, c.block_n)),
+        # the programs after the table's tiles copy the rows without an adapter
+        (tiles + cdiv(M, rows_per_tile), cdiv(N, c.block_n)),
         *(s, B, scale, y, table.order, table.tiles, table.adapted, out),
         *(M, N, R, tiles, s.stride(0), *B.stride()),
         *(0 if y is None else y.stride(0), out.stride(0)),
@@ -119,7 +121,7 @@ def grouped_expand(
         HAS_Y=y is not None,
         STEP=step_of(R, s.stride(0)),
         STEP_B=step_of(B.stride(1)),
-        BLOCK_M=rows_a_tile,
+        BLOCK_M=rows_per_tile,
         BLOCK_N=c.block_n,
         BLOCK_R=block_r(R),
         PRECISION=dot_precision(dtype, s),
@@ -144,6 +146,7 @@ def grouped_tall(
         R, itemsize=x.element_size(), aligned=aligned(x), mixed=s.dtype is not x.dtype
     )
     segments = table.segments.shape[0]
+    # one partial sum for each segment, so that no program adds to memory of another
     partial = x.new_empty(segments, R, C, dtype=torch.float32)
     launch(
         _kernels().grouped_tall_kernel,
@@ -196,7 +199,7 @@ def backward(
     scale: Tensor,
     *tables_and_needs: Any,
 ) -> list[Tensor]:
-    """Those of ``dx``, ``dA`` and ``dB`` that are needed; ``x`` is needed for dA and ``s`` for dB."""
+    """Those of ``dx``, ``dA`` and ``dB`` that are needed. dA needs ``x``, and dB needs ``s``."""
     *tables, needs = tables_and_needs
     table, flat = Table(*tables), rows(dy)
     needs_x, needs_A, needs_B = needs

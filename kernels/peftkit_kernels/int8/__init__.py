@@ -1,4 +1,4 @@
-"""Eight-bit weights, one scale an output row, in the layout of bitsandbytes: quantise, keep, dequantise."""
+"""Eight-bit weights with one scale for each output row, in the layout of bitsandbytes: quantise, store, dequantise."""
 
 from peftkit_kernels.int8.op import dequantize_int8, quantize_int8
 from peftkit_kernels.int8.reference import dequantize_int8_reference

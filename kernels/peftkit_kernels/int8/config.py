@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DequantizeConfig:
-    """One tile a program: 16 codes a thread, which it loads at once."""
+    """Each program dequantises one tile; each thread loads 16 codes at once."""
 
     block_n: int = 8
     block_k: int = 256

@@ -1,4 +1,4 @@
-"""8-bit storage by rows as Triton kernels. Offsets of rows are int64, those of columns int32."""
+"""8-bit storage by rows as Triton kernels. Offsets of rows and columns are int64."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ def dequantize_kernel(
     HAS_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``out = codes · (row_absmax / 127 (· row_scale))``, each factor rounded to float32; one tile a program."""
+    """``out = codes · (row_absmax / 127 (· row_scale))``, each factor rounded to float32; each program computes one tile."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_n = offs_n < N

@@ -13,7 +13,7 @@ from peftkit_kernels.int8.weight import Int8Weight
 
 
 def quantize_int8(weight: Tensor) -> Int8Weight:
-    """Store a linear's weight in eight bits, one scale an output row, as bitsandbytes does (its ``CB`` and ``SCB``).
+    """Store a linear's weight in eight bits with one scale for each output row, as bitsandbytes does (its ``CB`` and ``SCB``).
 
     Args:
         weight: ``[N, K]``, float32 or a 16-bit dtype.
@@ -43,8 +43,8 @@ def dequantize_int8(
 
     Args:
         q: The weight.
-        dtype: Of the result where ``out`` is ``None``.
-        out: ``[N, K]`` to write to, in its own dtype.
+        dtype: The dtype of the result if ``out`` is ``None``.
+        out: ``[N, K]`` to write to, in any floating-point dtype.
         row_scale: ``Float32[N]``, a factor on each row.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
@@ -60,7 +60,7 @@ def dequantize_int8(
         )
     dtype = dtype if out is None else out.dtype
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; ask for a floating-point dtype")
+        raise ValueError(f"dtype is {dtype}; pass a floating-point dtype")
     if row_scale is not None and (
         row_scale.dtype is not torch.float32 or row_scale.shape != q.shape[:1]
     ):

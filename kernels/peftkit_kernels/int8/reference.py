@@ -11,7 +11,7 @@ from peftkit_kernels.int8.weight import Int8Weight
 def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """``round(x · (127 / absmax))`` and the largest magnitude of each row, ties to even; rows of zeros give zeros.
 
-    The factor is ``127 · (1 / absmax)``, each rounded: how torch, and bitsandbytes with it, divides a number by a tensor.
+    The factor is ``127 · (1 / absmax)``, each rounded: torch divides a number by a tensor in this way, and bitsandbytes uses it.
 
     Args:
         x: ``[M, K]``.
@@ -21,7 +21,7 @@ def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     absmax = wide.abs().amax(1) if x.shape[1] else wide.new_zeros(x.shape[0])
-    # 127 / 0 would make NaN of a row of zeros
+    # 127 / 0 would turn a row of zeros into NaN
     factor = torch.where(absmax == 0, torch.zeros_like(absmax), absmax.reciprocal() * 127)
     return (wide * factor[:, None]).round().clamp(-127, 127).to(torch.int8), absmax
 

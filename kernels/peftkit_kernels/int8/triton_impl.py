@@ -27,7 +27,7 @@ def dequantize_into(
     *,
     config: DequantizeConfig | None = None,
 ) -> Tensor:
-    """``dequantize_int8_reference``, bit for bit, written to ``out [N, K]`` of any strides; ``config`` overrides the choice."""
+    """``dequantize_int8_reference``, bit for bit, written to ``out [N, K]`` of any strides; ``config`` replaces the default."""
     N, K = q.shape
     if not out.numel():
         return out
@@ -63,4 +63,4 @@ dequantize_triton = torch.library.custom_op(
 
 @dequantize_triton.register_fake
 def _(codes: Tensor, row_absmax: Tensor, row_scale: Tensor | None, out: Tensor) -> None:
-    """It writes into what it is given."""
+    """Nothing to compute: the op returns no tensor, it writes into ``out``."""

@@ -41,13 +41,13 @@ class Int8Weight:
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """The device of the weight."""
         return self.codes.device
 
     def tensors(self) -> list[Tensor]:
-        """What is stored, as a torch.library op takes it; ``Int8Weight(*tensors)`` puts it together again."""
+        """The stored tensors, as a torch.library op takes them; ``Int8Weight(*tensors)`` is the weight again."""
         return [self.codes, self.row_absmax]
 
     def row_scale(self) -> Tensor:
-        """``Float32[N]``: what one step of a code is worth, rounded to float32."""
+        """``Float32[N]``: the weight's change for one step of a code, ``row_absmax / 127``, rounded to float32."""
         return self.row_absmax / 127

@@ -1,4 +1,4 @@
-"""A linear multiplied in 8 bits: stored weight and activations quantised on the fly, with a low-rank update."""
+"""A linear that multiplies in 8 bits a stored weight and activations quantised in each call, with a low-rank update."""
 
 from peftkit_kernels.int8_compute_linear.op import int8_compute_linear
 from peftkit_kernels.int8_compute_linear.reference import int8_compute_linear_reference

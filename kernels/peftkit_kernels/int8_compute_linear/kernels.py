@@ -1,4 +1,4 @@
-"""A linear in 8 bits: x ``[M, K]`` is quantised by rows beside its low-rank product, then codes are multiplied with codes.
+"""A linear in 8 bits: one kernel quantises x ``[M, K]`` by rows and computes its low-rank product, the other multiplies codes.
 
 Offsets of rows are int64; columns, factors and the counters of the dropout rule are int32.
 """
@@ -11,7 +11,7 @@ from peftkit_kernels.tiles import grouped_tile, kept, mixed_dot
 
 @triton.jit
 def _wide(x, offs_k, mask_k, scale_ptr, skip_ptr, HAS_SCALE: tl.constexpr, HAS_SKIP: tl.constexpr):
-    """What is quantised of a tile: in float32, its columns scaled or left out."""
+    """The values of a tile that are quantised: in float32, columns scaled if HAS_SCALE, skipped columns set to 0."""
     wide = x.to(tl.float32)
     if HAS_SCALE:
         wide *= tl.load(scale_ptr + offs_k, mask=mask_k, other=0.0)[None, :]
@@ -33,15 +33,16 @@ def quantize_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``s = factor · drop(x) aᵀ``, and x (columns scaled or skipped) in 8 bits by rows: codes and what one of them is worth.
+    """``s = factor · drop(x) aᵀ``, and x (columns scaled or skipped) in 8 bits by rows: codes, and the value of one step of a code.
 
-    x comes from DRAM once: the rows of a program, read again to be rounded, are still in L2. Needs ``fp_fusion=False``.
+    DRAM is read once: the second read of the rows is from L2. Needs ``fp_fusion=False``.
     """
+    # 1. which rows this program owns
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
-    # 1. largest magnitudes and low-rank product
+    # 2. largest magnitude of each row, and the low-rank product
     top = tl.zeros((BLOCK_M,), tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -49,7 +50,7 @@ def quantize_kernel(
         mask_k = offs_k < K
         x = tl.load(x_rows + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         wide = _wide(x, offs_k, mask_k, scale_ptr, skip_ptr, HAS_SCALE, HAS_SKIP)
-        # as integers, bit patterns of magnitudes keep their order, with NaN above all
+        # the bit patterns of magnitudes, read as integers, have the same order, with NaN above every number
         bits = wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         top = tl.maximum(top, tl.max(bits, 1))
         if HAS_LORA:
@@ -66,12 +67,13 @@ def quantize_kernel(
         s_ptrs = s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :]
         s = (acc * factor).to(s_ptr.dtype.element_ty)
         tl.store(s_ptrs, s, mask=mask_m[:, None] & mask_r[None, :])
-    # 2. codes
+    # 3. the step of each row
     absmax = top.to(tl.float32, bitcast=True)
     tl.store(step_ptr + offs_m, tl.math.div_rn(absmax, 127.0), mask=mask_m)
-    # 1 / 0 would make NaN of a row of zeros
+    # 1 / 0 would turn a row of zeros into NaN
     inverse = tl.math.div_rn(1.0, tl.where(top == 0, 1.0, absmax))
     per_step = tl.where(top == 0, 0.0, inverse * 127.0)
+    # 4. codes, from a second read of the rows
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
@@ -79,7 +81,7 @@ def quantize_kernel(
         x = tl.load(x_rows + offs_k[None, :], mask=mask, other=0.0)
         wide = _wide(x, offs_k, mask_k, scale_ptr, skip_ptr, HAS_SCALE, HAS_SKIP)
         scaled = tl.minimum(tl.maximum(wide * per_step[:, None], -127.0), 127.0)
-        # 1.5 · 2²³ added to a number below 2²² leaves that number, rounded to nearest even, in the low bits
+        # adding 1.5 · 2²³ to a number below 2²² puts that number, rounded to nearest even, into the low bits of the sum
         codes = (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
         codes_rows = codes_ptr + offs_m.to(tl.int64)[:, None] * stride_cm
         tl.store(codes_rows + offs_k[None, :], codes, mask=mask)
@@ -119,7 +121,7 @@ def int8_gemm_kernel(
         offs_w = offs_n.to(tl.int64)[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
         w = tl.load(w_ptr + offs_w, mask=mask_n[None, :] & mask_k[:, None], other=0)
         total = tl.dot(x, w, total, out_dtype=tl.int32)
-    # 3. scales, update and bias
+    # 3. scales and update
     acc = total.to(tl.float32) * tl.load(row_step_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
     if HAS_STEP:
         acc *= tl.load(column_step_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
@@ -143,6 +145,7 @@ def int8_gemm_kernel(
             keep = kept(seed, offs_m, column, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)
             update = tl.where(keep, update, 0.0)
         acc += update
+    # 4. one rounding, at the store
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     tl.store(

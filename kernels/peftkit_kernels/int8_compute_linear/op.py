@@ -15,7 +15,7 @@ from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.quantized import check_quantized
 
 _MAX_WIDTH = (2**31 - 1) // 127**2
-"""A sum of this many products of two codes fits 32 bits."""
+"""The largest number of products of two codes whose sum fits 32 bits."""
 
 
 def int8_compute_linear(
@@ -27,23 +27,24 @@ def int8_compute_linear(
     threshold: float | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """A linear multiplied in 8 bits, with a low-rank update in full precision.
+    """A linear that multiplies in 8 bits, with a low-rank update in full precision.
 
-    ``y = x8 W8ᵀ · sx · sw + bias + scale · drop(x) Aᵀ Bᵀ``, where the rows of ``x`` are quantised on the fly:
-    ``x8 = round(x / sx)``, ``sx = absmax / 127``. The gradient of ``x`` is made the same way from ``dy ∘ sw``; those of the
-    adapter and the bias are exact. Kept is what ``lora_linear`` keeps besides its weight.
+    ``y = x8 W8ᵀ · sx · sw + bias + scale · drop(x) Aᵀ Bᵀ``; the rows of ``x`` are quantised in the call:
+    ``x8 = round(x / sx)``, ``sx = absmax / 127``. The gradient of ``x`` is computed in the same way from ``dy ∘ sw``; those of
+    the adapter and the bias are exact. Kept for backward: the tensors that ``lora_linear`` keeps, except the weight.
 
     Args:
         x: ``[..., K]``.
         q: The weight ``(N, K)``; it has no gradient.
         bias: ``[N]`` or ``None``.
-        lora: The adapter or ``None``, computed in ``low_rank.adapter_dtype``: float32 factors on a 16-bit ``x`` in float32.
-        threshold: Columns of ``x`` in which a magnitude reaches it are left out of the quantisation and multiplied in the
-            dtype of ``x``, as LLM.int8() does (with 6.0); ``None`` for none.
+        lora: The adapter or ``None``. It is computed in ``low_rank.adapter_dtype``: in float32 for float32 factors on a 16-bit
+            ``x``.
+        threshold: Columns of ``x`` in which some magnitude reaches it are not quantised but multiplied in the dtype of ``x``,
+            as in LLM.int8() (with 6.0). ``None`` quantises all columns.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
+        ``[..., N]`` in the dtype of ``x``, or of autocast if it is on.
 
     Raises:
         ValueError: Shapes or dtypes do not fit, the threshold is not positive, or the backend cannot run.
@@ -66,7 +67,7 @@ def int8_compute_linear(
         )
     if max(q.shape) > _MAX_WIDTH:
         raise ValueError(
-            f"q has shape {q.shape}; sums of more than {_MAX_WIDTH} products overflow 32 bits: use int8_linear"
+            f"q has shape {q.shape}; sums of more than {_MAX_WIDTH} products overflow 32 bits; use int8_linear"
         )
     A, B, numbers = (None,) * 3 if lora is None else (lora.A, lora.B, lora.numbers())
     rank = 0 if lora is None else lora.A.shape[0]

@@ -37,12 +37,12 @@ def int8_compute_linear_reference(
 
 
 def outlier_columns(x: Tensor, threshold: float | None) -> Tensor | None:
-    """``Bool[K]``: columns of ``x [M, K]`` in which some magnitude reaches ``threshold``; ``None`` without one."""
+    """``Bool[K]``: the columns of ``x [M, K]`` in which some magnitude reaches ``threshold``; ``None`` if there is no threshold."""
     return None if threshold is None else (x.abs() >= threshold).any(0)
 
 
 class _Int8Product(torch.autograd.Function):
-    """``x Wᵀ`` with both sides in 8 bits; its gradient is by definition ``(dy ∘ sw) W8`` with ``dy ∘ sw`` in 8 bits.
+    """``x Wᵀ`` with both operands in 8 bits. Its gradient is defined as ``(dy ∘ sw) W8`` with ``dy ∘ sw`` in 8 bits.
 
     Sums of codes are exact in float64. The result is float32 for a 16-bit ``x``.
     """

@@ -1,4 +1,4 @@
-"""``int8_compute_linear`` on the CPU: a pass that quantises, an integer product, a pass that scales and adds the rest."""
+"""``int8_compute_linear`` on the CPU: one pass quantises, a product multiplies the codes, one pass scales and adds the rest."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from peftkit_kernels.low_rank import cast, rows
 
 @functools.cache
 def multiplies_int8() -> bool:
-    """Whether this processor has 8-bit products (AVX-512 VNNI or AMX) that ``torch._int_mm`` makes use of.
+    """Whether this processor has 8-bit products (AVX-512 VNNI or AMX) that ``torch._int_mm`` can use.
 
-    Without them torch multiplies one element at a time, and codes are multiplied as float32 instead.
+    Without them ``torch._int_mm`` multiplies one element at a time, so the codes are multiplied as float32 instead.
     """
     return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def quantize(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The codes of ``x ∘ column_scale`` by rows, in the workspace, and what a step of each row is worth, ``Float32[M]``."""
+    """The codes of ``x ∘ column_scale`` by rows, in the workspace, and the step of each row, ``Float32[M]``."""
     if native.supports(x):
         codes = workspace.take(x.shape, torch.int8, x.device)
         absmax = native.quantize_rows(x, column_scale, codes)
@@ -47,12 +47,12 @@ def product(codes: Tensor, weight: Tensor) -> Tensor:
     if 1 not in weight.stride():
         weight = weight.contiguous()
     if K == 1:
-        # torch 2.13 takes the wrong strides for one column
+        # torch 2.13 uses wrong strides for a single column
         return codes.int() * weight.int()
     if codes.device.type == "cpu" and multiplies_int8():
         out = workspace.take((M, N), torch.int32, codes.device)
         return torch.ops.aten._int_mm.out(codes, weight, out=out)
-    # what cuBLAS asks of its 8-bit products
+    # the sizes for which cuBLAS has 8-bit products
     if codes.device.type == "cuda" and M > 16 and K % 8 == 0 and N % 8 == 0:
         return torch.ops.aten._int_mm(codes, weight)
     with without_autocast(codes):
@@ -68,7 +68,7 @@ def epilogue(
     t: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``acc · row_scale · column_scale + bias + s t``, summed in float32 (float64 where ``dtype`` is) and rounded once."""
+    """``acc · row_scale · column_scale + bias + s t``, summed in float32 (float64 if ``dtype`` is float64) and rounded once."""
     wide = torch.promote_types(dtype, torch.float32)
     parts = [
         None if part is None else cast(part, wide).contiguous()
@@ -117,6 +117,7 @@ class Int8ComputeLinear(torch.autograd.Function):
         bias = None if bias is None else cast(bias, x.dtype)
         codes, step = quantize(inner.contiguous(), None)
         y = epilogue(product(codes, q.codes.t()), step, q.row_scale(), bias, s, t, x.dtype)
+        # outlier columns are multiplied with the decoded weight, in the dtype of x
         if outliers is not None and outliers.numel():
             wide = torch.promote_types(x.dtype, torch.float32)
             weight = q.codes[:, outliers] * q.row_scale().to(wide)[:, None]
@@ -149,9 +150,11 @@ class Int8ComputeLinear(torch.autograd.Function):
 
 
 def _input_grad(dy: Tensor, q: Int8Weight, ds: Tensor | None, lora: Any) -> Tensor:
+    """``sg · g8 W8 + mask ∘ (ds A)``."""
     codes, step = quantize(dy.contiguous(), q.row_scale())
     acc = product(codes, q.codes)
     if lora is None or lora.p == 0.0:
         t = None if lora is None else lora.A
         return epilogue(acc, step, None, None, ds, t, dy.dtype)
+    # the mask applies to ds A alone, so the epilogue cannot add it
     return add_update_grad(epilogue(acc, step, None, None, None, None, dy.dtype), ds, lora)

@@ -1,6 +1,6 @@
 """``int8_compute_linear`` by Triton kernels, as torch.library ops: traceable, and differentiable once.
 
-Two kernels a direction: one quantises the rows beside the low-rank product that needs them too, one multiplies the codes and adds the rest.
+Each direction has two kernels: one quantises the rows and computes their low-rank product, one multiplies the codes and adds the rest.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ def quantize(
     skip: Tensor | None = None,
     config: QuantizeConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The codes of ``x`` by rows, what one of them is worth, and ``scale · drop(x) Aᵀ``: DRAM gives ``x`` once.
+    """The codes of ``x`` by rows, the step of each row, and ``scale · drop(x) Aᵀ``, with one read of ``x`` from DRAM.
 
     Args:
         x: ``[M, K]``, at least one row.
         A: ``[R, K]`` in ``adapter_dtype``, any strides, or ``None``.
-        scale: On the low-rank product.
-        p: Dropout before it.
-        seed: Of that.
-        column_scale: ``Float32[K]``, on what is quantised, or ``None``.
+        scale: Factor on the low-rank product.
+        p: Dropout probability on the input of the low-rank product.
+        seed: Seed of that dropout.
+        column_scale: ``Float32[K]``, multiplied with ``x`` before it is quantised, or ``None``.
         skip: ``Bool[K]``, columns that are quantised as 0, or ``None``.
-        config: Overrides the choice.
+        config: Replaces the configuration that would be chosen.
 
     Returns:
         ``Int8[M, K]`` in the workspace, ``Float32[M]``, and ``[M, R]`` in the dtype of ``A`` or ``None``.
@@ -82,7 +82,7 @@ def quantize(
         PRECISION=dot_precision(x.dtype, A),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
-        # a code is a product, rounded, and then rounded by a sum
+        # a code is a product that must be rounded before the sum that rounds it to an integer
         fp_fusion=False,
     )
     return codes, step, s
@@ -112,12 +112,12 @@ def product(
         column_step: ``Float32[N]`` or ``None``.
         s: ``[M, R]`` or ``None``.
         B: ``[N, R]``, the dtype of ``s``, any strides, or ``None``.
-        scale: Of the update.
-        dtype: Of the result.
+        scale: Factor on the update.
+        dtype: The dtype of the result.
         bias: ``[N]`` or ``None``.
-        p: Of a dropout over the update's columns.
-        seed: Of that.
-        config: Overrides the choice.
+        p: Probability of the dropout over the columns of the update.
+        seed: Seed of that dropout.
+        config: Replaces the configuration that would be chosen.
     """
     (M, K), N = codes.shape, weight.shape[0]
     y, R = codes.new_empty(M, N, dtype=dtype), 0 if s is None else s.shape[1]
@@ -173,7 +173,7 @@ def forward(
     x8, step, s = quantize(flat, wide_A, p=p, seed=seed, skip=skip)
     y = product(x8, codes, step, q.row_scale(), s, wide_B, scale, dtype, bias=bias)
     if skip is not None:
-        # how many there are decides what is launched: the one place where the host waits for the device
+        # only here the host waits for the device, because the number of outlier columns decides which product is launched
         columns = skip.nonzero().view(-1)
         if columns.numel():
             weight = codes[:, columns] * q.row_scale()[:, None]
@@ -204,7 +204,7 @@ def backward(
     seed: int,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Those of ``dx``, ``dA`` and ``dB`` that ``needs`` asks for; ``x`` is needed for dA and ``s`` for dB."""
+    """Those of ``dx``, ``dA`` and ``dB`` that ``needs`` selects. dA needs ``x``, and dB needs ``s``."""
     if not dy.numel():
         grads = _like_grads(dy, codes, row_absmax, x, A, B, s, scale, p, seed, needs)
         return [grad.zero_() for grad in grads]

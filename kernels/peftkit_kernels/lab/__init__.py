@@ -1,7 +1,8 @@
-"""Proof of GPU kernels on machines without a GPU: values, bytes and machine code. Import the module that is needed.
+"""Checks GPU kernels on machines without a GPU: values, bytes and machine code. Import the module that you need.
 
-``interp`` makes Triton's interpreter value-faithful, ``traffic`` counts the bytes of every launch and finds races and
-accesses out of bounds, ``eager`` counts the bytes of torch ops by the same rule, ``aot`` compiles for real targets,
-``machine_code`` reads what comes out, ``devices``, ``l2sim`` and ``predict`` turn bytes and FLOPs into predicted times. Running-error bounds
-and the count of what autograd keeps are in ``peftkit_kernels.testing``, which the tests of every backend use.
+``interp`` makes Triton's interpreter compute the values of a GPU, ``traffic`` counts the bytes of every launch and finds races
+and accesses out of bounds, ``eager`` counts the bytes of torch ops by the same rule, ``aot`` compiles for real targets,
+``machine_code`` reads the result, and ``devices``, ``l2sim`` and ``predict`` turn bytes and FLOPs into predicted times.
+Running-error bounds and the count of the bytes that autograd keeps are in ``peftkit_kernels.testing``, which the tests of every
+backend use.
 """

@@ -1,13 +1,13 @@
-"""Compile recorded launches for GPUs that are not there, and read the machine code.
+"""Compile recorded launches for GPUs that need not be present, and read the machine code.
 
     with recording(Target("cuda:90", 132)) as launches:
         lora_linear(...)                                # on meta tensors
     for report in inspect_launches(launches, "cuda:90"):
         assert not report.problems()
 
-Runs in a process without ``TRITON_INTERPRET``: under the interpreter ``@triton.jit`` returns what the compiler cannot lower.
-Pointers and integers get the hints the JIT derives at run time (16-byte alignment, multiples of 16, equal to 1); without
-them Triton emits two-byte loads, and registers and spills say nothing of the real kernel.
+It must run in a process without ``TRITON_INTERPRET``, because ``@triton.jit`` of the interpreter returns a function that the
+compiler cannot lower. Pointers and integers get the hints that the JIT derives at run time (16-byte alignment, multiples of 16,
+equal to 1). Without them Triton emits two-byte loads, and registers and spills are not those of the real kernel.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _TYPES = {
     torch.bool: "i1",
 }
 _STREAMED = 64
-"""A tensor counts as streamed with this part of the bytes of the largest, unless its rows are ranks."""
+"""A tensor counts as streamed if it has at least 1 / 64 of the bytes of the largest tensor and its rows are longer than a rank."""
 
 
 def rows(
     ops: Iterable[str] | None = None, archs: Iterable[str] | None = None, *, every: bool = False
 ) -> list[dict[str, Any]]:
-    """``Report.row`` of every kernel the dispatcher can choose.
+    """``Report.row`` of every kernel that the dispatcher can choose.
 
     Args:
-        ops: Keys of ``inventory.OPS``; all when ``None``.
-        archs: Some of ``ARCHS``; the quick ones when ``None``, or all with ``every``.
-        every: Whether all ranks, dtypes and sizes are compiled rather than ranks 16 and 64 in bfloat16 at even sizes.
+        ops: Keys of ``inventory.OPS``; ``None`` means all.
+        archs: Some of ``ARCHS``; ``None`` means ``QUICK_ARCHS``, or all with ``every``.
+        every: Whether to compile all ranks, dtypes and sizes, and not only ranks 16 and 64 in bfloat16 at even sizes.
     """
     options: dict[str, Any] = {}
     if every:
@@ -78,7 +78,9 @@ def inspect_launches(launches: Iterable[Launch], arch: str) -> list[Report]:
     A target that rejects a kernel is a result (``Report.error``), not an exception.
     """
     if knobs.runtime.interpret:
-        raise RuntimeError("the compiler needs a process in which TRITON_INTERPRET is not set")
+        raise RuntimeError(
+            "TRITON_INTERPRET is set, so Triton cannot compile kernels; run this in a process without it"
+        )
     sources = {}
     for launch in launches:
         signature, constants, hints = _specialise(launch)
@@ -96,7 +98,7 @@ def inspect_launches(launches: Iterable[Launch], arch: str) -> list[Report]:
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple, list]]:
-    """What the JIT makes of the arguments: types by name, constants, and hints by position."""
+    """The JIT's view of the arguments: types by name, constants by name, and hints by position."""
     signature, constants, hints = {}, dict(launch.constants), {}
     values = iter(launch.arguments)
     for i, parameter in enumerate(launch.kernel.params):
@@ -125,7 +127,7 @@ def _type_of(value: Any) -> str:
 
 
 def _alignment_of(value: Any) -> int | None:
-    """What has to be a multiple of 16 for the JIT's hint: a tensor's address in bytes, or an integer itself."""
+    """The number that must be a multiple of 16 for the JIT's hint: the address of a tensor in bytes, or an integer itself."""
     if isinstance(value, Tensor):
         return int(value.storage_offset()) * value.element_size()
     return value if isinstance(value, int) else None
@@ -149,7 +151,9 @@ def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch
         "enable_fp_fusion": launch.fp_fusion,
     }
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas prints the whole program
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # if ptxas fails, Triton prints the whole program
             compiled = triton.compile(source, target=target, options=options)
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
@@ -167,13 +171,13 @@ def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch
 
 
 def _streamed(tensors: list[Tensor]) -> list[Tensor]:
-    """Those whose rows matter: large ones, not of ranks; where there is none, the largest."""
+    """The tensors whose rows must be aligned: large ones with rows longer than a rank, or else the largest one."""
     largest = max(tensors, key=lambda t: t.nbytes)
     wide = [t for t in tensors if t.dim() and t.shape[-1] > MAX_RANK]
     return [t for t in wide if _STREAMED * t.nbytes >= largest.nbytes] or [largest]
 
 
 def _tensor_core_dots(ttir: str) -> list[str]:
-    """The dots of a kernel but those of float32 operands read exactly, for which there is no tensor-core instruction."""
+    """The dots of a kernel, except exact float32 dots, for which there is no tensor-core instruction."""
     dots = re.findall(r"\btt\.dot\b.*", ttir)
     return [dot for dot in dots if "tf32" in dot or not re.search(r": tensor<[0-9x]+xf32", dot)]

@@ -1,4 +1,4 @@
-"""What a case is: an operation at its tensors, beside its definition, and how both are run."""
+"""A case: an operation, its tensors and its definition, and the functions that run them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How large a case is.
+    """The sizes of a case.
 
     Attributes:
         M: Rows.
         K: Width of the input.
-        N: The other width: outputs, inner width of an MLP, vocabulary; of q in ``lora_qkv``, whose k and v have a quarter.
+        N: The other width: of the output, the inner width of an MLP, the vocabulary. In ``lora_qkv`` the width of q; k and v
+            have a quarter of it.
         R: Rank, or width of a bottleneck.
         p: Dropout of the adapters.
     """
@@ -33,15 +34,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """An operation applied to tensors by name.
+    """An operation and the tensors it is applied to, by name.
 
     Attributes:
         leaves: The tensors; those that require a gradient are trained.
-        call: The operation, given tensors and a backend.
-        plain: What one would write with torch, dropout by torch's kernel; ``None`` where that is the definition.
-        frozen: The same without what is trained; ``None`` where nothing is left.
-        by_rows: ``call`` with a number a row where that gives one number, in which errors cancel.
-        frozen_bytes: What its element-wise passes move, forward and backward, each fused into one.
+        call: The operation, a function of the tensors and a backend.
+        plain: The same as ordinary torch code, with torch's dropout kernel; ``None`` if the definition is that code.
+        frozen: ``plain`` without the trained parts; ``None`` if nothing remains.
+        by_rows: If ``call`` returns one number, in which errors cancel: the same with one number for each row.
+        frozen_bytes: Bytes that the element-wise passes of ``frozen`` move, forward and backward, each fused into one pass.
     """
 
     leaves: Tensors
@@ -52,11 +53,11 @@ class Case:
     frozen_bytes: int = 0
 
     def eager(self, leaves: Tensors) -> Any:
-        """The outputs by plain torch."""
+        """The outputs, computed by plain torch."""
         return self.call(leaves, "reference") if self.plain is None else self.plain(leaves)
 
     def run(self, backend: str) -> Tensors:
-        """Every output and gradient by name."""
+        """Every output and gradient, by name."""
         return step(lambda leaves: self.call(leaves, backend), self.leaves)
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -99,7 +100,7 @@ def output_grads(outputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 class Draw:
-    """Makes the tensors of a case: normal numbers, or shapes alone on the meta device."""
+    """Makes the tensors of a case: normally distributed numbers, or only shapes on the meta device."""
 
     def __init__(self, dtype: torch.dtype, device: str, factors: torch.dtype | None):
         self.dtype, self.device, self.factors = dtype, device, factors or dtype
@@ -112,7 +113,7 @@ class Draw:
         size: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """A tensor of standard deviation ``size``."""
+        """A tensor whose elements have standard deviation ``size``."""
         dtype = dtype or self.dtype
         if self.device == "meta":
             return torch.empty(shape, dtype=dtype, device="meta").requires_grad_(trained)

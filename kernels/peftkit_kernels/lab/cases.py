@@ -1,6 +1,6 @@
-"""One case of every operation at any size, on any device: what the tools check, count, predict and time.
+"""One case of every operation, at any size and on any device. The tools check, count, predict and time these cases.
 
-A case is made of public functions only, so a new operation needs an entry of ``OPERATIONS`` and nothing else here.
+A case uses public functions only, so a new operation needs an entry in ``OPERATIONS`` and nothing else here.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from peftkit_kernels.prefix_attention import prefix_attention
 from peftkit_kernels.quantized_linear import int8_linear, nf4_linear
 
 FACTOR = 4.0
-"""How many times plain torch's error a result may have before it is called wrong. A flash backward, which makes the probabilities
-again from rounded numbers, has up to three times of it, a bug thousands; the tests hold each op to a bound of its own."""
+"""A result is wrong if its error is more than this many times that of plain torch. The backward of flash attention recomputes
+probabilities from rounded numbers and has up to three times that error; a bug has thousands of times. The tests check each op
+against its own bound."""
 _SCALE = 2.0
 _SEED = 2**62 + 7
 _HEAD_SIZE = 64
@@ -47,7 +48,7 @@ def _lora(leaves: Tensors, sizes: Sizes, suffix: str = "", seed: int = _SEED) ->
 
 
 def _plain_linear(t: Tensors, x: Tensor, sizes: Sizes, suffix: str = "") -> Tensor:
-    """PEFT's layer, with the dropout a GPU runs as one kernel."""
+    """PEFT's layer, with the dropout that is one kernel on a GPU."""
     dropped = torch.native_dropout(x, sizes.p, True)[0] if sizes.p else x
     s = F.linear(dropped, t[f"A{suffix}"].to(x.dtype))
     update = F.linear(s, t[f"B{suffix}"].to(x.dtype))
@@ -85,7 +86,7 @@ def _lora_qkv(sizes: Sizes, draw: Draw) -> Case:
 
 
 def _lora_swiglu_mlp(sizes: Sizes, draw: Draw) -> Case:
-    """Gate and up in one buffer, as ``accelerate`` puts them on a GPU."""
+    """A gated MLP whose gate and up are in one buffer, where ``accelerate`` puts them on a GPU."""
     K, N = sizes.K, sizes.N
     shapes = {"_gate": (N, K), "_up": (N, K), "_down": (K, N)}
     leaves = {"x": draw(sizes.M, K, trained=True)}
@@ -104,15 +105,15 @@ def _lora_swiglu_mlp(sizes: Sizes, draw: Draw) -> Case:
 
     def plain(t: Tensors) -> Tensor:
         t = cut(t)
-        e, g = (_plain_linear(t, t["x"], sizes, suffix) for suffix in ("_gate", "_up"))
-        return _plain_linear(t, F.silu(e) * g, sizes, "_down")
+        gate, up = (_plain_linear(t, t["x"], sizes, suffix) for suffix in ("_gate", "_up"))
+        return _plain_linear(t, F.silu(gate) * up, sizes, "_down")
 
     def frozen(t: Tensors) -> Tensor:
         t = cut(t)
-        e, g = (F.linear(t["x"], t[f"weight{suffix}"]) for suffix in ("_gate", "_up"))
-        return F.linear(F.silu(e) * g, t["weight_down"])
+        gate, up = (F.linear(t["x"], t[f"weight{suffix}"]) for suffix in ("_gate", "_up"))
+        return F.linear(F.silu(gate) * up, t["weight_down"])
 
-    # act(e) g reads two and writes one of them, its gradient reads three and writes two
+    # act(gate) up reads two [M, N] and writes one; its gradient reads three and writes two
     return Case(
         leaves, call, plain, frozen, frozen_bytes=8 * sizes.M * N * leaves["x"].element_size()
     )
@@ -179,7 +180,7 @@ def _dora(sizes: Sizes, draw: Draw) -> Case:
 
 
 def _scale_leaves(sizes: Sizes, draw: Draw, suffix: str = "") -> Tensors:
-    """A direction and what turns it into the output of a DoRA linear."""
+    """A direction, and the vectors that turn it into the output of a DoRA linear."""
     wide = torch.promote_types(draw.factors, torch.float32)
     magnitude = draw(sizes.N, dtype=draw.factors).abs() + 0.5
     return {
@@ -237,7 +238,7 @@ def _quantized(sizes: Sizes, draw: Draw, op: Any, quantize: Any) -> Case:
 
 def _dequantized(sizes: Sizes, draw: Draw, quantize: Any, dequantize: Any) -> Case:
     stored = quantize(draw(sizes.N, sizes.K, dtype=torch.float32))
-    like = draw(1)  # says in which dtype
+    like = draw(1)  # has the dtype to decode to
     return Case(
         {"like": like},
         lambda t, backend: dequantize(stored, t["like"].dtype, backend=backend),
@@ -284,8 +285,8 @@ class Operation:
     """One operation of the package.
 
     Attributes:
-        keeps: For the backward, in words.
-        variants: Its public functions or their modes by name, and how a case of each is built.
+        keeps: The tensors kept for backward, in words.
+        variants: Its public functions or their modes by name, and the function that builds a case of each.
     """
 
     keeps: str
@@ -299,10 +300,12 @@ OPERATIONS: dict[str, Operation] = {
         "the input, both projections, and each `s`", {"lora_swiglu_mlp": _lora_swiglu_mlp}
     ),
     "frozen_norm": Operation(
-        "the input and one or two numbers a row",
+        "the input and one or two numbers for each row",
         {"frozen_rms_norm": _rms_norm, "frozen_layer_norm": _layer_norm},
     ),
-    "attention": Operation("q, k, v, the output and one number a row", {"attention": _attention}),
+    "attention": Operation(
+        "q, k, v, the output and one number for each row", {"attention": _attention}
+    ),
     "nf4": Operation(
         "",
         {"dequantize_nf4": lambda s, d: _dequantized(s, d, quantize_nf4, dequantize_nf4)},
@@ -324,7 +327,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "bottleneck": Operation("`h` and the input of the activation", {"bottleneck": _bottleneck}),
     "prefix_attention": Operation(
-        "its arguments, the output and one number a row",
+        "its arguments, the output and one number for each row",
         {
             "prefix_attention": _prefix_attention,
             "prefix_attention, gated": lambda s, d: _prefix_attention(s, d, gated=True),
@@ -336,14 +339,14 @@ OPERATIONS: dict[str, Operation] = {
         "the direction `z`", {"dora_scale": _dora_scale, "dora_gate": _dora_gate}
     ),
     "linear_cross_entropy": Operation(
-        "the gradients, made in the forward",
+        "the gradients, computed in the forward",
         {
             "linear_cross_entropy": _linear_cross_entropy,
             "linear_cross_entropy, LoRA": lambda s, d: _linear_cross_entropy(s, d, adapter=True),
         },
     ),
 }
-"""By the names of their folders."""
+"""By the names of the operations' folders."""
 
 
 def build(
@@ -360,10 +363,10 @@ def build(
     Args:
         op: A key of ``OPERATIONS``.
         variant: A key of its ``variants``.
-        sizes: How large.
-        dtype: Of the activations and dense weights.
-        device: Where; ``"meta"`` has shapes without values.
-        factors: Of the adapters; ``dtype`` when ``None``.
+        sizes: The sizes.
+        dtype: Dtype of the activations and dense weights.
+        device: Device of the tensors; on ``"meta"`` they have no values.
+        factors: Dtype of the adapters; ``None`` means ``dtype``.
     """
     return OPERATIONS[op].variants[variant](sizes, Draw(dtype, device, factors))
 
@@ -372,7 +375,7 @@ def chosen(names: list[str] | None, among: Mapping[str, Any] | list[str]) -> lis
     """``names``, or all of ``among``.
 
     Raises:
-        ValueError: A name is not there.
+        ValueError: A name is unknown.
     """
     known = list(among)
     for name in names or []:

@@ -1,4 +1,4 @@
-"""The operations of the package: what each computes, by which implementations, and what it keeps."""
+"""The operations of the package: the formula, the implementations and the tensors kept for backward of each."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from peftkit_kernels.lab.inventory import OPS
 
 
 def rows(ops: list[str] | None = None) -> list[dict[str, Any]]:
-    """One row an operation: ``op``, ``implementations``, ``keeps`` and the first sentence of its README, ``computes``.
+    """One row for each operation: ``op``, ``implementations``, ``keeps`` and ``computes``, the first sentence of its README.
 
     Args:
-        ops: Keys of ``cases.OPERATIONS``; all when ``None``.
+        ops: Keys of ``cases.OPERATIONS``; ``None`` means all.
     """
     return [
         {

@@ -1,8 +1,8 @@
 """Run the Triton kernels of every op in the faithful interpreter and compare them with the definition in float64.
 
-What a kernel gives may be off by a few times what plain torch is off by in the same dtype, and one rounding. Every launch is watched for
-races and accesses out of bounds, offsets for int32 overflow; memory that nobody wrote is NaN; and a second run with the
-programs in reverse order has to give the same bits.
+The error of a result may be a few times that of plain torch in the same dtype, plus one rounding. Every launch is checked for
+races and accesses out of bounds, and offsets for int32 overflow. New memory is filled with NaN, and a second run with the
+programs in reverse order must give the same bits.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from peftkit_kernels.lab.traffic import Traffic
 from peftkit_kernels.testing import error_and_allowed
 
 SIZES = Sizes(M=70, K=72, N=88, R=8, p=0.1)
-"""More than one tile of rows, nothing a multiple of a tile."""
+"""More than one tile of rows; no size is a multiple of a tile."""
 FEW_ROWS = {"linear_cross_entropy": Sizes(M=24, K=40, N=230, R=8)}
-"""Where every row is a program."""
+"""Fewer rows for an op in which every row is a program."""
 INT32_LIMIT = 5000
-"""Row offsets of these tensors left in int32 pass it, offsets within a row or of a small factor do not."""
+"""Row offsets of these tensors exceed it if they are int32; offsets within a row or of a small factor do not."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def rows(ops: list[str] | None = None) -> list[dict[str, Any]]:
-    """One row for every op, variant and dtype; ``problems`` is empty where all is well.
+    """One row for every op, variant and dtype; ``problems`` is empty if none was found.
 
     Args:
-        ops: Keys of ``inventory.OPS``; all when ``None``.
+        ops: Keys of ``inventory.OPS``; ``None`` means all.
     """
     found = []
     for op in chosen(ops, OPS):
@@ -55,20 +55,20 @@ def _check(case: Case) -> dict[str, Any]:
     with nan_in_new_memory(), Traffic() as traffic, faithful(int32_limit=INT32_LIMIT):
         try:
             actual = case.run("triton")
-        except Exception as error:  # whatever a broken kernel raises is what this row reports
+        except Exception as error:  # a broken kernel may raise any error, and the row reports it
             actual, problems = {}, [f"{type(error).__name__}: {error}"]
     for launch in traffic.launches:
         problems += [
             f"{launch.kernel}: {f.kind} on {f.argument}: {f.message}" for f in launch.findings
         ]
     if not traffic.launches:
-        problems.append("nothing was launched")
+        problems.append("no kernel was launched")
     worst, where = 0.0, ""
     for name, value in actual.items():
         error, allowed = error_and_allowed(value, plain[name], truth[name], FACTOR)
         ratio = error / allowed if allowed else float(error > 0)
         if not ratio <= 1:
-            problems.append(f"{name} is off by {error:.3g}, allowed {allowed:.3g}")
+            problems.append(f"{name} has an error of {error:.3g}, allowed are {allowed:.3g}")
         if not ratio <= worst:
             worst, where = ratio, name
     if not problems:
@@ -87,7 +87,7 @@ def _check(case: Case) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def nan_in_new_memory() -> Iterator[None]:
-    """What nobody writes is NaN inside."""
+    """A context in which new memory is filled with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

@@ -1,4 +1,4 @@
-"""Call a function of the lab in a child process: Triton interprets or compiles, never both in one."""
+"""Call a function of the lab in a child process, because Triton either interprets or compiles in one process, never both."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ json.dump(result, sys.stdout)
 
 
 def call(module: str, function: str, *, interpret: bool, **arguments: Any) -> Any:
-    """What a function of ``peftkit_kernels.lab`` returns; arguments and result are plain data.
+    """The result of a function of ``peftkit_kernels.lab``; arguments and result are plain data.
 
     Args:
         module: Name of the module within the lab.
         function: Name of the function.
-        interpret: Whether kernels run in Triton's interpreter, or can be compiled.
-        arguments: Of the function.
+        interpret: Whether kernels run in Triton's interpreter. If false, they can be compiled.
+        arguments: Arguments of the function.
 
     Raises:
         ValueError: Triton is not installed.
-        RuntimeError: The child failed; it has said on stderr why.
+        RuntimeError: The child process failed; its stderr says why.
     """
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
-            "Triton is not installed, and without it kernels can neither be interpreted nor compiled; "
-            "it comes for Linux: pip install triton"
+            "Triton is not installed, so kernels can be neither interpreted nor compiled; on Linux run: "
+            "pip install triton"
         )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if interpret:
         env["TRITON_INTERPRET"] = "1"
-    # the child finds this package where this process did, and nothing in the working directory
+    # the child imports this package from the same path as this process, and nothing from the working directory
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     env["PYTHONSAFEPATH"] = "1"
     done = subprocess.run(

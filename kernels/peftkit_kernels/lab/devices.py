@@ -19,11 +19,11 @@ class Device:
         sms: Streaming multiprocessors.
         clock_ghz: Boost clock under load.
         tensor_tflops: Dense 16-bit tensor-core rate with float32 accumulation.
-        bandwidth_gbs: Of DRAM, in 10^9 bytes a second.
+        bandwidth_gbs: DRAM bandwidth, in 10^9 bytes per second.
         l2_mib: Usable L2 cache.
-        gemm_efficiency: Share of ``tensor_tflops`` a well-tuned library GEMM reaches.
-        triton_efficiency: Share of that a pointer-based Triton GEMM reaches.
-        bandwidth_efficiency: Share of ``bandwidth_gbs`` a streaming kernel reaches.
+        gemm_efficiency: Share of ``tensor_tflops`` that a well-tuned library GEMM reaches.
+        triton_efficiency: Share of the library's rate that a pointer-based Triton GEMM reaches.
+        bandwidth_efficiency: Share of ``bandwidth_gbs`` that a streaming kernel reaches.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Device:
 
     @property
     def bytes_per_second(self) -> float:
-        """DRAM bandwidth a streaming kernel reaches."""
+        """The DRAM bandwidth that a streaming kernel reaches."""
         return self.bandwidth_gbs * 1e9 * self.bandwidth_efficiency
 
 
@@ -50,7 +50,7 @@ DEVICES = (A100, H100, RTX4090)
 
 
 class Limits(NamedTuple):
-    """What one streaming multiprocessor holds."""
+    """The most that one streaming multiprocessor holds."""
 
     warps: int
     blocks: int
@@ -72,11 +72,11 @@ LIMITS = {
 
 _REGISTERS = 65536
 _REGISTER_UNIT = 256
-"""Registers are handed out per warp in multiples of this."""
+"""Registers are allocated per warp in multiples of this number."""
 
 
 class Occupancy(NamedTuple):
-    """Blocks that fit on one multiprocessor, their warps as a share of the most, and what limits them."""
+    """Blocks that fit on one multiprocessor, their share of the largest number of warps, and the resource that limits them."""
 
     blocks: int
     fraction: float
@@ -84,17 +84,17 @@ class Occupancy(NamedTuple):
 
 
 def occupancy(arch: str, registers: int, warps: int, shared_bytes: int) -> Occupancy:
-    """Resident blocks of a kernel; none when it needs more shared memory than a block may have.
+    """Resident blocks of a kernel; none if it needs more shared memory than a block may have.
 
     Args:
         arch: A key of ``LIMITS``.
-        registers: A thread.
-        warps: A block.
-        shared_bytes: A block.
+        registers: Registers of a thread.
+        warps: Warps of a block.
+        shared_bytes: Shared memory of a block.
     """
     limits = LIMITS[arch]
     per_warp = math.ceil(max(registers, 1) * 32 / _REGISTER_UNIT) * _REGISTER_UNIT
-    reserved = 0 if arch == "cuda:75" else KIB  # by the system, a block
+    reserved = 0 if arch == "cuda:75" else KIB  # the system reserves this much in every block
     fits = {
         "registers": _REGISTERS // per_warp // warps,
         "shared memory": limits.shared_bytes // max(shared_bytes + reserved, 1),
@@ -109,7 +109,7 @@ def occupancy(arch: str, registers: int, warps: int, shared_bytes: int) -> Occup
 def roofline_seconds(
     device: Device, flops: float, dram_bytes: float, *, triton_gemm: bool = False
 ) -> float:
-    """Time of one kernel: the slower of its products and its bytes."""
+    """Time of one kernel: the longer of the times for its products and for its bytes."""
     rate = device.tensor_tflops * 1e12 * device.gemm_efficiency
     if triton_gemm:
         rate *= device.triton_efficiency

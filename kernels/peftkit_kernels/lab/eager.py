@@ -1,9 +1,9 @@
-"""Bytes and FLOPs of torch ops, by the rule ``traffic`` uses for Triton launches.
+"""Bytes and FLOPs of torch ops, by the rule that ``traffic`` uses for Triton launches.
 
 Every aten op counts as one GPU kernel that reads each distinct input element once and writes each output element once. A
-fused op is usually a few Triton launches and a few calls of cuBLAS; the two counts add up, and compare with eager torch.
-Meta tensors work: an 8192 x 4096 layer is counted in milliseconds. Of this package's own ops what they are made of is counted.
-In a plain path use ``torch.native_dropout``, which is one kernel on a GPU; ``F.dropout`` on the CPU is three ops.
+fused op is usually a few Triton launches and a few calls of cuBLAS; the sum of both counts is comparable with the count of
+eager torch. Meta tensors work: an 8192 x 4096 layer is counted in milliseconds. For an op of this package the torch ops inside
+it are counted. In a plain path use ``torch.native_dropout``, which is one kernel on a GPU; ``F.dropout`` on the CPU is three ops.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PRODUCTS = frozenset("mm addmm addmm_".split())
 
 
 class Op(NamedTuple):
-    """One aten op; a product of matrices also says which: ``(M, N, K)``."""
+    """One aten op. ``product`` has the sizes ``(M, N, K)`` of a product of matrices."""
 
     name: str
     read_bytes: int
@@ -48,12 +48,12 @@ class EagerTraffic(TorchDispatchMode):
 
     @property
     def unique_bytes(self) -> int:
-        """What all ops have to move."""
+        """The bytes that all ops must move."""
         return sum(op.read_bytes + op.written_bytes for op in self.ops)
 
     @property
     def flops(self) -> int:
-        """Of all products."""
+        """FLOPs of all products."""
         return sum(op.flops for op in self.ops)
 
     def __torch_dispatch__(
@@ -65,7 +65,9 @@ class EagerTraffic(TorchDispatchMode):
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
         if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
-            with self:  # below autograd nobody else has taken `linear` or `matmul` apart
+            with (
+                self
+            ):  # composite ops such as linear and matmul are not yet decomposed below autograd
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -112,7 +114,7 @@ def _product(inputs: list[Tensor], result: Tensor) -> tuple[int, int, int]:
 
 
 def touched_bytes(t: Tensor) -> int:
-    """Bytes of the distinct elements of a tensor, which may be expanded."""
+    """Bytes of the distinct elements of a tensor; an expanded element counts once."""
     n = 1
     for size, stride in zip(t.shape, t.stride(), strict=True):
         n *= size if stride or not size else 1

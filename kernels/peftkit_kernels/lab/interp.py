@@ -1,16 +1,16 @@
-"""A value-faithful Triton interpreter for machines without a GPU.
+"""A Triton interpreter that computes the values of a GPU, for machines without a GPU.
 
-Stock Triton (``TRITON_INTERPRET=1``) stores bfloat16 as raw uint16 and computes on the bit patterns: ``tl.dot`` of two
+Stock Triton (``TRITON_INTERPRET=1``) stores bfloat16 as raw uint16 and computes with the bit patterns: ``tl.dot`` of two
 bfloat16 tiles gives values around 1e10, ``+ - * <`` are integer operations, and float32 to bfloat16 truncates. It ignores
-``input_precision`` (a GPU's default for float32 is TF32). None of this raises; a right kernel looks wrong and a wrong one
-right. Inside ``faithful()``
+``input_precision`` (a GPU's default for float32 is TF32). None of this raises an error, so a correct kernel can look wrong and
+a wrong one correct. Inside ``faithful()``:
 
 * bfloat16 operands of ``tl.dot`` are widened exactly, and every other bfloat16 operation is done in float32 and rounded to
-  nearest even; with ``strict_bf16`` arithmetic on bfloat16 tiles raises, because kernels have to widen first,
-* a float32 ``tl.dot`` with ``input_precision="tf32"`` drops its operands to 10 mantissa bits,
-* a signed int32 sum or product beyond ``int32_limit`` raises. A limit of 4096 finds offsets that would overflow on large
-  tensors with small ones: with M, K < 4096 < M K, any ``row * stride`` left in int32 exceeds it,
-* ``order`` runs the programs of a launch reversed or shuffled, so that a kernel relying on their order is caught.
+  nearest even. With ``strict_bf16`` arithmetic on bfloat16 tiles raises an error, because kernels must widen them first.
+* A float32 ``tl.dot`` with ``input_precision="tf32"`` truncates its operands to 10 mantissa bits.
+* A signed int32 sum or product beyond ``int32_limit`` raises an error. With a limit of 4096, small tensors find offsets that
+  would overflow on large ones: if M, K < 4096 < M K, any ``row * stride`` in int32 exceeds the limit.
+* ``order`` runs the programs of a launch reversed or shuffled, to find a kernel that depends on their order.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from peftkit_kernels.lab.patching import Builder, Handle, check_interpreter
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What ``faithful`` checks and imitates.
+    """The checks and imitations of ``faithful``.
 
     Attributes:
         strict_bf16: Whether arithmetic on bfloat16 tiles raises ``TypeError``.
-        tf32: Whether ``input_precision="tf32"`` loses the bits it loses on a GPU.
+        tf32: Whether ``input_precision="tf32"`` drops the bits that a GPU drops.
         int32_limit: int32 results outside ``[-int32_limit, int32_limit)`` raise ``OverflowError``.
         order: Order of the programs of a launch: ``None`` is row-major, ``"reverse"``, or the seed of a shuffle.
     """
@@ -51,13 +51,13 @@ _stock: dict[str, Callable[..., Any]] = {}
 
 @contextlib.contextmanager
 def faithful(**options: Any) -> Iterator[None]:
-    """Repair the interpreter for the launches inside; what is not given is taken from the ``faithful`` around it.
+    """Repair the interpreter for the launches inside. Options that are not given are those of the enclosing ``faithful``.
 
     Args:
         options: Fields of ``Options``.
 
     Raises:
-        RuntimeError: Kernels do not run in the interpreter, or it is not one the lab knows.
+        RuntimeError: Kernels do not run in the interpreter, or the lab does not support this interpreter.
     """
     check_interpreter()
     outermost = not _options
@@ -67,7 +67,7 @@ def faithful(**options: Any) -> Iterator[None]:
         for name, method in _METHODS.items():
             setattr(Builder, name, method)
     try:
-        # infinities and NaNs are a GPU's everyday business
+        # a GPU does not warn about infinities and NaN
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             yield
     finally:
@@ -79,7 +79,7 @@ def faithful(**options: Any) -> Iterator[None]:
 
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
-    """The numbers whose bfloat16 patterns are ``bits``."""
+    """The float32 numbers whose bfloat16 bit patterns are ``bits``."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -94,7 +94,7 @@ def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def truncate_to_tf32(values: np.ndarray) -> np.ndarray:
-    """What a TF32 tensor core reads of a float32 register: Triton feeds it as it is and the hardware drops 13 bits."""
+    """The value that a TF32 tensor core reads from a float32 register: Triton does not round, and the hardware drops 13 bits."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
@@ -139,11 +139,11 @@ def _binary_op(self: Any, lhs: Any, rhs: Any, op: Callable[..., Any]) -> Any:
     if op in _WRAPPING and lhs.data.dtype == np.int32:
         wide, limit = op(lhs.data.astype(np.int64), rhs.data.astype(np.int64)), options.int32_limit
         if ((wide >= limit) | (wide < -limit)).any():
-            raise OverflowError(f"int32 arithmetic leaves ±{limit}: widen the offset to int64")
+            raise OverflowError(f"int32 arithmetic exceeds ±{limit}; widen the offset to int64")
     if not _is_bfloat16(lhs) or op in _BITWISE:
         return _stock["binary_op"](self, lhs, rhs, op)
     if options.strict_bf16 and op in _ARITHMETIC:
-        raise TypeError(f"{op.__name__} of bfloat16 tiles: widen them to float32 first")
+        raise TypeError(f"{op.__name__} of bfloat16 tiles; widen them to float32 first")
     result = op(_wide(lhs), _wide(rhs))
     return Handle(result, tl.int1) if result.dtype == np.bool_ else _bfloat16(result)
 

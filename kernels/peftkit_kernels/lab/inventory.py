@@ -1,7 +1,6 @@
-"""Every kernel and configuration the dispatcher can choose, by op: what would be launched at real sizes on a given GPU.
+"""Every kernel and configuration that the dispatcher can choose, by op: the launches at real sizes on a given GPU.
 
-The launches are recorded from the implementations themselves, on meta tensors, so the machine code that is inspected is that
-of the kernels that run.
+The implementations themselves are recorded on meta tensors, so the inspected machine code is that of the kernels that run.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ _SEED = 2**62 + 1
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Which sizes 16 does not divide: there Triton compiles another kernel.
+    """Which sizes 16 does not divide; for them Triton compiles another kernel.
 
     Attributes:
-        odd_rows: Numbers of rows are odd, as those of a batch of texts are.
-        odd_widths: Widths are, so that a row starts anywhere and is read by elements.
+        odd_rows: Whether numbers of rows are odd, as in a batch of texts.
+        odd_widths: Whether widths are odd, so that rows are not aligned and are read element by element.
     """
 
     odd_rows: bool = False
@@ -55,11 +54,11 @@ _SMS = {
     "cuda:120": 170,
     "hip:gfx942": 304,
 }
-"""Of the largest part: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI300X."""
+"""Multiprocessors of A100, RTX 3090, RTX 4090, H100, B200, RTX 5090 and MI300X."""
 
 
 def known_archs(archs: Iterable[str]) -> list[str]:
-    """``archs`` as they are; raises ``ValueError`` for one that kernels are not compiled for."""
+    """``archs`` unchanged; raises ``ValueError`` for one that the lab does not compile for."""
     for arch in archs:
         if arch not in _SMS:
             raise ValueError(f"arch={arch!r} is unknown; use one of {', '.join(_SMS)}")
@@ -74,13 +73,13 @@ def launches(
     dtypes: Sequence[torch.dtype] = QUICK_DTYPES,
     sizes: Sequence[Sizes] = (EVEN,),
 ) -> list[Launch]:
-    """What ``op`` launches, forward and backward, for all ranks, dtypes and sizes given, with and without dropout.
+    """The launches of ``op``, forward and backward, for all given ranks, dtypes and sizes, with and without dropout.
 
     Args:
         op: A key of ``OPS``.
         arch: One of ``aot.ARCHS``.
-        ranks: Of the adapters.
-        dtypes: Of the activations. Adapters have the same dtype, and also float32, in which PEFT keeps them.
+        ranks: Ranks of the adapters.
+        dtypes: Dtypes of the activations. Adapters have the same dtype, and also float32, PEFT's default.
         sizes: Some of ``SIZES``.
     """
     with recording(Target(arch, _SMS[arch])) as found:
@@ -156,17 +155,17 @@ def _lora_swiglu_mlp(
     shapes = ((F, D), (F, D), (D, F))
     x = _meta(sizes.rows(), D, dtype=dtype)
     weights = [_meta(*shape, dtype=dtype) for shape in shapes]
-    # the dropout adds to every activation alike
+    # dropout adds the same code to every activation, so one case without dropout is enough
     for act, p in (("silu", 0.0), ("silu", 0.1), ("gelu", 0.1), ("gelu_tanh", 0.1)):
         loras = [
             LoRA(_meta(rank, K, dtype=own), _meta(N, rank, dtype=own), 2.0, p, _SEED + i)
             for i, (N, K) in enumerate(shapes)
         ]
         arguments = without_gaps([None] * 3, loras)
-        y, eg, s = forward(x, weights, *arguments, act)
+        y, gate_up, s = forward(x, weights, *arguments, act)
         _, As, Bs, _, *numbers = arguments
         needs = True, [False, False], [True] * 3, [True] * 3
-        backward(y, weights, x, eg, As, Bs, s, *numbers, act, *needs)
+        backward(y, weights, x, gate_up, As, Bs, s, *numbers, act, *needs)
 
 
 def _bottleneck(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
@@ -174,7 +173,7 @@ def _bottleneck(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.bottleneck.triton_impl import backward, forward
 
     (D,), act = sizes.widths(4096), "gelu"
-    for R in sorted({rank, min(4 * rank, MAX_BOTTLENECK)}):  # wider than any adapter's rank
+    for R in sorted({rank, min(4 * rank, MAX_BOTTLENECK)}):  # a bottleneck may be wider than a rank
         bias, wide = _meta(R, dtype=dtype), _meta(D, dtype=dtype)
         down, up = _meta(R, D, dtype=dtype), _meta(D, R, dtype=dtype)
         for M in (8192, 1024):
@@ -189,7 +188,7 @@ def _frozen_norm(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.frozen_norm.triton_impl import backward, layer_forward, rms_forward
 
     del rank  # a norm has none
-    # many rows a program, one, and the longest
+    # many rows in each program, one row, and the longest rows
     for K in sizes.widths(64, 4096, *MAX_WIDTH.values()):
         x, weight = _meta(sizes.rows(), K, dtype=dtype), _meta(K, dtype=dtype)
         for offset, round_first in ((0.0, True), (1.0, False)):
@@ -227,7 +226,7 @@ def _linear_cross_entropy(
 
 
 def _nf4_weights(N: int, K: int) -> list[Any]:
-    """Single and nested, with blocks of 64."""
+    """An NF4 weight with float32 maxima and one with nested maxima, with blocks of 64."""
     from peftkit_kernels.nf4 import NestedAbsmax, NF4Weight
 
     packed, blocks = _meta(-(-N * K // 2), dtype=torch.uint8), -(-N * K // 64)
@@ -274,7 +273,7 @@ def _quantized_linear(
     from peftkit_kernels.quantized_linear.triton_impl import backward, forward
 
     own = factor_dtype or dtype
-    # columns enough for the largest number of rows that is decoded in the product
+    # enough columns that all these numbers of rows up to 128 may be decoded in the product
     N, K = sizes.widths(14336, 4096)
     factors = _meta(rank, K, dtype=own), _meta(N, rank, dtype=own)
     for q in (*_nf4_weights(N, K), _int8_weight(N, K)):
@@ -315,7 +314,7 @@ def _prefix_attention(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     H = 32
     gate = _meta(H, dtype=dtype)
     for positions, D in ((2048, 64), (2048, 128), (2048, 256), (1, 128)):
-        # heads are no wider where rows are odd: the library's flash attention takes multiples of 8
+        # head sizes stay even, because the library's flash attention supports multiples of 8 only
         S = sizes.rows(positions)
         o = _meta(2, S, H, D, dtype=dtype)
         lse = _meta(2, H, S, dtype=torch.float32)
@@ -359,25 +358,20 @@ def _dora(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 
 
 def _dora_scale(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
-    from peftkit_kernels.dora_scale.triton_impl import (
-        gate_backward,
-        gate_forward,
-        scale_backward,
-        scale_forward,
-    )
+    from peftkit_kernels.dora_scale import triton_impl as impl
 
     del rank
     M, (N,) = sizes.rows(), sizes.widths(4096)
     z, bias, g = _meta(M, N, dtype=dtype), _meta(N, dtype=dtype), _meta(N, dtype=torch.float32)
     for added in (bias, None):
-        scale_forward(z, g, added)
+        impl.scale_forward(z, g, added)
     for kept, needs_bias in ((z, True), (z, False), (None, False)):
-        scale_backward(z, kept, g, needs_bias)
-    # trained biases take the most registers, and add to every activation alike
+        impl.scale_backward(z, kept, g, needs_bias)
+    # trained biases need the most registers, and add the same code to every activation
     for act, added in (("silu", None), ("silu", bias), ("gelu", bias), ("gelu_tanh", bias)):
         tensors = z, z, g, g, added, added, act
-        gate_forward(*tensors)
-        gate_backward(z, *tensors, [True, True, *[added is not None] * 2])
+        impl.gate_forward(*tensors)
+        impl.gate_backward(z, *tensors, [True, True, *[added is not None] * 2])
 
 
 OPS: dict[str, Callable[..., Any]] = {
@@ -398,13 +392,7 @@ OPS: dict[str, Callable[..., Any]] = {
 }
 """Ops with Triton kernels."""
 
-MIXED_OPS = {
-    "lora_linear",
-    "lora_qkv",
-    "lora_swiglu_mlp",
-    "linear_cross_entropy",
-    "quantized_linear",
-    "grouped_lora",
-    "int8_compute_linear",
-}
-"""Those whose adapters may be float32 beside 16-bit activations, and then compile to other kernels. That of DoRA does by itself."""
+MIXED_OPS = frozenset(
+    """lora_linear lora_qkv lora_swiglu_mlp linear_cross_entropy quantized_linear grouped_lora int8_compute_linear""".split()
+)
+"""Ops that compile other kernels if their adapters are float32 and activations 16-bit. ``_dora`` records both cases itself."""

@@ -1,4 +1,4 @@
-"""What the machine code of one kernel says: registers, spills, widths of access, tensor instructions, and whether that will do."""
+"""Reads the machine code of one kernel: registers, spills, access widths, tensor instructions, and the problems they show."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Stream(NamedTuple):
     """A kernel whose loop streams tensors.
 
     Attributes:
-        tile: The constants that make its tile.
-        loads: Tiles it loads a step.
-        stores: Tiles it stores a step.
-        loops: Loops over the same tiles that its loads and stores are spread over.
-        beside: The constants of another tile that a step loads: it is in flight as well.
-        instruction_bound: Values of constants with which instructions and not DRAM limit it, as its README says.
+        tile: The constants whose product is the size of its tile.
+        loads: Tiles that it loads in each step.
+        stores: Tiles that it stores in each step.
+        loops: The number of loops over the same tiles among which its loads and stores are divided.
+        beside: The constants of another tile that a step loads, which is also in flight.
+        instruction_bound: Values of constants with which instructions, not DRAM, limit the kernel; its README says so.
     """
 
     tile: tuple[str, ...]
@@ -53,7 +53,7 @@ STREAMS = {
         beside=("BLOCK_M", "BLOCK_R"),
         instruction_bound=_GELU_WITH_DROPOUT,
     ),
-    # two loops over the rows: DRAM sees their reads in the first, their writes in the second
+    # two loops over the rows: DRAM reads happen in the first, DRAM writes in the second
     "bottleneck_forward_kernel": Stream(
         ("BLOCK_M", "BLOCK_D"), 1, 1, loops=2, beside=("BLOCK_D", "BLOCK_R")
     ),
@@ -62,46 +62,46 @@ STREAMS = {
     ),
     "norm_forward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1, 1),
     "norm_backward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 2, 1),
-    # where no magnitude is trained it loads one tile, and its programs are twice as many
+    # if no magnitude is trained it loads one tile, but twice as many programs are resident
     "scale_backward_kernel": Stream(("BLOCK_M", "BLOCK_N"), 2, 1),
     "scaled_gate_backward_kernel": Stream(("BLOCK_M", "BLOCK_F"), 3, 2),
-    # an adapter's factor is read by the few programs that have rows of it: when decoding it is most of what is streamed
+    # only the few programs with rows of an adapter read its factor, so in decoding factors are most of the streamed bytes
     "grouped_shrink_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1, beside=("BLOCK_K", "BLOCK_R")),
     "grouped_tall_kernel": Stream(("BLOCK_M", "BLOCK_C"), 1),
 }
 
 _MIN_BYTES_IN_FLIGHT = 16 * 1024
-"""Little's law on H100: 25 GB/s a multiprocessor times 0.65 microseconds of latency."""
+"""Little's law on H100: 25 GB/s for each multiprocessor times 0.65 microseconds of latency."""
 _MIN_DRAM_MARGIN = 1.1
 _STREAMING_RANK = 64
-"""Above it a pass does 128 FLOPs a byte, as many as an A100 does in the time of one, and products are what limits it."""
+"""Above this rank a pass does more than 128 FLOPs for each byte, as many as an A100 computes while it moves a byte, so products limit it."""
 
 
 @dataclass
 class Report:
-    """What the machine code of one kernel on one target says.
+    """Properties of the machine code of one kernel on one target.
 
     Attributes:
         kernel: Name of the kernel.
         config: Its constants, warps and stages, in words.
         arch: The target.
-        error: Why it did not compile; empty when it did.
-        registers: A thread.
+        error: Why it did not compile; empty if it did.
+        registers: Registers of a thread.
         stack_bytes: Local memory reserved for a thread.
         spills: Instructions that load or store local memory.
-        instructions: In the whole kernel, loops counted once; 0 where it is not known (AMD).
-        shared_bytes: A block, static and dynamic.
-        warps: A block.
-        dots: Products in the source that tensor cores can do: 16-bit, int8, TF32.
+        instructions: Instructions of the whole kernel, loops counted once; 0 if not known (AMD).
+        shared_bytes: Shared memory of a block, static and dynamic.
+        warps: Warps of a block.
+        dots: Products in the source that tensor cores support: 16-bit, int8, TF32.
         constants: The constexpr arguments.
         itemsize: Bytes of an element of the first tensor.
-        aligned: Whether rows of what it streams start and end at multiples of 16 elements. Others are read by elements:
-            instructions limit that, not DRAM, and what is asked of streams does not apply.
+        aligned: Whether rows of the streamed tensors start and end at multiples of 16 elements. Other rows are read element by
+            element: instructions, not DRAM, limit that, so the checks of streams do not apply.
         tensor_instructions: Tensor-core instructions by name.
-        loads: Global loads by bits an access; ``"TMA"`` for bulk copies.
-        stores: The same for stores.
-        loops: Instructions of each innermost loop, by name: those of the source, and on sm_100 those that wait.
-        has_loop: Whether the source has one.
+        loads: Global loads by bits of an access; ``"TMA"`` for bulk copies.
+        stores: Global stores by bits of an access.
+        loops: Instructions of each innermost loop, by name: loops of the source, and on sm_100 also loops that wait.
+        has_loop: Whether the source has a loop.
     """
 
     kernel: str
@@ -126,17 +126,18 @@ class Report:
 
     @property
     def occupancy(self) -> Occupancy | None:
-        """Resident blocks; ``None`` where it is not known (AMD)."""
+        """Resident blocks; ``None`` if not known (AMD)."""
         if self.arch not in LIMITS or self.error:
             return None
         return occupancy(self.arch, self.registers, self.warps, self.shared_bytes)
 
     def problems(self) -> list[str]:
-        """Why this kernel must not be shipped, a sentence each."""
+        """The reasons not to ship this kernel, one sentence each."""
         if self.error:
             return [f"does not compile: {self.error}"]
         found = []
-        # ptxas may reserve a frame that no instruction touches: Triton 3.7 builds pairs of codes in one, kept in registers
+        # ptxas may reserve a stack frame that no instruction uses, for example for pairs of codes that Triton 3.7 builds in
+        # one but keeps in registers
         if self.spills or (self.stack_bytes and not self.arch.startswith("cuda")):
             found.append(f"spills: {self.stack_bytes} bytes of stack, {self.spills} instructions")
         if self.occupancy is not None and not self.occupancy.blocks:
@@ -149,14 +150,16 @@ class Report:
 
     def _stream_problems(self) -> list[str]:
         found = []
-        # a kernel without a loop reads little and writes much
+        # a kernel without a loop reads little and writes much, so its stores may be the wide accesses
         widths = self.loads if self.has_loop else self.loads + self.stores
-        # a wave of AMD has 64 lanes, so 64 bits a lane move what 128 bits move in a warp
+        # an AMD wave has 64 lanes, so it moves as many bytes with 64 bits for each lane as a warp with 128 bits
         enough = {"128", "TMA"} if self.arch.startswith("cuda") else {"128", "64"}
         if not enough & widths.keys():
             found.append(f"has no 128-bit access, only {dict(widths)}")
         if self.bytes_in_flight is not None and self.bytes_in_flight < _MIN_BYTES_IN_FLIGHT:
-            found.append(f"keeps {self.bytes_in_flight} bytes in flight a multiprocessor, too few")
+            found.append(
+                f"keeps {self.bytes_in_flight} bytes in flight on each multiprocessor, too few"
+            )
         margin = self.dram_margin
         if margin is not None and margin < _MIN_DRAM_MARGIN and not self._instruction_bound():
             found.append(f"streams at {margin:.2f} of DRAM bandwidth: instruction-bound")
@@ -164,7 +167,7 @@ class Report:
 
     @property
     def bytes_in_flight(self) -> int | None:
-        """What the resident programs of one multiprocessor load a loop step, for streaming kernels on H100."""
+        """Bytes that the resident programs of one multiprocessor load in a loop step, for streaming kernels on H100."""
         stream = STREAMS.get(self.kernel)
         if stream is None or self.arch != H100.arch or self.occupancy is None:
             return None
@@ -177,7 +180,7 @@ class Report:
 
     @property
     def dram_margin(self) -> float | None:
-        """Instruction throughput of the main loop over DRAM bandwidth, for streaming kernels on A100 and H100."""
+        """Instruction throughput of the main loop divided by DRAM bandwidth, for streaming kernels on A100 and H100."""
         device = {d.arch: d for d in (A100, H100)}.get(self.arch)
         stream = STREAMS.get(self.kernel)
         if stream is None or device is None or not self.loops:
@@ -196,12 +199,12 @@ class Report:
 
     @property
     def _exact_float32(self) -> bool:
-        """Whether products are what limits it: of float32 read exactly, which no tensor core does."""
+        """Whether exact float32 products, which no tensor core supports, limit the kernel."""
         return self.itemsize == 4 and self.constants.get("PRECISION") == "ieee"
 
     def _instruction_bound(self) -> bool:
-        # float32 factors beside 16-bit activations: a mask or a rank above 16 on top of three products for one, or a factor
-        # that is split into its parts for 16 rows alone
+        # float32 factors with 16-bit activations need three products instead of one; a mask or a rank above 16 adds to them,
+        # or the factor is split into its parts for only 16 rows
         mixed = self.constants.get("PRECISION") == "halves"
         few_rows = self.kernel.startswith("grouped_") and self.constants.get("BLOCK_M") == 16
         if mixed and (self.constants.get("DROPOUT") or self.constants["BLOCK_R"] > 16 or few_rows):
@@ -213,7 +216,7 @@ class Report:
         return math.prod(self.constants[name] for name in tile)
 
     def row(self) -> dict[str, Any]:
-        """As plain data, for tables and JSON."""
+        """The report as plain data, for tables and JSON."""
         return {
             "kernel": self.kernel,
             "config": self.config,
@@ -242,7 +245,7 @@ _INSTRUCTION = re.compile(
 
 
 def read_nvidia(report: Report, cubin: bytes) -> None:
-    """Fill in ``report`` from a compiled kernel, by the ``cuobjdump`` that comes with Triton."""
+    """Fill in ``report`` from a compiled kernel, with the ``cuobjdump`` of the Triton package."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -284,7 +287,7 @@ def _bits(op: str) -> str:
 
 
 def _innermost_loops(code: list[tuple[int, str, str]]) -> list[Counter[str]]:
-    """Instructions of the innermost loops, which are found by their backward branches."""
+    """Instructions of the innermost loops. A backward branch is the end of a loop."""
     spans = []
     for at, op, rest in code:
         target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
@@ -322,7 +325,7 @@ def read_amd(report: Report, text: str) -> None:
 
 _AMD_BITS = {"dwordx4": "128", "dwordx3": "96", "dwordx2": "64", "dword": "32", "ushort": "16"}
 
-# what one multiprocessor sub-partition does with a warp instruction, sm_80 and later
+# the pipes of one multiprocessor sub-partition that execute a warp instruction, sm_80 and later
 _ALU = frozenset(
     """FSEL SEL LOP3 ISETP FSETP PRMT SHF SHL SHR IADD3 LEA FMNMX IMNMX VIADD F2FP SGXT PLOP3 POPC BFE I2FP VIMNMX LOP
     IABS""".split()
@@ -332,9 +335,9 @@ _MEMORY = frozenset("LDS STS LDSM STSM LDG STG LDGSTS LDL STL SHFL ATOM ATOMS AT
 
 
 def clocks(loop: Counter[str]) -> tuple[int, str]:
-    """Lower bound on the clocks one warp and iteration costs a sub-partition, and the pipe that sets it.
+    """Lower bound on the clocks of a sub-partition for one warp and iteration, and the pipe that determines it.
 
-    Issue takes 1 clock an instruction, integer and select 2, MUFU and conversions 8, shared and global memory 4.
+    Issue takes 1 clock for each instruction, integer and select 2, MUFU and conversions 8, shared and global memory 4.
     """
 
     def count(names: frozenset[str]) -> int:
@@ -353,13 +356,13 @@ def clocks(loop: Counter[str]) -> tuple[int, str]:
 def dram_margin(
     loop: Counter[str], device: Device, elements: float, bytes_per_element: float
 ) -> float:
-    """Instruction throughput of a streaming loop over DRAM bandwidth; below 1 instructions are what limits it.
+    """Instruction throughput of a streaming loop divided by DRAM bandwidth. If it is below 1, instructions limit the loop.
 
     Args:
         loop: Instructions of one iteration.
-        device: Where it runs.
-        elements: One thread handles in an iteration.
-        bytes_per_element: Moved to and from DRAM.
+        device: The GPU.
+        elements: Elements that one thread processes in an iteration.
+        bytes_per_element: Bytes of an element moved to and from DRAM.
     """
     per_clock = 128 * elements / clocks(loop)[0]
     rate = per_clock * device.sms * device.clock_ghz * 1e9 * bytes_per_element

@@ -1,7 +1,7 @@
-"""Triton's interpreter, and a clear error where it is not the one the lab patches.
+"""Triton's interpreter, and a clear error if the lab cannot patch it.
 
-Counting bytes and repairing values both replace private methods of the interpreter. Their names and parameters are checked
-first, so that a Triton that has changed them is refused by name instead of giving wrong counts.
+Counting bytes and repairing values both replace private methods of the interpreter. The lab first checks the names and
+parameters of these methods. If a version of Triton has changed them, an error names it; the counts would be wrong.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from triton import knobs
 from triton.runtime import interpreter
 
 TESTED_TRITON = "3.7.1", "3.9.0"
-"""The first comes with torch 2.13 for CUDA."""
+"""torch 2.13 for CUDA depends on the first."""
 
 Builder = interpreter.InterpreterBuilder
 Executor = interpreter.GridExecutor
@@ -43,20 +43,20 @@ _PARAMETERS = {
 
 
 def check_interpreter() -> None:
-    """Raise unless kernels run in the interpreter and it has the methods the lab patches.
+    """Raise unless kernels run in the interpreter and it has the methods that the lab patches.
 
     Raises:
         RuntimeError: ``TRITON_INTERPRET`` is not set, or this Triton's interpreter has other private methods.
     """
     if not knobs.runtime.interpret:
         raise RuntimeError(
-            "the lab runs kernels in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
+            "the lab runs kernels in Triton's interpreter, which is off; set TRITON_INTERPRET=1 before triton is imported"
         )
     check_methods(Builder)
 
 
 def check_methods(builder: type) -> None:
-    """Raise ``RuntimeError`` unless ``builder`` has every method the lab patches, with the same parameters."""
+    """Raise ``RuntimeError`` unless ``builder`` has every method that the lab patches, with the same parameters."""
     for name, expected in _PARAMETERS.items():
         method = getattr(builder, name, None)
         parameters = "" if method is None else " ".join(inspect.signature(method).parameters)
@@ -64,7 +64,7 @@ def check_methods(builder: type) -> None:
         if parameters not in [f"self {names}" for names in known]:
             found = f"{name}({parameters})" if method else f"no {name}"
             raise RuntimeError(
-                f"the interpreter of Triton {triton.__version__} has {found} where the lab patches "
-                f"{name}(self {' or '.join(known)}); install one of triton {', '.join(TESTED_TRITON)}, "
-                "which it is tested with"
+                f"the interpreter of Triton {triton.__version__} has {found}, but the lab patches "
+                f"{name}(self {' or '.join(known)}); install triton {' or '.join(TESTED_TRITON)}, "
+                "with which it is tested"
             )

@@ -1,13 +1,13 @@
-"""Predicted times of the ops on GPUs that are not there, against eager torch and against the frozen layer alone.
+"""Predicted times of the ops on GPUs that need not be present, compared with eager torch and with the frozen layer alone.
 
-An op is a list of kernels: the launches it would make at these sizes on that GPU, recorded on meta tensors, and the torch ops
-between them; eager torch is the list of its aten ops. A kernel takes the longer of its products and its bytes (a roofline with
-the efficiencies of ``devices``), where
+An op is a list of kernels: the launches that it makes at these sizes on that GPU, recorded on meta tensors, and the torch ops
+between them. Eager torch is the list of its aten ops. The time of a kernel is the longer of the times for its products and for
+its bytes (a roofline with the efficiencies of ``devices``):
 
-* a launch moves each of its arguments once, and those it changes in place twice; ``volumes`` measures that rule,
-* a product of matrices moves what misses the L2 cache of the GPU (``l2sim``), any other torch op its arguments.
+* A launch moves each of its arguments once, and those that it changes in place twice; ``volumes`` checks this rule.
+* A product of matrices moves the bytes that miss the L2 cache of the GPU (``l2sim``); any other torch op moves its arguments.
 
-Nothing here is a measurement. Gaps between launches are left out, of which eager torch has more.
+Nothing here is a measurement. Gaps between launches, of which eager torch has more, are not counted.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ SIZES: dict[str, tuple[Sizes, ...]] = {
     "linear_cross_entropy": (Sizes(8192, 4096, 128256), Sizes(8192, 576, 49152)),
     "dora_scale": (Sizes(8192, 4096, 4096), Sizes(8192, 4096, 14336)),
 }
-"""What is predicted of an op; others at the first sizes."""
+"""The sizes for which an op is predicted. An op that is not listed is predicted at the first sizes of ``lora_linear``."""
 _DROPOUT = "lora_linear", "lora_qkv", "lora_swiglu_mlp"
 
 
 class Work(NamedTuple):
-    """What a launch does besides moving each argument once.
+    """The work of a launch besides moving each argument once.
 
     Attributes:
-        product: The arguments M, N and K where it is a product of large matrices.
-        rate: Of that product, in units of the 16-bit one.
-        in_place: Arguments read as well as written, each with the constant under which it is (``""``: always).
-        bounded: Whether the data say how much of an argument is touched, so that the rule is an upper bound.
+        product: The names of the arguments M, N and K if the launch is a product of large matrices.
+        rate: The rate of that product, in units of the 16-bit rate.
+        in_place: Arguments that are both read and written, each with the constant that must be true (``""``: always).
+        bounded: Whether the accessed part of an argument depends on the data, so that the rule is an upper bound.
     """
 
     product: tuple[str, ...] = ()
@@ -60,15 +60,15 @@ WORK: dict[str, Work] = {
     "expand_kernel": Work(in_place=(("y_ptr", "ADD"),)),
     "xent_kernel": Work(in_place=(("z_ptr", "GRAD"),)),
     "int8_gemm_kernel": Work(product=("M", "N", "K"), rate=2.0),
-    # room for one partial sum a tile more for every adapter, of which those without rows need none
+    # an upper bound: memory for one more partial sum for every adapter, which adapters without rows do not use
     "grouped_tall_kernel": Work(bounded=True),
     "grouped_sum_kernel": Work(bounded=True),
 }
-"""By the name of the kernel; the rank-r passes take longer to move than to multiply at every rank there is."""
+"""By the name of the kernel. A rank-r pass has no product here, because at every supported rank its bytes take longer than its products."""
 
 
 class Kernel(NamedTuple):
-    """One kernel of a list: what it moves at least, what to and from DRAM, and its FLOPs, as 16-bit ones."""
+    """One kernel of a list: the least bytes it must move, the bytes it moves to and from DRAM, and its FLOPs in units of 16-bit FLOPs."""
 
     name: str
     unique_bytes: int
@@ -77,7 +77,7 @@ class Kernel(NamedTuple):
     triton_gemm: bool = False
 
     def seconds(self, device: Device) -> float:
-        """By the roofline."""
+        """Predicted time by the roofline."""
         return roofline_seconds(device, self.flops, self.dram_bytes, triton_gemm=self.triton_gemm)
 
 
@@ -89,7 +89,7 @@ def arguments_of(launch: Launch) -> dict[str, Any]:
 
 
 def moved_bytes(kernel: str, arguments: dict[str, Any]) -> int:
-    """Unique bytes of a launch by the rule: each tensor once, and twice where it is changed in place."""
+    """Unique bytes of a launch by the rule: each tensor once, or twice if it is changed in place."""
     in_place = WORK.get(kernel, Work()).in_place
     twice = {name for name, flag in in_place if not flag or arguments[flag]}
     return sum(
@@ -100,7 +100,7 @@ def moved_bytes(kernel: str, arguments: dict[str, Any]) -> int:
 
 
 def launch_kernel(launch: Launch, device: Device) -> Kernel:
-    """What a launch costs."""
+    """The bytes and FLOPs of a launch."""
     name, arguments = launch.kernel.fn.__name__, arguments_of(launch)
     unique = moved_bytes(name, arguments)
     work = WORK.get(name, Work())
@@ -110,14 +110,14 @@ def launch_kernel(launch: Launch, device: Device) -> Kernel:
     blocks = (arguments[f"BLOCK_{axis}"] for axis in "MNK")
     tiling = Tiling(*blocks, group_m=arguments.get("GROUP", 1), programs=device.sms)
     itemsize = next(v for v in arguments.values() if isinstance(v, Tensor)).element_size()
-    # the operands again and again; what else it moves, once
+    # the operands of the product may be read several times, all other arguments once
     once = itemsize * (M * K + N * K + M * N)
     dram = unique - once + _volume(M, N, K, itemsize, device.l2_mib, tiling, False)
     return Kernel(name, unique, dram, 2 * M * N * K / work.rate, True)
 
 
 def op_kernel(op: Op, device: Device) -> Kernel:
-    """What a torch op costs."""
+    """The bytes and FLOPs of a torch op."""
     unique = op.read_bytes + op.written_bytes
     if op.product is None:
         return Kernel(op.name, unique, unique, op.flops)
@@ -141,7 +141,7 @@ def _volume(
 
 
 def kernels_of_op(case: Case, device: Device) -> list[Kernel]:
-    """What an op runs on ``device``, forward and backward; ``case`` is on the meta device."""
+    """The kernels that an op runs on ``device``, forward and backward; ``case`` is on the meta device."""
     with recording(Target(device.arch, device.sms)) as launches, EagerTraffic() as torch_ops:
         case.run("triton")
     found = [launch_kernel(launch, device) for launch in launches]
@@ -151,14 +151,14 @@ def kernels_of_op(case: Case, device: Device) -> list[Kernel]:
 def kernels_of_torch(
     function: Callable[[dict[str, Tensor]], Any], case: Case, device: Device
 ) -> list[Kernel]:
-    """What ``function`` of the case's tensors runs in eager torch, forward and backward."""
+    """The kernels that ``function`` of the case's tensors runs in eager torch, forward and backward."""
     with EagerTraffic() as torch_ops:
         step(function, case.leaves)
     return [op_kernel(op, device) for op in torch_ops.ops]
 
 
 def seconds(kernels: list[Kernel], device: Device) -> float:
-    """One after the other."""
+    """Time of the kernels one after the other."""
     return sum(kernel.seconds(device) for kernel in kernels)
 
 
@@ -168,12 +168,12 @@ def predict(op: str, variant: str, sizes: Sizes, device: Device) -> dict[str, An
     Args:
         op: A key of ``inventory.OPS``.
         variant: One of its variants in ``cases.OPERATIONS``.
-        sizes: How large.
-        device: On which GPU.
+        sizes: The sizes.
+        device: The GPU.
 
     Returns:
-        ``speedup`` is over eager torch; ``overhead`` and ``eager_overhead`` are over the frozen layer's products and fused
-        element-wise passes, ``None`` where nothing is left without the adapter.
+        The row. ``speedup`` is relative to eager torch. ``overhead`` and ``eager_overhead`` are relative to the frozen layer's
+        products and fused element-wise passes; they are ``None`` if nothing remains without the adapter.
     """
     case = build(op, variant, sizes, dtype=torch.bfloat16, device="meta")
     ours, eager = kernels_of_op(case, device), kernels_of_torch(case.eager, case, device)
@@ -204,7 +204,7 @@ def predict(op: str, variant: str, sizes: Sizes, device: Device) -> dict[str, An
 
 
 def rows(ops: list[str] | None = None) -> list[dict[str, Any]]:
-    """The table of predictions for the ops with Triton kernels, or for those named."""
+    """The table of predictions for the named ops; ``None`` means all ops with Triton kernels."""
     found = []
     for op in chosen(ops, OPS):
         for sizes in SIZES.get(op, SIZES["lora_linear"][:1]):

@@ -1,16 +1,17 @@
-"""Count the bytes a Triton kernel really moves, and find accesses out of bounds and races.
+"""Count the bytes that a Triton kernel moves, and find accesses out of bounds and races.
 
-Every load, store and atomic of every program passes through four methods of the interpreter with the addresses of the
-active lanes, so the counts are exact::
+Four methods of the interpreter get the addresses of the active lanes of every load, store and atomic of every program, so the
+counts are exact::
 
     with Traffic() as traffic:
         kernel[grid](x, w, y, ...)
     launch = traffic.launches[-1].check()
     launch.arguments["x_ptr"].load.unique_bytes
 
-Three byte counts, three meanings: *requested* is what the programs ask for, L2-to-SM traffic; *unique* is what DRAM has to
-move if L2 catches every second read, and the one that adds up over launches and compares with ``eager``; *sector* bytes are
-whole 32-byte sectors of each tile access, so sector over requested bytes shows how well an access coalesces.
+There are three byte counts. *Requested* bytes are those that the programs access: the traffic between L2 and multiprocessors.
+*Unique* bytes are those that DRAM must move if L2 serves every repeated read; they can be added over launches and compared with
+``eager``. *Sector* bytes are whole 32-byte sectors of each tile access; divided by requested bytes they show how well an access
+coalesces.
 
 Kinds of findings: ``out of bounds`` (an active lane outside the tensor, or in the gaps of a strided view), ``race`` (two
 programs touch one element and one of them stores plainly), ``duplicate`` (one store writes an address twice).
@@ -55,7 +56,7 @@ class Access:
 
 
 class Argument:
-    """A tensor of a launch, and who touched which of its elements."""
+    """A tensor of a launch, and the programs that accessed each of its elements."""
 
     def __init__(self, name: str, tensor: Tensor):
         self.name, self.start, self.itemsize = name, tensor.data_ptr(), tensor.element_size()
@@ -68,7 +69,7 @@ class Argument:
         self._reader, self._writer = (np.full(self.span, _NOBODY, np.int64) for _ in range(2))
 
     def holds(self, offsets: np.ndarray) -> np.ndarray:
-        """Which element offsets belong to the view rather than to its gaps."""
+        """Which element offsets are elements of the view and not in its gaps."""
         rest = offsets.copy()
         for stride, size in self._axes:
             rest -= np.minimum(rest // stride, size - 1) * stride
@@ -88,20 +89,20 @@ class Argument:
         others_wrote = ((writer != _NOBODY) & (writer != program)).any()
         if kind == "load":
             if others_wrote:
-                yield "race", f"program {program} reads what another one stores"
+                yield "race", f"program {program} reads an element that another one stores"
             mine = (reader == _NOBODY) | (reader == program)
             self._reader[elements] = np.where(mine, program, _SEVERAL)
             return
         if np.unique(elements).size != elements.size:
             yield "duplicate", f"program {program} stores to one address twice in one tile"
         if others_wrote:
-            yield "race", f"program {program} overwrites what another one stores"
+            yield "race", f"program {program} overwrites an element that another one stores"
         if ((reader != _NOBODY) & (reader != program)).any():
-            yield "race", f"program {program} overwrites what another one reads"
+            yield "race", f"program {program} overwrites an element that another one reads"
         self._writer[elements] = program
 
     def finish(self) -> int:
-        """Fill in the unique bytes; returns how many elements were used atomically as well as plainly."""
+        """Fill in the unique bytes; returns how many elements had both atomic and plain accesses."""
         for kind, touched in self._touched.items():
             getattr(self, kind).unique_bytes = int(touched.sum()) * self.itemsize
         plain = self._touched["store"] | self._touched["load"]
@@ -110,7 +111,7 @@ class Argument:
 
 @dataclass
 class Launch:
-    """One kernel launch; ``dot_flops`` counts what the dots issue, padding included, ``values`` is what was passed."""
+    """One kernel launch. ``dot_flops`` counts the FLOPs of the dots, including padding; ``values`` are the passed arguments."""
 
     kernel: str
     arguments: dict[str, Argument]
@@ -126,14 +127,14 @@ class Launch:
         return self
 
     def total(self, what: str = "unique_bytes") -> int:
-        """Bytes of all arguments; an atomic both reads and writes."""
+        """Bytes of all arguments; an atomic counts twice, because it reads and writes."""
         return sum(
             getattr(a.load, what) + getattr(a.store, what) + 2 * getattr(a.atomic, what)
             for a in self.arguments.values()
         )
 
     def note(self, kind: str, argument: str, message: str) -> None:
-        """Keep the first fault of its kind on an argument."""
+        """Add a finding, unless the argument already has one of this kind."""
         if all((f.kind, f.argument) != (kind, argument) for f in self.findings):
             self.findings.append(Finding(kind, argument, message))
 
@@ -147,12 +148,12 @@ class Traffic(contextlib.AbstractContextManager):
 
     @property
     def unique_bytes(self) -> int:
-        """What all launches have to move."""
+        """The bytes that all launches must move."""
         return sum(launch.total() for launch in self.launches)
 
     def check(self) -> Traffic:
-        """Return the record itself; raise ``AssertionError`` if any launch had a fault, or if there was none at all."""
-        assert self.launches, "nothing was launched"
+        """Return the record itself; raise ``AssertionError`` if any launch had a fault, or if there was no launch."""
+        assert self.launches, "no kernel was launched"
         for launch in self.launches:
             launch.check()
         return self
@@ -182,12 +183,16 @@ class Traffic(contextlib.AbstractContextManager):
             try:
                 with (
                     _disable_current_modes()
-                ):  # the interpreter's own copies are not torch ops of the kernel
+                ):  # torch modes must not count the interpreter's own copies
                     return call(executor, *args, **kwargs)
             finally:
                 for argument in current.arguments.values():
                     if mixed := argument.finish():
-                        current.note("race", argument.name, f"{mixed} elements atomic and plain")
+                        current.note(
+                            "race",
+                            argument.name,
+                            f"{mixed} elements have atomic and plain accesses",
+                        )
                 self.launches.append(current)
                 self._current = None
 
@@ -203,7 +208,7 @@ class Traffic(contextlib.AbstractContextManager):
         x, y, z = builder.grid_idx
         program = (x * launch.grid[1] + y) * launch.grid[2] + z
         gaps_of = None
-        # views may interleave: an address belongs to the one it is an element of
+        # views may interleave; an address counts for the view of which it is an element
         for argument in launch.arguments.values():
             inside = (rest >= argument.start) & (rest < argument.end)
             if not inside.any():
@@ -238,11 +243,11 @@ class Traffic(contextlib.AbstractContextManager):
             f"{near.name} is nearest, the first is {first - near.start:+d} bytes from its start"
         )
         launch.note("out of bounds", near.name, message)
-        raise IndexError(message)  # the access itself would touch foreign memory
+        raise IndexError(message)  # the access itself would read or write memory of something else
 
 
 def _tensors(call: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a call by name, also those in tuples and behind tensor descriptors."""
+    """The tensors of a call by name, including those inside tuples and tensor descriptors."""
     found: dict[str, Tensor] = {}
     stack = list(call.items())
     while stack:

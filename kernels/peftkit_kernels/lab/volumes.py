@@ -1,4 +1,4 @@
-"""Bytes of every launch of an op, measured in the interpreter, beside the rule of ``predict`` and eager torch's bytes."""
+"""Bytes of every launch of an op, measured in the interpreter, and for comparison those by the rule of ``predict`` and of eager torch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from peftkit_kernels.lab.predict import WORK, Work, moved_bytes
 from peftkit_kernels.lab.traffic import Launch, Traffic
 
 SIZES = Sizes(M=192, K=256, N=512)
-"""Rows of 32-byte multiples, several tiles; small enough for the interpreter."""
+"""Rows are multiples of 32 bytes and there are several tiles; small enough for the interpreter."""
 FEW_ROWS = {"linear_cross_entropy": Sizes(M=24, K=64, N=1024)}
-"""Where every row is a program."""
+"""Fewer rows for an op in which every row is a program."""
 
 
 def rows(ops: list[str] | None = None) -> list[dict[str, Any]]:
-    """A row for every launch, one for the library's ops together, and one for the sum, which ``eager_bytes`` belongs to.
+    """A row for every launch, one for all ops of the library, and one for the sum, which also has ``eager_bytes``.
 
-    ``formula_bytes`` is what the launch moves by the rule that predictions are made with: each argument once. ``as_formula`` says
-    whether it does; where the data decide, no more than that.
+    ``formula_bytes`` are the bytes of a launch by the rule of the predictions, which counts each argument once. ``as_formula``
+    says whether the measured bytes equal them or, if they depend on the data, do not exceed them.
 
     Args:
-        ops: Keys of ``inventory.OPS``; all when ``None``.
+        ops: Keys of ``inventory.OPS``; ``None`` means all.
     """
     found = []
     for op in chosen(ops, OPS):

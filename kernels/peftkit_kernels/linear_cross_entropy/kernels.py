@@ -1,4 +1,4 @@
-"""Loss and gradient of rows of logits, the gradient written over them."""
+"""Loss and gradient of rows of logits; the gradient is written over the logits."""
 
 import triton
 import triton.language as tl
@@ -6,14 +6,14 @@ import triton.language as tl
 
 @triton.jit
 def _tanh(v):
-    # no libdevice: it is missing in the interpreter and on AMD
+    # not libdevice's tanh, which the interpreter and AMD do not have
     e = tl.exp2(-2.8853900817779268 * tl.abs(v))
     return tl.where(v < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
 
 
 @triton.jit
 def _capped(z, logit_scale, softcap, CAP: tl.constexpr):
-    """The logit as the loss sees it, from the raw one."""
+    """The scaled and capped logit, from the raw one."""
     y = z * logit_scale
     if CAP:
         y = softcap * _tanh(y / softcap)
@@ -22,19 +22,21 @@ def _capped(z, logit_scale, softcap, CAP: tl.constexpr):
 
 @triton.jit
 def xent_kernel(
-    z_ptr, target_ptr, factor_ptr,  # z[C, W], overwritten  target[C], negative where ignored  factor[C]
+    z_ptr, target_ptr, factor_ptr,  # z[C, W], overwritten  target[C], negative if ignored  factor[C]
     loss_ptr, lse_ptr,  # [C]
     V, W, stride_zm,
     logit_scale, softcap, smoothing, z_loss,
     GRAD: tl.constexpr, HAS_FACTOR: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: running maximum and sum over V, then ``z ← factor · dloss/dz``; the second read of the row is served by L2.
+    """A program owns a row: running maximum and sum over V, then ``z ← factor · dloss/dz`` with a second read of the row, from L2.
 
-    The running maximum is kept for each 8 neighbours, what one thread loads with 16 bytes: one exponential a logit and no
-    traffic between lanes in the loop. On sm_90 that makes 9 clocks a logit instead of 21, with exp2, which unlike exp does
-    not handle denormals. Columns from V to W hold nothing and are accessed too: with W a multiple of 16, by 128 bits.
+    Each group of 8 neighbours, which one thread loads with 16 bytes, has its own running maximum. So the loop needs one
+    exponential for each logit and no exchange between lanes: 9 clocks for each logit on sm_90 instead of 21, with exp2 (exp
+    adds instructions that handle denormals). Columns from V to W are padding and are accessed too, by 128 bits if W is a
+    multiple of 16.
     """
+    # 1. the row of this program; an ignored row has loss and gradient 0
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     z_row = z_ptr + row * stride_zm
@@ -48,7 +50,7 @@ def xent_kernel(
                 tl.store(z_row + offs_v, zeros, mask=offs_v < W)
         return
 
-    # 1. log-sum-exp in units of log2(e)
+    # 2. log-sum-exp, in base 2
     group = tl.arange(0, BLOCK_V // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     top = tl.full((BLOCK_V // 8,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_V // 8,), tl.float32)
@@ -67,7 +69,7 @@ def xent_kernel(
     lse2 = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
     lse = lse2 * 0.6931471805599453
 
-    # 2. the loss
+    # 3. the loss
     z_target = tl.load(z_row + target).to(tl.float32)
     y_target = _capped(z_target, logit_scale, softcap, CAP)
     loss = lse - y_target
@@ -78,7 +80,7 @@ def xent_kernel(
     tl.store(loss_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
 
-    # 3. its gradient, over the logits
+    # 4. its gradient, written over the logits
     if GRAD:
         share_p = 1.0
         if Z_LOSS:

@@ -1,4 +1,4 @@
-"""The public function: checks, autocast, the shift, choice of backend."""
+"""The public function: checks, autocast, shifted targets, choice of backend."""
 
 from __future__ import annotations
 
@@ -40,39 +40,39 @@ def linear_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Cross entropy of the output head ``z = h Wᵀ + bias + scale · h Aᵀ Bᵀ`` that never holds ``z`` for all rows.
+    """Cross entropy of the output head ``z = h Wᵀ + bias + scale · h Aᵀ Bᵀ``, which never stores ``z`` for all rows.
 
-    Rows are taken in chunks. The gradients are made in the forward, while the chunk of logits is there, so nothing is
-    recomputed and what is kept for backward is ``dhidden`` (``[M, D]``) and the gradients of the trained parameters of
-    the head: ``float32[V, D]`` for a trained ``weight``, ``float32[R, D]`` and ``float32[V, R]`` for ``lora``. Only
+    The op processes chunks of rows. It computes the gradients in the forward, while the logits of a chunk exist, so nothing
+    is recomputed. Kept for backward: ``dhidden`` (``[M, D]``) and the gradients of the trained parameters of the head:
+    ``float32[V, D]`` for a trained ``weight``, ``float32[R, D]`` and ``float32[V, R]`` for ``lora``. Only
     ``reduction="none"`` with trained parameters computes the logits a second time, in backward.
-    Under ``torch.compile`` on the CPU the definition runs, which the compiler fuses itself.
+    Under ``torch.compile`` on the CPU the definition runs, and the compiler fuses it.
 
     Args:
         hidden: ``[..., D]``.
         weight: ``[V, D]``, trained or frozen.
         target: ``Int64[...]``, one per row of ``hidden``, in [0, V) or ``ignore_index``.
         bias: ``[V]`` or ``None``.
-        lora: Adapter on the head, without dropout; float32 factors on a 16-bit ``hidden`` are computed in float32.
+        lora: Adapter on the head, without dropout. It is computed in float32 if its factors are float32 and ``hidden`` 16-bit.
         ignore_index: Rows with this target have loss and gradient 0 and are not counted. If no row is counted, the mean is
             NaN (0 / 0) and all gradients are 0, as in ``torch.nn.functional.cross_entropy``.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one loss a row, 0 where ignored).
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one loss for each row, 0 for an ignored row).
         softcap: The logits become ``softcap · tanh(z / softcap)``.
         label_smoothing: Share of the target spread evenly over the vocabulary, in [0, 1).
         z_loss: Weight of the squared log-partition of each row.
         logit_scale: Factor on the logits, applied before ``softcap``.
         shift: Pair ``hidden[..., t, :]`` with ``target[..., t + 1]``; the last position of a sequence is ignored.
-        num_items: Divisor of the mean in place of the number of counted rows (gradient accumulation); may be 0.
-        chunk: Rows at a time; chosen by the sizes when ``None``.
-        compute_dtype: Dtype of the products with the head; that of ``hidden`` (of autocast where on) when ``None``.
+        num_items: Divisor of the mean instead of the number of counted rows (for gradient accumulation); may be 0.
+        chunk: Rows processed at a time. ``None`` chooses the number from the sizes.
+        compute_dtype: Dtype of the products with the head. ``None`` means that of ``hidden``, or of autocast if it is on.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        A float32 number (float64 for float64), or ``[...]`` of them for ``reduction="none"``.
+        A float32 number (float64 for float64), or ``[...]`` numbers for ``reduction="none"``.
 
     Raises:
-        ValueError: Shapes, dtypes, an option or (on the CPU) a target is out of range, or the backend cannot run. On a
-            GPU a target out of range fails as a device-side assertion, so that nothing has to wait for the check.
+        ValueError: Shapes or dtypes do not fit, an option or (on the CPU) a target is out of range, or the backend cannot
+            run. On a GPU a target out of range fails as a device-side assertion, so that nothing waits for the check.
     """
     dtype = compute_dtype or autocast_dtype(hidden) or hidden.dtype
     check_shapes(hidden, weight, target, bias, lora)
@@ -83,7 +83,7 @@ def linear_cross_entropy(
         check_target(target, weight.shape[0], ignore_index)
     row_loss = RowLoss(logit_scale, softcap, label_smoothing, z_loss)
     with without_autocast(hidden):
-        # the kernels see the dtype of the products
+        # choose_backend checks the dtype of its first tensor, which must be that of the products
         first = hidden if dtype is hidden.dtype else hidden.new_empty(0, dtype=dtype)
         tensors, rank = [first, hidden, weight, target, bias], 0
         if lora is not None:
@@ -129,8 +129,8 @@ def linear_cross_entropy(
 def with_gradient_where(counted: Tensor, loss: Tensor) -> Tensor:
     """``loss``, whose gradient is exactly 0 where ``counted`` is false.
 
-    An op multiplies the gradients it made in the forward by the incoming one. That is infinite after a division by no items,
-    and zero times infinity is NaN.
+    The op multiplies the gradients from its forward by the incoming one. The incoming one is infinite after a division by 0
+    items, and zero times infinity is NaN.
     """
     return loss.where(counted, loss.detach()) if loss.requires_grad else loss
 
@@ -147,11 +147,11 @@ def check_shapes(
     if target.shape != hidden.shape[:-1]:
         raise ValueError(
             f"target has shape {tuple(target.shape)} and hidden {tuple(hidden.shape)}; "
-            f"one target a row means {tuple(hidden.shape[:-1])}"
+            f"with one target for each row it must be {tuple(hidden.shape[:-1])}"
         )
     if target.dtype is not torch.int64:
         raise ValueError(
-            f"target is {target.dtype}; class indices must be torch.int64: target.long()"
+            f"target is {target.dtype}; class indices must be torch.int64; pass target.long()"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be [{weight.shape[0]}]")
@@ -177,14 +177,14 @@ def check_options(
         )
     if num_items is not None and reduction != "mean":
         raise ValueError(
-            f"num_items divides the mean and reduction is {reduction!r}; leave one of them out"
+            f"num_items divides the mean, but reduction is {reduction!r}; use reduction='mean' or leave out num_items"
         )
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be positive; None is no cap")
+        raise ValueError(f"softcap={softcap} must be positive; pass None for no cap")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk} must be at least 1 row; None chooses it")
+        raise ValueError(f"chunk={chunk} must be at least 1 row; pass None to have it chosen")
 
 
 def check_target(target: Tensor, V: int, ignore_index: int) -> None:
@@ -194,5 +194,5 @@ def check_target(target: Tensor, V: int, ignore_index: int) -> None:
         torch.ops.aten._assert_async.msg(~outside.any(), f"target outside [0, {V})")
     elif outside.any():
         raise ValueError(
-            f"target holds {target[outside][0].item()}, outside [0, {V}); ignored rows must hold {ignore_index}"
+            f"target contains {target[outside][0].item()}, outside [0, {V}); the target of an ignored row must be {ignore_index}"
         )

@@ -12,7 +12,7 @@ from peftkit_kernels.low_rank import LoRA, adapter_dtype
 
 @dataclass(frozen=True, slots=True)
 class RowLoss:
-    """What is computed from one row of raw logits ``z [V]`` and its target.
+    """The loss of one row of raw logits ``z [V]`` and its target.
 
     With ``y = softcap · tanh(logit_scale · z / softcap)`` (without softcap ``y = logit_scale · z``) and
     ``lse = log Σ exp(y)`` the loss of the row is
@@ -60,8 +60,8 @@ def linear_cross_entropy_reference(
         row_loss: The loss of one row; ``None`` is plain cross entropy.
         ignore_index: Rows with this target have loss 0 and are not counted.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        num_items: Divisor of the mean in place of the number of counted rows. With either at 0 the mean is NaN or infinite.
-        compute_dtype: Dtype of the products (default: that of ``hidden``); the rest is float32, or float64 for float64.
+        num_items: Divisor of the mean instead of the number of counted rows. If the divisor is 0 the mean is NaN or infinite.
+        compute_dtype: Dtype of the products (default: that of ``hidden``). All else is float32, or float64 for float64.
 
     Returns:
         A number, or ``[...]`` for ``"none"``.
@@ -99,5 +99,5 @@ def mean_divisor(count: Tensor | int, like: Tensor) -> Tensor:
     """``count`` as a tensor with the dtype and device of ``like``."""
     if isinstance(count, Tensor):
         return count.to(like.device, like.dtype)
-    # Filled on the device. A copy from the host would make the host wait.
+    # filled on the device, because the host would wait for a copy
     return like.new_full((), count)

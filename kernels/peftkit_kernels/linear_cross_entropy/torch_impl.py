@@ -1,4 +1,4 @@
-"""``linear_cross_entropy`` from torch ops: one chunk of logits at a time, gradients made while it is there."""
+"""``linear_cross_entropy`` from torch ops: one chunk of logits at a time; its gradients are computed while it exists."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from peftkit_kernels.linear_cross_entropy.reference import RowLoss, wide_dtype
 from peftkit_kernels.low_rank import LoRA
 
 _CPU_CHUNK_BYTES = 2**25
-"""Largest buffer of logits on the CPU. The whole head passes through the cache once a chunk and product, so few rows cost
-more than a buffer larger than the cache. Two Zen 5 cores with 32 MiB of cache, float32, M 512, D 576, V 49152, forward and
+"""Largest buffer of logits on the CPU. Each product of a chunk reads the whole head through the cache, so chunks of few rows
+take longer than a buffer that is larger than the cache. Two Zen 5 cores with 32 MiB of cache, float32, M 512, D 576, V 49152, forward and
 backward: chunks of 32 rows (6 MiB) 364 ms, 64 (12 MiB) 292, 128 (24 MiB) 242, 256 (48 MiB) 247, 512 (96 MiB) 263;
 all logits at once by autograd 636 ms.
 """
@@ -25,11 +25,11 @@ _GPU_CHUNK_BYTES = 2**28
 _GPU_MIN_ROWS = 256
 
 _TILE_BYTES = 2**24
-"""What a cast of weights or logits may allocate at a time."""
+"""The largest allocation for a cast of weights or logits."""
 
 
 class Head(NamedTuple):
-    """The tensors of ``z = h Wᵀ + bias + scale · h Aᵀ Bᵀ``; also names which of them need a gradient, in this order."""
+    """The tensors of ``z = h Wᵀ + bias + scale · h Aᵀ Bᵀ``; or, in this order, whether each of them needs a gradient."""
 
     weight: Any
     bias: Any
@@ -39,7 +39,7 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is not a tensor in one call."""
+    """The arguments of one call that are not tensors."""
 
     row_loss: RowLoss
     reduction: str
@@ -47,7 +47,7 @@ class Plan:
     lora_scale: float
     chunk: int
     dtype: torch.dtype
-    """Of the products with the head."""
+    """Dtype of the products with the head."""
 
 
 def linear_cross_entropy_torch(
@@ -79,7 +79,7 @@ def linear_cross_entropy_torch(
 
 
 def choose_chunk(M: int, V: int, *, itemsize: int, cpu: bool) -> int:
-    """Rows of logits held at a time, for ``M`` rows over ``V`` classes of ``itemsize`` bytes."""
+    """Rows in a chunk, for ``M`` rows of ``V`` logits of ``itemsize`` bytes."""
     row_bytes = V * itemsize
     if not cpu:
         return max(_GPU_MIN_ROWS, 1 << max(_GPU_CHUNK_BYTES // row_bytes, 1).bit_length() - 1)
@@ -91,13 +91,13 @@ def choose_chunk(M: int, V: int, *, itemsize: int, cpu: bool) -> int:
 def xent_rows_(
     z: Tensor, target: Tensor, row_loss: RowLoss, *, ignored: Tensor | None, want_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """One pass over a chunk of raw logits: the loss of each row; ``z`` is overwritten by its gradient.
+    """One pass over a chunk of raw logits: the loss of each row; the gradient is written over ``z``.
 
     Args:
-        z: ``[C, V]``. Afterwards ``dloss/dz``, or of no use unless ``want_grad``.
-        target: ``Int64[C]`` in [0, V), also where ignored.
+        z: ``[C, V]``. It is overwritten by ``dloss/dz``; without ``want_grad`` its values afterwards have no meaning.
+        target: ``Int64[C]`` in [0, V), also for ignored rows.
         row_loss: The loss of one row.
-        ignored: ``Bool[C]``, rows of loss and gradient 0; ``None`` when there are none.
+        ignored: ``Bool[C]``, true for rows whose loss and gradient are 0; ``None`` if there are none.
         want_grad: Whether the gradient is needed.
 
     Returns:
@@ -136,7 +136,7 @@ def _xent_wide_rows_(
         loss.sub_(z.mean(1), alpha=smoothing)
     top = z.amax(1)
     torch.softmax(z, 1, out=z)
-    # The largest probability is at least 1 / V, so its logarithm is always finite; that of the target may not be.
+    # lse from the largest probability, which is at least 1 / V: its logarithm is always finite, that of the target may not be
     lse = top - z.amax(1).log_()
     loss.add_(lse)
     if row_loss.z_loss:
@@ -161,11 +161,12 @@ def _xent_wide_rows_(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """With ``dz`` the gradient of the summed loss, made chunk by chunk in the forward:
+    """With ``dz`` the gradient of the summed loss, computed chunk by chunk in the forward:
 
     ``dh = dz W + ds A``, ``ds = scale · dz B``, ``dW = dzᵀ h``, ``dbias = Σ dz``, ``dA = dsᵀ h``,
-    ``dB = scale · dzᵀ s``. A number multiplies them all in backward; one number a row (``"none"``) commutes with ``dh``
-    only, the other gradients are then made in backward from logits computed again.
+    ``dB = scale · dzᵀ s``. If the incoming gradient is one number, backward multiplies all of them with it. If it has one
+    number for each row (``"none"``), only ``dh`` can be multiplied afterwards; backward then computes all gradients from
+    recomputed logits if a parameter needs one.
     """
 
     @staticmethod
@@ -210,7 +211,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _scaled(
     dhidden: Tensor, factor: Tensor | None, keep: Tensor | None, shape: torch.Size
 ) -> Tensor:
-    """``factor · dhidden``, with the rows that were left out of the computation put back as zeros."""
+    """``factor · dhidden``, with zeros in the rows that were not computed."""
     if factor is not None:
         if factor.dim():
             factor = (factor if keep is None else factor[keep])[:, None].to(dhidden.dtype)
@@ -227,10 +228,10 @@ def _loss_and_grads(
     wanted: Head,
     row_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-    """The reduced loss, the rows computed (``None`` = all), and the gradients of the summed loss.
+    """The reduced loss, the indices of the computed rows (``None`` for all), and the gradients of the summed loss.
 
-    On the CPU ignored rows are left out, so that a prompt costs no product with the head. On a GPU their number is not
-    known without waiting for the device, so they are computed and masked.
+    On the CPU ignored rows are not computed, so that a prompt needs no product with the head. On a GPU the host would have to
+    wait for their number, so they are computed and masked.
     """
     counted = target != plan.ignore_index
     keep = ignored = None
@@ -262,9 +263,9 @@ def _sweep(
     ignored: Tensor | None,
     row_factor: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Loss of every row, and the gradients of ``hidden`` and of the ``wanted`` tensors of the head.
+    """The loss of every row, and the gradients of ``hidden`` and of the ``wanted`` tensors of the head.
 
-    Each row's gradient is multiplied by ``row_factor`` where that is given.
+    If ``row_factor`` is given, the gradient of each row is multiplied by it.
     """
     weight, bias, A, B = head
     wide, want_grad = wide_dtype(plan.dtype), needs_hidden or any(wanted)
@@ -287,7 +288,7 @@ def _sweep(
             z, target[chunk], plan.row_loss, ignored=skip, want_grad=want_grad
         )
         if not want_grad:
-            # Freed before the next chunk is allocated, so that the allocator hands out the same pages again.
+            # freed before the next chunk is allocated, so that the allocator can return the same memory
             del z
             continue
         if row_factor is not None:
@@ -326,7 +327,7 @@ def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return matmul_nt(h, weight)
     bias = bias.to(h.dtype)
     if h.dtype.itemsize < 4:
-        # The sum with the bias is rounded once inside this product, and twice by adding afterwards.
+        # F.linear adds the bias inside the product and rounds once; adding it afterwards would round twice
         return torch.nn.functional.linear(h, weight, bias)
     return matmul_nt(h, weight).add_(bias)
 
@@ -342,7 +343,7 @@ def hidden_grad(dz: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_tall_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """``total += scale · leftᵀ right`` in the dtype of ``total``, columns of a 16-bit ``left`` cast a tile at a time."""
+    """``total += scale · leftᵀ right`` in the dtype of ``total``; columns of a 16-bit ``left`` are cast a tile at a time."""
     right = right.to(total.dtype)
     if left.dtype == total.dtype:
         total.addmm_(left.t(), right, alpha=scale)
@@ -352,7 +353,7 @@ def add_tall_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
 
 
 def tiles(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of ``rows`` such that ``columns`` float32 numbers a row stay within ``_TILE_BYTES``."""
+    """Slices of ``rows``; each has at most ``_TILE_BYTES`` of float32 numbers, with ``columns`` numbers in each row."""
     step = max(_TILE_BYTES // (4 * max(columns, 1)), 1)
     for start in range(0, rows, step):
         yield slice(start, start + step)

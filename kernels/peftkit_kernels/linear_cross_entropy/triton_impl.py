@@ -1,13 +1,12 @@
 """``linear_cross_entropy`` by Triton kernels around the library's GEMMs, as torch.library ops: traceable, differentiable once.
 
-The op returns the sum over all rows, or one loss per row; its caller divides for the mean. The gradients are made in the forward,
-chunk by chunk, and are outputs of the op that autograd keeps. All rows are computed, those without a target masked: their number is
-never waited for.
+The op returns the sum over all rows, or one loss for each row; the caller divides for the mean. The gradients are computed in the
+forward, chunk by chunk, and are outputs of the op that autograd keeps. All rows are computed, and those without a target are
+masked, so that the host never waits for their number.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.autograd import once_differentiable
-from peftkit_kernels.launch import cdiv, launch
-from peftkit_kernels.linear_cross_entropy.config import RowConfig
+from peftkit_kernels.launch import cdiv
+from peftkit_kernels.linear_cross_entropy.passes import xent_rows_triton_
 from peftkit_kernels.linear_cross_entropy.reference import RowLoss
 from peftkit_kernels.linear_cross_entropy.torch_impl import (
     add_tall_,
@@ -27,61 +26,6 @@ from peftkit_kernels.linear_cross_entropy.torch_impl import (
 from peftkit_kernels.low_rank import LoRA, cast, passes
 
 Tensors = list[Tensor]
-
-
-@functools.cache
-def _kernels() -> Any:
-    from peftkit_kernels.linear_cross_entropy import kernels
-
-    return kernels
-
-
-def xent_rows_triton_(
-    z: Tensor,
-    target: Tensor,
-    row_loss: RowLoss,
-    *,
-    want_grad: bool,
-    factor: Tensor | None = None,
-    vocabulary: int | None = None,
-    config: RowConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One pass over a chunk of raw logits: every logit is read twice (once from L2) and written once.
-
-    Args:
-        z: ``[C, W]``, of which the first V columns are logits. Afterwards they are ``factor · dloss/dz``, or as they were
-            unless ``want_grad``; the others hold nothing.
-        target: ``Int64[C]``; rows with one outside [0, V) have loss and gradient 0.
-        row_loss: The loss of one row.
-        want_grad: Whether the gradient is needed.
-        factor: ``Float32[C]``, one factor a row on the gradient; ``None`` is 1.
-        vocabulary: V; ``None`` is W.
-        config: Overrides the choice.
-
-    Returns:
-        ``(loss, lse)``, both ``Float32[C]``.
-    """
-    (C, W), capped = z.shape, row_loss.softcap is not None
-    V = W if vocabulary is None else vocabulary
-    loss, lse = (torch.empty(C, dtype=torch.float32, device=z.device) for _ in range(2))
-    if not C:
-        return loss, lse
-    c = config or RowConfig.choose(V, capped=capped)
-    launch(
-        _kernels().xent_kernel,
-        (C,),
-        *(z, target, factor, loss, lse, V, W, z.stride(0), row_loss.logit_scale),
-        *(row_loss.softcap or 1.0, row_loss.label_smoothing, row_loss.z_loss),
-        GRAD=want_grad,
-        HAS_FACTOR=factor is not None,
-        CAP=capped,
-        SMOOTH=row_loss.label_smoothing > 0,
-        Z_LOSS=row_loss.z_loss != 0,
-        BLOCK_V=c.block_v,
-        num_warps=c.num_warps,
-        num_stages=1,
-    )
-    return loss, lse
 
 
 def sweep(
@@ -98,10 +42,10 @@ def sweep(
     needs: Sequence[bool],
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensors]:
-    """The loss of every row, and those gradients of the first five arguments that ``needs`` asks for.
+    """The loss of every row, and the gradients of those of the first five arguments that ``needs`` selects.
 
-    Each row's gradient is multiplied by ``factor [M]`` where that is given. That of ``hidden`` has its dtype, the others are
-    float32 sums over the chunks.
+    If ``factor [M]`` is given, each row's gradient is multiplied by it. The gradient of ``hidden`` has the dtype of ``hidden``;
+    the others are float32 sums over the chunks.
     """
     needs_hidden, needs_ds = needs[0], needs[0] or needs[3]
     losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
@@ -132,12 +76,12 @@ def sweep(
                 add_tall_(dweight, z, h, 1.0)
             if dbias is not None:
                 dbias.add_(z.sum(0, dtype=torch.float32))
-            ds = _reach(z, s, lora, dB, needs_ds)
+            ds = _grads_at_output(z, s, lora, dB, needs_ds)
             if dA is not None:
                 dA.add_(passes.grad_a(ds, h, torch.float32))
             if dhidden is not None:
                 _write_hidden_grad(dhidden[rows], z, weight, ds, lora)
-        # freed before the next chunk is allocated, so that the allocator hands out the same memory again
+        # freed before the next chunk is allocated, so that the allocator can return the same memory
         del memory, z
     return losses, grads
 
@@ -160,10 +104,10 @@ def _like_grads(
 
 
 def _memory(h: Tensor, weight: Tensor) -> Tensor:
-    """For the logits of ``h [C, D]``, columns to spare behind each row.
+    """Memory for the logits of ``h [C, D]``, with each row padded to a multiple of 16 elements.
 
-    With them a row starts at a multiple of 16 elements whatever the vocabulary (50,257, say), and is accessed by 128 bits rather
-    than by elements, in the kernel and in the library's GEMMs on either side.
+    So for any vocabulary (for example 50,257) the kernel and the library's GEMMs access the rows by 128 bits instead of element
+    by element.
     """
     return h.new_empty(h.shape[0], 16 * cdiv(weight.shape[0], 16))
 
@@ -176,7 +120,7 @@ def _fill_logits(
     s: Tensor | None,
     lora: LoRA | None,
 ) -> None:
-    """``z = h Wᵀ + bias + scale · s Bᵀ``; the update is written first and the library's GEMM adds to it.
+    """Fill ``z = h Wᵀ + bias + scale · s Bᵀ``. The update is written first, and the library's GEMM adds to it.
 
     A weight of another dtype is cast a tile at a time.
     """
@@ -195,10 +139,10 @@ def _fill_logits(
             torch.addmm(bias[tile], h, part, out=out)
 
 
-def _reach(
+def _grads_at_output(
     dz: Tensor, s: Tensor | None, lora: LoRA | None, dB: Tensor | None, needs_ds: bool
 ) -> Tensor | None:
-    """Adds the chunk's part to ``dB``; returns ``ds = scale · dz B`` if needed, from the same pass over ``dz``."""
+    """Add the chunk's part to ``dB``, and return ``ds = scale · dz B`` if needed, from the same pass over ``dz``."""
     if lora is None:
         return None
     if dB is None:
@@ -214,7 +158,7 @@ def _reach(
 def _write_hidden_grad(
     out: Tensor, dz: Tensor, weight: Tensor, ds: Tensor | None, lora: LoRA | None
 ) -> None:
-    """``out = dz W + ds A``."""
+    """Fill ``out = dz W + ds A``."""
     update = None
     if lora is not None and ds is not None:
         update = passes.expand(ds, lora.A.t(), 1.0, dtype=dz.dtype)
@@ -245,10 +189,10 @@ def forward(
     per_row: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensors]:
-    """The loss of ``hidden [M, D]``, summed or ``per_row``, and its gradients for those of the first five arguments that need one.
+    """The loss of ``hidden [M, D]``, summed or ``per_row``, and the gradients of those of the first five arguments that need one.
 
-    Gradients of parameters do not commute with one number a row: with ``per_row`` none is made if any of them is needed,
-    ``deferred`` makes them all in backward.
+    The gradients of parameters sum over rows, so they cannot be multiplied with one number for each row afterwards. With
+    ``per_row``, if any parameter needs a gradient, this op computes none; ``deferred`` computes all of them in backward.
     """
     made = needs if _makes_grads(per_row, needs) else [False] * 5
     losses, grads = sweep(
@@ -299,11 +243,11 @@ def deferred(
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> Tensors:
-    """The gradients for ``dloss [M]``, one number a row, from logits computed again."""
+    """The gradients for ``dloss [M]``, one number for each row, from recomputed logits."""
     _, grads = sweep(
         *(hidden, weight, bias, A, B, _counted(target, ignore_index), lora_scale),
         *(RowLoss(logit_scale, softcap, label_smoothing, z_loss), chunk, dtype, needs),
-        # a sum over the losses comes as one number for all rows, without a stride
+        # the gradient of a sum over the losses is one number expanded over all rows, with stride 0
         factor=dloss.contiguous(),
     )
     return grads
@@ -323,7 +267,7 @@ def _deferred_like(
 
 
 def scale_rows(grad: Tensor, factor: Tensor) -> Tensor:
-    """``factor · grad`` in the dtype of ``grad [M, D]``, for ``Float32[]`` or ``Float32[M]``: one pass, rounded once."""
+    """``factor · grad`` in the dtype of ``grad [M, D]`` for a ``factor`` of ``Float32[]`` or ``Float32[M]``: one pass, rounded once."""
     return torch.mul(grad, factor.reshape(-1, 1), out=torch.empty_like(grad))
 
 
@@ -363,7 +307,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensors]) -> None:
 
 @once_differentiable
 def _backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
-    """All gradients are linear in ``dloss``: those made in the forward are multiplied by it."""
+    """All gradients are linear in ``dloss``, so those computed in the forward are multiplied by it."""
     if ctx.makes_grads:
         found = iter(ctx.saved_tensors)
         grads = [next(found) if needed else None for needed in ctx.needs]

@@ -19,18 +19,19 @@ def lora_linear(
 ) -> Tensor:
     """A frozen linear with a low-rank update: ``y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``.
 
-    Kept for backward: ``x`` where A is trained and ``s = drop(x) Aᵀ`` (``[M, R]``) where B is. The mask is drawn again
-    from its seed. Under autocast ``x`` and the weight are cast to its dtype first, as ``nn.Linear`` does; the factors keep theirs.
+    Kept for backward: ``x`` if A is trained and ``s = drop(x) Aᵀ`` (``[M, R]``) if B is trained. The mask is recomputed from
+    its seed. Under autocast ``x`` and the weight are first cast to autocast's dtype, as in ``nn.Linear``; the factors keep
+    their dtype.
 
     Args:
         x: ``[..., K]``.
         weight: ``[N, K]``, frozen, any strides (``Conv1D`` passes its transpose).
         bias: ``[N]`` or ``None``.
-        lora: The adapter, computed in ``low_rank.adapter_dtype``: float32 factors on a 16-bit ``x`` in float32.
+        lora: The adapter. It is computed in ``low_rank.adapter_dtype``: in float32 for float32 factors on a 16-bit ``x``.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
+        ``[..., N]`` in the dtype of ``x``, or of autocast if it is on.
 
     Raises:
         ValueError: Shapes or dtypes do not fit, the weight requires a gradient, or the backend cannot run.

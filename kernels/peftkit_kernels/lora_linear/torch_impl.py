@@ -1,4 +1,4 @@
-"""``lora_linear`` from torch ops: large products by the BLAS, rank-r passes around them, only x and s kept."""
+"""``lora_linear`` from torch ops: the BLAS computes the large products, rank-r passes add the update; only x and s are kept."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def project(
 
 
 def unflatten(y: Tensor, shape: torch.Size) -> Tensor:
-    """``y [M, N]``, which the caller gives up, as ``[*shape[:-1], N]``, without autograd taking it for a view.
+    """``y [M, N]`` as ``[*shape[:-1], N]``, in a form that autograd does not treat as a view. Do not use ``y`` afterwards.
 
-    A view returned by an autograd function could not be changed in place, and models do that.
+    A view returned by an autograd function could not be changed in place, and models do change outputs in place.
     """
     if len(shape) == 2:
         return y
     if y.is_contiguous():
-        return y.resize_(*shape[:-1], y.shape[-1])  # a fifth of the microseconds
+        return y.resize_(*shape[:-1], y.shape[-1])  # takes a fifth of the time of _unsafe_view
     return torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
 
 def add_update_grad(dx: Tensor, ds: Tensor, lora: LoRA) -> Tensor:
-    """``dx += drop'(ds A)``: the adapter's part of the input gradient, masked as the forward was."""
+    """``dx += drop'(ds A)``: the adapter's part of the input gradient, with the mask of the forward."""
     return low_rank.expand_grad_(dx, ds, lora.A, lora.p, lora.seed)
 
 
@@ -61,6 +61,7 @@ class LoRALinear(torch.autograd.Function):
         y = project(flat, weight, bias, s, lora)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         ctx.recompute_x, x_parts = recompute.saved_for(x, needs_A)
+        # neither a dropped x nor a mask: the mask is recomputed from its seed
         ctx.save_for_backward(weight, A, B, s if needs_B else None, *x_parts)
         ctx.numbers, ctx.shape = numbers, x.shape
         return unflatten(y, x.shape)

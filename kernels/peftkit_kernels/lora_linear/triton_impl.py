@@ -1,7 +1,7 @@
 """``lora_linear`` by Triton kernels around the library's GEMMs, as torch.library ops: traceable, and differentiable once.
 
-Two schedules (``low_rank.config.fuses_gemm`` chooses): *addmm* writes the update first and lets the GEMM add to it, so that
-reading it back hides under the main loop and only the small term is rounded before the sum; *fused* is one kernel.
+There are two schedules (``low_rank.config.fuses_gemm`` chooses). *addmm* writes the update first and lets the GEMM add to it: the
+GEMM reads it back while its main loop runs, and only the small term is rounded before the sum. *fused* is one kernel.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def project(
     N, K = weight.shape
     if fuses_gemm(N, K, itemsize=x.element_size(), target=target_of(x)):
         return passes.gemm_lora(x, weight, s, B, scale, bias=bias, p=p, seed=seed)
+    # the update before the product: the GEMM reads it back while its main loop runs
     update = passes.expand(s, B, scale, bias=bias, p=p, seed=seed, dtype=x.dtype)
     return update.addmm_(x, weight.t())
 
@@ -78,7 +79,7 @@ def backward(
     seed: int,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Those of ``dx``, ``dA`` and ``dB`` that ``needs`` asks for; ``x`` is needed for dA and ``s`` for dB."""
+    """Those of ``dx``, ``dA`` and ``dB`` that ``needs`` selects. dA needs ``x``, and dB needs ``s``."""
     if not dy.numel():
         grads = _like_grads(dy, weight, x, A, B, s, scale, p, seed, needs)
         return [grad.zero_() for grad in grads]
@@ -86,6 +87,7 @@ def backward(
     flat, dtype, wide = rows(dy), dy.dtype, adapter_dtype(dy, A)
     wide_A, wide_B = cast(A, wide), cast(B, wide)
     dx = dA = dB = ds = None
+    # one pass over dy can compute dB and ds, if both are needed
     if needs_B and (needs_x or needs_A):
         dB, ds = passes.grad_b_and_s(flat, s, wide_B, scale, B.dtype)
     elif needs_B:
@@ -140,6 +142,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.recompute_x, x_parts = recompute.saved_for(x, needs_A)
     ctx.save_for_backward(weight, A, B, output[1] if needs_B else None, *x_parts)
     ctx.numbers = numbers
+    # s is an output of the op only so that it can be saved for backward
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 

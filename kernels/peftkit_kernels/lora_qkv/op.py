@@ -32,18 +32,18 @@ def lora_qkv(
 ) -> tuple[Tensor, ...]:
     """Several frozen linears of one input, each with its low-rank update: ``yᵢ = x Wᵢᵀ + biasᵢ + scaleᵢ · drop(x) Aᵢᵀ Bᵢᵀ``.
 
-    ``x`` is kept once for all of them, the shrinks and the dA's without dropout are one product each, and the input
-    gradient is accumulated in one buffer.
+    ``x`` is kept once for all of them. Without dropout one product computes all shrinks, and one all dA's. The input gradient
+    is accumulated in one buffer.
 
     Args:
         x: ``[..., K]``.
-        weights: ``[Nᵢ, K]`` a projection, frozen.
-        biases: ``[Nᵢ]`` or ``None`` a projection.
-        loras: The adapter or ``None`` a projection.
+        weights: ``[Nᵢ, K]`` for each projection, frozen.
+        biases: ``[Nᵢ]`` or ``None`` for each projection.
+        loras: An adapter or ``None`` for each projection.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        ``[..., Nᵢ]`` a projection.
+        ``[..., Nᵢ]`` for each projection.
 
     Raises:
         ValueError: Shapes or dtypes do not fit, a weight requires a gradient, or the backend cannot run.

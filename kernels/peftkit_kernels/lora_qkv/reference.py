@@ -19,7 +19,7 @@ def lora_qkv_reference(
     *,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """``lora_linear`` of the same ``x`` once for each weight; arguments as there."""
+    """``lora_linear`` of the same ``x``, once for each weight; arguments as ``lora_qkv``."""
     return tuple(
         lora_linear_reference(x, weight, bias, lora, compute_dtype=compute_dtype)
         for weight, bias, lora in zip(weights, biases, loras, strict=True)

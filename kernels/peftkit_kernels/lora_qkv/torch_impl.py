@@ -18,24 +18,25 @@ Numbers = tuple[float, float, int]
 
 
 class Call(NamedTuple):
-    """What an autograd function gets besides tensors: (scale, p, seed) a projection, ``None`` where it has no adapter."""
+    """The numbers of each projection, ``(scale, p, seed)``, or ``None`` if it has no adapter."""
 
     numbers: tuple[Numbers | None, ...]
 
 
 def joins_shrinks(rows: int, ranks: Sequence[int]) -> bool:
-    """Whether adapters of these ranks share one product over their concatenated A's.
+    """Whether adapters of these ranks share one product with their concatenated A's.
 
-    They do where that moves less: reading ``x [rows, K]`` once instead of n times against copying the A's.
+    They do if this moves fewer bytes: it reads ``x [rows, K]`` once instead of n times, but copies the A's.
     """
     return (len(ranks) - 1) * rows > 2 * sum(ranks)
 
 
 def shared_shrink(x: Tensor, loras: Sequence[LoRA | None]) -> list[Tensor | None]:
-    """``drop(x) Aᵀ`` of every adapter; those without dropout in one product where ``joins_shrinks``."""
+    """``drop(x) Aᵀ`` of every adapter; one product for those without dropout if ``joins_shrinks`` says so."""
     s: list[Tensor | None] = [None] * len(loras)
     shared = [(i, lora.A) for i, lora in enumerate(loras) if lora is not None and lora.p == 0.0]
     ranks = [A.shape[0] for _, A in shared]
+    # one read of x for all of them, if it saves more than copying the A's costs
     if joins_shrinks(x.shape[0], ranks):
         joint = low_rank.shrink(x, torch.cat([A for _, A in shared]))
         for (i, _), part in zip(shared, joint.split(ranks, dim=1), strict=True):
@@ -49,12 +50,12 @@ def shared_shrink(x: Tensor, loras: Sequence[LoRA | None]) -> list[Tensor | None
 def shared_grads(
     dx: Tensor | None, x: Tensor | None, ds: Sequence[Tensor | None], loras: Sequence[LoRA | None]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Add every adapter's update to ``dx`` and form every dA; adapters without dropout share one product each.
+    """Add every adapter's update to ``dx`` and compute every dA. Adapters without dropout share one product for either.
 
     Args:
-        dx: ``[M, K]``, changed in place; ``None`` where the input needs no gradient.
-        x: ``[M, K]``; ``None`` where no A needs a gradient.
-        ds: ``[M, R]`` an adapter, already scaled.
+        dx: ``[M, K]``, changed in place; ``None`` if the input needs no gradient.
+        x: ``[M, K]``; ``None`` if no A needs a gradient.
+        ds: ``[M, R]`` for each adapter, already scaled.
         loras: The adapters.
     """
     dA: list[Tensor | None] = [None] * len(loras)
@@ -73,6 +74,7 @@ def shared_grads(
             parts = grads.split([lora.A.shape[0] for lora in adapters])
             for i, lora, part in zip(shared, adapters, parts, strict=True):
                 dA[i] = cast(part, lora.A.dtype)
+    # an adapter with dropout has its own mask, and therefore its own products
     for i, lora in enumerate(loras):
         if lora is None or ds[i] is None or lora.p == 0.0:
             continue
@@ -84,9 +86,9 @@ def shared_grads(
 
 
 class LoRAQKV(torch.autograd.Function):
-    """The chain rule of ``lora_linear`` a projection; ``dx`` is the sum over the projections.
+    """The chain rule of ``lora_linear`` for each projection; ``dx`` is the sum over the projections.
 
-    Tensors come flat: ``x``, then weights, biases, A's and B's of all projections (``None`` where there is none).
+    The tensors are passed in one flat list: ``x``, then weights, biases, A's and B's of all projections (``None`` if missing).
     """
 
     @staticmethod
@@ -101,6 +103,7 @@ class LoRAQKV(torch.autograd.Function):
         ctx.recompute_x, x_parts = recompute.saved_for(x, any(needs[2 * count : 3 * count]))
         ctx.save_for_backward(*weights, *As, *Bs, *s, *x_parts)
         ctx.call, ctx.shape = call, x.shape
+        # an output that was not used has no gradient, so backward can skip it
         ctx.set_materialize_grads(False)
         return tuple(unflatten(y, x.shape) for y in ys)
 
@@ -142,7 +145,7 @@ class LoRAQKV(torch.autograd.Function):
 def make_loras(
     As: Sequence[Tensor | None], Bs: Sequence[Tensor | None], numbers: Sequence[Numbers | None]
 ) -> list[LoRA | None]:
-    """Put flat tensors and numbers back together."""
+    """The adapters, from their tensors and numbers."""
     return [
         LoRA(A, B, *values) if A is not None and B is not None and values is not None else None
         for A, B, values in zip(As, Bs, numbers, strict=True)

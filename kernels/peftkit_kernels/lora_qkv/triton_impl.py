@@ -27,7 +27,7 @@ Tensors = Sequence[Tensor | None]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x Wᵀ + bias`` by the library, in the dtype of ``x``."""
+    """``x Wᵀ + bias`` by the library's GEMM, in the dtype of ``x``."""
     bias = None if bias is None else cast(bias, x.dtype)
     return torch.nn.functional.linear(x, cast(weight, x.dtype), bias)
 
@@ -46,8 +46,8 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of ``lora_qkv``, and ``drop(x) Aᵀ`` of every group of adapters, ``[M, ΣR]``.
 
-    Lists hold what is there: ``biased`` and ``adapted`` say of which projections. (torch.library differentiates lists of
-    tensors, but none with gaps.)
+    torch.library does not differentiate lists of tensors that contain ``None``. So ``biases``, ``As`` and ``Bs`` have no gaps,
+    and ``biased`` and ``adapted`` are the indices of the projections that have a bias or an adapter.
     """
     if not x.numel():
         return _empty_outputs(x, weights, biases, As, Bs, biased, adapted, scales, ps, seeds)
@@ -91,7 +91,7 @@ def _empty_outputs(
 
 
 def joint_like(x: Tensor, M: int, loras: Sequence[LoRA | None]) -> list[Tensor]:
-    """``drop(x) Aᵀ`` of every group of adapters, ``[M, ΣR]``, not yet computed."""
+    """An uninitialised ``[M, ΣR]`` for ``drop(x) Aᵀ`` of every group of adapters."""
     return [
         x.new_empty(M, rank_of(loras, members), dtype=adapter_dtype(x, loras[members[0]].A))  # pyright: ignore[reportOptionalMemberAccess]
         for members in group(loras)
@@ -115,7 +115,7 @@ def backward(
 ) -> list[Tensor]:
     """``dx`` if needed, dA of every group (``[ΣR, K]``) if any is needed, and the needed dB's, in this order.
 
-    What belongs to an output without gradient is zero.
+    The gradients of an adapter whose output has no gradient are zero.
     """
     present = [dy for dy in dys if dy is not None]
     if not present[0].numel():
@@ -133,12 +133,14 @@ def backward(
         ss = members_of(joint, loras, groups, 1)
     ds = joint_like(present[0], present[0].shape[:-1].numel(), loras)
     for members, part in zip(groups, ds, strict=True):
+        # no pass writes the columns of an output without gradient, but the passes over the group read them
         if any(dys[i] is None for i in members):
             part.zero_()
     needed = with_gaps(needs_B, adapted, len(loras))
     dB = grads_at_output(
         flat, ss, members_of(ds, loras, groups, 1), loras, needed, needs_x or needs_A
     )
+    # the updates before the products: the GEMMs then add to dx in place
     dx = add_updates(None, ds, loras, groups, dtype) if needs_x else None
     if needs_x:
         for dy, W in _products(flat, [cast(weight, dtype) for weight in weights]):
@@ -149,7 +151,7 @@ def backward(
 
 
 def _products(dys: Tensors, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """What dx is the sum of; one product where gradients and weights each lie in one buffer."""
+    """The pairs ``(dy, W)`` whose products add up to dx: one pair if gradients and weights are each parts of one buffer."""
     present = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if dy is not None]
     left = as_one_view([dy for dy, _ in present], 1)
     right = None if left is None else as_one_view([weight for _, weight in present], 0)
@@ -164,7 +166,7 @@ def grads_at_output(
     needs_B: Sequence[bool],
     needs_ds: bool,
 ) -> list[Tensor | None]:
-    """The dB's that are needed, and ``ds = scale · dy B`` written into ``ds`` where that is."""
+    """The dB's that are needed. With ``needs_ds``, ``scale · dy B`` is written into ``ds``."""
     dB: list[Tensor | None] = [None] * len(loras)
     for i, (dy, s, out, lora) in enumerate(zip(dys, ss, ds, loras, strict=True)):
         if lora is None:
@@ -208,7 +210,7 @@ def _like_grads(
 
 
 def with_gaps(parts: Sequence[Any], where: Sequence[int], count: int) -> list[Any]:
-    """A list of ``count`` with ``parts`` at the indices ``where`` and ``None`` elsewhere."""
+    """A list of length ``count`` with ``parts`` at the indices ``where`` and ``None`` elsewhere."""
     full: list[Any] = [None] * count
     for i, part in zip(where, parts, strict=True):
         full[i] = part
@@ -257,7 +259,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) ->
 
 
 def split(saved: Sequence[Any], *counts: int) -> list[list[Any]]:
-    """``saved`` in pieces of these lengths, and the rest."""
+    """``saved`` cut into pieces of these lengths, and the rest."""
     parts, start = [], 0
     for count in counts:
         parts.append(list(saved[start : start + count]))
@@ -288,7 +290,7 @@ def _backward(ctx: Any, dys: Tensors, _: Any) -> tuple[Any, ...]:
     for j, (i, needed) in enumerate(zip(ctx.biased, needs_bias, strict=True)):
         if needed and dys[i] is not None:
             dbias[j] = rows(dys[i]).sum(0)
-    # an empty list passes for one of tensors, and its "gradient" has to be one too
+    # torch.library treats an empty list as a list of tensors, so its "gradient" must be a list too
     none = [None if values else [] for values in (ctx.biased, *ctx.numbers)]
     return dx, [None] * count, dbias, dA, dB, *none
 
@@ -301,22 +303,22 @@ lora_qkv_triton.register_autograd(_backward, setup_context=_keep)
 def run_triton(
     x: Tensor, weights: Sequence[Tensor], biases: Tensors, loras: Sequence[LoRA | None]
 ) -> list[Tensor]:
-    """``lora_qkv`` on Triton, from lists with gaps."""
+    """``lora_qkv`` on Triton; ``biases`` and ``loras`` may contain ``None``."""
     return lora_qkv_triton(x, list(weights), *without_gaps(biases, loras))[0]
 
 
 def without_gaps(biases: Tensors, loras: Sequence[LoRA | None]) -> tuple[list[Any], ...]:
-    """What is there of biases and adapters, as the ops take it: tensors, where they belong, numbers."""
+    """Biases and adapters in the form that the ops take: tensors without gaps, their indices, and the adapters' numbers."""
     biased = [i for i, bias in enumerate(biases) if bias is not None]
     adapted = [i for i, lora in enumerate(loras) if lora is not None]
-    there = [lora for lora in loras if lora is not None]
+    present = [lora for lora in loras if lora is not None]
     return (
         [biases[i] for i in biased],
-        [lora.A for lora in there],
-        [lora.B for lora in there],
+        [lora.A for lora in present],
+        [lora.B for lora in present],
         biased,
         adapted,
-        [lora.scale for lora in there],
-        [lora.p for lora in there],
-        [lora.seed for lora in there],
+        [lora.scale for lora in present],
+        [lora.p for lora in present],
+        [lora.seed for lora in present],
     )

@@ -8,17 +8,17 @@ from peftkit_kernels.launch import Target, cdiv
 
 _PROGRAMS_A_MULTIPROCESSOR = 4
 _MIN_STEPS = 8
-"""Blocks of F a program of the forward has at least, so that its partial sums of s are worth little."""
+"""The least number of blocks of F in each program of the forward, so that its partial sums of s move few bytes."""
 _MIN_CHUNK_M = 256
 _MAX_FLOAT32_RANK = 16
-"""Exact float32 products are made of registers and instructions: rank 32 streams at 0.7 of DRAM bandwidth, 64 spills on sm_90."""
+"""Exact float32 products do not use tensor cores and need many registers: rank 32 reaches 0.7 of DRAM bandwidth, 64 spills on sm_90."""
 
 
 def obstacle(rank: int, itemsize: int) -> str | None:
-    """Why adapters of this rank cannot be computed by the gate's kernels, or ``None``."""
+    """Why the gate's kernels cannot compute adapters of this rank, or ``None``."""
     if itemsize == 4 and rank > _MAX_FLOAT32_RANK:
         return (
-            f"the rank is {rank} in float32; the gate's kernels keep a tile of each adapter in registers, "
+            f"the rank is {rank} in float32; the gate's kernels hold all ranks of each adapter in registers, "
             f"up to {_MAX_FLOAT32_RANK}"
         )
     return None
@@ -26,10 +26,10 @@ def obstacle(rank: int, itemsize: int) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class GateConfig:
-    """``splits`` programs share the F of one row block.
+    """A program owns ``block_m`` rows; ``splits`` programs share the F of one row block.
 
-    ``block_m`` is at least 16 rows a warp: with fewer, several warps share a tile of the products and each evaluates the
-    activation of all of it, 46 clocks an element on sm_80 instead of 25.
+    ``block_m`` is at least 16 rows for each warp. With fewer, several warps share a tile of the products and each evaluates
+    the activation of the whole tile: 46 clocks for each element on sm_80 instead of 25.
     """
 
     block_m: int
@@ -44,21 +44,21 @@ class GateConfig:
     ) -> GateConfig:
         """Split F until every multiprocessor has several programs, whose loads hide each other's latency.
 
-        ``mixed`` is float32 factors beside 16-bit activations, here and below.
+        ``mixed`` means float32 factors with 16-bit activations, here and below.
         """
         block_m, block_f = 64, 32 if aligned else 16
         programs = cdiv(M, block_m)
         wanted = cdiv(_PROGRAMS_A_MULTIPROCESSOR * target.sms, programs)
         splits = min(wanted, cdiv(cdiv(F, block_f), _MIN_STEPS))
         if mixed and block_r > 16 and target.capability not in (90, 100):
-            # the parts of three wide factors spill a few registers in 4 warps on sm_80
+            # the parts of three float32 factors spill a few registers in 4 warps on sm_80
             return cls(block_m, block_f, splits, num_warps=8, num_stages=1)
         return cls(block_m, block_f, splits)
 
 
 @dataclass(frozen=True, slots=True)
 class GateBackwardConfig:
-    """``chunk_m`` rows and ``block_f`` columns a program."""
+    """A program owns ``chunk_m`` rows and ``block_f`` columns, and reads ``block_m`` rows at a time."""
 
     block_m: int
     block_f: int
@@ -78,14 +78,14 @@ class GateBackwardConfig:
         target: Target,
         mixed: bool = False,
     ) -> GateBackwardConfig:
-        """Long chunks make few partial sums of dA; shorter ones where the GPU would not be full."""
-        # the factors stay in registers: 64 of them beside 64 columns spill
+        """Long chunks, because they make few partial sums of dA; shorter ones if there are too few programs to fill the GPU."""
+        # the factors stay in registers: factors of rank 64 with 64 columns spill
         block_m, block_f = (32, 64) if block_r <= 16 else (64, 32)
         if block_r > 64:
-            block_m = 32  # and 64 rows of 128 on sm_90
+            block_m = 32  # 64 rows at rank 128 spill on sm_90
         num_warps, num_stages = 4, 2
         if mixed and block_r > 16:
-            # 32 columns spill in 4 warps, 16 on sm_80 too, and 32 in 8 on sm_90
+            # 32 columns spill in 4 warps, on sm_80 also 16; on sm_90 32 columns also spill in 8 warps
             hopper = target.capability in (90, 100)
             block_m, block_f = (64, 16) if hopper else (32, 32)
             num_stages = 1
@@ -93,8 +93,8 @@ class GateBackwardConfig:
         if itemsize == 4:
             block_m, block_f, num_stages = 32, 32, 1
         if not aligned:
-            # elements of 2 bytes are not copied asynchronously, so that a second buffer only takes registers; 4 warps spill a
-            # few of them at rank 16 on sm_90, 8 at rank 64 on sm_86
+            # single elements of 2 bytes cannot be copied asynchronously, so a second buffer would only take registers; 4 warps
+            # spill a few registers at rank 16 on sm_90, 8 warps at rank 64 on sm_86
             block_m, block_f, num_stages = 32, 16, 1
             num_warps = 8 if block_r <= 16 else 4
         chunk_m = 1024

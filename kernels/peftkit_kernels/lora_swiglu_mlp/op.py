@@ -40,8 +40,8 @@ def lora_swiglu_mlp(
     Args:
         x: ``[..., D]``.
         weights: Gate ``[F, D]``, up ``[F, D]``, down ``[D, F]``, frozen.
-        biases: One or ``None`` a linear, same order.
-        loras: One or ``None`` a linear, same order.
+        biases: One or ``None`` for each linear, in the same order.
+        loras: One or ``None`` for each linear, in the same order.
         act: One of ``ACTIVATIONS``.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
@@ -75,7 +75,7 @@ def lora_swiglu_mlp(
         )
     if down.requires_grad:
         raise ValueError(
-            "weights[2] (down) requires a gradient, and this op gives it none; freeze it"
+            "weights[2] (down) requires a gradient, but this op does not compute one; freeze it with requires_grad_(False)"
         )
     for i, (weight, bias, lora) in enumerate(zip(weights, biases, loras, strict=True)):
         check_bias(bias, weight, f"biases[{i}]")

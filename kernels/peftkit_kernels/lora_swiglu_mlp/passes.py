@@ -1,7 +1,8 @@
-"""The two passes over ``[M, F]`` that are the gate's own: allocate, choose a configuration, launch.
+"""The two passes over ``[M, F]`` of the gate: each function allocates, chooses a configuration and launches.
 
-Rows are of one dtype (bfloat16, float16, float32) on one device, M > 0; s and ds have ``adapter_dtype``. ``loras`` are those of gate, up and down, ``None`` where
-there is none; ``s`` and ``ds`` are their ``[M, R]``. ``config`` overrides the choice.
+Rows have one dtype (bfloat16, float16, float32) and are on one device, M > 0; s and ds have ``adapter_dtype``. ``loras`` are
+those of gate, up and down, or ``None``; ``s`` and ``ds`` are ``[M, R]`` each. ``config`` replaces the configuration that would
+be chosen.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def gate_forward(
         gate: ``x Wᵀ + bias`` of the gate projection, without its low-rank update.
         up: The same for the up projection.
         s: ``drop(x) Aᵀ`` of gate and up.
-        loras: Of gate, up and down. If down has none, the second result is ``None``.
+        loras: The adapters of gate, up and down. If down has none, the second result is ``None``.
         act: One of ``ACTIVATIONS``.
-        config: Tiles.
+        config: Sizes of the tiles.
     """
     (M, F), (gate_lora, up_lora, down_lora) = gate.shape, loras
     p, seed = (down_lora.p, down_lora.seed) if down_lora else (0.0, 0)
@@ -113,10 +114,10 @@ def gate_backward(
         up: As in ``gate_forward``.
         s: As in ``gate_forward``.
         ds: ``scale · dy B`` of the down projection.
-        loras: Of gate, up and down.
+        loras: The adapters of gate, up and down.
         act: One of ``ACTIVATIONS``.
-        needs_dA: Whether dA is wanted.
-        config: Tiles.
+        needs_dA: Whether to compute dA.
+        config: Sizes of the tiles.
     """
     (M, F), (gate_lora, up_lora, down_lora) = gate.shape, loras
     p, seed = (down_lora.p, down_lora.seed) if down_lora else (0.0, 0)

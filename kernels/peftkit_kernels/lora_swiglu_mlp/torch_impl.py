@@ -17,7 +17,7 @@ from peftkit_kernels.low_rank import cast, rows
 
 
 class Call(NamedTuple):
-    """What the autograd function gets besides tensors."""
+    """The arguments of the autograd function that are not tensors."""
 
     numbers: tuple[Numbers | None, ...]
     act: str
@@ -57,7 +57,7 @@ class LoRASwiGLUMLP(torch.autograd.Function):
         dbias, dA, dB, ds = ([None] * 3 for _ in range(4))
 
         def grads_at_output(i: int, grad: Tensor) -> None:
-            """The gradients of linear ``i`` that need only what arrives at its output."""
+            """The gradients of linear ``i`` that need only the gradient at its output."""
             if needs[3 + i]:
                 dbias[i] = grad.sum(0)
             if loras[i] is not None:
@@ -73,6 +73,7 @@ class LoRASwiGLUMLP(torch.autograd.Function):
         d_gate, d_up, h = gate_backward(dh, gate, up, ctx.call.act)
         if needs[8]:
             dA[2] = low_rank.grad_a(ds[2], h, As[2].dtype, loras[2].p, loras[2].seed)
+        # only dA of the down projection needs h; free it before the other gradients are computed
         del h
         grads_at_output(0, d_gate)
         grads_at_output(1, d_up)

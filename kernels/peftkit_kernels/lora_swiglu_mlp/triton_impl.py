@@ -1,7 +1,6 @@
-"""``lora_swiglu_mlp`` by Triton kernels around the library's GEMMs: two passes of the gate's own, and ``lora_qkv`` for gate and up.
+"""``lora_swiglu_mlp`` by Triton kernels around the library's GEMMs: two passes for the gate, and those of ``lora_qkv`` for gate and up.
 
-Gate and up lie side by side in every ``[M, 2F]``. Where their weights do too (one above the other in one buffer), each of
-their products is one.
+Gate and up are the halves of one ``[M, 2F]``. If their weights are the halves of one buffer too, one product computes both.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from peftkit_kernels.views import as_one_view
 
 Tensors = Sequence[Tensor | None]
 DOWN = 2
-"""Index of the down projection; gate and up come before it and share their input."""
+"""Index of the down projection; gate and up have the indices before it and share their input."""
 
 
 def forward(
@@ -41,10 +40,10 @@ def forward(
     seeds: Sequence[int],
     act: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """``y`` as ``lora_swiglu_mlp`` defines it, gate and up without their updates (``[M, 2F]``), and the ``drop(x) Aᵀ``.
+    """``y`` as ``lora_swiglu_mlp`` defines it, gate and up without their updates (``[M, 2F]``), and every ``drop(x) Aᵀ``.
 
-    The last are one a group of adapters of gate and up, and that of the down projection after them if it has one. Lists hold
-    what is there, as in ``lora_qkv``.
+    The last list has one tensor for each group of adapters of gate and up, then that of the down projection if it has an
+    adapter. The lists of arguments have no gaps, as in ``lora_qkv``.
     """
     if not x.numel():
         return _empty_outputs(x, weights, biases, As, Bs, biased, adapted, scales, ps, seeds, act)
@@ -64,7 +63,7 @@ def forward(
 
 
 def _gate_and_up(x: Tensor, weights: Sequence[Tensor], biases: Tensors) -> Tensor:
-    """``x Wᵀ + bias`` of both, ``[M, 2F]``."""
+    """``x Wᵀ + bias`` of gate and up, ``[M, 2F]``."""
     weights = [cast(weight, x.dtype) for weight in weights]
     cast_biases = [None if bias is None else cast(bias, x.dtype) for bias in biases]
     out = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
@@ -122,9 +121,9 @@ def backward(
     needs_A: Sequence[bool],
     needs_B: Sequence[bool],
 ) -> list[Tensor]:
-    """Those gradients that are needed, in this order.
+    """The gradients that are needed, in this order:
 
-    ``dx``; the biases of gate and up; dA of every group of gate and up (``[ΣR, D]``), if any is needed; dB of gate and up; dA and
+    ``dx``; dbias of gate and up; dA of every group of gate and up (``[ΣR, D]``), if any is needed; dB of gate and up; dA and
     dB of down.
     """
     wanted = needs_x, needs_bias, needs_A, needs_B
@@ -275,7 +274,7 @@ def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     dB = [grads.pop(0) if needed else None for needed in needs_B[:outer]]
     dA[outer:] = [grads.pop(0) if needed else None for needed in needs_A[outer:]]
     dB += [grads.pop(0) if needed else None for needed in needs_B[outer:]]
-    # an empty list passes for one of tensors, and its "gradient" has to be one too
+    # torch.library treats an empty list as a list of tensors, so its "gradient" must be a list too
     none = [None if values else [] for values in (ctx.biased, *ctx.numbers)]
     return dx, [None] * 3, [dbias[i] for i in ctx.biased], dA, dB, *none
 
@@ -292,5 +291,5 @@ def run_triton(
     loras: Sequence[LoRA | None],
     act: str,
 ) -> Tensor:
-    """``lora_swiglu_mlp`` on Triton, from lists with gaps."""
+    """``lora_swiglu_mlp`` on Triton; ``biases`` and ``loras`` may contain ``None``."""
     return lora_swiglu_mlp_triton(x, list(weights), *without_gaps(biases, loras), act)[0]

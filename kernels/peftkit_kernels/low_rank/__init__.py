@@ -1,4 +1,4 @@
-"""The rank-r passes every LoRA op is made of: ``torch_impl`` from torch ops, ``passes`` by Triton kernels."""
+"""The rank-r passes that every LoRA op uses: ``torch_impl`` from torch ops, ``passes`` by Triton kernels."""
 
 from peftkit_kernels.low_rank.torch_impl import (
     LoRA,

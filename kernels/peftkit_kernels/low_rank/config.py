@@ -8,21 +8,21 @@ from peftkit_kernels.launch import Target, cdiv
 
 MAX_RANK = 128
 _DY_PASS_RANK = 32
-"""Up to here dB and ds come from one pass over dy: its partial sums move 4 R (1 / 512 + 1 / 1024) of what dy does, 37% at
-R = 32; at 64, where registers halve the column block, it would be 125%, more than reading dy twice."""
+"""Up to this rank one pass over dy computes dB and ds. Its partial sums move 4 R (1 / 512 + 1 / 1024) times the elements of dy: 37% at
+R = 32. At 64, where registers halve the column block, it would be 125%, more than a second read of dy."""
 _MIN_STEPS = 4
-"""Blocks of K a program of a split shrink has at least, so that its loads are worth pipelining."""
+"""The least number of blocks of K in each program of a split shrink; with fewer, pipelining the loads does not help."""
 _MIN_CHUNK_M = 256
 
 
 def block_r(R: int) -> int:
-    """The rank as a power of two that ``tl.dot`` takes."""
+    """The rank padded to a power of two, at least 16, as ``tl.dot`` needs."""
     return max(16, 1 << (R - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
 class ShrinkConfig:
-    """``splits`` programs share the K of one row block."""
+    """A program computes ``block_m`` rows; ``splits`` programs share the K of one row block."""
 
     block_m: int
     block_k: int
@@ -43,9 +43,9 @@ class ShrinkConfig:
         target: Target,
         mixed: bool = False,
     ) -> ShrinkConfig:
-        """Share K among programs if row blocks alone would leave the GPU three quarters full or less.
+        """Share K among programs if row blocks alone would fill less than three quarters of the GPU.
 
-        ``mixed`` is a float32 factor beside a 16-bit x, here and below.
+        ``mixed`` means a float32 factor with a 16-bit x, here and below.
         """
         wide = itemsize == 4
         block_k = 32 if wide else 64 if dropout or block_r(R) > 32 else 128
@@ -53,20 +53,22 @@ class ShrinkConfig:
         if not aligned:
             block_k //= 2
         elif block_r(R) == 64 and dropout and not wide:
-            # philox beside a wide product: 1.11 x DRAM bandwidth on A100, against 1.02 for 64 x 64
+            # philox together with a wide product: 1.11 x DRAM bandwidth on A100, against 1.02 for 64 x 64
             block_m, block_k = 128, 32
-        # 4 warps spill a few registers at rank 32 or with dropout in exact float32 on sm_90, and at 128 by elements on sm_120
+        # 4 warps spill a few registers at rank 32 or with dropout in exact float32 on sm_90; and on sm_120 at rank 128 if x is
+        # read element by element
         more = dropout or block_r(R) > 16 if wide else block_r(R) > 64 and not aligned
         num_warps = 8 if more else 4
         if block_k == 128 and target.capability not in (None, 90, 100):
-            # 4 warps spill a few registers at rank 16 on sm_120, at 8 on sm_80 to sm_89: there products are those of one warp
+            # 4 warps spill a few registers, at rank 16 on sm_120 and at rank 8 on sm_80 to sm_89, where each warp computes its
+            # own products
             num_warps = 8
         if mixed and aligned and target.capability not in (90, 100):
-            # each warp splits the factor's tile for itself: 16 rows a warp stream at 0.6 of DRAM bandwidth on A100
+            # each warp splits the factor's tile again: with 16 rows for each warp the pass reaches 0.6 of DRAM bandwidth on A100
             block_k = 64 if block_r(R) <= 32 else 32
             block_m, num_warps = (128, 8 if dropout else 4) if block_r(R) == 64 else (64, 4)
         elif mixed and aligned and block_r(R) >= 64 and (block_r(R) > 64 or not dropout):
-            # more than 1.1 x DRAM bandwidth on H100, against 1.06 for 64 x 64; at rank 128 enough bytes in flight
+            # more than 1.1 x DRAM bandwidth on H100, against 1.06 for 64 x 64; at rank 128, for enough bytes in flight
             block_m, num_warps = 128, 8
         programs = cdiv(M, block_m)
         splits = 1
@@ -77,7 +79,7 @@ class ShrinkConfig:
 
 @dataclass(frozen=True, slots=True)
 class ExpandConfig:
-    """One tile of y a program."""
+    """Each program computes one tile of y."""
 
     block_m: int
     block_n: int
@@ -88,9 +90,9 @@ class ExpandConfig:
     def choose(
         cls, R: int, *, itemsize: int, dropout: bool, aligned: bool, mixed: bool = False
     ) -> ExpandConfig:
-        """Neither the mask of a wide tile nor the parts of a wide factor fit the registers beside the tile."""
+        """Narrow tiles if the registers would not hold a wide tile together with its mask or with the parts of a float32 factor."""
         if itemsize == 4 and block_r(R) >= 64:
-            # without tensor cores the whole product is unrolled, and 64 x 64 spills kilobytes
+            # without tensor cores the compiler unrolls the whole product, and 64 x 64 spills kilobytes
             return cls(32, 32, num_warps=8)
         narrow = dropout or itemsize == 4 or block_r(R) > (32 if mixed else 64)
         block_n = 64 if narrow else 128
@@ -99,7 +101,7 @@ class ExpandConfig:
 
 @dataclass(frozen=True, slots=True)
 class TallConfig:
-    """``chunk_m`` rows and ``block_c`` columns a program."""
+    """A program owns ``chunk_m`` rows and ``block_c`` columns, and reads ``block_m`` rows at a time."""
 
     block_m: int
     block_c: int
@@ -121,38 +123,39 @@ class TallConfig:
         target: Target,
         mixed: bool = False,
     ) -> TallConfig:
-        """Long chunks make few partial sums; shorter ones where the GPU would stand three quarters full or less."""
+        """Long chunks, because they make few partial sums; shorter ones if less than three quarters of the GPU would be filled."""
         rank, wide = block_r(R), itemsize == 4
         if with_p:
-            # rows of s and b that are no multiple of 8 long are read by elements: 512 columns of them spill kilobytes
+            # if 8 does not divide R, rows of s and b are read element by element, and 512 columns spill kilobytes
             block_m, block_c, num_warps = 32, 128 if wide else 256 if R % 8 else 512, 8
         else:
             block_m, block_c = (32, 64) if wide else (64, 128)
-            # where one chunk has all rows, 4 warps spill a few registers up to rank 16 on sm_90 and later; in many chunks, 8
-            # do at rank 32 on sm_86
+            # if one chunk has all rows, 4 warps spill a few registers up to rank 16 on sm_90 and later; with many chunks, 8
+            # warps spill at rank 32 on sm_86
             num_warps = 8 if dropout or (rank == 16 and not wide) else 4
         if R != 16 and rank <= 64 and dropout and not wide:
-            # philox beside a wide product: at rank 64 1.2 x DRAM bandwidth on A100 and H100, against 0.98 and 1.10 for
-            # 64 x 128; at rank 32 1.24 and 1.14, against 1.15 and 1.07; at 8 1.38 and 1.22, against 1.34 and 1.16
+            # philox together with a wide product, in units of DRAM bandwidth on A100 and H100: at rank 64 1.2 on both, against
+            # 0.98 and 1.10 for 64 x 128; at rank 32 1.24 and 1.14, against 1.15 and 1.07; at rank 8 1.38 and 1.22, against
+            # 1.34 and 1.16
             block_m, block_c = 32, 256
         if mixed and with_p:
-            # b is three tiles of bfloat16: with 512 columns they spill, on gfx942 with 256
+            # b becomes three bfloat16 tiles, which spill with 512 columns (on gfx942 with 256)
             block_m, block_c, num_warps = 32, 128 if target.capability is None else 256, 8
         elif mixed and rank == 16:
-            # parts of s are made once for more columns
+            # more columns in each program, so that s is split into its parts less often
             block_m, block_c, num_warps = 16 if dropout else 32, 256, 8
         elif mixed and target.capability not in (90, 100):
-            # 4 warps spill rank 64 beside 128 columns on sm_80, and beside 64 with a mask
+            # 4 warps spill at rank 64 with 128 columns on sm_80, and with 64 columns and a mask
             block_m, block_c, num_warps = (32, 128, 8) if dropout else (32, 64, 4)
         elif mixed and dropout:
             block_m, block_c, num_warps = 32, 128, 4
         if rank > 64:
             block_m, block_c, num_warps = 32, 32 if wide else block_c, 8
             if mixed and dropout and aligned:
-                block_m, block_c = 64, 128  # enough bytes in flight
+                block_m, block_c = 64, 128  # for enough bytes in flight
         num_stages = 2
         if not aligned:
-            # elements of 2 bytes are not copied asynchronously, so that a second buffer only takes registers
+            # single elements of 2 bytes cannot be copied asynchronously, so a second buffer would only take registers
             block_c, num_warps, num_stages = block_c // 2, 8, 1
         chunk_m = 1024
         while chunk_m > _MIN_CHUNK_M and 4 * cdiv(M, chunk_m) * cdiv(C, block_c) < 3 * target.sms:
@@ -162,7 +165,7 @@ class TallConfig:
 
 @dataclass(frozen=True, slots=True)
 class GemmConfig:
-    """One tile of y a program, ``group`` rows of tiles at a time."""
+    """Each program computes one tile of y; ``group`` rows of tiles are finished before the next ones."""
 
     block_m: int = 128
     block_n: int = 128
@@ -173,15 +176,15 @@ class GemmConfig:
 
     @classmethod
     def choose(cls, R: int, *, aligned: bool, mixed: bool = False) -> GemmConfig:
-        """Shorter steps if operands are read by elements; fewer columns beside the parts of a wide factor."""
+        """Shorter steps if operands are read element by element; fewer columns if a float32 factor is split into parts."""
         block_n = 64 if mixed and block_r(R) > 32 else 128
         return cls(block_n=block_n, block_k=64 if aligned else 32)
 
 
 def one_dy_pass(R: int, *, target: Target, mixed: bool = False) -> bool:
-    """Whether dB and ds come from one pass over dy rather than from two.
+    """Whether one pass over dy computes both dB and ds, instead of two passes.
 
-    Rank 32 spills in one at any tile on gfx942, and everywhere if the factor is float32 beside 16 bits.
+    At rank 32 one pass spills with any tile on gfx942, and on every GPU if the factor is float32 and dy is 16-bit.
     """
     return block_r(R) <= (16 if mixed or target.capability is None else _DY_PASS_RANK)
 
@@ -189,8 +192,8 @@ def one_dy_pass(R: int, *, target: Target, mixed: bool = False) -> bool:
 def fuses_gemm(N: int, K: int, *, itemsize: int, target: Target) -> bool:
     """Whether ``gemm_lora`` replaces expand and the library's GEMM.
 
-    Only for small layers, where the two are equal or launches dominate, unless a calibration of the GPU says otherwise; a
-    pointer-based Triton GEMM is not competitive in float32 or on sm_100, and on sm_75 it has no tensor cores.
+    Only for small layers, for which both are equally fast or the launches dominate; a calibration of the GPU may change the
+    limit. A pointer-based Triton GEMM is slower than the library's in float32 and on sm_100, and on sm_75 it has no tensor cores.
     """
     capability, width = target.capability or 80, target.calibration.fused_width
     return itemsize == 2 and max(N, K) <= width and 80 <= capability != 100

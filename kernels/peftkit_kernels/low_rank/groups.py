@@ -1,7 +1,7 @@
-"""Adapters of one input that share a pass over it.
+"""Groups of adapters on one input that share each pass over it.
 
-Adapters without dropout, or with one mask in common (equal p and seed), form a group: one shrink with their A's stacked, one
-pass for all dA's. A group is as large as a kernel's rank may be.
+Adapters without dropout, or with the same mask (equal p and seed), form a group: one shrink with their stacked A's, and one
+pass for all dA's. The sum of a group's ranks is at most ``MAX_RANK``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Groups = list[list[int]]
 
 
 def group(loras: Sequence[LoRA | None]) -> Groups:
-    """Indices of the adapters that are there, by group."""
+    """Indices of the adapters that are not ``None``, by group."""
     open_groups: dict[tuple, list[int]] = {}
     found: Groups = []
     for i, lora in enumerate(loras):
@@ -27,6 +27,7 @@ def group(loras: Sequence[LoRA | None]) -> Groups:
             continue
         key = (lora.p, lora.seed if lora.p else 0, lora.A.dtype)
         members = open_groups.get(key)
+        # a group that is full is replaced by a new one with the same key
         if members is None or rank_of(loras, members) + lora.A.shape[0] > MAX_RANK:
             members = open_groups[key] = []
             found.append(members)
@@ -58,11 +59,11 @@ def shrink_groups(x: Tensor, loras: Sequence[LoRA | None], groups: Groups) -> li
 def members_of(
     joint: Sequence[Tensor], loras: Sequence[LoRA | None], groups: Groups, dim: int
 ) -> list[Tensor | None]:
-    """Each adapter's part of what its group has in common, as a view; ``dim`` is the axis of ranks."""
+    """Each adapter's part of its group's joint tensor, as a view; ``dim`` is the axis of ranks."""
     parts: list[Tensor | None] = [None] * len(loras)
-    for whole, members in zip(joint, groups, strict=True):
+    for tensor, members in zip(joint, groups, strict=True):
         sizes = [rank_of(loras, [i]) for i in members]
-        for i, part in zip(members, whole.split(sizes, dim), strict=True):
+        for i, part in zip(members, tensor.split(sizes, dim), strict=True):
             parts[i] = part
     return parts
 
@@ -74,7 +75,7 @@ def add_updates(
     groups: Groups,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """``dx + Σ mask ∘ (ds A)`` over the groups, in ``dtype``; ``dx`` may be ``None`` and is changed in place. One rounding a group."""
+    """``dx + Σ mask ∘ (ds A)`` over the groups, in ``dtype``, rounded once for each group. ``dx`` may be ``None``, else it is changed in place."""
     for joint, members in zip(ds, groups, strict=True):
         first = _present(loras, members[0])
         A = stacked(loras, members, joint.dtype)

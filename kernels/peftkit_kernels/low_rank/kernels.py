@@ -1,10 +1,10 @@
 """The rank-r passes as Triton kernels: x ``[M, K]``, A ``[R, K]``, B ``[N, R]``, s = drop(x) Aᵀ and ds ``[M, R]``.
 
-Factors, s and ds have one dtype: that of x and y, or float32 beside 16-bit ones.
+Factors, s and ds have one dtype: that of x and y, or float32 if x and y are 16-bit.
 
-Ranks are padded to BLOCK_R by masks; STEP divides them and what lies between their rows, STEP_A and STEP_B those of a factor.
-Offsets of rows are int64; columns, factors (R K and N R stay below 2³¹) and the
-counters of the dropout rule (M K < 2³⁴) are int32.
+Masks pad ranks to BLOCK_R. STEP divides the rank and the row strides of s, ds and p; STEP_A and STEP_B divide a stride of a
+factor. Offsets of rows are int64. Offsets of columns and factors (R K and N R stay below 2³¹) and the counters of the dropout
+rule (M K < 2³⁴) are int32.
 """
 
 import triton
@@ -17,13 +17,14 @@ from peftkit_kernels.tiles import assume_multiple_of, grouped_tile, kept, mixed_
 def shrink_kernel(
     x_ptr, a_ptr, s_ptr,  # x[M, K]  a[R, K] by strides  s[splits * M, R]
     factor, seed, threshold,
-    M, K, R, steps,  # steps: blocks of K a program
+    M, K, R, steps,  # steps: blocks of K in each program
     stride_xm, stride_ar, stride_ak, stride_sm,
     DROPOUT: tl.constexpr, STEP: tl.constexpr, STEP_A: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``s = factor · drop(x) aᵀ``; x is read once. Program (i, j): row block i, the j-th share of K."""
+    """``s = factor · drop(x) aᵀ``; x is read once. Program (i, j) owns row block i and the j-th share of K."""
+    # 1. which rows and which share of K this program owns
     R, stride_sm, stride_ak = (
         assume_multiple_of(R, STEP),
         assume_multiple_of(stride_sm, STEP),
@@ -34,6 +35,7 @@ def shrink_kernel(
     offs_r = tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < M, offs_r < R
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    # 2. product with the factor, over this share of K
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     first = pid_k * steps * BLOCK_K
     for k in range(first, tl.minimum(K, first + steps * BLOCK_K), BLOCK_K):
@@ -49,6 +51,7 @@ def shrink_kernel(
             keep = kept(seed, offs_m, k, tl.cdiv(K, 8), threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
         acc = mixed_dot(x, a, acc, PRECISION)
+    # 3. s, or this share's partial sum of it
     offs_s = (pid_k.to(tl.int64) * M + offs_m)[:, None] * stride_sm + offs_r[None, :]
     s = (acc * factor).to(s_ptr.dtype.element_ty)
     tl.store(s_ptr + offs_s, s, mask=mask_m[:, None] & mask_r[None, :])
@@ -65,10 +68,11 @@ def expand_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``y = mask ∘ (factor · s bᵀ) + bias``, or ``y +=`` it with ADD; the mask is that of a dropout over y's columns.
+    """``y = mask ∘ (factor · s bᵀ) + bias``, added to y with ADD. The mask is that of a dropout over y's columns.
 
-    It runs *before* ``y.addmm_(x, Wᵀ)``, whose epilogue reads y back under its main loop. In the backward b is Aᵀ.
+    It runs *before* ``y.addmm_(x, Wᵀ)``: the GEMM then reads y back while its main loop runs. In the backward b is Aᵀ.
     """
+    # 1. which tile of y this program owns
     R, stride_sm, stride_bn = (
         assume_multiple_of(R, STEP),
         assume_multiple_of(stride_sm, STEP),
@@ -79,6 +83,7 @@ def expand_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_m, mask_n, mask_r = offs_m < M, offs_n < N, offs_r < R
+    # 2. the update
     s = tl.load(
         s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :],
         mask=mask_m[:, None] & mask_r[None, :],
@@ -93,6 +98,7 @@ def expand_kernel(
     if DROPOUT:
         keep = kept(seed, offs_m, pid_n * BLOCK_N, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)
         y = tl.where(keep, y, 0.0)
+    # 3. bias and the old y, one rounding at the store
     if HAS_BIAS:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
@@ -107,7 +113,7 @@ def tall_kernel(
     x_ptr, s_ptr, b_ptr,  # x[M, C]  s[M, R]  b[C, R] by strides or None
     g_ptr, p_ptr,  # g[row chunks, R, C] by strides  p[column blocks * M, R] or None
     g_factor, p_factor, seed, threshold,
-    M, C, R, chunk_m,  # chunk_m: rows a program, a multiple of BLOCK_M
+    M, C, R, chunk_m,  # chunk_m: rows of each program, a multiple of BLOCK_M
     stride_xm, stride_sm, stride_bc, stride_br, stride_gi, stride_gr, stride_gc,
     stride_pm,
     WITH_P: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr, STEP_B: tl.constexpr,
@@ -116,9 +122,10 @@ def tall_kernel(
 ):  # fmt: skip
     """One pass over a tall x: ``g[i] = g_factor · sᵀ drop(x)`` and ``p[j] = p_factor · x b``.
 
-    Program (i, j): row chunk i, column block j. With x = dy, s, b = B it gives dBᵀ and ds, with x and s = ds dA. The product
-    is sᵀ x rather than xᵀ s, so that the large tile stays as it is: 39 registers against 51 at rank 16 on sm_80.
+    Program (i, j) owns row chunk i and column block j. With x = dy, s and b = B, g is dBᵀ and p is ds. With x and s = ds, g is
+    dA. The product is sᵀ x and not xᵀ s, so that the large tile is not transposed: 39 registers against 51 at rank 16 on sm_80.
     """
+    # 1. which rows and columns this program owns
     R, stride_sm, stride_pm = (
         assume_multiple_of(R, STEP),
         assume_multiple_of(stride_sm, STEP),
@@ -136,6 +143,7 @@ def tall_kernel(
             mask=mask_c[:, None] & mask_r[None, :],
             other=0.0,
         )
+    # 2. one pass over the rows: p of each block of rows, g summed over all of them
     first = pid_m * chunk_m
     for m in range(first, tl.minimum(M, first + chunk_m), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -159,6 +167,7 @@ def tall_kernel(
             keep = kept(seed, offs_m, pid_c * BLOCK_C, tl.cdiv(C, 8), threshold, BLOCK_M, BLOCK_C)
             x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
         g = mixed_dot(tl.trans(s), x, g, PRECISION)
+    # 3. g of this chunk of rows
     offs_g = pid_m.to(tl.int64) * stride_gi
     offs_g += offs_r[:, None] * stride_gr + offs_c[None, :] * stride_gc
     g = (g * g_factor).to(g_ptr.dtype.element_ty)
@@ -168,11 +177,11 @@ def tall_kernel(
 @triton.jit
 def sum_kernel(
     x_ptr, y_ptr,  # x[count, M, N], float32 and contiguous  y[M, N] by strides
-    count, M, N, blocks,  # blocks: of columns
+    count, M, N, blocks,  # blocks: number of column blocks
     stride_xi, stride_ym, stride_yn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``y = Σ x`` over partial results, in a fixed order and rounded once."""
+    """``y = Σ x`` over partial results, added in a fixed order and rounded once."""
     offs_m = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]

@@ -1,7 +1,8 @@
-"""The rank-r passes by Triton kernels: allocate, choose a configuration, launch.
+"""The rank-r passes by Triton kernels: each function allocates, chooses a configuration and launches.
 
-Inputs are rows ``[M, columns]`` of one dtype (bfloat16, float16, float32) on one device, M > 0, R up to 128. Factors, s and ds
-have that dtype (``adapter_dtype``) or are float32. Sums are float32 in an order that depends on the sizes only, so equal inputs give equal bits. ``config`` overrides the choice.
+Inputs are rows ``[M, columns]`` of one dtype (bfloat16, float16, float32) on one device, with M > 0 and R up to 128. Factors, s
+and ds have that dtype or are float32 (``adapter_dtype``). Sums are float32, in an order that depends only on the sizes, so
+equal inputs give equal bits. ``config`` replaces the configuration that would be chosen.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from peftkit_kernels.low_rank.config import (
 )
 
 _SUM_TILE = 1024
-"""Elements; half of that where columns are read one by one, on which sm_120 spills."""
+"""Elements of a tile. If columns are read element by element the tile has half as many, because a whole one spills on sm_120."""
 
 
 @functools.cache
@@ -35,7 +36,7 @@ def _kernels() -> Any:
 
 
 def readable(t: Tensor) -> Tensor:
-    """``t`` as the kernels read it: any distance between rows, but no gaps within one."""
+    """``t`` in a layout that the kernels can read: any stride between rows, but contiguous elements within a row."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
@@ -49,7 +50,7 @@ def shrink(
     out: Tensor | None = None,
     config: ShrinkConfig | None = None,
 ) -> Tensor:
-    """``scale · drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``A [R, K]``, which may have any strides; ``out`` may have any rows."""
+    """``scale · drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``A [R, K]``. ``A`` may have any strides, ``out`` any row stride."""
     (M, K), R, x = x.shape, A.shape[0], readable(x)
     c = config or ShrinkConfig.choose(
         *(M, K, R),
@@ -62,6 +63,7 @@ def shrink(
     steps = cdiv(cdiv(K, c.block_k), c.splits)
     splits = cdiv(cdiv(K, c.block_k), steps)
     s = A.new_empty(M, R) if out is None else out
+    # programs that share K write float32 partial sums, which are then added in a fixed order
     partial = s if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
     launch(
         _kernels().shrink_kernel,
@@ -96,8 +98,9 @@ def expand(
 ) -> Tensor:
     """``mask ∘ (scale · s Bᵀ) + bias``, ``[M, N]``, for ``s [M, R]`` and ``B [N, R]`` of any strides.
 
-    The mask is that of a dropout with ``p`` and ``seed`` on an ``[M, N]``, with its factor on what is kept. The result is
-    written into ``out`` if given, or added to it with ``add``; else it is new, in ``dtype`` (default: that of ``s``).
+    The mask is that of a dropout with ``p`` and ``seed`` on an ``[M, N]`` tensor, times its factor on kept elements. The result
+    is written into ``out`` if given, or added to it with ``add``. Without ``out`` it is a new tensor in ``dtype`` (default: that
+    of ``s``).
     """
     (M, R), N = s.shape, B.shape[0]
     y = s.new_empty(M, N, dtype=dtype) if out is None else out
@@ -140,7 +143,7 @@ def grad_b_and_s(
 ) -> tuple[Tensor, Tensor]:
     """``dB = scale · dyᵀ s`` ``[N, R]`` in ``dtype`` and ``ds = scale · dy B`` ``[M, R]``, by one pass over dy if R is small.
 
-    ``ds`` is written into the tensor given, which may have any distance between rows.
+    If ``ds`` is given, the result is written into it; it may have any row stride.
     """
     if not one_dy_pass(B.shape[1], target=target_of(dy), mixed=B.dtype is not dy.dtype):
         return grad_b(dy, s, scale, dtype, config=config), grad_s(dy, B, scale, out=ds)
@@ -246,21 +249,22 @@ def _tall(
         mixed=s.dtype is not x.dtype,
     )
     chunks, blocks = cdiv(M, c.chunk_m), cdiv(C, c.block_c)
+    # g has one partial sum for each chunk of rows, p one for each block of columns
     g = g_out if chunks == 1 else x.new_empty(chunks, R, C, dtype=torch.float32)
     partial_p = p_out
     if p_out is not None and blocks > 1:
         partial_p = x.new_empty(blocks, M, R, dtype=torch.float32)
-    p_distance = 0 if partial_p is None else partial_p.stride(-2)
+    p_row_stride = 0 if partial_p is None else partial_p.stride(-2)
     launch(
         _kernels().tall_kernel,
         (chunks, blocks),
         *(x, s, b, g, partial_p, g_factor * keep_scale(p), p_factor, seed, threshold(p)),
         *(M, C, R, c.chunk_m, x.stride(0), s.stride(0), *((0, 0) if b is None else b.stride())),
         *(0 if chunks == 1 else g.stride(0), *g.stride()[-2:]),
-        p_distance,
+        p_row_stride,
         WITH_P=b is not None,
         DROPOUT=p > 0,
-        STEP=step_of(R, s.stride(0), p_distance),
+        STEP=step_of(R, s.stride(0), p_row_stride),
         STEP_B=1 if b is None else step_of(b.stride(0)),
         BLOCK_M=c.block_m,
         BLOCK_C=c.block_c,
@@ -287,7 +291,7 @@ def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
     count, rows, columns = partial.shape
     strides = out.stride()
     if out.is_contiguous():
-        # one long row: those of 8 columns would be read by elements
+        # sum it as one long row: rows of 8 columns would be read element by element
         rows, columns, strides = 1, rows * columns, (0, 1)
     block_m, block_n = sum_tile(columns)
     blocks = cdiv(columns, block_n)
@@ -297,7 +301,7 @@ def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
         *(partial, out, count, rows, columns, blocks, partial.stride(0), *strides),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        # 4 warps spill a few registers beside 64 strided columns on sm_90
+        # 4 warps spill a few registers with 64 strided columns on sm_90
         num_warps=4 if block_m == 1 else 8,
         num_stages=1,
     )

@@ -1,8 +1,8 @@
-"""The rank-r passes every LoRA op is made of: shrink, expand and the two tall gradients.
+"""The rank-r passes that every LoRA op uses: shrink, expand and the two tall gradients.
 
-An adapter is computed in the wider of two dtypes, that of its factors and that of the input (``adapter_dtype``), as PEFT does:
-float32 factors on a 16-bit input give a float32 s and ds. Only tensors that are R wide are stored in that dtype. The input is
-cast a block of rows at a time, and what reaches an output of the input's size is rounded once.
+As in PEFT, an adapter is computed in the wider of two dtypes, that of its factors and that of the input (``adapter_dtype``):
+float32 factors on a 16-bit input give a float32 s and ds. Only tensors of width R are stored in that dtype. The input is
+cast one block of rows at a time, and a result of the input's size is rounded once.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from peftkit_kernels.dropout import apply_dropout
 
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
 """Elements that are cast at a time. On the CPU 1 MiB of float32 stays in the second-level cache: a shrink of 1024 x 2048 in
-bfloat16 takes 1.6 ms, against 2.8 ms for a cast of the whole input. On a GPU larger blocks make fewer launches."""
+bfloat16 takes 1.6 ms, against 2.8 ms with a cast of the whole input. On a GPU larger blocks make fewer launches."""
 
 
-# made in every forward: frozen would triple the microseconds
+# not frozen: one is created in every forward, and frozen=True would triple the time
 @dataclass(slots=True, eq=False)
 class LoRA:
     """One adapter on one linear: ``scale · drop(x) Aᵀ Bᵀ``.
@@ -29,9 +29,9 @@ class LoRA:
     Attributes:
         A: ``[R, K]``. The adapter is computed in ``adapter_dtype``.
         B: ``[N, R]``, the dtype of ``A``.
-        scale: ``lora_alpha / r``, or what else the method makes of it.
+        scale: ``lora_alpha / r``, or another factor that the method computes.
         p: Dropout probability on the adapter's input.
-        seed: Seed of the mask where ``p > 0``.
+        seed: Seed of the mask if ``p > 0``.
     """
 
     A: Tensor
@@ -41,12 +41,12 @@ class LoRA:
     seed: int = 0
 
     def numbers(self) -> tuple[float, float, int]:
-        """What is not a tensor: ``(scale, p, seed)``."""
+        """The fields that are not tensors: ``(scale, p, seed)``."""
         return self.scale, self.p, self.seed
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t.to(dtype)``, without the microsecond that costs where there is nothing to do."""
+    """``t.to(dtype)``. If the dtype is already right, this saves a microsecond."""
     return t if t.dtype is dtype else t.to(dtype)
 
 
@@ -107,7 +107,7 @@ def expand_grad_(dx: Tensor, ds: Tensor, A: Tensor, p: float = 0.0, seed: int = 
 
 
 def grad_s(dy: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``scale · dy B``, ``[M, R]`` in ``adapter_dtype``: the gradient that reaches the adapter's bottleneck."""
+    """``scale · dy B``, ``[M, R]`` in ``adapter_dtype``: the gradient of ``s``."""
     dtype = adapter_dtype(dy, B)
     B = cast(B, dtype)
     if dy.dtype is dtype:
@@ -121,7 +121,7 @@ def grad_s(dy: Tensor, B: Tensor, scale: float) -> Tensor:
 def grad_b(dy: Tensor, s: Tensor, scale: float, B: Tensor) -> Tensor:
     """``scale · dyᵀ s``, ``[N, R]`` in the dtype of ``B``."""
     if dy.dtype is s.dtype is B.dtype:
-        # its beta of 0 leaves B unread: the scale without a pass of its own
+        # beta=0 ignores the values of B: addmm applies the scale without a separate multiply
         return torch.addmm(B, dy.t(), s, beta=0, alpha=scale)
     return cast(_tall(dy, s, B.dtype).mul_(scale), B.dtype)
 
@@ -132,7 +132,7 @@ def grad_a(ds: Tensor, x: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int 
 
 
 def _tall(left: Tensor, right: Tensor, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> Tensor:
-    """``leftᵀ drop(right)`` over the M rows; summed in float32 from blocks of rows if a 16-bit sum would lose digits."""
+    """``leftᵀ drop(right)``, summed over the M rows: in float32 from blocks of rows if a 16-bit sum would lose digits."""
     wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), dtype)
     if left.dtype is right.dtype and (wide is left.dtype or left.dtype.itemsize >= 4):
         return torch.mm(left.t(), apply_dropout(right, p, seed))

@@ -54,7 +54,7 @@ def attention(
         scale: Factor on the scores.
         causal: Query ``i`` sees keys up to ``i``.
         mask: ``Bool[B, 1, S, T]``, true where a query may see a key; keys contiguous.
-        prefix: Keys and values ``[H_kv, P, D]`` that every query sees besides, features contiguous.
+        prefix: More keys and values ``[H_kv, P, D]``, which every query sees; features contiguous.
         gate: ``Float32[H]``, contiguous: the prefix has a softmax of its own and this share in the output.
 
     Returns:

@@ -144,7 +144,7 @@ def dequantize_nf4(
     """Rows ``first_row ...`` of an NF4 weight of ``out``'s width, as ``peftkit_kernels.nf4`` defines it, into ``out``.
 
     Args:
-        packed: ``UInt8``, contiguous: two codes a byte, for the whole weight.
+        packed: ``UInt8``, contiguous: two codes in each byte, for the whole weight.
         absmax: ``Float32[blocks]``, contiguous.
         row_scale: ``Float32[N]``, contiguous, or ``None``.
         out: ``Float32[rows, K]`` whose rows are contiguous.

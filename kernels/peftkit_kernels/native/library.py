@@ -82,7 +82,9 @@ def run(name: str, *arguments: Any) -> None:
     """
     by_address = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
     if getattr(loaded(), name)(*by_address):
-        raise MemoryError(f"{name}: no memory for its work space (about 100 KiB a thread)")
+        raise MemoryError(
+            f"{name}: no memory for its work space (about 100 KiB for each thread); free memory or use fewer threads"
+        )
 
 
 def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:

@@ -1,4 +1,4 @@
-"""Four-bit NormalFloat weights in the layout of bitsandbytes: quantise, keep, dequantise."""
+"""Four-bit NormalFloat weights in the layout of bitsandbytes: quantise, store, dequantise."""
 
 from peftkit_kernels.nf4.op import dequantize_nf4, quantize_nf4
 from peftkit_kernels.nf4.reference import dequantize_nf4_reference

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DequantizeConfig:
-    """``block`` words of eight elements a program.
+    """A program decodes ``block`` words of eight elements.
 
-    32 elements a thread: 8.4 instructions each on sm_80, of which the table is 1; with 16 elements it is 10.9.
+    With 32 elements in each thread an element takes 8.4 instructions on sm_80, of which the table is 1; with 16 elements, 10.9.
     """
 
     block: int
@@ -17,18 +17,18 @@ class DequantizeConfig:
 
     @classmethod
     def choose(cls, *, whole: bool) -> DequantizeConfig:
-        """Half as many where rows are not ``whole`` words: each element has an address, and a row, of its own."""
+        """Half as many words if rows are not ``whole`` words, because then each element needs its own address and row number."""
         return cls(512 if whole else 256)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeConfig:
-    """``blocks`` quantisation blocks a program."""
+    """A program quantises ``blocks`` blocks."""
 
     blocks: int
     num_warps: int = 4
 
     @classmethod
     def choose(cls, blocksize: int) -> QuantizeConfig:
-        """16 elements a thread; 32 where a block alone is larger than that."""
+        """16 elements in each thread, or 32 if one block already needs more than 16."""
         return cls(max(1, 2048 // blocksize))

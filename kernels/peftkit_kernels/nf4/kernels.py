@@ -1,7 +1,7 @@
-"""NF4 storage as Triton kernels, and the pieces of them that decode a tile inside other kernels.
+"""NF4 storage as Triton kernels, and the functions with which other kernels decode a tile.
 
-Packed bytes are read as 32-bit words of eight codes: element j of a word has byte j // 2, the even one its high nibble. Indices of
-words are int32 (a weight has less than 2³⁴ elements), those of elements int64.
+Packed bytes are read as 32-bit words of eight codes. Element j of a word is in byte j // 2, in its high nibble if j is even.
+Indices of words are int32 (a weight has less than 2³⁴ elements), those of elements int64.
 """
 
 import struct
@@ -16,12 +16,12 @@ MIDPOINTS = tl.constexpr(tuple(weight.midpoints(weight.level_table()).tolist()))
 SMALLEST_ABSMAX_BITS = tl.constexpr(
     struct.unpack("<i", struct.pack("<f", weight.SMALLEST_ABSMAX))[0]
 )
-"""Of a float32. As a number it would be a float64 to Triton, being subnormal."""
+"""The bits of the float32 number. Triton would treat the number itself as a float64, because it is subnormal in float32."""
 
 
 @triton.jit
 def level_table(dtype: tl.constexpr):
-    """``[16]``: what the codes stand for, in registers; ``tl.gather`` reads it without touching memory."""
+    """``[16]``: the levels of the codes, in registers, so that ``tl.gather`` reads them without a memory access."""
     code = tl.arange(0, 16)
     table = tl.zeros((16,), tl.float32)
     for k in tl.static_range(16):
@@ -43,7 +43,7 @@ def block_absmax(
     absmax_ptr, code_ptr, nested_ptr, offset_ptr, block, mask,
     NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``Float32``: the maxima of some blocks, decoded where they are stored in 8 bits; product and sum each rounded."""
+    """``Float32``: the maxima of some blocks, decoded if they are stored in 8 bits; product and sum are each rounded."""
     if NESTED:
         code = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
         absmax = tl.load(code_ptr + code, mask=mask, other=0.0)
@@ -56,7 +56,7 @@ def block_absmax(
 
 @triton.jit
 def dequantize_kernel(
-    packed_ptr,  # words, or bytes[ceil(numel / 2)] where WORDS is false
+    packed_ptr,  # words, or bytes[ceil(numel / 2)] if WORDS is false
     absmax_ptr, code_ptr, nested_ptr, offset_ptr,  # [blocks]; [256], [blocks / NESTED_BLOCK], [] or None
     row_scale_ptr, out_ptr,  # [N] or None  out[N, K] by rows
     numel, K, row_words, stride_om,  # row_words: K // 8
@@ -64,11 +64,12 @@ def dequantize_kernel(
     NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``out = level · absmax (· row_scale)``, each product rounded to float32. Program i: words i BLOCK to (i + 1) BLOCK.
+    """``out = level · absmax (· row_scale)``, each product rounded to float32. Program i owns words i BLOCK to (i + 1) BLOCK.
 
-    WHOLE: rows are whole words. ROWS: which row an element is in matters, because rows lie apart or are scaled.
+    WHOLE means that rows are whole words. ROWS means that the row of an element is needed, because rows have gaps between them
+    or are scaled.
     """
-    # 1. eight codes a word
+    # 1. words of eight codes
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = word.to(tl.int64) * 8
     mask = first < numel
@@ -79,13 +80,13 @@ def dequantize_kernel(
         offs_b = (word.to(tl.int64) * 4)[:, None] + i[None, :]
         parts = tl.load(packed_ptr + offs_b, mask=offs_b * 2 < numel, other=0).to(tl.int32)
         words = tl.sum(parts << (i * 8)[None, :], 1)
-    # 2. their values; a word has one block
+    # 2. their values; all elements of a word are in one block
     block = word // (BLOCKSIZE // 8)
     absmax = block_absmax(
         absmax_ptr, code_ptr, nested_ptr, offset_ptr, block, mask, NESTED, NESTED_BLOCK
     )
     values = decode_words(words, level_table(tl.float32), BLOCK) * absmax[:, None]
-    # 3. where they go
+    # 3. the positions of the elements in out, the scales of their rows, and the store
     j = tl.arange(0, 8)
     offs = first[:, None] + j[None, :]
     mask_out = offs < numel
@@ -112,20 +113,23 @@ def quantize_kernel(
     numel, size,  # size: ceil(numel / 2)
     BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The codes and maxima of BLOCKS blocks a program: a code is the number of midpoints strictly below ``w · (1 / absmax)``."""
+    """Codes and block maxima: a code is the number of midpoints strictly below ``w · (1 / absmax)``. A program owns BLOCKS blocks."""
+    # 1. the blocks of this program
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     offs = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     mask = offs < numel
     w = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    # as integers, bit patterns of magnitudes keep their order, with NaN above all
+    # 2. maxima; the bit patterns of magnitudes, read as integers, have the same order, with NaN above every number
     bits = tl.max(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     tl.store(absmax_ptr + block, bits.to(tl.float32, bitcast=True), mask=block * BLOCKSIZE < numel)
+    # 3. codes
     divisor = tl.maximum(bits, SMALLEST_ABSMAX_BITS).to(tl.float32, bitcast=True)
     scaled = w * tl.math.div_rn(1.0, divisor)[:, None]
     code = tl.zeros((BLOCKS, BLOCKSIZE), tl.int32)
     for k in tl.static_range(15):
-        # written so that NaN counts as above, as torch.bucketize has it
+        # in this form NaN counts as above every midpoint, as in torch.bucketize
         code += tl.where(scaled <= MIDPOINTS[k], 0, 1)
+    # 4. two codes in each byte; 7 is the code of zero
     code = tl.where(mask, code, 7)
     even, odd = tl.split(tl.reshape(code, (BLOCKS, BLOCKSIZE // 2, 2)))
     offs_b = block[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]

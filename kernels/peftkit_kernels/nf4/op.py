@@ -21,13 +21,13 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def quantize_nf4(
     weight: Tensor, blocksize: int = 64, *, nested: bool = False, backend: Backend = "auto"
 ) -> NF4Weight:
-    """Store a weight in four bits an element, bit for bit as bitsandbytes does.
+    """Store a weight with four bits for each element, bit for bit as bitsandbytes does.
 
     Args:
         weight: Any shape, float32 or a 16-bit dtype.
         blocksize: Elements that share one maximum; a power of two from 32 to 4096.
-        nested: Whether the maxima are stored in 8 bits themselves: 4.127 instead of 4.5 bits a weight at blocks of 64.
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; all give the same bits, and the last two are one.
+        nested: Whether the maxima are also stored in 8 bits: a weight then takes 4.127 bits instead of 4.5 with blocks of 64.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``. All give the same bits; the last two run the same code.
 
     Raises:
         ValueError: The weight is not floating point, the block size is unknown, or the backend cannot run.
@@ -56,8 +56,8 @@ def dequantize_nf4(
 
     Args:
         q: The weight.
-        dtype: Of the result where ``out`` is ``None``.
-        out: ``[*q.shape]`` to write to, in its own dtype; rows may lie apart.
+        dtype: The dtype of the result if ``out`` is ``None``.
+        out: ``[*q.shape]`` to write to, in any floating-point dtype and with any strides.
         row_scale: ``Float32[N]``, a factor on each row.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
@@ -88,6 +88,7 @@ def dequantize_nf4(
         values = dequantize_nf4_reference(q, dtype, row_scale)
         return values if out is None else out.copy_(values)
     matrix = result
+    # the passes write matrices with contiguous rows; other layouts are filled by a copy
     if len(shape) != 2 or result.stride(1) != 1:
         rows = shape[0] if shape else 1
         matrix = result.new_empty(rows, torch.Size(shape[1:]).numel())

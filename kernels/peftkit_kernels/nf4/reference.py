@@ -16,7 +16,7 @@ from peftkit_kernels.nf4.weight import (
 
 
 def quantize_nf4_reference(weight: Tensor, blocksize: int = 64, nested: bool = False) -> NF4Weight:
-    """The nearest level for every element, relative to the largest magnitude of its block; as ``quantize_nf4``."""
+    """The nearest level of every element, relative to the largest magnitude of its block; as ``quantize_nf4``."""
     codes, absmax = _nearest(weight, blocksize, level_table(weight.device))
     if codes.numel() % 2:
         # 7 is the code of zero
@@ -28,7 +28,7 @@ def quantize_nf4_reference(weight: Tensor, blocksize: int = 64, nested: bool = F
 def assemble(
     packed: Tensor, absmax: Tensor, shape: tuple[int, ...], blocksize: int, nested: bool
 ) -> NF4Weight:
-    """The weight with these codes and block maxima, the maxima stored in 8 bits themselves where ``nested``."""
+    """The weight with these codes and block maxima; with ``nested`` the maxima are stored in 8 bits."""
     if not nested:
         return NF4Weight(packed, absmax, shape, blocksize)
     offset, code = absmax.mean(), dynamic_code().to(packed.device)
@@ -59,7 +59,7 @@ def dequantize_nf4_reference(
 
     Args:
         q: The weight.
-        dtype: Of the result.
+        dtype: The dtype of the result.
         row_scale: ``Float32[N]``, a factor on each row of the weight.
 
     Returns:

@@ -1,4 +1,4 @@
-"""NF4 storage on the CPU: one native pass from the packed bytes to the weight, torch ops where that cannot run."""
+"""NF4 storage on the CPU: one native pass from the packed bytes to the weight, or torch ops if native code cannot run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peftkit_kernels import native
 from peftkit_kernels.nf4.weight import NF4Weight, level_table
 
 _CHUNK_ELEMENTS = 2**16
-"""Elements that are decoded before they are rounded to 16 bits: 256 KiB of float32 stay in the second-level cache."""
+"""Elements that are decoded at a time before they are rounded to 16 bits: 256 KiB of float32 stay in the second-level cache."""
 
 
 def dequantize_into(q: NF4Weight, out: Tensor, row_scale: Tensor | None) -> Tensor:
@@ -17,7 +17,7 @@ def dequantize_into(q: NF4Weight, out: Tensor, row_scale: Tensor | None) -> Tens
 
     Args:
         q: ``[N, K]``.
-        out: ``[N, K]``; rows may lie apart, elements of a row may not.
+        out: ``[N, K]``; any row stride, contiguous elements within a row.
         row_scale: ``Float32[N]`` or ``None``.
     """
     rows, width = q.shape
@@ -40,7 +40,7 @@ def dequantize_into(q: NF4Weight, out: Tensor, row_scale: Tensor | None) -> Tens
 
 def _by_torch(q: NF4Weight, absmax: Tensor, out: Tensor, row_scale: Tensor | None) -> Tensor:
     levels = level_table(q.device)
-    # a table from byte to both of its values: one look-up for two elements
+    # the table maps a byte to both of its values, so one look-up gives two elements
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
     values = torch.nn.functional.embedding(q.packed.reshape(-1).int(), pairs).view(-1)
     numel = out.numel()

@@ -22,7 +22,7 @@ def _kernels() -> Any:
 
 
 def words_of(packed: Tensor) -> tuple[Tensor, bool]:
-    """Packed bytes as the kernels read them: 32-bit words where they are whole and aligned (true), else as they are."""
+    """The packed codes for the kernels: 32-bit words and true if the bytes are whole aligned words, else bytes and false."""
     packed = packed.reshape(-1).contiguous()
     aligned = packed.storage_offset() % 4 == 0 and packed.data_ptr() % 4 == 0
     if aligned and packed.numel() % 4 == 0:
@@ -31,7 +31,7 @@ def words_of(packed: Tensor) -> tuple[Tensor, bool]:
 
 
 def absmax_arguments(q: NF4Weight) -> tuple[Tensor | None, ...]:
-    """What ``kernels.block_absmax`` reads: maxima, and code, their own maxima and offset where they are nested."""
+    """The tensors that ``kernels.block_absmax`` reads: the maxima and, if nested, their code, their own maxima and offset."""
     absmax = q.absmax.reshape(-1).contiguous()
     if q.nested is None:
         return absmax, None, None, None
@@ -55,13 +55,13 @@ def dequantize_into(
     *,
     config: DequantizeConfig | None = None,
 ) -> Tensor:
-    """``dequantize_nf4_reference`` of a matrix, bit for bit, written to ``out``; one kernel, nested maxima decoded in it.
+    """``dequantize_nf4_reference`` of a matrix, bit for bit, written to ``out`` by one kernel, which also decodes nested maxima.
 
     Args:
         q: ``[N, K]``.
-        out: ``[N, K]``; rows may lie apart, elements of a row may not.
+        out: ``[N, K]``; any row stride, contiguous elements within a row.
         row_scale: ``Float32[N]`` or ``None``.
-        config: Overrides the choice.
+        config: Replaces the configuration that would be chosen.
     """
     numel, (_, K) = out.numel(), out.shape
     if not numel:
@@ -83,7 +83,7 @@ def dequantize_into(
         BLOCK=c.block,
         num_warps=c.num_warps,
         num_stages=1,
-        # the maximum of a nested block is a product and a sum, each rounded
+        # a nested maximum is a product and a sum, each of which must be rounded
         fp_fusion=q.nested is None,
     )
     return out
@@ -92,7 +92,7 @@ def dequantize_into(
 def quantize(
     weight: Tensor, blocksize: int, *, config: QuantizeConfig | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Packed codes, ``UInt8[ceil(numel / 2)]``, and block maxima, ``Float32[blocks]``; one read of the weight."""
+    """Packed codes, ``UInt8[ceil(numel / 2)]``, and block maxima, ``Float32[blocks]``, with one read of the weight."""
     packed, absmax = _empty(weight, blocksize)
     if not weight.numel():
         return packed, absmax
@@ -141,7 +141,7 @@ quantize_triton = torch.library.custom_op(
 
 @dequantize_triton.register_fake
 def _(q: Sequence[Tensor], layout: Sequence[int], row_scale: Tensor | None, out: Tensor) -> None:
-    """It writes into what it is given."""
+    """Nothing to compute: the op returns no tensor, it writes into ``out``."""
 
 
 quantize_triton.register_fake(_empty)

@@ -1,4 +1,4 @@
-"""One flash pass over some keys, by whatever the machine has: the native library, or torch's own for CPUs and GPUs."""
+"""One flash pass over some keys: by the native library, or by torch's flash attention for CPUs or GPUs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _GPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention
 _GPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 _GPU_HEAD_SIZE = 256
 _MIN_QUERIES = 16
-"""Fewer are left to torch: the native passes take blocks of 64 queries."""
+"""With fewer queries torch's pass runs, because the native passes process blocks of 64 queries."""
 
 
 class Pass(NamedTuple):
-    """One flash pass over some keys; on the CPU by the native library where that takes the tensors, else by torch's own.
+    """One flash pass over some keys. On the CPU the native library runs it if it supports the tensors, else torch does.
 
     Attributes:
         scale: Factor on the scores.
@@ -34,7 +34,7 @@ class Pass(NamedTuple):
     mask: Tensor | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The output ``[B, S, H, D]`` and the log-sum-exp ``[B, H, S]``; 0 and minus infinity for a query that sees nothing."""
+        """The output ``[B, S, H, D]`` and the log-sum-exp ``[B, H, S]``; minus infinity for a query that sees no key."""
         if q.device.type != "cpu":
             out, lse, *_ = _GPU_FORWARD(q, k, v, 0.0, self.causal, False, scale=self.scale)
             return out.transpose(1, 2), lse
@@ -46,7 +46,7 @@ class Pass(NamedTuple):
             )
             out = out.transpose(1, 2)
         if self.mask is not None:
-            # both libraries call it 0
+            # both libraries return 0 for a query that sees no key
             visible = self.mask.tril() if self.causal else self.mask
             lse = lse.masked_fill(~visible.any(-1), -torch.inf)
         return out, lse
@@ -56,10 +56,10 @@ class Pass(NamedTuple):
     ) -> tuple[Tensor, ...]:
         """``(dq, dk, dv)`` for ``P = exp(scale q kᵀ - lse)`` and ``dS = P ∘ (dout vᵀ - rowsum(dout ∘ out))``.
 
-        With the output and log-sum-exp of several passes merged these are the parts of the joint gradient.
+        If ``out`` and ``lse`` are those of several merged passes, the result is this pass's part of the joint gradient.
         """
         if q.device.type != "cpu":
-            # no dropout, so no state of a generator; the lengths are those of the tensors
+            # without dropout the generator's state is not read; the lengths are those of the tensors
             state = q.new_empty(2, dtype=torch.int64)
             return _GPU_BACKWARD(
                 *(dout.transpose(1, 2), q, k, v, out.transpose(1, 2), lse, None, None),
@@ -77,25 +77,26 @@ class Pass(NamedTuple):
         )
 
     def is_native(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether the native library takes the pass."""
+        """Whether the native library runs the pass."""
         return q.shape[2] >= _MIN_QUERIES and native_obstacle(q, k, v, self.mask) is None
 
     def obstacle(self, q: Tensor) -> str | None:
-        """Why no pass takes ``q`` or the mask, as a sentence, or ``None``."""
+        """Why no pass supports ``q`` or the mask, as a sentence, or ``None``."""
         if q.device.type == "cpu":
             return None
         if self.mask is not None:
-            return "the library's flash attention for GPUs takes no mask"
+            return "torch's flash attention for GPUs supports no mask"
         if q.dtype not in (torch.bfloat16, torch.float16):
-            return f"q is {q.dtype}; the library's flash attention for GPUs computes in 16 bits"
+            return f"q is {q.dtype}; torch's flash attention for GPUs computes in 16 bits"
         if q.shape[3] % 8 or q.shape[3] > _GPU_HEAD_SIZE:
             return (
-                f"the head size is {q.shape[3]}; the library's flash attention for GPUs takes "
+                f"the head size is {q.shape[3]}; torch's flash attention for GPUs supports "
                 f"multiples of 8 up to {_GPU_HEAD_SIZE}"
             )
         return None
 
     def _additive(self, q: Tensor) -> Tensor | None:
+        """The mask as numbers that are added to the scores: 0 or minus infinity."""
         if self.mask is None:
             return None
         hidden = torch.zeros(self.mask.shape, dtype=q.dtype, device=q.device)
@@ -103,10 +104,11 @@ class Pass(NamedTuple):
 
 
 def of_batch(prefix: Tensor, q: Tensor) -> Tensor:
-    """``[H_kv, P, D]`` as ``[B, H_kv, P, D]`` without a copy for every sequence."""
+    """``[H_kv, P, D]`` as ``[B, H_kv, P, D]``, without copying the prefix for every sequence."""
     return cast(prefix, q.dtype).expand(q.shape[0], *prefix.shape)
 
 
 def over_batch(grad: Tensor, prefix: Tensor) -> Tensor:
+    """The sum of ``grad`` over the sequences, in float32 or wider, rounded to the dtype of ``prefix``."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     return grad.sum(0, dtype=wide).to(prefix.dtype)

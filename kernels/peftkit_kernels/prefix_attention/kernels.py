@@ -1,6 +1,7 @@
-"""Two attention parts made one, and the gradient of a gate between them: o, dout ``[B, S, H, D]``, log-sum-exps ``[B, H, S]``.
+"""Merges two attention parts, and computes the gradient of a gate: o, dout ``[B, S, H, D]``, log-sum-exps ``[B, H, S]``.
 
-All are contiguous. Program (i, j): head i % H of sequence i // H, the j-th block of positions, so that a gate is one number.
+All tensors are contiguous. Program (i, j) owns head i % H of sequence i // H and the j-th block of positions, so it needs only
+one gate.
 """
 
 import triton
@@ -9,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _rows(pid, S, H, D, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Positions of this program, offsets of their elements and the mask of these."""
+    """The positions of this program, the offsets of their elements, and the mask of these elements."""
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
     rows = ((pid // H).to(tl.int64) * S + offs_s) * H + pid % H
@@ -39,7 +40,7 @@ def merge_kernel(
         top = tl.maximum(l1, l2)
         e1, e2 = tl.exp2(l1 - top), tl.exp2(l2 - top)
         total = e1 + e2
-        # a query that sees no key of the first part has l1 = -inf there, and an output of no meaning
+        # a query that sees no key of the first part has l1 = -inf, and its o1 must not be used
         first = tl.where((e1 == 0.0)[:, None], 0.0, o1 * (e1 / total)[:, None])
         out = first + o2 * (e2 / total)[:, None]
         lse = (top + tl.log2(total)) * 0.6931471805599453

@@ -26,28 +26,28 @@ def prefix_attention(
     gate: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Attention with learned keys and values before the others, which every query sees.
+    """Attention with learned keys and values, which every query sees, before the other keys and values.
 
-    ``softmax(scale q [prefix_k; k]ᵀ) [prefix_v; v]``, as two passes over keys where they lie: the cache is not copied,
-    nor are keys of grouped-query heads repeated. With a gate the parts have a softmax each and ``out = own + gate ·
-    prefix``, so that a gate of zero changes nothing. Kept for backward: the arguments, the output (with a gate, outside of
-    the native pass, the two parts of it) and one number a query and head (with a gate two).
+    It computes ``softmax(scale q [prefix_k; k]ᵀ) [prefix_v; v]`` in two passes that read the keys in place: the cache is not
+    copied, and keys of grouped-query heads are not repeated. With a gate each part has its own softmax and
+    ``out = own + gate · prefix``, so that a gate of zero changes nothing. Kept for backward: the arguments, the output and one
+    number for each query and head. With a gate: two numbers and, outside of the native pass, both parts of the output.
 
     Args:
         q: ``[B, H, S, D]``.
         k: ``[B, H_kv, T, D]``; ``H`` is a multiple of ``H_kv``.
         v: As ``k``.
-        prefix_k: ``[H_kv, P, D]``; float32 on a 16-bit ``q`` is cast, its gradient stays float32.
+        prefix_k: ``[H_kv, P, D]``. A float32 prefix with a 16-bit ``q`` is cast; its gradient stays float32.
         prefix_v: As ``prefix_k``.
-        scale: Factor on the scores, mostly ``D ** -0.5``.
+        scale: Factor on the scores, usually ``D ** -0.5``.
         causal: Query ``i`` sees keys up to ``i``; needs ``S == T``.
         mask: ``Bool[B, 1, S, T]``, true where a query may see a key.
-        gate: ``[H]``, one factor a head on what the prefix contributes, or ``None``.
-        backend: ``"auto"``, ``"triton"`` (on a GPU 16 bits without a mask, head sizes that are multiples of 8),
+        gate: ``[H]``, for each head a factor on the output of the prefix, or ``None``.
+        backend: ``"auto"``, ``"triton"`` (on a GPU in 16 bits, without a mask, head sizes that are multiples of 8),
             ``"torch"`` (on the CPU) or ``"reference"``.
 
     Returns:
-        ``[B, S, H, D]`` in the dtype of ``q`` (of autocast where that is on).
+        ``[B, S, H, D]`` in the dtype of ``q``, or of autocast if it is on.
 
     Raises:
         ValueError: Shapes do not fit, or the backend cannot run.
@@ -78,7 +78,7 @@ def prefix_attention(
 
 def _obstacle(chosen: str, q: Tensor, k: Tensor, prefix_k: Tensor) -> str | None:
     if chosen == "torch" and q.device.type != "cpu":
-        return f"the merge from torch ops is for the CPU, and q is on {q.device}"
+        return f"the torch backend merges the parts on the CPU only, and q is on {q.device}"
     for name, tensor in (("q", q), ("k", k), ("prefix_k", prefix_k)):
         if tensor.numel() == 0:
             return f"{name} is empty"
@@ -98,8 +98,8 @@ def _check(
     B, H, S, D = q.shape
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D or H % k.shape[1]:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; they must be [B, H, S, D] and "
-            "twice [B, H_kv, T, D] with H a multiple of H_kv"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit; q must be [B, H, S, D], and k and v "
+            "must be [B, H_kv, T, D] with H a multiple of H_kv"
         )
     if (
         prefix_k.dim() != 3
@@ -119,4 +119,6 @@ def _check(
             f"mask is {mask.dtype} {tuple(mask.shape)}; it must be bool {(B, 1, S, k.shape[2])}"
         )
     if gate is not None and gate.shape != (H,):
-        raise ValueError(f"gate has shape {tuple(gate.shape)}; it must be [{H}], a factor a head")
+        raise ValueError(
+            f"gate has shape {tuple(gate.shape)}; it must be [{H}], one factor for each head"
+        )

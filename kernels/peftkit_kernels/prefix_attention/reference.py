@@ -1,4 +1,4 @@
-"""The definition of ``prefix_attention``: the prefix stands before the keys and values."""
+"""The definition of ``prefix_attention``: the prefix is concatenated before the keys and values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def prefix_attention_reference(
 
 
 def _visible(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
-    """``Bool[B, 1, S, T]``: which keys besides the prefix a query may see; ``None`` for all."""
+    """``Bool[B, 1, S, T]``: which keys, besides the prefix, a query may see; ``None`` means all."""
     if not causal:
         return mask
     B, S, T = q.shape[0], q.shape[2], k.shape[2]

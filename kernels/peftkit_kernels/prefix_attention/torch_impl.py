@@ -1,4 +1,4 @@
-"""``prefix_attention`` as two flash passes, or one that walks over both parts: neither keys nor scores are ever joined."""
+"""``prefix_attention`` as two flash passes, or as one native pass over both parts. Keys and scores are never concatenated."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from peftkit_kernels.prefix_attention.reference import prefix_attention_referenc
 class PrefixAttention(torch.autograd.Function):
     """With ``L = log(exp(l1) + exp(l2))``: ``out = o1 exp(l1 - L) + o2 exp(l2 - L)``.
 
-    The probabilities of both parts are ``exp(scores - L)``, so each pass backward gets ``out`` and ``L`` and gives its
-    part; the two ``dq`` are added. With a gate ``out = o1 + g o2``, each pass has its own log-sum-exp, and
-    ``dg = Σ dout ∘ o2``. The native library needs one pass: it walks over the prefix before the other keys.
+    The probabilities of both parts are ``exp(scores - L)``, so the backward of each pass gets ``out`` and ``L`` and returns
+    its part of the gradient; the two ``dq`` are added. With a gate ``out = o1 + g o2``, each pass has its own log-sum-exp, and
+    ``dg = Σ dout ∘ o2``. The native library needs one pass, which processes the prefix before the other keys.
     """
 
     @staticmethod
@@ -61,6 +61,7 @@ class PrefixAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, prefix_k, prefix_v, gate, mask, *kept = ctx.saved_tensors
+        # the forward ran native code, but the backward may run inside a mode that would miss it
         if ctx.one and hides_native_calls():
             tensors = q, k, v, prefix_k, prefix_v, *(() if gate is None else (gate,))
             grads = gradients_of(partial(_reference, ctx, mask), tensors, dout)
@@ -79,7 +80,7 @@ class PrefixAttention(torch.autograd.Function):
             wide = cast(gate, torch.promote_types(gate.dtype, l1.dtype))
             to_prefix = (dout * wide[:, None]).to(dout.dtype)
             dgate = (dout.to(wide.dtype) * o2).sum((0, 1, 3)).to(gate.dtype)
-            # a query that sees nothing but the prefix
+            # for a query that sees only the prefix; exp(scores - l1) must not become NaN
             l1 = l1.masked_fill(l1 == -torch.inf, 0.0)
         before = of_batch(prefix_k, q), of_batch(prefix_v, q)
         dq, dk, dv = Pass(ctx.scale, ctx.causal, mask).backward(dout, q, k, v, o1, l1)
@@ -111,6 +112,7 @@ def _columns(log_weight: Tensor) -> Tensor:
 
 
 def _weighted(o1: Tensor, w1: Tensor, o2: Tensor, w2: Tensor) -> Tensor:
+    """``o1 w1 + o2 w2`` in the dtype of ``o1``; ``o1`` may be overwritten."""
     if o1.dtype is w1.dtype:
         return o1.mul_(w1).addcmul_(o2, w2)
     return (o1 * w1).addcmul_(o2, w2).to(o1.dtype)

@@ -1,6 +1,6 @@
-"""``prefix_attention`` as two flash passes of the library, and Triton kernels that merge them, as torch.library ops.
+"""``prefix_attention`` as two flash passes of the library and Triton kernels that merge them, as torch.library ops.
 
-The cache is read where it lies: neither keys nor heads are copied.
+The cache is read in place: neither keys nor heads are copied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _kernels() -> Any:
 def merge(
     o1: Tensor, l1: Tensor, o2: Tensor, l2: Tensor, *, config: MergeConfig | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The output ``[B, S, H, D]`` and log-sum-exp ``[B, H, S]`` of all keys, from those of two parts."""
+    """The output ``[B, S, H, D]`` and the log-sum-exp ``[B, H, S]`` over all keys, from those of the two parts."""
     o1, l1, o2, l2 = (t.contiguous() for t in (o1, l1, o2, l2))
     out, total = torch.empty_like(o1), torch.empty_like(l1)
     _launch(_kernels().merge_kernel, o1, config, o1, o2, l1, l2, None, out, total, HAS_GATE=False)
@@ -49,7 +49,7 @@ def add_gated(o1: Tensor, o2: Tensor, gate: Tensor, *, config: MergeConfig | Non
 def gate_grad(
     dout: Tensor, o2: Tensor, gate: Tensor, *, config: MergeConfig | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``gate · dout``, ``[B, S, H, D]``, and ``dgate = Σ dout ∘ o2``, ``[H]``, by one pass; sums in a fixed order."""
+    """``gate · dout``, ``[B, S, H, D]``, and ``dgate = Σ dout ∘ o2``, ``[H]``, in one pass; partial sums are added in a fixed order."""
     B, S, H, D = dout.shape
     c = config or MergeConfig.choose(D)
     dout, o2 = dout.contiguous(), o2.contiguous()
@@ -62,7 +62,7 @@ def gate_grad(
 def _launch(
     kernel: Any, like: Tensor, config: MergeConfig | None, *tensors: Tensor | None, **flags: bool
 ) -> None:
-    """A program for every head and block of positions of ``like [B, S, H, D]``."""
+    """Launch one program for every head and block of positions of ``like [B, S, H, D]``."""
     B, S, H, D = like.shape
     c = config or MergeConfig.choose(D)
     launch(
@@ -88,7 +88,10 @@ def forward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The output ``[B, S, H, D]``, and what backward needs besides: its log-sum-exp, or with a gate the parts and theirs."""
+    """The output ``[B, S, H, D]``, and the other tensors for backward.
+
+    They are the log-sum-exp of the output or, with a gate, both parts and their log-sum-exps.
+    """
     o1, l1 = Pass(scale, causal, mask).forward(q, k, v)
     o2, l2 = Pass(scale).forward(q, of_batch(prefix_k, q), of_batch(prefix_v, q))
     if gate is None:
@@ -122,15 +125,15 @@ def backward(
     scale: float,
     causal: bool,
 ) -> list[Tensor]:
-    """The gradients of the first six arguments after ``dout``, as many as there are.
+    """The gradients of the first five arguments after ``dout``, and of the gate if there is one.
 
-    Each pass gets the output and log-sum-exp it has a share in: those of all keys, or with a gate its own.
+    Each pass gets the output and log-sum-exp over all keys or, with a gate, its own.
     """
     dout = dout.contiguous()
     do2, (o1, l1), (o2, l2), dgate = dout, kept[:2], kept[-2:], None
     if gate is not None:
         do2, dgate = gate_grad(dout, o2, gate)
-        # a query that sees nothing but the prefix
+        # for a query that sees only the prefix; exp(scores - l1) must not become NaN
         l1 = l1.masked_fill(l1 == -torch.inf, 0.0)
     before = of_batch(prefix_k, q), of_batch(prefix_v, q)
     dq, dk, dv = Pass(scale, causal, mask).backward(dout, q, k, v, o1, l1)
@@ -141,7 +144,7 @@ def backward(
 
 
 def _positions_first(t: Tensor) -> Tensor:
-    """``[B, H, S, D]`` laid out as ``[B, S, H, D]``, as flash passes mostly do and the fake tensors say."""
+    """``t [B, H, S, D]`` with the strides of a contiguous ``[B, S, H, D]``, which the fake tensors have and most flash passes return."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 

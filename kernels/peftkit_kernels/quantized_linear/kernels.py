@@ -1,7 +1,8 @@
-"""Products of few rows with a quantised weight, decoded in the loop: x ``[M, K]``, s = drop(x) Aᵀ ``[M, R]``, B ``[N, R]``.
+"""Products of few rows with a quantised weight, which is decoded in the loop: x ``[M, K]``, s = drop(x) Aᵀ ``[M, R]``, B ``[N, R]``.
 
-Program (i, j, k): columns of tile i, the j-th share of K, rows of tile k. With several shares y is ``Float32[shares, M, N]``, to be
-summed in order; the first share carries update and bias. Rows and words of the weight have int64 offsets.
+Program (i, j, k) owns the columns of tile i, the j-th share of K and the rows of tile k. With several shares y is
+``Float32[shares, M, N]`` and must be summed in order; the first share includes update and bias. Offsets of rows and words of
+the weight are int64.
 """
 
 import triton
@@ -18,7 +19,7 @@ def _finish(
     HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add ``factor · s bᵀ + bias`` where this is the first share of K, and store: one rounding."""
+    """Add ``factor · s bᵀ + bias`` if this is the first share of K, round once and store."""
     mask_m, mask_n = offs_m < M, offs_n < N
     if share == 0:
         if HAS_LORA:
@@ -47,17 +48,18 @@ def nf4_small_m_kernel(
     x_ptr, packed_ptr,  # x[M, K]  packed[N, K / 8], words of eight codes
     absmax_ptr, code_ptr, nested_ptr, offset_ptr,
     s_ptr, b_ptr, bias_ptr, y_ptr,
-    factor, M, N, K, R, steps,  # steps: blocks of K a share
+    factor, M, N, K, R, steps,  # steps: blocks of K in each share
     stride_xm, stride_sm, stride_bn, stride_br, stride_ym,
     HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr,
     NESTED: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``y = x Wᵀ + factor · s bᵀ + bias`` for a 4-bit W whose rows are whole steps, and a step lies in one block of W.
+    """``y = x Wᵀ + factor · s bᵀ + bias`` for a 4-bit W whose rows are whole steps; a step of a row is inside one block of W.
 
     So a block's maximum multiplies the step's sums ``[M, BLOCK_N]`` and not every weight. Levels are rounded to the dtype of x.
     """
+    # 1. which tile and which share of K this program owns
     share = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -67,9 +69,10 @@ def nf4_small_m_kernel(
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     packed_rows = packed_ptr + offs_n.to(tl.int64)[:, None] * (K // 8)
     table = level_table(x_ptr.dtype.element_ty)
+    # 2. one step at a time: decode the codes, multiply, scale the sums with the blocks' maxima
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(share * steps, tl.minimum(K // BLOCK_K, (share + 1) * steps)):
-        # eight times the code of zero
+        # 7 is the code of zero, so padding decodes to 0
         words = tl.load(
             packed_rows + (step * (BLOCK_K // 8) + offs_w)[None, :],
             mask=mask_n[:, None],
@@ -86,6 +89,7 @@ def nf4_small_m_kernel(
         )
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc += mixed_dot(x, tl.trans(levels), sums, PRECISION) * absmax[None, :]
+    # 3. update and bias, and the store
     _finish(
         acc, s_ptr, b_ptr, bias_ptr, y_ptr, factor, offs_m, offs_n, share, M, N, R,
         stride_sm, stride_bn, stride_br, stride_ym, HAS_LORA, HAS_BIAS, BLOCK_R, PRECISION,
@@ -102,13 +106,15 @@ def int8_small_m_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same for an 8-bit W: codes are exact in the dtype of x, and the scale of a row multiplies the sum."""
+    """``y = x Wᵀ + factor · s bᵀ + bias`` for an 8-bit W: codes are exact in the dtype of x, and the scale of a row multiplies the sum."""
+    # 1. which tile and which share of K this program owns
     share = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m, mask_n = offs_m < M, offs_n < N
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     code_rows = codes_ptr + offs_n.to(tl.int64)[:, None] * stride_cn
+    # 2. product with the codes, over this share of K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = share * steps * BLOCK_K
     for k in range(first, tl.minimum(K, first + steps * BLOCK_K), BLOCK_K):
@@ -122,6 +128,7 @@ def int8_small_m_kernel(
         x = tl.load(x_rows + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         codes = tl.trans(codes.to(x_ptr.dtype.element_ty))
         acc = mixed_dot(x, codes, acc, PRECISION)
+    # 3. scales, update and bias, and the store
     row_absmax = tl.load(row_absmax_ptr + offs_n, mask=mask_n, other=0.0)
     acc *= tl.math.div_rn(row_absmax, 127.0)[None, :]
     _finish(

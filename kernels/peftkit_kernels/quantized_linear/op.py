@@ -26,18 +26,19 @@ def nf4_linear(
 ) -> Tensor:
     """A linear on a 4-bit weight with a low-rank update: ``y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``.
 
-    The weight is decoded into one buffer shared by all layers, once forward and once backward; kept is only what
-    ``lora_linear`` keeps besides it.
+    The weight is decoded into a buffer shared by all layers, once forward and once backward. Kept for backward: the tensors
+    that ``lora_linear`` keeps, except the weight.
 
     Args:
         x: ``[..., K]``.
         q: The weight ``(N, K)``; it has no gradient.
         bias: ``[N]`` or ``None``.
-        lora: The adapter or ``None``, computed in ``low_rank.adapter_dtype``: float32 factors on a 16-bit ``x`` in float32.
+        lora: The adapter or ``None``. It is computed in ``low_rank.adapter_dtype``: in float32 for float32 factors on a 16-bit
+            ``x``.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
+        ``[..., N]`` in the dtype of ``x``, or of autocast if it is on.
 
     Raises:
         ValueError: Shapes or dtypes do not fit, or the backend cannot run.
@@ -55,7 +56,7 @@ def int8_linear(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """``nf4_linear`` on an 8-bit weight: multiplies in the dtype of ``x``; see ``int8_compute_linear`` for 8-bit products.
+    """``nf4_linear`` for an 8-bit weight. It multiplies in the dtype of ``x``; see ``int8_compute_linear`` for 8-bit products.
 
     Args:
         x: ``[..., K]``.
@@ -65,7 +66,7 @@ def int8_linear(
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        ``[..., N]`` in the dtype of ``x`` (of autocast where that is on).
+        ``[..., N]`` in the dtype of ``x``, or of autocast if it is on.
 
     Raises:
         ValueError: Shapes or dtypes do not fit, or the backend cannot run.

@@ -1,4 +1,4 @@
-"""Linears on quantised weights: decode into the workspace, then the schedule of ``lora_linear``; decode again backward."""
+"""Linears on quantised weights: decode into the workspace, then run the schedule of ``lora_linear``. The backward decodes again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftkit_kernels.quantized import QuantizedWeight, decode
 
 
 class QuantizedLinear(torch.autograd.Function):
-    """The chain rule of ``lora_linear``. The weight is held in its storage; what it decodes to is never saved."""
+    """The chain rule of ``lora_linear``. Only the stored weight is kept; the decoded weight is never saved."""
 
     @staticmethod
     def forward(

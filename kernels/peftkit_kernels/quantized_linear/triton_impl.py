@@ -1,7 +1,7 @@
 """``nf4_linear`` and ``int8_linear`` by Triton kernels, as torch.library ops: traceable, and differentiable once.
 
-Few rows: one kernel that decodes the weight in its loop. Many: the weight is decoded into the workspace, then everything is as in
-``lora_linear``. The backward decodes again.
+With few rows one kernel decodes the weight in its loop. With many rows the weight is decoded into the workspace, then the
+schedule of ``lora_linear`` runs. The backward decodes again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _kernels() -> Any:
 
 
 def decodes_in_product(M: int, q: QuantizedWeight, target: Any) -> bool:
-    """Whether ``M`` rows are few enough for ``small_m``, and the kernel can read ``q``."""
+    """Whether ``small_m`` runs: ``M`` rows are few enough, and the kernel can read ``q``."""
     N, K = q.shape
     if isinstance(q, NF4Weight) and not (nf4_step(K, q.blocksize) and words_of(q.packed)[1]):
         return False
@@ -53,7 +53,7 @@ def small_m(
     *,
     config: SmallConfig | None = None,
 ) -> Tensor:
-    """``x Wᵀ + scale · s Bᵀ + bias`` with W decoded in the loop, each stored byte read once a tile of 64 rows.
+    """``x Wᵀ + scale · s Bᵀ + bias`` with W decoded in the loop; a stored byte is read once for each tile of up to 64 rows.
 
     Args:
         x: ``[M, K]``, at least one row.
@@ -61,8 +61,8 @@ def small_m(
         bias: ``[N]`` in the dtype of ``x``, or ``None``.
         s: ``[M, R]``, or ``None``.
         B: ``[N, R]`` in the dtype of ``s``, or ``None``.
-        scale: Of the update.
-        config: Overrides the choice.
+        scale: Factor on the update.
+        config: Replaces the configuration that would be chosen.
     """
     (M, K), N, x = x.shape, q.shape[0], passes.readable(x)
     four_bit = isinstance(q, NF4Weight)
@@ -165,12 +165,12 @@ def backward(
     seed: int,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Those of ``dx``, ``dA`` and ``dB`` that ``needs`` asks for; ``x`` is needed for dA and ``s`` for dB."""
+    """Those of ``dx``, ``dA`` and ``dB`` that ``needs`` selects. dA needs ``x``, and dB needs ``s``."""
     if not dy.numel():
         return [
             grad.zero_() for grad in _like_grads(dy, q, layout, x, A, B, s, scale, p, seed, needs)
         ]
-    # without dx the weight is not read, but says how wide dx would be
+    # without dx the weight is not read, so an empty tensor of its width replaces it
     W = dy.new_empty(0, layout[-1])
     if needs[0]:
         W = decode_triton(rebuild(q, layout), dy.dtype)
@@ -218,7 +218,7 @@ _backward_op = torch.library.custom_op(
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, q, layout, _, A, B, *numbers = inputs
-    # here torch counts the tensors of a list one by one in what needs a gradient, in the backward as one
+    # not ctx.needs_input_grad: here it has one entry for each tensor of a list, in the backward one for the whole list
     ctx.recompute_x, x_parts = recompute.saved_for(x, A is not None and A.requires_grad)
     s = output[1] if B is not None and B.requires_grad else None
     ctx.save_for_backward(A, B, s, *q, *x_parts)
