@@ -1,8 +1,8 @@
-"""What peftkit costs besides arithmetic: seconds to import, seconds to wrap, microseconds of Python a layer.
+"""What peftkit costs besides arithmetic: seconds to import, wrap, load and explain, microseconds of Python a layer.
 
     python benchmarks/run.py overhead
 
-Each figure stands beside stock PEFT's, taken in turn in the same process; the import is timed in fresh ones.
+Each figure is shown next to that of stock PEFT. Both are measured in turn in one process; imports are timed in fresh processes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +20,13 @@ import torch
 from report import environment, machine, save, update_readme
 from torch import nn
 
-LAYERS = 32
+WRAPPED_LAYERS = 32, 256
 REPEATS = 5
 CALLS = 2000
 MODEL_LAYERS = 16
 MODEL_CALLS = 20
 
-HELP = "import, wrapping and Python time a layer"
+HELP = "import, wrapping, loading and Python time a layer"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +37,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, save, print."""
     found = environment()
-    imports, wraps = import_seconds(), wrap_seconds()
+    imports, setup = import_seconds(), setup_seconds()
     torch.set_num_threads(1)  # nothing from here on is large enough for two
     result = {
         "environment": found,
         "import_seconds": imports,
-        "wrap_seconds": wraps,
+        "setup_seconds": setup,
         "call_seconds": {
             f"{what}, {mode}": seconds
             for what, modes in (
@@ -59,15 +60,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """What peftkit costs besides arithmetic as a Markdown table."""
-    wraps = result["wrap_seconds"]
     lines = [
         f"**overhead** ({machine(result['environment'])}; calls on one thread)",
         "",
         "| | peftkit | PEFT | / PEFT |",
         "|---|---|---|---|",
         f"| import (s) | {result['import_seconds']:.3f} | | |",
-        f"| wrapping {LAYERS} layers (s) | {wraps['peftkit']:.2f} | {wraps['peft']:.2f} | |",
     ]
+    for what, seconds in result["setup_seconds"].items():
+        own, stock = seconds["peftkit"], seconds.get("peft")
+        beside = " | | |" if stock is None else f" | {stock:.2f} | {own / stock:.2f} |"
+        lines.append(f"| {what} (s) | {own:.2f}{beside}")
     for what, seconds in result["call_seconds"].items():
         own, stock = seconds["peftkit"], seconds["peft"]
         lines.append(f"| {what} (us) | {own * 1e6:.1f} | {stock * 1e6:.1f} | {own / stock:.2f} |")
@@ -84,37 +87,59 @@ def import_seconds() -> float:
     return min(float(run.stdout) for run in runs)
 
 
-def wrap_seconds() -> dict[str, float]:
-    """Seconds of PEFT's injection and of ``wrap`` on a model of ``LAYERS`` layers."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+def setup_seconds() -> dict[str, dict[str, float]]:
+    """Seconds to adapt a tiny Llama, to load an adapter into it and to explain it, best of ``REPEATS`` in turn.
 
-    from peftkit import wrap
+    PEFT's figure is that of ``get_peft_model`` or of ``PeftModel.from_pretrained``; PEFT has nothing like ``explain``.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from peftkit import explain, load_adapter, wrap
     from peftkit.find.targets import all_linear
 
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=1024,
+    found: dict[str, dict[str, float]] = {}
+    for layers in WRAPPED_LAYERS:
+        targets = all_linear(_tiny_llama(layers)).names
+
+        def config(targets: list[str] = targets) -> LoraConfig:
+            return LoraConfig(r=16, target_modules=targets)
+
+        with tempfile.TemporaryDirectory() as folder:
+            get_peft_model(_tiny_llama(layers), config()).save_pretrained(folder)
+            runs: dict[tuple[str, str], Callable[[nn.Module], Any]] = {
+                ("wrapping", "peft"): lambda model: get_peft_model(model, config()),
+                ("wrapping", "peftkit"): lambda model: wrap(model, config()),
+                ("loading an adapter of", "peft"): lambda model: PeftModel.from_pretrained(
+                    model, folder
+                ),
+                ("loading an adapter of", "peftkit"): lambda model: load_adapter(model, folder),
+            }
+            best = dict.fromkeys([*runs, ("explaining", "peftkit")], math.inf)
+            for _ in range(REPEATS):
+                for key, run in runs.items():
+                    model = _tiny_llama(layers)
+                    best[key] = min(best[key], timed(lambda m=model, run=run: run(m)))
+                adapted = wrap(_tiny_llama(layers), config())
+                key = "explaining", "peftkit"
+                best[key] = min(best[key], timed(lambda m=adapted: explain(m)))
+        for (what, library), seconds in best.items():
+            found.setdefault(f"{what} {layers} layers", {})[library] = seconds
+    return found
+
+
+def _tiny_llama(layers: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            vocab_size=1024,
+        )
     )
-    model = LlamaForCausalLM(config)
-    targets = all_linear(model).names
-    stock, fused = [], []
-    for _ in range(REPEATS):
-        model = LlamaForCausalLM(config)
-        stock.append(
-            timed(
-                lambda model=model: get_peft_model(model, LoraConfig(r=16, target_modules=targets))
-            )
-        )
-        model = LlamaForCausalLM(config)
-        fused.append(
-            timed(lambda model=model: wrap(model, LoraConfig(r=16, target_modules=targets)))
-        )
-    return {"peft": min(stock), "peftkit": min(fused)}
 
 
 def layer_seconds() -> dict[str, dict[str, float]]:

@@ -170,8 +170,11 @@ def _followed(model: nn.Module) -> list[tuple[nn.Module, str, Callable[[Any], No
 
 
 def _fuse(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for module in model.modules():
-        fuse_layer(module)
+        if isinstance(module, BaseTunerLayer):
+            fuse_layer(module)
     group_siblings(model)
     fuse_gated_mlps(model)
     fuse_norms(model)

@@ -74,11 +74,11 @@ class FusedAttention(OwnAttention, Fused):
 
 def fuse_attention(model: nn.Module) -> int:
     """Give every dispatching ``sdpa`` attention module of a model on the CPU our function; returns their number."""
-    if any(p.device.type != "cpu" for p in model.parameters()):
-        return 0
     count = 0
     for module in model.modules():
         if isinstance(module, FusedAttention) or not _dispatches(module):
+            continue
+        if any(p.device.type != "cpu" for p in module.parameters()):
             continue
         reason = native.obstacle() or _module_reason(module)
         if reason is not None:

@@ -156,6 +156,8 @@ def group_siblings(model: nn.Module) -> int:
     """Let fused LoRA linears that share an input be computed together; returns the number of groups."""
     count = 0
     for name, parent in model.named_modules():
+        if len(parent._modules) < 2:
+            continue
         for names in _NAMES:
             children = [parent._modules.get(n) for n in names]
             if sum(isinstance(child, FusedLinear) for child in children) < 2:
