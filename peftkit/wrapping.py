@@ -44,7 +44,7 @@ def wrap(
             config without ``target_modules``, or with ``"all-linear"``, targets these layers too.
         adapter_name: Name of the adapter.
         strict: Raise an error if a layer cannot be fused, instead of running PEFT's own forward in this layer.
-        logit_free: Compute the training loss of a causal language model without forming its logits.
+        logit_free: Compute the training loss of a causal language model without computing its logits.
 
     Returns:
         A genuine ``peft.PeftModel``.
@@ -78,7 +78,7 @@ def accelerate(model: Model, strict: bool = False, logit_free: bool = True) -> M
         model: A ``PeftModel``, or a transformers model after ``add_adapter``; changed in place.
         strict: Raise an error if something that peftkit can fuse would run its own code in training: an adapter layer, a gated
             MLP, siblings, a norm or an attention. Modules with an unknown formula do not count; ``explain`` lists them.
-        logit_free: Compute the training loss of a causal language model without forming its logits.
+        logit_free: Compute the training loss of a causal language model without computing its logits.
 
     Returns:
         ``model``.

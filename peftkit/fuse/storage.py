@@ -22,7 +22,7 @@ def nf4_obstacle(base: Any) -> Reason | None:
     if not torch.equal(state.code.cpu(), level_table()):
         return Reason("its base weight has a code table other than that of nf4")
     if tuple(state.shape) != (base.out_features, base.in_features):
-        return Reason(f"its base weight was quantised as {tuple(state.shape)}, transposed")
+        return Reason(f"its base weight was quantised in the transposed shape {tuple(state.shape)}")
     if state.blocksize not in BLOCKSIZES:
         return Reason(f"its base weight is stored in blocks of {state.blocksize}")
     if base.weight.device.type == "cpu" and base.in_features % state.blocksize:

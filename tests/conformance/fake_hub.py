@@ -1,4 +1,4 @@
-"""A Hugging Face cache of tiny random models under the ids that PEFT's tests ask for.
+"""A Hugging Face cache of tiny random models under the ids that PEFT's tests use.
 
 If ``HF_HOME`` is this cache and ``HF_HUB_OFFLINE=1``, ``from_pretrained`` finds the models without a
 network. The models have the numbers of layers and the module names that the tests expect, and random

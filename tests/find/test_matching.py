@@ -229,7 +229,7 @@ def test_all_linear_in_some_layers(tmp_path):
 
 
 def test_names_that_need_a_regular_expression_can_be_loaded_again(tmp_path):
-    """PEFT refuses layer numbers beside a regular expression when it reads a config."""
+    """PEFT refuses layer numbers together with a regular expression when it reads a config."""
 
     def stack(layer):
         return nn.ModuleList([nn.ModuleDict({"proj": layer()}) for _ in range(2)])

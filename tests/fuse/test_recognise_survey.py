@@ -82,7 +82,7 @@ def test_no_family_of_transformers_is_fused_wrongly():
         counts.update("norm" if "norm" in cls.lower() else "gated MLP" for cls in found[0])
         reasons.update(reason for _, reason in found[1])
         wrong += found[2]
-    print(f"\n{families} architectures; fused: {dict(counts)}; wrong: {len(wrong)}; left alone:")
+    print(f"\n{families} architectures; fused: {dict(counts)}; wrong: {len(wrong)}; not fused:")
     for reason, count in reasons.most_common():
         print(f"{count:5}  {reason}")
     assert not wrong

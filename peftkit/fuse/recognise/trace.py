@@ -187,7 +187,7 @@ class Tracer:
         """The output of a linear, as a new node."""
         self.check_modes()
         if not isinstance(x, Tensor) or x.shape[-1] != leaf.size_in or x.dtype is not self.dtype:
-            raise self.refuse(f"{leaf.name} is called on something else than its input")
+            raise self.refuse(f"{leaf.name} is called on an input of another width or dtype")
         with self.pause():
             shape = (*x.shape[:-1], leaf.size_out)
             out = torch.zeros(shape, dtype=x.dtype, device="cpu", requires_grad=self.grad)
