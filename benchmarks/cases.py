@@ -1,4 +1,4 @@
-"""What is measured: models, batch shapes, and the ways (providers) to run a training step on them."""
+"""The models and batch shapes of the benchmarks, and the providers: the ways to run a training step on them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Case:
     """One model and batch shape.
 
     Attributes:
-        name: As on the command line.
-        build: Makes the pretrained (or randomly initialised) base model, float32.
-        batch_size: Sequences a step.
-        sequence_length: Tokens a sequence.
+        name: Its name on the command line.
+        build: Returns the pretrained (or randomly initialised) base model in float32.
+        batch_size: Sequences per step.
+        sequence_length: Tokens per sequence.
     """
 
     name: str
@@ -48,7 +48,10 @@ def smollm2() -> nn.Module:
 
 
 def llama_1b_cut() -> nn.Module:
-    """Llama-3.2-1B's layer shape, 4 layers, vocabulary 32,768 (which keeps the head at its share); random weights."""
+    """Four layers of Llama-3.2-1B's shape with random weights.
+
+    The vocabulary of 32,768 keeps the output head's share of the work as in the whole model.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -65,7 +68,7 @@ def llama_1b_cut() -> nn.Module:
 
 
 def experts() -> nn.Module:
-    """A Qwen3 mixture of 32 experts a layer, two of them for each token, 6 layers; random weights, 113 million in experts."""
+    """A Qwen3 mixture of experts with random weights: 6 layers of 32 experts, two per token; 113 million weights in experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
@@ -101,7 +104,7 @@ def full(model: nn.Module) -> nn.Module:
 
 
 def peft(model: nn.Module, use_dora: bool = False) -> nn.Module:
-    """Stock PEFT, eager, with LoRA or DoRA on the layers that peftkit's "all-linear" means."""
+    """Stock PEFT, eager, with LoRA or DoRA on the layers that peftkit's "all-linear" selects."""
     from peft import LoraConfig, get_peft_model
 
     from peftkit.find.targets import fill_targets
@@ -112,7 +115,7 @@ def peft(model: nn.Module, use_dora: bool = False) -> nn.Module:
 
 
 def peftkit(model: nn.Module, use_dora: bool = False) -> nn.Module:
-    """This library; the same adapters as ``peft``."""
+    """This library, with the same adapters as ``peft``."""
     from peft import LoraConfig
 
     from peftkit import wrap
@@ -123,20 +126,20 @@ def peftkit(model: nn.Module, use_dora: bool = False) -> nn.Module:
 
 
 def peftkit_bottleneck(model: nn.Module) -> nn.Module:
-    """Bottlenecks on the outputs of attention and MLP, of as many parameters as the adapters of ``peftkit``."""
+    """Bottlenecks on the outputs of attention and MLP, with as many parameters as the adapters of ``peftkit``."""
     from peftkit import BottleneckConfig, wrap
     from peftkit.find.targets import all_linear
 
     linears = [model.get_submodule(name) for name in all_linear(model).modules]
     wanted = sum(16 * (m.in_features + m.out_features) for m in linears)  # type: ignore[operator]
     width, adapters = model.config.hidden_size, 2 * model.config.num_hidden_layers  # type: ignore[union-attr]
-    # width x size twice, and biases of size and width
+    # One adapter has two matrices of width x size, and biases of size and of width.
     size = round((wanted / adapters - width) / (2 * width + 1))
     return wrap(model, BottleneckConfig(bottleneck_size=size, task_type="CAUSAL_LM"))
 
 
 def peftkit_prefix(model: nn.Module) -> nn.Module:
-    """16 virtual tokens in every attention, their gates closed: the base model at the start."""
+    """16 virtual tokens in every attention. Their gates start closed, so the outputs start as those of the base model."""
     from peftkit import PrefixConfig, wrap
 
     return wrap(model, PrefixConfig(num_virtual_tokens=16, gate=True, task_type="CAUSAL_LM"))
@@ -164,19 +167,19 @@ def compiled(provider: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module]
 
 
 PARTS = {
-    "fused layers": "passes over activations, kept tensors",
-    "shared inputs, gated MLPs": "passes over activations, kept tensors",
-    "frozen norms": "kept tensors",
+    "fused layers": "passes over activations, saved tensors",
+    "shared inputs, gated MLPs": "passes over activations, saved tensors",
+    "frozen norms": "saved tensors",
     "logit-free loss": "the logits and their copies",
-    "native passes": "element-wise passes and their fresh buffers",
+    "native passes": "element-wise passes and the buffers they allocate",
     "native attention": "copies of grouped-query heads, masked half of the scores",
-    "products by oneDNN": "time of the frozen products themselves",
+    "products by oneDNN": "time of the frozen matrix products",
 }
-"""What peftkit does, one after the other, and what each saves: for the question where a gain comes from."""
+"""The parts of peftkit in the order in which ``first_parts`` adds them, and what each part saves."""
 
 
 def first_parts(count: int) -> Callable[[nn.Module], nn.Module]:
-    """Stock PEFT with the first ``count`` of ``PARTS``; all of them are ``peftkit``."""
+    """Stock PEFT with the first ``count`` of ``PARTS``. With all parts it is the same as ``peftkit``."""
 
     def build(model: nn.Module) -> nn.Module:
         from peftkit.fuse.attention import fuse_attention

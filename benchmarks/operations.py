@@ -1,12 +1,14 @@
-"""Time of each operation against eager torch and torch.compile on the device at hand; crossovers of schedules on a GPU.
+"""Time of each operation against eager torch and torch.compile on this device, and the crossovers of schedules on a GPU.
 
     python benchmarks/run.py kernels                       # on the CPU, float32, 512 rows of width 2048
     python benchmarks/run.py kernels --op lora_linear --providers peftkit eager
-    python benchmarks/run.py kernels --gpu                 # bfloat16 at the sizes of the predictions, beside them
-    python benchmarks/run.py kernels --calibrate           # measure where this GPU's schedules cross, and keep it
+    python benchmarks/run.py kernels --gpu                 # bfloat16, at the sizes of the predictions and next to them
+    python benchmarks/run.py kernels --calibrate           # measure this GPU's crossovers and save them
 
-Eager torch is the operation's definition under autograd. Before anything is timed, every output and gradient is compared with
-float64. Providers run in turn, so that a machine that slows down slows them all.
+Eager torch runs the operation's definition with autograd. Before any timing, every output and gradient is compared with float64.
+Providers run in turn, so that a machine that slows down affects all of them.
+
+A crossover is the size at which one schedule of an operation becomes slower than another.
 """
 
 from __future__ import annotations
@@ -27,28 +29,30 @@ from peftkit_kernels.lab.case import Case, Sizes
 from peftkit_kernels.lab.cases import FACTOR, OPERATIONS, build
 from peftkit_kernels.testing import assert_no_worse_than
 
-HELP = "each operation on its own"
+HELP = "each operation alone"
 
 Call = Callable[[], Any]
 
 PROVIDERS = ("peftkit", "eager", "compiled")
 _WIDE = {"lora_swiglu_mlp": 8192, "linear_cross_entropy": 32768}
-"""The width that is not the model's: an MLP's inner one, a vocabulary."""
+"""Output widths that differ from the model's width: the inner width of an MLP, and a vocabulary."""
 _CPU = Sizes(M=512, K=2048, N=2048)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command."""
     parser.add_argument("--op", choices=OPERATIONS, action="append", help="default: all")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--rounds", type=int, default=9, help="timed calls of each provider")
-    parser.add_argument("--gpu", action="store_true", help="on the GPU, beside the predictions")
+    parser.add_argument(
+        "--gpu", action="store_true", help="run on the GPU and show the predictions too"
+    )
     parser.add_argument("--calibrate", action="store_true", help="measure the GPU's crossovers")
     parser.add_argument("--update-readme", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Each operation against eager torch and torch.compile, or the crossovers of this GPU."""
+    """Measure each operation against eager torch and torch.compile, or the crossovers of this GPU."""
     if arguments.calibrate:
         print(calibrate_and_keep())
         return
@@ -61,10 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of the operations asked for.
+    """The rows of the selected operations.
 
     Raises:
-        SystemExit: ``--gpu`` without a GPU.
+        SystemExit: ``--gpu`` was given and there is no usable GPU.
     """
     device = "cuda" if arguments.gpu else "cpu"
     if arguments.gpu:
@@ -86,7 +90,7 @@ def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def require_gpu() -> None:
-    """Stop with a sentence where nothing can be measured on a GPU."""
+    """Raise ``SystemExit`` with the reason if nothing can be measured on a GPU."""
     obstacle = "torch sees no GPU on this machine"
     if torch.cuda.is_available():
         x = torch.empty(1, device="cuda", dtype=torch.bfloat16)
@@ -98,7 +102,7 @@ def require_gpu() -> None:
 
 
 def calibrate_and_keep() -> str:
-    """Measure this GPU's crossovers, keep them for later processes, and say what and where."""
+    """Measure this GPU's crossovers and save them for later processes; returns a line that says what was saved and where."""
     require_gpu()
     device, found = torch.cuda.get_device_name(), calibrate()
     return f"{device}: {found}, kept in {calibration.save(device, found)}"
@@ -110,7 +114,7 @@ def cpu_sizes(op: str) -> Sizes:
 
 
 def gpu_sizes(op: str) -> Sizes:
-    """The sizes of the prediction."""
+    """The sizes for which ``peftkit_kernels.lab.predict`` has a prediction."""
     from peftkit_kernels.lab.predict import SIZES
 
     return SIZES.get(op, SIZES["lora_linear"])[0]
@@ -126,16 +130,16 @@ def measure(
     rounds: int = 9,
     timer: Callable[[Call], float] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a mode (``forward``, ``step``) and provider, in milliseconds.
+    """Time one variant: one row per mode (``forward``, ``step``) and provider, in milliseconds.
 
     Args:
         op: A key of ``OPERATIONS``.
         variant: One of its variants.
-        sizes: How large.
+        sizes: Sizes of its inputs.
         device: ``"cpu"`` (float32) or ``"cuda"`` (bfloat16).
         providers: Some of ``PROVIDERS``.
-        rounds: Times each provider runs, after one that warms up.
-        timer: Seconds a call takes; the clock of the device by default.
+        rounds: Timed runs of each provider, after one run to warm up.
+        timer: Returns the seconds of a call; by default the clock of the device.
 
     Raises:
         AssertionError: A result is further from float64 than plain torch's rounding explains.
@@ -167,7 +171,7 @@ def measure(
 
 
 def check(case: Case) -> None:
-    """Raise unless every output and gradient of the operation is as near to float64 as plain torch's."""
+    """Raise ``AssertionError`` unless every output and gradient is about as close to float64 as plain torch's."""
     case = dataclasses.replace(case, call=case.by_rows or case.call)
     actual, plain = case.run("auto"), case.run("reference")
     truth = case.to(torch.float64).run("reference")
@@ -176,7 +180,7 @@ def check(case: Case) -> None:
 
 
 def function_of(case: Case, provider: str) -> Callable[[dict], Any]:
-    """What a provider runs, given the tensors."""
+    """The function that a provider runs on the tensors."""
     if provider == "peftkit":
         return lambda leaves: case.call(leaves, "auto")
     if provider == "eager":
@@ -185,7 +189,7 @@ def function_of(case: Case, provider: str) -> Callable[[dict], Any]:
 
 
 def modes(case: Case) -> dict[str, Callable[[Callable], Call]]:
-    """How a provider's function is run: without gradients, and forward and backward where anything is trained."""
+    """The ways to run a provider's function: without gradients and, if anything is trained, forward and backward."""
 
     def forward(function: Callable) -> Call:
         def call() -> None:
@@ -213,7 +217,7 @@ def modes(case: Case) -> dict[str, Callable[[Callable], Call]]:
 def interleaved(
     calls: Mapping[str, Call], rounds: int, timer: Callable[[Call], float]
 ) -> dict[str, list[float]]:
-    """Seconds of every call in every round, in turn, after a round that is not kept."""
+    """Seconds of every call in every round. Calls run in turn; the first round is discarded."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -230,7 +234,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def clock(device: str) -> Callable[[Call], float]:
-    """Seconds of one call on the device, whose queue is empty before and after."""
+    """A timer that returns the seconds of one call; the device's queue is empty before and after it."""
 
     def seconds(call: Call) -> float:
         if device == "cuda":
@@ -245,7 +249,7 @@ def clock(device: str) -> Callable[[Call], float]:
 
 
 def add_predictions(rows: list[dict[str, Any]], gpu: str) -> None:
-    """Put the prediction for the GPU of that name beside each step of the operations that have one."""
+    """Add ``predicted_ms`` to each row: the prediction for this GPU if the operation has one and the row is a step, else ``None``."""
     from peftkit_kernels.lab import predict
     from peftkit_kernels.lab.devices import DEVICES
 
@@ -262,7 +266,7 @@ def add_predictions(rows: list[dict[str, Any]], gpu: str) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], where: str) -> str:
-    """The rows as Markdown, a line an operation and mode, each provider beside its ratio to eager torch."""
+    """The rows as a Markdown table: one line per operation and mode, each time next to its ratio to eager torch."""
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     predicted = any(row.get("predicted_ms") is not None for row in rows)
     head = ["operation", "M, K, N", "mode"]
@@ -290,7 +294,7 @@ def table(rows: Sequence[Mapping[str, Any]], where: str) -> str:
 def crossover(
     sizes: Sequence[int], first: Callable[[int], float], second: Callable[[int], float]
 ) -> int:
-    """The largest of the ascending ``sizes`` up to which ``first`` takes no longer than ``second``; 0 when there is none."""
+    """The largest of the ascending ``sizes`` up to which ``first`` takes no longer than ``second``; 0 if there is none."""
     found = 0
     for size in sizes:
         if first(size) > second(size):
@@ -300,13 +304,13 @@ def crossover(
 
 
 def calibrate(timer: Callable[[Call], float] | None = None) -> calibration.Calibration:
-    """Measure where one schedule overtakes another on this GPU; the fields of ``Calibration`` say which."""
+    """Measure the crossovers of this GPU's schedules; the fields of ``Calibration`` name the schedules."""
     timer = timer or clock("cuda")
     return calibration.Calibration(fused_width(timer), small_m(timer))
 
 
 def fused_width(timer: Callable[[Call], float]) -> int:
-    """Up to which width the update inside the product is no slower than the update before it."""
+    """The largest width at which adding the LoRA update inside the product is no slower than computing the update first."""
     from peftkit_kernels.low_rank import passes
 
     M, R = 8192, 16
@@ -327,7 +331,7 @@ def fused_width(timer: Callable[[Call], float]) -> int:
 
 
 def small_m(timer: Callable[[Call], float]) -> int:
-    """Up to how many rows decoding an NF4 weight inside the product is no slower than decoding it before."""
+    """The largest number of rows at which decoding an NF4 weight inside the product is no slower than decoding it first."""
     from peftkit_kernels.nf4 import quantize_nf4
     from peftkit_kernels.quantized import decode_triton
     from peftkit_kernels.quantized_linear import triton_impl
@@ -347,5 +351,5 @@ def small_m(timer: Callable[[Call], float]) -> int:
 
 
 def best(call: Call, timer: Callable[[Call], float], rounds: int = 20) -> float:
-    """The median of some calls after one that compiles."""
+    """The median time of ``rounds`` calls, after one call that compiles."""
     return quantile(interleaved({"": call}, rounds, timer)[""], 0.5)

@@ -1,8 +1,8 @@
-"""What peftkit costs besides arithmetic: seconds to import, wrap, load and explain, microseconds of Python a layer.
+"""The overhead of peftkit: seconds to import, wrap, load and explain, and microseconds of Python per layer.
 
     python benchmarks/run.py overhead
 
-Each figure is shown next to that of stock PEFT. Both are measured in turn in one process; imports are timed in fresh processes.
+Each figure is compared with stock PEFT's. Both are measured in turn in the same process; the import is timed in fresh processes.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ CALLS = 2000
 MODEL_LAYERS = 16
 MODEL_CALLS = 20
 
-HELP = "import, wrapping, loading and Python time a layer"
+HELP = "import, wrapping, loading and Python time per layer"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command."""
     parser.add_argument("--update-readme", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, save, print."""
+    """Measure, save the result and print the table."""
     found = environment()
     imports, setup = import_seconds(), setup_seconds()
-    torch.set_num_threads(1)  # nothing from here on is large enough for two
+    torch.set_num_threads(1)  # the models below are too small for two threads
     result = {
         "environment": found,
         "import_seconds": imports,
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What peftkit costs besides arithmetic as a Markdown table."""
+    """The overhead of peftkit as a Markdown table."""
     lines = [
         f"**overhead** ({machine(result['environment'])}; calls on one thread)",
         "",
@@ -143,7 +143,7 @@ def _tiny_llama(layers: int) -> nn.Module:
 
 
 def layer_seconds() -> dict[str, dict[str, float]]:
-    """Seconds a forward, and a forward and backward, of one LoRA linear too small to compute anything."""
+    """Seconds per forward, and per forward and backward, of one LoRA linear that is so small that only Python takes time."""
     from peft import LoraConfig, get_peft_model
 
     from peftkit import accelerate
@@ -164,7 +164,7 @@ def layer_seconds() -> dict[str, dict[str, float]]:
 
 
 def model_seconds() -> dict[str, dict[str, float]]:
-    """The same of a whole language model, a decoder layer of it; its matrices are 16 x 16."""
+    """As ``layer_seconds`` for a language model with 16 x 16 matrices: seconds per decoder layer."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -206,7 +206,7 @@ def model_seconds() -> dict[str, dict[str, float]]:
 def interleaved(
     modules: dict[str, nn.Module], modes: dict[str, Callable[[nn.Module], Any]], calls: int
 ) -> dict[str, dict[str, float]]:
-    """Seconds a call of every module in every mode, best of ``REPEATS`` rounds in turn."""
+    """Seconds per call of every module in every mode: the best of ``REPEATS`` rounds, in which the modules run in turn."""
     result = {}
     for mode, run in modes.items():
         best = dict.fromkeys(modules, math.inf)

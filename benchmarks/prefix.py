@@ -1,10 +1,10 @@
-"""What a prefix costs the attention it stands in: forward and backward at 1,024 tokens, and decoding from a long cache.
+"""Attention time with a prefix and without: forward and backward at 1,024 tokens, and decoding from a long cache.
 
     python benchmarks/run.py prefix
 
-Each attention is called as transformers calls it, on the shapes of SmolLM2's heads, with and without 16 virtual tokens, by torch's
-``sdpa`` and by peftkit's passes. ``joined keys`` is the form without merged passes: the prefix in front of copied keys, and a
-mask. Rounds are interleaved and the best counts; results are compared before any time is taken.
+Each attention is called as transformers calls it, on the shapes of SmolLM2's heads, with and without 16 virtual tokens, with torch's
+``sdpa`` and with peftkit's attention. ``joined keys`` is the simple way to add a prefix: it copies the keys behind the prefix and
+builds a mask. Rounds are interleaved, and the best time counts. Results are compared before any timing.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
+    """Add the options of the command."""
     parser.add_argument("--update-readme", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure in a process of its own, save, print."""
+    """Measure in a separate process, save the result and print the table."""
     result = {"environment": environment(), **run_script("prefix.py")}
     save(result, "prefix")
     print(table(result))
@@ -47,11 +47,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Attention with a prefix as a Markdown table, each figure beside its ratio to the attention without one."""
+    """The times as a Markdown table, each next to its ratio to the same attention without a prefix."""
     lines = [
         f"**attention, 16 virtual tokens** ({machine(result['environment'])})",
         "",
-        "| | forward and backward, 1,024 tokens (ms) | / without | decoding, 4,096 cached (us) | / without |",
+        "| | forward and backward, 1,024 tokens (ms) | / no prefix | decoding, 4,096 cached tokens (us) | / no prefix |",
         "|---|---|---|---|---|",
     ]
     steps, decodes = result["step_seconds"], result["decode_seconds"]
@@ -65,7 +65,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Compare, measure, print one JSON document."""
+    """Compare the results, measure the times and print them as one JSON document."""
     attentions = {
         f"{name}{kind}": attention_module(name == "peftkit", options)
         for name in ("torch", "peftkit")
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def attention_module(fused: bool, options: dict[str, Any] | None) -> Any:
-    """One Llama attention with SmolLM2's heads; the same weights and prefixes each time."""
+    """One Llama attention with SmolLM2's heads; the weights and prefixes are the same each time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from peftkit import PrefixConfig, accelerate
@@ -130,7 +130,7 @@ def attention_module(fused: bool, options: dict[str, Any] | None) -> Any:
 
 
 def as_transformers(attention: Any) -> Call:
-    """The call that the attention module makes in its forward."""
+    """The attention call as the module makes it in its forward."""
     from transformers import AttentionInterface
 
     name = attention.config._attn_implementation
@@ -139,7 +139,7 @@ def as_transformers(attention: Any) -> Call:
 
 
 def joined(attention: Any) -> Call:
-    """The prefix of an attention in front of copies of its keys, and the mask that this needs."""
+    """The attention that concatenates the prefix with copies of the keys and values, with the mask that this needs."""
     prefix = attention.virtual_tokens.adapters["default"]
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def joined(attention: Any) -> Call:
 
 
 def inputs(queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values as projections lay them out, and a gradient of the output."""
+    """Queries, keys and values with the strides that projections give them, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(tokens: int, heads: int) -> Tensor:
@@ -171,7 +171,7 @@ def inputs(queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def compare(calls: dict[str, Call], q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Stop where two ways to compute one attention differ by more than rounding."""
+    """Raise ``SystemExit`` if two ways to compute the same attention differ by more than rounding."""
     with torch.no_grad():
         results = {name: call(q, k, v) for name, call in calls.items()}
     pairs = [
@@ -184,11 +184,13 @@ def compare(calls: dict[str, Call], q: Tensor, k: Tensor, v: Tensor) -> None:
         error = (results[a] - results[b]).abs().max() / results[a].abs().max()
         limit = 2 * math.sqrt(TOKENS) * torch.finfo(q.dtype).eps
         if not error <= limit:
-            raise SystemExit(f"{b} is {error:.3g} off {a}, more than {limit:.3g}; no time taken")
+            raise SystemExit(
+                f"{b} differs from {a} by {error:.3g}, more than {limit:.3g} allowed; nothing was timed"
+            )
 
 
 def interleaved(names: list[str], run: Callable[[str], None], repetitions: int) -> dict[str, float]:
-    """The best seconds of every name, over rounds in turn."""
+    """The best seconds of every name over ``ROUNDS`` rounds, in which the names run in turn."""
     best = dict.fromkeys(names, math.inf)
     for _ in range(ROUNDS):
         for name in names:

@@ -1,4 +1,4 @@
-"""Where results go: a process a run, a JSON file a benchmark, a table in the README."""
+"""Running scripts in fresh processes, and storing results: one JSON file per benchmark, and a table in the README."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ README = HERE.parent / "README.md"
 
 
 def run_script(name: str, *arguments: str) -> dict[str, Any]:
-    """Run a script of this folder in a fresh process; what it prints last is its result."""
+    """Run a script of this folder in a fresh process; its last printed line is the result, as JSON."""
     command = [sys.executable, str(HERE / name), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -25,7 +25,7 @@ def run_script(name: str, *arguments: str) -> dict[str, Any]:
 
 
 def save(result: dict[str, Any], name: str) -> None:
-    """Write a result to its file, whole or not at all."""
+    """Write a result to its file in one step, so that no partial file is left."""
     path = HERE / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -34,10 +34,10 @@ def save(result: dict[str, Any], name: str) -> None:
 
 
 def load(name: str) -> dict[str, Any]:
-    """What ``save`` wrote.
+    """Read the result that ``save`` wrote.
 
     Raises:
-        SystemExit: There is no such result yet.
+        SystemExit: There is no result of this name.
     """
     path = HERE / "results" / f"{name}.json"
     if not path.is_file():
@@ -46,18 +46,18 @@ def load(name: str) -> dict[str, Any]:
 
 
 def update_readme(mark: str, text: str) -> None:
-    """Put ``text`` between the marks of that name in the README."""
+    """Replace the text between the marks named ``mark`` in the README."""
     begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     page = README.read_text()
     before, _, rest = page.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"README.md lacks the marks {begin} and {end}")
+        raise SystemExit(f"README.md lacks the marks {begin} and {end}; add them first")
     README.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The processor, the number of threads and the package versions, on which the figures depend."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [
         line.split(":")[1].strip()
@@ -73,5 +73,5 @@ def environment() -> dict[str, Any]:
 
 
 def machine(found: dict[str, Any]) -> str:
-    """The processor and threads of an ``environment``, for the head of a table."""
+    """The processor and threads of an ``environment``, for the heading of a table."""
     return f"{found['cpu']}, {found['threads']} threads"

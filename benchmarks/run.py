@@ -1,16 +1,16 @@
 """The benchmark suite.
 
-    python benchmarks/run.py training                      # fine-tuning steps: time and memory, against PEFT and full
+    python benchmarks/run.py training                      # fine-tuning steps: time and memory, against PEFT and full fine-tuning
     python benchmarks/run.py training --case smollm2 --providers peftkit peft full floor --rounds 3
-    python benchmarks/run.py parts                         # which part of peftkit gains what
-    python benchmarks/run.py methods                       # a step of DoRA, bottlenecks and prefixes beside LoRA
-    python benchmarks/run.py learning                      # what each method learns on two real models
-    python benchmarks/run.py prefix                        # what a prefix costs its attention
+    python benchmarks/run.py parts                         # the gain of each part of peftkit
+    python benchmarks/run.py methods                       # a step of DoRA, bottlenecks and prefixes, against LoRA
+    python benchmarks/run.py learning                      # the accuracy that each method reaches on two real models
+    python benchmarks/run.py prefix                        # attention time with a prefix
     python benchmarks/run.py kernels                       # each operation against eager torch and torch.compile
-    python benchmarks/run.py overhead                      # import, wrapping and Python time a layer
+    python benchmarks/run.py overhead                      # import, wrapping and Python time per layer
 
-A speed is printed only where the results agree with those of the rival. Results go to ``benchmarks/results/`` as JSON and, with
-``--update-readme``, as a table into the README between its marks.
+A speed is printed only if the results agree with those of the rival. Results are saved in ``benchmarks/results/`` as JSON. With
+``--update-readme`` they are also written into the README as a table between two marks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BENCHMARKS = {
     "kernels": operations,
     "overhead": overhead,
 }
-"""By name on the command line: modules or classes with ``HELP``, ``add_options(parser)`` and ``run(arguments)``."""
+"""Benchmarks by their name on the command line: modules or classes with ``HELP``, ``add_options(parser)`` and ``run(arguments)``."""
 
 
 def main() -> None:

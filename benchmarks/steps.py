@@ -1,4 +1,4 @@
-"""Steps of fine-tuning: providers interleaved, one process a run, each checked against the losses of stock PEFT."""
+"""Fine-tuning steps: providers run in turn, one process per run, and each is checked against the losses of stock PEFT."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cases import CASES, PARTS
 from report import environment, load, machine, run_script, save, update_readme
 
 LOSS_TOLERANCE = 1e-5
-"""Largest relative difference from stock PEFT's losses; the steps are the same up to float32 rounding."""
+"""Largest allowed relative difference from stock PEFT's losses; the steps are the same up to float32 rounding."""
 
 OTHER_METHODS = ("full", "peftkit-bottleneck", "peftkit-prefix")
-"""Providers that train something else than LoRA: they share the first loss, that of the base model, and no other."""
+"""Providers that do not train LoRA. Only their first loss, that of the base model, equals stock PEFT's."""
 
 
 METHODS = {
@@ -23,13 +23,13 @@ METHODS = {
     ),
     "experts": ("peftkit", "peft"),
 }
-"""Providers of the benchmark ``methods``, by case."""
+"""Providers of the benchmark ``methods`` by case."""
 
 
 class Training:
-    """peftkit, stock PEFT and full fine-tuning: time and memory of a step."""
+    """Time and memory of a step: peftkit, stock PEFT and full fine-tuning."""
 
-    HELP = "steps of fine-tuning: time and memory"
+    HELP = "fine-tuning steps: time and memory"
     CASES = ("smollm2", "llama-1b-cut")
     PROVIDERS = (
         "floor",
@@ -43,13 +43,13 @@ class Training:
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """The options of the command."""
+        """Add the options of the command."""
         parser.add_argument("--case", choices=cls.CASES, action="append", help="default: all")
         _add_run_options(parser, cls.PROVIDERS)
 
     @classmethod
     def run(cls, arguments: argparse.Namespace) -> None:
-        """Measure, save, print; the README gets the newest results of all cases."""
+        """Measure, save and print. The README table shows the newest results of all cases."""
         for case in arguments.case or cls.CASES:
             result = measure(case, arguments)
             save(result, f"training-{case}")
@@ -60,19 +60,19 @@ class Training:
 
 
 class Methods:
-    """DoRA, bottlenecks and prefixes beside LoRA, and LoRA on the experts of a mixture."""
+    """DoRA, bottlenecks and prefixes against LoRA, and LoRA on the experts of a mixture."""
 
-    HELP = "a step of each method, equal parameter counts; LoRA on stacked experts"
+    HELP = "a step of each method; LoRA on stacked experts"
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
-        """The options of the command."""
+        """Add the options of the command."""
         parser.add_argument("--case", choices=METHODS, action="append", help="default: all")
         _add_run_options(parser, None)
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> None:
-        """Measure, save, print; the README gets the newest results of all cases."""
+        """Measure, save and print. The README table shows the newest results of all cases."""
         chosen = arguments.providers
         for case in arguments.case or METHODS:
             arguments.providers = chosen or METHODS[case]
@@ -85,19 +85,19 @@ class Methods:
 
 
 class Parts:
-    """peftkit built up part by part."""
+    """The gain of each part of peftkit: every provider has one part more than the one before."""
 
-    HELP = "which part of peftkit gains what"
+    HELP = "the gain of each part of peftkit"
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
-        """The options of the command."""
+        """Add the options of the command."""
         parser.add_argument("--case", choices=CASES, default="smollm2")
         _add_run_options(parser, ["peft", *(f"parts-{count + 1}" for count in range(len(PARTS)))])
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> None:
-        """Measure, save, print."""
+        """Measure, save the result and print the table."""
         result = measure(arguments.case, arguments)
         save(result, f"parts-{arguments.case}")
         print(parts_table(result))
@@ -108,12 +108,12 @@ class Parts:
 def _add_run_options(parser: argparse.ArgumentParser, providers: Any) -> None:
     parser.add_argument("--providers", nargs="+", default=providers)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each provider, in turn")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps a run")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps per run")
     parser.add_argument("--update-readme", action="store_true")
 
 
 def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run every provider ``rounds`` times in turn."""
+    """Run every provider ``rounds`` times, in turn."""
     runs: dict[str, list[dict[str, Any]]] = {provider: [] for provider in arguments.providers}
     for number in range(arguments.rounds):
         for provider in arguments.providers:
@@ -126,7 +126,7 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Stop where a provider's losses are not those of stock PEFT; other methods share only the first."""
+    """Raise ``SystemExit`` if a provider's losses differ from stock PEFT's. Of other methods only the first loss is compared."""
     for provider, results in runs.items():
         stock = "peft-dora" if provider.endswith("-dora") else "peft"
         if stock not in runs:
@@ -144,7 +144,7 @@ def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The case as a Markdown table, each figure beside its ratio to stock PEFT."""
+    """The results of a case as a Markdown table, each figure next to its ratio to stock PEFT."""
     best = {provider: best_run(runs) for provider, runs in result["runs"].items()}
     stock = best["peft"]
     lines = [
@@ -170,16 +170,20 @@ def table(result: dict[str, Any]) -> str:
             for name in ("torch", "chosen")
         }
         remarks.append(
-            f"Frozen products of a step alone: {floors['torch']:.2f} s by torch.mm (peftkit's step is "
-            f"{step / floors['torch']:.2f} x that), {floors['chosen']:.2f} s by the routine peftkit chooses "
+            f"The frozen matrix products of one step take {floors['torch']:.2f} s with torch.mm (peftkit's whole step takes "
+            f"{step / floors['torch']:.2f} x as long) and {floors['chosen']:.2f} s with the routine that peftkit chooses "
             f"({step / floors['chosen']:.2f} x)."
         )
     for provider, rival, sentence in (
-        ("peftkit", "full", "peftkit's step is {:.2f} x that of full fine-tuning."),
-        ("peftkit-dora", "peftkit", "A step of DoRA is {:.2f} x one of LoRA."),
+        (
+            "peftkit",
+            "full",
+            "A step of peftkit takes {:.2f} x as long as a step of full fine-tuning.",
+        ),
+        ("peftkit-dora", "peftkit", "A step of DoRA takes {:.2f} x as long as a step of LoRA."),
         (
             *("peftkit-bottleneck", "peftkit"),
-            "A step of bottlenecks is {:.2f} x one of LoRA with as many parameters.",
+            "A step of bottlenecks takes {:.2f} x as long as a step of LoRA with as many parameters.",
         ),
     ):
         if provider in best and rival in best:
@@ -189,7 +193,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def parts_table(result: dict[str, Any]) -> str:
-    """What each part adds, as a Markdown table."""
+    """The gain of each part as a Markdown table."""
     rows = [("stock PEFT", ""), *((f"+ {part}", saves) for part, saves in PARTS.items())]
     lines = [
         f"**{result['case']}** ({machine(result['environment'])})",

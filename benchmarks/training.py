@@ -1,9 +1,9 @@
-"""One run in a process of its own: some training steps of one provider, or the floor; prints one JSON document.
+"""One benchmark run: some training steps of one provider, or the floor. Prints one JSON document.
 
     python benchmarks/training.py --case smollm2 --provider peftkit --steps 5
 
-``--provider floor`` times the frozen products of a step alone (forward, input gradient, head), by ``torch.mm`` and by the
-float32 product that peftkit chooses on this processor.
+``--provider floor`` times only the products of a step with frozen weights (forward, input gradient, head), with ``torch.mm`` and with
+the float32 product that peftkit chooses on this processor.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 
 def main() -> None:
-    """Parse, run, print."""
+    """Run one provider on one case and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=CASES, required=True)
     parser.add_argument("--provider", choices=[*PROVIDERS, "floor"], required=True)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, after one that warms up")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after one to warm up")
     arguments = parser.parse_args()
     case = CASES[arguments.case]
     run = floor if arguments.provider == "floor" else train
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def train(case: Case, provider: str, steps: int) -> dict[str, Any]:
-    """Loss and time of every step, and how far the resident memory rose above that of the loaded model."""
+    """Train; returns the loss of every step, times, and how far the peak memory rose above that of the loaded model."""
     model = case.build()
     torch.manual_seed(0)
     model = PROVIDERS[provider](model)
@@ -65,7 +65,7 @@ def train(case: Case, provider: str, steps: int) -> dict[str, Any]:
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
 ) -> float:
-    """One step and its loss; nothing of its graph outlives it, as in Trainer."""
+    """Run one step and return its loss as a number, so that the graph is freed afterwards, as in Trainer."""
     loss = model(**batch).loss
     loss.backward()
     optimizer.step()
@@ -74,7 +74,7 @@ def train_step(
 
 
 def floor(case: Case, _provider: str, steps: int) -> dict[str, Any]:
-    """Seconds of the products no method can leave out: each frozen linear forward and for its input gradient."""
+    """Seconds of the products that every method needs: each frozen linear in the forward and for its input gradient."""
     from peftkit_kernels.gemm import matmul_nn, matmul_nt
 
     model = case.build()
@@ -100,13 +100,13 @@ def floor(case: Case, _provider: str, steps: int) -> dict[str, Any]:
 
 
 def reset_peak() -> int:
-    """Forget the most resident memory this process ever had (loading counts not); returns what is resident now."""
+    """Reset this process's peak of resident memory, so that loading does not count; returns the memory in use now."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_bytes()
 
 
 def peak_bytes() -> int:
-    """Most resident memory of this process since ``reset_peak``."""
+    """The peak of this process's resident memory since ``reset_peak``."""
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

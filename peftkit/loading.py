@@ -1,4 +1,4 @@
-"""Strict loading of a PEFT checkpoint: every key must fit, or the model stays what it was."""
+"""Strict loading of a PEFT checkpoint: every key must fit, otherwise the model stays unchanged."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def load_adapter(
     is_trainable: bool = False,
     accelerate: bool = True,
 ) -> PeftModel:
-    """Load a PEFT checkpoint and insist that it fits.
+    """Load a PEFT checkpoint, or raise an error if it does not fit.
 
-    Keys, shapes and kinds of numbers are compared with what the config creates in the model, before any weight is loaded.
-    Whatever fails, the model is then what it was: bit for bit, class for class, flag for flag.
+    Keys, shapes and kinds of numbers are compared with the tensors that the config creates in the model, before any weight is
+    loaded. If anything fails, the model is unchanged: its values, classes and flags are those from before the call.
 
     Args:
         model: A base model, or a ``PeftModel`` that gets one more adapter. As in PEFT, an adapter added to a ``PeftModel``
             is not active until ``model.set_adapter(adapter_name)``.
         path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
-        adapter_name: The name it gets in the model.
-        is_trainable: Go on training the adapter; otherwise it is frozen and the model put in evaluation mode.
+        adapter_name: The name of the adapter in the model.
+        is_trainable: Make the adapter trainable. Otherwise it is frozen and the model is set to evaluation mode.
         accelerate: Fuse the new layers afterwards (``peftkit.accelerate``).
 
     Returns:
         The ``PeftModel`` around ``model``, or ``model`` itself if it is one.
 
     Raises:
-        ContractError: A file is missing, unreadable or contains code, the config does not fit the model, or keys are missing,
+        ContractError: A file is missing, unreadable or contains code; the config does not fit the model; or tensors are missing,
             unexpected, of a wrong shape or kind, or not finite.
     """
     from peft import PeftModel
@@ -65,7 +65,7 @@ def load_adapter(
     checkpoint = _Checkpoint(Path(path), model)
     if is_trainable and checkpoint.config.is_prompt_learning:
         raise ContractError(
-            "is_trainable=True: PEFT cannot go on training a prompt-learning adapter that was loaded; load it for inference, "
+            "is_trainable=True: PEFT cannot continue to train a loaded prompt-learning adapter; load it for inference, "
             "or train a new one"
         )
     offloaded = _is_offloaded(model)
@@ -77,7 +77,7 @@ def load_adapter(
     with restoring(model, copy_values=writes_base_weights(config)):
         with checkpoint.applied_to(model):
             if offloaded:
-                # PEFT takes the offloading hooks off first and puts them back on the new layers.
+                # PEFT removes the offloading hooks first and adds them to the new layers afterwards.
                 loaded = PeftModel.from_pretrained(
                     model, str(checkpoint.folder), adapter_name, is_trainable=is_trainable
                 )
@@ -98,7 +98,7 @@ def load_adapter(
 
 
 def check_fits(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
-    """Raise unless ``load_adapter`` would load this checkpoint into this model; both stay as they are.
+    """Raise ``ContractError`` unless ``load_adapter`` can load this checkpoint into this model. Both stay unchanged.
 
     Args:
         model: As for ``load_adapter``; it may be on the meta device, without weights.
@@ -106,22 +106,22 @@ def check_fits(model: nn.Module, path: str | Path, adapter_name: str = "default"
         adapter_name: As for ``load_adapter``.
 
     Raises:
-        ContractError: It would not; the message says why.
+        ContractError: The checkpoint cannot be loaded; the message says why.
     """
     require_model(model, path, "check_fits(model, path)")
     _check_fits(model, _Checkpoint(Path(path), model), adapter_name)
 
 
 class _Undo(Exception):
-    """Ends a trial, so that ``restoring`` puts the model back."""
+    """Ends a trial, so that ``restoring`` restores the model."""
 
 
 def _check_fits(model: nn.Module, checkpoint: _Checkpoint, adapter_name: str) -> None:
-    """Inject without weights, compare, and put the model back."""
+    """Inject the adapter without weights, compare its tensors, and restore the model."""
     config = copy.deepcopy(checkpoint.config)
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
-        # Shapes are the same, and PiSSA and the like would decompose weights.
+        # The shapes are the same, and initialisations such as PiSSA would decompose weights.
         vars(config)["init_lora_weights"] = True
     try:
         with restoring(model):
@@ -133,13 +133,13 @@ def _check_fits(model: nn.Module, checkpoint: _Checkpoint, adapter_name: str) ->
 
 
 class _Checkpoint:
-    """A folder's config and tensors, checked as far as that is possible without the model's layers.
+    """The config and tensors in a folder, checked as far as possible without the model's layers.
 
     Attributes:
-        folder: Where they were read.
-        config: As PEFT's class.
-        tensors: On the CPU, by the keys that PEFT uses for this model.
-        key_mapping: How transformers renames keys of older checkpoints of this model.
+        folder: The folder.
+        config: The config as an instance of PEFT's class.
+        tensors: The tensors on the CPU, by the keys that PEFT uses for this model.
+        key_mapping: The renaming that transformers applies to keys of older checkpoints of this model.
     """
 
     def __init__(self, folder: Path, model: nn.Module):
@@ -182,7 +182,7 @@ class _Checkpoint:
             ) from error
 
     def may_be_too_large(self) -> bool:
-        """Whether the config may ask for larger tensors than the checkpoint holds, which would have to be allocated."""
+        """Whether the config may create larger tensors than those in the checkpoint, which would have to be allocated."""
         sizes = {size for tensor in self.tensors.values() for size in tensor.shape}
         return largest_size(self._written) > max(sizes, default=0) or not sizes.issuperset(
             ranks(self._written)
@@ -190,7 +190,7 @@ class _Checkpoint:
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Say of an error inside PEFT that this checkpoint does not suit this model."""
+        """Turn an error inside PEFT into a ``ContractError`` that names this checkpoint and this model."""
         try:
             yield
         except ContractError:
@@ -205,16 +205,16 @@ class _Checkpoint:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         said = " ".join(str(error).split())
-        # str() of a KeyError is the bare key
+        # The text of a KeyError is only the key.
         said = said if said and not isinstance(error, KeyError) else repr(error)
         odd = odd_fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], self._written)
         if not odd:
             return said
-        return f"{said}\nValues that {CONFIG_FILE} should not have there:\n{listing(odd)}\nCorrect them, or save the adapter again."
+        return f"{said}\nUnexpected values in {CONFIG_FILE}:\n{listing(odd)}\nCorrect them, or save the adapter again."
 
 
 def _check_room(model: nn.Module, adapter_name: str) -> None:
-    """Raise unless the model can get an adapter of this name."""
+    """Raise ``ContractError`` unless an adapter of this name can be added to the model."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -227,7 +227,7 @@ def _check_room(model: nn.Module, adapter_name: str) -> None:
             )
     elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ContractError(
-            "model already carries adapter layers but is not a PeftModel; pass the PeftModel around it, or the plain base "
+            "model already has adapter layers but is not a PeftModel; pass the PeftModel around it, or the plain base "
             "model that PeftModel.unload() returns"
         )
 
@@ -252,14 +252,14 @@ def _inject(
 
     Args:
         model: Changed in place.
-        config: Changed in place: PEFT resolves its ``target_modules``.
-        adapter_name: Must be new.
-        empty: On the meta device, without allocating memory.
+        config: Changed in place, because PEFT resolves its ``target_modules``.
+        adapter_name: A name that the model does not have yet.
+        empty: Create the layers on the meta device, without allocating memory.
     """
     from peft import PeftModel, PeftType
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-    # Other methods compute values while they create their layers, which fails on the meta device.
+    # Methods other than LoRA compute values while they create their layers, which fails on the meta device.
     meta = empty and config.peft_type == PeftType.LORA
     with torch.device("meta") if meta else nullcontext():
         if isinstance(model, PeftModel):
@@ -270,13 +270,13 @@ def _inject(
 
 
 def _compare(model: PeftModel, checkpoint: _Checkpoint, adapter_name: str) -> None:
-    """Raise unless each tensor of the checkpoint has its place in the model, and each place its tensor."""
+    """Raise ``ContractError`` unless the checkpoint has exactly the tensors that the adapter has in the model."""
     from peft import get_peft_model_state_dict
     from peft.utils.transformers_weight_conversion import (
         convert_peft_adapter_state_dict_for_transformers,
     )
 
-    # PEFT converts checkpoints made before transformers 5, which stored experts one by one.
+    # PEFT converts checkpoints from before transformers 5, which have separate weights for each expert.
     found = convert_peft_adapter_state_dict_for_transformers(
         model=model,
         peft_config=checkpoint.config,
@@ -288,7 +288,7 @@ def _compare(model: PeftModel, checkpoint: _Checkpoint, adapter_name: str) -> No
     )
     known = wanted
     if found.keys() - wanted.keys() and hasattr(model, "get_input_embeddings"):
-        # PEFT saves whole embeddings next to an adapter that targets or resizes them.
+        # PEFT saves whole embeddings with an adapter that targets or resizes them.
         known = get_peft_model_state_dict(
             model, adapter_name=adapter_name, save_embedding_layers=True
         )
@@ -350,7 +350,7 @@ def _are(things: list[str]) -> str:
 
 
 def _kind(tensor: Tensor) -> str:
-    """Numbers of one kind can be cast to another dtype of that kind without cutting off a part of them."""
+    """The kind of a tensor's numbers. A cast within a kind loses precision at most, no part of the numbers."""
     if tensor.is_floating_point():
         return "float"
     if tensor.is_complex():
@@ -359,7 +359,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether finite values of a tensor become infinite in a narrower dtype."""
+    """Whether some values of a tensor become infinite in a narrower dtype."""
     if not (tensor.is_floating_point() and dtype.is_floating_point) or tensor.numel() == 0:
         return False
     if torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:

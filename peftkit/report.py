@@ -1,4 +1,4 @@
-"""What was adapted, which code path each part takes, and why: a ``Report`` that prints as a table and reads as data."""
+"""``explain`` and its ``Report``: what was adapted, which code each part runs, and why, as a table or as data."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class LayerReport:
     Attributes:
         name: The module's name in the model.
         method: ``"LoRA"``, another PEFT method, ``"gated MLP"``, ``"shared input"``, ``"frozen RMSNorm"`` ...
-        path: Which code its forward runs; ``"peft"`` is the code it had before, ``"torch"`` that of our own prefix or
+        path: The code that its forward runs. ``"peft"`` is the code it had before, ``"torch"`` the code of peftkit's prefix and
             bottleneck modules.
-        reason: Why that path; empty where there is nothing to say.
-        is_adapter: Whether it carries an adapter itself.
-        declined: Whether it is of a formula that peftkit does not know, so that no state of it would be fused.
+        reason: The reason for this path; empty if there is none to give.
+        is_adapter: Whether the module itself has an adapter.
+        declined: Whether peftkit does not know the formula of the module, so that it is not fused in any state.
     """
 
     name: str
@@ -52,19 +52,19 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What runs where and why.
+    """Which code each layer of a model runs, and why.
 
     Attributes:
         model: Class name of the base model.
-        layers: One entry an adapter layer or fused module, in the model's order.
-        left_out: Reason by name, for the linear-like modules and expert parameters without an adapter.
+        layers: One entry per adapter layer or fused module, in the model's order.
+        left_out: For each linear-like module or expert parameter without an adapter, the reason by name.
         trainable: Number of trainable parameters.
-        total: Number of parameters; tied ones count once, packed 4-bit ones by the numbers they stand for.
-        trained_in_full: Number of trained parameters by module, for modules that are trained themselves instead of through an
-            adapter, such as a classifier.
-        storage: Number of parameters of the base model by how they are stored: ``"bfloat16"``, ``"nf4"``, ``"int8"`` ...
-        logit_free: Whether the training loss is computed without forming the logits.
-        logit_free_reason: Why, or why not.
+        total: Number of parameters. Tied parameters count once; each 4-bit value counts as one parameter.
+        trained_in_full: Number of trained parameters by module, for modules that are trained without an adapter, such as a
+            classifier.
+        storage: Number of parameters of the base model by their storage: ``"bfloat16"``, ``"nf4"``, ``"int8"`` ...
+        logit_free: Whether the training loss is computed without the logits.
+        logit_free_reason: The reason for ``logit_free``.
     """
 
     model: str
@@ -79,13 +79,13 @@ class Report:
 
     @property
     def fused_fraction(self) -> float:
-        """Share of PEFT's adapter layers whose forward is fused; 0 without any."""
+        """Share of PEFT's adapter layers whose forward is fused; 0 if there are none."""
         paths = [r.path for r in self.layers if r.is_adapter and r.path != "torch"]
         return sum(path != "peft" for path in paths) / len(paths) if paths else 0.0
 
     @property
     def blocks(self) -> dict[str, int]:
-        """Number of fused modules that are no adapter layers, by method."""
+        """Number of fused modules that are not adapter layers, by method."""
         return dict(Counter(r.method for r in self.layers if not r.is_adapter and r.path != "peft"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Report:
         return {**asdict(self), "fused_fraction": self.fused_fraction, "blocks": self.blocks}
 
     def __rich__(self) -> RenderableType:
-        """Print as tables, equal rows of different layers as one."""
+        """Print as tables. Equal rows of different layers are shown as one row."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -146,15 +146,15 @@ class Report:
 
 
 def _pattern(name: str) -> str:
-    """The name with layer numbers as ``*``, so that the same module of every layer reads alike."""
+    """The name with ``*`` for layer numbers, so that the same module of every layer has one name."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name.removeprefix("base_model.model."))
 
 
 def explain(model: nn.Module) -> Report:
-    """Report what was adapted, which code path each part takes, and why.
+    """Report what was adapted, which code each part runs, and why.
 
     Args:
-        model: Any model: before or after ``wrap``, with or without adapters.
+        model: Any model, before or after ``wrap``, with or without adapters.
     """
     from peftkit.fuse.loss import logit_free_status
 
@@ -176,7 +176,7 @@ def explain(model: nn.Module) -> Report:
 
 
 def layer_reports(model: nn.Module) -> list[LayerReport]:
-    """A row for every adapter layer, every fused module and every module that was looked at and not fused."""
+    """A row for every adapter layer, every fused module, and every module that was examined and not fused."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from peftkit.fuse.adapter import method
@@ -191,7 +191,9 @@ def layer_reports(model: nn.Module) -> list[LayerReport]:
             around = outer.get(id(module))
             if around is not None and around.path == "peft" != row.path:
                 row = replace(
-                    row, path="peft", reason=f"the layer around it runs PEFT's: {around.reason}"
+                    row,
+                    path="peft",
+                    reason=f"the layer around it runs PEFT's forward: {around.reason}",
                 )
             reports.append(row)
             outer[id(getattr(module, "base_layer", None))] = row
@@ -205,7 +207,7 @@ def layer_reports(model: nn.Module) -> list[LayerReport]:
 
 
 def _why_not_fused(layer: Any) -> str:
-    """The reason of an adapter layer of a class that was not fused."""
+    """Why an adapter layer was not fused."""
     from peftkit.fuse.adapter import NONE_ACTIVE, class_reason
 
     held = [
@@ -232,7 +234,7 @@ def _sibling_reports(name: str, parent: nn.Module) -> list[LayerReport]:
 
 
 def _left_out(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Linear-like modules without an adapter: the reason of "all-linear" where it would leave them out too."""
+    """Linear-like modules without an adapter, with the reason: that of "all-linear" if it leaves them out too."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -240,7 +242,7 @@ def _left_out(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]
     for wrapper in model.modules():
         if isinstance(wrapper, BaseTunerLayer):
             adapted.add(id(wrapper.get_base_layer()))
-            # One wrapper stands around each expert parameter, the next around the first one.
+            # PEFT has one wrapper for each expert parameter; each wraps the previous wrapper.
             own = getattr(wrapper, "parameter_name", None)
             adapted.add(id(getattr(wrapper.get_base_layer(), own, None)) if own else 0)
         elif isinstance(wrapper, AuxiliaryTrainingWrapper):
@@ -267,7 +269,7 @@ def _left_out(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]
 
 
 def _count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters; ``model.parameters()`` already yields tied ones once."""
+    """The numbers of trainable parameters and of all parameters. ``model.parameters()`` yields tied parameters once."""
     trainable = total = 0
     for parameter in model.parameters():
         count = _logical_size(parameter)
@@ -277,7 +279,7 @@ def _count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _trained_in_full(model: nn.Module) -> dict[str, int]:
-    """Trained parameters that are no adapter's, by module; copies made for ``modules_to_save`` under their module's name."""
+    """Numbers of trained parameters outside adapters, by module. Copies for ``modules_to_save`` count for the original module."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -304,7 +306,7 @@ def _trained_in_full(model: nn.Module) -> dict[str, int]:
 
 
 def _storage(modules: dict[str, nn.Module]) -> dict[str, int]:
-    """Parameters of the base model by how they are stored."""
+    """Numbers of parameters of the base model by their storage."""
     parameters = {
         id(p): p
         for module in modules.values()
@@ -318,7 +320,7 @@ def _storage(modules: dict[str, nn.Module]) -> dict[str, int]:
 
 
 def _stored_as(parameter: nn.Parameter) -> str:
-    """``"nf4"`` or ``"fp4"`` for bitsandbytes' packed weights, otherwise the dtype."""
+    """``"nf4"`` or ``"fp4"`` for bitsandbytes' 4-bit weights, otherwise the dtype."""
     state = getattr(parameter, "quant_state", None)
     if type(parameter).__name__ == "Params4bit" and state is not None:
         return state.quant_type
@@ -326,7 +328,7 @@ def _stored_as(parameter: nn.Parameter) -> str:
 
 
 def _logical_size(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter stands for: bitsandbytes packs two 4-bit codes into each byte of storage."""
+    """The number of values of a parameter. bitsandbytes packs two 4-bit values into each byte."""
     if type(parameter).__name__ != "Params4bit":
         return parameter.numel()
     state = getattr(parameter, "quant_state", None)

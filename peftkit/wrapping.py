@@ -1,4 +1,4 @@
-"""The front door: ``wrap``, ``accelerate`` and ``restore``."""
+"""The main functions: ``wrap``, ``accelerate`` and ``restore``."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ def wrap(
     """Put an adapter on a pretrained model and fuse what can be fused.
 
     Args:
-        model: A pretrained transformers model (any ``nn.Module`` that PEFT takes).
+        model: A pretrained transformers model, or any ``nn.Module`` that PEFT accepts.
         configs: One ``peft.PeftConfig``, or any two or three of ``LoraConfig``, ``PrefixConfig`` and ``BottleneckConfig`` as
-            one adapter; none means LoRA with r=16 and lora_alpha=32 on every linear layer of the backbone. A LoRA config
-            without ``target_modules``, or with ``"all-linear"``, gets those layers too.
+            one adapter. Without a config, LoRA with r=16 and lora_alpha=32 on every linear layer of the backbone. A LoRA
+            config without ``target_modules``, or with ``"all-linear"``, targets these layers too.
         adapter_name: Name of the adapter.
-        strict: Raise where a layer cannot be fused, instead of running PEFT's own forward there.
-        logit_free: Compute the training loss of a causal language model without forming its logits.
+        strict: Raise an error if a layer cannot be fused, instead of running PEFT's own forward in this layer.
+        logit_free: Compute the training loss of a causal language model without computing its logits.
 
     Returns:
         A genuine ``peft.PeftModel``.
 
     Raises:
-        ContractError: An entry of ``target_modules`` matches nothing, or ``strict`` and a layer is not fused; the model
-            is left as it was.
-        ValueError: Configs that cannot be mixed or do not fit the model, or a model that is wrapped already.
+        ContractError: An entry of ``target_modules`` matches nothing, or ``strict`` is set and a layer is not fused. The model
+            is left unchanged.
+        ValueError: The configs cannot be mixed or do not fit the model, or the model is wrapped already.
     """
     from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
         raise ValueError(
-            "model is a PeftModel already; add an adapter by model.add_adapter, or call accelerate(model)"
+            "model is a PeftModel already; add an adapter with model.add_adapter, or call accelerate(model)"
         )
     config = prepare(model, configs, adapter_name)
     with restoring(model, copy_values=writes_base_weights(config)):
@@ -68,24 +68,23 @@ def wrap(
 
 
 def accelerate(model: Model, strict: bool = False, logit_free: bool = True) -> Model:
-    """Fuse the LoRA layers, gated MLPs and frozen norms a model has, and those of adapters added to it later.
+    """Fuse the LoRA layers, gated MLPs and frozen norms of a model, and the layers of adapters that are added later.
 
-    Calling it again is harmless and picks up what is new. ``restore`` undoes it, and so do ``merge_and_unload`` and ``unload``
-    for the base model that they return. On a GPU the first forward of a gated MLP moves the frozen weights of gate and up into
-    one buffer, without changing a bit of them.
+    A second call is harmless and fuses what is new. ``restore`` undoes ``accelerate``. So do ``merge_and_unload`` and ``unload`` for
+    the base model that they return. On a GPU the first forward of a gated MLP moves the frozen gate and up weights into one buffer
+    without changing their values.
 
     Args:
         model: A ``PeftModel``, or a transformers model after ``add_adapter``; changed in place.
-        strict: Raise if something that peftkit fuses would run its own code in training: an adapter layer, a gated MLP,
-            siblings, a norm or an attention. Modules of a formula that peftkit does not know are not counted; ``explain``
-            lists them.
-        logit_free: Compute the training loss of a causal language model without forming its logits.
+        strict: Raise an error if something that peftkit can fuse would run its own code in training: an adapter layer, a gated
+            MLP, siblings, a norm or an attention. Modules with an unknown formula do not count; ``explain`` lists them.
+        logit_free: Compute the training loss of a causal language model without computing its logits.
 
     Returns:
         ``model``.
 
     Raises:
-        ContractError: ``strict`` and something is not fused; the model is left as it was.
+        ContractError: ``strict`` is set and something is not fused. The model is left unchanged.
     """
     with restoring(model):
         fuse_model(model, strict, logit_free)
@@ -93,7 +92,7 @@ def accelerate(model: Model, strict: bool = False, logit_free: bool = True) -> M
 
 
 def fuse_model(model: nn.Module, strict: bool = False, logit_free: bool = True) -> None:
-    """As ``accelerate``; what raises may leave the model half fused, so the caller has to put it back."""
+    """As ``accelerate``, but after an error the model may be partly fused, so the caller must restore it."""
     warn_if_newer_than_tested()
     _fuse(model)
     for owner, method, action in _followed(model):
@@ -107,10 +106,10 @@ def fuse_model(model: nn.Module, strict: bool = False, logit_free: bool = True) 
 
 
 def restore(model: Model) -> Model:
-    """Undo ``accelerate``: every module has the class and attributes it had before. Weights stay where they are in memory.
+    """Undo ``accelerate``: every module gets back the class and attributes it had before. Weights are not moved in memory.
 
     Args:
-        model: What was passed to ``accelerate`` or returned by ``wrap``; changed in place.
+        model: The model that was passed to ``accelerate`` or returned by ``wrap``; changed in place.
 
     Returns:
         ``model``.
@@ -127,7 +126,7 @@ def restore(model: Model) -> Model:
 
 
 class _Followed:
-    """Replaces a method on one object: runs it, then an action with its result."""
+    """Replaces a method on one object. It runs the method and then an action with the result."""
 
     def __init__(self, owner: nn.Module, method: str, action: Callable[[Any], None]):
         self.owner, self.method, self.action = owner, method, action
@@ -139,7 +138,7 @@ class _Followed:
 
 
 class _FuseAgain:
-    """After an adapter was injected: fuse what is new in the model."""
+    """The action after an adapter was injected: fuse its layers."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -149,13 +148,13 @@ class _FuseAgain:
 
 
 def _restore_unloaded(base: Any) -> None:
-    """After the adapters were merged or removed: leave nothing of peftkit on the base model."""
+    """The action after the adapters were merged or removed: remove everything of peftkit from the base model."""
     if isinstance(base, nn.Module):
         restore(base)
 
 
 def _followed(model: nn.Module) -> list[tuple[nn.Module, str, Callable[[Any], None]]]:
-    """The objects and methods through which PEFT or transformers change the adapters of this model, and what has to follow."""
+    """The methods with which PEFT or transformers change the adapters of this model: object, name, and the action that must follow."""
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -182,7 +181,7 @@ def _fuse(model: nn.Module) -> None:
 
 
 def _require_all_fused(model: nn.Module) -> None:
-    """Raise if something that peftkit fuses would run its own code in training."""
+    """Raise ``ContractError`` if something that peftkit can fuse would run its own code in training."""
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
         module.training = True
@@ -199,6 +198,6 @@ def _require_all_fused(model: nn.Module) -> None:
     unfused = [f"{row.name} ({row.method}): {row.reason}" for row in rows if row.path == "peft"]
     if unfused:
         raise ContractError(
-            f"strict=True, and {len(unfused)} of {len(rows)} layers and modules that peftkit fuses would run their own code in "
+            f"strict=True, but {len(unfused)} of {len(rows)} layers and modules that peftkit can fuse would run their own code in "
             f"training:\n{listing(unfused, shown=8)}\nRemove the cause, or pass strict=False."
         )

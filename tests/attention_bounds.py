@@ -1,13 +1,13 @@
-"""Bounds of attention in flash passes, with or without a prefix: the roundings of any online softmax in float32 sums."""
+"""Error bounds of flash attention with or without a prefix, for the roundings of any online softmax with float32 sums."""
 
 import torch
 
 from peftkit_kernels.testing import UNIT_ROUNDOFF, Bound
 
 EXP_ULPS, LOG_ULPS = 2.0, 2.0
-"""Of the native passes (``native/exp.h``), of torch's vectorised functions and of a GPU's exp2."""
+"""Largest errors in ulps, for the native passes (``native/exp.h``), torch's vectorised functions and a GPU's exp2."""
 KEYS_A_BLOCK, QUERIES_A_BLOCK = 64, 32
-"""The smallest blocks of any pass: a running sum is rescaled once a block, a 16-bit gradient stored and added to."""
+"""The smallest blocks of any pass. In each block a running sum is rescaled, and a 16-bit gradient is stored and added to."""
 
 
 def exact(value, unit=UNIT_ROUNDOFF[torch.float32]):
@@ -27,13 +27,13 @@ def exp(argument, ulps=EXP_ULPS):
 
 
 def where(condition, bound, other):
-    """``bound``, or the exact number ``other`` where the condition fails; an infinite value leaves nothing behind."""
+    """``bound`` where ``condition`` is true, elsewhere the exact number ``other``, which may be infinite."""
     value = torch.where(condition, bound.value, other)
     return Bound(value, torch.where(condition, bound.error, 0.0), bound.unit)
 
 
 class Part:
-    """One pass: queries ``[B, H, S, D]`` over keys ``[B, H, T, D]``, of which ``visible [B, 1, S, T]`` are seen."""
+    """One pass of queries ``[B, H, S, D]`` over keys ``[B, H, T, D]`` with the mask ``visible [B, 1, S, T]``."""
 
     def __init__(self, q, k, v, scale, visible, dtype):
         self.q, self.k, self.v, self.scale, self.dtype = q, k, v, constant(scale), dtype
@@ -41,16 +41,16 @@ class Part:
         self.scores = (q @ transposed(k)) * self.scale
 
     def narrow(self, bound):
-        """As an operand of a product, which 16-bit passes round."""
+        """The operand of a product; 16-bit passes round it."""
         return bound if self.dtype is torch.float32 else bound.round(self.dtype)
 
     def forward(self):
-        """``(out, lse)``; a query that sees nothing has output 0, and a log-sum-exp of no meaning."""
+        """``(out, lse)``. A query without visible keys has output 0 and a meaningless log-sum-exp."""
         seen = where(self.visible, self.scores, -torch.inf).value
         top = torch.where(self.seeing, seen.amax(-1, keepdim=True), 0.0)
         lowest = torch.where(self.visible, self.scores.value, torch.inf).amin(-1, keepdim=True)
         spread = torch.where(self.seeing, top - lowest, 0.0).max() + 2 * self.scores.error.max()
-        # a running sum is multiplied by exp(old - new maximum) once a block, each with an exponential and two roundings
+        # in each block a running sum is multiplied by exp(old - new maximum), with an exponential and two roundings
         blocks = -(-self.visible.shape[-1] // KEYS_A_BLOCK)
         shifted = where(self.visible, self.scores - exact(top), 0.0)
         e = exp(shifted, (blocks + 1) * (EXP_ULPS + 1 + float(spread))) * self.visible
@@ -61,7 +61,7 @@ class Part:
         return out.round(self.dtype), lse
 
     def backward(self, dout, out, lse):
-        """``(dq, dk, dv)``, each ``[B, H, ...]``, for the output and log-sum-exp of all keys the pass has a share in."""
+        """``(dq, dk, dv)``, each ``[B, H, ...]``. ``out`` and ``lse`` are those of the whole attention that the pass is a part of."""
         argument = where(self.visible, self.scores - lse, 0.0)
         p = exp(argument) * self.visible
         ds = p * (dout @ transposed(self.v) - (dout * out).sum(-1, keepdim=True))
@@ -71,16 +71,16 @@ class Part:
 
 
 def merged(first, second, seeing, dtype):
-    """Output and log-sum-exp of both parts; the second sees every key."""
+    """Output and log-sum-exp of both parts together. In the second part every key is visible."""
     (o1, l1), (o2, l2) = first, second
     l1 = where(seeing, l1, -torch.inf)
     value = torch.logaddexp(l1.value, l2.value)
-    # the logarithm of a sum of exponentials is off by at most as much as what goes in, and by its evaluation
+    # the error of a log-sum-exp is at most that of its inputs plus that of its evaluation
     size = 1 + torch.maximum(l1.value.where(seeing, 0.0).abs(), l2.value.abs())
     error = torch.maximum(l1.error, l2.error) + (EXP_ULPS + LOG_ULPS + 3) * l2.unit * size
     lse = Bound(value, error, l2.unit)
     w1 = exp(where(seeing, l1 - lse, 0.0)) * seeing
-    # from e / total rather than exp(l - L) the weights are as good: the quotient's error is that of two exponentials
+    # also covers weights computed as e / total instead of exp(l - L): the error of the quotient is that of two exponentials
     out = o1 * w1 + o2 * exp(l2 - lse, 2 * EXP_ULPS + 2)
     return out.round(dtype), lse
 
@@ -92,11 +92,11 @@ def per_key_head(grad, heads):
 
 
 def attention_bounds(leaves, dout, scale, visible, *, gate=None):
-    """Bounds of every result by name, for q, k, v and, where they are there, prefix_k, prefix_v and gate."""
+    """Bounds of every result by name, for q, k, v and, if present, prefix_k, prefix_v and gate."""
     tensors = {name: t.detach() for name, t in leaves.items()}
     dtype, (B, H, S, _), heads = tensors["q"].dtype, tensors["q"].shape, tensors["k"].shape[1]
     group = H // heads
-    # a 16-bit gradient of keys is rounded for each block of queries and each head, of which there is to be one
+    # a 16-bit gradient of keys is rounded for each block of queries and each head, so only one of each is allowed here
     assert dtype is torch.float32 or (S <= QUERIES_A_BLOCK and group == 1)
 
     def keys(name):

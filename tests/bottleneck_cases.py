@@ -1,4 +1,4 @@
-"""Inputs for the bottleneck, its results by name, and what a bound on its activation needs."""
+"""Inputs for the bottleneck, its results by name, and the constants for error bounds of its activations."""
 
 import torch
 from lora_cases import Shape, gradients
@@ -10,7 +10,7 @@ SCALE = -0.7
 TRAINED = ("x", "down", "bias_down", "up", "bias_up")
 
 BOUNDED = {
-    # largest |act'| and |act''|, and how much larger than the result the numbers are that make it up
+    # largest |act'| and |act''|, and the size of the terms that are summed for the result
     "relu": (1.0, 0.0, lambda v: v.abs()),
     "identity": (1.0, 0.0, lambda v: v.abs()),
     "tanh": (1.0, 0.77, lambda v: 1 + v.abs()),
@@ -22,7 +22,7 @@ EVALUATION_ULPS = 8.0
 
 
 def make(bias=True, base=False, **options):
-    """The tensors by name; with ``base`` one that the adapter adds to without reading it."""
+    """The tensors by name. ``base`` adds a tensor to which the adapter's output is added."""
     case = Shape(scale=SCALE, **options)
     leaves = bottleneck_leaves(case)
     if not bias:

@@ -1,4 +1,4 @@
-"""Tiny causal language models with LoRA, stock and logit-free, and float64 that stays float64."""
+"""Tiny causal language models with LoRA, stock and logit-free, and a mode that keeps float64 in float64."""
 
 import copy
 
@@ -22,7 +22,7 @@ DECODER = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# The grouped product of experts has no float64.
+# The grouped product of experts does not support float64.
 MOE = {
     "experts_implementation": "eager",
     "num_experts_per_tok": 2,
@@ -58,7 +58,7 @@ LORA = {
 
 
 class AllDouble(TorchFunctionMode):
-    """Turns the models' casts to float32 (norms, routers, the stock loss) into casts to float64."""
+    """Replaces the models' casts to float32 (norms, routers, the stock loss) by casts to float64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         func = torch.Tensor.double if func is torch.Tensor.float else func
@@ -85,7 +85,7 @@ def peft_model(name="llama", dtype=torch.float64, **config):
 
 
 def pair(name="llama", dtype=torch.float64, **config):
-    """The same PEFT model twice, the second one logit-free."""
+    """Two copies of a PEFT model; the second is logit-free."""
     stock = peft_model(name, dtype, **config)
     ours = copy.deepcopy(stock)
     assert install_logit_free(ours) is None

@@ -1,4 +1,4 @@
-"""Ask Triton's compiler in a child process: this one runs kernels in the interpreter, and triton cannot do both."""
+"""Runs Triton's compiler in a child process, because this process runs kernels in the interpreter and Triton cannot do both."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def machine_code(script):
-    """What ``script`` prints as JSON, run by a Python that compiles.
+    """Run ``script`` in a process with Triton's compiler, and return the JSON that it prints.
 
     Args:
         script: Source code; the modules of this folder can be imported.

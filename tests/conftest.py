@@ -4,13 +4,13 @@ import os
 
 import pytest
 
-# Read when huggingface_hub is first imported: a test that would reach for the network fails at once.
+# Read when huggingface_hub is first imported. A test that tries to use the network fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Read when triton is first imported: kernels run in its interpreter, on CPU tensors. What asks the compiler runs in a child
-# process without it (``compiler.py``).
+# Read when triton is first imported. Kernels run in its interpreter on CPU tensors. Tests of the compiler start a child process
+# without this variable (``compiler.py``).
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# Read when torch is first imported, here and in child processes: with several workers each has one core.
+# Read when torch is first imported, here and in child processes. Each of several workers has one core.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -24,7 +24,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def one_thread():
-    """One thread while a test runs: tiny models gain nothing from more, and other work keeps a core."""
+    """Use one thread in a test, because tiny models gain nothing from more threads."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Bounds of the loss on Triton: its row pass, and the whole op in the roundings of its products."""
+"""Error bounds of the loss on Triton: for its row pass, and for the whole op with the roundings of its products."""
 
 import math
 
@@ -8,10 +8,10 @@ from triton_linear import narrow_product
 from peftkit_kernels.testing import UNIT_ROUNDOFF, Bound
 
 EXP2_ULPS, LOG2_ULPS, DIVIDE_ULPS = 2.0, 2.0, 2.0
-"""Errors of the GPU's approximations, CUDA C++ Programming Guide, tables of intrinsic functions and of standard functions."""
+"""Largest errors of the GPU's approximations (CUDA C++ Programming Guide, tables of intrinsic and of standard functions)."""
 TANH_ULPS = 2 * (EXP2_ULPS + 2) + DIVIDE_ULPS
-"""Of ``(1 - e) / (1 + e)`` with ``e = exp2(-2 log2(e) |v|)``, in units of 1: the exponent's two roundings cost at most
-``2 e log(1 / e) < 0.74``, either sum one, and the numerator's error and the denominator's both reach the quotient."""
+"""Error of ``(1 - e) / (1 + e)`` with ``e = exp2(-2 log2(e) |v|)``, relative to 1. The two roundings of the exponent contribute at most
+``2 e log(1 / e) < 0.74``, each sum contributes one, and the errors of the numerator and of the denominator add up in the quotient."""
 UNIT = UNIT_ROUNDOFF[torch.float32]
 
 
@@ -20,7 +20,7 @@ def exact(value):
 
 
 def constant(value):
-    """A number the kernel gets as a float32."""
+    """A number that the kernel gets as a float32."""
     return exact(torch.tensor(value, dtype=torch.float64)).round(torch.float32)
 
 
@@ -30,7 +30,7 @@ def exp2(argument, ulps):
 
 
 def capped(z, row_loss):
-    """``(y, y / softcap)``: the logits as the loss sees them."""
+    """``(y, y / softcap)`` for the logits ``y`` after scale and softcap."""
     y = z * constant(row_loss.logit_scale)
     if row_loss.softcap is None:
         return y, None
@@ -42,12 +42,12 @@ def capped(z, row_loss):
 
 
 def row_bounds(z, target, block_v, row_loss, dtype, factor=None):
-    """Bounds of (loss, lse, dz) for raw logits ``z``; rows with a negative target are all zero."""
+    """Bounds of (loss, lse, dz) for raw logits ``z``. Rows with a negative target are zero."""
     V, counted, index = z.value.shape[1], (target >= 0)[:, None], target.clamp(min=0)[:, None]
     y, share = capped(z, row_loss)
     y2 = y * constant(math.log2(math.e))
     top = exact(y2.value.amax(1, keepdim=True))
-    # a running sum is multiplied by exp2(old - new maximum) once a block and at the end, each with an exp2 and a rounding
+    # in each block and at the end, a running sum is multiplied by exp2(old - new maximum), with an exp2 and a rounding
     spread = float((y2.value.amax(1) - y2.value.amin(1) + 2 * y2.error.amax(1)).max())
     rescalings = -(-V // block_v) + 2
     p = exp2(y2 - top, rescalings * (EXP2_ULPS + 1 + math.log(2) * spread))
@@ -86,7 +86,7 @@ def row_bounds(z, target, block_v, row_loss, dtype, factor=None):
 
 
 class LinearCrossEntropy:
-    """The whole op in the roundings of its schedule; gradients of parameters are summed in float32 over all rows."""
+    """The whole op with the roundings of its schedule. Gradients of parameters are summed in float32 over all rows."""
 
     def __init__(self, tensors, target, row_loss, block_v, lora_scale, dtype=None):
         self.tensors = {name: t.detach() for name, t in tensors.items()}
@@ -106,11 +106,11 @@ class LinearCrossEntropy:
         self.z = update.round(self.dtype).addmm(self.h, W.T).round(self.dtype)
 
     def narrow_product(self, s, factor):
-        """Of an s and a factor, before it is rounded to the dtype of the logits."""
+        """The product of ``s`` and a factor, before the rounding to the dtype of the logits."""
         return narrow_product(s, factor, self.dtype, self.wide)
 
     def run(self, reduction, grad):
-        """Bounds by name, for the gradient ``grad`` of the output."""
+        """Bounds of the results by name, for the gradient ``grad`` of the output."""
         per_row = reduction == "none"
         factor = grad.flatten() if per_row else None
         loss, _, dz = row_bounds(

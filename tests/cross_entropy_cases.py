@@ -31,7 +31,7 @@ def inputs(
 def loss_and_grads(
     tensors, target, *, dtype=None, backend="torch", op=linear_cross_entropy, **options
 ):
-    """The loss and every gradient by name; in ``dtype``, with the same values, where that is given."""
+    """The loss and every gradient by name. If ``dtype`` is given, the same values are cast to it first."""
     leaves = {
         name: t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad)
         for name, t in tensors.items()
@@ -50,12 +50,12 @@ def loss_and_grads(
 
 
 def output_grad(loss):
-    """A different weight for each row, so that a wrong factor in backward shows."""
+    """A different weight for each row, so that a test detects a wrong factor in the backward."""
     return torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
 
 
 class LargestResult(TorchDispatchMode):
-    """The number of elements of the largest tensor any operation returned."""
+    """Records the number of elements of the largest tensor that an operation returned."""
 
     sees_native_calls = True
     numel = 0

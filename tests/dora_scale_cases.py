@@ -15,7 +15,7 @@ N = 29
 def leaves(
     dtype=torch.float32, own=None, leading=(3, 5), trained=TRAINED, layout="contiguous", N=N
 ):
-    """``z``, magnitude, norm and bias by name; ``own`` is the dtype of the magnitude where it differs."""
+    """``z``, magnitude, norm and bias by name. ``own`` is the dtype of the magnitude if it differs."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.promote_types(own or dtype, torch.float32)
     tensors = {
@@ -39,13 +39,13 @@ def results(tensors, dy, **options):
 
 
 def inverse_of(norm):
-    """Of ``1 / norm``."""
+    """The bound of ``1 / norm``."""
     norm = Bound.of(norm)
     return norm.map(torch.reciprocal, norm.value.square().reciprocal(), 1.0)
 
 
 def bounds(tensors, dy):
-    """The steps of ``dora_scale`` on bounds, rounded where it rounds."""
+    """The steps of ``dora_scale`` on bounds, with its roundings."""
     z, magnitude, norm, bias = tensors.values()
     dtype, width = z.dtype, z.shape[-1]
     inverse = inverse_of(norm)
@@ -69,7 +69,7 @@ def gate_case(
     layout="contiguous",
     N=N,
 ):
-    """The leaves of a gate by name as an ``op_cases.Case``, and the norms; ``own`` is the dtype of the magnitudes."""
+    """An ``op_cases.Case`` with the leaves of a gate by name, and the norms. ``own`` is the dtype of the magnitudes if it differs."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.promote_types(own or dtype, torch.float32)
     found, norms = {}, []
@@ -94,7 +94,7 @@ def gate_case(
 
 
 def gate_bounds(tensors, norms, dh, act):
-    """The steps of ``dora_gate`` on bounds: ``e`` and ``u`` are float32, what is stored is rounded."""
+    """The steps of ``dora_gate`` on bounds. ``e`` and ``u`` are float32; stored results are rounded."""
     dtype, width = dh.dtype, dh.shape[-1]
     dh = Bound.of(dh).reshape(-1, width)
     inverses = [None if norm is None else inverse_of(norm) for norm in norms]

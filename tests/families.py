@@ -1,4 +1,4 @@
-"""More tiny models, of the families whose blocks are built differently; seeded, nothing downloaded."""
+"""More tiny models with seeded weights, of families whose blocks are built differently. Nothing is downloaded."""
 
 import models
 import torch
@@ -102,7 +102,7 @@ NAMES = (*models.NAMES, *_BUILDERS)
 
 
 def family(name: str) -> nn.Module:
-    """A tiny model of one family in evaluation mode: those of ``models`` and the further ones here."""
+    """A tiny model of one family in evaluation mode, from ``models`` or from this file."""
     if name in models.NAMES:
         return models.tiny(name).eval()
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,7 @@
-"""flash-attn's two functions as its docstrings define them, in plain torch, where transformers looks for the library.
+"""flash-attn's two functions in plain torch, as its docstrings define them. Transformers finds them instead of the library.
 
-Source: ``flash_attn_func`` and ``flash_attn_varlen_func`` of flash-attn 2.8: the causal mask ends at the last query and key, a window
-is counted from there, a query that sees nothing gives zero.
+Source: ``flash_attn_func`` and ``flash_attn_varlen_func`` of flash-attn 2.8. The causal mask aligns the last query with the last key. A
+window is relative to this position. A query without visible keys gives zero.
 """
 
 import torch
@@ -12,7 +12,7 @@ NAME = "flash_attention_2"
 
 
 def one(q, k, v, scale, causal, window, softcap):
-    """One sequence: ``[S, H, D]`` over ``[T, H_kv, D]``."""
+    """Attention of one sequence: queries ``[S, H, D]`` over keys ``[T, H_kv, D]``."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = torch.einsum("shd,thd->hst", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -71,7 +71,7 @@ def flash_attn_varlen_func(
 
 
 def install(monkeypatch) -> None:
-    """Let transformers find them, by the name that a model's config gives and by no other."""
+    """Let transformers find the two functions, only by the name that a model's config gives."""
 
     def find(name, *_, **__):
         if name != NAME:
@@ -83,7 +83,7 @@ def install(monkeypatch) -> None:
 
 
 def use(model: nn.Module) -> nn.Module:
-    """``set_attn_implementation``, which would ask for the library and a GPU."""
+    """Select flash attention in a model's configs. ``set_attn_implementation`` would require the library and a GPU."""
     for module in model.modules():
         config = module.__dict__.get("config")
         if config is not None:

@@ -1,4 +1,4 @@
-"""A module of one's own under PEFT's LoRA in float64, and its fused twin."""
+"""A given module with PEFT's LoRA in float64, and a fused copy."""
 
 import copy
 
@@ -11,7 +11,7 @@ from peftkit import accelerate
 
 
 def adapt(module, targets=None, **config):
-    """``module`` in float64 with LoRA on its linears, and a fused twin."""
+    """``module`` in float64 with LoRA on its linears, and a fused copy."""
     module = nn.Sequential(module).double()
     names = targets or [n.split(".")[-1] for n, m in module.named_modules() if type(m) is nn.Linear]
     plain = get_peft_model(module, LoraConfig(r=4, target_modules=names, **config))

@@ -26,7 +26,7 @@ def make(
     trained=NAMES,
     sizes=(K, N),
 ):
-    """The tensors by name; ``sizes`` are those of a row of x and of y."""
+    """The tensors by name. ``sizes`` are the lengths of a row of x and of a row of y."""
     (K, N), generator, factors = sizes, torch.Generator().manual_seed(0), factors or dtype
     leaves = {
         "y": draw((M, N), dtype, generator, layout),
@@ -44,9 +44,10 @@ def output_grad(leaves):
 
 
 def bounds(leaves, ids, dy, tile=None):
-    """By name, in the roundings of the kernels, or with ``tile`` rows a tile in those of the torch schedule.
+    """Bounds by name: with the roundings of the kernels or, if ``tile`` is given, of the torch schedule with ``tile`` rows per tile.
 
-    The kernels multiply float32 sums by the scale; torch rounds the scale, each product, and what every tile adds to a gradient.
+    The kernels multiply float32 sums by the scale. The torch schedule rounds the scale, each product, and the share of each tile in
+    a gradient.
     """
     dtype = leaves["x"].dtype
     wide = torch.promote_types(dtype, leaves["A"].dtype)

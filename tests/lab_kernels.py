@@ -1,4 +1,4 @@
-"""Small kernels, right and wrong, that the tools of ``peftkit_kernels.lab`` are tested on."""
+"""Small right and wrong kernels for the tests of ``peftkit_kernels.lab``."""
 
 import triton
 import triton.language as tl
@@ -73,7 +73,7 @@ def smaller(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def copy_row(x_ptr, y_ptr, N, stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """One row a program; without ``WIDE`` its offset overflows on large tensors."""
+    """Each program handles one row. Without ``WIDE`` its offset overflows on large tensors."""
     row = tl.program_id(0)
     if WIDE:
         row = row.to(tl.int64)
@@ -90,7 +90,7 @@ def write_program_id(y_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def shift(x_ptr, BLOCK: tl.constexpr):
-    """Reads what the next program overwrites."""
+    """Reads elements that the next program overwrites."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs + BLOCK)
     tl.store(x_ptr + offs, x)
@@ -98,7 +98,7 @@ def shift(x_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def count(x_ptr, n_ptr, BLOCK: tl.constexpr, PLAIN: tl.constexpr):
-    """Adds the sums of blocks to one number, atomically; ``PLAIN`` writes to it in between."""
+    """Adds the sums of blocks to one number atomically. With ``PLAIN`` it also writes to the number without atomics."""
     x = tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
     tl.atomic_add(n_ptr, tl.sum(x, 0))
     if PLAIN:

@@ -22,7 +22,7 @@ def subsets(names):
 
 
 def draw(shape, dtype, generator, layout="contiguous"):
-    """A normal tensor; ``wide_rows`` is a window at an odd offset of something wider."""
+    """A tensor of normal numbers. The layout ``wide_rows`` is a view of a wider tensor at an odd offset."""
     values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     if layout == "contiguous" or len(shape) < 2:
         return values
@@ -37,14 +37,14 @@ def draw(shape, dtype, generator, layout="contiguous"):
 
 @dataclass
 class Projection:
-    """One frozen linear and its adapter, with what of it is trained."""
+    """One frozen linear and its adapter."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     lora: LoRA | None
 
     def tensors(self):
-        """The parameters by name, without what is absent."""
+        """The parameters by name, without those that are ``None``."""
         factors = {} if self.lora is None else {"A": self.lora.A, "B": self.lora.B}
         bias = {} if self.bias is None else {"bias": self.bias}
         return {"weight": self.weight, **bias, **factors}
@@ -52,7 +52,7 @@ class Projection:
 
 @dataclass
 class Shape:
-    """Sizes and options of one case; the defaults divide nothing and have every part."""
+    """Sizes and options of one case. No tile size divides the defaults, and the defaults have every part."""
 
     x: tuple = (3, 5, 33)
     rank: int = 4
@@ -67,12 +67,12 @@ class Shape:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def input(self):
-        """``x``."""
+        """The input ``x``."""
         x = draw(self.x, self.dtype, self.generator, self.layout)
         return x.requires_grad_(self.trains("x"))
 
     def projection(self, N, K, suffix=""):
-        """A projection; its tensors are trained where ``trained`` names them with ``suffix``."""
+        """A projection. A tensor is trained if ``trained`` contains its name with ``suffix``."""
         bias = draw((N,), self.dtype, self.generator) if self.bias else None
         if bias is not None:
             bias.requires_grad_(self.trains("bias" + suffix))
@@ -90,7 +90,7 @@ class Shape:
         return LoRA(A, B, self.scale, self.p, seed if self.p else 0)
 
     def trains(self, name):
-        """Whether the tensor of that name requires a gradient; all but the weights do by default."""
+        """Whether the tensor of this name requires a gradient. By default all tensors except the weights do."""
         return self.trained is None or name in self.trained
 
 
@@ -102,7 +102,7 @@ def gradients(outputs, grads, leaves):
 
 
 class Linear:
-    """The steps of a linear with its adapter on rows ``[M, K]``, rounded where the torch schedule rounds."""
+    """The steps of a linear with its adapter on rows ``[M, K]``, with the roundings of the torch schedule."""
 
     def __init__(self, x: Bound, part: Projection, dtype: torch.dtype):
         self.x, self.part, self.dtype = x, part, dtype
@@ -133,7 +133,7 @@ class Linear:
         return y.addmm(self.s, self.B.T, self.part.lora.scale).round(self.dtype)
 
     def backward(self, dy: Bound) -> dict[str, Bound]:
-        """The gradients of the parameters; ``ds`` is kept for ``input_grad``."""
+        """The gradients of the parameters. ``ds`` is kept for ``input_grad``."""
         grads = {"bias": dy.sum(0).round(self.dtype)}
         if self.part.lora is None:
             return grads
@@ -148,7 +148,7 @@ class Linear:
         return product.round(self.factors)
 
     def add_update(self, dx: Bound) -> Bound:
-        """The adapter's part added to the input gradient ``dx``."""
+        """The input gradient ``dx`` with the adapter's part added."""
         if self.part.lora is None:
             return dx
         if not self.part.lora.p:
@@ -157,7 +157,7 @@ class Linear:
 
 
 def add_updates(dx, linears):
-    """``add_update`` of several linears of one input: one product for all of those without dropout."""
+    """``add_update`` for several linears on one input, with one product for all linears without dropout."""
     shared = [linear for linear in linears if linear.part.lora and not linear.part.lora.p]
     if shared:
         ds = Bound.cat([linear.ds for linear in shared], 1)
@@ -178,7 +178,7 @@ def input_grad(linears, dys):
 
 
 def explicit(x, part):
-    """The same linear from elementary torch ops, differentiated by autograd; for comparisons in float64."""
+    """The same linear in elementary torch ops that autograd differentiates, for comparisons in float64."""
     y = x @ part.weight.T
     if part.bias is not None:
         y = y + part.bias
@@ -206,11 +206,11 @@ def derivative(e, act):
 
 
 def activation_and_slope(e, act, ulps=8.0):
-    """Bounds on ``act(e)`` and ``act'(e)``, each evaluated with an error of ``ulps`` of what cancels on the way."""
+    """Bounds on ``act(e)`` and ``act'(e)``. Each has an evaluation error of ``ulps`` of the largest terms that cancel."""
 
     def terms(v):
         return 1 + v.abs() * (1 + 0.15 * v.square())
 
-    # the largest first derivatives of the three are 1.10 and 1.13, the second 0.5 and 0.8
+    # the largest first derivatives are 1.10 (silu) and 1.13 (gelu), the largest second derivatives 0.5 and 0.8
     value = e.map(lambda v: activation(v, act), 1.13, ulps, terms)
     return value, e.map(lambda v: derivative(v, act), 0.8, ulps, terms)

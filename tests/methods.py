@@ -1,4 +1,4 @@
-"""Every method of ours and every mix of them, as configs; a tiny model with one, new or as if trained."""
+"""Configs of every method of peftkit and every mix, and tiny models with a new or a seemingly trained adapter."""
 
 import models
 import torch
@@ -41,18 +41,18 @@ METHODS = {
 
 
 def wrapped(method: str, name: str, **changes) -> PeftModel:
-    """Tiny model ``name`` in evaluation mode with a new adapter, the same each time."""
+    """Tiny model ``name`` in evaluation mode with a new adapter. It is the same each time."""
     return on(models.tiny(name, **changes).eval(), method)
 
 
 def on(base: nn.Module, method: str) -> PeftModel:
-    """``base`` with a new adapter, the same each time."""
+    """``base`` with a new adapter. It is the same each time."""
     torch.manual_seed(0)
     return wrap(base, *METHODS[method]())
 
 
 def trained(model: PeftModel) -> PeftModel:
-    """Every trainable number drawn anew, as if by training."""
+    """Replace every trainable value by a random one, as if the adapter were trained."""
     generator = torch.Generator().manual_seed(7)
     for parameter in model.parameters():
         if parameter.requires_grad:

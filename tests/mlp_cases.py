@@ -11,7 +11,7 @@ NAMES = tuple(name + linear for linear in LINEARS for name in ("bias", "A", "B")
 
 
 def make(p=(0.0, 0.0, 0.0), adapted=LINEARS, biased=LINEARS, inner=INNER, **options):
-    """``x`` and the three projections of a case; options as ``Shape``."""
+    """``x`` and the three projections of a case. Options are those of ``Shape``."""
     case = Shape(**({"x": (17, 33)} | options))
     x, K = case.input(), case.x[-1]
     rank, parts = case.rank, []
@@ -30,7 +30,7 @@ def named(x, parts):
 
 
 def tensors(parts):
-    """Weights, biases and adapters, as the op takes them."""
+    """Weights, biases and adapters in the form that the op takes."""
     return zip(*((part.weight, part.bias, part.lora) for part in parts), strict=True)
 
 

@@ -1,4 +1,4 @@
-"""Gated MLPs written out: the known formula in several styles, and activations."""
+"""Gated MLPs with the known formula in several styles, and activations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JOINT = ("gate_up_proj", "down_proj")
 
 
 class MLP(nn.Module):
-    """A gated MLP; subclasses change its forward or add settings."""
+    """A gated MLP. Subclasses change the forward or add settings."""
 
     def __init__(self, act: object = None, **settings: object):
         super().__init__()
@@ -27,7 +27,7 @@ class MLP(nn.Module):
             setattr(self, name, value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Llama's."""
+        """The forward of Llama's MLP."""
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -40,7 +40,7 @@ class JointMLP(MLP):
         self.gate_up_proj = nn.Linear(WIDTH, 2 * SIZE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Phi-3's."""
+        """The forward of Phi-3's MLP."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(up * self.act_fn(gate))
 
@@ -51,7 +51,7 @@ def mlp(forward: object, act: object = None, base: type = MLP, **settings: objec
 
 
 def names_of(module: nn.Module) -> tuple[str, ...]:
-    """Its linears."""
+    """The names of its linears."""
     return JOINT if isinstance(module, JointMLP) else NAMES
 
 
@@ -110,7 +110,7 @@ STYLES = {
     "chunk": JointMLP(),
     **{f.__name__: mlp(f, base=JointMLP) for f in (split, split_by_sizes, slices)},
 }
-"""Modules that are the formula with SiLU."""
+"""Modules with the known formula and SiLU."""
 
 ACTIVATIONS = {
     "silu": [nn.SiLU(), F.silu, ACT2FN["silu"], ACT2FN["swish"]],
@@ -131,4 +131,4 @@ OTHER_ACTIVATIONS = {
     "learnt": nn.PReLU(),
 }
 del OTHER_ACTIVATIONS["gelu_pytorch_tanh"]
-"""Activations that have no fused form; some compute one in steps, each of which rounds."""
+"""Activations without a fused form. Some compute a known activation in several steps, each with a rounding."""

@@ -302,4 +302,4 @@ def _planted():
 
 
 NEAR_MISSES = _planted()
-"""MLPs that are none of the formulas, by what they do instead."""
+"""MLPs without a known formula, by their difference from it."""

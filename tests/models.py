@@ -164,10 +164,10 @@ def tiny(name: str, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32)
     Args:
         name: One of ``NAMES``.
         dropout: Probability for every dropout of the architecture.
-        dtype: Of all parameters; the seeded weights are drawn in float32 and then cast.
+        dtype: Dtype of all parameters. The seeded weights are drawn in float32 and then cast.
     """
     if name not in _BUILDERS:
-        raise ValueError(f"name={name!r} is not a tiny model; there are {', '.join(NAMES)}")
+        raise ValueError(f"name={name!r} is not a tiny model; the names are {', '.join(NAMES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _BUILDERS[name](dropout)

@@ -1,11 +1,11 @@
-"""Plant every bug of ``mutations.py`` and ``mutations_of_weights.py``, run its test, and say which bug went unnoticed.
+"""Plant every bug of ``mutations.py`` and ``mutations_of_weights.py``, run its test, and report the bugs that no test detects.
 
-    python tests/mutate.py            # all of them, minutes
+    python tests/mutate.py            # all of them; takes minutes
     python tests/mutate.py --quick    # one of every kind
     python tests/mutate.py --kernel xent_kernel
 
-Exits with status 1 where a bug survives, or a test fails without one. Everything runs in this process: a kernel's source is
-changed, compiled anew and put in the place of the original.
+The exit status is 1 if a bug is not detected, or if a test fails without a bug. Everything runs in this process: a kernel's source is
+changed and compiled, and the result replaces the original.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: list[str]) -> int:
-    """Run those asked for and print a line each."""
+    """Run the selected bugs and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one bug of every kind")
     parser.add_argument("--kernel", help="only the bugs of this kernel")
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(*tests: str) -> tuple[pytest.ExitCode, str]:
-    """The outcome of some tests, and the one that failed first."""
+    """Run some tests; returns the outcome, and the test that failed first."""
     first = _FirstFailure()
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -70,7 +70,7 @@ def run(*tests: str) -> tuple[pytest.ExitCode, str]:
 
 
 class _FirstFailure:
-    """Remembers the first test that failed, and why in a few words."""
+    """Records the first test that failed, with a short reason."""
 
     test = ""
 
@@ -82,11 +82,11 @@ class _FirstFailure:
 
 @contextlib.contextmanager
 def planted(mutation: Mutation) -> Iterator[None]:
-    """The bug is in the code of this process inside."""
+    """Inside this context the code of this process has the bug."""
     module = importlib.import_module(f"peftkit_kernels.{mutation.module}")
     before = dict(vars(module))
     with tempfile.TemporaryDirectory() as folder:
-        # Triton reads a kernel's source from the file its code names
+        # Triton reads a kernel's source from the file that its code object names
         path = Path(folder) / f"{mutation.kernel}.py"
         path.write_text(mutated_source(Path(module.__file__ or "").read_text(), mutation))
         exec(compile(path.read_text(), str(path), "exec"), vars(module))
@@ -110,7 +110,7 @@ def _functions(module: ModuleType, path: Path) -> list[str]:
 
 
 def _exchange(kernels: dict[object, object]) -> None:
-    """Put kernels into the place of others wherever a module of ours has imported them."""
+    """Replace kernels by others in every module of ``peftkit_kernels`` that has imported them."""
     new = {id(old): value for old, value in kernels.items()}
     for name, module in list(sys.modules.items()):
         if name.startswith("peftkit_kernels"):
@@ -119,10 +119,10 @@ def _exchange(kernels: dict[object, object]) -> None:
 
 
 def mutated_source(source: str, mutation: Mutation) -> str:
-    """``source`` with the bug in it.
+    """``source`` with the bug.
 
     Raises:
-        ValueError: There is no such kernel, or what is to be changed does not occur exactly once in it.
+        ValueError: There is no such kernel, or the text to replace does not occur exactly once in the kernel.
     """
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name == mutation.kernel:

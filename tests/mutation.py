@@ -1,17 +1,17 @@
-"""What a bug planted into a kernel is; ``mutations.py`` and ``mutations_of_weights.py`` have a line for each."""
+"""The class of a planted bug. ``mutations.py`` and ``mutations_of_weights.py`` have a line for each bug."""
 
 from dataclasses import dataclass
 
 KINDS = ("stride", "mask", "scale", "tile", "race", "int32", "rule")
-"""A wrong stride, a missing mask, a dropped factor, a tile too few or too many, two programs storing to one place, a row offset in
-int32, another rule (a term or a mask that is not the definition's)."""
+"""A wrong stride, a missing mask, a missing factor, a tile too few or too many, two programs that store to the same place, a row
+offset in int32, another rule (a term or a mask that differs from the definition)."""
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """A bug: ``old`` becomes ``new`` in ``kernel`` of ``module`` (below ``peftkit_kernels``), noticed by ``test``.
+    """A bug: ``old`` is replaced by ``new`` in ``kernel`` of ``module`` (in ``peftkit_kernels``), and ``test`` must detect it.
 
-    ``old`` has to occur exactly once in the kernel.
+    ``old`` must occur exactly once in the kernel.
     """
 
     module: str

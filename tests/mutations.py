@@ -1,7 +1,7 @@
-"""Bugs planted into kernels, one line each, and the test that has to notice.
+"""Planted bugs in kernels, one line each, with the test that must detect the bug.
 
-A new kernel needs one mutation of every kind that makes sense for it; those of kernels that read the frozen weight are in
-``mutations_of_weights.py``.
+A new kernel needs one mutation of every kind that applies. ``mutations_of_weights.py`` has the mutations of kernels that read the frozen
+weight.
 """
 
 from mutation import bugs_of, tests_of

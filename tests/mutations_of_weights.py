@@ -1,4 +1,4 @@
-"""Bugs planted into the kernels that read or scale by the frozen weight: quantised linears and DoRA; ``mutations.py`` has the others."""
+"""Planted bugs in kernels that use the frozen weight: quantised linears and DoRA. ``mutations.py`` has the others."""
 
 from mutation import bugs_of, tests_of
 

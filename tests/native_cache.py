@@ -1,6 +1,6 @@
-"""Libraries in a cache folder that must not be loaded; as a program, loads each in a process of its own.
+"""Cached libraries that must not be loaded.
 
-``python tests/native_cache.py FOLDER`` prints, as JSON, what ``build.load`` says about each case of ``CASES``.
+``python tests/native_cache.py FOLDER`` loads each case of ``CASES`` and prints the messages of ``build.load`` as JSON.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ torch.testing.assert_close(native.rms_norm(x, weight, 1e-5, 0.0)[0], expected)
 
 
 class Cached:
-    """A library in a cache folder of its own."""
+    """A library in a separate cache folder."""
 
     def __init__(self, root: Path, library: Path):
         self.root, self.library = root, library
         self.folder, self.checksum = library.parent, library.with_suffix(".sha256")
 
     def replace(self, content: bytes, with_checksum: bool = False) -> None:
-        """Put other content in place of the library; ``with_checksum`` makes the file beside it fit.
+        """Replace the content of the library; ``with_checksum`` also updates the checksum file.
 
-        It is a new file: a library that is loaded must not change.
+        This writes a new file, because a loaded library must not change.
         """
         self.library.unlink()
         self.library.write_bytes(content)
@@ -105,7 +105,7 @@ if os.geteuid() == 0:
 
 
 def load_doubtful(folder: Path) -> dict[str, dict[str, str]]:
-    """By case, what is said with a compiler, in the next process, and without one."""
+    """By case, the messages with a compiler, in the next process, and without a compiler."""
     from peftkit_kernels import native
     from peftkit_kernels.native import build
 
@@ -117,7 +117,7 @@ def load_doubtful(folder: Path) -> dict[str, dict[str, str]]:
     os.environ["XDG_CACHE_HOME"] = str(folder / "first")
     built = build.load(native.SYMBOLS).path
     assert built is not None, native.obstacle()
-    # a compiler that is quick: it has built the library before
+    # a fast stand-in for the compiler, which copies the library that was built before
     copy = folder / "cc"
     copy.write_text(
         f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nexec {shutil.which("cp")} {built} "$2"\n'

@@ -8,9 +8,10 @@ from peftkit_kernels.testing import Bound
 
 EPS = 1e-5
 RSQRT_ULPS = 2.0
-"""Error of the GPU's approximation, CUDA C++ Programming Guide, table of intrinsic functions; a division by a root has less."""
+"""Largest error of the GPU's approximation (CUDA C++ Programming Guide, table of intrinsic functions). A division by a root has a
+smaller error."""
 RMS = {"llama": (0.0, True), "gemma": (1.0, False), "both": (1.0, True)}
-"""Offset and whether the normalised value is rounded before the weight."""
+"""Offset, and whether the normalised value is rounded before the product with the weight."""
 KINDS = (*RMS, "layer", "layer_no_bias")
 
 
@@ -23,7 +24,7 @@ def make(shape=(17, 33), dtype=torch.float32, layout="contiguous", weight_dtype=
 
 
 def apply(kind, x, weight, bias, **options):
-    """One of ``KINDS``; options as those of the ops."""
+    """Apply the norm ``kind``, one of ``KINDS``. Options are those of the ops."""
     if kind in RMS:
         offset, round_first = RMS[kind]
         return frozen_rms_norm(x, weight, EPS, offset=offset, round_first=round_first, **options)
@@ -31,7 +32,7 @@ def apply(kind, x, weight, bias, **options):
 
 
 def bounds(kind, x, weight, bias, dy):
-    """Bounds on the output and the input gradient, in the roundings of the definitions."""
+    """Bounds on the output and the input gradient, with the roundings of the definitions."""
     rows, K, dtype = Bound.of(x.reshape(-1, x.shape[-1])), x.shape[-1], x.dtype
     offset, round_first = RMS.get(kind, (0.0, False))
     centred = rows if kind in RMS else rows - rows.sum(1, keepdim=True) * (1 / K)
@@ -40,7 +41,7 @@ def bounds(kind, x, weight, bias, dy):
         eps = eps.round(torch.float32)
     square = (centred * centred).sum(1, keepdim=True) * (1 / K)
     square = square + Bound(eps.value, eps.error, rows.unit)
-    # the derivative of v^(-1/2), where it is largest within the error
+    # the largest derivative of v^(-1/2) within the error
     steepest = 0.5 * (square.value - square.error).pow(-1.5)
     rstd = square.map(torch.rsqrt, steepest, RSQRT_ULPS)
     n = centred * rstd

@@ -1,4 +1,4 @@
-"""Norms written out: the known formulas in several styles."""
+"""Norms with the known formulas in several styles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WIDTH = 16
 
 
 class Norm(nn.Module):
-    """A norm over the last axis; subclasses change its forward or add settings."""
+    """A norm over the last axis. Subclasses change the forward or add settings."""
 
     def __init__(
         self, width: int = WIDTH, eps: float = 1e-6, bias: bool = False, **settings: object
@@ -26,7 +26,7 @@ class Norm(nn.Module):
         return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Llama's."""
+        """The forward of Llama's norm."""
         return self.weight * self._norm(x.float()).to(x.dtype)
 
 
@@ -76,7 +76,7 @@ def sum_by_width(self, x):
 
 
 def promoted(self, x):
-    # T5's: x is cast by the product
+    # T5's formula: the product casts x
     variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
     h = x * torch.rsqrt(variance + self.eps)
     if self.weight.dtype in [torch.float16, torch.bfloat16]:
@@ -89,7 +89,7 @@ def unsqueezed(self, x):
     return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1).unsqueeze(-1) + self.eps)).to(x.dtype)
 
 
-# Gemma's: one more than the weight, rounded at the end.
+# Gemma's formula: one is added to the weight, and the result is rounded at the end.
 
 
 def gemma(self, x):
@@ -150,7 +150,7 @@ RMS = {
     (1.0, False): [gemma, gemma_swapped],
     (0.0, False): [wide, wide_promoted, torch_rms],
 }
-"""Forwards by offset and whether they round first."""
+"""Forwards by offset, and by whether they round before the product with the weight."""
 
 LAYER = {False: [layer], True: [layer_by_var, torch_layer, torch_layer_in_float32]}
-"""Forwards by whether they have a bias."""
+"""Forwards by whether they use a bias."""

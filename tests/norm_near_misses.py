@@ -374,7 +374,7 @@ def _planted(prefix):
 
 
 NEAR_MISSES = _planted("_miss_")
-"""Norms that are none of the formulas in any dtype, by what they do instead."""
+"""Norms without a known formula in any dtype, by their difference from it."""
 
 OTHER_CASTS = _planted("_cast_")
-"""Norms that are one of the formulas in float32, where there is nothing to cast, and none in 16 bits."""
+"""Norms with a known formula in float32, in which there are no casts, and without one in 16 bits."""

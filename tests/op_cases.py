@@ -1,4 +1,4 @@
-"""One small case of every op, built alike, for what all of them promise."""
+"""One small case of every op, for the tests of what all ops promise."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,10 +25,10 @@ WIDTH, INNER = 33, 21
 
 @dataclass(frozen=True)
 class Case:
-    """An op applied to tensors by name; all but the weights require a gradient.
+    """An op applied to tensors by name. All tensors except the weights require a gradient.
 
-    ``made_from`` names those of which it keeps what it has made from them; ``stored`` is what it computes with besides the
-    leaves, such as a quantised weight.
+    ``made_from`` names the tensors of which the op saves a derived tensor instead. ``stored`` is another input of the op that is no
+    leaf, such as a quantised weight.
     """
 
     leaves: dict[str, torch.Tensor]
@@ -37,12 +37,12 @@ class Case:
     stored: Any = None
 
     def outputs(self, **options):
-        """What the op returns, as a tuple."""
+        """The results of the op as a tuple."""
         outputs = self.apply(self.leaves, **options)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def at(self, **leaves):
-        """The same op at other tensors."""
+        """The same op on other tensors."""
         return replace(self, leaves=self.leaves | leaves)
 
     @property
@@ -103,7 +103,7 @@ def _linear(x, weights, biases, loras, **options):
 
 
 def _quantized(shape, op, quantize):
-    """A linear on a stored weight, which is no tensor and therefore no leaf."""
+    """A linear on a quantised weight, which is no tensor and therefore no leaf."""
     x, part = shape.input(), shape.projection(29, WIDTH)
     stored = quantize(part.weight.float())
     leaves = {"x": x, "bias": part.bias, "A": part.lora.A, "B": part.lora.B}
@@ -140,7 +140,7 @@ def _bottleneck(shape):
 
 
 def _dora(shape):
-    """With a frozen magnitude: where it is trained the output is kept, and may not be changed in place."""
+    """DoRA with a frozen magnitude. With a trained magnitude the output is saved and must not be changed in place."""
     x, part = shape.input(), shape.projection(29, WIDTH)
     magnitude = draw((29,), shape.factors or shape.dtype, shape.generator).abs() + 0.5
     leaves = {"x": x, **part.tensors(), "magnitude": magnitude}
@@ -154,7 +154,7 @@ def _dora(shape):
 
 
 def _scale_of(shape, suffix=""):
-    """The leaves of one ``Scale``, and its norm, which is no leaf."""
+    """The leaves of one ``Scale``, and its norm, which is not a leaf."""
     dtype = shape.factors or shape.dtype
     leaves = {
         f"magnitude{suffix}": draw((WIDTH,), dtype, shape.generator).requires_grad_(),
@@ -246,5 +246,5 @@ LINEAR_NAMES = (*NAMES[:2], *NAMES[3:6], "dora_linear", "dora_scale", "grouped_l
 
 
 def build(name, leading=(3, 5), **options):
-    """The case of an op; options as ``lora_cases.Shape``."""
+    """The case of an op. Options are those of ``lora_cases.Shape``."""
     return _BUILDERS[name](Shape(x=(*leading, WIDTH), **options))

@@ -1,4 +1,4 @@
-"""What every op promises alike, as checks of a case (``op_cases.Case``) or of what builds one."""
+"""Checks of what every op promises. Each takes a case (``op_cases.Case``) or a function that builds one."""
 
 import op_cases
 import pytest
@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def assert_equal(actual, expected):
-    """The same names and bits."""
+    """Assert that names and bits are equal."""
     assert actual.keys() == expected.keys()
     assert len(actual) > 1
     for name, value in actual.items():

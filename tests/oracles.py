@@ -1,4 +1,4 @@
-"""Comparison with a formula written out independently, in float64."""
+"""Comparison with an independent formula in float64."""
 
 import torch
 
@@ -9,12 +9,12 @@ LIMIT = 1e-6
 def assert_equals(
     actual: torch.Tensor, oracle: torch.Tensor, dtype: torch.dtype | None = None
 ) -> None:
-    """Raise where ``actual`` is further from ``oracle`` than ``LIMIT``, or in float64 than as many of its roundings.
+    """Assert that the error of ``actual`` against ``oracle`` is at most ``LIMIT``, or the same number of roundings of another dtype.
 
     Args:
-        actual: What the library gives.
-        oracle: The same in float64.
-        dtype: What ``actual`` is computed in, where that is narrower than what it is returned in.
+        actual: The result of the library.
+        oracle: The result of the formula in float64.
+        dtype: The dtype in which ``actual`` was computed, if it is narrower than that of ``actual``.
     """
     assert actual.shape == oracle.shape
     roundings = LIMIT / torch.finfo(torch.float32).eps

@@ -1,4 +1,4 @@
-"""Stock PEFT and fused models with the same weights, what one step of each gives, and which ops ran."""
+"""Stock PEFT and fused models with the same weights, the results of one step of each, and the ops that ran."""
 
 import copy
 from collections import Counter
@@ -38,7 +38,7 @@ def adapted(model, **config):
 
 
 def fill_factors(model, seed=0):
-    """Give every LoRA parameter a seeded value, so that nothing hides behind a zero."""
+    """Give every LoRA parameter a seeded value, so that no zero hides an error."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -50,7 +50,7 @@ def fill_factors(model, seed=0):
 
 
 def pair(name, dtype=torch.float32, logit_free=True, **config):
-    """A stock model and its fused twin."""
+    """A stock model and a fused copy."""
     plain = stock(name, dtype, **config)
     return plain, accelerate(copy.deepcopy(plain), logit_free=logit_free)
 
@@ -72,7 +72,7 @@ def step(model, batch, loss_of=None):
 
 
 def loss_from_logits(model, batch):
-    """A causal model's loss in the dtype of its logits; transformers' own rounds them to float32."""
+    """A causal model's loss in the dtype of its logits. Transformers' own loss rounds them to float32."""
     logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
@@ -83,14 +83,14 @@ def in_float64(model):
 
 
 def assert_equal(actual, expected):
-    """The same names and bits."""
+    """Assert that names and bits are equal."""
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         assert torch.equal(value, expected[name]), name
 
 
 def assert_close(actual, expected, rtol):
-    """Every value within ``rtol`` of the largest element of the expected one, which is not zero."""
+    """Assert that every value is within ``rtol`` of the largest element of the expected one, which must not be zero."""
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         size = expected[name].abs().max()
@@ -100,9 +100,9 @@ def assert_close(actual, expected, rtol):
 
 
 def assert_as_good(plain, fused, name, dtype=torch.float32):
-    """Over four batches of ``name``, ``fused`` is about as near to float64 as ``plain``; see ``assert_near_enough``.
+    """Assert that over four batches of ``name`` ``fused`` is about as close to float64 as ``plain``; see ``assert_near_enough``.
 
-    A 16-bit ``dtype`` other than that of the models' weights runs them under autocast.
+    If ``dtype`` is a 16-bit dtype other than that of the models' weights, the models run under autocast.
     """
     truth, runs = in_float64(plain), []
     loss_of = loss_from_logits if name in models.CAUSAL_NAMES else None
@@ -116,14 +116,14 @@ def assert_as_good(plain, fused, name, dtype=torch.float32):
 
 
 def assert_near_enough(runs, dtype=torch.float32):
-    """Over all runs, at most twice the error of plain torch.
+    """Assert that the error over all runs is at most twice that of plain torch.
 
-    One value is a few correlated numbers, where plain torch may be lucky; it may be four times as far off, and a rounding
-    to ``dtype``.
+    A single value has few correlated numbers, so the error of plain torch may be small by chance. Its error may be four times that
+    of plain torch plus a rounding to ``dtype``.
 
     Args:
-        runs: What ``step`` gives by the fused model, the plain one and in float64, for each batch.
-        dtype: Of the computation.
+        runs: For each batch, the results of ``step`` for the fused model, the plain model and the model in float64.
+        dtype: The dtype of the computation.
     """
     squares = {}
     for *computed, exact in runs:
@@ -155,7 +155,7 @@ def counted(monkeypatch):
     with monkeypatch.context() as patch:
         for op in OPS:
             patch.setattr(op, "forward", staticmethod(counting(op.__name__, op.forward)))
-        # the first thing PEFT's forward does; a replaced forward itself would be noticed
+        # PEFT's forward calls this first. Replacing the forward itself would be detected.
         check = Linear._check_forward_args
         patch.setattr(Linear, "_check_forward_args", counting("peft", check))
         yield calls

@@ -1,4 +1,4 @@
-"""Every op that takes an adapter beside PEFT's own eager layers, which say how precise it has to be in each pair of dtypes."""
+"""Every op with an adapter, and PEFT's own eager layer, whose error is the measure for the op in each pair of dtypes."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from peftkit_kernels.quantized import dequantize_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PAIRS = [(x, factors) for x in DTYPES for factors in DTYPES]
-"""Of the frozen weights and the activations, and of the factors."""
+"""Pairs of dtypes: that of the frozen weights and activations, and that of the factors."""
 ROWS, SCALE, RANK = (6, 40), 1.7, 4
 
 
@@ -59,7 +59,7 @@ def _dora_linear(leaves, case):
     x, weight, bias, A, B, magnitude = leaves.values()
     y = F.linear(x, weight, bias)
     x = x.to(A.dtype)
-    # a row at a time, as PEFT does it by a product with an identity matrix
+    # one row at a time; PEFT uses a product with an identity matrix
     merged = weight.to(x.dtype) + SCALE * (B @ A).to(x.dtype)
     norm = torch.linalg.norm(merged, dim=1).to(x.dtype).detach()
     factor = (magnitude / norm).view(1, -1)
@@ -99,7 +99,7 @@ EAGER = {
 
 
 def make(name, dtype, factors, rows=ROWS):
-    """The case of an op; of DoRA the magnitude is trained too."""
+    """The case of an op. The magnitude of DoRA is trained too."""
     options = {"dtype": dtype, "factors": factors, "scale": SCALE, "rank": RANK}
     if name.startswith("linear_cross_entropy"):
         reduction = "none" if name.endswith("by_rows") else "mean"
@@ -133,13 +133,13 @@ def _head_case(rows, dtype, factors, reduction):
 
 
 def results(outputs, leaves, size=1.0):
-    """Outputs and gradients by name, for output gradients of the given size that are the same in every dtype."""
+    """Outputs and gradients by name. The output gradients have the given size and the same values in every dtype."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
     grads = []
     for y in outputs:
         grad = draw(tuple(y.shape), torch.float64, generator) * size
-        # a number that every dtype here has: three bits and a small exponent
+        # three bits and a small exponent, so that every dtype here can represent the number
         mantissa, exponent = torch.frexp(grad)
         grads.append(torch.ldexp((mantissa * 8).round() / 8, exponent).to(y.dtype))
     trained = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
@@ -152,9 +152,9 @@ def results(outputs, leaves, size=1.0):
 
 
 def errors(case, name, size=1.0, **options):
-    """By name: the relative error of the op, and that of PEFT's eager layer, both against float64.
+    """By name, the relative error of the op, and that of PEFT's eager layer, both against float64.
 
-    The error of a single number is a matter of luck, so a mean loss is left out.
+    The error of a single number is random, so a mean loss is left out.
     """
     eager = EAGER[name]
     actual = results(case.outputs(**options), case.leaves, size)

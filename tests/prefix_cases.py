@@ -20,7 +20,7 @@ MASKS = ("none", "causal", "padding", "causal padding", "causal and padding")
 
 
 def make(shape, dtype=torch.float32, gated=False, prefix_dtype=None, trained=None):
-    """The tensors by name, positions before heads as attention modules lay them out, and the gradient of the output."""
+    """The tensors by name, with the strides of attention modules (positions before heads), and the gradient of the output."""
     B, H, G, S, T, P, D = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -42,7 +42,7 @@ def make(shape, dtype=torch.float32, gated=False, prefix_dtype=None, trained=Non
 
 
 def masking(shape, kind):
-    """The options of a kind of mask; the last sequence is padded on the left and starts with queries that see no key."""
+    """The options of a kind of mask. The last sequence is padded on the left and starts with queries without visible keys."""
     B, _, _, S, T, _, _ = shape
     if kind == "none" or (kind == "causal" and S != T):
         return {}
@@ -63,14 +63,14 @@ def run(leaves, dout, op=prefix_attention, **options):
 
 
 def visible(shape, options):
-    """``Bool[B, 1, S, T]``: the keys besides the prefix that the options let a query see."""
+    """``Bool[B, 1, S, T]``: the keys that the options make visible to a query, without the prefix."""
     B, _, _, S, T, _, _ = shape
     seen = options.get("mask", torch.ones(B, 1, S, T, dtype=torch.bool))
     return seen.tril() if options.get("causal") else seen
 
 
 def check(shape, leaves, dout, **options):
-    """Every result within its bound."""
+    """Assert that every result is within its bound."""
     actual = run(leaves, dout, **options)
     expected = attention_bounds(leaves, dout, shape[-1] ** -0.5, visible(shape, options))
     assert actual.keys() == expected.keys() == {"out", *leaves}

@@ -1,4 +1,4 @@
-"""Tiny models with KV prefixes, of which a wrong one shows in the output."""
+"""Tiny models with KV prefixes that are large enough to change the output."""
 
 import families
 import torch
@@ -8,11 +8,11 @@ from peftkit.prefix import Prefix, PrefixConfig, add_prefixes
 
 P = 3
 EAGER_ONLY = ("gemma2", "gpt_oss")
-"""Families that ``sdpa`` would compute without their soft caps or sinks."""
+"""Families whose soft caps or sinks ``sdpa`` would ignore."""
 
 
 def prefixed(name: str, implementation: str = "sdpa", **fields) -> nn.Module:
-    """A tiny model whose prefixes are of the size of its keys, so that a prefix lost or doubled shows."""
+    """A tiny model with prefixes of the size of its keys, so that a missing or doubled prefix changes the output."""
     model = families.family(name)
     model.set_attn_implementation(implementation)
     add_prefixes(model, PrefixConfig(num_virtual_tokens=P, init_std=0.7, **fields))
@@ -28,7 +28,7 @@ def doubled(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def first(output) -> torch.Tensor:
-    """The output that a model of any family is for."""
+    """The main output of a model of any family."""
     return next(
         output[k] for k in ("logits", "logits_per_text", "last_hidden_state") if k in output
     )

@@ -1,4 +1,4 @@
-"""Every norm and gated MLP of an architecture that transformers knows, fused and compared with the module's own forward."""
+"""Fuses every norm and gated MLP of an architecture of transformers, and compares the results with the module's own forward."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MLP_NAMES = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"
 
 
 def build(model_type: str) -> nn.Module | None:
-    """A tiny model, without a head if there is none with one; ``None`` if none can be built."""
+    """A tiny model, with a head if the type has one; ``None`` if no model can be built."""
     try:
         return tiny_model(model_type).requires_grad_(False)
-    except Exception:  # whatever an unknown architecture makes of small sizes
+    except Exception:  # an unknown architecture may raise anything for small sizes
         names = MODEL_MAPPING_NAMES.get(model_type, ())
     for name in (names,) if isinstance(names, str) else names:
         try:
@@ -41,7 +41,7 @@ def build(model_type: str) -> nn.Module | None:
 
 
 def kinds(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """Name, module and linears (none for a norm) of each kind of norm and gated MLP: one of each class with its settings."""
+    """Name, module and linears (none for a norm) of one norm or gated MLP for each class and settings."""
     seen = set()
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -59,12 +59,12 @@ def kinds(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
 
 
 def verdict(module: nn.Module, names: tuple[str, ...]) -> Any:
-    """What a module was recognised as."""
+    """The formula that a module was recognised as."""
     return recognise_gated_mlp(module, names) if names else recognise_norm(module)
 
 
 def wrong(module: nn.Module, names: tuple[str, ...], answer: Any) -> list[str]:
-    """Where a recognised module and its fused form differ by more than their roundings."""
+    """The results in which a recognised module and its fused form differ by more than their roundings."""
     if isinstance(answer, Reason):
         return []
     check = _wrong_mlp if names else _wrong_norm
@@ -95,7 +95,7 @@ def _wrong_norm(
     for scale in (1e-4, 1.0, 1e3):
         x = _draw(norm.weight.shape[0], scale, dtype)
         own, y = norm(x), fused(x)
-        # The result and the value before the weight are rounded, each to one of two neighbours; statistics are in float32.
+        # Two roundings, each to one of two neighbours: the result and the value before the weight. Statistics are in float32.
         bias = 0.0 if norm._parameters.get("bias") is None else norm.bias.double().abs()
         wide = x.double() - (x.double().mean(-1, keepdim=True) if formula.kind == "layer" else 0.0)
         root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + formula.eps)

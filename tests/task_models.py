@@ -1,4 +1,4 @@
-"""Tiny models with a task head, a batch for each, and the modules of each that have to be trained in full."""
+"""Tiny models with a task head, a batch for each, and the modules of each that must be trained in full."""
 
 import torch
 import transformers as hf
@@ -223,11 +223,11 @@ BUILDERS = {
 
 
 def task_model(name: str, head_seed: int = 0) -> nn.Module:
-    """A tiny model in evaluation mode, its backbone always the same.
+    """A tiny model in evaluation mode. Its backbone is always the same.
 
     Args:
         name: A key of ``BUILDERS``.
-        head_seed: Each number gives the head other weights, as each process does that loads a checkpoint without a head.
+        head_seed: Seed of the head's weights. Other numbers give other weights, as loading a checkpoint without a head does.
     """
     build, heads = BUILDERS[name]
     with torch.random.fork_rng(devices=[]):
@@ -264,7 +264,7 @@ def batch(name: str) -> dict[str, Tensor]:
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """The floating point outputs that depend on the head."""
+    """The floating-point outputs that depend on the head."""
     found = model(**inputs)
     names = ("logits", "start_logits", "end_logits", "pred_boxes")
     return [found[name] for name in names if name in found]

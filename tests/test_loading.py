@@ -266,7 +266,7 @@ def test_a_name_that_pytorch_would_refuse(saved, name):
 
 
 def test_a_base_model_that_still_carries_layers(saved):
-    with _raises("already carries adapter layers but is not a PeftModel"):
+    with _raises("already has adapter layers but is not a PeftModel"):
         load_adapter(_wrapped().get_base_model(), saved)
 
 

@@ -1,4 +1,4 @@
-"""Traces of wrapped and of merged models; as a program, writes their outputs to a file.
+"""Traces of wrapped and of merged models.
 
 ``python tests/traced.py FILE`` saves, for each family, the logits of ``CASES`` with ``torch.save``.
 """
@@ -42,7 +42,7 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
 
 
 def outputs_of(stock: nn.Module, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict:
-    """The logits of ``model``, before, in and after a trace, those of ``stock``, and the exact ones."""
+    """The logits of ``model`` before, in and after a trace, those of ``stock``, and the exact ones."""
     tensors = tuple(batch.values())
     exact = Logits(pairs.in_float64(stock), list(batch))
     doubles = tuple(t.double() if t.is_floating_point() else t for t in tensors)
@@ -67,7 +67,9 @@ def outputs_of(stock: nn.Module, model: nn.Module, batch: dict[str, torch.Tensor
 
 def main(file: Path) -> None:
     """Write the outputs of every family."""
-    warnings.simplefilter("ignore")  # a trace warns of each Python number it holds fixed
+    warnings.simplefilter(
+        "ignore"
+    )  # a trace warns about each Python number that it treats as a constant
     wide_models()
     torch.set_num_threads(1)
     found = {}

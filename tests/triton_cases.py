@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: how a launch is watched, and bounds written in the kernels' roundings."""
+"""Shared by the tests of the Triton kernels: watching launches, and bounds with the kernels' roundings."""
 
 import contextlib
 
@@ -12,25 +12,25 @@ from peftkit_kernels.testing import Bound
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ORDERS = ("reverse", 1, 2)
 INT32_LIMIT = 5000
-"""Row offsets left in int32 pass it in tensors of more elements; offsets of small padded factors do not."""
+"""Row offsets in int32 exceed this limit in tensors with more elements. Offsets of small padded factors do not."""
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
-    """Normal numbers."""
+    """A tensor of normal numbers."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 @contextlib.contextmanager
 def watched(**options):
-    """Everything launched inside is in bounds and free of races; yields the record."""
+    """Assert that all launches in this context stay in bounds and have no races; yields the record."""
     with Traffic() as traffic, faithful(**options):
         yield traffic
     traffic.check()
 
 
 def assert_same_bits_in_any_order(run):
-    """``run()`` returns tensors that do not depend on the order of programs."""
+    """Assert that the tensors that ``run()`` returns do not depend on the order of programs."""
     expected = run()
     for order in ORDERS:
         with faithful(order=order):
@@ -39,12 +39,12 @@ def assert_same_bits_in_any_order(run):
 
 
 def dropped(x, p, seed):
-    """``x`` with its dropped elements zero; the factor on the others is applied later, to the sum."""
+    """``x`` with its dropped elements set to zero. The factor of the other elements is applied to the sum later."""
     return x if p == 0 else torch.where(dropout_mask(*x.shape, p, seed), x, 0)
 
 
 def factor(scale, p=0.0):
-    """The number a kernel multiplies a sum by, which is rounded to float32."""
+    """The factor by which a kernel multiplies a sum, rounded to float32."""
     return Bound.of(torch.tensor(scale * keep_scale(p), dtype=torch.float64)).round(torch.float32)
 
 
@@ -55,6 +55,6 @@ def scaled(product, scale, p=0.0):
 
 
 def products(dtype):
-    """How the operands of a product are read: exactly, or by a TF32 tensor core."""
+    """A function that reads the operands of a product: exactly, or as a TF32 tensor core does."""
     tf32 = dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return (lambda t: Bound.of(t).tf32()) if tf32 else Bound.of

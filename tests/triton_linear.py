@@ -1,4 +1,4 @@
-"""Bounds of a linear with its adapter, in the roundings of the Triton kernels."""
+"""Bounds of a linear with its adapter, with the roundings of the Triton kernels."""
 
 import torch
 from lora_cases import draw
@@ -14,14 +14,17 @@ def output_grad(x, part, layout="contiguous"):
 
 
 def narrow_product(s, factor, dtype, wide):
-    """Of an s and a factor in ``wide``, before it is rounded to ``dtype``: beside 16 bits, of their bfloat16 halves."""
+    """The product of ``s`` and a factor, both in ``wide``, before the rounding to ``dtype``.
+
+    If ``dtype`` has 16 bits, float32 operands are split into bfloat16 halves.
+    """
     if dtype.itemsize == 2 and wide is torch.float32:
         s, factor = s.halves(), factor.halves()
     return s @ factor
 
 
 class Linear:
-    """The kernels' roundings: one at each store, and the update's own where the library's GEMM adds to it."""
+    """A linear with the kernels' roundings: one at each store, and one of the update if the library's GEMM adds to it."""
 
     def __init__(self, x, part, schedule):
         self.dtype, self.schedule = x.dtype, schedule

@@ -1,4 +1,4 @@
-"""What a failed call must leave as it was: ``everything(model)`` before and after are equal, or ``differences`` names what is not."""
+"""Checks that a failed call changes nothing: ``differences`` compares ``everything(model)`` before and after the call."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """Identities, classes, attributes, flags and values of all that a model holds, and torch's random state."""
+    """Identities, classes, attributes, flags and values of everything in a model, and torch's random state."""
     found: dict[str, Any] = {"random state": torch.get_rng_state().tolist()}
     for name, module in model.named_modules(remove_duplicate=False):
         where = f"module {name!r}"
@@ -23,7 +23,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The names of what is not equal; empty if nothing changed."""
+    """The names of everything that differs; empty if nothing changed."""
     assert len(before) > 3
     return [
         name
@@ -45,7 +45,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _content(value: Any) -> Any:
-    """A value by its content if it can change in place, else by its identity."""
+    """The content of a value if it can change in place, else its identity."""
     if isinstance(value, dict):
         return id(value), [(key, _content(item)) for key, item in value.items()]
     if isinstance(value, (list, tuple)):

@@ -1,1 +1,1 @@
-"""Fused forwards over PEFT's own LoRA layers."""
+"""Fused forwards for PEFT's LoRA layers and for frozen modules around them."""

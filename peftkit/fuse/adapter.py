@@ -1,7 +1,7 @@
 """The adapter that a PEFT LoRA layer computes in its present state, or the reason why it cannot be fused.
 
-``find_adapter`` walks the layer once; the result is kept and compared by identity in each forward (``current_adapter``).
-``changed_reason`` is the rest: what anyone may change by an assignment, read in each forward.
+``find_adapter`` finds the modules of the adapter once. ``current_adapter`` caches them on the layer and checks in each forward that they
+are still the same objects. ``changed_reason`` checks in each forward what else can change by a plain assignment.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from peftkit.fuse.storage import nf4_obstacle
 from peftkit.swap import own_class
 
 EXPERT_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
-"""What transformers' ``use_experts_implementation`` leaves on a class of experts and its instances."""
+"""Attributes that transformers' ``use_experts_implementation`` sets on a class of experts and its instances."""
 
 _LINEAR_4BIT = ("peft.tuners.lora.bnb", "Linear4bit")
 _LINEAR_8BIT = ("peft.tuners.lora.bnb", "Linear8bitLt")
-"""Module and name of PEFT's classes; importing them would import bitsandbytes."""
+"""PEFT's classes by module and name, because importing them would import bitsandbytes."""
 
 _FOUND = "_peftkit_found"
 
@@ -43,10 +43,10 @@ class Adapter(NamedTuple):
     """The modules that one forward of a LoRA layer needs.
 
     Attributes:
-        active: The layer's active adapters when the modules were found.
-        name: The one of them that this layer has.
+        active: The active adapters of the model when the modules were found.
+        name: The active adapter that has weights in this layer.
         base: The frozen linear.
-        base_forward: Its class's forward.
+        base_forward: The forward of its class when it was found.
         A: The module that holds ``lora_A``.
         B: The module that holds ``lora_B``.
         dropout: ``nn.Dropout`` or ``nn.Identity``.
@@ -64,7 +64,7 @@ class Adapter(NamedTuple):
 
 
 def class_reason(layer: Any) -> Reason | None:
-    """Why no call can make this layer run fused: the class of the layer or of what it wraps."""
+    """Why this layer can never be fused: because of its class, or the class of the module that it wraps."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import Linear, ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -94,7 +94,7 @@ def class_reason(layer: Any) -> Reason | None:
 
 
 def _parameter_reason(layer: Any) -> Reason | None:
-    """``class_reason`` of a layer around a parameter: experts that transformers dispatches, or the weight of a linear."""
+    """``class_reason`` for a layer that adapts a parameter: a stack of expert weights, or the weight of a linear."""
     base, name = layer.get_base_layer(), layer.parameter_name
     if type(base) is nn.Linear:
         alone = layer.base_layer is base and name == "weight"
@@ -114,7 +114,7 @@ def _parameter_reason(layer: Any) -> Reason | None:
 
 
 def current_adapter(layer: Any, base: nn.Module) -> Adapter | Reason:
-    """The modules of the active adapter, kept on the layer until one of them is replaced, or why there is not exactly one to fuse.
+    """The modules of the active adapter, cached on the layer until one is replaced, or the reason why they cannot be fused.
 
     Args:
         layer: The LoRA layer.
@@ -132,7 +132,7 @@ def current_adapter(layer: Any, base: nn.Module) -> Adapter | Reason:
 
 
 def find_adapter(layer: Any) -> Adapter | Reason:
-    """Find the one active adapter of a layer and the modules it consists of."""
+    """Find the active adapter of a layer and its modules, or the reason why they cannot be fused."""
     reason = class_reason(layer)
     if reason is not None:
         return reason
@@ -197,7 +197,7 @@ def _is_current(layer: Any, found: Adapter) -> bool:
 
 
 def changed_reason(layer: Any, found: Adapter) -> Reason | None:
-    """Why the layer runs PEFT's own forward now, as far as that can change without a call of PEFT."""
+    """Why the layer runs PEFT's own forward now, because of a state that can change without a call of PEFT."""
     state = layer.__dict__
     if state["_disable_adapters"]:
         return _DISABLED
@@ -262,7 +262,7 @@ def is_dora(layer: Any, name: str) -> bool:
 
 
 def keeps_norm(magnitude: Any) -> bool:
-    """Whether PEFT's forward would take this DoRA's norm from its cache, or put it there."""
+    """Whether PEFT's forward would read this DoRA's norm from its cache, or store it there."""
     from peft.tuners.lora import dora
 
     return dora.ENABLE_DORA_CACHING and not magnitude.training
@@ -274,14 +274,14 @@ def method(layer: Any) -> str:
 
     if isinstance(layer, LoraLayer):
         return "DoRA" if any(layer.use_dora.get(name) for name in layer.active_adapters) else "LoRA"
-    # PEFT keeps each method in a package of its name
+    # PEFT has a package for each method, named after the method.
     homes = (cls.__module__ for cls in type(layer).__mro__)
     return next(home for home in homes if home.startswith("peft.tuners.")).split(".")[2].upper()
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` would run anything besides its class's forward."""
-    # read dozens of times in a decoder layer: attributes would cost twice the time
+    # This runs dozens of times in each decoder layer, and attribute access would take twice as long.
     state = module.__dict__
     return bool(
         state["_forward_hooks"]
@@ -294,7 +294,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_own_function(cls: type, name: str) -> bool:
-    """Whether a method of ``cls`` comes from the package that defines the class: nobody else has assigned another."""
+    """Whether the code of a method is in the package that defines the class, so that nobody has replaced the method."""
     for parent in cls.__mro__:
         if name not in vars(parent):
             continue
@@ -310,4 +310,4 @@ def is_own_function(cls: type, name: str) -> bool:
 
 
 _CALLED = (nn.Linear.forward, nn.Dropout.forward, F.linear, F.dropout)
-"""What PEFT's forward calls through torch, as it was when peftkit was imported."""
+"""The functions of torch that PEFT's forward calls, as they were when peftkit was imported."""

@@ -1,7 +1,7 @@
-"""The attention call of transformers models, sent to the native passes on the CPU.
+"""Attention of transformers models by the native passes (compiled C functions) on the CPU.
 
-The modules get a class that sees another name for ``sdpa`` (``attention_dispatch``). The function is registered where transformers
-asks for it (``AttentionInterface``); nothing that exists is replaced.
+Fused modules get a class that looks up peftkit's attention function instead of ``sdpa`` (``attention_dispatch``). The function is
+registered in transformers' ``AttentionInterface`` under its own name, so no existing function is replaced.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from peftkit_kernels.attention import HEAD_SIZE_MULTIPLE, attention, native_obst
 METHOD = "attention"
 
 _MIN_QUERIES = 16
-"""Decoding a few tokens is left to torch: a block of 64 queries would be mostly padding."""
+"""Calls with fewer queries, as in decoding, run torch's function, because a block of 64 would be mostly padding."""
 
 _HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 
@@ -38,7 +38,7 @@ _DROPS = "attention dropout of {} is on; the native passes have none"
 _PASSED = re.compile(
     r"dropout\w*\s*=\s*(?:0\.0 if not self\.training else self\.([\w.]+)|self\.([\w.]+) if self\.training else 0\.0)"
 )
-"""How the attention modules of transformers pass their dropout."""
+"""The source text with which transformers' attention modules pass their dropout."""
 
 _SDPA = F.scaled_dot_product_attention
 if not isinstance(_SDPA, types.BuiltinFunctionType):
@@ -46,18 +46,18 @@ if not isinstance(_SDPA, types.BuiltinFunctionType):
 
 
 class FusedAttention(OwnAttention, Fused):
-    """Mixed into an attention module's own class: its ``sdpa`` is ours."""
+    """Mixed into an attention module's own class; computes ``sdpa`` attention with our function."""
 
     peftkit_method = METHOD
     peftkit_renames: ClassVar[dict[str, str]] = {"sdpa": NATIVE}
 
     def peftkit_function(self) -> Any:
-        """Name of the function that computes the attention; ``sdpa`` itself if somebody has put another in its place."""
+        """Name of the attention function to use: ``sdpa`` itself if the function registered under this name was replaced."""
         name = super().peftkit_function()
         return "sdpa" if name == NATIVE and _replaced(self) else name
 
     def peftkit_plan(self, x: Tensor | None) -> Any:
-        """Our function, or why transformers' own runs. Single calls may differ, by their masks and lengths (``call_reason``)."""
+        """Our function, or why transformers' own runs. A call with another mask or length may still differ (``call_reason``)."""
         name = self.__dict__["config"]._attn_implementation
         if name != "sdpa":
             return Reason(f"the model's attention is {name}")
@@ -68,12 +68,12 @@ class FusedAttention(OwnAttention, Fused):
         return None
 
     def peftkit_backend(self, x: Tensor | None, parts: Any) -> str:
-        """Always ``"torch"``: on the CPU."""
+        """Always ``"torch"``, because only attention on the CPU is fused."""
         return "torch"
 
 
 def fuse_attention(model: nn.Module) -> int:
-    """Give every dispatching ``sdpa`` attention module of a model on the CPU our function; returns their number."""
+    """Use our function in every attention module with ``sdpa`` whose weights are on the CPU; returns the number of modules."""
     count = 0
     for module in model.modules():
         if isinstance(module, FusedAttention) or not _dispatches(module):
@@ -102,7 +102,7 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function: ours where it can run, ``sdpa`` elsewhere; arguments as transformers gives them."""
+    """The attention function: ours if it supports the call, otherwise ``sdpa``. Arguments as in transformers."""
     causal = (
         attention_mask is None
         and query.shape[2] > 1
@@ -133,21 +133,21 @@ def call_reason(
     causal: bool,
     **kwargs: Any,
 ) -> str | None:
-    """Why one call runs transformers' own function, or ``None``; arguments as transformers gives them."""
+    """Why one call runs transformers' own function, or ``None``. Arguments as in transformers."""
     if dropout:
         return _DROPS.format(dropout)
     for name in ("position_bias", "cache", "softcap"):
         if kwargs.get(name) is not None:
             return f"the call has a {name}"
     if query.shape[2] < _MIN_QUERIES:
-        return "a few queries are left to torch: a block of 64 would be mostly padding"
+        return f"fewer than {_MIN_QUERIES} queries run torch's function, because a block of 64 would be mostly padding"
     if causal and query.shape[2] != key.shape[2]:
         return "the call is causal with more keys than queries"
     return native_obstacle(query, key, value, mask)
 
 
 def _replaced(module: Any) -> Reason | None:
-    """Whether ``sdpa`` no longer means transformers' function around torch's."""
+    """The reason if ``sdpa`` is no longer transformers' function that calls torch's, or ``None``."""
     functions = getattr(
         sys.modules.get(own_class(module).__module__), "ALL_ATTENTION_FUNCTIONS", None
     )
@@ -163,7 +163,7 @@ def _replaced(module: Any) -> Reason | None:
 
 
 def _dropout_reason(module: nn.Module) -> Reason | None:
-    """Whether the module drops attention weights now: what its forward passes as ``dropout``."""
+    """The reason if the module uses attention dropout now, as its forward passes it, or ``None``."""
     if not module.training:
         return None
     path = _dropout_of(own_class(module))
@@ -175,7 +175,7 @@ def _dropout_reason(module: nn.Module) -> Reason | None:
 
 
 def _dtype_reason(module: nn.Module) -> Reason | None:
-    """Whether queries and keys are of another dtype than float32: that of the frozen weights."""
+    """The reason if queries and keys are not float32, or ``None``. Their dtype is that of the frozen weights."""
     weights = [p.dtype for p in module.parameters() if p.is_floating_point()]
     frozen = [p.dtype for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
     dtype = next(iter(frozen or weights), torch.float32)
@@ -186,7 +186,7 @@ def _dtype_reason(module: nn.Module) -> Reason | None:
 
 @functools.cache
 def _dropout_of(cls: type) -> str:
-    """The attribute that the forward of ``cls`` passes as its dropout in training, as its source says; empty if it does not."""
+    """The attribute that the forward of ``cls`` passes as dropout in training, according to its source; empty if none."""
     try:
         source = inspect.getsource(inspect.unwrap(cls.forward))
     except (OSError, TypeError, AttributeError):
@@ -196,7 +196,7 @@ def _dropout_of(cls: type) -> str:
 
 
 def _dispatches(module: nn.Module) -> bool:
-    """Whether this is an attention module that looks its function up in transformers' registry."""
+    """Whether this is an attention module that looks up its function in transformers' registry."""
     return (
         "Attention" in type(module).__name__
         and hasattr(module.__dict__.get("config"), "_attn_implementation")

@@ -1,4 +1,4 @@
-"""A frozen linear with its adapter as tensors, and the op that computes one, several on one input, or a gated MLP."""
+"""``LinearParts``, the tensors of a frozen linear with its adapter, and the ops on them: one linear, several, a gated MLP."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from peftkit_kernels.quantized_linear import int8_linear, nf4_linear
 
 
 class LinearParts(NamedTuple):
-    """A frozen linear with its adapter, as plain tensors: what an op takes.
+    """A frozen linear with its adapter, as the plain tensors that an op takes.
 
     Attributes:
-        weight: ``Tensor[N, K]``; a linear that is computed alone may have a weight in quantised storage.
+        weight: ``Tensor[N, K]``. It may be a quantised weight if the linear is computed alone.
         bias: ``[N]`` or ``None``.
         lora: The adapter or ``None``.
         magnitude: ``[N]`` if the adapter is a DoRA, else ``None``.
@@ -40,7 +40,7 @@ class LinearParts(NamedTuple):
 
 
 def draw_seeds(parts: LinearParts) -> LinearParts:
-    """The same parts with a fresh dropout seed, if they drop."""
+    """The same parts with a new dropout seed if they use dropout."""
     if parts.lora is None or parts.lora.p == 0.0:
         return parts
     return parts._replace(lora=replace(parts.lora, seed=draw_seed()))
@@ -63,7 +63,7 @@ def gated_mlp_backend(x: Tensor, parts: Sequence[LinearParts]) -> str:
 
 
 def linear(x: Tensor, part: LinearParts) -> Tensor:
-    """``x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``; with a magnitude, DoRA of that.
+    """``x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``; with a magnitude, DoRA of this sum.
 
     Args:
         x: ``[..., K]``.
@@ -74,7 +74,7 @@ def linear(x: Tensor, part: LinearParts) -> Tensor:
     """
     if part.magnitude is None:
         return _product(x, part.weight, part.bias, part.lora)
-    scale = _scale(x, part)  # first: it leaves the weight in the cache
+    scale = _scale(x, part)  # first, so that the weight is in the CPU cache for the product
     if _is_mixed(x, part):
         norms = part.magnitude, scale.norm
         return dora_linear(x, part.weight, part.bias, part.lora, *norms)
@@ -82,7 +82,7 @@ def linear(x: Tensor, part: LinearParts) -> Tensor:
 
 
 def linears(x: Tensor, parts: Sequence[LinearParts]) -> tuple[Tensor, ...]:
-    """Several linears of one input; what they share is computed once."""
+    """Several linears on one input; shared work is done once."""
     if all(part.magnitude is None for part in parts):
         return lora_qkv(x, *_columns(parts))
     if any(_is_mixed(x, part) for part in parts):
@@ -113,9 +113,9 @@ def gated_mlp(x: Tensor, parts: Sequence[LinearParts], act: str) -> Tensor:
 
 
 def _is_mixed(x: Tensor, part: LinearParts) -> bool:
-    """Whether this is a DoRA whose factors are wider than its 16-bit input.
+    """Whether this is a DoRA with wider factors than its 16-bit input.
 
-    The gradient that reaches the direction must then not be rounded to 16 bits between two ops.
+    Such a DoRA runs as one op, so that the gradient between the scale and the product is not rounded to 16 bits.
     """
     if part.magnitude is None or part.lora is None or is_autocast_enabled(x.device.type):
         return False
@@ -143,7 +143,7 @@ def _product(
 
 
 def _scale(x: Tensor, part: LinearParts) -> Scale:
-    """The factor of DoRA on the direction; the norm is computed from the present factors, in float32 or wider."""
+    """DoRA's scale. The norm is computed from the current factors, in float32 or wider."""
     if part.magnitude is None or part.lora is None:
         return Scale(None, None, part.bias)
     with without_autocast(x):

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on convolutions: PEFT's own forward, under a class that shows the sizes of the convolution inside."""
+"""PEFT's LoRA layers on convolutions. They run PEFT's own forward; their class adds the size attributes of the convolution."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SIZES = (
 
 
 class ShowsSizes:
-    """Passes on what models read from their convolutions: Whisper's encoder reads ``conv1.stride`` in every forward."""
+    """Gives a layer the attributes that models read from a convolution, such as ``conv1.stride`` in Whisper's encoder."""
 
     def __getattr__(self: Any, name: str) -> Any:
-        """The attribute of a module; the sizes of the base layer if the module has none of its own."""
+        """The attribute ``name``: the base layer's if it is a size, otherwise the module's own."""
         if name in _SIZES:
             return getattr(self.get_base_layer(), name)
         return super().__getattr__(name)  # pyright: ignore[reportAttributeAccessIssue] - of nn.Module

@@ -1,4 +1,4 @@
-"""LoRA on parameters rather than modules: stacked expert weights and weights of linears, without forming ``W + B A``."""
+"""LoRA on parameters instead of modules: stacked expert weights and weights of linears, without computing ``W + B A``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
 from peftkit_kernels.low_rank import LoRA, cast
 
-_TRANSFORMED = Reason("torch.compile and torch.func see the experts' own operations")
+_TRANSFORMED = Reason("under torch.compile and torch.func the experts run their own operations")
 
 
 class FusedParamWrapper(Fused):
-    """PEFT's ``ParamWrapper`` whose forward adds the low-rank products to the outputs instead of to the weights.
+    """PEFT's ``ParamWrapper`` whose forward adds the low-rank products to the outputs instead of the weights.
 
-    PEFT nests one wrapper a parameter around a module; the outermost one computes for all of them.
+    PEFT wraps a module once for each adapted parameter. The outermost wrapper computes the updates of all of them.
     """
 
     peftkit_method = "LoRA"
@@ -38,7 +38,7 @@ class FusedParamWrapper(Fused):
         Args:
             x: ``[..., in_features]``; for experts ``[tokens, hidden_size]``.
             args: For experts the chosen experts of every token and their weights, ``[tokens, choices]`` each.
-            kwargs: As PEFT's own forward, which then runs.
+            kwargs: As for PEFT's own forward, which runs if there are any.
         """
         experts = self.get_base_layer()
         if kwargs or len(args) != (0 if type(experts) is nn.Linear else 2):
@@ -49,7 +49,7 @@ class FusedParamWrapper(Fused):
         return linear(x, plan) if isinstance(plan, LinearParts) else routed(experts, plan, x, *args)
 
     def peftkit_plan(self: Any, x: Tensor) -> LinearParts | dict[str, Update] | Reason:
-        """For the weight of a linear its parts; for experts the update of each adapted stack by name; or why PEFT's forward runs."""
+        """A linear's parts, the update of each adapted stack of experts by name, or the reason why PEFT's forward runs."""
         base = self.get_base_layer()
         if type(base) is nn.Linear:
             return self._linear_plan(base, x)
@@ -67,7 +67,7 @@ class FusedParamWrapper(Fused):
         return updates
 
     def peftkit_example(self: Any) -> Tensor:
-        """One row of input, of the dtype and on the device of the weights."""
+        """One row of input with the dtype and device of the weights."""
         parameter = self.get_param()
         return parameter.new_empty(1, self.in_features)
 
@@ -92,14 +92,14 @@ class FusedParamWrapper(Fused):
 
 
 def _chain(wrapper: Any) -> Iterator[Any]:
-    """A wrapper and those inside it."""
+    """A wrapper and the wrappers inside it."""
     while isinstance(wrapper, ParamWrapper):
         yield wrapper
         wrapper = wrapper.base_layer
 
 
 def _adapter_of(wrapper: Any) -> Adapter | Reason:
-    """The adapter of one wrapper, if nothing has changed that makes PEFT's own forward run."""
+    """The adapter of one wrapper, or the reason why PEFT's own forward runs."""
     found = current_adapter(wrapper, wrapper.get_base_layer())
     if isinstance(found, Reason):
         return found
@@ -107,7 +107,7 @@ def _adapter_of(wrapper: Any) -> Adapter | Reason:
 
 
 def _experts_reason(experts: Any, x: Tensor) -> Reason | None:
-    """Why ``routed`` does not compute what the forward of these experts computes on ``x``."""
+    """Why ``routed`` cannot replace the forward of these experts on ``x``, or ``None``."""
     if is_transformed():
         return _TRANSFORMED
     if getattr(experts, "_is_expert_parallel", False):
@@ -119,9 +119,9 @@ def _experts_reason(experts: Any, x: Tensor) -> Reason | None:
         function = ALL_EXPERTS_FUNCTIONS.get(name)
         if getattr(function, "__module__", "").partition(".")[0] != "transformers":
             return Reason(
-                f"its experts run in {name!r}, which is not an implementation of transformers"
+                f"its experts use {name!r}, which is not an implementation of transformers"
             )
-    # an outer wrapper that runs PEFT's forward has replaced its stack by the sum, which needs a gradient
+    # If an outer wrapper runs PEFT's forward, it has replaced its stack by the sum W + B A, which needs a gradient.
     for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
         reason = _stack_reason(x, name, experts._parameters.get(name))
         if reason is not None:
@@ -162,7 +162,7 @@ class Update(NamedTuple):
 
 
 def _update(wrapper: Any, found: Adapter, device: torch.device) -> Update:
-    """PEFT keeps A as ``[E · R, K]`` with the rank fastest, B as ``[N, R · E]`` with the expert fastest."""
+    """The update of one stack. PEFT stores A as ``[E · R, K]`` with the rank fastest, B as ``[N, R · E]`` with the expert fastest."""
     E: int = wrapper.num_experts
     A, B = found.A.weight, found.B.weight
     scale = torch.full((E,), float(wrapper.scaling[found.name]), dtype=A.dtype, device=device)
@@ -176,14 +176,14 @@ def routed(
 ) -> Tensor:
     """The forward of a mixture of experts as transformers defines it, with low-rank updates of its stacked weights.
 
-    Rows are sorted by expert once; every product then runs over the rows of one expert after the other.
+    Rows are sorted by expert once, so that the rows of each expert are contiguous in every product.
 
     Args:
-        experts: The module that holds the stacks, of a class under ``use_experts_implementation``.
-        updates: By the name of the parameter.
+        experts: The module with the stacked weights; its class is decorated with ``use_experts_implementation``.
+        updates: Updates by the name of the parameter.
         hidden: ``[tokens, hidden_size]``.
         chosen: ``Int[tokens, choices]``, the experts of each token.
-        weights: ``[tokens, choices]``, what their outputs are weighted with.
+        weights: ``[tokens, choices]``, the factors of the experts' outputs.
 
     Returns:
         ``[tokens, hidden_size]``.
@@ -215,13 +215,13 @@ def routed(
 
 
 def grouped_product(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool) -> Tensor:
-    """``x[rows of e] W[e]ᵀ`` for the rows of every expert, one expert's after the other's; the weights are frozen.
+    """``x[rows of e] W[e]ᵀ`` for the rows of every expert ``e``. The weights are frozen.
 
     Args:
         x: ``[M, K]``, sorted by expert.
-        weight: ``[E, N, K]``, or ``[E, K, N]`` where ``transposed``.
-        counts: ``Int[E]``, the rows of each expert.
-        transposed: Which of the two.
+        weight: ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``.
+        counts: ``Int[E]``, the number of rows of each expert.
+        transposed: The layout of ``weight``.
 
     Returns:
         ``[M, N]``.
@@ -233,7 +233,7 @@ def grouped_product(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool)
 
 
 class _Products(torch.autograd.Function):
-    """``dx[rows of e] = dy[rows of e] W[e]``."""
+    """``grouped_product`` on the CPU, with ``dx[rows of e] = dy[rows of e] W[e]``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], transposed: bool) -> Tensor:

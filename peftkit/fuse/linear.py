@@ -1,6 +1,6 @@
-"""PEFT's LoRA layers with a fused forward: a change of class, nothing else.
+"""PEFT's LoRA layers with a fused forward. Only the class of the layer changes.
 
-Parameters, names, config and checkpoints stay PEFT's; whatever is not covered runs PEFT's own forward.
+Parameters, names, config and checkpoints stay PEFT's. Every case that is not supported runs PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SEED = Reason(
 class FusedLoRA(Fused):
     """The fused forward of PEFT's linear layers; mixed into each of their classes.
 
-    A subclass says by ``_weight`` how its base layer stores the weight.
+    The method ``_weight`` of a subclass reads the weight of its kind of base layer.
     """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -45,8 +45,8 @@ class FusedLoRA(Fused):
 
         Args:
             x: ``[..., in_features]``.
-            args: As PEFT's own forward, which then runs.
-            kwargs: As PEFT's own forward, which then runs.
+            args: As for PEFT's own forward, which runs if there are any.
+            kwargs: As for PEFT's own forward, which runs if there are any.
         """
         if args or kwargs:
             return super().forward(x, *args, **kwargs)
@@ -65,7 +65,7 @@ class FusedLoRA(Fused):
     def peftkit_plan(self: Any, x: Tensor) -> LinearParts | Reason:
         """The tensors that a forward on ``x [..., in_features]`` multiplies, or why PEFT's own forward runs.
 
-        A dropout seed is drawn when the parts are used (``draw_seeds``), so asking for a plan changes no random state.
+        The dropout seed is drawn later (``draw_seeds``), so making a plan does not change the random state.
         """
         found = current_adapter(self, self._modules["base_layer"])
         if isinstance(found, Reason):
@@ -94,7 +94,7 @@ class FusedLoRA(Fused):
         return LinearParts(weight, found.base._parameters["bias"], lora, magnitude)
 
     def peftkit_example(self: Any) -> Tensor:
-        """One row of input, of the dtype and on the device of the base weight."""
+        """One row of input with the dtype and device of the base weight."""
         weight = self.get_base_layer().weight
         dtype = weight.dtype if weight.is_floating_point() else self._activation_dtype()
         return torch.empty(1, self.in_features, dtype=dtype, device=weight.device)
@@ -109,7 +109,7 @@ class FusedLoRA(Fused):
         return method(self)
 
     def _activation_dtype(self: Any) -> torch.dtype:
-        """What the base layer, stored in integers, gets as its input."""
+        """The dtype of the input of a base layer whose weight has an integer dtype."""
         floating = (p.dtype for p in self.parameters() if p.is_floating_point())
         return next(floating, torch.float32)
 
@@ -117,14 +117,14 @@ class FusedLoRA(Fused):
         return linear(x, parts)
 
     def _weight(self, base: Any, x: Tensor) -> Any:
-        """The base weight as an op takes it, or the ``Reason`` why it cannot be multiplied by this input."""
+        """The base weight in the form that an op takes, or the ``Reason`` why it cannot be multiplied by this input."""
         raise NotImplementedError
 
     def _dora_with_dropout(self: Any, x: Tensor, parts: LinearParts) -> Tensor:
         """DoRA as PEFT combines it with dropout.
 
-        PEFT drops in the adapter and in what the magnitude adds to the base layer, but not in the base layer itself:
-        ``x Wᵀ + bias + (g - 1) · drop(x) Wᵀ + g · scale · drop(x) Aᵀ Bᵀ``, that is ``(x - drop(x)) Wᵀ + bias`` and the
+        PEFT applies dropout to the adapter and to the magnitude's change of the base output, but not to the base layer:
+        ``x Wᵀ + bias + (g - 1) · drop(x) Wᵀ + g · scale · drop(x) Aᵀ Bᵀ``. This equals ``(x - drop(x)) Wᵀ + bias`` plus the
         DoRA of ``drop(x)``.
         """
         found: Any = current_adapter(self, self._modules["base_layer"])
@@ -146,12 +146,12 @@ class FusedLinear(FusedLoRA):
 
 
 def drop_rate(dropout: nn.Module) -> float:
-    """The probability with which a forward drops."""
+    """The probability with which a forward drops an element."""
     return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
 def input_reason(x: Tensor, weight: Tensor) -> Reason | None:
-    """Why the ops cannot multiply ``x`` by this frozen weight: they need plain tensors of one device and dtype (or autocast)."""
+    """Why the ops cannot multiply ``x`` by this frozen weight. They need plain tensors of one device and dtype (or autocast)."""
     if type(weight) is not nn.Parameter:
         return Reason(f"its base weight is a {type(weight).__name__}, not a plain parameter")
     if not isinstance(x, Tensor):
@@ -164,7 +164,7 @@ def input_reason(x: Tensor, weight: Tensor) -> Reason | None:
 
 
 def plan_linear(module: Any, x: Tensor) -> LinearParts | Reason:
-    """The plan of a linear inside a larger module: a fused LoRA layer, or a plain frozen ``nn.Linear``."""
+    """The parts of a linear inside a larger module: a fused LoRA layer, or a plain frozen ``nn.Linear``."""
     if has_hooks(module):
         return Reason("it has hooks")
     if isinstance(module, Fused):
@@ -180,7 +180,7 @@ def plan_linear(module: Any, x: Tensor) -> LinearParts | Reason:
 
 
 def fuse_layer(module: nn.Module) -> bool:
-    """Give one PEFT LoRA layer its fused forward; ``False`` if there is none for its class."""
+    """Give one PEFT LoRA layer its fused forward; returns ``False`` if its class has none."""
     stock = type(module)
     if stock in convolution.CLASSES:
         swap_in(module, convolution.ShowsSizes)
@@ -190,7 +190,9 @@ def fuse_layer(module: nn.Module) -> bool:
         return False
     swap_in(module, mixin)
     layer: Any = module
-    current_adapter(layer, layer.get_base_layer())  # kept, so that torch.compile finds it
+    current_adapter(
+        layer, layer.get_base_layer()
+    )  # caches the result before torch.compile traces the layer
     return True
 
 
@@ -205,7 +207,7 @@ def _mixin(stock: type) -> Any:
 
         return FusedParamWrapper
     if stock.__module__ == "peft.tuners.lora.bnb":
-        # imports bitsandbytes, which has been imported already if such a layer exists
+        # This imports bitsandbytes, but the existence of such a layer means that it is imported already.
         from peftkit.fuse import quantized
 
         return quantized.MIXINS.get(stock)

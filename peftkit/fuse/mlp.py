@@ -24,7 +24,7 @@ METHOD = "gated MLP"
 _NAMES = ("gate_proj", "up_proj", "down_proj")
 _NAMES_JOINT = ("gate_up_proj", "down_proj")
 
-_TRANSFORMED = Reason("torch.compile and torch.func see the module's own operations")
+_TRANSFORMED = Reason("under torch.compile and torch.func the module runs its own operations")
 
 
 class FusedGatedMLP(Fused):
@@ -35,7 +35,7 @@ class FusedGatedMLP(Fused):
     _peftkit_seal: Seal
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """``down(act(gate(x)) ∘ up(x))`` for ``x [..., hidden_size]``; the module's own if it gets anything else."""
+        """``down(act(gate(x)) ∘ up(x))`` for ``x [..., hidden_size]``. With other arguments the module's own forward runs."""
         if len(args) != 1 or kwargs:
             return super().forward(*args, **kwargs)
         x = args[0]
@@ -49,7 +49,7 @@ class FusedGatedMLP(Fused):
     def peftkit_plan(self, x: Tensor) -> list[LinearParts] | Reason:
         """Gate, up and down as tensors, or why the module's own forward runs."""
         if is_transformed():
-            return _TRANSFORMED  # also because torch.compile could not trace the seal
+            return _TRANSFORMED  # before the seal, which torch.compile cannot trace
         broken = self._peftkit_seal.broken(self)
         if broken is not None:
             return broken
@@ -66,7 +66,7 @@ class FusedGatedMLP(Fused):
         return parts if len(parts) == 3 else _halves(*parts)
 
     def peftkit_example(self) -> Tensor:
-        """One row of input, of the dtype and on the device of the first weight."""
+        """One row of input with the dtype and device of the first weight."""
         first: Any = self._modules[self._peftkit_names[0]]
         if isinstance(first, Fused):
             return first.peftkit_example()
@@ -79,7 +79,7 @@ class FusedGatedMLP(Fused):
 
 
 def fuse_gated_mlps(model: nn.Module) -> int:
-    """Fuse every module that computes exactly a gated MLP; returns how many were fused. Others keep a reason."""
+    """Fuse every module that computes exactly a gated MLP; returns their number. The reason is kept on modules that are not fused."""
     count = 0
     for module in list(model.modules()):
         is_fused = isinstance(module, FusedGatedMLP)
@@ -110,7 +110,7 @@ def _seal_or_reason(module: nn.Module, names: tuple[str, ...]) -> Seal | Reason:
 
 
 def _names(module: nn.Module) -> tuple[str, ...] | None:
-    """The names of gate, up and down, or of a joint gate and up, and down; ``None`` for any other module."""
+    """The names of gate, up and down, or of a joint gate-and-up projection and down; ``None`` for any other module."""
     for names in (_NAMES, _NAMES_JOINT):
         if all(names_ in module._modules for names_ in names):
             return names
@@ -127,7 +127,7 @@ def _halves(joint: LinearParts, down: LinearParts) -> list[LinearParts] | Reason
     """Gate and up of a joint projection as two linears, and down."""
     if joint.lora is not None and joint.lora.p > 0.0:
         return Reason(
-            "the joint projection of gate and up has one dropout mask, which two linears would draw twice; each linear runs "
+            "the joint projection of gate and up has one dropout mask, but two linears would draw two masks; each linear runs "
             "separately"
         )
     size = joint.weight.shape[0] // 2
@@ -147,8 +147,8 @@ def _rows(part: LinearParts, rows: slice) -> LinearParts:
 def _may_move_weights(x: Tensor) -> bool:
     """Whether it is safe to move weights into a shared buffer.
 
-    It is not if several processes share the work, since they have buffers of their own, nor while a CUDA graph is captured,
-    which would move them again whenever it runs.
+    It is not safe if several processes share the work, because they have their own buffers. It is not safe either while a CUDA
+    graph is captured, because the graph would repeat the move in every replay.
     """
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
         return False
@@ -158,10 +158,10 @@ def _may_move_weights(x: Tensor) -> bool:
 @torch.inference_mode(mode=False)
 @torch.no_grad()
 def share_buffer(weights: Sequence[Tensor]) -> None:
-    """Make frozen weights of one width the parts of one buffer, so that a product with all of them is one; no bit changes.
+    """Move frozen weights of one width into one buffer, so that one product can use all of them; their values do not change.
 
-    Nothing is done if they are parts of one buffer already, differ in kind, or if one is itself a part of something larger.
-    Whatever moves or copies the model separates them again; that costs only the speed.
+    Nothing happens if they share a buffer already, if they differ in dtype, device or width, or if one is a view of a larger
+    tensor. Moving or copying the model separates the weights again, which only makes the MLP slower.
     """
     if (
         as_one_view(weights, 0) is not None

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm with frozen parameters as one op each: recognised by ``peftkit.fuse.recognise``."""
+"""RMSNorm and LayerNorm with frozen parameters, each as one op. ``peftkit.fuse.recognise`` finds them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from peftkit_kernels.frozen_norm.config import obstacle
 METHOD = "frozen norm"
 
 _OVER_OTHER_AXES = nn.modules.batchnorm._NormBase, nn.GroupNorm
-"""torch's norms that never normalise over the last axis alone: nothing to look at, and no row in the report."""
+"""Torch's norms that never normalise over the last axis alone. They are not examined and have no row in the report."""
 
 _TRAINED = Reason("its weight or bias is trained, and the fused norm computes no gradient for them")
 
 
 class FusedNorm(Fused):
-    """Forward of a norm whose parameters are frozen; mixed into the module's own class."""
+    """The fused forward of a norm with frozen parameters; mixed into the module's own class."""
 
     _peftkit_seal: Seal
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The norm over the last axis of ``x [..., K]``; the module's own forward if ``peftkit_plan`` gives a reason."""
-        # A compiler sees the module's own operations, and could not see through the plan.
+        # torch.compile traces the module's own operations; it could not trace the plan.
         if len(args) != 1 or kwargs or is_transformed():
             return super().forward(*args, **kwargs)
         parts = self.peftkit_plan(args[0])
@@ -60,13 +60,13 @@ class FusedNorm(Fused):
         return _input_reason(x, weight, formula) or (weight, bias, formula)
 
     def peftkit_example(self) -> Tensor:
-        """One row of ones, of the width and dtype of the weight and on its device."""
+        """One row of ones with the width, dtype and device of the weight."""
         weight = self._parameters.get("weight")
         return torch.ones(1, 1) if weight is None else weight.detach().new_ones(1, weight.shape[0])
 
     @property
     def peftkit_method(self) -> str:
-        """What ``explain`` calls it."""
+        """The name of the method in the report of ``explain``."""
         formula = self._peftkit_seal.answer
         is_layer = isinstance(formula, NormFormula) and formula.kind == "layer"
         return "frozen LayerNorm" if is_layer else "frozen RMSNorm"
@@ -80,9 +80,9 @@ class FusedNorm(Fused):
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Fuse every frozen norm of a known formula; returns how many were fused now. Others keep a reason.
+    """Fuse every frozen norm with a known formula; returns the number of newly fused norms. Others keep a reason.
 
-    The norms of adapters stay torch's, so that an adapter computes the same bits while it is trained and after it is loaded.
+    The norms inside adapters are not fused, so that an adapter computes the same bits in training and after loading.
     """
     count = 0
     own = {id(part) for m in model.modules() if is_own_adapter(m) for part in m.modules()}
@@ -110,7 +110,7 @@ def fuse_norms(model: nn.Module) -> int:
 
 
 def _seal_or_reason(module: nn.Module) -> Seal | Reason | None:
-    """The seal on a norm to fuse, why it is not fused, or ``None`` for a module without a weight of one axis."""
+    """The seal of a norm to fuse, the reason why it is not fused, or ``None`` for a module without a weight of one axis."""
     if "parametrizations" in module._modules:
         return seal_norm(module).answer
     weight = module._parameters.get("weight")
@@ -132,7 +132,7 @@ def _other_casts(dtype: torch.dtype) -> Reason:
 
 
 def _input_reason(x: Any, weight: Tensor, formula: NormFormula) -> Reason | None:
-    """Why this input is left to the module's own forward."""
+    """Why the module's own forward runs on this input, or ``None``."""
     if not isinstance(x, Tensor) or not x.dim() or x.shape[-1] != weight.shape[0]:
         return Reason("its input is not as wide as its weight")
     if x.dtype is not weight.dtype:

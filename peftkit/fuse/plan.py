@@ -1,7 +1,7 @@
-"""One decision a module: what a forward runs, or the reason why the module's own code runs.
+"""One decision per module: what a forward runs, or the reason why the module's own code runs.
 
-Every fused module has a ``peftkit_plan(x)``. Its forward calls it with the input it got; ``explain`` and ``strict=True`` call it
-with an example of that input. Nothing else decides, so the report and the forward cannot disagree.
+Every fused module has a method ``peftkit_plan(x)``. The forward calls ``peftkit_plan`` with its input; ``explain`` and ``strict=True``
+call it with an example input. No other code decides, so the report always matches the forward.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ _DECLINED = "_peftkit_declined"
 
 
 class Reason(str):
-    """Why a module runs its own forward, as a sentence for the report; what a plan returns instead of parts."""
+    """Why a module runs its own forward, as a sentence for the report. A plan returns a reason or the parts to compute with."""
 
     __slots__ = ()
 
 
 class NotReached(Reason):
-    """The reason of a layer in which no active adapter has weights: its own forward only runs its base layer."""
+    """The reason for a layer in which no active adapter has weights. Its own forward only runs the base layer."""
 
     __slots__ = ()
 
 
 class Fused(nn.Module):
-    """Base of everything that is mixed into a module's own class (``peftkit.swap``) and gives it a fused forward."""
+    """Base of the classes that are mixed into a module's own class (``peftkit.swap``) to give it a fused forward."""
 
     peftkit_method: str
-    """What ``explain`` calls it."""
+    """The name of the method in the report of ``explain``."""
 
     def peftkit_plan(self, x: Tensor) -> Any:
-        """What a forward on ``x`` runs in the present state, or the ``Reason`` why the module's own forward runs."""
+        """What a forward on ``x`` runs in the current state, or the ``Reason`` why the module's own forward runs."""
         raise NotImplementedError
 
     def peftkit_example(self) -> Tensor:
-        """A small input such as the module gets in its model, for asking for a plan without a forward."""
+        """A small input like those the module gets in its model, to make a plan without a forward."""
         raise NotImplementedError
 
     def peftkit_backend(self, x: Tensor, parts: Any) -> str:
@@ -44,7 +44,7 @@ class Fused(nn.Module):
         raise NotImplementedError
 
     def peftkit_verdict(self) -> tuple[str, str]:
-        """The path a forward takes in the present state, for ``explain``, and the reason if it is the module's own."""
+        """For ``explain``: the path of a forward in the current state, and the reason if the module's own forward runs."""
         x = self.peftkit_example()
         parts = self.peftkit_plan(x)
         if isinstance(parts, Reason):
@@ -53,7 +53,7 @@ class Fused(nn.Module):
 
 
 def decline(module: nn.Module, method: str, reason: str) -> None:
-    """Keep on a module why it was looked at and not fused; ``explain`` shows it."""
+    """Keep on a module the reason why it was examined and not fused; ``explain`` shows the reason."""
     module.__dict__[_DECLINED] = (method, str(reason))
 
 

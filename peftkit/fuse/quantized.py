@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on bitsandbytes' linears, fused on the weights as they are stored."""
+"""PEFT's LoRA layers on bitsandbytes' linears, fused without changing the stored weights."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from peftkit_kernels.nf4 import NF4Weight
 
 _STORAGE = "_peftkit_storage"
 
-_TRANSFORMED = Reason("torch.compile and torch.func see bitsandbytes' own operations")
+_TRANSFORMED = Reason("under torch.compile and torch.func bitsandbytes' own operations run")
 
 
 class FusedLinear4bit(FusedLoRA):
     """PEFT's ``Linear4bit`` whose forward is one ``nf4_linear``."""
 
     def peftkit_backend(self: Any, x: Tensor, parts: LinearParts) -> str:
-        """``"torch"`` or ``"triton"``, by the dtype that the base layer computes in."""
+        """``"torch"`` or ``"triton"``, depending on the dtype in which the base layer computes."""
         with without_autocast(x):
             return backend_of(self._compute_input(x), parts)
 
@@ -50,7 +50,7 @@ class FusedLinear4bit(FusedLoRA):
         return nf4_weight(base)
 
     def _run(self, x: Tensor, parts: LinearParts) -> Tensor:
-        """As the base layer does it: in its ``compute_dtype``, whatever autocast says, returned in the dtype of ``x``."""
+        """Compute like the base layer: in its ``compute_dtype`` even under autocast, with the result in the dtype of ``x``."""
         with without_autocast(x):
             return linear(self._compute_input(x), parts).to(x.dtype)
 

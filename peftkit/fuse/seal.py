@@ -1,8 +1,9 @@
-"""What a verdict about a module relied on, compared in each forward at a cost below a microsecond.
+"""Seals: the recognised formula of a module, with everything that the recognition relied on.
 
-A ``Seal`` holds for all modules of one kind: it keeps no module and no tensor, so a copy of a module is as good as the module. The
-comparison is one function that is written for the kind, as ``namedtuple`` and ``dataclass`` write theirs: a chain of ``is`` and
-``==`` that takes 30 nanoseconds a name, where a loop over the names would take three times that.
+Each forward checks in less than a microsecond that nothing of this has changed. A ``Seal`` is valid for all modules of one kind. It
+keeps no module and no tensor, so it is valid for copies of a module too. The check is one generated function for each kind (as
+``namedtuple`` and ``dataclass`` generate theirs): a chain of ``is`` and ``==`` that takes 30 nanoseconds per name. A loop over the
+names would take three times as long.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class Part(NamedTuple):
 
     Attributes:
         path: Names of children from the module to the part.
-        cls: Its class.
-        settings: Attributes that a forward reads, with their values.
-        names: What a forward looks up on the class, which an attribute of the part would hide.
+        cls: The class of the part.
+        settings: Attributes of the part that a forward reads, with their values.
+        names: Names that a forward looks up on the class. An instance attribute of such a name would hide the class's.
     """
 
     path: tuple[str, ...]
@@ -42,7 +43,7 @@ class Part(NamedTuple):
 
 
 def changed_calls(module: nn.Module) -> str | None:
-    """What calling a submodule would run besides the forward of its class, as a predicate."""
+    """What a call of ``module`` would run besides the forward of its class, in words such as "has hooks"; or ``None``."""
     state = module.__dict__
     if "forward" in state:
         return "has a forward of its own"
@@ -50,17 +51,17 @@ def changed_calls(module: nn.Module) -> str | None:
 
 
 class Seal:
-    """What a kind of module was recognised as, with the names and settings that this relied on and their values.
+    """The formula of a kind of module, with the names and settings that its recognition relied on, and their values.
 
     Attributes:
-        answer: The formula, or the ``Reason`` why the module computes none that is known.
-        find: Recognises a module of this kind again and returns its seal; a function that can be pickled.
+        answer: The formula, or the ``Reason`` why the module computes no known formula.
+        find: A function that recognises a module of this kind again and returns its seal. It can be pickled.
 
     Args:
         answer: As above.
         find: As above.
-        spaces: Namespaces as ``(namespace, its name, value of each name)``.
-        classes: Names that were looked up on classes.
+        spaces: Namespaces as ``(namespace, its name, values by name)``.
+        classes: By class, the names that were looked up on it.
         parts: The module itself and each submodule it calls.
     """
 
@@ -81,7 +82,7 @@ class Seal:
         self._holds = _comparison(self._spaces, self._classes, self._parts)
 
     def broken(self, module: nn.Module) -> Reason | None:
-        """What has changed since ``module``, or another of its kind, was recognised; ``None`` if nothing has."""
+        """What has changed since ``module``, or another module of its kind, was recognised; ``None`` if nothing has."""
         try:
             if self._holds(module):
                 return None
@@ -123,12 +124,12 @@ class Seal:
 
 
 class LoadedSeal(Seal):
-    """A seal that was pickled: it recognises the module again when it is first used."""
+    """A seal that was unpickled. It recognises the module again at its first use."""
 
     __slots__ = ("_found",)
 
     def broken(self, module: nn.Module) -> Reason | None:
-        """As ``Seal.broken``; also broken if the module is recognised as something else than before it was saved."""
+        """As ``Seal.broken``. Also gives a reason if the module is not recognised as the formula that it had before saving."""
         if not hasattr(self, "_found"):
             found = self.find(module)
             if found.answer != self.answer:
@@ -141,7 +142,7 @@ class LoadedSeal(Seal):
 
 
 def _comparison(spaces: Any, classes: Any, parts: list[Part]) -> Callable[[nn.Module], bool]:
-    """A function that tells whether everything is as it was; it may raise if it is not."""
+    """A generated function that returns whether nothing has changed. It may raise an exception if something has changed."""
     held: dict[str, Any] = {}
 
     def hold(value: Any) -> str:
@@ -149,22 +150,23 @@ def _comparison(spaces: Any, classes: Any, parts: list[Part]) -> Callable[[nn.Mo
         return f"v{len(held) - 1}"
 
     def settings(part: Part) -> list[str]:
-        # Other modules of the kind, and copies, have equal values, which need not be the same objects.
+        # Copies and other modules of the kind have equal values, but not always the same objects.
         tests = []
         for n, v in part.settings.items():
             equal = f"s == {hold(v)}"
-            if type(v) is functools.partial:  # is equal to no other
+            if type(v) is functools.partial:  # partials compare by identity
                 equal = f"s.func is {hold(v.func)} and s.args == {hold(v.args)}"
                 equal += f" and s.keywords == {hold(v.keywords)}"
             same = f"(s := state[{n!r}]) is {hold(v)} or type(s) is {hold(type(v))} and {equal}"
             tests.append(f"({same})")
-        # The forward of the module itself is what uses the seal.
+        # The forward of the module itself is not checked, because this forward runs the check.
         hidden = [n for n in part.names if part.path or n != "forward"]
         return tests + [f"{n!r} not in state" for n in hidden]
 
     tests = [f"{hold(space)}[{n!r}] is {hold(v)}" for space, _, vs in spaces for n, v in vs.items()]
     for cls, n, value in classes:
-        # The dictionary of a class shows what is set on it, not what is set on a class between it and the owner of a name.
+        # If the class itself has the name, its dictionary is read. If not, getattr also finds a name that was set later on a class
+        # between it and the owner of the name.
         own = n in vars(cls)
         value = vars(cls)[n] if own else value
         read = f"{hold(vars(cls))}[{n!r}]" if own else f"getattr({hold(cls)}, {n!r})"
@@ -188,7 +190,7 @@ def _comparison(spaces: Any, classes: Any, parts: list[Part]) -> Callable[[nn.Mo
 
 
 def _part_reason(part: Part, module: Any) -> Reason | None:
-    """What is another in one part now, in words."""
+    """What has changed in one part, in words, or ``None``."""
     where = ".".join(part.path)
     for name in part.path:
         module = getattr(module, "_modules", {}).get(name)

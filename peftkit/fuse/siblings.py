@@ -1,4 +1,4 @@
-"""Linears that share an input (q/k/v): computed together when the first of them is called."""
+"""Linears that share an input (q/k/v). They are computed together when the first one is called."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _NAMES = (
     ("q_lin", "k_lin", "v_lin"),
     ("q", "k", "v"),
 )
-"""Names of sibling linears that attention modules call on one input, in the usual order."""
+"""Names of linears that attention modules call on one input, in the usual order."""
 
-_TRANSFORMED = Reason("torch.compile and torch.func compute them separately")
+_TRANSFORMED = Reason("under torch.compile and torch.func they are computed separately")
 _INFERENCE = Reason(
-    "tensors of inference mode have no version, so a change of the input would not be seen"
+    "tensors of inference mode have no version, so a change of the input could not be detected"
 )
 
 
 class _Pending(NamedTuple):
-    """What the first sibling has computed for the others."""
+    """The outputs that the first sibling has computed for the others, with the input and state they are for."""
 
     x: Tensor
     key: tuple[Any, ...]
@@ -52,9 +52,9 @@ class _Pending(NamedTuple):
 class Siblings:
     """LoRA linears that a module calls one after the other on the same tensor.
 
-    The first call computes all of them; the others' outputs wait for their calls with the same input. A call with another
-    input (cross-attention: keys come from another sequence) computes that sibling and those after it. Nothing is learned from
-    a forward, so that a recomputation under checkpointing does exactly what the forward did. What waits belongs to the thread.
+    The first call computes all of them. The outputs of the others are kept until they are called with the same input. A call with
+    another input (in cross-attention the keys have another input) computes this sibling and those after it. A forward does not
+    change the grouping, so that a recomputation under checkpointing computes exactly the same. Each thread keeps its own outputs.
     """
 
     def __init__(self, members: list[FusedLinear]):
@@ -62,7 +62,7 @@ class Siblings:
         self._thread = threading.local()
 
     def peftkit_plan(self, x: Tensor, first: int = 0) -> list[LinearParts] | Reason:
-        """The linears from number ``first`` on, on ``x [..., K]``, or why they are computed separately."""
+        """The parts of the linears from number ``first`` on, for ``x [..., K]``, or why they are computed separately."""
         if is_transformed():
             return _TRANSFORMED
         if x.is_inference():
@@ -80,7 +80,7 @@ class Siblings:
         return plans
 
     def peftkit_verdict(self) -> tuple[str, str]:
-        """The path, for ``explain``, and the reason if the siblings run separately."""
+        """For ``explain``: the path, and the reason if the siblings run separately."""
         x = self.members[0].peftkit_example()
         plans = self.peftkit_plan(x)
         return (
@@ -90,7 +90,7 @@ class Siblings:
         )
 
     def output_for(self, member: FusedLinear, x: Tensor) -> Tensor | None:
-        """``member(x)`` if the siblings have it or can be computed together, else ``None``."""
+        """``member(x)`` if it is computed already or the siblings can be computed together, else ``None``."""
         if is_transformed() or x.is_inference():
             return None
         pending: _Pending | None = getattr(self._thread, "pending", None)
@@ -130,7 +130,7 @@ class Siblings:
         return y if changed_reason(member, found) is None else None
 
     def _shares_nothing(self, x: Tensor) -> bool:
-        """Whether a forward alone has no product in common: one by one, the members give the same bits with less bookkeeping."""
+        """Whether a forward without gradients shares no product. Then separate calls give the same bits with less bookkeeping."""
         ranks = []
         for member in self.members:
             found = _adapter(member)
@@ -140,7 +140,7 @@ class Siblings:
         return not joins_shrinks(x.shape[:-1].numel(), ranks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Siblings:
-        # entered before the members are copied, because each of them leads back here
+        # Set before the members are copied, because each member refers to this group.
         twin = memo[id(self)] = Siblings([])
         twin.members = tuple(copy.deepcopy(member, memo) for member in self.members)
         return twin
@@ -162,7 +162,8 @@ def group_siblings(model: nn.Module) -> int:
             children = [parent._modules.get(n) for n in names]
             if sum(isinstance(child, FusedLinear) for child in children) < 2:
                 continue
-            # a query's own input cannot be learned from a forward: its recomputation under checkpointing would differ
+            # In cross-attention the query has its own input. This must not be decided in a forward: its recomputation under
+            # checkpointing would decide otherwise.
             sharing = (
                 names[1:]
                 if is_cross_attention(name, parent)
@@ -181,8 +182,9 @@ def group_siblings(model: nn.Module) -> int:
 def calls_on_one_input(cls: type, names: tuple[str, ...]) -> tuple[str, ...]:
     """Those of ``names`` that the forward of ``cls`` may call on one tensor, in the order of the calls.
 
-    Read from the source: ``self.NAME(argument)``, with assignments of the argument followed. If the source is not there or does
-    not name them, all of them; the input is compared in each call anyway, so a wrong guess only costs time.
+    The source of the forward is searched for ``self.NAME(argument)``, and assignments of the argument are followed. If there is no
+    source, or it does not call all names, all names are returned. A wrong guess only costs time, because each call compares the
+    input.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
@@ -216,7 +218,7 @@ def calls_on_one_input(cls: type, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _sources(node: ast.expr, assigned: dict[str, list[ast.expr]], seen: frozenset[str]) -> set[str]:
-    """The expressions that a value may be, as source text, through assignments and conditional expressions."""
+    """The source texts of the expressions that a value may be, following assignments and conditional expressions."""
     if isinstance(node, ast.IfExp):
         return _sources(node.body, assigned, seen) | _sources(node.orelse, assigned, seen)
     if isinstance(node, ast.Name) and node.id not in seen:
@@ -229,7 +231,7 @@ def _sources(node: ast.expr, assigned: dict[str, list[ast.expr]], seen: frozense
 
 
 def _state(member: FusedLinear) -> tuple[Any, ...]:
-    """What an output depends on besides the input: an optimiser step or another adapter makes it stale."""
+    """The state that an output depends on besides the input, such as the versions of the factors."""
     found = _adapter(member)
     if not isinstance(found, Adapter):
         return ()
@@ -244,6 +246,6 @@ def _adapter(member: FusedLinear) -> Adapter | Reason:
 
 
 def _version(module: nn.Module) -> tuple[int, int | None]:
-    """Which tensor the weight is, and how often it was changed."""
+    """The identity of the weight tensor, and the number of in-place changes."""
     weight: Any = module._parameters["weight"]
     return id(weight), None if weight.is_inference() else weight._version

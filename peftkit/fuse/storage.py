@@ -1,4 +1,4 @@
-"""bitsandbytes' weights read as tensors: the storages of ``peftkit_kernels``, and the reasons why one cannot be."""
+"""Reading bitsandbytes' weights as the quantised weights of ``peftkit_kernels``, and the reasons why one cannot be read."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def nf4_obstacle(base: Any) -> Reason | None:
     if state.quant_type != "nf4":
         return Reason(f"its base weight is stored as {state.quant_type}; only nf4 can be read")
     if not torch.equal(state.code.cpu(), level_table()):
-        return Reason("its base weight has a code table of its own")
+        return Reason("its base weight has a code table other than that of nf4")
     if tuple(state.shape) != (base.out_features, base.in_features):
-        return Reason(f"its base weight was quantised as {tuple(state.shape)}, transposed")
+        return Reason(f"its base weight was quantised in the transposed shape {tuple(state.shape)}")
     if state.blocksize not in BLOCKSIZES:
         return Reason(f"its base weight is stored in blocks of {state.blocksize}")
     if base.weight.device.type == "cpu" and base.in_features % state.blocksize:
         return Reason(
-            f"its {base.in_features} columns are no multiple of the block of {state.blocksize}: bitsandbytes decodes such a weight "
-            "differently on the CPU than it quantised it"
+            f"its {base.in_features} columns are no multiple of the block size {state.blocksize}, and on the CPU bitsandbytes does "
+            "not decode such a weight as it was quantised"
         )
     return None
 
 
 def nf4_repacked(base: Any) -> Reason | None:
-    """The part of ``nf4_obstacle`` that a forward can change: bitsandbytes repacks weights for inference on some CPUs."""
+    """The part of ``nf4_obstacle`` that can change in a forward: bitsandbytes repacks weights for inference on some CPUs."""
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return Reason("its base weight is not quantised yet (move the model to its device)")
@@ -44,7 +44,7 @@ def nf4_repacked(base: Any) -> Reason | None:
 
 
 class StorageSeen:
-    """The 4-bit storage for which ``nf4_obstacle`` was asked, compared by identity and version in each forward."""
+    """The 4-bit storage that ``nf4_obstacle`` has checked. Each forward compares its identity and version."""
 
     def __init__(self, base: Any):
         self.state = base.weight.quant_state
@@ -64,7 +64,7 @@ def _facts(state: Any) -> tuple[Any, ...]:
 
 
 def nf4_weight(base: Any) -> NF4Weight:
-    """The weight of a ``Linear4bit`` that ``nf4_obstacle`` has nothing against; shares its memory."""
+    """The weight of a ``Linear4bit`` without an ``nf4_obstacle``; shares its memory."""
     state = base.weight.quant_state
     nested = None
     if state.nested:
@@ -76,9 +76,9 @@ def nf4_weight(base: Any) -> NF4Weight:
 
 
 def int8_obstacle(base: Any) -> Reason | None:
-    """Why a ``bitsandbytes.nn.Linear8bitLt`` is not the product with one weight of 8 bits, or ``None``."""
+    """Why a ``bitsandbytes.nn.Linear8bitLt`` is not a product with a fixed 8-bit weight, or ``None``."""
     if base.state.has_fp16_weights:
-        return Reason("its base weight is quantised anew in every forward (has_fp16_weights=True)")
+        return Reason("its base weight is quantised again in every forward (has_fp16_weights=True)")
     if _codes(base) is None:
         return Reason("its base weight is not quantised yet (move the model to its device)")
     if base.weight.device.type != "cpu":
@@ -93,13 +93,13 @@ def int8_obstacle(base: Any) -> Reason | None:
 
 
 def int8_weight(base: Any) -> Int8Weight:
-    """The weight of a ``Linear8bitLt`` that ``int8_obstacle`` has nothing against; shares its memory."""
+    """The weight of a ``Linear8bitLt`` without an ``int8_obstacle``; shares its memory."""
     codes, absmax = _codes(base)
     return Int8Weight(codes, absmax)
 
 
 def _codes(base: Any) -> Any:
-    """Codes and row maxima: in the state after the first forward, on the weight before it."""
+    """Codes and row maxima. bitsandbytes keeps them on the weight before the first forward, and in the state after it."""
     for holder in (base.state, base.weight):
         if holder.CB is not None and holder.SCB is not None:
             return holder.CB, holder.SCB

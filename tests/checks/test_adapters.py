@@ -1,4 +1,4 @@
-"""What ``check`` knows of adapters, and what it costs."""
+"""The adapter tensors that ``check`` finds, and the cost of ``check``."""
 
 import cProfile
 import pstats
@@ -26,7 +26,7 @@ def test_every_tensor_is_found_once_with_its_layer_role_and_adapter():
 
 
 def _calls(layers: int, *, break_it: bool) -> int:
-    """Python calls of one ``check``; with a layer that is bypassed, so that the second pass runs too."""
+    """The number of Python calls of one ``check``. With ``break_it`` some scales are zero, so that the second pass runs too."""
     config = hf.LlamaConfig(**{**models._DECODER, "num_hidden_layers": layers})
     model = get_peft_model(
         hf.LlamaForCausalLM(config), LoraConfig(target_modules="all-linear", r=2)

@@ -1,4 +1,4 @@
-"""A batch that teaches nothing, or that is no batch, is refused with the reason."""
+"""A batch that teaches nothing, or is not a batch, raises an error with the reason."""
 
 import re
 
@@ -75,7 +75,7 @@ def test_labels_of_tokens_are_not_shifted(name):
     assert check(model, batch).supervised == 2
 
 
-def test_answers_behind_the_end_of_the_sequence():
+def test_answers_after_the_end_of_the_sequence():
     model = _wrapped("question answering")
     ids = models.batch("bert")["input_ids"]
     cut = torch.tensor([12, 40])
@@ -189,7 +189,7 @@ _NO_BATCHES = {
 
 
 @pytest.mark.parametrize("name", _NO_BATCHES)
-def test_what_is_no_batch(name):
+def test_objects_that_are_not_batches(name):
     batch, parts = _NO_BATCHES[name]
     with _raises(*parts):
         check(_wrapped(), batch)
@@ -206,7 +206,7 @@ def test_a_batch_encoding_is_a_batch():
     assert check(_wrapped(), hf.BatchEncoding(models.batch("llama"))).loss > 0
 
 
-def test_a_model_that_is_none():
+def test_an_object_that_is_not_a_model():
     with _raises("model='id' is of type str, not a model", "peftkit.wrap"):
         check("id")
     with _raises("is of type dict, not a model", "the arguments are swapped"):

@@ -1,4 +1,4 @@
-"""Settings that remove an adapter, and heads that stay random, are refused."""
+"""Settings that disable an adapter, and random heads that stay frozen, raise an error."""
 
 import re
 

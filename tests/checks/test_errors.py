@@ -1,4 +1,4 @@
-"""Sabotage: whatever would go wrong without a word is provoked here, and must raise naming the thing."""
+"""Each test provokes a failure that would be silent. ``check`` or ``wrap`` must raise an error that names the cause."""
 
 import random
 import re
@@ -19,7 +19,7 @@ _V = "base_model.model.model.layers.1.self_attn.v_proj"
 
 
 def _wrapped(name="llama", **settings):
-    """A model under stock PEFT, so that these tests judge the checks alone."""
+    """A model with stock PEFT, so that these tests only test the checks."""
     return get_peft_model(models.tiny(name), LoraConfig(**{**_QV, **settings}))
 
 
@@ -295,7 +295,7 @@ def test_an_adapter_that_is_inactive_in_one_layer():
 def test_a_gradient_that_is_zero_where_it_cannot_be():
     model = _wrapped()
     _layer(model).register_forward_hook(lambda module, args, output: output * 0.0)
-    # Without values attention gives zero whatever its queries are, so q_proj is named too.
+    # Without values the attention output is zero for all queries, so q_proj is named too.
     with _raises(
         "2 of 8 trainable",
         f"{_V}.lora_B.default.weight: the gradient at the output of its layer is exactly zero",

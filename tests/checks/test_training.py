@@ -1,4 +1,4 @@
-"""The one contract every method keeps, through PEFT: start, training, disabling, saving, loading, several adapters."""
+"""The behaviour that all methods share, with PEFT: start, training, disabling, saving, loading, several adapters."""
 
 import copy
 import subprocess
@@ -43,7 +43,7 @@ every = pytest.mark.parametrize("method", METHODS)
 
 @both
 @every
-def test_a_new_adapter_is_the_base_model_where_the_papers_say_so(method, name):
+def test_a_new_adapter_equals_the_base_model_if_the_paper_says_so(method, name):
     base = models.tiny(name).eval()
     expected = logits(base, name)
     actual = logits(restore(wrapped(method, name)), name)
@@ -94,7 +94,7 @@ def test_disabling_and_unloading_give_the_base_model_back(method, name):
 
 @both
 @every
-def test_what_is_saved_is_loaded_bit_for_bit(method, name, tmp_path):
+def test_a_saved_adapter_is_loaded_bit_for_bit(method, name, tmp_path):
     model = trained(wrapped(method, name))
     model.save_pretrained(tmp_path)
     held = load_file(tmp_path / "adapter_model.safetensors")
@@ -143,7 +143,7 @@ def test_merging_is_refused_with_the_reason_and_changes_nothing(method):
 def test_several_adapters_are_switched_and_deleted(method, tmp_path):
     model = trained(wrapped(method, "llama"))
     first, exact = logits(model, "llama"), logits(pairs.in_float64(model), "llama")
-    # the resolved config of the first, as PEFT's own API takes it
+    # the resolved config of the first adapter, in the form that PEFT's own API takes
     torch.manual_seed(3)
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
     assert torch.equal(logits(model, "llama"), first)
@@ -234,7 +234,7 @@ def test_explain_and_generate(method):
     assert torch.equal(cached, model.generate(**ids, **settings, use_cache=False))
 
 
-def test_an_adapter_that_adds_lora_where_a_bottleneck_stands_leaves_the_first_one_alone(tmp_path):
+def test_lora_added_next_to_a_bottleneck_does_not_change_the_bottleneck(tmp_path):
     narrow = LoraConfig(r=4, target_modules=["q_proj"])
     model = trained(wrap(models.tiny("llama").eval(), narrow, houlsby()))
     keys, first = peft.get_peft_model_state_dict(model).keys(), logits(model, "llama")
@@ -246,7 +246,7 @@ def test_an_adapter_that_adds_lora_where_a_bottleneck_stands_leaves_the_first_on
     assert_no_worse_than(logits(model, "llama"), first, exact)
 
 
-def test_peft_alone_takes_the_configs_and_an_unknown_process_is_told(tmp_path):
+def test_plain_peft_loads_after_the_import_and_raises_without_it(tmp_path):
     torch.manual_seed(0)
     model = trained(get_peft_model(models.tiny("llama").eval(), gated()))
     expected = logits(model, "llama")
@@ -283,7 +283,7 @@ torch.save(model(**torch.load(sys.argv[3])).logits.detach(), sys.argv[4])
         (lambda: (houlsby(), peft.IA3Config()), "IA3Config cannot be mixed"),
     ],
 )
-def test_mixes_that_make_no_sense_are_refused(configs, message):
+def test_invalid_mixes_are_refused(configs, message):
     with pytest.raises(ValueError, match=message):
         wrap(models.tiny("llama"), *configs())
 

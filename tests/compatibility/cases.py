@@ -1,4 +1,4 @@
-"""The architectures of the matrix: the tiny models of the tests, with nothing random in training mode."""
+"""The architectures of the matrix: the tiny models of the tests, without dropout or other randomness in training mode."""
 
 import copy
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def _resnet() -> nn.Module:
 
 
 def _efficientnet() -> nn.Module:
-    # the widest block times a quarter, which the config does not work out by itself
+    # hidden_dim is a quarter of the widest block; the config does not compute it.
     config = hf.EfficientNetConfig(
         image_size=32, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320, num_labels=3
     )
@@ -80,7 +80,7 @@ def _convolutional(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _measure_statistics(model: nn.Module) -> None:
-    """Batch norms that divide by what they see: otherwise gradients underflow on their way through many random layers."""
+    """Set the statistics of batch norms from a random batch; otherwise gradients underflow in so many random layers."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     usual = [norm.momentum for norm in norms]
     for norm in norms:

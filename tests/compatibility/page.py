@@ -1,4 +1,4 @@
-"""The matrix as a page: a summary, then one table a method with its reasons below."""
+"""The matrix as a Markdown page: a summary, then one table per method with its reasons below."""
 
 from collections import Counter
 from typing import Any
@@ -12,7 +12,7 @@ Row = dict[str, dict[str, list[str]]]
 
 
 def counts(row: Row) -> str:
-    """How many cells of an architecture came out how."""
+    """The number of cells of an architecture by verdict, as text."""
     verdicts = Counter(verdict for cells in row.values() for verdict, _ in cells.values())
     return ", ".join(f"{verdicts[kind]} {kind}" for kind in _SIGNS if verdicts[kind])
 
@@ -25,19 +25,19 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# What works on which architecture",
         "",
-        "Written by `make matrix`: every cell was run on a tiny model with random weights, on the CPU. An architecture that is not",
-        "listed is tried by `peftkit check --family NAME_OR_CONFIG`.",
+        "Written by `make matrix`. Every cell was run on the CPU on a tiny model with random weights. To test an architecture that is not",
+        "listed, run `peftkit check --family NAME_OR_CONFIG`.",
         "",
         f"With {with_versions}.",
         "",
-        "✓: as it should be. no: refused, with the reason below the table. –: there is no such thing for this model.",
-        "**fails**: an error nobody intended, or a wrong result.",
+        "✓: works. no: refused; the reason is below the table. –: does not apply to this model. **fails**: an unintended error, or a wrong",
+        "result.",
         "",
         *(f"- **{name}**: {what}" for name, what in describe_cells().items()),
         "",
         "## Summary",
         "",
-        "Cells that came out right, of those that apply.",
+        "The number of cells that work, of those that apply.",
         "",
         "| | " + " | ".join(methods) + " |",
         "|---|" + "---|" * len(methods),

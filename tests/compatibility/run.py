@@ -1,9 +1,9 @@
-"""Try every method on every architecture of ``cases.py``, and write down what works.
+"""Try every method on every architecture of ``cases.py``, and write the results.
 
     python tests/compatibility/run.py
 
-writes docs/compatibility.md and docs/compatibility.json. With names of architectures as arguments only these are tried again,
-and the rest stays as it was. The exit status is 1 where a cell fails.
+writes docs/compatibility.md and docs/compatibility.json. If architectures are named as arguments, only these are tried again, and the
+other rows stay the same. The exit status is 1 if a cell fails.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def _write(families: dict) -> None:
 
 
 def _lines(results: dict) -> str:
-    """JSON with one method of one architecture a line, so that a change of one cell changes one line."""
+    """JSON with one line per architecture and method, so that a change of one cell changes one line."""
     families = []
     for name, row in results["families"].items():
         methods = [f"  {_json(method)}: {_json(cells)}" for method, cells in row.items()]

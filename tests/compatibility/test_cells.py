@@ -1,4 +1,4 @@
-"""The cells of the matrix notice what they are there to notice, and their small part of the matrix is as it should be."""
+"""Each cell of the matrix detects the bug it tests for, and a small part of the matrix has the expected verdicts."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def outcome(cell: str, method: str = "Houlsby") -> Outcome:
     return run_cells(CASES["llama"], method, [cell])[cell]
 
 
-def test_training_that_trains_too_little_or_too_much_is_noticed(monkeypatch):
+def test_training_too_little_or_too_much_is_detected(monkeypatch):
     forward = Bottleneck.forward
     monkeypatch.setattr(
         Bottleneck, "forward", lambda self, base, x: base + 0 * forward(self, base, x)
@@ -70,7 +70,7 @@ def test_training_that_trains_too_little_or_too_much_is_noticed(monkeypatch):
     assert (found.verdict, found.why[:24]) == ("fails", "1 frozen tensors changed")
 
 
-def test_gradients_that_checkpointing_changes_are_noticed(monkeypatch):
+def test_gradients_that_checkpointing_changes_are_detected(monkeypatch):
     calls = []
 
     def growing(self, base, x):
@@ -83,7 +83,7 @@ def test_gradients_that_checkpointing_changes_are_noticed(monkeypatch):
     assert "the gradient of" in found.why
 
 
-def test_tokens_that_depend_on_the_cache_are_noticed(monkeypatch):
+def test_tokens_that_depend_on_the_cache_are_detected(monkeypatch):
     def by_length(self, base, x):
         return base + torch.roll(100 * self.up(torch.relu(self.down(x))), x.shape[1], -1)
 
@@ -91,7 +91,7 @@ def test_tokens_that_depend_on_the_cache_are_noticed(monkeypatch):
     assert outcome("generate") == Outcome("fails", "tokens with a cache and without differ")
 
 
-def test_an_adapter_that_comes_back_changed_is_noticed(monkeypatch):
+def test_a_changed_adapter_after_loading_is_detected(monkeypatch):
     load = cells_module.load_adapter
 
     def rounded(*args, **kwargs):
@@ -104,7 +104,7 @@ def test_an_adapter_that_comes_back_changed_is_noticed(monkeypatch):
     assert "loaded tensors differ" in outcome("save, load").why
 
 
-def test_a_merge_that_forgets_something_is_noticed(monkeypatch):
+def test_an_inexact_merge_is_detected(monkeypatch):
     from peft.tuners.lora.layer import Linear
 
     delta = Linear.get_delta_weight
@@ -112,7 +112,7 @@ def test_a_merge_that_forgets_something_is_noticed(monkeypatch):
     assert outcome("merge", "LoRA") == Outcome("fails", "the outputs differ")
 
 
-def test_4_bit_layers_without_gradient_are_noticed(monkeypatch):
+def test_4_bit_layers_without_gradient_are_detected(monkeypatch):
     forward = Bottleneck.forward
     monkeypatch.setattr(
         Bottleneck, "forward", lambda self, base, x: forward(self, base, x).detach()
@@ -154,7 +154,7 @@ def test_a_config_file_names_its_class_and_keeps_sizes_that_are_small(tmp_path):
     assert again.config.num_labels == models.NUM_LABELS
 
 
-def test_the_committed_page_is_that_of_the_committed_results():
+def test_the_committed_page_matches_the_committed_results():
     results = json.loads((ROOT / "docs" / "compatibility.json").read_text())
     assert (ROOT / "docs" / "compatibility.md").read_text() == page.markdown(results)
     assert list(results["families"]) == [case.name for case in CASES.values()]

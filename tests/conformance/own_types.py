@@ -1,7 +1,8 @@
-"""peftkit's own tuner types in place of PEFT's in its common tests; used by ``plugin.py`` in mode ``own``.
+"""peftkit's own methods in place of PEFT's in PEFT's common tests; used by ``plugin.py`` in mode ``own``.
 
-The tests speak PEFT's dialect: ``init_weights=False`` for an adapter that is not the identity at first, ``layers_to_transform``
-for numbers of layers. Three classes translate it into configs of ours, which is all that reaches PEFT.
+The tests use PEFT's argument names: ``init_weights=False`` for an adapter that changes the outputs from the start, and
+``layers_to_transform`` for layer numbers. Three classes translate these arguments and return configs of ours, so that PEFT gets only
+our configs.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ TASKS = {
     "test_feature_extraction_models": "FEATURE_EXTRACTION",
     "test_seq_classifier": "SEQ_CLS",
 }
-"""Test modules of PEFT that run over a list of configs, and the task of their models."""
+"""Test modules of PEFT that run on a list of configs, and the task of their models."""
 
-NO_MERGE = "prefixes and bottlenecks are not linear in a layer's input, so no weight equals them: merging is refused"
-NO_DISPATCH = "computes its attention itself, so a prefix is refused: the error names BottleneckConfig and LoraConfig"
-NO_AVERAGE = "adapters with a prefix or a bottleneck cannot be averaged: refused"
+NO_MERGE = "prefixes and bottlenecks are not linear in a layer's input, so they cannot be merged into its weight; merging is refused"
+NO_DISPATCH = "the model computes its attention itself, so a prefix is refused; the error names BottleneckConfig and LoraConfig"
+NO_AVERAGE = "adapters with a prefix or a bottleneck cannot be averaged; the error says so"
 ONE_SUBSTRING = (
-    "the test takes exactly the parameters with one substring in their names for the adapter's, and a mix has three; "
-    "tests/test_contract.py checks what it trains"
+    "the test finds the adapter's parameters by one substring of their names, and a mix needs three; "
+    "tests/test_contract.py checks which parameters a mix trains"
 )
 
 _WITHOUT_DISPATCH = ("GPTJ", "Deberta")
 
 
 class BottleneckConfig(bridge.BottleneckConfig):
-    """Makes bottleneck configs of ours."""
+    """Returns our ``BottleneckConfig`` for the arguments of PEFT's tests."""
 
     def __new__(cls, *args: Any, init_weights=True, layers_to_transform=None, **kwargs: Any) -> Any:
         config = bridge.BottleneckConfig(*args, layers=layers_to_transform, **kwargs)
@@ -43,14 +44,14 @@ class BottleneckConfig(bridge.BottleneckConfig):
 
 
 class PrefixConfig(bridge.PrefixConfig):
-    """Makes prefix configs of ours; a prefix without a gate is no identity in any case."""
+    """Returns our ``PrefixConfig``. A prefix without a gate always changes the outputs, so ``init_weights`` is ignored."""
 
     def __new__(cls, *args: Any, init_weights=True, layers_to_transform=None, **kwargs: Any) -> Any:
         return bridge.PrefixConfig(*args, layers=layers_to_transform, **kwargs)
 
 
 class MixConfig(bridge.MixConfig):
-    """Makes mixes of LoRA with a prefix and a bottleneck."""
+    """Returns our config of LoRA with a prefix and a bottleneck."""
 
     def __new__(cls, *args: Any, init_weights=True, **kwargs: Any) -> Any:
         kwargs.setdefault("init_lora_weights", init_weights)
@@ -73,7 +74,7 @@ NAMES = tuple(config.__name__ for config, _ in CONFIGS)
 
 
 def install() -> None:
-    """Put our configs into PEFT's test modules, and the reasons against merging into its own list of them."""
+    """Replace the configs of PEFT's test modules by ours, and skip the tests that merge."""
     from tests import testing_common
 
     for name, task in TASKS.items():
@@ -99,12 +100,12 @@ def install() -> None:
 
 
 def method_of(test: str) -> str | None:
-    """The config class a test id names, if it is one of ours."""
+    """The config class of ours that a test id names, or ``None``."""
     return next((name for name in NAMES if f"[{name}-" in test or f"-{name}-" in test), None)
 
 
 def reason_against(test: str) -> str | None:
-    """Why a test cannot pass, as far as its id tells."""
+    """Why a test cannot pass, judged by its id, or ``None``."""
     method = method_of(test)
     if method == "MixConfig" and "weighted_combination" in test:
         return NO_AVERAGE

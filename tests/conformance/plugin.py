@@ -1,10 +1,10 @@
-"""pytest plugin for PEFT's own test suite: keeps its LoRA tests, can fuse every layer they create.
+"""pytest plugin for PEFT's own test suite: keeps the LoRA tests, and can fuse every layer that they create.
 
-Loaded by ``run.py`` with ``-p plugin``. Two environment variables steer it:
+Loaded by ``run.py`` with ``-p plugin``. Two environment variables configure it:
 ``PEFTKIT_CONFORMANCE_OUT`` names the JSON file that receives
 ``{"outcomes": {test: outcome}, "fused_layers": number, "skipped": {test: reason}}``, and ``PEFTKIT_CONFORMANCE_MODE`` is
-``stock``, ``fused``, ``fused-torch-blas`` (fused with the matrix products that PyTorch itself would have used), or ``own``:
-the common tests over peftkit's own methods instead (``own_types.py``).
+``stock``, ``fused``, ``fused-torch-blas`` (fused, with PyTorch's own matrix products) or ``own`` (the common tests on peftkit's own
+methods, see ``own_types.py``).
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import torch
 
 _LORA = re.compile(r"(?<![A-Za-z])LoraConfig")
 
-# Test modules that are about LoRA, or about machinery LoRA uses, without naming it in their test ids.
+# Test modules about LoRA, or about code that LoRA uses, whose test ids do not name LoRA.
 _WHOLE_MODULES = {
     "test_arrow.py",
     "test_auto.py",
@@ -57,10 +57,10 @@ _skipped = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the tests off the network and, in mode ``fused``, fuse each LoRA layer at its creation."""
+    """Prevent network access and, in mode ``fused``, fuse each LoRA layer at its creation."""
     from tests import testing_utils
 
-    # It would go online once for each model id; what the tests need is in the fake cache.
+    # PEFT's function goes online once for each model id; the fake cache has what the tests need.
     testing_utils.hub_online_once = lambda model_id: contextlib.nullcontext()
     config.stash[_outcomes] = {}
     config.stash[_fused] = Counter()
@@ -75,7 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what has nothing to do with LoRA, or in mode ``own`` with our methods."""
+    """Deselect tests that are not about LoRA or, in mode ``own``, not about our methods."""
     own = os.environ["PEFTKIT_CONFORMANCE_MODE"] == "own"
     kept, dropped = [], []
     for item in items:
@@ -93,7 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Seed every test, so that both modes see the same weights and data."""
+    """Seed every test, so that both modes use the same weights and data."""
     random.seed(0)
     numpy.random.seed(0)  # noqa: NPY002 - PEFT's tests draw from the global generator
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """Note each test's outcome: the first phase that did not simply pass decides."""
+    """Record each test's outcome: that of the first phase that did not pass."""
     report = yield
     outcomes = item.config.stash[_outcomes]
     if outcomes.get(report.nodeid, "passed") == "passed":

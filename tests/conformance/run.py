@@ -1,11 +1,10 @@
 """Run PEFT's own LoRA tests with stock and with fused layers, and compare them test by test.
 
     python tests/conformance/run.py
-    python tests/conformance/run.py --own     # its common tests over prefixes, bottlenecks and their mix with LoRA
+    python tests/conformance/run.py --own     # PEFT's common tests on prefixes, bottlenecks and their mix with LoRA
 
-README.md beside this file says what is run and how to run parts of it. Exits with status 1 when a
-test passes with stock layers and not with fused ones, unless ``known.py`` gives a reason, or when one of the common tests fails
-over a method of peftkit's own.
+README.md in this folder says what is run and how to run parts of it. The exit status is 1 if a test passes with stock layers and not
+with fused layers and ``known.py`` gives no reason, or if one of the common tests fails on one of peftkit's own methods.
 """
 
 import argparse
@@ -66,7 +65,7 @@ def main() -> int:
 
 
 def _run_own(suite: "Suite", arguments: argparse.Namespace) -> int:
-    """The common tests over our own methods; 1 where one fails."""
+    """Run the common tests on our own methods; returns 1 if one fails."""
     names = arguments.modules or [f"{name}.py" for name in own_types.TASKS]
     if not arguments.compare_only:
         with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -83,10 +82,10 @@ def _run_own(suite: "Suite", arguments: argparse.Namespace) -> int:
 
 
 def fetch_tests(work: Path) -> Path:
-    """Download the sdist of the installed PEFT, which contains its tests, and unpack those.
+    """Download the sdist of the installed PEFT, which contains its tests, and unpack the tests.
 
     Returns:
-        The folder that holds ``tests``; it is reused while the PEFT version stays the same.
+        The folder that contains ``tests``; it is reused while the PEFT version stays the same.
     """
     name = f"peft-{version('peft')}"
     target = work / name
@@ -102,7 +101,7 @@ def fetch_tests(work: Path) -> Path:
         members = [m for m in archive.getmembers() if m.name.startswith(f"{name}/tests/")]
         archive.extractall(unfinished, members=members, filter="data")
     (unfinished / name / "tests" / "__init__.py").touch()
-    # An ini file of its own: pytest would otherwise walk up and take this project's settings.
+    # Without this file pytest would search the parent folders and use this project's settings.
     (unfinished / name / "pytest.ini").write_text("[pytest]\n")
     (unfinished / name).rename(target)
     unfinished.rmdir()
@@ -111,25 +110,25 @@ def fetch_tests(work: Path) -> Path:
 
 @dataclass(frozen=True)
 class Suite:
-    """PEFT's tests, and where they run."""
+    """PEFT's tests, and the folders in which they run."""
 
     work: Path
     """Folder for outcomes and logs."""
     hub: Path
     """Used as ``HF_HOME``."""
     tests: Path
-    """Folder that holds PEFT's ``tests``."""
+    """Folder that contains PEFT's ``tests``."""
 
     def run(self, mode: str, name: str, targets: list[str]) -> str:
-        """Run ``targets``, as pytest takes them, in a process of their own and keep the outcomes.
+        """Run ``targets`` in a separate pytest process and save the outcomes.
 
         Args:
             mode: ``stock``, ``fused``, ``fused-torch-blas`` or ``own``.
-            name: Of the files that keep outcomes and log.
-            targets: Test modules or test ids.
+            name: Name of the files with the outcomes and the log.
+            targets: Test modules or test ids, as on pytest's command line.
 
         Returns:
-            One line for a person: mode, name, seconds and pytest's closing line.
+            One line to print: mode, name, seconds and pytest's last line.
         """
         folder = self._folder(mode)
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +144,7 @@ class Suite:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",  # the models are tiny, and modules run side by side
+            "OMP_NUM_THREADS": "1",  # the models are tiny, and test modules run in parallel
         }
         options = ["-p", "plugin", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short"]
         command = [sys.executable, "-m", "pytest", *options, *targets]
@@ -161,7 +160,7 @@ class Suite:
         return f"{mode} {name} {time.perf_counter() - start:.0f} s: {closing_line}"
 
     def results(self, mode: str) -> outcomes.Results:
-        """Merge what the runs of one mode have left."""
+        """Merge the saved results of one mode."""
         merged = outcomes.Results({}, 0)
         for path in sorted(self._folder(mode).glob("*.json")):
             one = json.loads(path.read_text())
@@ -175,7 +174,7 @@ class Suite:
 
 
 def _modules_about_lora(tests: Path) -> list[str]:
-    """Every test module that mentions LoRA, the largest first so that no worker idles at the end."""
+    """Every test module that mentions LoRA, the largest first, so that no worker is idle at the end."""
     modules = [
         path for path in (tests / "tests").glob("test_*.py") if "LoraConfig" in path.read_text()
     ]
@@ -193,9 +192,13 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", help="only these test modules, e.g. test_other.py")
     parser.add_argument("--modes", default=",".join(MODES), help="stock, fused, or both (default)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="modules run side by side")
-    parser.add_argument("--own", action="store_true", help="the common tests over our own methods")
-    parser.add_argument("--compare-only", action="store_true", help="compare the results there are")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="test modules to run in parallel"
+    )
+    parser.add_argument("--own", action="store_true", help="the common tests on our own methods")
+    parser.add_argument(
+        "--compare-only", action="store_true", help="only compare the existing results"
+    )
     parser.add_argument("--work", type=Path, default=Path(".conformance"), help="scratch folder")
     parser.add_argument("--report", type=Path, default=Path("docs/conformance.md"))
     return parser.parse_args()

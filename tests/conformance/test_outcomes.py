@@ -17,7 +17,7 @@ def results(outcomes, fused_layers=0, **kinds):
     return outcomes.Results(kinds, fused_layers)
 
 
-def test_regression_is_a_pass_that_is_lost(outcomes):
+def test_a_lost_pass_is_a_regression(outcomes):
     stock = results(outcomes, a="passed", b="passed", c="failed", d="passed", e="skipped")
     fused = results(outcomes, 7, a="passed", b="failed", c="passed", e="skipped")
     comparison = outcomes.compare(stock, fused)
@@ -63,7 +63,7 @@ def test_page_states_counts_versions_and_differences(outcomes, tmp_path):
     assert list(page.parent.iterdir()) == [page]
 
 
-def test_own_methods_have_a_part_of_the_page(outcomes, tmp_path):
+def test_own_methods_have_their_own_part_of_the_page(outcomes, tmp_path):
     page, versions = tmp_path / "page.md", {"peft": "0.21.2"}
     ids = [f"tests/x.py::t[{name}-config_kwargs0-model]" for name in outcomes.NAMES]
     own = results(outcomes)

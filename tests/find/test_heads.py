@@ -27,7 +27,7 @@ from peftkit.find.heads import (
 
 
 def _train_one_step(model, inputs):
-    """In evaluation mode: statistics of a batch norm in the backbone are not part of an adapter."""
+    """Train one step in evaluation mode, because the statistics of batch norms in the backbone are not part of an adapter."""
     model.eval()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.01)
@@ -44,7 +44,7 @@ def _same(first, second):
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_heads_are_trained_and_saved_by_default(name, tmp_path):
-    """The second base has another head, as in a new process: only a saved head can give the same outputs."""
+    """The second base has another head, as in a new process, so the outputs are equal only if the head was saved."""
     heads = BUILDERS[name][1]
     inputs = batch(name)
     targets = ["convolution"] if name == "resnet image" else None
@@ -129,7 +129,7 @@ def test_a_fresh_process_of_plain_peft_computes_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "roberta", "bart", "clip", "whisper"])
-def test_pretrained_heads_of_language_and_contrastive_models_stay_as_they_are(name):
+def test_pretrained_heads_of_language_and_contrastive_models_stay_frozen(name):
     model = family(name)
     assert find_heads(model).names == []
     for parameter in model.parameters():
@@ -195,7 +195,7 @@ def test_what_a_config_says_is_respected():
     assert frozen_heads(adapted) == []
 
 
-def test_one_config_of_a_mix_speaks_for_all():
+def test_one_config_of_a_mix_decides_for_all():
     mix = LoraConfig(r=4), PrefixConfig(modules_to_save=[]), BottleneckConfig()
     assert list(explain(wrap(task_model("bert tokens"), *mix)).trained_in_full) == []
 

@@ -1,4 +1,4 @@
-"""What the entries of a config match, and the errors for those that match nothing."""
+"""Which modules the entries of a config match, and the errors for entries that match nothing."""
 
 import models
 import pytest
@@ -86,7 +86,7 @@ def test_heads_that_peft_adds_by_task_need_not_all_exist():
 
 
 def test_names_of_experts_stored_one_by_one_still_match():
-    """Configs made for transformers 4 name one linear an expert; PEFT turns them into expert parameters."""
+    """Configs made for transformers 4 name one linear per expert. PEFT converts them to expert parameters."""
     config = LoraConfig(target_modules=["q_proj", "w1", "w2", "w3"])
     found = match_targets(_mixtral(), config)
     assert found["target_modules", "w1"] == [
@@ -95,7 +95,7 @@ def test_names_of_experts_stored_one_by_one_still_match():
     check_targets(_mixtral(), config)
 
 
-def test_modules_that_peft_would_silently_pass_over_are_an_error():
+def test_modules_that_peft_would_silently_skip_are_an_error():
     config = LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
     with pytest.raises(
         ContractError,
@@ -110,7 +110,7 @@ def _problem(fields, model=None):
     return str(error.value)
 
 
-def test_one_entry_is_in_the_singular():
+def test_the_error_for_one_entry_is_singular():
     assert _problem({"target_modules": ["q_porj"]}).startswith("1 entry of this LoraConfig would")
     assert _problem({"target_modules": ["q_porj", "x"]}).startswith("2 entries of this LoraConfig")
 
@@ -122,7 +122,7 @@ def test_a_name_given_as_a_regular_expression_is_not_suggested_to_itself(field):
     assert "did you mean" not in text
 
 
-def test_an_entry_that_another_field_takes_away_is_blamed_on_that_field():
+def test_the_error_names_the_field_that_removes_all_matches():
     targets = ["q_proj", "down_proj"]
     text = _problem({"target_modules": targets, "exclude_modules": ["down_proj"]})
     assert "'down_proj' matches nothing, because exclude_modules has all 2 modules" in text
@@ -136,7 +136,7 @@ def test_an_entry_that_another_field_takes_away_is_blamed_on_that_field():
     assert "'down_proj' matches nothing in the layers that layers_to_transform and" in text
 
 
-def test_a_missing_layer_is_said_once_and_no_target_is_blamed():
+def test_a_missing_layer_is_named_once_without_the_targets():
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     text = _problem({"target_modules": targets, "layers_to_transform": [7]})
     assert text == "layers_to_transform: '7' matches nothing; the targets are in layers 0 to 1"
@@ -144,7 +144,7 @@ def test_a_missing_layer_is_said_once_and_no_target_is_blamed():
     assert text == "layers_to_transform: '7' matches nothing; the targets are in layers 0 to 1"
 
 
-def test_a_wrong_layers_pattern_is_blamed_itself():
+def test_the_error_names_a_wrong_layers_pattern():
     fields = {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"}
     text = _problem(fields)
     assert text.startswith("layers_pattern='blocks' is not the name of a numbered list")
@@ -154,7 +154,7 @@ def test_a_wrong_layers_pattern_is_blamed_itself():
 
 @pytest.mark.parametrize("field", ["target_modules", None])
 @pytest.mark.parametrize("excluded", [["down_proj"], r".*\.down_proj", ["layers.1.mlp.down_proj"]])
-def test_all_linear_with_excludes_is_what_peft_adapts(field, excluded):
+def test_peft_adapts_all_linear_without_the_excluded_modules(field, excluded):
     model = models.tiny("llama")
     fields = {field: "all-linear"} if field else {}
     wrapped = wrap(model, LoraConfig(**fields, exclude_modules=excluded))
@@ -181,7 +181,7 @@ def test_excludes_work_for_every_method(configs):
     assert sum("mlp.up_proj" in name for name in names) == 2
 
 
-def test_a_tower_can_be_left_out(tmp_path):
+def test_a_tower_can_be_excluded(tmp_path):
     text = {**models._DECODER, "model_type": "llama"}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     vision |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
@@ -197,7 +197,7 @@ def test_a_tower_can_be_left_out(tmp_path):
     assert LoraConfig.from_pretrained(tmp_path).exclude_modules == tower
 
 
-def test_excluding_what_all_linear_leaves_out_is_fine_and_a_typo_is_not():
+def test_excluding_modules_outside_all_linear_is_allowed_and_a_typo_is_not():
     names = wrap(
         models.tiny("llama"), LoraConfig(exclude_modules=["lm_head"])
     ).targeted_module_names
@@ -229,7 +229,7 @@ def test_all_linear_in_some_layers(tmp_path):
 
 
 def test_names_that_need_a_regular_expression_can_be_loaded_again(tmp_path):
-    """PEFT refuses layer numbers beside a regular expression when it reads a config."""
+    """PEFT refuses layer numbers together with a regular expression when it reads a config."""
 
     def stack(layer):
         return nn.ModuleList([nn.ModuleDict({"proj": layer()}) for _ in range(2)])

@@ -1,4 +1,4 @@
-"""Where sub-layers begin and end, against a table written by hand from the families' modeling files."""
+"""The points at which sub-layers begin and end, compared with a table written by hand from the families' modeling files."""
 
 import families
 import models
@@ -65,14 +65,14 @@ def test_points_of_every_family(name):
     assert (end.normed, short[end]) == (norm is not None, norm or layers[-1])
 
 
-def test_adapters_that_are_there_change_no_point():
+def test_existing_adapters_change_no_point():
     expected = find_points(models.tiny("llama"))
     assert find_points(wrap(models.tiny("llama"))) == expected
     stock = peft.get_peft_model(models.tiny("llama"), peft.LoraConfig(target_modules="all-linear"))
     assert find_points(stock) == expected
 
 
-def test_an_example_stands_in_for_inputs_that_cannot_be_made():
+def test_an_example_replaces_inputs_that_cannot_be_generated():
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(
         ValueError, match=r"Sequential is not a transformers model.*pass them as example"

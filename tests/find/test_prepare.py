@@ -1,4 +1,4 @@
-"""Arguments of ``wrap`` that cannot work: each error names the argument, its value and a way out, and the model is untouched."""
+"""Invalid arguments of ``wrap``: each error names the argument, its value and a way to fix it, and the model is unchanged."""
 
 import models
 import pytest
@@ -203,7 +203,7 @@ def test_values_of_other_methods_that_cannot_work(config, kind, message):
         wrap(models.tiny("llama"), config())
 
 
-def test_values_that_other_methods_do_allow():
+def test_values_that_other_methods_allow():
     wrap(models.tiny("llama"), VeraConfig(r=256, target_modules=["q_proj"]))
     wrap(models.tiny("llama"), OFTConfig(target_modules=["q_proj"], oft_block_size=4))
     wrap(
@@ -222,7 +222,7 @@ def test_values_that_other_methods_do_allow():
         ("vit", "CAUSAL_LM", "does not fit ViTForImageClassification, which cannot generate"),
     ],
 )
-def test_a_task_that_is_not_that_of_the_model(model, task, message):
+def test_a_task_other_than_that_of_the_model(model, task, message):
     with pytest.raises(ValueError, match=f"task_type={task!r}.*{message}.*leave task_type out"):
         wrap(models.tiny(model), LoraConfig(task_type=task))
 
@@ -252,7 +252,7 @@ def test_parts_of_a_mix_are_checked_too():
         wrap(model, LoraConfig(task_type="CAUSAL_LM"), PrefixConfig(task_type="SEQ_CLS"))
 
 
-def test_a_model_without_linear_layers_is_an_error_that_lists_what_is_there():
+def test_a_model_without_linear_layers_is_an_error_that_lists_its_modules():
     with pytest.raises(
         ContractError,
         match=r"(?s)no linear layer of Sequential is left to adapt; name the modules.*0: a convolution",

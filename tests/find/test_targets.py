@@ -1,4 +1,4 @@
-"""What "all-linear" means on each architecture, against a truth written by hand; and what a config's entries match."""
+"""The modules that "all-linear" selects on each architecture, compared with lists written by hand."""
 
 import models
 import pytest
@@ -36,7 +36,7 @@ def _qwen2_moe():
 
 
 def _qwen3_moe():
-    """One dense layer, then one of experts."""
+    """One dense layer, then one layer of experts."""
     config = hf.Qwen3MoeConfig(**_DECODER, **_MOE, head_dim=8, mlp_only_layers=[0])
     return hf.Qwen3MoeForCausalLM(config)
 
@@ -84,7 +84,7 @@ def _roberta():
 
 
 def _whisper_audio():
-    """A head next to an encoder, with no backbone module around the encoder."""
+    """A head next to an encoder, without a backbone module around the encoder."""
     config = hf.WhisperConfig(
         d_model=32,
         encoder_layers=1,
@@ -110,7 +110,7 @@ _STACKED = STACKED.format(ndim=3)
 
 
 def _expand(*patterns: str) -> set[str]:
-    """``a.{b,c}`` and ``[0-1]`` written out."""
+    """Expand ``a.{b,c}`` and ``[0-1]``."""
     names = set()
     for pattern in patterns:
         if "[" in pattern:
@@ -240,7 +240,7 @@ STACKS = {
     "qwen3_next": _expand(_EXPERTS),
     "gpt_oss": _expand(_EXPERTS),
 }
-"""The parameters that hold the weights of all experts of a layer."""
+"""The parameters with the weights of all experts of a layer."""
 
 
 @pytest.fixture(params=TRUTH)
@@ -296,7 +296,7 @@ def test_entries_are_as_short_as_they_can_be():
     }
 
 
-def test_selection_of_a_wrapped_model_is_that_of_its_base():
+def test_selection_of_a_wrapped_model_equals_that_of_its_base():
     model = models.tiny("bert")
     before = all_linear(model)
     config = LoraConfig(target_modules=before.names, task_type="SEQ_CLS")
@@ -321,7 +321,7 @@ def test_plain_modules_and_names_without_a_safe_suffix():
     assert adapted.targeted_module_names == ["proj"]
 
 
-def test_names_peft_takes_for_experts_are_reached_by_their_weights(tmp_path):
+def test_names_that_peft_confuses_with_experts_are_targeted_by_their_weights(tmp_path):
     model = _qwen3_next().eval()
     config = LoraConfig(init_lora_weights=False)
     selection = fill_targets(model, config)
@@ -359,7 +359,7 @@ def test_weights_that_a_method_cannot_reach_are_left_out_with_the_reason(config)
     assert not any("shared_expert" in name for name in selection.modules)
 
 
-def test_a_config_with_targets_of_its_own_is_not_touched():
+def test_a_config_with_its_own_targets_is_not_changed():
     model = models.tiny("llama")
     for config in (
         LoraConfig(target_modules=["q_proj"]),

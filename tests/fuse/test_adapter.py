@@ -1,4 +1,4 @@
-"""The verdict on a layer: each reason against fusing, and that the verdict is what the forward does."""
+"""Each reason why a layer is not fused, and that the forward does what the reason says."""
 
 import models
 import pairs
@@ -14,14 +14,14 @@ from peftkit.fuse.adapter import class_reason, has_hooks
 
 
 class Identity(nn.Module):
-    """A parametrisation that changes nothing."""
+    """A parametrisation that does not change the weight."""
 
     def forward(self, weight):
         return weight
 
 
 def obstacle(layer):
-    """What ``explain`` says of a layer by itself: the reason of its plan, or what keeps its class from being fused."""
+    """The reason that ``explain`` gives for a layer: that of its plan, or of its class."""
     if hasattr(layer, "peftkit_verdict"):
         return layer.peftkit_verdict()[1] or None
     return class_reason(layer)
@@ -79,15 +79,15 @@ def test_reason(reason):
     assert obstacle(layer) is None
     REASONS[reason](layer)
     said = obstacle(layer)
-    # a parametrised linear is a class of its own, which is seen first
+    # a parametrised linear has its own class, which gives the first reason
     expected = {reason, "lora_B of adapter default is a ParametrizedLinear, not a plain Linear"}
     expected.add("its base layer is a ParametrizedLinear, not a plain Linear or Conv1D")
     assert said in (expected if "parametrised" in reason else {reason})
 
 
-# hooks would print here and are in test_layers.py; lora_bias changes only where PEFT makes an adapter
+# Hooks would print here; test_linear.py tests them. lora_bias only has an effect if PEFT creates the adapter.
 @pytest.mark.parametrize("reason", [r for r in REASONS if "hooks" not in r and "bias" not in r])
-def test_the_forward_follows_the_verdict(reason, monkeypatch):
+def test_the_forward_follows_the_reason(reason, monkeypatch):
     plain, fused = (layer_of(model) for model in pairs.pair("llama", torch.float64))
     x = torch.randn(2, 3, fused.in_features, dtype=torch.float64)
     fused(x)
@@ -152,7 +152,7 @@ def test_a_conv1d_base_can_be_fused():
         lambda module: module.__dict__.update(forward=print),
     ],
 )
-def test_every_kind_of_hook_is_seen(register):
+def test_every_kind_of_hook_is_detected(register):
     module = nn.Linear(2, 2)
     assert not has_hooks(module)
     register(module)

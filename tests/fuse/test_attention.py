@@ -1,4 +1,4 @@
-"""Attention of whole models through the native passes: parity with sdpa, and everything that has to fall back."""
+"""Attention of whole models by the native passes: parity with sdpa, and every case that must run sdpa."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ pytestmark = needs_native
 
 
 def llama(**changes) -> LlamaForCausalLM:
-    """A tiny Llama whose head size the native passes take."""
+    """A tiny Llama with a head size that the native passes support."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -26,7 +26,7 @@ def llama(**changes) -> LlamaForCausalLM:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[int, ...]]:
-    """Shapes of the queries that went through the native passes."""
+    """Shapes of the queries that the native passes computed."""
     seen: list[tuple[int, ...]] = []
     original = Attention.forward
 
@@ -46,7 +46,7 @@ def loss_and_grads(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[tor
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-def test_loss_and_gradients_are_those_of_sdpa(calls, padding):
+def test_loss_and_gradients_equal_those_of_sdpa(calls, padding):
     ids = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "labels": ids}
     if padding:
@@ -66,7 +66,7 @@ def test_loss_and_gradients_are_those_of_sdpa(calls, padding):
         assert (a - truth).abs().max() <= 4 * (b - truth).abs().max() + 16 * rounding
 
 
-def test_the_model_still_says_sdpa_and_follows_a_change():
+def test_the_config_stays_sdpa_and_a_change_takes_effect():
     model = wrap(llama())
     attention = model.get_base_model().model.layers[0].self_attn
     assert isinstance(attention, FusedAttention)
@@ -88,7 +88,7 @@ def test_decoding_dropout_and_other_dtypes_run_sdpa(calls):
     generated = model.eval().generate(
         input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0
     )
-    assert calls == [(1, 4, 40, 32)] * 2  # the prompt only
+    assert calls == [(1, 4, 40, 32)] * 2  # only the prompt has enough queries
     assert torch.equal(
         generated,
         restore(model).generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0),
@@ -119,8 +119,8 @@ def test_bidirectional_attention(calls):
     assert torch.allclose(actual[mask.bool()], expected[mask.bool()], atol=1e-5)
 
 
-def test_head_sizes_the_passes_do_not_take_are_left_alone():
-    model = wrap(llama(num_attention_heads=8))  # 16 features a head
+def test_unsupported_head_sizes_are_not_fused():
+    model = wrap(llama(num_attention_heads=8))  # 16 features per head
     assert not any(isinstance(module, FusedAttention) for module in model.modules())
 
 

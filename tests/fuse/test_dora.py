@@ -1,4 +1,4 @@
-"""DoRA on fused layers: PEFT's numbers, in every state PEFT can bring a layer into, without its dense products."""
+"""DoRA on fused layers gives PEFT's numbers in every state of a layer, without PEFT's dense products."""
 
 import copy
 from collections import Counter
@@ -23,7 +23,7 @@ from peftkit_kernels.testing import Made, assert_no_worse_than
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LLAMA = {"LoRAQKV": 4, "LoRALinear": 4, "DoRAScale": 10, "DoRAGate": 2}
-"""Calls in one forward of two layers: q/k/v and gate/up as one each, o and down alone; seven magnitudes a layer."""
+"""Calls in one forward of two layers: one for q/k/v, one for gate/up, one each for o and down; seven magnitudes per layer."""
 
 
 def pair(name="llama", dtype=torch.float64, **config):
@@ -31,7 +31,7 @@ def pair(name="llama", dtype=torch.float64, **config):
 
 
 def compare(plain, fused, name="llama", seed=None):
-    """One step of both in float64; the random state before each is the same where a seed is given."""
+    """One step of both models in float64. With a seed both start from the same random state."""
     batch, loss_of = pairs.inputs(name, torch.float64), None
     if name in models.CAUSAL_NAMES:
         loss_of = pairs.loss_from_logits
@@ -56,25 +56,25 @@ def logits(model, name="llama"):
 
 
 @pytest.mark.parametrize("name", models.NAMES)
-def test_a_step_is_pefts(name, monkeypatch):
+def test_a_step_equals_pefts(name, monkeypatch):
     plain, fused = pair(name)
     with pairs.counted(monkeypatch) as calls:
         grads = compare(plain, fused, name)
     assert any("lora_magnitude_vector" in key for key in grads)
     assert calls["DoRAScale"] + calls["DoRAGate"] > 0
     layers = [m for m in fused.modules() if isinstance(m, FusedLinear)]
-    assert calls["peft"] == len(layers), "the stock model's, and no call of the fused one"
+    assert calls["peft"] == len(layers), "only the stock model calls it, not the fused one"
     reports = [r for r in explain(fused).layers if r.is_adapter]
     assert {(r.method, r.path, r.reason) for r in reports} == {("DoRA", "fused:torch", "")}
 
 
-def test_what_shares_an_input_is_still_computed_together(monkeypatch):
+def test_linears_that_share_an_input_are_computed_together(monkeypatch):
     _, fused = pair()
     assert counts(monkeypatch, fused) == LLAMA
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_dropout_drops_where_peft_does(name, monkeypatch):
+def test_dropout_applies_to_the_same_products_as_in_peft(name, monkeypatch):
     plain, fused = pair(name, lora_dropout=0.3)
     compare(plain, fused, name, seed=3)
     with pairs.counted(monkeypatch) as calls:
@@ -100,11 +100,11 @@ def test_an_mlp_with_dropout_within_dora_says_that_it_runs_its_own_forward():
 
 
 @pytest.mark.parametrize("targets", [["gate_proj"], ["q_proj", "down_proj"], ["up_proj", "v_proj"]])
-def test_some_of_the_linears(targets):
+def test_only_some_linears_adapted(targets):
     compare(*pair(target_modules=targets))
 
 
-def test_a_joint_projection_is_cut_with_its_magnitude(monkeypatch):
+def test_a_joint_projection_is_split_with_its_magnitude(monkeypatch):
     plain, fused = pair("phi3")
     compare(plain, fused, "phi3")
     assert counts(monkeypatch, fused, "phi3")["DoRAGate"] == 2
@@ -133,7 +133,7 @@ def test_a_bf16_base_with_float32_factors():
     pairs.assert_near_enough(runs, torch.bfloat16)
 
 
-def test_state_dict_and_adapter_file_are_pefts(tmp_path):
+def test_state_dict_and_adapter_file_equal_pefts(tmp_path):
     plain, fused = pair()
     pairs.assert_equal(fused.state_dict(), plain.state_dict())
     for model in (plain, fused):
@@ -169,7 +169,7 @@ def test_merging_unmerging_disabling_and_switching():
 
 
 def changes():
-    """What may happen to a DoRA layer between two forwards, by name."""
+    """Changes of a DoRA layer between two forwards, by name."""
 
     def base_weight(layer):
         layer.base_layer.weight.data.mul_(1.5)
@@ -204,7 +204,7 @@ def changes():
 
 @pytest.mark.parametrize("change", changes())
 @pytest.mark.parametrize("leaf", ["self_attn.k_proj", "mlp.up_proj", "self_attn.o_proj"])
-def test_nothing_of_an_earlier_forward_is_used(change, leaf):
+def test_no_state_of_an_earlier_forward_is_used(change, leaf):
     plain, fused = pair()
     before = logits(fused)
     for model in (plain, fused):
@@ -213,7 +213,7 @@ def test_nothing_of_an_earlier_forward_is_used(change, leaf):
     assert torch.allclose(logits(fused), before, rtol=1e-10) == (change == "merged")
 
 
-def test_a_norm_is_kept_where_pefts_dora_caching_asks_for_it_and_nowhere_else():
+def test_a_norm_is_cached_only_under_pefts_dora_caching():
     plain, fused = pair()
     expected = logits(plain)
     caches = [m._dora_cache for m in fused.modules() if isinstance(m, DoraLinearLayer)]
@@ -233,7 +233,7 @@ def test_a_norm_is_kept_where_pefts_dora_caching_asks_for_it_and_nowhere_else():
     for leaf in ("self_attn.k_proj", "mlp.up_proj", "self_attn.o_proj"):
         changes()["optimiser_step"](fused.get_submodule(f"base_model.model.model.layers.0.{leaf}"))
     changed = logits(fused)
-    assert not any(caches), "a forward outside forgets what was kept, as PEFT's does"
+    assert not any(caches), "a forward outside DoraCaching clears the cache, as PEFT's does"
     assert not torch.allclose(changed, expected, rtol=1e-10, atol=1e-10)
     with DoraCaching():
         torch.testing.assert_close(logits(fused), changed, rtol=1e-10, atol=1e-10)
@@ -271,13 +271,13 @@ def test_a_copy_is_whole():
     )
 
 
-def test_wrap_strict_is_content():
+def test_wrap_strict_accepts_dora():
     model = wrap(models.tiny("llama"), LoraConfig(use_dora=True, r=4), strict=True)
     assert explain(model).fused_fraction == 1.0
 
 
-def test_nothing_of_the_size_of_the_weight_is_made():
-    """PEFT multiplies A with an identity ``[K, K]`` and forms ``B A`` and the updated weight."""
+def test_no_tensor_of_the_size_of_the_weight_is_allocated():
+    """PEFT multiplies A by an identity ``[K, K]`` and computes ``B A`` and the updated weight."""
     sizes = []
     for fuse in (False, True):
         model = nn.Sequential(nn.Linear(700, 600, bias=False))
@@ -309,14 +309,14 @@ def mlp_of(dtype):
 
 
 def mlp_step(dtype):
-    """Its output and gradients."""
+    """The output and the gradients."""
     x, parts = mlp_of(dtype)
     y = gated_mlp(x, parts, "silu")
     leaves = [x, *(t for part in parts for t in (part.lora.A, part.lora.B, *part[1::2]))]
     return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
 
-def test_on_a_gpu_the_middle_of_an_mlp_is_one_pass_each_way_and_is_not_kept(monkeypatch):
+def test_on_a_gpu_the_middle_of_an_mlp_is_one_pass_each_way_and_is_not_saved(monkeypatch):
     truth, plain = mlp_step(torch.float64), mlp_step(torch.float32)
     for op in ("lora_linear", "lora_qkv", "dora", "dora_scale"):
         module = f"peftkit_kernels.{op}.op.choose_backend"
@@ -324,7 +324,9 @@ def test_on_a_gpu_the_middle_of_an_mlp_is_one_pass_each_way_and_is_not_kept(monk
     with Traffic() as traffic, faithful():
         actual = mlp_step(torch.float32)
     launched = Counter(launch.kernel for launch in traffic.check().launches)
-    assert launched["scaled_gate_kernel"] == 2, "forward, and made again for the down projection"
+    assert launched["scaled_gate_kernel"] == 2, (
+        "once in the forward, and recomputed for the down projection"
+    )
     assert launched["scaled_gate_backward_kernel"] == 1
     assert launched["scale_kernel"] == launched["scale_backward_kernel"] == 1
     assert len(actual) == 14

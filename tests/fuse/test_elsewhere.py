@@ -1,4 +1,4 @@
-"""LoRA on convolutions, embeddings and tied weights: PEFT's layers run, and everything around them works and explains itself."""
+"""LoRA on convolutions, embeddings and tied weights: PEFT's layers run, and wrap, explain, save and merge work with them."""
 
 import copy
 import math
@@ -46,12 +46,12 @@ def efficientnet():
 
 
 def conv3d():
-    """Video patches."""
+    """A model on patches of videos."""
     return nn.Sequential(nn.Conv3d(3, 8, 2, stride=2), nn.Flatten(1), nn.Linear(8 * 8, 3))
 
 
 def seeded(build):
-    """The model in float64, where equal to 1e-10 means computed the same way."""
+    """The model in float64, in which results that agree to 1e-10 come from the same computation."""
     torch.manual_seed(0)
     model = build().double()
     with torch.no_grad():
@@ -142,13 +142,13 @@ def test_wrapped_explained_saved_merged_and_unloaded(name, tmp_path):
     assert not torch.allclose(adapted, expected, **ROUNDING)
     with model.disable_adapter():
         is_close(output(model, inputs), expected)
-    # PEFT saves a targeted embedding in whole; the file is meant to fit the base without it
+    # PEFT also saves the whole embedding that is targeted; the file must fit the base without it
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     again = load_adapter(copy.deepcopy(base), tmp_path)
     is_close(output(again.eval(), inputs), adapted)
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     if name == "whisper":
-        # its encoder asks the convolution for its stride, which PEFT's layer does not have
+        # Whisper's encoder reads the stride of the convolution, which PEFT's layer does not have
         with pytest.raises(AttributeError, match="no attribute 'stride'"):
             output(again, inputs)
     else:
@@ -179,7 +179,7 @@ def grouped():
     return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
 
 
-def test_a_rank_that_does_not_fit_the_groups_is_refused_with_the_ways_out():
+def test_a_rank_that_does_not_fit_the_groups_is_an_error_with_fixes():
     with pytest.raises(
         ContractError,
         match=r"1 is a Conv2d of 8 groups, and its rank is 12: .*Pass r=16, or rank_pattern=\{'1': 8\}",
@@ -199,7 +199,7 @@ def test_a_depthwise_convolution_trains_but_is_not_merged():
         model.merge_and_unload()
 
 
-def test_sizes_of_the_convolution_inside_are_seen_and_copies_are_whole():
+def test_sizes_of_the_convolution_are_readable_and_copies_work():
     model = wrap(nn.Sequential(nn.Conv2d(3, 8, 3, stride=2)), LoraConfig(target_modules=["0"]))
     layer = model.base_model.model[0]
     for twin in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -219,7 +219,7 @@ def test_efficientnets_depthwise_convolutions_are_named():
 
 
 def tied():
-    """A Llama whose head is its embedding."""
+    """A Llama whose head and embedding are tied."""
     settings = models.tiny("llama").config.to_dict() | {"tie_word_embeddings": True}
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**settings))
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -238,7 +238,7 @@ def tied():
     ],
     ids=str,
 )
-def test_one_of_two_tied_weights_is_refused_with_the_ways_out(config):
+def test_one_of_two_tied_weights_is_an_error_with_fixes(config):
     base = tied()
     before = {n: type(m) for n, m in base.named_modules()}
     with pytest.raises(
@@ -249,7 +249,7 @@ def test_one_of_two_tied_weights_is_refused_with_the_ways_out(config):
 
 
 def test_ties_are_found_by_storage():
-    """The same memory under two parameters, as some loaders leave it."""
+    """Some loaders leave two parameters that share memory."""
     model = models.tiny("llama")
     shared = model.model.embed_tokens.weight
     model.lm_head.weight = nn.Parameter(shared.detach())
@@ -258,7 +258,7 @@ def test_ties_are_found_by_storage():
         wrap(model, LoraConfig(target_modules=["lm_head"]))
 
 
-def test_the_first_way_out_keeps_them_one(tmp_path):
+def test_the_first_fix_keeps_them_tied(tmp_path):
     config = LoraConfig(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
     model = filled(wrap(tied(), config))
     layers = {n: m for n, m in model.named_modules() if type(m).__name__ == "Embedding"}
@@ -271,7 +271,7 @@ def test_the_first_way_out_keeps_them_one(tmp_path):
     assert model(**models.batch("llama")).loss.requires_grad
 
 
-def test_the_second_way_out_unties_them():
+def test_the_second_fix_unties_them():
     model = tied()
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
@@ -279,7 +279,7 @@ def test_the_second_way_out_unties_them():
     assert wrapped(**models.batch("llama")).loss.requires_grad
 
 
-def test_untouched_ties_are_nobodys_business():
+def test_tied_weights_without_an_adapter_are_no_error():
     model = wrap(tied())
     assert explain(model).fused_fraction == 1.0
     base = model.unload()

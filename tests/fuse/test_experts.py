@@ -1,4 +1,4 @@
-"""LoRA on stacked expert weights and on bare weights: PEFT's numbers without PEFT's ``W + B A``."""
+"""LoRA on stacked expert weights and on bare weights gives PEFT's numbers without computing ``W + B A``."""
 
 import copy
 
@@ -24,13 +24,13 @@ STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def eager(model):
-    """With transformers' own loop over the experts, the one implementation that takes float64."""
+    """Use transformers' own loop over the experts, the only implementation that supports float64."""
     model.set_experts_implementation("eager")
     return model
 
 
 def pair(name, dtype=torch.float64, **config):
-    """A mixture of experts with PEFT's LoRA on its stacks, and its fused twin."""
+    """A mixture of experts with PEFT's LoRA on its stacks, and a fused copy."""
     settings = {"r": 4, "lora_alpha": 6, "target_modules": [], "target_parameters": STACKS}
     base = eager(families.family(name).to(dtype))
     plain = get_peft_model(base, LoraConfig(**settings | config))
@@ -61,7 +61,7 @@ def counted(monkeypatch):
         return call
 
     monkeypatch.setattr(implementation, "routed", counting("fused", implementation.routed))
-    # the first thing PEFT's forward does; a replaced forward itself would be noticed
+    # PEFT's forward calls this first. Replacing the forward itself would be detected.
     check = ParamWrapper._check_forward_args
     monkeypatch.setattr(ParamWrapper, "_check_forward_args", counting("peft", check))
     return calls
@@ -69,7 +69,7 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("targets", [STACKS, STACKS[:1], STACKS[1:]], ids=["both", "up", "down"])
-def test_a_step_is_pefts(name, targets, counted):
+def test_a_step_equals_pefts(name, targets, counted):
     plain, fused = pair(name, target_parameters=targets)
     actual = step(fused)
     assert counted == {"fused": 1 if name == "qwen3_moe" else 2, "peft": 0}
@@ -79,7 +79,7 @@ def test_a_step_is_pefts(name, targets, counted):
     assert paths == {("LoRA", "fused:torch", "")}
 
 
-def test_experts_that_see_every_token_are_adapted_and_their_gate_is_not():
+def test_shared_experts_are_adapted_and_their_gate_is_not():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
@@ -102,7 +102,7 @@ def test_experts_that_see_every_token_are_adapted_and_their_gate_is_not():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_evaluation_and_generation_are_pefts(name):
+def test_evaluation_and_generation_equal_pefts(name):
     plain, fused = (model.eval() for model in pair(name))
     torch.testing.assert_close(logits(fused), logits(plain), rtol=1e-10, atol=1e-10)
     ids = models.batch("llama")["input_ids"][:1]
@@ -114,7 +114,7 @@ def test_evaluation_and_generation_are_pefts(name):
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_as_near_to_float64_as_peft(name, dtype):
-    """With the choice of experts given: in bfloat16 a router decides otherwise than in float64."""
+    """The choice of experts is fixed, because a router chooses differently in bfloat16 and in float64."""
     plain, fused = (
         m.get_submodule("base_model.model.model.layers.0.mlp.experts") for m in pair(name, dtype)
     )
@@ -137,7 +137,7 @@ def test_as_near_to_float64_as_peft(name, dtype):
     pairs.assert_near_enough(runs, dtype)
 
 
-def test_names_file_and_class_are_pefts(tmp_path):
+def test_names_file_and_class_equal_pefts(tmp_path):
     plain, fused = pair("mixtral")
     pairs.assert_equal(fused.state_dict(), plain.state_dict())
     for model in (plain, fused):
@@ -187,7 +187,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_what_is_not_covered_runs_pefts_forward_and_says_why(reason, counted):
+def test_unsupported_cases_run_pefts_forward_with_a_reason(reason, counted):
     plain, fused = pair("mixtral")
     for model in (plain, fused):
         model.add_adapter("second", LoraConfig(r=3, target_modules=[], target_parameters=STACKS))
@@ -211,14 +211,14 @@ def test_experts_without_a_row_get_no_gradient():
         for module in model.modules():
             if type(module).__name__ == "MixtralTopKRouter":
                 with torch.no_grad():
-                    module.weight.zero_()  # the same two experts win every tie
+                    module.weight.zero_()  # all scores are equal, and the same two experts win every tie
     actual, expected = step(fused), step(plain)
     pairs.assert_close(actual, expected, 1e-10)
     A = next(grad for name, grad in actual.items() if "lora_A" in name)
     assert A.view(4, -1).any(1).sum() == 2
 
 
-def test_nothing_of_the_size_of_the_stack_is_made():
+def test_no_tensor_of_the_size_of_the_stack_is_allocated():
     sizes = []
     for model in pair("mixtral", torch.float32):
         wrapper = model.get_submodule("base_model.model.model.layers.0.mlp.experts")

@@ -1,4 +1,4 @@
-"""Initialisations that change the base weight or look at data, through ``wrap``: PEFT's numbers, files and conversions."""
+"""Initialisations that change the base weight or use data, with ``wrap``: PEFT's numbers, files and conversions."""
 
 import copy
 
@@ -25,7 +25,7 @@ def configured(init, **changes):
 
 
 def both(init, **changes):
-    """The same adapter put on by PEFT and by ``wrap``, from the same random state."""
+    """The same adapter added by PEFT and by ``wrap``, from the same random state."""
     made = []
     for put_on in (get_peft_model, wrap):
         torch.manual_seed(0)
@@ -39,7 +39,7 @@ def logits(model):
 
 
 def trained(model, steps=3):
-    """A few steps of SGD, as both kinds of model take them."""
+    """Run a few steps of SGD on both models."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     model.train()
     for seed in range(steps):
@@ -54,7 +54,7 @@ def factors(model):
 
 
 def updated(model):
-    """Of every linear by its name in the base model: ``W + scale · B A`` in float64, and the same of the magnitudes."""
+    """For every linear by its name in the base model: ``W + scale · B A`` in float64, and the magnitudes."""
     weights = {}
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", module)
@@ -71,7 +71,7 @@ def updated(model):
 
 
 def assert_same_weights(model, expected):
-    """Equal to the rounding of one float32 sum of up to eight products and the weight."""
+    """Assert equality up to the rounding of one float32 sum of up to eight products and the weight."""
     actual = updated(model)
     assert actual.keys() == expected.keys()
     for name, (W, sizes) in actual.items():
@@ -81,7 +81,7 @@ def assert_same_weights(model, expected):
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
-def test_the_start_is_pefts_and_all_layers_are_fused(init, rslora):
+def test_the_start_equals_pefts_and_all_layers_are_fused(init, rslora):
     plain, fused = both(init, use_rslora=rslora)
     pairs.assert_equal(fused.state_dict(), plain.state_dict())
     assert explain(fused).fused_fraction == 1.0
@@ -96,7 +96,7 @@ def test_the_start_is_pefts_and_all_layers_are_fused(init, rslora):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_the_base_is_changed_so_that_the_start_is_the_base_model(init):
+def test_the_base_is_changed_so_that_the_start_equals_the_base_model(init):
     base = models.tiny("llama")
     expected, weights = updated(base), copy.deepcopy(base.state_dict())
     model = wrap(base, configured(init))
@@ -110,9 +110,9 @@ def test_the_base_is_changed_so_that_the_start_is_the_base_model(init):
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("rslora", [False, True], ids=["", "rslora"])
 def test_a_trained_adapter_is_converted_to_plain_lora(init, rslora, tmp_path):
-    """PEFT subtracts the start, saved before training, so that the file fits the unchanged base: rank 2r."""
+    """PEFT subtracts the initial adapter, which is saved before training, so that the file of rank 2r fits the unchanged base."""
     model = wrap(models.tiny("llama"), configured(init, use_rslora=rslora))
-    model.peft_config["default"].init_lora_weights = True  # as PEFT's documentation says
+    model.peft_config["default"].init_lora_weights = True  # as in PEFT's documentation
     model.save_pretrained(tmp_path / "start")
     model.peft_config["default"].init_lora_weights = init
     expected = updated(trained(model))
@@ -133,8 +133,8 @@ def test_merging_gives_the_trained_model(init):
 
 
 @pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False")
-def test_eva_starts_from_the_data():
-    """In float64, where the inputs that both see differ by too little to turn a direction."""
+def test_eva_initialises_from_data():
+    """In float64, so that the inputs of both models differ too little to change a direction."""
     made = []
     data = [
         {k: v for k, v in models.batch("llama", seed).items() if k != "labels"} for seed in range(4)

@@ -1,4 +1,4 @@
-"""Fused layers through everything PEFT does to a layer: the numbers stay PEFT's, and what is not covered runs PEFT's code."""
+"""Fused layers under everything that PEFT does to a layer: the numbers equal PEFT's, and unsupported cases run PEFT's code."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ OPS = [op.__name__ for op in pairs.OPS[:3]]
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Compare both models on one step and say how many LoRA ops and how many of PEFT's own forwards ran."""
+    """Compare both models on one step; returns how many LoRA ops and how many of PEFT's own forwards ran."""
 
     def run(plain, fused, name="llama", rtol=1e-10):
         batch = pairs.inputs(name, torch.float64)
@@ -39,7 +39,7 @@ def pair(name="llama", **config):
 
 
 def both(models_, action):
-    """Do the same to both models; returns the results."""
+    """Call a function on both models; returns the results."""
     return [action(model) for model in models_]
 
 
@@ -56,7 +56,7 @@ def verdicts(model):
     return {(layer.path, layer.reason) for layer in explain(model).layers if layer.is_adapter}
 
 
-def test_classes_are_pefts_by_inheritance_and_name():
+def test_classes_inherit_from_pefts_and_keep_their_names():
     plain, fused = pair()
     for a, b in zip(plain.modules(), fused.modules(), strict=True):
         assert isinstance(b, type(a))
@@ -65,7 +65,7 @@ def test_classes_are_pefts_by_inheritance_and_name():
     assert all(isinstance(layer, FusedLinear) for layer in layers(fused))
 
 
-def test_state_dict_parameters_and_adapter_file_are_pefts(tmp_path):
+def test_state_dict_parameters_and_adapter_file_equal_pefts(tmp_path):
     plain, fused = pair()
     pairs.assert_equal(fused.state_dict(), plain.state_dict())
     names = [
@@ -133,7 +133,7 @@ def test_disabled_adapters_leave_the_base_model():
     assert verdicts(fused) == {("fused:torch", "")}
 
 
-def test_the_verdict_names_what_runs(monkeypatch):
+def test_the_report_names_what_runs(monkeypatch):
     _, fused = pair()
     asked = []
 
@@ -237,7 +237,7 @@ def test_several_active_adapters_run_pefts_forward(runs):
         model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
         pairs.fill_factors(model, seed=5)
         model.base_model.set_adapter(["default", "second"])
-    # down_proj takes its MLP with it; k and v no longer share with q
+    # the MLP of this down_proj is not fused either; k and v no longer share the input with q
     ops, peft = runs(plain, fused)
     assert (ops, peft) == (10, 4)
     reasons = {reason for path, reason in verdicts(fused) if path == "peft"}
@@ -261,7 +261,7 @@ def test_hooks_on_parts_of_a_layer_are_run(runs, part, kind):
     assert len(verdicts(fused)) == 2
 
 
-def test_hooks_on_a_layer_itself_see_its_output(runs):
+def test_hooks_on_a_layer_get_its_output(runs):
     plain, fused = pair()
     for model in (plain, fused):
         for name in ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"):
@@ -311,7 +311,7 @@ def test_an_input_of_another_dtype_runs_pefts_forward(dtype, monkeypatch):
     assert calls["peft"] == 2
 
 
-def test_weights_replaced_from_outside_are_seen(runs):
+def test_replaced_weights_are_used(runs):
     plain, fused = pair()
     runs(plain, fused)
     for model in (plain, fused):
@@ -326,7 +326,7 @@ def test_weights_replaced_from_outside_are_seen(runs):
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "t5", "vit"])
-def test_copies_and_pickles_are_whole(name, monkeypatch):
+def test_copies_and_pickles_work(name, monkeypatch):
     _, fused = pairs.pair(name)
     batch = pairs.inputs(name)
     fused(**batch)

@@ -1,4 +1,4 @@
-"""Gated MLPs: which are fused, and that each runs the formula of its own forward."""
+"""Which gated MLPs are fused, and that each gives the results of its own forward."""
 
 import models
 import pairs
@@ -49,7 +49,7 @@ def calls(monkeypatch):
 def test_gated_mlps_are_one_call(act, targets, calls):
     plain, fused = adapt(MLP(act), targets)
     x = draw(3, 5, WIDTH)
-    calls.clear()  # finding the formula has called it too
+    calls.clear()  # recognition has called it too
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
     assert calls == {"LoRASwiGLUMLP": 1, "peft": len(targets or "123")}
 
@@ -67,21 +67,21 @@ class WithDropout(MLP):
 
 
 class Scaled(MLP):
-    """Multiplies by something that is no formula of ours."""
+    """Multiplies by something that no known formula has."""
 
     def forward(self, x):
         return super().forward(x) * 1.01
 
 
 class Swapped(MLP):
-    """Gate and up the other way round."""
+    """Gate and up swapped."""
 
     def forward(self, x):
         return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
 
 
 class Clamped(MLP):
-    """Like some mixture-of-experts models."""
+    """As in some mixture-of-experts models."""
 
     def forward(self, x):
         gate, up = self.gate_proj(x).clamp(max=0.5), self.up_proj(x).clamp(-0.5, 0.5)
@@ -93,7 +93,7 @@ class Clamped(MLP):
     [MLP(nn.ReLU()), MLP(nn.Tanh()), WithDropout(0.1), Scaled(), Swapped(), Clamped()],
     ids=lambda module: type(module).__name__ + type(module.act_fn).__name__,
 )
-def test_another_formula_is_left_alone(module):
+def test_another_formula_is_not_fused(module):
     plain, fused = adapt(module)
     assert not isinstance(fused.base_model.model[0], FusedGatedMLP)
     x = draw(3, 5, WIDTH)
@@ -108,7 +108,7 @@ def test_a_transformers_mlp_with_dropout_of_its_own(rate):
     assert isinstance(fused.base_model.model[0], FusedGatedMLP) == (rate == 0.0)
 
 
-def test_finding_the_formula_leaves_modes_and_generators_alone():
+def test_recognition_keeps_modes_and_generators():
     module = MLP()
     module.act_fn.eval()
     module = nn.ModuleList([module, MLP().eval(), WithDropout(0.5)]).requires_grad_(False)
@@ -130,7 +130,7 @@ def test_one_mlp_with_a_hook_inside_runs_its_own_forward():
     assert module[0].peftkit_verdict() == ("fused:torch", "")
 
 
-def test_an_mlp_called_otherwise_runs_its_own_forward():
+def test_an_mlp_with_other_arguments_runs_its_own_forward():
     class TwoArguments(MLP):
         def forward(self, x, residual=None):
             y = super().forward(x)
@@ -156,7 +156,7 @@ def test_a_joint_projection_with_dropout_runs_its_own_forward(monkeypatch):
     torch.testing.assert_close(actual, plain.eval()(**batch).logits, rtol=1e-10, atol=1e-10)
 
 
-def test_on_one_gpu_gate_and_up_are_brought_together_without_changing_a_bit(monkeypatch, tmp_path):
+def test_on_one_gpu_gate_and_up_share_a_buffer_with_the_same_bits(monkeypatch, tmp_path):
     base = models.tiny("llama")
     state = {name: value.clone() for name, value in base.state_dict().items()}
     model = accelerate(get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")))
@@ -165,7 +165,7 @@ def test_on_one_gpu_gate_and_up_are_brought_together_without_changing_a_bit(monk
     mlps = [m for m in base.modules() if isinstance(m, FusedGatedMLP)]
     weights = [[m.gate_proj.base_layer.weight, m.up_proj.base_layer.weight] for m in mlps]
     assert [as_one_view(pair, 0) for pair in weights] == [None, None], (
-        "on the CPU they stay as they are"
+        "on the CPU they are not moved"
     )
     monkeypatch.setattr(mlp, "_may_move_weights", lambda x: True)
     places = []
@@ -174,13 +174,13 @@ def test_on_one_gpu_gate_and_up_are_brought_together_without_changing_a_bit(monk
         whole = [as_one_view(pair, 0) for pair in weights]
         assert [w.shape for w in whole] == [(2 * len(pair[0]), 32) for pair in weights]
         places.append([w.data_ptr() for w in whole])
-    assert places[0] == places[1], "moved once"
+    assert places[0] == places[1], "moved only once"
     assert all(p.grad is None and not p.requires_grad for pair in weights for p in pair)
     model.unload().save_pretrained(tmp_path)
     pairs.assert_equal(type(base).from_pretrained(tmp_path).state_dict(), state)
 
 
-def test_weights_that_are_not_alone_or_not_alike_stay_where_they_are():
+def test_weights_that_differ_or_are_views_are_not_moved():
     def weight(*shape, dtype=torch.float32):
         return nn.Parameter(torch.ones(*shape, dtype=dtype), requires_grad=False)
 
@@ -195,7 +195,7 @@ def test_weights_that_are_not_alone_or_not_alike_stay_where_they_are():
     with torch.inference_mode():
         share_buffer([first, second])
     assert as_one_view([first, second], 0).shape == (5, 4)
-    assert not first.is_inference(), "training may follow"
+    assert not first.is_inference(), "the weights can still be trained"
     assert (torch.ones(1, 4, requires_grad=True) @ first.T).sum().requires_grad
 
 

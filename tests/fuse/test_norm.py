@@ -1,4 +1,4 @@
-"""Which norms are fused, and when they run their own forward again."""
+"""Which norms are fused, and when a fused norm runs its own forward."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ WIDTH = 32
 
 
 def frozen(norm, dtype=torch.float32):
-    """A norm with weights that are not one, its fused twin, and the number of norms fused."""
+    """A norm with weights other than one, a fused copy, and the number of fused norms."""
     generator = torch.Generator().manual_seed(0)
     for parameter in norm.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
@@ -39,14 +39,14 @@ def draw(*shape, scale=1.0, dtype=torch.float32):
 
 
 class OtherNorm(LlamaRMSNorm):
-    """Something else in the end."""
+    """A norm with another last operation."""
 
     def forward(self, x):
         return super().forward(x) * 1.001
 
 
 def truth(norm, x):
-    """The formula in float64, from the module's parameters as they are."""
+    """The formula in float64, with the module's current parameters."""
     wide, weight = x.double(), norm.weight.double()
     if isinstance(norm, (nn.LayerNorm, CohereLayerNorm)):
         wide = wide - wide.mean(-1, keepdim=True)
@@ -80,7 +80,7 @@ def test_known_norms_give_their_own_output(cls, method, dtype, scale):
     x = draw(5, 7, WIDTH, scale=scale, dtype=dtype).requires_grad_()
     y, own, exact = fused(x), norm(x), truth(norm, x)
     assert y.dtype == own.dtype
-    # the module's own error, and one more rounding of each value
+    # the module's own error, plus one rounding of each value
     allowed = (own - exact).abs().max() + torch.finfo(dtype).eps * exact.abs()
     assert ((y - exact).abs() <= allowed).all()
     dy = draw(5, 7, WIDTH, dtype=dtype)
@@ -99,7 +99,7 @@ def test_known_norms_give_their_own_output(cls, method, dtype, scale):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_another_norm_is_left_alone_with_a_reason(norm, reason):
+def test_another_norm_is_not_fused_and_has_a_reason(norm, reason):
     _, twin, count = frozen(norm)
     assert count == 0
     assert type(twin) is type(norm)
@@ -126,7 +126,7 @@ def test_modules_that_are_no_norm_of_the_last_axis_get_no_row(norm):
     assert declined(norm) is None
 
 
-def test_a_trained_norm_is_left_alone_until_it_is_frozen():
+def test_a_trained_norm_is_fused_only_after_it_is_frozen():
     norm = LlamaRMSNorm(WIDTH)
     assert fuse_norms(norm) == 0
     assert "is trained" in declined(norm)[1]
@@ -157,28 +157,28 @@ def test_a_norm_with_hooks_is_fused_and_keeps_them():
     torch.testing.assert_close(norm(x), own)
 
 
-def test_a_norm_whose_forward_is_replaced_is_left_alone():
+def test_a_norm_with_a_replaced_forward_is_not_fused():
     norm = LlamaRMSNorm(WIDTH).requires_grad_(False)
     norm.forward = lambda x: x
     assert fuse_norms(norm) == 0
     assert "forward is replaced" in declined(norm)[1]
 
 
-def test_an_adapters_own_norm_is_left_alone_when_it_is_frozen_too():
+def test_a_norm_inside_an_adapter_is_not_fused_even_if_frozen():
     config = BottleneckConfig(bottleneck_size=4, layer_norm=True)
     model = wrap(models.tiny("llama").eval(), config).requires_grad_(False)
     own = [m for n, m in model.named_modules() if n.endswith("adapters.default.norm")]
     assert len(own) == 4
-    assert fuse_norms(model) == 0, "wrap has fused the model's"
+    assert fuse_norms(model) == 0, "wrap has fused the norms of the model"
     assert {type(m) for m in own} == {nn.LayerNorm}
 
 
-def test_float64_is_left_to_modules_that_compute_it_in_float32():
+def test_float64_runs_the_own_forward_of_modules_that_compute_in_float32():
     assert frozen(LlamaRMSNorm(WIDTH), torch.float64)[2] == 0
     assert frozen(nn.LayerNorm(WIDTH), torch.float64)[2] == 1
 
 
-def test_a_norm_with_an_optional_gate_takes_it():
+def test_a_norm_with_an_optional_gate_accepts_one():
     class GatedNorm(LlamaRMSNorm):
         def forward(self, x, gate=None):
             y = super().forward(x)
@@ -199,7 +199,7 @@ def test_arguments_by_name_run_the_modules_own_forward():
 
 
 @pytest.mark.parametrize("change", ["trained", "other_dtype", "autocast"])
-def test_what_the_formula_does_not_cover_runs_the_modules_own_forward(change):
+def test_unsupported_inputs_run_the_modules_own_forward(change):
     norm, fused, _ = frozen(LlamaRMSNorm(WIDTH))
     x = torch.randn(3, WIDTH)
     if change == "trained":
@@ -259,8 +259,8 @@ def test_a_parametrised_weight_runs_the_modules_own_forward(after):
     assert torch.equal(norm(x), own(x))
 
 
-def test_autocast_leaves_a_16_bit_layer_norm_to_torch():
-    """On a GPU autocast computes it in float32, and returns that."""
+def test_under_autocast_a_16_bit_layer_norm_runs_torchs():
+    """On a GPU autocast computes it in float32 and returns float32."""
     norm, fused, _ = frozen(nn.LayerNorm(WIDTH), torch.bfloat16)
     llama, fused_llama, _ = frozen(LlamaRMSNorm(WIDTH), torch.bfloat16)
     x = draw(3, WIDTH, dtype=torch.bfloat16)
@@ -273,7 +273,7 @@ def test_autocast_leaves_a_16_bit_layer_norm_to_torch():
 
 
 @pytest.mark.parametrize("cls", [LlamaRMSNorm, nn.LayerNorm])
-def test_copies_and_pickles_stay_fused_and_notice_changes(cls):
+def test_copies_and_pickles_stay_fused_and_detect_changes(cls):
     norm, fused, _ = frozen(cls(WIDTH, eps=1e-3))
     x = draw(3, WIDTH)
     name = "variance_epsilon" if cls is LlamaRMSNorm else "eps"
@@ -288,14 +288,14 @@ def test_copies_and_pickles_stay_fused_and_notice_changes(cls):
         setattr(norm, name, 0.5)
         assert torch.equal(twin(x), norm(x))
         setattr(norm, name, 1e-3)
-    assert fused.peftkit_verdict()[0] == "fused:torch", "the original is as it was"
+    assert fused.peftkit_verdict()[0] == "fused:torch", "the original is unchanged"
 
 
-def test_fusing_again_looks_at_changed_norms_again():
+def test_fusing_again_examines_changed_norms_again():
     _, fused, _ = frozen(LlamaRMSNorm(WIDTH))
     fused.variance_epsilon = 0.5
     assert fused.peftkit_verdict()[0] == "peft"
-    assert fuse_norms(fused) == 0, "it is fused already"
+    assert fuse_norms(fused) == 0, "the norm is fused already"
     assert fused.peftkit_verdict()[0] == "fused:torch"
     own = LlamaRMSNorm(WIDTH, eps=0.5)
     own.weight = fused.weight
@@ -330,7 +330,7 @@ def test_a_weight_or_bias_of_another_shape_runs_the_modules_own_forward():
     assert torch.equal(fused(x := draw(3, WIDTH)), own(x))
 
 
-def test_threads_share_a_norm():
+def test_threads_can_share_a_norm():
     norm, fused, _ = frozen(LlamaRMSNorm(WIDTH))
     expected, found = norm(x := draw(4, WIDTH)), []
 

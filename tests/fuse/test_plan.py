@@ -1,4 +1,4 @@
-"""One decision a module: what ``explain`` reports as fused is what a forward runs fused, in every state."""
+"""In every state a forward runs fused exactly what ``explain`` reports as fused."""
 
 import models
 import pytest
@@ -24,7 +24,7 @@ _OPS = {
 
 
 def llama(dropout=0.0, **config):
-    """A Llama whose heads are wide enough for the native attention."""
+    """A Llama with heads that are wide enough for the native attention."""
     settings = {
         "vocab_size": 97,
         "hidden_size": 128,
@@ -82,7 +82,7 @@ def test_everything_is_fused():
 
 
 def twice(*args, **kwargs):
-    """A function put in the place of another."""
+    """A function that replaces another."""
     return 2 * args[0]
 
 
@@ -94,7 +94,7 @@ class Double(nn.Module):
 
 
 def set_attribute(owner_of, name, value):
-    """A change that assigns an attribute, and is undone by the test."""
+    """A change that assigns an attribute; the test undoes it."""
     return lambda model, patch: patch.setattr(owner_of(model), name, value)
 
 
@@ -200,7 +200,7 @@ def test_a_change_after_wrap_runs_the_modules_own_forward_and_is_reported(change
         assert not torch.allclose(changed, before), "the change was ignored"
 
 
-def test_what_is_put_back_runs_fused_again(monkeypatch):
+def test_a_restored_attribute_runs_fused_again(monkeypatch):
     model = llama()
     expected = step(model)
     with monkeypatch.context() as patch:
@@ -210,7 +210,7 @@ def test_what_is_put_back_runs_fused_again(monkeypatch):
     assert assert_report_is_what_runs(model) == set()
 
 
-def test_a_mode_in_which_the_attention_drops_is_reported():
+def test_attention_dropout_in_training_is_reported():
     model = llama(attention_dropout=0.1)
     ((method, reason),) = assert_report_is_what_runs(model)
     assert method == "attention"
@@ -241,7 +241,7 @@ def test_an_activation_without_a_fused_form_has_a_row_and_a_reason():
     }
 
 
-def test_disabled_adapters_are_reported_as_what_runs():
+def test_disabled_adapters_are_reported_with_the_code_that_runs():
     model = llama()
     with model.disable_adapter():
         reasons = {row.reason for row in explain(model).layers if row.is_adapter}
@@ -277,7 +277,7 @@ def test_strict_refuses_what_a_training_step_would_not_run_fused(case):
         wrap(make(), config, strict=True)
 
 
-def test_strict_looks_at_training_whatever_the_present_mode():
+def test_strict_checks_training_in_any_mode():
     model = llama(attention_dropout=0.1).eval()
     with pytest.raises(ContractError, match=r"attention dropout of 0\.1 is on"):
         accelerate(model, strict=True)

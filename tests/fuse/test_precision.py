@@ -18,7 +18,7 @@ CONFIGS = {
 
 
 def step(model, x, dy):
-    """The output, and the gradients of the input and of every adapter by name."""
+    """The output, and the gradients of the input and of every adapter tensor, by name."""
     x = x.clone().requires_grad_()
     y = model(x)
     y.backward(dy.to(y.dtype))

@@ -1,4 +1,4 @@
-"""Gated MLPs are recognised by their graph: every style of the formula, and no near miss."""
+"""Recognition of gated MLPs: every way to write the formula is recognised, and no near miss is."""
 
 import copy
 
@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def forgotten(monkeypatch):
-    """Nothing that was recognised before."""
+    """Clear the cache of recognised kinds."""
     monkeypatch.setattr(verdict, "_seals", {})
 
 
@@ -84,7 +84,7 @@ def test_values_dtype_and_device_do_not_matter(device, forgotten):
     assert recognised(mlp_formulas.MLP(nn.GELU()).to(device, torch.bfloat16)) == "gelu"
 
 
-def test_children_that_are_no_linears():
+def test_children_that_are_not_linears():
     module = mlp_formulas.MLP()
     module.up_proj = nn.Identity()
     assert recognised(module) == "its up_proj is no linear layer"
@@ -105,7 +105,7 @@ def test_hooks_of_the_activation_are_refused_and_not_run(hook):
     getattr(module, hook)(lambda *_: ran.append(1))
     for child in (module.gate_proj, module.down_proj):
         getattr(child, hook)(lambda *_: ran.append(1))
-    assert recognised(module) == "silu", "whoever calls the linears looks at their hooks"
+    assert recognised(module) == "silu", "the caller of the linears checks their hooks"
     assert not ran
 
 

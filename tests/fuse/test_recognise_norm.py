@@ -1,4 +1,4 @@
-"""Norms are recognised by their graph: every style of a known formula, and no near miss."""
+"""Recognition of norms: every way to write a known formula is recognised, and no near miss is."""
 
 import copy
 import random
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def forgotten(monkeypatch):
-    """Nothing that was recognised before."""
+    """Clear the cache of recognised kinds."""
     monkeypatch.setattr(verdict, "_seals", {})
 
 
@@ -65,7 +65,7 @@ def test_a_near_miss_is_not_fused(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OTHER_CASTS)
-def test_another_order_of_casts_is_fused_only_where_nothing_is_cast(name, dtype):
+def test_another_order_of_casts_is_fused_only_in_dtypes_without_casts(name, dtype):
     module = copy.deepcopy(OTHER_CASTS[name]).to(dtype)
     twin = copy.deepcopy(module)
     assert fuse_norms(nn.Sequential(module)) == (dtype is torch.float32)
@@ -85,7 +85,7 @@ def test_there_are_enough_near_misses():
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 1.0000001e-5, 0.5, 1e6])
 def test_eps_is_read_from_the_graph(eps):
-    """Whatever the attribute is called."""
+    """The name of the attribute does not matter."""
 
     class OwnNorm(Norm):
         def _norm(self, h):
@@ -224,7 +224,7 @@ def test_a_reason_that_the_forward_catches_is_kept(forgotten):
     assert "factors, which it does not have" in recognise_norm(norm(forward))
 
 
-def test_what_comes_from_elsewhere_is_no_formula(forgotten):
+def test_a_tensor_from_outside_the_forward_is_not_recognised(forgotten):
     other = torch.ones(WIDTH)
 
     def forward(self, x):

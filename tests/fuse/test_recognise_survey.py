@@ -1,4 +1,4 @@
-"""Norms and gated MLPs of the families that transformers knows are fused exactly, or left alone with a reason."""
+"""Norms and gated MLPs of transformers' model families are fused exactly, or not fused with a reason."""
 
 from collections import Counter
 
@@ -36,11 +36,11 @@ LEFT_ALONE = {
     "kimi_linear": {"KimiLinearRMSNormGated": "ACT2FN"},
     "bailing_hybrid": {"BailingHybridRMSNormGated": "ACT2FN"},
 }
-"""Classes that are not fused, with a word of the reason, by family."""
+"""By family, classes that are not fused, with a word of the reason."""
 
 
 def examine(model_type):
-    """Class names fused, reasons by class name, and what is wrong, of one family; ``None`` if it cannot be built."""
+    """For one family: fused class names, reasons by class name, and errors; ``None`` if the model cannot be built."""
     model = survey.build(model_type)
     if model is None:
         return None
@@ -56,14 +56,14 @@ def examine(model_type):
 
 
 @pytest.mark.parametrize("family", FUSED)
-def test_known_families_are_fused_and_agree_with_their_own(family):
+def test_known_families_are_fused_and_agree_with_their_own_forward(family):
     fused, _, wrong = examine(family)
     assert not wrong
     assert set(FUSED[family]) <= set(fused)
 
 
 @pytest.mark.parametrize("family", LEFT_ALONE)
-def test_families_of_other_formulas_are_left_alone(family):
+def test_families_with_other_formulas_are_not_fused(family):
     _, reasons, wrong = examine(family)
     assert not wrong
     for cls, word in LEFT_ALONE[family].items():
@@ -72,7 +72,7 @@ def test_families_of_other_formulas_are_left_alone(family):
 
 @pytest.mark.slow
 def test_no_family_of_transformers_is_fused_wrongly():
-    """``pytest -m slow -s tests/fuse/test_recognise_survey.py`` prints the counts; about a quarter of an hour."""
+    """``pytest -m slow -s tests/fuse/test_recognise_survey.py`` prints the counts. It takes about a quarter of an hour."""
     counts, reasons, wrong, families = Counter(), Counter(), [], 0
     for model_type in CONFIG_MAPPING:
         found = examine(model_type)
@@ -82,7 +82,7 @@ def test_no_family_of_transformers_is_fused_wrongly():
         counts.update("norm" if "norm" in cls.lower() else "gated MLP" for cls in found[0])
         reasons.update(reason for _, reason in found[1])
         wrong += found[2]
-    print(f"\n{families} architectures; fused: {dict(counts)}; wrong: {len(wrong)}; left alone:")
+    print(f"\n{families} architectures; fused: {dict(counts)}; wrong: {len(wrong)}; not fused:")
     for reason, count in reasons.most_common():
         print(f"{count:5}  {reason}")
     assert not wrong

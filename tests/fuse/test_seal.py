@@ -1,4 +1,4 @@
-"""A seal is broken by whatever could change the result, names it, and holds again when it is put back."""
+"""A seal is broken by every change that could change the result. It names the change, and is valid again if the change is undone."""
 
 import copy
 import functools
@@ -33,7 +33,7 @@ def zero(*args, **kwargs):
 
 
 def changes():
-    """What may happen to Llama's MLP and to what it calls: object, name, value and a part of the reason."""
+    """Changes of Llama's MLP and of the functions that it calls: object, name, value and a part of the reason."""
     return {
         "act_fn.forward": (lambda m: m.act_fn, "forward", zero, "act_fn has a forward of its own"),
         "class_forward": (lambda m: LlamaMLP, "forward", zero, "LlamaMLP.forward was replaced"),
@@ -52,7 +52,7 @@ def changes():
 
 
 @pytest.mark.parametrize("name", changes())
-def test_a_change_is_named_and_may_be_undone(name, monkeypatch):
+def test_a_change_is_named_and_can_be_undone(name, monkeypatch):
     module, seal = llama()
     assert seal.broken(module) is None
     owner, attribute, value, reason = changes()[name]
@@ -73,7 +73,7 @@ def test_another_activation(act):
     module.act_fn = act
     assert "its act_fn was a SiLUActivation and is now" in seal.broken(module)
     module.act_fn = copy.deepcopy(own)
-    assert seal.broken(module) is None, "it is the same function"
+    assert seal.broken(module) is None, "it is the same activation function"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_settings_of_the_module():
     norm.unrelated = 3
     assert seal.broken(norm) is None
     norm.forward = zero
-    assert seal.broken(norm) is None, "such a module does not reach the fused forward"
+    assert seal.broken(norm) is None, "the forward of such a module is not the fused one"
 
 
 def test_settings_of_the_activation():
@@ -211,7 +211,7 @@ def test_a_pickle_of_another_formula_is_broken(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["LlamaRMSNorm", "LayerNorm", "LlamaMLP", "GemmaMLP"])
 def test_comparing_takes_less_than_a_microsecond(kind):
-    """In units of a call that looks up one key, about 50 nanoseconds, so that a busy machine does not matter."""
+    """The limit is a multiple of the time of a call that looks up one key (about 50 nanoseconds), so that a busy machine does not matter."""
     make = {
         "LlamaRMSNorm": lambda: LlamaRMSNorm(16),
         "LayerNorm": lambda: nn.LayerNorm(16),

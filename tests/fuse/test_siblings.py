@@ -1,4 +1,4 @@
-"""Linears that share an input: what is grouped, what is not, and that nothing stale is used."""
+"""Linears that share an input: which are grouped, which are not, and that no stale output is used."""
 
 import sys
 import threading
@@ -24,7 +24,7 @@ WIDTH = 32
 
 
 class Attention(nn.Module):
-    """Three projections under names of one's choice."""
+    """Three projections with the given names."""
 
     def __init__(self, names=("q_proj", "k_proj", "v_proj"), inputs=(WIDTH,) * 3):
         super().__init__()
@@ -33,7 +33,7 @@ class Attention(nn.Module):
 
 
 def attention(**options):
-    """The projections of a stock attention and of its fused twin."""
+    """The projections of a stock attention and of a fused copy."""
     return (model.base_model.model[0] for model in adapt(Attention(**options)))
 
 
@@ -68,7 +68,7 @@ def test_siblings_with_known_names_are_one_call(names, calls):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("tokens", [12, 13], ids=["apart", "joined"])
 def test_forwards_with_and_without_gradients_give_the_same_bits(tokens, dropout, calls):
-    """As reentrant checkpointing needs it; where no product is shared the linears compute for themselves."""
+    """Reentrant checkpointing needs this. Linears that share no product are computed separately."""
     names = ("q_proj", "k_proj", "v_proj")
     _, fused = (m.base_model.model[0] for m in adapt(Attention(), lora_dropout=dropout))
     fused.train()
@@ -93,8 +93,8 @@ def test_siblings_of_different_input_size_and_single_ones_are_not_grouped():
     assert groups == [1, 0, 0]
 
 
-def test_cross_attention_keeps_what_is_shared(calls):
-    """The query comes with the decoder's states, keys and values with the encoder's."""
+def test_cross_attention_shares_keys_and_values(calls):
+    """The query gets the decoder's states, keys and values get the encoder's."""
     plain, fused = attention()
     for forward in range(3):
         x, states = draw(2, 5, WIDTH), draw(2, 7, WIDTH)
@@ -103,7 +103,7 @@ def test_cross_attention_keeps_what_is_shared(calls):
             actual = getattr(fused, name)(source)
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
         del calls["peft"]
-        # the query computes keys and values of its own input in vain, each time: nothing is learned from a forward
+        # Each time the query computes unused keys and values of its own input, because a forward does not change the grouping.
         assert calls == {"LoRAQKV": 2 * (forward + 1)}
 
 
@@ -119,7 +119,7 @@ def test_any_order_and_subset_of_calls_is_exact():
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_an_input_changed_in_place_is_noticed(mode):
+def test_an_input_changed_in_place_is_detected(mode):
     plain, fused = attention()
     with mode():
         x = draw(2, 16, WIDTH)
@@ -129,7 +129,7 @@ def test_an_input_changed_in_place_is_noticed(mode):
 
 
 def changes():
-    """What may happen between the query and the key, by name."""
+    """Changes between the call of the query and that of the key, by name."""
 
     def optimiser_step(module):
         with torch.no_grad():
@@ -157,7 +157,7 @@ def changes():
 
 
 @pytest.mark.parametrize("change", changes())
-def test_an_output_computed_before_a_change_is_not_handed_out(change):
+def test_an_output_from_before_a_change_is_not_used(change):
     plain, fused = (m.base_model.model[0] for m in adapt(Attention(), lora_dropout=0.0))
     x = draw(2, 5, WIDTH)
     fused.q_proj(x)
@@ -173,7 +173,7 @@ def test_dropout_switched_off_after_the_query():
     torch.testing.assert_close(fused.eval().k_proj(x), plain.eval().k_proj(x))
 
 
-def test_gradients_and_no_gradients_are_kept_apart():
+def test_calls_with_and_without_gradients_do_not_mix():
     _, fused = attention()
     x = draw(2, 16, WIDTH)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_gradients_and_no_gradients_are_kept_apart():
     assert fused.k_proj(x).requires_grad
 
 
-def test_nothing_is_held_once_all_outputs_are_taken():
+def test_no_tensor_is_kept_after_all_outputs_are_used():
     _, fused = attention()
     call(fused, draw(2, 5, WIDTH), ("q_proj", "k_proj", "v_proj"))
     group = fused.q_proj._peftkit_siblings
@@ -211,8 +211,8 @@ def test_names_of_every_tiny_model_are_grouped_or_known():
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_cross_attention_groups_leave_the_query_out_before_the_first_forward(name):
-    """Under checkpointing the recomputation of the first forward has to save what that forward saved."""
+def test_cross_attention_groups_exclude_the_query_before_the_first_forward(name):
+    """Under checkpointing the recomputation of the first forward must save the same tensors as this forward."""
     import families
 
     model = accelerate(
@@ -245,7 +245,7 @@ def test_cross_attention_groups_leave_the_query_out_before_the_first_forward(nam
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_source_says_which_linears_share_an_input(architecture, cls, names, expected):
+def test_the_source_shows_which_linears_share_an_input(architecture, cls, names, expected):
     module = __import__(
         f"transformers.models.{architecture}.modeling_{architecture}", fromlist=[cls]
     )
@@ -291,7 +291,7 @@ def test_checkpointing_of_models_whose_queries_have_their_own_input(name):
 
 
 def run(model, batch):
-    """The loss and the gradients that a step gives; some parameters of these models get none."""
+    """The loss and the gradients of a step. Some parameters of these models get no gradient."""
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
@@ -299,7 +299,7 @@ def run(model, batch):
     return {"loss": loss.detach()} | grads
 
 
-def test_another_thread_between_two_calls_gets_and_takes_nothing():
+def test_another_thread_between_two_calls_does_not_interfere():
     _, fused = attention()
     mine, other = draw(2, 5, WIDTH), draw(2, 5, WIDTH)
     names = ("q_proj", "k_proj", "v_proj")

@@ -22,7 +22,7 @@ REFUSED = {
     "is larger than both sides of every weight": "a rank that no weight can use",
     "as the experts of this architecture": "names that PEFT rewrites into other modules",
     "because modules_to_save has": "a module that is both adapted and trained in full",
-    "the gradient of the logits is wanted": "the gradient of logits that were never formed",
+    "the gradient of the logits was requested": "the gradient of logits that were never formed",
 }
 """Words of the errors with which peftkit refuses on purpose, and what it refuses."""
 

@@ -200,7 +200,7 @@ REASONS = {
         "nf4",
         lambda layer: setattr(layer.weight.quant_state, "packing_format_for_cpu", True),
     ),
-    "a code table of its own": lambda: (
+    "a code table other than that of nf4": lambda: (
         "nf4",
         lambda layer: layer.weight.quant_state.code.mul_(0.5),
     ),

@@ -1,4 +1,4 @@
-"""Training without the logits: for any causal language model that calls ``self.loss_function``."""
+"""The training loss without the logits, for causal language models that call ``self.loss_function``."""
 
 from peftkit.fuse.loss.install import install_logit_free, logit_free_status, remove_logit_free
 from peftkit.fuse.loss.lazy import LazyLogits

@@ -1,4 +1,4 @@
-"""What an output head computes with, and its output computed later from the same numbers."""
+"""The tensors of an output head, and the output of a head that is computed later from the same values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Step = tuple[Any, tuple[Any, ...]]
 
 
 class Head(NamedTuple):
-    """What an output head computes with: ``h Wᵀ + bias``, and ``scale · h Aᵀ Bᵀ`` if it has a LoRA adapter.
+    """The tensors of an output head, which computes ``h Wᵀ + bias``, plus ``scale · h Aᵀ Bᵀ`` if it has a LoRA adapter.
 
     Attributes:
         weight: ``[V, D]``.
@@ -35,12 +35,12 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A tensor as it was in the forward.
+    """The state of a tensor in the forward.
 
     Attributes:
         shape: Its shape.
-        version: How often it was changed in place; ``None`` for tensors of inference mode, which do not count.
-        checksum: Over its bits; see ``_checksum``.
+        version: The number of in-place changes; ``None`` for tensors of inference mode, which do not count them.
+        checksum: A checksum of its bits; see ``_checksum``.
     """
 
     shape: torch.Size
@@ -49,11 +49,11 @@ class _Seen:
 
 
 class HeadOutput:
-    """One call of an output head that was not carried out: it computes the logits later, if somebody reads them.
+    """One call of an output head that was not run. It computes the logits later, if they are read.
 
     Args:
         hidden: ``[..., D]``.
-        head: What the head computes with now.
+        head: The tensors of the head.
     """
 
     def __init__(self, hidden: Tensor, head: Head):
@@ -61,7 +61,7 @@ class HeadOutput:
         kind = hidden.device.type
         self.autocast = is_autocast_enabled(kind) and hidden.dtype is not torch.float64
         self.dtype = torch.get_autocast_dtype(kind) if self.autocast else hidden.dtype
-        """Of the product with the weight."""
+        """Dtype of the product with the weight."""
         lora = head.lora
         self.tensors = hidden, head.weight, head.bias, lora and lora.A, lora and lora.B
         self._merged = _merged(head.layer)
@@ -70,14 +70,14 @@ class HeadOutput:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the logits."""
+        """Shape of the logits."""
         return (*self.hidden.shape[:-1], self.head.weight.shape[0])
 
     def evaluate(self, steps: tuple[Step, ...] = ()) -> Tensor:
         """The logits as ``nn.Linear`` or PEFT's LoRA layer computes them, after ``steps``.
 
         Raises:
-            RuntimeError: A tensor they are computed from has changed since the forward.
+            RuntimeError: A tensor from which they are computed has changed since the forward.
         """
         self.check_unchanged()
         hidden, weight, bias, A, B = self.tensors
@@ -94,12 +94,12 @@ class HeadOutput:
         return logits
 
     def check_unchanged(self) -> None:
-        """Raise ``RuntimeError`` if the logits can no longer be computed as they were in the forward."""
+        """Raise ``RuntimeError`` if the logits can no longer be computed as in the forward."""
         for tensor in self.tensors:
             if tensor is not None and tensor.numel() and not tensor.untyped_storage().size():
                 raise RuntimeError(
-                    "these logits were not computed in the forward, and the memory of the weights or hidden states they "
-                    "follow from has been freed since (FSDP frees gathered weights after backward). Read the logits "
+                    "these logits were not computed in the forward, and the memory of the weights or hidden states they need "
+                    "has been freed since (FSDP frees gathered weights after backward). Read the logits "
                     "before backward, or use wrap(model, logit_free=False)"
                 )
         layer = None if self._layer is None else self._layer()
@@ -109,7 +109,7 @@ class HeadOutput:
             raise _changed("the hidden states or the weights of the output head have changed")
 
     def _look(self) -> list[_Seen | None]:
-        # A large frozen head is not read in every forward. Hidden states and adapters are small.
+        # Reading a large frozen head in every forward would take too long. Hidden states and adapters are small.
         hidden, weight, *others = self.tensors
         exact = weight.requires_grad or weight.numel() <= _SMALL
         return [_see(hidden), _see(weight, exact=exact), *map(_see, others)]
@@ -144,19 +144,19 @@ def _differ(before: _Seen | None, now: _Seen | None) -> bool:
 
 
 def _checksum(tensor: Tensor, exact: bool) -> Tensor:
-    """Sums over the bits of ``tensor``. They change with ``.data`` too, which the version counter does not count.
+    """Sums over the bits of ``tensor``. They also change if ``.data`` is changed, which the version counter does not count.
 
     Args:
         tensor: Any shape and dtype.
-        exact: Read all elements. Otherwise only one of each row, in turn from every column: 0.2 ms instead of 10 ms for
-            float32 ``[49152, 576]`` on one core.
+        exact: Read all elements. Otherwise read one element of each row, each from the next column. This takes 0.2 ms
+            instead of 10 ms for float32 ``[49152, 576]`` on one core.
 
     Returns:
         ``Int64[1]``, or ``Int64[2]`` if ``exact``.
     """
     bits = tensor.view(_BITS[tensor.element_size()]).reshape(-1)
-    # Squares, because a factor of two or another sign adds the same number to each element, which can sum to 0 in 64 bits.
-    # The shift matters for float64, whose low bits are often 0: the square of such a number has no other bits left.
+    # Squares: a factor of two or a changed sign adds the same number to the bits of each element, which can sum to 0 in 64 bits.
+    # The shift is for float64, whose low bits are often 0, because the square of such a number would lose the other bits.
     sample = bits[:: tensor.shape[-1] + 1 if tensor.dim() > 1 else 1].long()
     sample = sample ^ (sample >> 32)
     sums = [(sample * sample).sum()]
@@ -168,6 +168,6 @@ def _checksum(tensor: Tensor, exact: bool) -> Tensor:
 
 
 _SMALL = 2**20
-"""Elements of a weight that is always read: 0.3 ms."""
+"""The number of elements up to which all of a weight is read, in 0.3 ms."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,8 +1,8 @@
-"""Making a causal language model compute its loss from the hidden states.
+"""Makes a causal language model compute its loss from the hidden states.
 
-Two hooks on the model note, for the thread they run in, that a forward with labels is running. The class of the output head gets a
-mixin whose forward returns ``LazyLogits`` during such a forward. Transformers' own loss function then works on those. Nothing that
-belongs to one call is kept on a module, so that threads may share a model.
+Two hooks on the model record for each thread that a forward with labels is running. The output head gets a mixin whose forward returns
+``LazyLogits`` during such a forward, and transformers' own loss function is called with them. The state of a call is kept per thread
+and not on a module, so that threads can share a model.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _SWAPPING = threading.Lock()
 
 @dataclass(frozen=True)
 class _State:
-    """Kept on the model while installed.
+    """The state that is kept on the model while the loss is installed.
 
     Attributes:
-        hook_ids: Of the forward pre-hook and the forward hook.
+        hook_ids: The ids of the forward pre-hook and the forward hook.
         labels_position: Index of ``labels`` among the positional arguments of the model's forward.
     """
 
@@ -43,12 +43,12 @@ class _State:
 
 
 class _Forward(NamedTuple):
-    """A forward of a model that is running.
+    """A running forward of a model.
 
     Attributes:
-        model: The model.
-        head: Its output head if the forward has labels, otherwise a dead reference.
-        depth: Number of stack frames when it started.
+        model: A weak reference to the model.
+        head: A weak reference to its output head if the forward has labels, otherwise a function that returns ``None``.
+        depth: Number of stack frames at its start.
     """
 
     model: Callable[[], nn.Module | None]
@@ -57,7 +57,7 @@ class _Forward(NamedTuple):
 
 
 class _Running(threading.local):
-    """The forwards that run in this thread, the innermost last."""
+    """The running forwards of this thread, the innermost last."""
 
     def __init__(self):
         self.forwards: list[_Forward] = []
@@ -67,10 +67,10 @@ _running = _Running()
 
 
 class LogitFreeHead:
-    """Mixed in before the class of an output head: no product with the weight while its model computes a loss."""
+    """Mixed into the class of an output head. It skips the product with the weight while its model computes a loss."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """As the head's own forward, or ``LazyLogits``."""
+        """The output of the head's own forward, or ``LazyLogits``."""
         if not hides_native_calls() and len(args) == 1 and not kwargs:
             model = _model_computing_loss(self)
             plan = None if model is None else loss_plan(model)
@@ -80,14 +80,14 @@ class LogitFreeHead:
 
 
 def install_logit_free(model: nn.Module) -> str | None:
-    """Let ``model`` train without forming its logits; they stay readable in its output, computed on demand.
+    """Let ``model`` compute its training loss without the logits. Its output still has logits; they are computed when they are read.
 
     Args:
         model: A causal language model of transformers, or a ``PeftModel`` around one.
 
     Returns:
-        ``None`` if a forward with labels leaves the logits out now, otherwise the reason why not. Nothing is installed if
-        the reason is the model itself. If it is the state of its output head, each forward decides anew.
+        ``None`` if a forward with labels computes no logits now, otherwise the reason why it does. If the reason is the model
+        itself, nothing is installed. If the reason is the state of its output head, each forward decides again.
     """
     model = _base_model(model)
     reason = model_reason(model)
@@ -104,7 +104,7 @@ def install_logit_free(model: nn.Module) -> str | None:
 
 
 def remove_logit_free(model: nn.Module) -> None:
-    """Undo ``install_logit_free``; without effect on a model where it is not installed."""
+    """Undo ``install_logit_free``. Does nothing if it is not installed."""
     model = _base_model(model)
     state: _State | None = vars(model).get(_STATE)
     if state is None:
@@ -119,18 +119,16 @@ def remove_logit_free(model: nn.Module) -> None:
 
 
 def logit_free_status(model: nn.Module) -> tuple[bool, str]:
-    """Whether a forward of ``model`` with labels leaves its logits out now, and a sentence saying so or why not."""
+    """Whether a forward of ``model`` with labels computes its loss without the logits now, and a sentence that explains it."""
     model = _base_model(model)
     plan = loss_plan(model)
     if isinstance(plan, Reason):
         return False, plan
     if _STATE not in vars(model):
         return False, "not installed: logit_free=False, or the model was not wrapped by peftkit"
-    sentence = (
-        "the loss is computed from the hidden states in chunks; logits only where they are read"
-    )
+    sentence = "the loss is computed from the hidden states in chunks; logits are computed only if they are read"
     if plan.lora is not None:
-        sentence += "; TRL's SFTTrainer refuses an adapter on the output head, Trainer takes it"
+        sentence += "; TRL's SFTTrainer refuses an adapter on the output head, Trainer accepts it"
     return True, sentence
 
 
@@ -150,11 +148,12 @@ def _base_model(model: Any) -> Any:
 
 
 def _enter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before the model's forward: note whether it computes a loss."""
+    """Runs before the model's forward; records whether it computes a loss."""
     if torch.compiler.is_compiling():
         return
     depth, forwards = _stack_depth(), _running.forwards
-    # An interrupted forward (Ctrl-C is no Exception) skips the hook after it. Those that still run started further up.
+    # An interrupted forward skips the hook after it, because KeyboardInterrupt is no Exception. Forwards that are still running
+    # started at a smaller depth.
     while forwards and forwards[-1].depth >= depth:
         forwards.pop()
     state: _State = getattr(model, _STATE)
@@ -168,7 +167,7 @@ def _enter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """After the model's forward, also if it raised an exception."""
+    """Runs after the model's forward, also if it raised an exception."""
     if torch.compiler.is_compiling():
         return
     forwards = _running.forwards
@@ -179,7 +178,7 @@ def _leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _model_computing_loss(head: nn.Module) -> nn.Module | None:
-    """The model whose forward with labels is the innermost of this thread, if ``head`` is its output head."""
+    """The model whose forward with labels is the innermost of this thread, if ``head`` is its output head; otherwise ``None``."""
     forwards = _running.forwards
     if not forwards or forwards[-1].head() is not head:
         return None
@@ -187,7 +186,7 @@ def _model_computing_loss(head: nn.Module) -> nn.Module | None:
 
 
 def _fits(hidden: Any, weight: Tensor) -> bool:
-    """Whether ``hidden`` is what the head expects; otherwise its own forward says what is wrong."""
+    """Whether ``hidden`` is a valid input of the head. If not, the head's own forward raises the error."""
     if type(hidden) is not Tensor or type(weight) not in (nn.Parameter, Tensor):
         return False
     if not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
@@ -198,7 +197,7 @@ def _fits(hidden: Any, weight: Tensor) -> bool:
 
 
 def _mix_in(head: nn.Module) -> None:
-    """Give the output head the forward of ``LogitFreeHead``; adapters added later can make another module the head."""
+    """Give the output head the forward of ``LogitFreeHead``. Called again in each forward, since a new adapter can replace the head."""
     if not isinstance(head, LogitFreeHead):
         with _SWAPPING:
             if not isinstance(head, LogitFreeHead):

@@ -1,4 +1,4 @@
-"""Logits that are computed when somebody reads them."""
+"""Logits that are computed when they are read."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from peftkit_kernels.linear_cross_entropy import RowLoss, linear_cross_entropy
 
 
 class LazyLogits(torch.Tensor):
-    """Logits ``[..., V]`` of an output head, computed at the first use of their values and kept from then on.
+    """Logits ``[..., V]`` of an output head. They are computed at the first use of their values and kept afterwards.
 
-    Size, dtype, device and ``requires_grad`` are known without computing anything. The steps between a head and its loss
-    (a wider dtype, multiplication and division by a number, tanh, another shape with the same last axis) are remembered and
+    Size, dtype, device and ``requires_grad`` are known before the logits are computed. The steps between a head and its loss
+    (a cast to a wider dtype, multiplication and division by a number, tanh, another shape with the same last axis) are recorded and
     not run. ``torch.nn.functional.cross_entropy`` of the result is then computed from the hidden states, in chunks. Any other
-    use gets ordinary logits, connected to the hidden states by autograd.
+    function gets ordinary logits, which autograd connects to the hidden states.
 
-    A loss that was computed from the hidden states sends no gradient through the logits. If somebody wants to see that gradient
-    (``retain_grad``, ``register_hook``, ``autograd.grad(loss, logits)``), the backward of that loss raises ``RuntimeError``.
+    A loss that was computed from the hidden states has no gradient for the logits. If this gradient was requested
+    (``retain_grad``, ``register_hook``, ``autograd.grad(loss, logits)``), the backward of this loss raises ``RuntimeError``.
     """
 
     _output: HeadOutput
@@ -41,7 +41,7 @@ class LazyLogits(torch.Tensor):
 
     @staticmethod
     def make(hidden: Tensor, head: Head) -> LazyLogits:
-        """The logits of ``hidden [..., D]``, which has the dtype of the head unless autocast is on."""
+        """The logits of ``hidden [..., D]``. ``hidden`` has the dtype of the head unless autocast is on."""
         output = HeadOutput(hidden, head)
         return _FromHead.apply(output, *output.tensors)
 
@@ -65,15 +65,15 @@ class LazyLogits(torch.Tensor):
         """The logits without a graph."""
         if self._real is not None:
             return self._real.detach()
-        self._source.output = self._output  # whoever reads values may send a gradient
+        self._source.output = self._output  # the reader of the values may send a gradient to them
         with torch.no_grad():
             return self._output.evaluate(self._steps)
 
     def row_loss(self) -> RowLoss | None:
-        """The remembered steps as a scale and a softcap; ``None`` if they are something else, or were run already."""
+        """The recorded steps as a scale and a softcap; ``None`` if they are other steps, or were run already."""
         if self._real is not None:
             return None
-        # Exact fractions, so that dividing and multiplying by the same number leaves exactly one.
+        # Exact fractions, so that dividing and multiplying by the same number gives exactly 1.
         before, after, capped = Fraction(1), Fraction(1), False
         for function, args in self._steps:
             if function is torch.tanh:
@@ -99,7 +99,7 @@ class LazyLogits(torch.Tensor):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> Tensor | None:
-        """``torch.nn.functional.cross_entropy`` from the hidden states, or ``None`` if that needs ordinary logits.
+        """``torch.nn.functional.cross_entropy`` from the hidden states, or ``None`` if these arguments need ordinary logits.
 
         Args:
             target: ``Int64[M]``, for logits ``[M, V]``.
@@ -136,7 +136,7 @@ class LazyLogits(torch.Tensor):
         return _Loss.apply(loss.to(self.dtype), self) if loss.requires_grad else loss.to(self.dtype)
 
     def _remember(self, function: Any, args: tuple[Any, ...]) -> LazyLogits | None:
-        """These logits after ``function``, still not computed, or ``None`` if it is not one of those remembered."""
+        """The logits after ``function``, still not computed, or ``None`` if ``function`` cannot be recorded."""
         if function is torch.Tensor.contiguous and not args:
             return self
         if function in CASTS and not args:
@@ -147,7 +147,7 @@ class LazyLogits(torch.Tensor):
                 return None
             if args[0] is dtype:
                 return self
-            # Transformers' loss casts to float32, from float64 as well. Other narrower dtypes are rare.
+            # Transformers' loss casts to float32, even from float64. Other casts to narrower dtypes are rare.
             if args[0] is not torch.float32 and torch.promote_types(dtype, args[0]) is not args[0]:
                 return None
             dtype = args[0]
@@ -195,29 +195,29 @@ class LazyLogits(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Only code that bypasses Python's torch functions gets here, such as collectives and other libraries' kernels.
+        # Runs only for code that bypasses Python's torch functions, such as collectives and other libraries' kernels.
         return func(*tree_map(_values_of, args), **tree_map(_values_of, kwargs or {}))
 
 
 class _Source:
-    """Leads the backward of logits that do not exist to the tensors they follow from.
+    """Gives the backward of logits that were not computed the ``HeadOutput`` of their head.
 
     The graph of a loss that was computed from the hidden states contains these nodes too. They must not keep the hidden states in
-    memory unless an ordinary tensor was made of the logits, because only then can a gradient reach them.
+    memory unless the logits were computed, because only then can they get a gradient.
     """
 
     output: HeadOutput | None = None
 
 
 class _Watch:
-    """Whether somebody waits for the gradient of some logits, or of those they were made from.
+    """Tracks whether the gradient of some logits was requested, or that of the logits from which they were made.
 
     Attributes:
-        parent: That of the logits they were made from.
-        logits: The logits, while they exist.
-        hooks: The hooks registered on them by id, ``None`` before the first.
-        signals: The ids of hooks that only want to know that backward has begun.
-        captures: How many running calls of ``autograd.grad`` or ``backward`` have them as inputs.
+        parent: The ``_Watch`` of the logits from which they were made.
+        logits: A weak reference to the logits.
+        hooks: The hooks registered on the logits by id; ``None`` before the first.
+        signals: The ids of hooks that ignore the gradient and only run code when backward begins.
+        captures: The number of running calls of ``autograd.grad`` or ``backward`` with these logits as inputs.
     """
 
     def __init__(self, logits: LazyLogits, parent: _Watch | None):
@@ -228,7 +228,7 @@ class _Watch:
         self.captures = 0
 
     def is_on(self) -> bool:
-        """For these logits and all they were made from."""
+        """Whether the gradient of these logits was requested, or of any logits from which they were made."""
         logits = self.logits()
         retained = logits is not None and logits.retains_grad
         if retained or self.captures or any(key not in self.signals for key in self.hooks or ()):
@@ -237,7 +237,7 @@ class _Watch:
 
 
 class _FromHead(torch.autograd.Function):
-    """Hidden states to logits that do not exist; its backward is that of the head."""
+    """From hidden states to logits that are not computed; its backward is that of the head."""
 
     @staticmethod
     def forward(ctx: Any, output: HeadOutput, *tensors: Any) -> Tensor:
@@ -260,7 +260,7 @@ class _FromHead(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """One remembered step from logits that do not exist to others."""
+    """One recorded step from logits that are not computed to others."""
 
     @staticmethod
     def forward(
@@ -289,7 +289,7 @@ class _Step(torch.autograd.Function):
 
 
 class _Real(torch.autograd.Function):
-    """From logits that do not exist to ordinary ones: the identity for gradients, so hooks on the former see them."""
+    """From ``LazyLogits`` to ordinary logits. Gradients pass unchanged, so that hooks on the ``LazyLogits`` get them."""
 
     @staticmethod
     def forward(ctx: Any, logits: LazyLogits) -> Tensor:
@@ -301,7 +301,7 @@ class _Real(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """A loss computed from the hidden states: no gradient for the logits, and an error if somebody waits for one."""
+    """A loss computed from the hidden states. It has no gradient for the logits and raises an error if one was requested."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, logits: LazyLogits) -> Tensor:
@@ -312,9 +312,9 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if ctx.watch.is_on():
             raise RuntimeError(
-                "the gradient of the logits is wanted (retain_grad, register_hook, or logits as inputs of autograd.grad or "
-                "backward), and this loss was computed from the hidden states without the logits, so they have none. "
-                "Use wrap(model, logit_free=False), or make the loss from output.logits"
+                "the gradient of the logits was requested (retain_grad, register_hook, or logits as inputs of autograd.grad or "
+                "backward), but this loss was computed from the hidden states without the logits, so they have none. "
+                "Use wrap(model, logit_free=False), or compute the loss from output.logits"
             )
         return grad, None
 
@@ -336,7 +336,7 @@ def _new(
 
 
 def _shape_of_view(shape: torch.Size, wanted: Any) -> tuple[int, ...] | None:
-    """The shape that ``view(wanted)`` gives, or ``None`` if it is not one that keeps the last axis."""
+    """The shape that ``view(wanted)`` gives, or ``None`` if it does not keep the last axis."""
     if not isinstance(wanted, (tuple, list)) or not all(type(size) is int for size in wanted):
         return None
     known = math.prod(size for size in wanted if size != -1)
@@ -352,7 +352,7 @@ def _register_hook(logits: LazyLogits, hook: Any) -> Any:
         logits._watch.hooks = logits._backward_hooks
     while isinstance(hook, functools.partial):
         hook = hook.func
-    # FSDP hooks every output of a module to gather the weights before backward. It ignores the gradient.
+    # FSDP registers a hook on every output of a module to gather the weights before backward. The hook ignores the gradient.
     if (getattr(hook, "__module__", None) or "").startswith("torch.distributed."):
         logits._watch.signals.add(handle.id)
     return handle
@@ -374,7 +374,7 @@ def _captured(inputs: Any) -> Iterator[None]:
     for watch in watches:
         watch.captures += 1
     try:
-        # Otherwise torch would hand the call to LazyLogits again.
+        # Otherwise torch would call LazyLogits.__torch_function__ again.
         with torch._C.DisableTorchFunctionSubclass():
             yield
     finally:

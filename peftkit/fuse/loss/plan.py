@@ -1,4 +1,4 @@
-"""Decides whether a forward with labels computes its loss without the logits, or says why not."""
+"""Decides whether a forward with labels computes its loss without the logits, and gives the reason if not."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.modes import hides_native_calls
 
 _OWN_FORWARDS = {nn.Linear: nn.Linear.forward, LoraLinear: LoraLinear.forward}
-"""The forwards that ``Head`` describes, as they were when this module was imported."""
+"""The forwards that ``Head`` can replace, as they were when this module was imported."""
 
 
-_WATCHED = Reason("something records or watches torch operations, such as FlopCounterMode")
+_WATCHED = Reason("something records or observes torch operations, such as FlopCounterMode")
 
 
 def loss_plan(model: Any) -> Head | Reason:
-    """What the output head of ``model`` computes with at present, or why a forward with labels forms its logits.
+    """The tensors of the output head of ``model``, or why a forward with labels computes its logits.
 
     Args:
         model: A causal language model of transformers, without a ``PeftModel`` around it.
@@ -36,7 +36,7 @@ def loss_plan(model: Any) -> Head | Reason:
 
 
 def model_reason(model: Any) -> Reason | None:
-    """Why ``model`` forms its logits whatever the state of its output head, or ``None``."""
+    """Why ``model`` computes its logits in any state of its output head, or ``None``."""
     reason = _class_reason(type(model)) or _forward_reason(model)
     if reason is not None:
         return reason
@@ -63,7 +63,7 @@ def _class_reason(cls: type) -> Reason | None:
 
 
 def _calls_loss_function(cls: type) -> bool:
-    """Whether the forward of ``cls`` mentions ``loss_function``, itself or in the parent that it calls by ``super()``."""
+    """Whether the forward of ``cls``, or the parent's forward that it calls with ``super()``, uses ``loss_function``."""
     for parent in cls.__mro__:
         if "forward" not in vars(parent):
             continue
@@ -81,14 +81,14 @@ def _names_in(function: Any) -> tuple[str, ...]:
 
 
 def _forward_reason(model: nn.Module) -> Reason | None:
-    """Why a forward that was put on this one model may compute the loss in another way than its class."""
+    """Why a forward that was set on this one model may compute the loss differently from its class, or ``None``."""
     forward: Any = vars(model).get("forward")
     if forward is None:
         return None
     home = getattr(getattr(forward, "__func__", forward), "__globals__", {}).get("__name__", "")
     if home.partition(".")[0] == "trl":
         return Reason(
-            "TRL's trainers compute the loss by an output head of their own, which forms large tiles of the logits; "
+            "TRL's trainers compute the loss with an output head of their own, which computes large tiles of the logits; "
             "peftkit's loss is not used there"
         )
     if "loss_function" in _names_in(forward):
@@ -113,7 +113,7 @@ def _head_plan(head: nn.Module) -> Head | Reason:
 
 
 def _forward_class(module: nn.Module) -> type:
-    """The class whose forward runs, if those that peftkit puts before it are left out."""
+    """The class whose forward runs, without the classes that peftkit has mixed in."""
     return next(
         cls
         for cls in type(module).__mro__
@@ -123,7 +123,7 @@ def _forward_class(module: nn.Module) -> type:
 
 def _linear_plan(head: Any) -> Head | Reason:
     kind = type(head.weight)
-    # Without hooks on the head, only FSDP can have sharded the weight, and it gathers it for each forward.
+    # The head has no hooks, so only FSDP can have sharded the weight. FSDP gathers the weight for each forward.
     sharded = kind.__module__.startswith("torch.distributed.tensor")
     if kind not in (nn.Parameter, Tensor) and not sharded:
         return Reason(f"the weight of the output head is a {kind.__name__}")
@@ -133,14 +133,16 @@ def _linear_plan(head: Any) -> Head | Reason:
 
 
 def _lora_plan(head: Any) -> Head | Reason:
-    """As PEFT's ``LoraLinear.forward`` decides."""
+    """The tensors of a head with a LoRA layer, by the same conditions as in PEFT's ``LoraLinear.forward``."""
     base = _head_plan(head.base_layer)
     if isinstance(base, Reason):
         return base
     base = base._replace(layer=head)
     if head.disable_adapters:
         if head.merged:
-            return Reason("the adapters of the output head are disabled and have to be unmerged")
+            return Reason(
+                "the adapters of the output head are disabled but still merged; PEFT's forward unmerges them"
+            )
         return base
     if head.merged:
         return base
@@ -172,7 +174,7 @@ def _lora_plan(head: Any) -> Head | Reason:
 
 
 def _does_more_than_its_class(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than the forward of its class: hooks, or a forward set on this one module."""
+    """Whether a call of ``module`` runs more than the forward of its class: hooks, or a forward set on this one module."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

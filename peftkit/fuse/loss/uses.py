@@ -1,4 +1,4 @@
-"""Torch functions that lazy logits remember, or answer without values."""
+"""Torch functions that ``LazyLogits`` records, or computes without values."""
 
 from __future__ import annotations
 
@@ -69,4 +69,4 @@ KNOWN_WITHOUT_VALUES = frozenset(
         torch.numel,
     }
 )
-"""Uses of the logits that need no values."""
+"""Functions of the logits that need no values."""

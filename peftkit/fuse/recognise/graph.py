@@ -1,16 +1,15 @@
-"""The aten graph of a forward in a canonical form: two forwards that compute the same with the same casts give one node.
+"""The aten graph of a forward in a canonical form. Two forwards with the same computation and casts have the same output node.
 
-A node is an operation with its arguments; equal operations on equal arguments are one object, so that comparing two formulas is
-comparing two nodes. The canonical form knows these equalities and no others:
+A node is an operation with its arguments. Equal operations on equal arguments are one object, so two formulas are equal if their nodes
+are the same object. The canonical form uses these equalities and no others:
 
 - ``a * b = b * a`` and ``a + b = b + a`` (the same bits), ``x * x = x ** 2``, ``x * 1 = x``;
 - an operation on two dtypes casts both operands to the dtype of the result first, as torch does;
-- ``rsqrt(v)``, ``v ** -0.5`` and ``1 / sqrt(v)`` are one, ``a / sqrt(v)`` is ``a * rsqrt(v)``, and a sum divided by the number of its
-  elements is their mean: they differ by one rounding in the dtype in which they are computed, which the formulas of
-  ``peftkit_kernels`` leave open;
+- ``rsqrt(v)``, ``v ** -0.5`` and ``1 / sqrt(v)`` are the same, ``a / sqrt(v)`` is ``a * rsqrt(v)``, and a sum divided by the number of
+  its elements is their mean. These differ by one rounding in their dtype, which the formulas of ``peftkit_kernels`` do not specify;
 - ``var(x, correction=0)`` is the mean of the squared distances from the mean.
 
-Everything else, including another order of factors or casts, gives another node.
+Any other difference, such as another order of factors or casts, gives another node.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _WHOLE = 2**63 - 1
 
 
 class Node:
-    """One operation on nodes and constants; its identity is its value."""
+    """One operation on nodes and constants. Equal operations are the same object."""
 
     __slots__ = ("args", "index", "op")
 
@@ -34,7 +33,7 @@ class Node:
 
 
 class Graph:
-    """The nodes of one trace, and of the formulas that it is compared with."""
+    """The nodes of one trace, and of the formulas with which the trace is compared."""
 
     def __init__(self) -> None:
         self._nodes: dict[tuple[Any, ...], Node] = {}
@@ -45,12 +44,12 @@ class Graph:
         return list(self._nodes.values())
 
     def constants(self, op: str) -> list[float]:
-        """The numbers that are arguments of some ``op``."""
+        """The numbers that are arguments of an operation ``op``."""
         found = (a for node in self._nodes.values() if node.op == op for a in node.args)
         return list(dict.fromkeys(a for a in found if isinstance(a, float)))
 
     def foreign(self, out: Node) -> list[str]:
-        """Names of the aten operations before ``out`` that are part of no known formula."""
+        """Names of the aten operations that ``out`` depends on and that no known formula uses."""
         seen: set[Node] = set()
         found, left = [], [out]
         while left:
@@ -63,7 +62,7 @@ class Graph:
         return found
 
     def node(self, op: str, *args: Any) -> Node:
-        """The node of ``op`` on nodes and constants; integers count as the equal floats."""
+        """The node of ``op`` on nodes and constants. An integer is treated as the equal float."""
         args = tuple(_constant(a) for a in args)
         key = (op, *(a if isinstance(a, Node) else (type(a), repr(a)) for a in args))
         found = self._nodes.get(key)
@@ -93,7 +92,7 @@ class Graph:
         return self.node("mul", *_ordered(a, b))
 
     def div(self, a: Any, b: Any, size: int = 0) -> Node:
-        """``a / b``; ``size`` is the number of elements that a sum was taken over."""
+        """``a / b``. If ``a`` is a sum, ``size`` is the number of its terms."""
         if isinstance(b, Node) and b.op == "sqrt":
             root = self.rsqrt(b.args[0])
             return root if _is_one(a) else self.mul(a, root)
@@ -106,7 +105,7 @@ class Graph:
         return self.node("square", x)
 
     def mean(self, x: Node) -> Node:
-        """The mean over the last axis, which stays with size 1."""
+        """The mean over the last axis, which is kept with size 1."""
         return self.node("mean", x)
 
     def rsqrt(self, x: Node) -> Node:
@@ -114,21 +113,21 @@ class Graph:
         return self.node("rsqrt", x)
 
     def variance(self, x: Node) -> Node:
-        """The biased variance over the last axis, which stays with size 1."""
+        """The biased variance over the last axis, which is kept with size 1."""
         return self.mean(self.square(self.sub(x, self.mean(x))))
 
     def part(self, x: Node, start: int, stop: int) -> Node:
-        """The elements ``start`` to ``stop`` of the last axis, of which there are more."""
+        """The elements ``start`` to ``stop`` of the last axis, which has more elements than these."""
         return self.node("part", x, start, stop)
 
     def add_call(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Any:
-        """The nodes of what one aten operation returned.
+        """The nodes of the results of one aten operation.
 
         Args:
             func: The overload.
             args: Its arguments; each tensor is a ``Traced``.
-            kwargs: The same by name.
-            out: What it returned.
+            kwargs: Its keyword arguments.
+            out: Its result.
 
         Returns:
             A node for a tensor, a list of nodes for a list of tensors.
@@ -147,7 +146,7 @@ class Graph:
 
 
 class Traced:
-    """A tensor among the arguments of an operation, with its node."""
+    """A tensor argument of an operation, with its node."""
 
     __slots__ = ("node", "tensor")
 

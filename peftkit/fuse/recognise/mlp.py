@@ -1,4 +1,4 @@
-"""Whether a module is a gated MLP, and with which activation."""
+"""Recognises gated MLPs and their activations."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
 
 
 def seal_gated_mlp(module: nn.Module, names: Sequence[str]) -> Seal:
-    """Whether ``module`` computes ``down(act(gate(x)) ∘ up(x))`` with an activation that has a fused form, and what that relies on.
+    """The seal of ``module``: its activation if it computes ``down(act(gate(x)) ∘ up(x))`` and the op has this activation, or a reason.
 
     Args:
         module: Any module.
-        names: Children: gate, up and down, or the joint gate-and-up projection (gate first) and down.
+        names: Names of children: gate, up and down, or the joint gate-and-up projection (gate first) and down.
     """
     find = functools.partial(seal_gated_mlp, names=tuple(names))
     leaves = {}
@@ -40,7 +40,7 @@ def seal_gated_mlp(module: nn.Module, names: Sequence[str]) -> Seal:
 
 
 def _sizes(linear: Any) -> tuple[int, int] | None:
-    """Features in and out of a linear, whatever is wrapped around it."""
+    """The numbers of input and output features of a linear, with or without an adapter around it."""
     if isinstance(linear, nn.Module) and hasattr(linear, "get_base_layer"):
         linear = linear.get_base_layer()
     size_in = getattr(linear, "in_features", None)
@@ -86,7 +86,7 @@ def _node(graph: Graph, names: tuple[str, ...], gate: Node, up: Node) -> Node:
 
 
 def _other_activation(graph: Graph, out: Node, names: tuple[str, ...], up: Node) -> str | None:
-    """The last operation of what takes the place of the activation, if all else is the formula of a gated MLP."""
+    """The last operation of an unknown activation, if everything else is the formula of a gated MLP; otherwise ``None``."""
     found = (node for node in graph.nodes if _node(graph, names, node, up) is out)
     node = next(found, None)
     return None if node is None else node.op

@@ -1,4 +1,4 @@
-"""What happens to each operation of a traced forward: aten operations become nodes, functions of torch are written down."""
+"""The modes of a trace: aten operations become nodes of the graph, and calls of torch functions are logged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Dispatched(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # torch would import its compiler to switch it off
+        return False  # otherwise torch would import its compiler to switch it off
 
     def __init__(self, tracer: Tracer):
         super().__init__()
@@ -45,7 +45,7 @@ class Dispatched(TorchDispatchMode):
 
 
 class Called(TorchFunctionMode):
-    """Writes down each call of a torch function, and refuses those that tell the forward about its input."""
+    """Logs each call of a torch function, and refuses functions through which a forward could depend on values or sizes of its input."""
 
     def __init__(self, tracer: Tracer):
         super().__init__()
@@ -101,7 +101,7 @@ class Called(TorchFunctionMode):
 
 
 class _Sizes(tuple):
-    """The shape of a tensor, of which the forward of a norm or an MLP may know the last one."""
+    """The shape of a tensor. The forward of a norm or an MLP may read only the last size."""
 
     _tracer: Tracer
 
@@ -126,7 +126,7 @@ class _Sizes(tuple):
 def _layer_norm(
     tracer: Tracer, out: Tensor, x: Tensor, shape: Any, weight=None, bias=None, eps=1e-5, *_: Any
 ) -> Node:
-    """Torch computes it in float32 or wider and rounds once."""
+    """The nodes of the function. Torch computes it in float32 or wider and rounds once."""
     graph: Any = tracer.graph
     wide, widen = _wide(tracer, x, shape)
     centred = graph.sub(wide, graph.mean(wide))
@@ -139,7 +139,7 @@ def _layer_norm(
 def _rms_norm(
     tracer: Tracer, out: Tensor, x: Tensor, shape: Any, weight=None, eps: float | None = None
 ) -> Node:
-    """Torch computes it in float32 or wider and rounds once."""
+    """The nodes of the function. Torch computes it in float32 or wider and rounds once."""
     if eps is None:
         raise tracer.refuse("its eps depends on the dtype (None)")
     graph: Any = tracer.graph
@@ -167,7 +167,7 @@ _COMPOSITES: dict[Any, Any] = {
     F.rms_norm: _rms_norm,
     torch.rms_norm: _rms_norm,
 }
-"""Functions that torch takes apart differently by device and release."""
+"""Functions that torch decomposes differently on different devices and in different releases."""
 
 
 def _map(function: Callable[[Tensor], Any], value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which norm a module computes."""
+"""Recognises RMSNorm and LayerNorm."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class NormFormula(NamedTuple):
         round_first: Whether the normalised value is rounded to the dtype of ``x`` before it is multiplied by the weight.
         width: Elements of a row.
         has_bias: Whether there is a bias.
-        dtypes: Inputs for which this is what the module computes. Not float64 if the module computes that in float32; float32
-            and float64 alone if the module computes in the dtype of its input.
-        in_autocast: Whether 16-bit inputs give the same under autocast; a function of torch that computes the whole norm may not.
+        dtypes: Dtypes of the input for which the module computes this formula. float64 is not among them if the module computes
+            in float32 for every input; only float32 and float64 are if it computes in the dtype of its input.
+        in_autocast: Whether 16-bit inputs give the same results under autocast. A function of torch that computes the whole norm
+            may give others.
     """
 
     kind: str
@@ -41,7 +42,7 @@ class NormFormula(NamedTuple):
 
 
 def seal_norm(module: nn.Module) -> Seal:
-    """Whether ``module`` is a norm that ``frozen_rms_norm`` or ``frozen_layer_norm`` computes, and what that relies on."""
+    """The seal of ``module``: the formula if ``frozen_rms_norm`` or ``frozen_layer_norm`` computes this norm, or a reason."""
     weight = module._parameters.get("weight")
     if "parametrizations" in module._modules:
         return Seal(Reason("its weight is parametrised"), seal_norm)
@@ -71,7 +72,7 @@ def _formula(module: nn.Module, kind: Kind, width: int, has_bias: bool) -> NormF
     for dtype, graph, out in trace(module, kind, width, {}):
         found[dtype] = _matches(graph, out, dtype, has_bias)
         foreign += graph.foreign(out)
-    # In float32 there is no cast, so only the other two tell where the module rounds.
+    # In float32 there is no cast, so only the 16-bit dtypes show where the module rounds.
     narrow = found[torch.bfloat16] & found[torch.float16]
     common = found[torch.float32] & narrow if narrow else found[torch.float32]
     if not common:
@@ -87,7 +88,7 @@ def _formula(module: nn.Module, kind: Kind, width: int, has_bias: bool) -> NormF
 
 
 def _matches(graph: Graph, out: Node, dtype: torch.dtype, has_bias: bool) -> set[NormFormula]:
-    """All formulas that are the node ``out``."""
+    """All formulas whose node is ``out``."""
     numbers = graph.constants("add")
     offsets = [0.0, *numbers]
     candidates = [
@@ -103,7 +104,7 @@ def _matches(graph: Graph, out: Node, dtype: torch.dtype, has_bias: bool) -> set
 
 
 def _node(graph: Graph, formula: NormFormula, dtype: torch.dtype, has_bias: bool) -> Node:
-    """The node of a formula: the definition of ``peftkit_kernels.frozen_norm`` cast by cast."""
+    """The node of a formula, with the casts of the reference in ``peftkit_kernels.frozen_norm``."""
     wide = torch.promote_types(dtype, torch.float32)
 
     def cast(node: Node, to: torch.dtype) -> Node:

@@ -1,7 +1,7 @@
-"""What the code of a forward reads besides its arguments: classes, helpers, functions of torch, module-level names.
+"""Finds what the code of a forward reads besides its arguments: classes, helpers, functions of torch, module-level names.
 
-Found in the bytecode, before the code runs: each global name with the attributes that follow it (``torch.nn.functional.silu``).
-Code that reaches anything else, which may change unnoticed or give another result each time, is refused.
+The bytecode is searched before the code runs, for each global name with the attributes that follow (``torch.nn.functional.silu``).
+Code that uses anything else is refused, because it could change undetected or give another result in each call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 _DYNAMIC = frozenset("eval exec globals locals vars open __import__ delattr setattr".split())
-"""Builtins with which code reads or changes what it does not name."""
+"""Builtins with which code can read or change things without their names."""
 
 _MODES = ("is_grad_enabled", "is_autocast_enabled", "is_compiling", "is_scripting")
 
@@ -37,7 +37,7 @@ _LIBRARIES = ("torch", "math", "builtins", "typing", "functools", "operator")
 
 
 class Refused(Exception):
-    """Raised inside an examination; its text is the reason why nothing was recognised."""
+    """Raised while a module is examined. The message is the reason why nothing was recognised."""
 
 
 def is_plain(value: Any) -> bool:
@@ -50,11 +50,11 @@ def is_plain(value: Any) -> bool:
 
 
 class Reads:
-    """The names that code reads.
+    """The names that code reads, with their values.
 
     Attributes:
-        spaces: By the identity of each namespace: the namespace, its name and the value of each name.
-        classes: By class: the names that were looked up on it.
+        spaces: By the identity of each namespace: the namespace, its name, and values by name.
+        classes: By class, the names that were looked up on it.
     """
 
     def __init__(self) -> None:
@@ -63,16 +63,16 @@ class Reads:
         self._scanned: set[Any] = set()
 
     def add_attribute(self, cls: type, name: str) -> None:
-        """``name`` is looked up on ``cls`` (and is no attribute of an instance).
+        """Record that ``name`` is looked up on ``cls`` (and is no attribute of an instance).
 
         Raises:
-            Refused: It is code that may not be recognised.
+            Refused: It is code that is not allowed.
         """
         names = self.classes.setdefault(cls, set())
         if name in names:
             return
         names.add(name)
-        # further owners of the name are reached by super()
+        # super() can call the other owners of the name.
         owners = [c for c in cls.__mro__ if c not in (nn.Module, object) and name in vars(c)]
         for i, owner in enumerate(owners):
             value = vars(owner)[name]
@@ -85,10 +85,10 @@ class Reads:
             self.add_value(f"{owner.__name__}.{name}", value, cls)
 
     def add_value(self, name: str, value: Any, cls: type | None = None) -> None:
-        """What a name in code stands for, or a setting: a function is code too.
+        """Record the value of a name or a setting. If the value is a function, its code is searched too.
 
         Raises:
-            Refused: It is code that may not be recognised, or something that may change.
+            Refused: It is code that is not allowed, or an object that may change.
         """
         if isinstance(value, functools.partial):
             value = value.func
@@ -160,7 +160,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _chains(code: types.CodeType) -> Iterator[list[str]]:
-    """Each global name in the code with the attributes that are taken of it."""
+    """Each global name in the code with the attributes that are read from it."""
     chain: list[str] = []
     for instruction in dis.get_instructions(code):
         if instruction.opname == "EXTENDED_ARG":
@@ -180,9 +180,9 @@ def _chains(code: types.CodeType) -> Iterator[list[str]]:
 
 
 def _is_operation(function: Any) -> bool:
-    """Whether a function of a library computes with its arguments, or tells a mode in which the forward is traced too.
+    """Whether a library function depends only on its arguments, or on a mode in which the forward is traced too.
 
-    Others tell the state of the process or the machine: ``torch.cuda.is_available``, ``torch.get_default_dtype``.
+    Other functions depend on the process or the machine: ``torch.cuda.is_available``, ``torch.get_default_dtype``.
     """
     if function.__name__ in _MODES:
         return True

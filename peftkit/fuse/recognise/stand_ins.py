@@ -1,7 +1,7 @@
-"""Stand-ins for modules: the module's class and attributes, each read of which is recorded, and nothing of its state.
+"""Stand-ins for modules in a trace. A stand-in has the module's class and attributes, and records each attribute that is read.
 
-Linears are opaque: they can be called and have nothing to read. Parameters are zeros. A stand-in cannot be changed, and calling it
-runs the forward of its class without hooks.
+Parameters of a stand-in are zeros. Linears are opaque: they can be called, but have no attributes. A stand-in cannot be changed. A call
+of a stand-in runs the forward of its class without hooks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Linear:
-    """A linear: may be called, and has nothing that may be read."""
+    """A linear that can be called and has no attributes."""
 
     def __init__(self, tracer: Tracer, leaf: Leaf):
         self.__call = functools.partial(tracer.leaf, leaf)
@@ -30,7 +30,7 @@ class _Linear:
 
 
 class _Recording:
-    """Mixed into a class: attributes are recorded, and cannot be set."""
+    """Mixed into a class: reads of attributes are recorded, and attributes cannot be set."""
 
     def __getattribute__(self, name: str) -> Any:
         return _read(self, name)
@@ -80,7 +80,7 @@ def stand_in_for(module: nn.Module, path: Path, tracer: Tracer) -> Any:
 
 
 def _read(stand_in: Any, name: str) -> Any:
-    """An attribute of a stand-in."""
+    """Read and record an attribute of a stand-in."""
     state: dict[str, Any] = object.__getattribute__(stand_in, "__dict__")
     path, cls, tracer = state["_peftkit_path"], state["_peftkit_class"], state["_peftkit_tracer"]
     if name == "training":

@@ -1,8 +1,8 @@
-"""The graph of a module's own forward, traced on a stand-in so that the module, its hooks and its parameters are not touched.
+"""Traces a module's own forward into a graph. It runs on a stand-in, so the module, its hooks and its parameters are not touched.
 
-The trace runs on the CPU, in every floating dtype, and again in the other modes (training
-and evaluation, with gradients and without, under autocast); a forward that does something else in one of them, that looks at the
-values or leading sizes of its input, or that reads anything that may change unnoticed is refused.
+The trace runs on the CPU in every floating dtype, and again in the other modes (training and evaluation, with and without gradients,
+under autocast). A forward is refused if it differs in one of these modes, if it depends on the values or leading sizes of its
+input, or if it reads anything that could change undetected.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LEADING = {
     torch.float16: (2, 1, 3),
     torch.float64: (3, 2),
 }
-"""Leading sizes of the input by dtype: an axis that is the last one only for one number of axes shows."""
+"""Leading sizes of the input by dtype. The number of axes differs, to detect a forward that numbers its axes from the front."""
 
 _MODES = (
     (torch.bfloat16, False, True, False),
@@ -36,20 +36,20 @@ _MODES = (
     (torch.bfloat16, False, False, True),
     (torch.float32, False, True, True),
 )
-"""Dtype, training, gradients, autocast: what is tried besides training without both in every dtype."""
+"""Dtype, training, gradients and autocast of the further traces. The first traces run in training without gradients and autocast."""
 
 Path = tuple[str, ...]
 
 
 @dataclass
 class Kind:
-    """What the traces found that a forward relies on.
+    """Everything that a forward relies on, as found by the traces.
 
     Attributes:
-        reads: Names that code reads.
-        classes: Class of the module and of each submodule that it calls, by path.
-        settings: Values of the attributes that the forward reads, by path.
-        composites: Names of the functions of torch that compute a whole norm.
+        reads: Names that the code reads.
+        classes: By path, the class of the module and of each submodule that it calls.
+        settings: By path, the attributes that the forward reads, with their values.
+        composites: Names of called functions of torch that compute a whole norm.
     """
 
     reads: Reads = field(default_factory=Reads)
@@ -74,12 +74,12 @@ def trace(
 
     Args:
         module: Anything; it is not called and not changed.
-        kind: Filled with what the forward reads.
-        width: Features of the input.
+        kind: Receives what the forward reads.
+        width: Number of features of the input.
         leaves: Children that are traced as one operation, by name.
 
     Raises:
-        Refused: The forward does what no known module does. Any other exception is the forward's own.
+        Refused: The forward does something that no known module does. Any other exception is the forward's own.
     """
     logs = {}
     for dtype in DTYPES:
@@ -130,7 +130,7 @@ class Tracer:
                 with Dispatched(self), Called(self):
                     out = own_class(module).forward(stand_in, x)
             except Exception as error:
-                raise self.refused or error  # noqa: B904  the first refusal is the cause of what follows
+                raise self.refused or error  # noqa: B904  the first refusal caused this error
         if self.refused is not None:
             raise self.refused
         if not isinstance(out, Tensor):
@@ -139,29 +139,29 @@ class Tracer:
         return None if self.graph is None else self.node_of(out)
 
     def refuse(self, reason: str) -> Refused:
-        """The exception to raise; kept, in case the forward catches it."""
+        """The exception to raise. It is also kept, because the forward may catch it."""
         self.refused = self.refused or Refused(reason)
         return self.refused
 
     def name(self, tensor: Tensor, op: str, *args: Any) -> None:
-        """Give a tensor a node of its own."""
+        """Give a tensor a new node."""
         if self.graph is not None:
             self.keep(tensor, self.graph.node(op, *args))
         self.place(tensor)
 
     def keep(self, tensor: Tensor, node: Node) -> None:
-        """``tensor`` is what ``node`` computes."""
+        """Record that ``node`` computes ``tensor``."""
         self._nodes[id(tensor)] = node
         self._alive.append(tensor)
 
     def node_of(self, tensor: Tensor) -> Node:
-        """The node of a tensor; a new one for a tensor that comes from elsewhere."""
+        """The node of a tensor. A tensor that this trace did not make gets a new node."""
         if id(tensor) not in self._nodes and self.graph is not None:
             self.name(tensor, "unknown tensor", len(self._nodes))
         return self._nodes[id(tensor)]
 
     def place(self, tensor: Tensor) -> int:
-        """The number of a tensor in the order in which they appear."""
+        """The number of a tensor in the order of first use."""
         self._alive.append(tensor)
         return self._order.setdefault(id(tensor), len(self._order))
 
@@ -177,17 +177,17 @@ class Tracer:
         return stand_in
 
     def check_modes(self) -> None:
-        """Whether gradients and autocast are still as the caller of the forward had them."""
+        """Raise ``Refused`` if the forward has switched gradients or autocast on or off."""
         if torch.is_grad_enabled() is not self.grad:
             raise self.refuse("part of its forward runs with gradients switched on or off")
         if any(torch.is_autocast_enabled(d) is not self.autocast for d in ("cpu", "cuda")):
             raise self.refuse("part of its forward runs with autocast switched on or off")
 
     def leaf(self, leaf: Leaf, x: Any) -> Tensor:
-        """The output of a linear."""
+        """The output of a linear, as a new node."""
         self.check_modes()
         if not isinstance(x, Tensor) or x.shape[-1] != leaf.size_in or x.dtype is not self.dtype:
-            raise self.refuse(f"{leaf.name} is called on something else than its input")
+            raise self.refuse(f"{leaf.name} is called on an input of another width or dtype")
         with self.pause():
             shape = (*x.shape[:-1], leaf.size_out)
             out = torch.zeros(shape, dtype=x.dtype, device="cpu", requires_grad=self.grad)
@@ -199,7 +199,7 @@ class Tracer:
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """A refusal in this block is kept, in case the forward catches it."""
+        """Keep a refusal that is raised in this block, because the forward may catch it."""
         try:
             yield
         except Refused as refused:
@@ -208,7 +208,7 @@ class Tracer:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Work of the tracer itself."""
+        """Do not trace the operations in this block; the tracer itself runs them."""
         before, self.paused = self.paused, True
         try:
             yield
@@ -218,7 +218,7 @@ class Tracer:
 
 @contextmanager
 def _settings(grad: bool, autocast: bool) -> Iterator[None]:
-    """Modes of one run; torch's generator is left as it was."""
+    """Set the modes of one run; restore them and torch's random state afterwards."""
     state = torch.get_rng_state()
     before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
     cached = torch.is_autocast_cache_enabled()

@@ -1,4 +1,4 @@
-"""Seals, kept by kind of module: the traces are run once for each class with the settings that its forward reads."""
+"""Seals, cached by kind of module. Traces run once for each class with the settings that its forward reads."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def examine(
     find: Callable[[nn.Module], Seal],
     skip: Collection[str] = (),
 ) -> Seal:
-    """The seal with the ``answer`` of a kind of module, from an earlier module whose seal fits this one if there is one.
+    """The seal of ``module``: that of an earlier module of the same kind, or a new one with the ``answer`` of this module.
 
     Args:
-        key: What the answer depends on besides that which the traces write down.
+        key: Everything that the answer depends on and that the traces do not record.
         module: The module.
-        answer: Traces the module, fills the kind, and returns what it is or a ``Reason``; whatever it raises is a reason too.
-        find: Examines a module of this kind again; a function that can be pickled.
-        skip: Children of which nothing is read.
+        answer: Traces the module, fills the kind, and returns the formula or a ``Reason``. Any exception is a reason too.
+        find: A function that examines a module of this kind again. It can be pickled.
+        skip: Names of children whose attributes are not read.
     """
     key = key, _structure(module, skip)
     known = _seals.get(key, [])
@@ -45,7 +45,7 @@ def examine(
         found = _arguments_reason(module) or answer(kind)
     except Refused as refused:
         found = Reason(str(refused))
-    except Exception as error:  # whatever the forward of an unknown module raises
+    except Exception as error:  # the forward of an unknown module can raise anything
         text = " ".join(str(error).split())[:120]
         found = Reason(
             f"its forward fails on a trial input whose last axis holds the features ({type(error).__name__}: {text})"
@@ -59,7 +59,7 @@ def examine(
 
 
 def _structure(module: nn.Module, skip: Collection[str] = ()) -> tuple[Any, ...]:
-    """What a reason may depend on that no seal compares: names and types of attributes, hooks of children."""
+    """Everything that a reason may depend on and that no seal compares: names and types of attributes, hooks of children."""
     state = module.__dict__
     children = ((n, child) for n, child in module._modules.items() if n not in skip and child)
     return (
@@ -75,7 +75,7 @@ def _structure(module: nn.Module, skip: Collection[str] = ()) -> tuple[Any, ...]
 
 
 def _arguments_reason(module: nn.Module) -> Reason | None:
-    """Why a forward cannot be called on an input alone."""
+    """Why a forward cannot be called with one input only, or ``None``."""
     signature = inspect.signature(own_class(module).forward)
     try:
         signature.bind(module, None)

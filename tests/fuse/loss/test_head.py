@@ -1,4 +1,4 @@
-"""Logits that are read after something changed are those of the forward, or an error says why there are none."""
+"""Logits that are read after a change equal those of the forward, or an error says why they cannot be computed."""
 
 import models
 import pytest
@@ -21,7 +21,7 @@ def trained_head(model):
 
 
 def step_by_data(model):
-    """As an optimizer that works on ``.data``; the version counters do not change."""
+    """Like an optimizer that changes ``.data``, without a change of the version counters."""
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.data.add_(parameter.grad, alpha=-1e-3)
@@ -33,7 +33,7 @@ def merge_and_unmerge(model):
 
 
 def nudge(tensor):
-    """The smallest change of a single element."""
+    """Apply the smallest change to one element."""
     tensor.data.view(-1)[tensor.numel() // 3] *= 1 + 2 * torch.finfo(tensor.dtype).eps
 
 
@@ -81,7 +81,7 @@ OTHER_STATES = {
 
 
 @pytest.mark.parametrize("change", OTHER_STATES)
-def test_logits_after_a_change_that_leaves_the_weights(change):
+def test_logits_after_a_change_that_keeps_the_weights(change):
     _, ours = pair(dtype=torch.float32, **ADAPTER)
     early, late = (ours(**models.batch("llama")) for _ in range(2))
     expected = early.logits.detach().clone()
@@ -89,7 +89,7 @@ def test_logits_after_a_change_that_leaves_the_weights(change):
     assert torch.equal(late.logits.detach(), expected)
 
 
-def test_merging_is_noticed_even_if_no_weight_that_is_read_changes():
+def test_merging_is_detected_even_if_no_checked_weight_changes():
     layer = torch.nn.Module()
     layer.merged_adapters = []
     output = HeadOutput(torch.randn(2, 4), Head(torch.randn(5, 4), None, None, layer))
@@ -108,7 +108,7 @@ def test_logits_of_hidden_states_that_changed():
 
 
 def test_logits_whose_weight_was_freed():
-    """FSDP frees the gathered weights after backward: the tensors stay, without memory."""
+    """FSDP frees the memory of gathered weights after backward. The tensors remain without memory."""
     hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
     output = HeadOutput(hidden, Head(weight, None, None))
     weight.untyped_storage().resize_(0)
@@ -119,8 +119,8 @@ def test_logits_whose_weight_was_freed():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "offset"])
-def test_every_layout_is_seen(dtype, trained, layout):
-    """So many elements are read of this head that a change of their exponents alone could add up to 0 in 64 bits."""
+def test_every_layout_is_checked(dtype, trained, layout):
+    """So many elements of this head are read that changes of their exponents alone could sum to 0 in 64 bits."""
     V, D = 16640, 64
     assert V * D > 2**20
     assert V * D // (D + 1) % 4096 == 0

@@ -1,4 +1,4 @@
-"""Installing and removing the logit-free loss, and all it leaves alone."""
+"""Installing and removing the logit-free loss, and everything that it must not change."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ from peftkit.fuse.loss import (
 
 
 @pytest.mark.parametrize("name", ["t5", "bert", "vit"])
-def test_other_models_are_left_alone(name):
+def test_other_models_are_not_changed(name):
     model = models.tiny(name)
     before = models_state(model)
     reason = install_logit_free(model)
@@ -54,7 +54,7 @@ def models_state(model):
     ids=["frozen", "adapter", "trained", "gpt2"],
 )
 def test_removing_restores_the_model_exactly(family, head):
-    """GPT-2 carries a loss function of its own instance, set by its user."""
+    """The user has set a loss function on this GPT-2 instance."""
     model = peft_model(family, **head)
     if family == "gpt2":
         model.get_base_model().loss_function = model.get_base_model().loss_function
@@ -91,7 +91,7 @@ def test_outside_a_forward_with_labels_nothing_differs():
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_forward_that_is_cut_off(error):
+def test_an_interrupted_forward(error):
     _, ours = pair(dtype=torch.float32)
     batch = models.batch("llama")
     installed = models_state(ours)
@@ -99,7 +99,7 @@ def test_a_forward_that_is_cut_off(error):
     def fail(*args):
         raise error("cut off")
 
-    # After the head, before the loss: labels that cannot be read.
+    # Labels that raise an error after the head and before the loss.
     norm = ours.get_base_model().model.norm
     handle = norm.register_forward_hook(fail)
     with pytest.raises(error, match="cut off"):
@@ -110,7 +110,7 @@ def test_a_forward_that_is_cut_off(error):
     assert models_state(ours) == installed
 
 
-def test_a_loss_function_of_ones_own_gets_ordinary_logits():
+def test_a_custom_loss_function_gets_ordinary_logits():
     _, ours = pair(dtype=torch.float32)
     seen = []
 
@@ -140,7 +140,7 @@ def test_status_of_a_model_where_it_is_not_installed():
     assert logit_free_status(ours)[0] is True
 
 
-def test_threads_share_a_model(monkeypatch):
+def test_threads_can_share_a_model(monkeypatch):
     _, ours = pair(dtype=torch.float32, target_modules=["q_proj", "lm_head"])
     before = models_state(ours)
     ours.eval()
@@ -226,7 +226,7 @@ def test_a_forward_within_a_forward(inner):
 
 
 def test_the_head_alone_after_an_interrupted_forward():
-    """Ctrl-C skips the hook after the forward."""
+    """Ctrl-C skips the hook that runs after the forward."""
     _, ours = pair(dtype=torch.float32)
     base, batch = ours.get_base_model(), models.batch("llama")
 
@@ -256,7 +256,7 @@ def test_a_copy_and_a_pickle_compute_the_loss_too():
 
 
 def test_a_replica_of_data_parallel_uses_its_own_tensors():
-    """``nn.parallel.replicate`` makes such copies, whose tensors it sets to those of another device."""
+    """``nn.parallel.replicate`` makes such copies and sets their tensors to those of another device."""
     _, ours = pair(dtype=torch.float32)
     base, batch = ours.get_base_model(), models.batch("llama")
     replica, head = base._replicate_for_data_parallel(), base.lm_head._replicate_for_data_parallel()
@@ -292,7 +292,7 @@ def test_func_grad_gets_ordinary_logits():
 
 
 def test_a_new_head_keeps_the_loss_and_the_former_one_is_restored():
-    """PEFT puts a LoRA layer around the head: what was the head is then its base layer."""
+    """PEFT wraps the head in a LoRA layer. The former head is then the base layer of the LoRA layer."""
     _, ours = pair(dtype=torch.float32)
     batch = models.batch("llama")
     ours(**batch)

@@ -1,4 +1,4 @@
-"""Logits of a logit-free model: whoever reads them sees ordinary logits."""
+"""Logits of a logit-free model: every reader gets ordinary logits."""
 
 import copy
 import io
@@ -18,13 +18,13 @@ from peftkit_kernels.linear_cross_entropy import RowLoss
 
 
 def model_pair(dtype=torch.float64):
-    """A tiny Llama with LoRA on a layer and on the head, twice, the second one logit-free."""
+    """Two copies of a tiny Llama with LoRA on a layer and on the head. The second copy is logit-free."""
     return pair(dtype=dtype, target_modules=["q_proj", "lm_head"])
 
 
 @pytest.fixture
 def logits():
-    """``(ordinary, lazy)`` of the same numbers."""
+    """``(ordinary, lazy)`` logits with the same values."""
     stock, ours = model_pair()
     lazy = ours(**models.batch("llama")).logits
     assert type(lazy) is LazyLogits
@@ -115,7 +115,7 @@ def test_the_values_are_computed_once(logits):
     assert lazy[0, 0].untyped_storage().data_ptr() == lazy[1, 1].untyped_storage().data_ptr()
 
 
-def test_a_change_in_place_stays():
+def test_a_change_in_place_is_kept():
     _, ours = model_pair()
     with torch.no_grad():
         lazy = ours(**models.batch("llama")).logits
@@ -124,7 +124,7 @@ def test_a_change_in_place_stays():
 
 
 @pytest.mark.parametrize("how", ["functions", "autograd function", "both losses", "backward"])
-def test_gradients_of_ones_own_loss(how):
+def test_gradients_of_a_custom_loss(how):
     class Square(torch.autograd.Function):
         @staticmethod
         def forward(ctx, z):
@@ -152,7 +152,7 @@ def test_gradients_of_ones_own_loss(how):
     assert actual.keys() == expected.keys()
     for name, grad in actual.items():
         assert grad.any(), name
-        # The models' norms compute in float32 whatever their dtype.
+        # The models' norms always compute in float32.
         bound = 8 * torch.finfo(torch.float32).eps * expected[name].abs().max()
         assert (grad - expected[name]).abs().max() <= bound, name
 
@@ -170,7 +170,7 @@ def test_hooks_and_retained_gradients(logits):
     assert torch.equal(seen[0], seen[1])
 
 
-def test_second_derivatives_of_ones_own_loss():
+def test_second_derivatives_of_a_custom_loss():
     results = []
     for model in model_pair():
         output = model(**models.batch("llama"))
@@ -197,7 +197,7 @@ def test_evaluation(mode):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_logits_with_float32_adapters(dtype):
-    """The same bits as PEFT's own layer gives; widened first, as accelerate does, or not."""
+    """The same bits as PEFT's own layer gives, with and without a cast to float32 first as in accelerate."""
     stock, ours = model_pair(dtype)
     expected, output = stock(**models.batch("llama")), ours(**models.batch("llama"))
     wide = convert_to_fp32(dict(output))["logits"]
@@ -238,7 +238,7 @@ def test_reading_after_the_head_has_changed_raises():
     ],
     ids=["none", "div", "mul", "softcap", "float", "both", "tanh", "tanh twice", "negative cap"],
 )
-def test_remembered_steps(steps, expected):
+def test_recorded_steps(steps, expected):
     stock, ours = model_pair(torch.float32)
     ordinary, lazy = (steps(m(**models.batch("llama")).logits) for m in (stock, ours))
     assert type(lazy) is LazyLogits
@@ -268,7 +268,7 @@ def test_other_steps_are_run(step):
 
 
 class MaskedLlama(LlamaForCausalLM):
-    """Forbids a token by writing into its logits, before the loss."""
+    """Forbids a token by writing into its logits before the loss."""
 
     def forward(self, input_ids, labels=None, **kwargs):
         logits = self.lm_head(self.model(input_ids, **kwargs).last_hidden_state)
@@ -303,7 +303,7 @@ class _Batches(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_trainer_with_metrics_and_label_smoothing(smoothing, tmp_path, monkeypatch):
-    """Three steps with accumulation, then evaluation by ``compute_metrics``, with and without us."""
+    """Three steps with accumulation, then evaluation with ``compute_metrics``, with and without peftkit."""
     results, reads = [], []
     values = LazyLogits._values
     monkeypatch.setattr(LazyLogits, "_values", lambda z: reads.append(z.shape) or values(z))
@@ -339,7 +339,7 @@ def test_trainer_with_metrics_and_label_smoothing(smoothing, tmp_path, monkeypat
         results.append((losses, [metrics[f"eval_{k}"] for k in ("loss", "hits", "size")]))
     (stock_losses, stock_metrics), (losses, metrics) = results
     assert len(losses) == 3
-    # The smoother of Trainer takes the labels away, so its evaluation runs without us as well.
+    # The label smoother of Trainer removes the labels, so its evaluation does not use peftkit's loss either.
     assert len(reads) == (0 if smoothing else 3)
     assert losses == pytest.approx(stock_losses, rel=1e-5)
     assert metrics == pytest.approx(stock_metrics, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The gradient of the logits: right for a loss made of them, refused for the loss that was computed without them."""
+"""The gradient of the logits: right for a loss of the logits, and an error for the loss that was computed without them."""
 
 import functools
 
@@ -16,7 +16,7 @@ WATCHERS = {
 @pytest.mark.parametrize("watch", WATCHERS)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_gradient_of_the_models_loss_for_its_logits_is_refused(family, watch):
-    """Gemma 2's logits are made by steps after the head."""
+    """Gemma 2 applies further steps to the output of its head."""
     _, ours = pair(family, dtype=torch.float32)
     output = ours(**models.batch("llama"))
     handle = WATCHERS[watch](output)
@@ -28,7 +28,7 @@ def test_the_gradient_of_the_models_loss_for_its_logits_is_refused(family, watch
 
 
 def test_hooks_that_fsdp_registers_are_no_reason_to_refuse():
-    """It hooks every output of a model to learn that backward begins, logits and loss alike."""
+    """FSDP registers a hook on every output of a model, logits and loss, to run code when backward begins."""
     _, ours = pair(dtype=torch.float32)
     output = ours(**models.batch("llama"))
 
@@ -62,7 +62,7 @@ def test_derivatives_of_the_models_loss_for_its_logits_are_refused(derive):
 
 
 @pytest.mark.parametrize("derive", DERIVATIVES)
-def test_derivatives_of_ones_own_loss_for_the_logits(derive):
+def test_derivatives_of_a_custom_loss_for_the_logits(derive):
     grads = []
     for model in pair("gemma2", dtype=torch.float32):
         logits = model(**models.batch("llama")).logits
@@ -74,7 +74,7 @@ def test_derivatives_of_ones_own_loss_for_the_logits(derive):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_a_step_after_a_hook_calls_it():
-    """Casting the logits is remembered; the gradient of what follows still passes them."""
+    """A cast of the logits is recorded. The gradient of later steps still passes through the logits."""
     seen = []
     for model in pair(dtype=torch.bfloat16):
         logits = model(**models.batch("llama")).logits

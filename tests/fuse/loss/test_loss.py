@@ -1,4 +1,4 @@
-"""The logit-free loss of whole models against stock transformers and PEFT."""
+"""The logit-free loss of whole models, compared with stock transformers and PEFT."""
 
 import copy
 
@@ -30,7 +30,7 @@ def assert_same_grads(actual, expected, relative=1e-10):
 
 
 def assert_same_training(stock, ours, batch=None, relative=1e-10):
-    """Loss and every gradient equal, and the logits of ``ours`` never formed."""
+    """Assert that the loss and every gradient are equal, and that ``ours`` does not compute its logits."""
     batch = batch or models.batch("llama")
     with AllDouble():
         expected = stock(**batch).loss
@@ -74,7 +74,7 @@ NOTHING = {
 @pytest.mark.parametrize("head", ["frozen", "adapter", "trained"])
 @pytest.mark.parametrize("options", NOTHING)
 def test_a_batch_without_supervised_tokens(options, head):
-    """Loss (NaN, or 0 over other items) and gradients (0) are those of transformers' own loss."""
+    """The loss (NaN, or 0 over other items) and the gradients (0) equal those of transformers' own loss."""
     config = {
         "frozen": {},
         "adapter": {"target_modules": ["q_proj", "lm_head"]},
@@ -181,7 +181,7 @@ def test_a_head_that_cannot_be_fused_runs_itself(config, reason):
 
 
 def test_a_head_that_changes_after_installing():
-    """What the head is at the time of the forward counts."""
+    """The state of the head at the time of the forward counts."""
     stock, ours = pair(target_modules=["q_proj"])
     for model in (stock, ours):
         torch.manual_seed(2)
@@ -226,7 +226,7 @@ def test_a_deep_copy_is_independent():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_model_with_float32_adapters(dtype):
-    """As close to float64 as the stock model is, within a factor of two."""
+    """The error against float64 is at most twice that of the stock model."""
     stock, ours = pair(dtype=dtype, target_modules=["q_proj", "lm_head"])
     truth = copy.deepcopy(stock).double()
     batch = models.batch("llama")
@@ -239,7 +239,7 @@ def test_16_bit_model_with_float32_adapters(dtype):
         assert loss.dtype == torch.float32
         grads = grads_of(model, loss)
         assert {g.dtype for g in grads.values()} == {torch.float32}
-        # One error for all gradients together: a single small one may be lucky in either model.
+        # One error for all gradients together, because the error of a single small gradient may be small by chance.
         error = sum((grads[n] - true_grads[n]).square().sum() for n in true_grads).sqrt()
         results.append((abs(loss - true_loss), error))
     (stock_loss, stock_error), (our_loss, our_error) = results
@@ -272,7 +272,7 @@ def test_never_forms_the_logits(targets, monkeypatch):
     assert install_logit_free(model) is None
     with LargestResult() as ours:
         model(input_ids=labels, labels=labels).loss.backward()
-    # Chunks of 16 rows at least; the head itself is 32 wide.
+    # Chunks have at least 16 rows; the head itself is 32 wide.
     assert ours.numel == 32 * 2048
 
 

@@ -1,4 +1,4 @@
-"""What a forward does with its logits is what the status says, in every state of the output head."""
+"""In every state of the output head a forward computes its logits exactly if the status says so."""
 
 import functools
 import types
@@ -21,14 +21,14 @@ ON_HEAD = {"target_modules": ["q_proj", "lm_head"]}
 
 
 class Rounded(nn.Linear):
-    """Stands for a quantised head: a forward of its own."""
+    """A stand-in for a quantised head, with a forward of its own."""
 
     def forward(self, x):
         return super().forward(x).round(decimals=2)
 
 
 class Renamed(nn.Linear):
-    """A head whose class only has another name."""
+    """A head whose class differs only in its name."""
 
 
 def head_of(model):
@@ -36,7 +36,7 @@ def head_of(model):
 
 
 def nothing(model):
-    """The state in which a model is made."""
+    """The state of a new model."""
 
 
 def plain(**config):
@@ -68,7 +68,7 @@ def disable(model):
 
 
 def merged_and_disabled(model):
-    """PEFT's own forward leaves this state by unmerging."""
+    """PEFT's own forward unmerges the adapters in this state."""
     model.merge_adapter()
     model.base_model.disable_adapter_layers()
 
@@ -192,7 +192,7 @@ def test_a_patched_class_runs_its_patch(cls, monkeypatch):
 
 
 def test_trl_computes_the_loss_itself():
-    """Its trainers do so after they have given the model a fused head; ours stays out of it."""
+    """TRL's trainers replace the model's forward and compute the loss with a head of their own; peftkit's loss is not used."""
     model = peft_model(dtype=torch.float32)
     base, batch = model.get_base_model(), models.batch("llama")
     assert install_logit_free(model) is None
@@ -209,7 +209,7 @@ def test_trl_computes_the_loss_itself():
 
 
 def test_an_adapter_on_the_head_and_trl():
-    """The report says so, because SFTTrainer refuses such a model."""
+    """The report mentions it, because SFTTrainer refuses such a model."""
     model = peft_model(**ON_HEAD)
     install_logit_free(model)
     assert "SFTTrainer" in logit_free_status(model)[1]
