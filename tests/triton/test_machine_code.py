@@ -1,6 +1,7 @@
 """The machine code of every kernel the dispatcher can choose: no spill, tensor cores, wide loads, enough bytes in flight."""
 
 import functools
+import itertools
 
 import pytest
 from compiler import machine_code
@@ -12,8 +13,10 @@ SCRIPT = """
 import json, torch
 from peftkit_kernels.lab import aot, inventory
 rows = []
-for arch, rank, sizes in {targets}:
-    found = inventory.launches({op!r}, arch, ranks=(rank,), sizes=(getattr(inventory, sizes),))
+for arch, rank, sizes, mixed in {targets}:
+    found = inventory.launches(
+        {op!r}, arch, ranks=(rank,), sizes=(getattr(inventory, sizes),), mixed=mixed
+    )
     rows += [report.row() for report in aot.inspect_launches(found, arch)]
 print(json.dumps(rows))
 """
@@ -37,8 +40,8 @@ def aligned_rows(op):
 
 @functools.cache
 def quick_rows(op):
-    targets = [("cuda:80", 16, "EVEN"), ("cuda:90", 64, "EVEN")]
-    targets += [("cuda:80", 8, "ODD")] * (op in ODD_OPS)
+    targets = [("cuda:80", 16, "EVEN", True), ("cuda:90", 64, "EVEN", False)]
+    targets += [("cuda:80", 8, "ODD", False)] * (op in ODD_OPS)
     return machine_code(SCRIPT.format(targets=targets, op=op))
 
 
@@ -60,7 +63,8 @@ def test_quick_set(op):
 @pytest.mark.parametrize("op", OPS)
 def test_every_target(op, arch):
     """bfloat16 at ranks 8, 16 and 64 and all sizes; every dtype and rank there is: `peftkit kernels inspect --all`."""
-    targets = [(arch, rank, sizes) for rank in (8, 16, 64) for sizes in ("EVEN", "ODD_ROWS", "ODD")]
+    kinds = itertools.product((8, 16, 64), ("EVEN", "ODD_ROWS", "ODD"))
+    targets = [(arch, rank, sizes, True) for rank, sizes in kinds]
     rows = machine_code(SCRIPT.format(targets=targets, op=op))
     assert {row["arch"] for row in rows} == {arch}
     assert problems(rows) == []
@@ -69,7 +73,7 @@ def test_every_target(op, arch):
 RANK_8 = """
 import json
 from peftkit_kernels.lab import aot, inventory
-found = inventory.launches("lora_linear", "cuda:90", ranks=(8,), sizes=inventory.SIZES[:2])
+found = inventory.launches("lora_linear", "cuda:90", ranks=(8,), sizes=inventory.SIZES[:2], mixed=False)
 print(json.dumps([report.row() for report in aot.inspect_launches(found, "cuda:90")]))
 """
 
@@ -115,7 +119,7 @@ def test_decoding_nf4_inside_a_product_is_cheap():
     rows = aligned_rows("quantized_linear")
     small = [row for row in rows if row["kernel"] == "nf4_small_m_kernel"]
     tiles = [row for row in small if "BLOCK_M=16" in row["config"]]
-    assert len(tiles) == 12
+    assert len(tiles) == 10
     for row in tiles:
         assert "BLOCK_N=64 BLOCK_K=64" in row["config"]
         assert "warps=4" in row["config"]

@@ -72,6 +72,7 @@ def launches(
     ranks: Sequence[int] = QUICK_RANKS,
     dtypes: Sequence[torch.dtype] = QUICK_DTYPES,
     sizes: Sequence[Sizes] = (EVEN,),
+    mixed: bool = True,
 ) -> list[Launch]:
     """The launches of ``op``, forward and backward, for all given ranks, dtypes and sizes, with and without dropout.
 
@@ -79,15 +80,16 @@ def launches(
         op: A key of ``OPS``.
         arch: One of ``aot.ARCHS``.
         ranks: Ranks of the adapters.
-        dtypes: Dtypes of the activations. Adapters have the same dtype, and also float32, PEFT's default.
+        dtypes: Dtypes of the activations. The adapters have the same dtype.
         sizes: Some of ``SIZES``.
+        mixed: Also record float32 adapters, PEFT's default, on activations of 16 bits.
     """
     with recording(Target(arch, _SMS[arch])) as found:
         for dtype in dtypes:
             for rank in ranks:
                 for size in sizes:
                     OPS[op](rank, dtype, size)
-                    if op in MIXED_OPS and dtype is not torch.float32:
+                    if mixed and op in MIXED_OPS and dtype is not torch.float32:
                         OPS[op](rank, dtype, size, torch.float32)
     return found
 
