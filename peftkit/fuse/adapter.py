@@ -217,6 +217,8 @@ def changed_reason(layer: Any, found: Adapter) -> Reason | None:
             return _hooked(found)
         if keeps_norm(magnitude):
             return _CACHING
+        if "weight" not in magnitude._parameters:
+            return Reason("the weight of its magnitude is parametrised")
     if "weight" not in A._parameters or "weight" not in B._parameters:
         part = "lora_B" if "weight" in A._parameters else "lora_A"
         return Reason(f"the weight of its {part} is parametrised")

@@ -76,6 +76,8 @@ class FusedLoRA(Fused):
         weight = self._weight(found.base, x)
         if isinstance(weight, Reason):
             return weight
+        if "bias" not in found.base._parameters:
+            return Reason("the bias of its base layer is parametrised")
         A, B = found.A._parameters["weight"], found.B._parameters["weight"]
         if A.dtype not in _FACTOR_DTYPES or A.dtype is not B.dtype:
             return Reason(f"its factors are {A.dtype} and {B.dtype}")

@@ -158,14 +158,14 @@ def group_siblings(model: nn.Module) -> int:
     for name, parent in model.named_modules():
         if len(parent._modules) < 2:
             continue
-        for names in _NAMES:
-            children = [parent._modules.get(n) for n in names]
-            if sum(isinstance(child, FusedLinear) for child in children) < 2:
+        for known in _NAMES:
+            names = tuple(n for n in known if parent._modules.get(n) is not None)
+            if sum(isinstance(parent._modules[n], FusedLinear) for n in names) < 2:
                 continue
             # In cross-attention the query has its own input. This must not be decided in a forward: its recomputation under
             # checkpointing would decide otherwise.
             sharing = (
-                names[1:]
+                [n for n in names if n != known[0]]
                 if is_cross_attention(name, parent)
                 else calls_on_one_input(own_class(parent), names)
             )

@@ -4,6 +4,7 @@ import models
 import pairs
 import pytest
 import torch
+from fused_pairs import adapt
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -157,3 +158,33 @@ def test_every_kind_of_hook_is_detected(register):
     assert not has_hooks(module)
     register(module)
     assert has_hooks(module)
+
+
+PARTS = {
+    "base weight": lambda layer: (layer.base_layer, "weight"),
+    "base bias": lambda layer: (layer.base_layer, "bias"),
+    "A": lambda layer: (layer.lora_A["default"], "weight"),
+    "B": lambda layer: (layer.lora_B["default"], "weight"),
+    "magnitude": lambda layer: (layer.lora_magnitude_vector["default"], "weight"),
+}
+
+
+class Halved(nn.Module):
+    """A parametrisation that changes the weight."""
+
+    def forward(self, weight):
+        return weight / 2
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_parametrised_after_a_forward_runs_pefts_code(part, monkeypatch):
+    dora = part == "magnitude"
+    plain, fused = adapt(nn.Linear(8, 6), use_dora=dora)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    fused(x)
+    for model in (plain, fused):
+        parametrize.register_parametrization(*PARTS[part](model.base_model.model[0]), Halved())
+    with pairs.counted(monkeypatch) as calls:
+        actual = fused(x)
+    assert calls == {"peft": 1}
+    assert torch.equal(actual, plain(x))

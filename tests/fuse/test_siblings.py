@@ -83,6 +83,20 @@ def test_forwards_with_and_without_gradients_give_the_same_bits(tokens, dropout,
     assert calls == ({"LoRAQKV": 1, "LoRALinear": 3} if apart else {"LoRAQKV": 2})
 
 
+@pytest.mark.parametrize("missing", ["q_proj", "k_proj", "v_proj"])
+@pytest.mark.parametrize("as_none", [False, True], ids=["absent", "none"])
+def test_modules_with_two_of_the_names_are_grouped(missing, as_none, calls):
+    names = [n for n in ("q_proj", "k_proj", "v_proj") if n != missing]
+    base = Attention(names, inputs=(WIDTH,) * 2)
+    if as_none:
+        setattr(base, missing, None)
+    plain, fused = (model.base_model.model[0] for model in adapt(base))
+    x = draw(2, 5, WIDTH)
+    for actual, expected in zip(call(fused, x, names), call(plain, x, names), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert calls == {"LoRAQKV": 1, "peft": 2}
+
+
 def test_siblings_of_different_input_size_and_single_ones_are_not_grouped():
     groups = []
     for options in ({}, {"inputs": (WIDTH, 16, 16)}, {"names": ("q_proj", "b", "c")}):
