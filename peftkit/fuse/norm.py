@@ -110,11 +110,11 @@ def fuse_norms(model: nn.Module) -> int:
 
 
 def _seal_or_reason(module: nn.Module) -> Seal | Reason | None:
-    """The seal of a norm to fuse, the reason why it is not fused, or ``None`` for a module without a weight of one axis."""
+    """The seal of a norm to fuse, the reason why it is not fused, or ``None`` for a module without a weight per feature."""
     if "parametrizations" in module._modules:
         return seal_norm(module).answer
     weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 1:
+    if weight is None or weight.dim() != 1 or weight.shape[0] == 1:
         return None
     if "forward" in module.__dict__:
         return Reason("its forward is replaced on this module")

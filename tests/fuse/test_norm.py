@@ -115,6 +115,7 @@ def test_another_norm_is_not_fused_and_has_a_reason(norm, reason):
         nn.LayerNorm(WIDTH, elementwise_affine=False),
         nn.Linear(WIDTH, WIDTH),
         nn.PReLU(WIDTH),
+        nn.RMSNorm(1, eps=1e-6),
         nn.BatchNorm1d(WIDTH),
         nn.InstanceNorm2d(WIDTH, affine=True),
         nn.GroupNorm(4, WIDTH),
