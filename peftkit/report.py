@@ -222,15 +222,16 @@ def _sibling_reports(name: str, parent: nn.Module) -> list[LayerReport]:
     """A row for every group of linears in ``parent`` that are computed together."""
     from peftkit.fuse.siblings import GROUP, METHOD
 
-    groups: dict[int, tuple[Any, list[str]]] = {}
+    groups: dict[int, tuple[Any, dict[str, nn.Module]]] = {}
     for child_name, child in parent.named_children():
         group = child.__dict__.get(GROUP)
         if group is not None:
-            groups.setdefault(id(group), (group, []))[1].append(child_name)
-    return [
-        LayerReport(f"{name}.{'+'.join(names)}", METHOD, *group.peftkit_verdict(), is_adapter=False)
-        for group, names in groups.values()
-    ]
+            groups.setdefault(id(group), (group, {}))[1][child_name] = child
+    rows = []
+    for group, members in groups.values():
+        path, reason = group.peftkit_verdict(list(members.values()))
+        rows.append(LayerReport(f"{name}.{'+'.join(members)}", METHOD, path, reason, False))
+    return rows
 
 
 def _left_out(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:

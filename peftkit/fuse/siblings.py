@@ -8,6 +8,7 @@ import functools
 import inspect
 import textwrap
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ _NAMES = (
 """Names of linears that attention modules call on one input, in the usual order."""
 
 _TRANSFORMED = Reason("under torch.compile and torch.func they are computed separately")
+_REPLACED = Reason("the first of them, whose call computes all, was replaced")
 _INFERENCE = Reason(
     "tensors of inference mode have no version, so a change of the input could not be detected"
 )
@@ -79,8 +81,14 @@ class Siblings:
             plans.append(parts)
         return plans
 
-    def peftkit_verdict(self) -> tuple[str, str]:
-        """For ``explain``: the path, and the reason if the siblings run separately."""
+    def peftkit_verdict(self, present: Sequence[nn.Module]) -> tuple[str, str]:
+        """For ``explain``: the path, and the reason if the siblings run separately.
+
+        Args:
+            present: The siblings that have not been replaced by other modules.
+        """
+        if not any(member is self.members[0] for member in present):
+            return "peft", _REPLACED
         x = self.members[0].peftkit_example()
         plans = self.peftkit_plan(x)
         return (

@@ -177,7 +177,7 @@ def test_values_of_lora_that_cannot_work(fields, kind, message):
         (
             lambda: PrefixConfig(attention="encoder"),
             ValueError,
-            "attention='encoder' must be a list",
+            "attention='encoder' is not a list of encoder, decoder, cross",
         ),
         (lambda: PrefixConfig(gate="yes"), TypeError, "gate='yes' is a str"),
         (

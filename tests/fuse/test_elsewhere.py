@@ -182,7 +182,7 @@ def grouped():
 def test_a_rank_that_does_not_fit_the_groups_is_an_error_with_fixes():
     with pytest.raises(
         ContractError,
-        match=r"1 is a Conv2d of 8 groups, and its rank is 12: .*Pass r=16, or rank_pattern=\{'1': 8\}",
+        match=r"1 is a Conv2d of 8 groups, and its rank is 12: .*Pass r=16 or rank_pattern=\{'1': 8\}",
     ):
         wrap(grouped(), LoraConfig(r=12, target_modules=["0", "1", "2"]))
     for ways_out in ({"r": 16}, {"r": 12, "rank_pattern": {"1": 8}}):

@@ -6,9 +6,11 @@ import random
 import norm_formulas
 import pytest
 import torch
+from causal import AllDouble
 from norm_formulas import WIDTH, Norm, norm
 from norm_near_misses import NEAR_MISSES, OTHER_CASTS
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peftkit.fuse import recognise
@@ -231,3 +233,12 @@ def test_a_tensor_from_outside_the_forward_is_not_recognised(forgotten):
         return other
 
     assert isinstance(recognise_norm(norm(forward)), Reason)
+
+
+@pytest.mark.parametrize("mode", [AllDouble, lambda: torch.device("meta"), FakeTensorMode])
+def test_the_modes_of_the_caller_change_nothing(mode, forgotten):
+    norm = LlamaRMSNorm(WIDTH, eps=3e-5)
+    with mode():
+        found = recognise_norm(norm)
+    assert found[:2] == ("rms", 3e-5)
+    assert found.dtypes >= set(DTYPES)

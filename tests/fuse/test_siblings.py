@@ -11,7 +11,7 @@ from fused_pairs import adapt, draw
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peftkit import accelerate
+from peftkit import accelerate, explain
 from peftkit.compatibility.batches import training_batch
 from peftkit.compatibility.tiny import tiny_model
 from peftkit.fuse.linear import fuse_layer
@@ -354,3 +354,16 @@ def test_two_threads_that_run_one_model_get_their_own_results(monkeypatch):
         sys.setswitchinterval(interval)
     assert not wrong
     assert len(fused.q_proj._peftkit_siblings.members) == 3
+
+
+@pytest.mark.parametrize("replaced", ["q_proj", "k_proj", "v_proj"])
+def test_the_report_says_what_runs_after_a_sibling_was_replaced(replaced, calls):
+    names = ["q_proj", "k_proj", "v_proj"]
+    model = adapt(Attention())[1]
+    fused = model.base_model.model[0]
+    setattr(fused, replaced, nn.Linear(WIDTH, 8).double())
+    call(fused, draw(2, 5, WIDTH), names)
+    rows = {row.name: row for row in explain(model).layers if row.method == "shared input"}
+    row = rows["base_model.model.0." + "+".join(name for name in names if name != replaced)]
+    assert (row.path == "fused:torch") == (calls["LoRAQKV"] == 1)
+    assert ("replaced" in row.reason) == (replaced == "q_proj")

@@ -61,9 +61,9 @@ CORNERS: tuple[Case, ...] = (
     {"family": "llama", "touch": "hook on an activation"},
     {"family": "llama", "touch": "forward of an activation"},
     {"family": "llama", "touch": "other activation"},
-    {"family": "llama", "touch": "other eps"},
+    {"family": "llama", "touch": "other eps", "dtype": "float32"},
     {"family": "llama", "touch": "forward of an MLP's class"},
-    {"family": "llama", "touch": "forward of a norm's class"},
+    {"family": "llama", "touch": "forward of a norm's class", "dtype": "float32"},
     {"family": "gpt2", "touch": "forward of a norm's class"},
     {
         "family": "llama",

@@ -204,7 +204,7 @@ REASONS = {
         "nf4",
         lambda layer: layer.weight.quant_state.code.mul_(0.5),
     ),
-    "no multiple of the block of 256": lambda: (
+    "no multiple of the block size 256": lambda: (
         "nf4",
         lambda layer: setattr(layer.weight.quant_state, "blocksize", 256),
     ),

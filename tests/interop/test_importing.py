@@ -33,7 +33,7 @@ def test_arguments_of_other_types_are_named(tmp_path):
 
 def test_tensors_that_are_no_weights(tmp_path):
     _write(tmp_path, {"config": {}}, {"x": torch.ones(2).int(), "y": torch.ones(2)})
-    with _raises("1 tensor of", "adapter.safetensors", "floating-point", "x: torch.int32"):
+    with _raises("1 tensor in ", "adapter.safetensors", "floating-point", "x: torch.int32"):
         import_adapter(models.tiny("bert"), tmp_path)
 
 

@@ -217,7 +217,7 @@ def test_the_dynamic_map_is_that_of_bitsandbytes():
     [
         (
             {"packed": torch.zeros(31, dtype=torch.uint8)},
-            r"packed is torch.uint8 with 31 .* 32 bytes",
+            r"packed is torch.uint8 with 31 .* 32 elements of uint8",
         ),
         ({"packed": torch.zeros(32)}, r"packed is torch.float32"),
         ({"absmax": torch.zeros(2)}, r"absmax is torch.float32 with 2 elements; 1 blocks of 64"),

@@ -181,8 +181,16 @@ def test_a_buffer_made_in_inference_mode_serves_training_later():
 @pytest.mark.parametrize(
     ("op", "q", "message"),
     [
-        (nf4_linear, quantize_int8(torch.ones(N, 33)), "q is a Int8Weight; .* takes NF4Weight"),
-        (int8_linear, quantize_nf4(torch.ones(N, 33)), "q is a NF4Weight; .* takes Int8Weight"),
+        (
+            nf4_linear,
+            quantize_int8(torch.ones(N, 33)),
+            "q is a Int8Weight; it must be of type NF4Weight",
+        ),
+        (
+            int8_linear,
+            quantize_nf4(torch.ones(N, 33)),
+            "q is a NF4Weight; it must be of type Int8Weight",
+        ),
         (nf4_linear, quantize_nf4(torch.ones(N, 32)), r"q has shape \(29, 32\) and x \(3, 33\)"),
         (nf4_linear, quantize_nf4(torch.ones(N)), r"q has shape \(29,\)"),
     ],

@@ -241,8 +241,8 @@ def test_each_stream_moves_once():
     forward, backward = traffic.launches
     assert forward.total() == 3 * z.nbytes + 2 * (4 + 2) * 64
     assert backward.total() == 5 * z.nbytes + (2 * (4 + 2) + 4 * 4) * 64
-    found += streamed(forward, "z_e_ptr", "z_u_ptr", "h_ptr")
-    found += streamed(backward, "dh_ptr", "z_e_ptr", "z_u_ptr", "dz_e_ptr", "dz_u_ptr")
+    found += streamed(forward, "z_gate_ptr", "z_up_ptr", "h_ptr")
+    found += streamed(backward, "dh_ptr", "z_gate_ptr", "z_up_ptr", "dz_gate_ptr", "dz_up_ptr")
     assert len(found) == 2 + 3 + 3 + 5
     for stream in found:
         assert stream.requested_bytes == stream.unique_bytes == stream.sector_bytes == z.nbytes

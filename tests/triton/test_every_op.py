@@ -120,5 +120,5 @@ def test_what_triton_cannot_compute_is_refused_by_name(name):
 
 @lora_op
 def test_ranks_beyond_the_registers_are_refused(name):
-    with pytest.raises(ValueError, match=r"the rank is 129; the kernels keep .* up to 128"):
+    with pytest.raises(ValueError, match=r"the rank is 129; the kernels hold .* up to 128"):
         build(name, rank=129).outputs()

@@ -236,7 +236,11 @@ def test_no_rows():
     [
         ({"dtype": torch.float64}, 16, "float64; the kernels compute in"),
         ({"rank": 129}, 16, "the rank is 129"),
-        ({"rank": 17, "dtype": torch.float32}, 16, "the rank is 17 .* up to 16 in float32; use 16"),
+        (
+            {"rank": 17, "dtype": torch.float32},
+            16,
+            "the rank is 17 .* up to 16 in float32; use a 16-bit dtype",
+        ),
         ({}, 65, r"the plan has tiles of 65 rows .* up to 64; use plan_groups\(block=64\)"),
     ],
 )

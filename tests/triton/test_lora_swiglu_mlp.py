@@ -231,24 +231,29 @@ SMALL = GateConfig(32, 16, 3), GateBackwardConfig(16, 32, 32)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_do_not_matter_and_each_stream_moves_once(dtype, p):
     M, F, R = 70, 96, 5
-    e, g, dh, s_e, s_g = (draw_one((M, n), dtype) for n in (F, F, F, R, R))
+    gate, up, dh, s_gate, s_up = (draw_one((M, n), dtype) for n in (F, F, F, R, R))
     A, B, ds = (draw_one(shape, dtype) for shape in ((R, F), (F, R), (M, R)))
     lora = LoRA(A, B, -1.7, p, 2**62 + 5)
     results = []
     for config in ((None, None), SMALL):
         with watched(int32_limit=INT32_LIMIT) as traffic:
-            h, s = passes.gate_forward(e, g, (s_e, s_g), (lora,) * 3, "silu", config=config[0])
-            de, dg, dA = passes.gate_backward(
-                *(dh, e, g, (s_e, s_g), ds, (lora,) * 3, "silu"), needs_dA=True, config=config[1]
+            h, s = passes.gate_forward(
+                *(gate, up, (s_gate, s_up), (lora,) * 3, "silu"), config=config[0]
             )
-        results.append((h, s, de, dg, dA))
-        for launch in traffic.launches:
-            for name in {"e_ptr", "g_ptr", "dh_ptr"} & launch.arguments.keys():
-                read = launch.arguments[name].load
-                assert read.requested_bytes == read.unique_bytes == read.sector_bytes == e.nbytes
-            for name in {"h_ptr", "de_ptr", "dg_ptr"} & launch.arguments.keys():
-                written = launch.arguments[name].store
-                assert written.requested_bytes == written.unique_bytes == e.nbytes
+            d_gate, d_up, dA = passes.gate_backward(
+                *(dh, gate, up, (s_gate, s_up), ds, (lora,) * 3, "silu"),
+                needs_dA=True,
+                config=config[1],
+            )
+        results.append((h, s, d_gate, d_up, dA))
+        arguments = [(name, a) for call in traffic.launches for name, a in call.arguments.items()]
+        reads = [a.load for name, a in arguments if name in ("gate_ptr", "up_ptr", "dh_ptr")]
+        writes = [a.store for name, a in arguments if name in ("h_ptr", "d_gate_ptr", "d_up_ptr")]
+        assert (len(reads), len(writes)) == (5, 3)
+        for read in reads:
+            assert read.requested_bytes == read.unique_bytes == read.sector_bytes == gate.nbytes
+        for written in writes:
+            assert written.requested_bytes == written.unique_bytes == gate.nbytes
     assert len(traffic.launches) == 4  # the small tiles leave partial sums of s and of dA
     for first, second in zip(*results, strict=True):
         unit = torch.finfo(dtype).eps * first.abs().max()

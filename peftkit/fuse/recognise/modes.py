@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from peftkit.fuse.recognise.graph import Node, Traced
 
@@ -183,3 +184,16 @@ def _map(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _map(function, v) for k, v in value.items()}
     return value
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Suspend the caller's modes, such as ``with torch.device(...)``: a formula must not depend on where ``wrap`` is called."""
+    count = torch._C._len_torch_function_stack()
+    suspended = [torch._C._pop_torch_function_stack() for _ in range(count)]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(suspended):
+            torch._C._push_on_torch_function_stack(mode)

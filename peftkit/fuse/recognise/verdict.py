@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftkit.fuse.plan import Reason
+from peftkit.fuse.recognise.modes import without_modes
 from peftkit.fuse.recognise.reads import Refused, is_plain
 from peftkit.fuse.recognise.trace import Kind
 from peftkit.fuse.seal import Part, Seal, changed_calls
@@ -42,7 +43,8 @@ def examine(
             return seal
     kind = Kind()
     try:
-        found = _arguments_reason(module) or answer(kind)
+        with without_modes():
+            found = _arguments_reason(module) or answer(kind)
     except Refused as refused:
         found = Reason(str(refused))
     except Exception as error:  # the forward of an unknown module can raise anything

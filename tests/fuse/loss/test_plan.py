@@ -131,7 +131,7 @@ STATES = {
     "not active": (adapted(), deactivate, None),
     "wrapped forward": (plain(), replaced_forward(wraps=True), None),
     "dropout, training": (adapted(lora_dropout=0.1), nothing, "dropout 0.1"),
-    "merged and disabled": (adapted(), merged_and_disabled, "unmerged"),
+    "merged and disabled": (adapted(), merged_and_disabled, "still merged"),
     "two adapters": (adapted(), second_adapter, "2 active adapters"),
     "DoRA": (adapted(use_dora=True), nothing, "Dora"),
     "lora_bias": (adapted(lora_bias=True), nothing, "without bias"),
