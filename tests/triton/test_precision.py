@@ -9,15 +9,21 @@ every_pair = pytest.mark.parametrize(
 )
 
 
+def small(name, dtype, factors):
+    """The case of an op, with fewer rows for the loss: the interpreter runs one program for each of them."""
+    rows = {"rows": (2, 20)} if name.startswith("linear_cross_entropy") else {}
+    return make(name, dtype, factors, **rows)
+
+
 @every_pair
 @pytest.mark.parametrize("name", EAGER)
 def test_no_further_from_float64_than_twice_as_far_as_peft(name, dtype, factors):
-    for key, (error, plain) in errors(make(name, dtype, factors), name, backend="triton").items():
+    for key, (error, plain) in errors(small(name, dtype, factors), name, backend="triton").items():
         assert error <= 2 * plain, f"{key}: {error:.3g}, PEFT {plain:.3g}"
 
 
 @pytest.mark.parametrize("name", EAGER)
 def test_small_gradients_of_a_float16_base_keep_their_digits(name):
-    case = make(name, torch.float16, torch.float32)
+    case = small(name, torch.float16, torch.float32)
     for key, (error, plain) in errors(case, name, size=1e-4, backend="triton").items():
         assert error <= 2 * plain, f"{key}: {error:.3g}, PEFT {plain:.3g}"
