@@ -8,6 +8,7 @@ Each figure is compared with stock PEFT's. Both are measured in turn in the same
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import subprocess
 import sys
@@ -118,6 +119,7 @@ def setup_seconds() -> dict[str, dict[str, float]]:
             for _ in range(REPEATS):
                 for key, run in runs.items():
                     model = _tiny_llama(layers)
+                    gc.collect()  # else the garbage of one run would be collected in another
                     best[key] = min(best[key], timed(lambda m=model, run=run: run(m)))
                 adapted = wrap(_tiny_llama(layers), config())
                 key = "explaining", "peftkit"
