@@ -7,7 +7,7 @@ from fuzz.worker import verdict
 
 SEED = 11
 CASES = len(CORNERS) + 100
-SHARDS = 24
+SHARDS = 12
 """The tests share the cases evenly, so that several processes can run them."""
 
 
@@ -22,4 +22,4 @@ def test_no_case_finds_a_fault(shard, one_thread):
         if found is not None and not isinstance(found, str):
             failures.append(f"case {number}: {found}\n  {case}")
     assert not failures, "\n".join(failures)
-    assert silent <= len(numbers) * 2 / 3, "most cases say nothing, so that they test nothing"
+    assert silent < len(numbers) / 2, "most cases say nothing, so that they test nothing"
