@@ -192,9 +192,8 @@ def fuse_layer(module: nn.Module) -> bool:
         return False
     swap_in(module, mixin)
     layer: Any = module
-    current_adapter(
-        layer, layer.get_base_layer()
-    )  # caches the result before torch.compile traces the layer
+    # fills the cache before torch.compile traces the layer
+    current_adapter(layer, layer.get_base_layer())
     return True
 
 

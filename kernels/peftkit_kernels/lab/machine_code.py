@@ -62,7 +62,7 @@ STREAMS = {
     ),
     "norm_forward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 1, 1),
     "norm_backward_kernel": Stream(("BLOCK_M", "BLOCK_K"), 2, 1),
-    # if no magnitude is trained it loads one tile, but twice as many programs are resident
+    # without a trained magnitude it loads one tile, but twice as many programs are resident
     "scale_backward_kernel": Stream(("BLOCK_M", "BLOCK_N"), 2, 1),
     "scaled_gate_backward_kernel": Stream(("BLOCK_M", "BLOCK_F"), 3, 2),
     # only the few programs with rows of an adapter read its factor, so in decoding factors are most of the streamed bytes

@@ -126,11 +126,11 @@ class TallConfig:
         """Long chunks, because they make few partial sums; shorter ones if less than three quarters of the GPU would be filled."""
         rank, wide = block_r(R), itemsize == 4
         if with_p:
-            # if 8 does not divide R, rows of s and b are read element by element, and 512 columns spill kilobytes
+            # unless 8 divides R, rows of s and b are read element by element, and 512 columns spill kilobytes
             block_m, block_c, num_warps = 32, 128 if wide else 256 if R % 8 else 512, 8
         else:
             block_m, block_c = (32, 64) if wide else (64, 128)
-            # if one chunk has all rows, 4 warps spill a few registers up to rank 16 on sm_90 and later; with many chunks, 8
+            # with one chunk for all rows, 4 warps spill a few registers up to rank 16 on sm_90 and later; with many chunks, 8
             # warps spill at rank 32 on sm_86
             num_warps = 8 if dropout or (rank == 16 and not wide) else 4
         if R != 16 and rank <= 64 and dropout and not wide:

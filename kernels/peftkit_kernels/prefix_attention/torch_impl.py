@@ -80,7 +80,7 @@ class PrefixAttention(torch.autograd.Function):
             wide = cast(gate, torch.promote_types(gate.dtype, l1.dtype))
             to_prefix = (dout * wide[:, None]).to(dout.dtype)
             dgate = (dout.to(wide.dtype) * o2).sum((0, 1, 3)).to(gate.dtype)
-            # for a query that sees only the prefix; exp(scores - l1) must not become NaN
+            # a query may see only the prefix, and exp(scores - l1) must not become NaN then
             l1 = l1.masked_fill(l1 == -torch.inf, 0.0)
         before = of_batch(prefix_k, q), of_batch(prefix_v, q)
         dq, dk, dv = Pass(ctx.scale, ctx.causal, mask).backward(dout, q, k, v, o1, l1)

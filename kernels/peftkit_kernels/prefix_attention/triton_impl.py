@@ -133,7 +133,7 @@ def backward(
     do2, (o1, l1), (o2, l2), dgate = dout, kept[:2], kept[-2:], None
     if gate is not None:
         do2, dgate = gate_grad(dout, o2, gate)
-        # for a query that sees only the prefix; exp(scores - l1) must not become NaN
+        # a query may see only the prefix, and exp(scores - l1) must not become NaN then
         l1 = l1.masked_fill(l1 == -torch.inf, 0.0)
     before = of_batch(prefix_k, q), of_batch(prefix_v, q)
     dq, dk, dv = Pass(scale, causal, mask).backward(dout, q, k, v, o1, l1)
