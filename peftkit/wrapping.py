@@ -95,8 +95,8 @@ def fuse_model(model: nn.Module, strict: bool = False, logit_free: bool = True) 
     """As ``accelerate``, but after an error the model may be partly fused, so the caller must restore it."""
     warn_if_newer_than_tested()
     _fuse(model)
-    for owner, method, action in _followed(model):
-        owner.__dict__.setdefault(method, _Followed(owner, method, action))
+    for owner, method, replacement in _replacements(model):
+        owner.__dict__.setdefault(method, replacement)
     if logit_free:
         install_logit_free(model)
     else:
@@ -115,7 +115,7 @@ def restore(model: Model) -> Model:
         ``model``.
     """
     remove_logit_free(model)
-    for owner, method, _ in _followed(model):
+    for owner, method, _ in _replacements(model):
         owner.__dict__.pop(method, None)
     for module in model.modules():
         for mixin in swapped_in(module):
@@ -153,18 +153,41 @@ def _restore_unloaded(base: Any) -> None:
         restore(base)
 
 
-def _followed(model: nn.Module) -> list[tuple[nn.Module, str, Callable[[Any], None]]]:
-    """The methods with which PEFT or transformers change the adapters of this model: object, name, and the action that must follow."""
+class _ReplaceModule:
+    """PEFT's ``_replace_module`` for methods other than LoRA, which gives every unloaded module the ``weight`` of its wrapper.
+
+    A head that is trained in full can be a container without a weight.
+    """
+
+    def __init__(self, tuner: Any):
+        self.tuner = tuner
+
+    def __call__(self, parent: nn.Module, name: str, new: nn.Module, old: nn.Module) -> None:
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        if isinstance(old, AuxiliaryTrainingWrapper):
+            setattr(parent, name, new)
+        else:
+            type(self.tuner)._replace_module(self.tuner, parent, name, new, old)
+
+
+def _replacements(model: nn.Module) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
+    """The methods with which PEFT or transformers change the adapters of this model: object, name, and what replaces the method."""
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     if isinstance(model, PeftModel):
-        return [
-            (model.base_model, "inject_adapter", _FuseAgain(model)),
-            (model.base_model, "_unload_and_optionally_merge", _restore_unloaded),
+        tuner: Any = model.base_model
+        unload = "_unload_and_optionally_merge"
+        found = [
+            (tuner, "inject_adapter", _Followed(tuner, "inject_adapter", _FuseAgain(model))),
+            (tuner, unload, _Followed(tuner, unload, _restore_unloaded)),
         ]
+        if hasattr(tuner, "_replace_module"):
+            found.append((tuner, "_replace_module", _ReplaceModule(tuner)))
+        return found
     if isinstance(model, PreTrainedModel):
-        return [(model, "add_adapter", _FuseAgain(model))]
+        return [(model, "add_adapter", _Followed(model, "add_adapter", _FuseAgain(model)))]
     return []
 
 

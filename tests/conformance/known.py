@@ -1,10 +1,6 @@
 """Tests of PEFT that pass with stock layers and not with fused layers, each with its reason."""
 
 KNOWN = {
-    "tests/test_initialization.py::TestLoraInitialization::test_modules_to_save_targets_lora_layer_raises": (
-        "compares an error message that contains the class path `peft.tuners.lora.layer.Linear`; "
-        "a fused layer's is `peftkit.fuse.linear.Linear`"
-    ),
     "tests/test_initialization.py::TestLoraInitialization::test_lora_use_dora_linear": (
         "expects the exact bits of nn.Linear from an untrained DoRA; the fused norm equals them only up to rounding: "
         "its error against float64 is at most 2.4e-6, and that of nn.Linear and PEFT is 1.1e-6"

@@ -98,6 +98,24 @@ def test_every_method_trains_the_head(method, tmp_path):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("method", _OTHER)
+@pytest.mark.parametrize("name", ["roberta sequence", "resnet image", "bert next sentence"])
+def test_heads_without_a_weight_of_their_own_are_merged(method, name):
+    """PEFT's own merge gives every head the ``weight`` of its wrapper, which a container does not have."""
+    targets = {"resnet image": ["convolution"]}.get(name, ["key", "value"])
+    config = _OTHER[method]()[0]
+    config.target_modules = targets
+    model = wrap(task_model(name), config)
+    inputs = batch(name)
+    _train_one_step(model, inputs)
+    with torch.no_grad():
+        tuned = outputs(model, inputs)
+        merged = model.merge_and_unload()
+        assert type(merged.get_submodule(BUILDERS[name][1][0])).__module__.split(".")[0] != "peft"
+        for a, b in zip(outputs(merged, inputs), tuned, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 _CHILD = """
 import sys, peft, task_models, torch
 folder, name = sys.argv[1:]
