@@ -8,6 +8,7 @@
     python benchmarks/run.py prefix                        # attention time with a prefix
     python benchmarks/run.py kernels                       # each operation against eager torch and torch.compile
     python benchmarks/run.py overhead                      # import, wrapping and Python time per layer
+    python benchmarks/run.py host                          # Python time and launches of each op on a GPU, without a GPU
 
 A speed is printed only if the results agree with those of the rival. Results are saved in ``benchmarks/results/`` as JSON. With
 ``--update-readme`` they are also written into the README as a table between two marks.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+import host
 import learning
 import operations
 import overhead
@@ -32,6 +34,7 @@ BENCHMARKS = {
     "prefix": prefix,
     "kernels": operations,
     "overhead": overhead,
+    "host": host,
 }
 """Benchmarks by their name on the command line: modules or classes with ``HELP``, ``add_options(parser)`` and ``run(arguments)``."""
 

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from peftkit_kernels.launch import is_recording
+from peftkit_kernels.launch import runs_dry
 from peftkit_kernels.low_rank.config import MAX_RANK
 from peftkit_kernels.modes import is_transformed
 
@@ -58,7 +58,7 @@ def triton_obstacle(
         return f"the rank is {rank}; the kernels hold all ranks in registers, up to {MAX_RANK}"
     if own_obstacle is not None:
         return own_obstacle
-    if x.device.type == "meta" and is_recording():
+    if runs_dry():
         return None
     of_device = _device_obstacle if torch.compiler.is_compiling() else _cached_device_obstacle
     return of_device(x.device.type, x.device.index, x.dtype, has_dot)
@@ -125,7 +125,8 @@ def choose_backend(
     if backend != "auto":
         return backend
     transformed = is_transformed()
-    on_gpu = len(tensors) > 0 and tensors[0] is not None and tensors[0].is_cuda
+    x = tensors[0] if tensors else None
+    on_gpu = x is not None and (x.is_cuda or runs_dry())
     if on_gpu and (not transformed or torch.compiler.is_compiling()):
         obstacle = triton_obstacle(
             op, *tensors, rank=rank, has_dot=has_dot, own_obstacle=own_obstacle

@@ -1,7 +1,9 @@
-"""Launches Triton kernels, or records the launches instead of running them.
+"""Launches Triton kernels; or, for machines without a GPU, records the launches or only counts them.
 
 Inside ``recording(target)`` nothing runs. Each launch is stored with its real arguments, which may be meta tensors. So the
 machine-code tests compile exactly the kernels and configurations that the dispatcher chooses for these sizes on that GPU.
+Inside ``counting(target)`` ops on any tensors take the same way as on that GPU, launch plans included, up to the last call,
+which only counts. So the host's time can be measured without a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.calibration import Calibration, load
+from peftkit_kernels.core import plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,30 +65,68 @@ class _Recorder:
     launches: list[Launch]
 
 
-_recorder: ContextVar[_Recorder | None] = ContextVar("peftkit_recorder", default=None)
+@dataclass
+class Counter:
+    """Replaces compiled kernels inside ``counting``.
+
+    Attributes:
+        target: The GPU that configurations are chosen for.
+        launches: How many kernels would have been launched.
+    """
+
+    target: Target
+    launches: int = 0
+    function: None = None
+    packed_metadata: None = None
+
+    def run(self, *arguments: Any) -> None:
+        """Count a launch. Takes what the launcher of a compiled kernel takes."""
+        self.launches += 1
+
+
+_dry: ContextVar[_Recorder | Counter | None] = ContextVar("peftkit_dry_run", default=None)
 
 
 @contextlib.contextmanager
 def recording(target: Target) -> Iterator[list[Launch]]:
     """Collect the launches that would run on ``target``, without running them."""
     recorder = _Recorder(target, [])
-    token = _recorder.set(recorder)
+    token = _dry.set(recorder)
     try:
         yield recorder.launches
     finally:
-        _recorder.reset(token)
+        _dry.reset(token)
+
+
+@contextlib.contextmanager
+def counting(target: Target) -> Iterator[Counter]:
+    """Count the launches that would run on ``target``, for tensors on any device. Results are uninitialised memory.
+
+    Launch plans that are made inside keep the counter, so use one counter in a process.
+    """
+    counter = Counter(target)
+    token = _dry.set(counter)
+    try:
+        yield counter
+    finally:
+        _dry.reset(token)
 
 
 def is_recording() -> bool:
     """Whether launches are being recorded."""
-    return _recorder.get() is not None
+    return isinstance(_dry.get(), _Recorder)
+
+
+def runs_dry() -> bool:
+    """Whether launches are recorded or counted instead of run. Never while torch.compile traces, which cannot read the variable."""
+    return not torch.compiler.is_compiling() and _dry.get() is not None
 
 
 def target_of(tensor: Tensor) -> Target:
     """The GPU that a kernel on ``tensor`` runs on."""
-    recorder = _recorder.get()
-    if recorder is not None:
-        return recorder.target
+    dry = _dry.get()
+    if dry is not None:
+        return dry.target
     if tensor.device.type != "cuda":
         return INTERPRETED
     return _target_of_gpu(tensor.device.index)
@@ -147,24 +188,32 @@ def launch(
             promise the bits of their definition.
         constants: The constexpr arguments.
     """
-    recorder = _recorder.get()
-    if recorder is not None:
-        recorder.launches.append(
+    dry = _dry.get()
+    if isinstance(dry, _Recorder):
+        dry.launches.append(
             Launch(kernel, grid, arguments, constants, num_warps, num_stages, fp_fusion)
         )
         return
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
-    guard = contextlib.nullcontext()
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    planner = plan.recorder()
+    if dry is not None:
+        dry.run()
+        compiled = dry
+    else:
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        guard = planner.pause() if planner is not None else contextlib.nullcontext()
+        with guard, _current(device):
+            values = [plan.number(a) for a in arguments]
+            compiled = kernel[grid](*values, **options, **constants)
+    if planner is not None:
+        planner.launched(kernel, compiled, grid, arguments, constants, options)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which ``device`` is the current GPU, if it is a GPU."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        guard = torch.cuda.device(device)
-    with guard:
-        kernel[grid](
-            *arguments,
-            num_warps=num_warps,
-            num_stages=num_stages,
-            enable_fp_fusion=fp_fusion,
-            **constants,
-        )
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
 
 
 def cdiv(a: int, b: int) -> int:

@@ -13,11 +13,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftkit_kernels.core import plan
+
 _OF_THREAD = threading.local()
 
 
 def take(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised contiguous tensor, valid until the next call with this dtype and device."""
+    planner = plan.recorder()
+    if planner is not None:
+        return planner.call(_take, shape, dtype, device)
+    return _take(shape, dtype, device)
+
+
+def _take(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     buffers = _OF_THREAD.__dict__
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key, numel = str((device, dtype, stream)), math.prod(shape)

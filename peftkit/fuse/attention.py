@@ -1,4 +1,4 @@
-"""Attention of transformers models by the native passes (compiled C functions) on the CPU.
+"""Attention of transformers models: by the native passes (compiled C functions) on the CPU, by cuDNN on Hopper GPUs and later.
 
 Fused modules get a class that looks up peftkit's attention function instead of ``sdpa`` (``attention_dispatch``). The function is
 registered in transformers' ``AttentionInterface`` under its own name, so no existing function is replaced.
@@ -23,7 +23,13 @@ from peftkit.attention_dispatch import NATIVE, OwnAttention
 from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
 from peftkit.swap import own_class, swap_in
 from peftkit_kernels import native
-from peftkit_kernels.attention import HEAD_SIZE_MULTIPLE, attention, native_obstacle
+from peftkit_kernels.attention import (
+    HEAD_SIZE_MULTIPLE,
+    attention,
+    device_obstacle,
+    obstacle,
+    switched_off,
+)
 
 METHOD = "attention"
 
@@ -33,7 +39,7 @@ _MIN_QUERIES = 16
 _HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 
 
-_DROPS = "attention dropout of {} is on; the native passes have none"
+_DROPS = "attention dropout of {} is on; the fused attention has none"
 
 _PASSED = re.compile(
     r"dropout\w*\s*=\s*(?:0\.0 if not self\.training else self\.([\w.]+)|self\.([\w.]+) if self\.training else 0\.0)"
@@ -68,19 +74,22 @@ class FusedAttention(OwnAttention, Fused):
         return None
 
     def peftkit_backend(self, x: Tensor | None, parts: Any) -> str:
-        """Always ``"torch"``, because only attention on the CPU is fused."""
-        return "torch"
+        """``"torch"`` for the native passes on the CPU, ``"cudnn"`` on a GPU."""
+        return "torch" if _device(self).type == "cpu" else "cudnn"
 
 
 def fuse_attention(model: nn.Module) -> int:
-    """Use our function in every attention module with ``sdpa`` whose weights are on the CPU; returns the number of modules."""
+    """Use our function in every attention module with ``sdpa`` on the CPU or a GPU with a faster one; returns the number of modules."""
     count = 0
     for module in model.modules():
         if isinstance(module, FusedAttention) or not _dispatches(module):
             continue
-        if any(p.device.type != "cpu" for p in module.parameters()):
+        device = _device(module)
+        if device.type not in ("cpu", "cuda"):
             continue
-        reason = native.obstacle() or _module_reason(module)
+        reason = (
+            native.obstacle() if device.type == "cpu" else device_obstacle(device)
+        ) or _module_reason(module, device)
         if reason is not None:
             decline(module, METHOD, reason)
             continue
@@ -143,7 +152,7 @@ def call_reason(
         return f"fewer than {_MIN_QUERIES} queries run torch's function, because a block of 64 would be mostly padding"
     if causal and query.shape[2] != key.shape[2]:
         return "the call is causal with more keys than queries"
-    return native_obstacle(query, key, value, mask)
+    return obstacle(query, key, value, mask, causal)
 
 
 def _replaced(module: Any) -> Reason | None:
@@ -175,13 +184,24 @@ def _dropout_reason(module: nn.Module) -> Reason | None:
 
 
 def _dtype_reason(module: nn.Module) -> Reason | None:
-    """The reason if queries and keys are not float32, or ``None``. Their dtype is that of the frozen weights."""
+    """The reason if our function does not compute in the dtype of queries and keys, or ``None``. It is that of the frozen weights."""
     weights = [p.dtype for p in module.parameters() if p.is_floating_point()]
     frozen = [p.dtype for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
     dtype = next(iter(frozen or weights), torch.float32)
+    device = _device(module)
+    if device.type != "cpu":
+        found = switched_off() or device_obstacle(device)
+        if found is None and dtype is torch.float32:
+            found = "its queries and keys are float32; cuDNN's attention computes in 16 bits"
+        return None if found is None else Reason(found)
     if dtype is torch.float32:
         return None
     return Reason(f"its queries and keys are {dtype}; the native passes compute in float32")
+
+
+def _device(module: nn.Module) -> torch.device:
+    """The device of the module's weights."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 @functools.cache
@@ -204,11 +224,13 @@ def _dispatches(module: nn.Module) -> bool:
     )
 
 
-def _module_reason(module: Any) -> str | None:
+def _module_reason(module: Any, device: torch.device) -> str | None:
     """Why our function cannot replace the one that an attention module uses at present."""
     name = module.__dict__["config"]._attn_implementation
     if name != "sdpa":
-        return f"the model's attention is {name}; the native passes replace sdpa"
+        return f"the model's attention is {name}; only sdpa is replaced"
+    if device.type != "cpu":
+        return None
     sizes = (getattr(module, name, None) for name in _HEAD_SIZE_NAMES)
     head_size = next((size for size in sizes if isinstance(size, int)), HEAD_SIZE_MULTIPLE)
     if head_size % HEAD_SIZE_MULTIPLE:

@@ -5,6 +5,11 @@ import op_promises
 import pytest
 import torch
 
+from peftkit_kernels.core.op import Op
+from peftkit_kernels.core.plan import Plans
+from peftkit_kernels.lora_qkv import lora_qkv
+from peftkit_kernels.low_rank import LoRA
+
 NAMES = (
     "lora_linear",
     "lora_qkv",
@@ -67,6 +72,38 @@ def test_outputs_may_be_changed_in_place(name):
 @every_op
 def test_inputs_are_left_alone(name):
     op_promises.inputs_are_left_alone(build(name))
+
+
+@every_op
+def test_a_replayed_plan_equals_the_schedule_for_other_values(name, monkeypatch):
+    case = build(name)
+    case.run()
+    for leaf in case.leaves.values():
+        leaf.data = torch.randn(leaf.shape).to(leaf.dtype)
+    with monkeypatch.context() as patched:
+        patched.setattr(Plans, "_record", None)
+        replayed = case.run()
+    monkeypatch.setattr(Op, "compute", lambda self, args: self._schedule(*args))
+    op_promises.assert_equal(replayed, case.run())
+
+
+def test_a_replayed_plan_uses_the_seeds_of_its_call(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 17, generator=generator)
+    weights = [torch.randn(8, 17, generator=generator) for _ in range(2)]
+    factors = [(torch.randn(4, 17), torch.randn(8, 4)) for _ in range(2)]
+
+    def run(*seeds):
+        loras = [LoRA(A, B, 2.0, 0.5, seed) for (A, B), seed in zip(factors, seeds, strict=True)]
+        return lora_qkv(x, weights, [None, None], loras, backend="triton")
+
+    calls = [(1, 2), (3, 4), (5, 5), (6, 6), (2, 1)]
+    planned = [run(*seeds) for seeds in calls]
+    monkeypatch.setattr(Op, "compute", lambda self, args: self._schedule(*args))
+    for seeds, found in zip(calls, planned, strict=True):
+        for actual, expected in zip(found, run(*seeds), strict=True):
+            assert torch.equal(actual, expected)
+    assert not torch.equal(planned[0][0], planned[1][0])
 
 
 @every_op

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import native
+from peftkit_kernels.attention import cudnn
 from peftkit_kernels.attention.reference import attention_reference
 from peftkit_kernels.attention.torch_impl import Attention
 from peftkit_kernels.autograd import run
@@ -38,7 +39,8 @@ def attention(
         scale: Factor on the scores, usually ``D ** -0.5``.
         causal: Query ``i`` sees keys up to ``i``; needs ``S == T``.
         mask: ``Bool[B, 1, S, T]``, true where a query may see a key. The output of a query that sees no key is 0.
-        backend: ``"auto"`` runs native code if ``native_obstacle`` returns ``None``, else ``"reference"``.
+        backend: ``"auto"`` runs native code if ``native_obstacle`` returns ``None``, else cuDNN if ``cudnn.obstacle`` does, else
+            ``"reference"``.
 
     Returns:
         ``[B, S, H, D]``.
@@ -62,6 +64,8 @@ def attention(
         raise ValueError(
             f"mask is {mask.dtype} {tuple(mask.shape)}; it must be bool {(B, 1, S, k.shape[2])}"
         )
+    if backend == "auto" and q.is_cuda and cudnn.obstacle(q, k, v, mask, causal) is None:
+        return cudnn.attend(q, k, v, scale)
     obstacle = native_obstacle(q, k, v, mask)
     choice = choose_backend("attention", backend)
     if backend == "torch" and obstacle:
@@ -69,6 +73,13 @@ def attention(
     if choice == "reference" or obstacle:
         return attention_reference(q, k, v, scale, causal=causal, mask=mask)
     return run(Attention, q, k, v, mask, scale, causal)
+
+
+def obstacle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> str | None:
+    """Why ``attention`` has nothing faster than torch's own attention for these tensors, as a sentence, or ``None``."""
+    if q.is_cuda:
+        return cudnn.obstacle(q, k, v, mask, causal)
+    return native_obstacle(q, k, v, mask)
 
 
 def native_obstacle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import recompute
-from peftkit_kernels.autograd import once_differentiable
 from peftkit_kernels.bottleneck.config import BottleneckConfig
 from peftkit_kernels.bottleneck.reference import ACTIVATIONS
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.launch import aligned, cdiv, dot_precision, launch, target_of
 from peftkit_kernels.low_rank import cast, passes, rows
 from peftkit_kernels.low_rank.config import MAX_RANK, block_r
@@ -183,23 +183,6 @@ def _like_grads(
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
 
 
-bottleneck_triton = torch.library.custom_op(
-    "peftkit::bottleneck",
-    forward,
-    mutates_args=(),
-    schema="(Tensor h, Tensor down, Tensor? down_bias, Tensor up, Tensor? up_bias, Tensor? base, float scale,"
-    " str act)"
-    " -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "peftkit::bottleneck_backward",
-    backward,
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? h, Tensor z, Tensor down, Tensor up, float scale, str act, bool has_base,"
-    " bool[] needs) -> Tensor[]",
-)
-
-
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     h, down, down_bias, up, up_bias, base, *ctx.numbers = inputs
     z = output[1]
@@ -211,7 +194,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     z, down, up, *h_parts = ctx.saved_tensors
     scale, act = ctx.numbers
@@ -229,6 +211,19 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return dh, ddown, ddown_bias, dup, dup_bias, dy if needs_base else None, None, None
 
 
-bottleneck_triton.register_fake(_like_outputs)
-_backward_op.register_fake(_like_grads)
-bottleneck_triton.register_autograd(_backward, setup_context=_keep)
+_forward_op = Op(
+    "bottleneck",
+    "(Tensor h, Tensor down, Tensor? down_bias, Tensor up, Tensor? up_bias, Tensor? base, float scale,"
+    " str act)"
+    " -> (Tensor, Tensor)",
+    forward,
+    _like_outputs,
+)
+bottleneck_triton = differentiable(_forward_op, _keep, _backward)
+_backward_op = Op(
+    "bottleneck_backward",
+    "(Tensor dy, Tensor? h, Tensor z, Tensor down, Tensor up, float scale, str act, bool has_base,"
+    " bool[] needs) -> Tensor[]",
+    backward,
+    _like_grads,
+)

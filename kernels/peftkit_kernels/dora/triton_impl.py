@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import recompute
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.dora.config import MagnitudeConfig, NormConfig
 from peftkit_kernels.dora.reference import Weight
 from peftkit_kernels.dora.torch_impl import folds, scaled_weight
@@ -275,31 +275,7 @@ def _norm_op(
     return weight_norm(_weight(weight, layout), A, B, scale)
 
 
-dora_norm_triton = torch.library.custom_op(
-    "peftkit::dora_norm",
-    _norm_op,
-    mutates_args=(),
-    schema="(Tensor[] weight, int[] layout, Tensor A, Tensor B, float scale) -> Tensor",
-)
-dora_linear_triton = torch.library.custom_op(
-    "peftkit::dora_linear",
-    forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] weight, int[] layout, Tensor? bias, Tensor A, Tensor B, Tensor magnitude, Tensor norm,"
-    " float scale, float p, int seed, bool keep_direction) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "peftkit::dora_linear_backward",
-    backward,
-    mutates_args=(),
-    schema="(Tensor dy, Tensor[] weight, int[] layout, Tensor? x, Tensor? y, Tensor? bias, Tensor A, Tensor B,"
-    " Tensor magnitude, Tensor? norm, Tensor g, Tensor? s, float scale, float p, int seed, bool keep_direction,"
-    " bool[] needs) -> Tensor[]",
-)
-
-
-@dora_norm_triton.register_fake
-def _(
+def _norm_like(
     weight: Sequence[Tensor], layout: Sequence[int], A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
     return A.new_empty(layout[-2], dtype=torch.float32)
@@ -318,7 +294,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
     y, bias, A, B, magnitude, norm, g, s, *more = ctx.saved_tensors
     weight, x_parts = more[: ctx.stored], more[ctx.stored :]
@@ -335,9 +310,28 @@ def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
     return dx, [None] * ctx.stored, None, dbias, dA, dB, dmagnitude, *[None] * 5
 
 
-dora_linear_triton.register_fake(_empty_outputs)
-_backward_op.register_fake(_like_grads)
-dora_linear_triton.register_autograd(_backward, setup_context=_keep)
+dora_norm_triton = Op(
+    "dora_norm",
+    "(Tensor[] weight, int[] layout, Tensor A, Tensor B, float scale) -> Tensor",
+    _norm_op,
+    _norm_like,
+)
+_linear_op = Op(
+    "dora_linear",
+    "(Tensor x, Tensor[] weight, int[] layout, Tensor? bias, Tensor A, Tensor B, Tensor magnitude, Tensor norm,"
+    " float scale, float p, int seed, bool keep_direction) -> (Tensor, Tensor, Tensor, Tensor)",
+    forward,
+    _empty_outputs,
+)
+dora_linear_triton = differentiable(_linear_op, _keep, _backward)
+_backward_op = Op(
+    "dora_linear_backward",
+    "(Tensor dy, Tensor[] weight, int[] layout, Tensor? x, Tensor? y, Tensor? bias, Tensor A, Tensor B,"
+    " Tensor magnitude, Tensor? norm, Tensor g, Tensor? s, float scale, float p, int seed, bool keep_direction,"
+    " bool[] needs) -> Tensor[]",
+    backward,
+    _like_grads,
+)
 
 
 def run_triton(

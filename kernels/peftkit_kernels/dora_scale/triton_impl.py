@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.dora_scale.config import BackwardConfig, ForwardConfig
 from peftkit_kernels.dora_scale.reference import Scale
 from peftkit_kernels.dora_scale.torch_impl import factor
@@ -224,36 +224,13 @@ def _gate_grads(
     return _like(dh), _like(dh), _sums(dh, sum(needs))
 
 
-dora_scale_triton = torch.library.custom_op(
-    "peftkit::dora_scale",
-    scale_forward,
-    mutates_args=(),
-    schema="(Tensor z, Tensor? g, Tensor? bias) -> Tensor",
-)
-_scale_backward_op = torch.library.custom_op(
-    "peftkit::dora_scale_backward",
-    scale_backward,
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? z, Tensor? g, bool needs_bias) -> Tensor[]",
-)
 _GATE = "Tensor z_gate, Tensor z_up, Tensor? g_gate, Tensor? g_up, Tensor? bias_gate, Tensor? bias_up, str act"
-dora_gate_triton = torch.library.custom_op(
-    "peftkit::dora_gate", gate_forward, mutates_args=(), schema=f"({_GATE}) -> Tensor"
-)
-_gate_backward_op = torch.library.custom_op(
-    "peftkit::dora_gate_backward",
-    gate_backward,
-    mutates_args=(),
-    schema=f"(Tensor dh, {_GATE}, bool[] needs) -> (Tensor, Tensor, Tensor)",
-)
 
 
-@dora_scale_triton.register_fake
 def _scale_like(z: Tensor, *_: Any) -> Tensor:
     return _like(z)
 
 
-@dora_gate_triton.register_fake
 def _gate_like(z_gate: Tensor, *_: Any) -> Tensor:
     return _like(z_gate)
 
@@ -265,7 +242,6 @@ def _keep_scale(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-@once_differentiable
 def _scale_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     z, g = ctx.saved_tensors
     needs_z, _, needs_bias = ctx.needs_input_grad
@@ -290,7 +266,6 @@ def _keep_gate(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-@once_differentiable
 def _gate_backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     tensors, needs = ctx.saved_tensors, list(ctx.needs_input_grad[2:6])
     dz_gate, dz_up, sums = _gate_backward_op(dh, *tensors, ctx.act, needs)
@@ -303,11 +278,25 @@ def _gate_backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     return dz_gate, dz_up, dg_gate, dg_up, *dbias, None
 
 
-_scale_backward_op.register_fake(_scale_grads)
-dora_scale_triton.register_autograd(_scale_backward, setup_context=_keep_scale)
-dora_gate_triton.register_autograd(_gate_backward, setup_context=_keep_gate)
-
-
-@_gate_backward_op.register_fake
 def _gate_grads_like(dh: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _gate_grads(dh, act=others[-2], needs=others[-1])
+
+
+_dora_scale_op = Op(
+    "dora_scale", "(Tensor z, Tensor? g, Tensor? bias) -> Tensor", scale_forward, _scale_like
+)
+dora_scale_triton = differentiable(_dora_scale_op, _keep_scale, _scale_backward)
+_scale_backward_op = Op(
+    "dora_scale_backward",
+    "(Tensor dy, Tensor? z, Tensor? g, bool needs_bias) -> Tensor[]",
+    scale_backward,
+    _scale_grads,
+)
+_dora_gate_op = Op("dora_gate", f"({_GATE}) -> Tensor", gate_forward, _gate_like)
+dora_gate_triton = differentiable(_dora_gate_op, _keep_gate, _gate_backward)
+_gate_backward_op = Op(
+    "dora_gate_backward",
+    f"(Tensor dh, {_GATE}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    gate_backward,
+    _gate_grads_like,
+)

@@ -18,8 +18,8 @@ from peftkit_kernels.frozen_norm.torch_impl import (
 from peftkit_kernels.frozen_norm.triton_impl import (
     frozen_layer_norm_triton,
     frozen_rms_norm_triton,
-    layer_forward,
-    rms_forward,
+    layer_norm_op,
+    rms_norm_op,
 )
 
 
@@ -54,7 +54,7 @@ def frozen_rms_norm(
         return rms_norm_reference(x, weight, eps, offset=offset, round_first=round_first)
     numbers = eps, offset, round_first
     if chosen == "triton":
-        forward, y = rms_forward, frozen_rms_norm_triton(x, weight, *numbers)[0]
+        forward, y = rms_norm_op, frozen_rms_norm_triton(x, weight, *numbers)[0]
     else:
         forward, y = rms_norm_forward, run(FrozenRMSNorm, x, weight, *numbers)
     if is_transformed():
@@ -90,7 +90,7 @@ def frozen_layer_norm(
     if chosen == "reference":
         return layer_norm_reference(x, weight, bias, eps)
     if chosen == "triton":
-        forward, y = layer_forward, frozen_layer_norm_triton(x, weight, bias, eps)[0]
+        forward, y = layer_norm_op, frozen_layer_norm_triton(x, weight, bias, eps)[0]
     else:
         forward, y = layer_norm_forward, run(FrozenLayerNorm, x, weight, bias, eps)
     if is_transformed():

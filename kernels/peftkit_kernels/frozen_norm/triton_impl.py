@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.frozen_norm.config import NormConfig
 from peftkit_kernels.launch import aligned, cdiv, launch
 from peftkit_kernels.low_rank import rows
@@ -106,39 +106,16 @@ def backward(
     return dx
 
 
-frozen_rms_norm_triton = torch.library.custom_op(
-    "peftkit::frozen_rms_norm",
-    rms_forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, float eps, float offset, bool round_first) -> (Tensor, Tensor)",
-)
-frozen_layer_norm_triton = torch.library.custom_op(
-    "peftkit::frozen_layer_norm",
-    layer_forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "peftkit::frozen_norm_backward",
-    backward,
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, Tensor? mean, Tensor rstd, float offset) -> Tensor",
-)
-
-
-@frozen_rms_norm_triton.register_fake
 def _rms_like(
     x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=_rms_dtype(x, weight, round_first)), _numbers(x)
 
 
-@frozen_layer_norm_triton.register_fake
 def _layer_like(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), _numbers(x), _numbers(x)
 
 
-@_backward_op.register_fake
 def _grad_like(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -159,17 +136,33 @@ def _keep_layer(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) 
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _rms_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, weight, rstd = ctx.saved_tensors
     return _backward_op(dy, x, weight, None, rstd, ctx.offset), None, None, None, None
 
 
-@once_differentiable
 def _layer_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight, mean, rstd = ctx.saved_tensors
     return _backward_op(dy, x, weight, mean, rstd, 0.0), None, None, None
 
 
-frozen_rms_norm_triton.register_autograd(_rms_backward, setup_context=_keep_rms)
-frozen_layer_norm_triton.register_autograd(_layer_backward, setup_context=_keep_layer)
+rms_norm_op = Op(
+    "frozen_rms_norm",
+    "(Tensor x, Tensor weight, float eps, float offset, bool round_first) -> (Tensor, Tensor)",
+    rms_forward,
+    _rms_like,
+)
+frozen_rms_norm_triton = differentiable(rms_norm_op, _keep_rms, _rms_backward)
+layer_norm_op = Op(
+    "frozen_layer_norm",
+    "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+    layer_forward,
+    _layer_like,
+)
+frozen_layer_norm_triton = differentiable(layer_norm_op, _keep_layer, _layer_backward)
+_backward_op = Op(
+    "frozen_norm_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor? mean, Tensor rstd, float offset) -> Tensor",
+    backward,
+    _grad_like,
+)

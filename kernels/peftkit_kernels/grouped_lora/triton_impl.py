@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.grouped_lora.config import (
     GroupedExpandConfig,
     GroupedShrinkConfig,
@@ -230,18 +230,6 @@ def _like_grads(
 _TABLES = (
     "Tensor order, Tensor tiles, Tensor adapted, Tensor segments, Tensor first_segment, int block"
 )
-_op = torch.library.custom_op(
-    "peftkit::grouped_lora",
-    forward,
-    mutates_args=(),
-    schema=f"(Tensor y, Tensor x, Tensor A, Tensor B, Tensor scale, {_TABLES}) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "peftkit::grouped_lora_backward",
-    backward,
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor? x, Tensor A, Tensor B, Tensor? s, Tensor scale, {_TABLES}, bool[] needs) -> Tensor[]",
-)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -254,7 +242,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     needs_y, *needs = ctx.needs_input_grad[:4]
     found = iter(())
@@ -264,9 +251,19 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return dy if needs_y else None, dx, dA, dB, *[None] * (1 + len(Table._fields))
 
 
-_op.register_fake(_empty_outputs)
-_backward_op.register_fake(_like_grads)
-_op.register_autograd(_backward, setup_context=_keep)
+_forward_op = Op(
+    "grouped_lora",
+    f"(Tensor y, Tensor x, Tensor A, Tensor B, Tensor scale, {_TABLES}) -> (Tensor, Tensor)",
+    forward,
+    _empty_outputs,
+)
+_op = differentiable(_forward_op, _keep, _backward)
+_backward_op = Op(
+    "grouped_lora_backward",
+    f"(Tensor dy, Tensor? x, Tensor A, Tensor B, Tensor? s, Tensor scale, {_TABLES}, bool[] needs) -> Tensor[]",
+    backward,
+    _like_grads,
+)
 
 
 def grouped_lora_triton(

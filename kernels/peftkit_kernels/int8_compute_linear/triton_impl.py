@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import recompute, workspace
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.dropout import keep_scale, threshold
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.int8_compute_linear.config import Int8GemmConfig, QuantizeConfig
@@ -249,22 +249,6 @@ def _like_grads(
     ]
 
 
-int8_compute_linear_triton = torch.library.custom_op(
-    "peftkit::int8_compute_linear",
-    forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor codes, Tensor row_absmax, Tensor? bias, Tensor? A, Tensor? B, float scale, float p,"
-    " int seed, float? outlier) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "peftkit::int8_compute_linear_backward",
-    backward,
-    mutates_args=(),
-    schema="(Tensor dy, Tensor codes, Tensor row_absmax, Tensor? x, Tensor? A, Tensor? B, Tensor? s, float scale,"
-    " float p, int seed, bool[] needs) -> Tensor[]",
-)
-
-
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, codes, row_absmax, _, A, B, *numbers, _ = inputs
     _, _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
@@ -275,7 +259,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     codes, row_absmax, A, B, s, *x_parts = ctx.saved_tensors
     needs_x, _, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
@@ -290,9 +273,21 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return dx, None, None, dbias, dA, dB, None, None, None, None
 
 
-int8_compute_linear_triton.register_fake(_empty_outputs)
-_backward_op.register_fake(_like_grads)
-int8_compute_linear_triton.register_autograd(_backward, setup_context=_keep)
+_forward_op = Op(
+    "int8_compute_linear",
+    "(Tensor x, Tensor codes, Tensor row_absmax, Tensor? bias, Tensor? A, Tensor? B, float scale, float p,"
+    " int seed, float? outlier) -> (Tensor, Tensor)",
+    forward,
+    _empty_outputs,
+)
+int8_compute_linear_triton = differentiable(_forward_op, _keep, _backward)
+_backward_op = Op(
+    "int8_compute_linear_backward",
+    "(Tensor dy, Tensor codes, Tensor row_absmax, Tensor? x, Tensor? A, Tensor? B, Tensor? s, float scale,"
+    " float p, int seed, bool[] needs) -> Tensor[]",
+    backward,
+    _like_grads,
+)
 
 
 def run_triton(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.launch import cdiv
 from peftkit_kernels.linear_cross_entropy.passes import xent_rows_triton_
 from peftkit_kernels.linear_cross_entropy.reference import RowLoss
@@ -276,24 +276,6 @@ _NUMBERS = (
     "float lora_scale, float logit_scale, float? softcap, float label_smoothing, float z_loss, int ignore_index,"
     " int chunk, ScalarType dtype"
 )
-_op = torch.library.custom_op(
-    "peftkit::linear_cross_entropy",
-    forward,
-    mutates_args=(),
-    schema=f"({_TENSORS}, {_NUMBERS}, bool per_row, bool[] needs) -> (Tensor, Tensor[])",
-)
-_deferred_op = torch.library.custom_op(
-    "peftkit::linear_cross_entropy_deferred",
-    deferred,
-    mutates_args=(),
-    schema=f"(Tensor dloss, {_TENSORS}, {_NUMBERS}, bool[] needs) -> Tensor[]",
-)
-_scale_op = torch.library.custom_op(
-    "peftkit::scale_rows",
-    scale_rows,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor factor) -> Tensor",
-)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensors]) -> None:
@@ -305,7 +287,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensors]) -> None:
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
     """All gradients are linear in ``dloss``, so those computed in the forward are multiplied by it."""
     if ctx.makes_grads:
@@ -322,10 +303,25 @@ def _backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
     return *grads, *([None] * (3 + len(ctx.numbers)))
 
 
-_op.register_fake(_empty_outputs)
-_deferred_op.register_fake(_deferred_like)
-_scale_op.register_fake(lambda grad, factor: torch.empty_like(grad))
-_op.register_autograd(_backward, setup_context=_keep)
+_forward_op = Op(
+    "linear_cross_entropy",
+    f"({_TENSORS}, {_NUMBERS}, bool per_row, bool[] needs) -> (Tensor, Tensor[])",
+    forward,
+    _empty_outputs,
+)
+_op = differentiable(_forward_op, _keep, _backward)
+_deferred_op = Op(
+    "linear_cross_entropy_deferred",
+    f"(Tensor dloss, {_TENSORS}, {_NUMBERS}, bool[] needs) -> Tensor[]",
+    deferred,
+    _deferred_like,
+)
+_scale_op = Op(
+    "scale_rows",
+    "(Tensor grad, Tensor factor) -> Tensor",
+    scale_rows,
+    lambda grad, factor: torch.empty_like(grad),
+)
 
 
 def linear_cross_entropy_triton(

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peftkit_kernels import recompute
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.launch import target_of
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.low_rank import adapter_dtype, cast, passes, rows
@@ -120,22 +119,6 @@ def _like_grads(
     return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
 
 
-lora_linear_triton = torch.library.custom_op(
-    "peftkit::lora_linear",
-    forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scale, float p, int seed)"
-    " -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "peftkit::lora_linear_backward",
-    backward,
-    mutates_args=(),
-    schema="(Tensor dy, Tensor weight, Tensor? x, Tensor A, Tensor B, Tensor? s, float scale, float p, int seed,"
-    " bool[] needs) -> Tensor[]",
-)
-
-
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, A, B, *numbers = inputs
     _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
@@ -147,7 +130,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     weight, A, B, s, *x_parts = ctx.saved_tensors
     needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
@@ -162,6 +144,18 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return dx, None, dbias, dA, dB, None, None, None
 
 
-lora_linear_triton.register_fake(_empty_outputs)
-_backward_op.register_fake(_like_grads)
-lora_linear_triton.register_autograd(_backward, setup_context=_keep)
+_forward_op = Op(
+    "lora_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, float scale, float p, int seed)"
+    " -> (Tensor, Tensor)",
+    forward,
+    _empty_outputs,
+)
+lora_linear_triton = differentiable(_forward_op, _keep, _backward)
+_backward_op = Op(
+    "lora_linear_backward",
+    "(Tensor dy, Tensor weight, Tensor? x, Tensor A, Tensor B, Tensor? s, float scale, float p, int seed,"
+    " bool[] needs) -> Tensor[]",
+    backward,
+    _like_grads,
+)

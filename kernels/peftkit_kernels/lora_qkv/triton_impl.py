@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import recompute
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.lora_linear.triton_impl import project
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
@@ -231,20 +231,6 @@ def _loras(
 
 
 _NUMBERS = "int[] adapted, float[] scales, float[] ps, int[] seeds"
-lora_qkv_triton = torch.library.custom_op(
-    "peftkit::lora_qkv",
-    forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
-    f" {_NUMBERS}) -> (Tensor[], Tensor[])",
-)
-_backward_op = torch.library.custom_op(
-    "peftkit::lora_qkv_backward",
-    backward,
-    mutates_args=(),
-    schema="(Tensor?[] dys, Tensor[] weights, Tensor? x, Tensor[] As, Tensor[] Bs, Tensor?[] joint,"
-    f" {_NUMBERS}, bool needs_x, bool needs_A, bool[] needs_B) -> Tensor[]",
-)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
@@ -267,7 +253,6 @@ def split(saved: Sequence[Any], *counts: int) -> list[list[Any]]:
     return [*parts, list(saved[start:])]
 
 
-@once_differentiable
 def _backward(ctx: Any, dys: Tensors, _: Any) -> tuple[Any, ...]:
     count, adapters, joints = ctx.counts
     adapted = ctx.numbers[0]
@@ -295,9 +280,23 @@ def _backward(ctx: Any, dys: Tensors, _: Any) -> tuple[Any, ...]:
     return dx, [None] * count, dbias, dA, dB, *none
 
 
-lora_qkv_triton.register_fake(_empty_outputs)
-_backward_op.register_fake(_like_grads)
-lora_qkv_triton.register_autograd(_backward, setup_context=_keep)
+_forward_op = Op(
+    "lora_qkv",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
+    f" {_NUMBERS}) -> (Tensor[], Tensor[])",
+    forward,
+    _empty_outputs,
+    looks_at_storage=True,
+)
+lora_qkv_triton = differentiable(_forward_op, _keep, _backward)
+_backward_op = Op(
+    "lora_qkv_backward",
+    "(Tensor?[] dys, Tensor[] weights, Tensor? x, Tensor[] As, Tensor[] Bs, Tensor?[] joint,"
+    f" {_NUMBERS}, bool needs_x, bool needs_A, bool[] needs_B) -> Tensor[]",
+    backward,
+    _like_grads,
+    looks_at_storage=True,
+)
 
 
 def run_triton(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import recompute
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.lora_linear.triton_impl import project
 from peftkit_kernels.lora_qkv import triton_impl as qkv
@@ -209,20 +209,6 @@ def _loras(
 
 
 _NUMBERS = "int[] adapted, float[] scales, float[] ps, int[] seeds, str act"
-lora_swiglu_mlp_triton = torch.library.custom_op(
-    "peftkit::lora_swiglu_mlp",
-    forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
-    f" {_NUMBERS}) -> (Tensor, Tensor, Tensor[])",
-)
-_backward_op = torch.library.custom_op(
-    "peftkit::lora_swiglu_mlp_backward",
-    backward,
-    mutates_args=(),
-    schema="(Tensor dy, Tensor[] weights, Tensor? x, Tensor? gate_up, Tensor[] As, Tensor[] Bs, Tensor?[] s,"
-    f" {_NUMBERS}, bool needs_x, bool[] needs_bias, bool[] needs_A, bool[] needs_B) -> Tensor[]",
-)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -246,7 +232,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     adapters, count = ctx.counts
     adapted = ctx.numbers[0]
@@ -279,9 +264,23 @@ def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     return dx, [None] * 3, [dbias[i] for i in ctx.biased], dA, dB, *none
 
 
-lora_swiglu_mlp_triton.register_fake(_empty_outputs)
-_backward_op.register_fake(_like_grads)
-lora_swiglu_mlp_triton.register_autograd(_backward, setup_context=_keep)
+_forward_op = Op(
+    "lora_swiglu_mlp",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
+    f" {_NUMBERS}) -> (Tensor, Tensor, Tensor[])",
+    forward,
+    _empty_outputs,
+    looks_at_storage=True,
+)
+lora_swiglu_mlp_triton = differentiable(_forward_op, _keep, _backward)
+_backward_op = Op(
+    "lora_swiglu_mlp_backward",
+    "(Tensor dy, Tensor[] weights, Tensor? x, Tensor? gate_up, Tensor[] As, Tensor[] Bs, Tensor?[] s,"
+    f" {_NUMBERS}, bool needs_x, bool[] needs_bias, bool[] needs_A, bool[] needs_B) -> Tensor[]",
+    backward,
+    _like_grads,
+    looks_at_storage=True,
+)
 
 
 def run_triton(

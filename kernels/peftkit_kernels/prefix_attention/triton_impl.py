@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.launch import cdiv, launch
 from peftkit_kernels.low_rank import cast
 from peftkit_kernels.prefix_attention.config import MergeConfig
@@ -169,18 +169,6 @@ def _like_grads(
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? gate, Tensor? mask"
 )
-_op = torch.library.custom_op(
-    "peftkit::prefix_attention",
-    forward,
-    mutates_args=(),
-    schema=f"({_TENSORS}, float scale, bool causal) -> (Tensor, Tensor[])",
-)
-_backward_op = torch.library.custom_op(
-    "peftkit::prefix_attention_backward",
-    backward,
-    mutates_args=(),
-    schema=f"(Tensor dout, {_TENSORS}, Tensor[] kept, float scale, bool causal) -> Tensor[]",
-)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
@@ -191,7 +179,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     tensors, kept = saved[:7], list(saved[7:])
@@ -200,9 +187,19 @@ def _backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return *(grad if need else None for grad, need in needed), None, None, None
 
 
-_op.register_fake(_like_outputs)
-_backward_op.register_fake(_like_grads)
-_op.register_autograd(_backward, setup_context=_keep)
+_forward_op = Op(
+    "prefix_attention",
+    f"({_TENSORS}, float scale, bool causal) -> (Tensor, Tensor[])",
+    forward,
+    _like_outputs,
+)
+_op = differentiable(_forward_op, _keep, _backward)
+_backward_op = Op(
+    "prefix_attention_backward",
+    f"(Tensor dout, {_TENSORS}, Tensor[] kept, float scale, bool causal) -> Tensor[]",
+    backward,
+    _like_grads,
+)
 
 
 def prefix_attention_triton(

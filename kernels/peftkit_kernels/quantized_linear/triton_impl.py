@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import recompute
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.op import Op, differentiable
 from peftkit_kernels.int8 import Int8Weight
 from peftkit_kernels.launch import cdiv, dot_precision, launch, target_of
 from peftkit_kernels.lora_linear import triton_impl as dense
@@ -200,22 +200,6 @@ def _like_grads(
     ]
 
 
-quantized_linear_triton = torch.library.custom_op(
-    "peftkit::quantized_linear",
-    forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor[] q, int[] layout, Tensor? bias, Tensor? A, Tensor? B, float scale, float p, int seed)"
-    " -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "peftkit::quantized_linear_backward",
-    backward,
-    mutates_args=(),
-    schema="(Tensor dy, Tensor[] q, int[] layout, Tensor? x, Tensor? A, Tensor? B, Tensor? s, float scale, float p,"
-    " int seed, bool[] needs) -> Tensor[]",
-)
-
-
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, q, layout, _, A, B, *numbers = inputs
     # not ctx.needs_input_grad: here it has one entry for each tensor of a list, in the backward one for the whole list
@@ -227,7 +211,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
 def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     A, B, s, *more = ctx.saved_tensors
     q, x_parts = more[: ctx.stored], more[ctx.stored :]
@@ -243,9 +226,21 @@ def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     return dx, [None] * ctx.stored, None, dbias, dA, dB, None, None, None
 
 
-quantized_linear_triton.register_fake(_empty_outputs)
-_backward_op.register_fake(_like_grads)
-quantized_linear_triton.register_autograd(_backward, setup_context=_keep)
+_forward_op = Op(
+    "quantized_linear",
+    "(Tensor x, Tensor[] q, int[] layout, Tensor? bias, Tensor? A, Tensor? B, float scale, float p, int seed)"
+    " -> (Tensor, Tensor)",
+    forward,
+    _empty_outputs,
+)
+quantized_linear_triton = differentiable(_forward_op, _keep, _backward)
+_backward_op = Op(
+    "quantized_linear_backward",
+    "(Tensor dy, Tensor[] q, int[] layout, Tensor? x, Tensor? A, Tensor? B, Tensor? s, float scale, float p,"
+    " int seed, bool[] needs) -> Tensor[]",
+    backward,
+    _like_grads,
+)
 
 
 def run_triton(x: Tensor, q: QuantizedWeight, bias: Tensor | None, lora: LoRA | None) -> Tensor:

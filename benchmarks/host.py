@@ -1,0 +1,174 @@
+"""What the host pays for each op on a GPU: microseconds of Python and launches, without a GPU.
+
+    python benchmarks/run.py host
+    python benchmarks/run.py host --json host.json
+
+peftkit takes the way that it takes on an H100, launch plans included, up to the call that would start a kernel, which is only
+counted. Launches are those of the sizes of Llama-3.1-8B, on meta tensors. Times are those of tiny tensors on the CPU, for which
+torch's own operations take almost no time but their dispatch; PEFT runs the same step on the same tensors. The GPU driver's part
+of a launch is missing on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from overhead import timed
+from report import environment, machine, save
+from torch import Tensor, nn
+
+from peftkit_kernels.calibration import Calibration
+from peftkit_kernels.launch import Target, counting
+
+# with any width the schedule of large layers
+H100 = Target("cuda:90", 132, Calibration(fused_width=0))
+RANK = 16
+
+
+class Sizes(NamedTuple):
+    """The sizes of a decoder layer, and where its tensors are."""
+
+    tokens: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    device: str
+    dtype: torch.dtype
+
+
+REAL = Sizes(4096, 4096, 14336, 32, 8, "meta", torch.bfloat16)
+TINY = Sizes(272, 32, 64, 2, 1, "cpu", torch.float32)
+"""More than one chunk of rows, so that partial sums are added as for many tokens. Not 16 bits, whose products are slow on a CPU."""
+CALLS, ROUNDS = 30, 7
+
+HELP = "microseconds of Python and launches of each op on a GPU"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, save the result and print the table."""
+    torch.set_num_threads(1)
+    result = {"environment": environment(), "rows": rows()}
+    save(result, "host")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        f"**host time** ({machine(result['environment'])}; one thread, tiny tensors, configured for an H100)",
+        "",
+        "| forward and backward | peftkit (us) | PEFT (us) | / PEFT | Triton launches |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        own, stock = row["peftkit_us"], row["peft_us"]
+        lines.append(
+            f"| {row['what']} | {own:.0f} | {stock:.0f} | {own / stock:.2f} | {row['launches']} |"
+        )
+    return "\n".join(lines)
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row for each thing measured: ``what``, ``peftkit_us``, ``peft_us``, ``launches``."""
+    found = []
+    with counting(H100) as counter:
+        for what, build in CASES.items():
+            real = build(True, REAL)
+            real()
+            before = counter.launches
+            real()
+            launches = counter.launches - before
+            own, stock = build(True, TINY), build(False, TINY)
+            best = [math.inf, math.inf]
+            for _ in range(ROUNDS):
+                for i, step in enumerate((own, stock)):
+                    step()
+                    seconds = timed(lambda step=step: [step() for _ in range(CALLS)]) / CALLS
+                    best[i] = min(best[i], seconds)
+            own_us, stock_us = (seconds * 1e6 for seconds in best)
+            row = {"what": what, "peftkit_us": own_us, "peft_us": stock_us, "launches": launches}
+            found.append(row)
+    return found
+
+
+def linear(fuse: bool, sizes: Sizes, *, dropout: float = 0.0) -> Callable[[], None]:
+    """A step of one LoRA linear."""
+    with torch.device(sizes.device):
+        base = nn.Sequential(nn.Linear(sizes.hidden, sizes.hidden, bias=False)).to(sizes.dtype)
+    layer = adapted(base, fuse, ["0"], dropout).base_model.model[0]
+    return step_of(layer, tensor(sizes, sizes.hidden))
+
+
+def decoder_layer(fuse: bool, sizes: Sizes, *, dropout: float = 0.0) -> Callable[[], None]:
+    """A step of one decoder layer of a Llama with LoRA on all linears."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    config = LlamaConfig(
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.mlp,
+        num_hidden_layers=1,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        vocab_size=64,
+        attn_implementation="sdpa",
+    )
+    with torch.device(sizes.device):
+        base = LlamaModel(config).to(sizes.dtype)
+    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    layer = adapted(base, fuse, targets, dropout).base_model.model.layers[0]
+    x, cos = tensor(sizes, sizes.hidden), tensor(sizes, sizes.hidden // sizes.heads)
+    return step_of(layer, x, position_embeddings=(cos, cos), attention_mask=None)
+
+
+def adapted(base: nn.Module, fuse: bool, targets: list[str], dropout: float) -> Any:
+    """The model with LoRA in its own dtype: PEFT's, or fused."""
+    from peft import LoraConfig, get_peft_model
+
+    from peftkit import accelerate
+
+    config = LoraConfig(r=RANK, lora_dropout=dropout, target_modules=targets)
+    base_dtype = next(base.parameters()).dtype
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(base_dtype)
+    return (accelerate(model) if fuse else model).train()
+
+
+def step_of(module: nn.Module, x: Tensor, **others: Any) -> Callable[[], None]:
+    """A forward and backward of ``module``."""
+    x.requires_grad_()
+    grad = torch.empty_like(module(x, **others), requires_grad=False)
+
+    def step() -> None:
+        module(x, **others).backward(grad)
+
+    return step
+
+
+def tensor(sizes: Sizes, width: int) -> Tensor:
+    """``[1, tokens, width]``."""
+    return torch.zeros(1, sizes.tokens, width, dtype=sizes.dtype, device=sizes.device)
+
+
+CASES: dict[str, Callable[[bool, Sizes], Callable[[], None]]] = {
+    "LoRA linear, 4096 x 4096": linear,
+    "LoRA linear with dropout": functools.partial(linear, dropout=0.1),
+    "decoder layer of Llama-3.1-8B": decoder_layer,
+    "the same with dropout": functools.partial(decoder_layer, dropout=0.1),
+}

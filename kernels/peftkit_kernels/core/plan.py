@@ -1,0 +1,465 @@
+"""Launch plans: a schedule runs once for each signature of its arguments; later calls replay what it did.
+
+A schedule is ordinary Python: it chooses configurations, allocates, calls torch operations and launches kernels. On a GPU this
+costs the host more than the kernels of a small layer take. So the first call with a signature runs the schedule under a
+recorder, which writes down every torch operation and every launch as a line of Python. These lines are the plan, a function of
+the same arguments: it allocates, passes pointers to compiled kernels, and decides nothing. ``Plan.source`` shows it.
+
+A signature is everything that a schedule may decide by: shape, strides, dtype, device and alignment of each tensor, and the
+value of each argument that is not a tensor, except seeds. The schedule must not look at the values of its tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MAX_PLANS = 256
+"""Plans that are kept for each op. Batches of ever new lengths would otherwise fill memory."""
+
+_ALLOCATIONS = frozenset(
+    f"aten::{name}"
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+)
+
+_recorder: ContextVar[Recorder | None] = ContextVar("peftkit_plan_recorder", default=None)
+
+
+class Unplannable(Exception):
+    """A schedule did something that cannot be replayed, such as reading the value of a tensor."""
+
+
+class Seed:
+    """The seed of a dropout mask while a schedule is recorded: each replay has its own.
+
+    It has no arithmetic, so a schedule that computes with it fails instead of repeating one mask in every call.
+    """
+
+    __slots__ = ("name", "value")
+
+    def __init__(self, name: str, value: int):
+        self.name, self.value = name, value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Seed) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+
+def number(value: Any) -> Any:
+    """The value of a kernel's argument, which may be a ``Seed``."""
+    return value.value if type(value) is Seed else value
+
+
+def recorder() -> Recorder | None:
+    """The recorder of the schedule that is running, or ``None``."""
+    return _recorder.get()
+
+
+class Kind(NamedTuple):
+    """What an argument of a schedule is.
+
+    Attributes:
+        role: ``"tensor"``, ``"value"`` or ``"seed"``.
+        is_list: Whether it is a list of these.
+    """
+
+    role: str
+    is_list: bool
+
+
+class _Line(NamedTuple):
+    """A line of a plan and the names of the values that it reads."""
+
+    text: str
+    reads: tuple[str, ...]
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down what a schedule does. Every tensor is a value with a name, or a view of one."""
+
+    def __init__(self, inputs: dict[str, Tensor]):
+        super().__init__()
+        self.constants: dict[str, Any] = {"empty": torch.empty_strided}
+        """The objects that the lines name, besides the values."""
+        self._lines: list[_Line] = []
+        self._names: dict[tuple, str] = {}
+        """The name of the value that is a certain piece of a storage."""
+        self._bases: dict[tuple, str] = {}
+        """The name of the value that a piece of a storage is a view of."""
+        self._places: dict[str, tuple[int, torch.dtype]] = {}
+        """Distance in bytes of each value from the start of its storage, and its dtype."""
+        self._made: dict[int, str] = {}
+        """The value that owns each storage which the schedule makes."""
+        self._sizes: dict[str, int] = {}
+        """Elements of each value that the schedule makes."""
+        # while a weak reference exists, no other storage can have the same address
+        self._storages: dict[int, StorageWeakRef] = {}
+        self._inputs = frozenset(inputs)
+        self._is_paused = False
+        for name, t in inputs.items():
+            self._add(t, name)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self._is_paused:
+            self._note(func, args, kwargs, result)
+        return result
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Do not write down torch operations: the interpreter copies what a kernel reads."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
+    def call(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """``function(*arguments)``, a tensor that each replay asks for anew. The arguments contain no tensors."""
+        with self.pause():
+            result = function(*arguments)
+        words = ", ".join(self._constant(a) for a in arguments)
+        called = self._constant(function)
+        self._lines.append(_Line(f"{self._add(result)} = {called}({words})", ()))
+        return result
+
+    def launched(
+        self,
+        kernel: Any,
+        compiled: Any,
+        grid: tuple[int, ...],
+        arguments: Sequence[Any],
+        constants: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
+        """Note a launch of ``kernel``; ``compiled`` is what Triton returned for it, ``None`` in the interpreter."""
+        reads = [self._base(a) for a in arguments if isinstance(a, Tensor)]
+        if compiled is None:
+            words = [self._word(a) for a in arguments]
+            reads = [self._name(a) for a in arguments if isinstance(a, Tensor)]
+            named = self._constant(constants | options)
+            text = f"{self._constant(kernel)}[{grid!r}]({', '.join(words)}, **{named})"
+        else:
+            passed = iter([self._pointer(a) for a in arguments])
+            words = [
+                self._constant(constants[name]) if name in constants else next(passed)
+                for name in kernel.arg_names
+            ]
+            shape = ", ".join(map(str, (*grid, 1, 1)[:3]))
+            handle = ", ".join(
+                self._constant(part) for part in (compiled.function, compiled.packed_metadata)
+            )
+            # no launch metadata and no hooks
+            text = (
+                f"{self._constant(compiled.run)}({shape}, stream, {handle}, None, None, None, "
+                f"{', '.join(words)})"
+            )
+        self._lines.append(_Line(text, tuple(reads)))
+
+    def finish(self, result: Any) -> list[str]:
+        """The lines of the plan, the last of which returns what the schedule has returned."""
+        returned = f"return {self._result(result)}"
+        kept = {self._names[_key(t)] for t in tree_leaves(result) if isinstance(t, Tensor)}
+        kept |= self._inputs
+        last = {name: at for at, line in enumerate(self._lines) for name in line.reads}
+        lines = []
+        for at, line in enumerate(self._lines):
+            lines.append(line.text)
+            dead = [name for name in dict.fromkeys(line.reads) if last[name] == at]
+            dead = [name for name in dead if name not in kept]
+            if dead:
+                lines.append(f"del {', '.join(dead)}")
+        return [*lines, returned]
+
+    def _note(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        name, changes = func._schema.name, func._schema.is_mutable
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        sources = {_storage(t): t for t in read}
+        if read and not any(storage in self._storages for storage in sources):
+            return  # of tensors that the plan does not know: the import of a module that makes a table, for instance
+        if not outputs and not changes:
+            if read:
+                raise Unplannable(f"{func} reads the value of a tensor")
+        elif name == "aten::resize_":
+            # of a tensor that the schedule has made: the same elements in another shape
+            self._bases[_key(result)] = self._made[_storage(result)]
+        elif not changes and all(_storage(t) in sources for t in outputs):
+            for t in outputs:
+                self._bases.setdefault(_key(t), self._base(sources[_storage(t)]))
+        elif name in _ALLOCATIONS:
+            self._allocate(result)
+        else:
+            self._operation(func, args, kwargs, result)
+
+    def _allocate(self, t: Tensor) -> None:
+        out = self._make(t)
+        dtype, device = self._constant(t.dtype), self._constant(t.device)
+        text = f"{out} = empty({tuple(t.shape)}, {t.stride()}, dtype={dtype}, device={device})"
+        self._lines.append(_Line(text, ()))
+
+    def _operation(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        words = [self._word(a) for a in args]
+        words += [f"{name}={self._word(a)}" for name, a in kwargs.items()]
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        reads = tuple(self._name(t) for t in read)
+        text = f"{self._constant(func._op)}({', '.join(words)})"
+        if not func._schema.is_mutable:
+            found = [result] if isinstance(result, Tensor) else result
+            outs = [self._make(t) if isinstance(t, Tensor) else "_" for t in found]
+            text = f"{', '.join(outs)} = {text}"
+        self._lines.append(_Line(text, reads))
+
+    def _result(self, result: Any) -> str:
+        if isinstance(result, (tuple, list)):
+            parts = ", ".join(self._result(part) for part in result)
+            return f"[{parts}]" if isinstance(result, list) else f"({parts},)"
+        if result is None:
+            return "None"
+        key = _key(result)
+        base = self._bases.get(key)
+        if (
+            key not in self._names
+            and base is not None
+            and self._sizes.get(base) == result.numel()
+            and result.is_contiguous()
+        ):
+            # not a view, which autograd would not let the caller change in place
+            self._lines.append(_Line(f"{base}.resize_({tuple(result.shape)})", (base,)))
+            self._names[key] = base
+        return self._name(result)
+
+    def _add(self, t: Tensor, name: str | None = None) -> str:
+        name, key = name or f"v{len(self._places)}", _key(t)
+        self._storages.setdefault(key[0], StorageWeakRef(t.untyped_storage()))
+        self._names[key] = self._bases[key] = name
+        self._places[name] = t.storage_offset() * t.element_size(), t.dtype
+        return name
+
+    def _make(self, t: Tensor) -> str:
+        out = self._add(t)
+        self._made[_storage(t)] = out
+        self._sizes[out] = t.numel()
+        return out
+
+    def _base(self, t: Tensor) -> str:
+        try:
+            return self._bases[_key(t)]
+        except KeyError:
+            raise Unplannable(
+                f"a tensor {tuple(t.shape)} is neither an argument nor made by the schedule"
+            ) from None
+
+    def _name(self, t: Tensor) -> str:
+        """The name of the value ``t``. If it is a view without one, this adds the line that makes it."""
+        key = _key(t)
+        if key not in self._names:
+            base, offset = self._base(t), self._distance(t) // t.element_size()
+            name = self._names[key] = f"v{len(self._places)}"
+            self._places[name] = t.storage_offset() * t.element_size(), t.dtype
+            source = base
+            if self._places[base][1] is not t.dtype:
+                source = f"{base}.view({self._constant(t.dtype)})"
+            # only an argument can lie elsewhere in its storage in another call
+            where = (
+                t.storage_offset()
+                if base in self._sizes
+                else f"{source}.storage_offset() + {offset}"
+            )
+            text = f"{name} = {source}.as_strided({tuple(t.shape)}, {t.stride()}, {where})"
+            self._lines.append(_Line(text, (base,)))
+        return self._names[key]
+
+    def _distance(self, t: Tensor) -> int:
+        """Bytes from the first element of the value that ``t`` is a view of."""
+        return int(t.storage_offset()) * t.element_size() - self._places[self._base(t)][0]
+
+    def _pointer(self, argument: Any) -> str:
+        if not isinstance(argument, Tensor):
+            return self._word(argument)
+        distance = self._distance(argument)
+        return f"{self._base(argument)}.data_ptr()" + (f" + {distance}" if distance else "")
+
+    def _word(self, argument: Any) -> str:
+        """An argument of an operation, as it is written in a line."""
+        if isinstance(argument, Tensor):
+            return self._name(argument)
+        if type(argument) is Seed:
+            return argument.name
+        if isinstance(argument, (list, tuple)) and any(isinstance(a, Tensor) for a in argument):
+            return f"[{', '.join(self._word(a) for a in argument)}]"
+        return self._constant(argument)
+
+    def _constant(self, value: Any) -> str:
+        if value is None or type(value) in (int, bool, str):
+            return repr(value)
+        for name, found in self.constants.items():
+            if found is value:
+                return name
+        name = f"c{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _key(t: Tensor) -> tuple:
+    return _storage(t), t.storage_offset(), t.shape, t.stride(), t.dtype
+
+
+class Plans:
+    """The plans of one schedule.
+
+    Args:
+        schedule: The function. It does not change its arguments.
+        kinds: The kind of each of its arguments.
+        looks_at_storage: Whether the schedule asks which of its tensors are parts of one buffer.
+    """
+
+    def __init__(
+        self,
+        schedule: Callable[..., Any],
+        kinds: Sequence[Kind],
+        *,
+        looks_at_storage: bool = False,
+    ):
+        self._schedule, self._kinds, self._looks_at_storage = schedule, kinds, looks_at_storage
+        self._plans: dict[tuple, Callable[..., Any]] = {}
+        self.sources: dict[tuple, str] = {}
+        """The source code of each plan, for people."""
+        self._signature = _signature_function(kinds)
+
+    def __call__(self, *args: Any) -> Any:
+        """``schedule(*args)``."""
+        signature = self._signature(*args)
+        if self._looks_at_storage:
+            signature = (*signature, _pattern(args))
+        plan = self._plans.get(signature)
+        if plan is not None:
+            return plan(*args)
+        return self._record(signature, args)
+
+    def _record(self, signature: tuple, args: Sequence[Any]) -> Any:
+        inputs: dict[str, Tensor] = {}
+        marked: list[Any] = []
+        for i, (kind, argument) in enumerate(zip(self._kinds, args, strict=True)):
+            names = [f"a{i}_{j}" for j in range(len(argument))] if kind.is_list else [f"a{i}"]
+            parts = list(argument) if kind.is_list else [argument]
+            if kind.role == "tensor":
+                inputs |= {n: t for n, t in zip(names, parts, strict=True) if t is not None}
+            elif kind.role == "seed":
+                parts = [Seed(name, seed) for name, seed in zip(names, parts, strict=True)]
+            marked.append(parts if kind.is_list else parts[0])
+        tensors = list(inputs.values())
+        if any(not t.numel() for t in tensors) or (
+            not self._looks_at_storage and _overlap(tensors)
+        ):
+            return self._schedule(*args)
+        found = Recorder(inputs)
+        token = _recorder.set(found)
+        try:
+            with found:
+                result = self._schedule(*marked)
+        finally:
+            _recorder.reset(token)
+        if len(self._plans) >= MAX_PLANS:
+            oldest = next(iter(self._plans))
+            self._plans.pop(oldest, None)
+            self.sources.pop(oldest, None)
+        self.sources[signature] = source = self._source(args, tensors[0].device, found, result)
+        scope = found.constants
+        exec(source, scope)
+        self._plans[signature] = scope["plan"]
+        return result
+
+    def _source(
+        self, args: Sequence[Any], device: torch.device, found: Recorder, result: Any
+    ) -> str:
+        """The source code of a plan."""
+        names = ", ".join(f"a{i}" for i in range(len(args)))
+        lines = []
+        if device.type == "cuda":
+            found.constants |= {
+                "cuda_device": torch.cuda.device,
+                "current_device": torch._C._cuda_getDevice,
+                "current_stream": torch._C._cuda_getCurrentRawStream,
+            }
+            lines += [
+                f"if current_device() != {device.index}:",
+                f"    with cuda_device({device.index}): return plan({names})",
+                f"stream = current_stream({device.index})",
+            ]
+        else:
+            lines.append("stream = 0")
+        for i, (kind, argument) in enumerate(zip(self._kinds, args, strict=True)):
+            if kind.is_list and kind.role != "value" and len(argument):
+                lines.append("".join(f"a{i}_{j}, " for j in range(len(argument))) + f"= a{i}")
+        lines += found.finish(result)
+        return "\n    ".join([f"def plan({names}):", *lines])
+
+
+def _signature_function(kinds: Sequence[Kind]) -> Callable[..., tuple]:
+    """A function of the arguments of a schedule that returns their signature."""
+    facts = "({0}.shape, {0}.stride(), {0}.dtype, {0}.device, {0}.data_ptr() & 15)"
+    parts = ["precision()"]
+    for i, kind in enumerate(kinds):
+        if kind.role == "tensor":
+            text = f"None if {{0}} is None else {facts}"
+            one = text.format("t" if kind.is_list else f"a{i}")
+            parts.append(f"tuple([{one} for t in a{i}])" if kind.is_list else one)
+        elif kind.role == "value":
+            parts.append(f"tuple(a{i})" if kind.is_list else f"a{i}")
+        elif kind.is_list:
+            # a schedule may treat adapters with equal seeds alike
+            parts.append(f"tuple([a{i}.index(s) for s in a{i}])")
+    names = ", ".join(f"a{i}" for i in range(len(kinds)))
+    return eval(
+        f"lambda {names}: ({', '.join(parts)},)",
+        {"precision": torch.get_float32_matmul_precision},
+    )
+
+
+def _pattern(arguments: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+    """For each tensor the first one in the same storage, and the place in it; empty if no two share one."""
+    tensors = [
+        t
+        for argument in arguments
+        for t in (argument if isinstance(argument, (list, tuple)) else (argument,))
+        if isinstance(t, Tensor)
+    ]
+    storages = [_storage(t) for t in tensors]
+    if len(set(storages)) == len(storages):
+        return ()
+    return tuple(
+        (storages.index(storage), int(t.storage_offset()))
+        for storage, t in zip(storages, tensors, strict=True)
+    )
+
+
+def _overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether two of the tensors may share memory. What a plan would note of one could then be taken for the other."""
+    ranges: dict[int, list[tuple[int, int]]] = {}
+    for t in tensors:
+        extent = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        start = t.data_ptr()
+        own = start, start + (extent + 1) * t.element_size()
+        others = ranges.setdefault(_storage(t), [])
+        if any(own[0] < end and first < own[1] for first, end in others):
+            return True
+        others.append(own)
+    return False
