@@ -1,6 +1,7 @@
 """Fixtures shared by all tests; the tiny models themselves are in ``models.py``."""
 
 import os
+import sys
 
 import pytest
 
@@ -20,6 +21,14 @@ def _seed() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_plans():
+    """Drop launch plans after each test, because a test may have replaced a function that a schedule called."""
+    yield
+    if "peftkit_kernels.core.plan" in sys.modules:
+        sys.modules["peftkit_kernels.core.plan"].clear()
 
 
 @pytest.fixture

@@ -223,6 +223,14 @@ def test_old_plans_are_dropped(monkeypatch):
     assert len(plans.sources) == len(plans._plans) == 3
 
 
+def test_clear_drops_every_plan():
+    plans = _plans(lambda x: x * 2, [TENSOR])
+    plans(torch.ones(2))
+    plan.clear()
+    assert not plans.sources
+    assert torch.equal(plans(torch.ones(2)), torch.full((2,), 2.0))
+
+
 def test_threads_may_share_a_plan():
     plans = _plans()
     wrong = []

@@ -12,6 +12,7 @@ value of each argument that is not a tensor, except seeds. The schedule must not
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -63,6 +64,12 @@ def number(value: Any) -> Any:
 def recorder() -> Recorder | None:
     """The recorder of the schedule that is running, or ``None``."""
     return _recorder.get()
+
+
+def clear() -> None:
+    """Drop all plans of all ops. Needed after a function that schedules call was replaced, as tests do."""
+    for plans in list(_every):
+        plans.clear()
 
 
 class Kind(NamedTuple):
@@ -343,6 +350,12 @@ class Plans:
         self.sources: dict[tuple, str] = {}
         """The source code of each plan, for people."""
         self._signature = _signature_function(kinds)
+        _every.add(self)
+
+    def clear(self) -> None:
+        """Drop all plans."""
+        self._plans.clear()
+        self.sources.clear()
 
     def __call__(self, *args: Any) -> Any:
         """``schedule(*args)``."""
@@ -411,6 +424,9 @@ class Plans:
                 lines.append("".join(f"a{i}_{j}, " for j in range(len(argument))) + f"= a{i}")
         lines += found.finish(result)
         return "\n    ".join([f"def plan({names}):", *lines])
+
+
+_every: weakref.WeakSet[Plans] = weakref.WeakSet()
 
 
 def _signature_function(kinds: Sequence[Kind]) -> Callable[..., tuple]:

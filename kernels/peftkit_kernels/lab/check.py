@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from peftkit_kernels.core import plan
 from peftkit_kernels.lab.case import Case, Sizes
 from peftkit_kernels.lab.cases import FACTOR, OPERATIONS, build, chosen
 from peftkit_kernels.lab.interp import faithful
@@ -48,6 +49,7 @@ def rows(ops: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 def _check(case: Case) -> dict[str, Any]:
+    plan.clear()  # the schedule itself runs first, then its replay
     case = dataclasses.replace(case, call=case.by_rows or case.call)
     truth = case.to(torch.float64).run("reference")
     plain = case.run("reference")

@@ -123,7 +123,7 @@ class TallConfig:
         target: Target,
         mixed: bool = False,
     ) -> TallConfig:
-        """Long chunks, because they make few partial sums; shorter ones if less than three quarters of the GPU would be filled."""
+        """Long chunks, because they make few partial sums; shorter ones if too little of the GPU would be filled."""
         rank, wide = block_r(R), itemsize == 4
         if with_p:
             # unless 8 divides R, rows of s and b are read element by element, and 512 columns spill kilobytes
@@ -153,12 +153,21 @@ class TallConfig:
             block_m, block_c, num_warps = 32, 32 if wide else block_c, 8
             if mixed and dropout and aligned:
                 block_m, block_c = 64, 128  # for enough bytes in flight
-        num_stages = 2
+        num_stages, fill = 2, 3
+        if target.capability == 90 and aligned and not (wide or mixed or dropout) and rank <= 64:
+            # measured on an H100: 0.74 to 0.8 of the time of the tiles above, for 1024 to 14336 columns
+            if not with_p:
+                block_m, block_c, num_warps, num_stages = 64, 128, 4, 3
+                fill = 6 if rank <= 32 else 3
+            elif rank == 16 and R % 8 == 0:
+                block_m, block_c, num_warps, num_stages = 64, 256, 4, 3
         if not aligned:
             # single elements of 2 bytes cannot be copied asynchronously, so a second buffer would only take registers
             block_c, num_warps, num_stages = block_c // 2, 8, 1
         chunk_m = 1024
-        while chunk_m > _MIN_CHUNK_M and 4 * cdiv(M, chunk_m) * cdiv(C, block_c) < 3 * target.sms:
+        while (
+            chunk_m > _MIN_CHUNK_M and 4 * cdiv(M, chunk_m) * cdiv(C, block_c) < fill * target.sms
+        ):
             chunk_m //= 2
         return cls(block_m, block_c, chunk_m, num_warps, num_stages)
 
