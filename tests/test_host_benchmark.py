@@ -1,0 +1,65 @@
+"""The benchmark of the host's time: it takes the way of a GPU, counts every launch, and plans each call once."""
+
+import json
+
+import pytest
+import torch
+from test_benchmarks import load_script
+
+from peftkit_kernels.core.plan import Plans
+from peftkit_kernels.launch import Target, counting, runs_dry
+from peftkit_kernels.lora_linear import lora_linear
+from peftkit_kernels.low_rank import LoRA
+
+H100 = Target("cuda:90", 132)
+
+
+@pytest.fixture(scope="module")
+def host():
+    return load_script("host")
+
+
+@pytest.fixture
+def quick(host, monkeypatch):
+    monkeypatch.setattr(host, "CALLS", 1)
+    monkeypatch.setattr(host, "ROUNDS", 1)
+    monkeypatch.setattr(host, "save", lambda result, name: None)
+    return host
+
+
+def test_rows_and_the_launches_of_today(quick, tmp_path, capsys):
+    file = tmp_path / "host.json"
+    quick.run(quick.argparse.Namespace(json=file))
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["what"] for row in rows] == list(quick.CASES)
+    assert all(row["peftkit_us"] > 0 and row["peft_us"] > 0 for row in rows)
+    launches = [row["launches"] for row in rows]
+    assert launches[0] <= 9
+    assert launches[2] <= 51
+    assert capsys.readouterr().out.count("|") == 6 * (2 + len(rows))
+
+
+def _linear():
+    x = torch.randn(8, 32, requires_grad=True)
+    lora = LoRA(torch.randn(4, 32).requires_grad_(), torch.randn(16, 4).requires_grad_(), 1.0)
+    return x, torch.randn(16, 32), lora
+
+
+def test_counting_takes_the_way_of_a_gpu_on_any_device():
+    x, weight, lora = _linear()
+    with counting(H100) as counter:
+        assert runs_dry()
+        lora_linear(x, weight, None, lora).sum().backward()
+        first = counter.launches
+        lora_linear(x, weight, None, lora).sum().backward()
+    assert not runs_dry()
+    assert counter.launches == 2 * first > 0
+    assert lora.A.grad.shape == lora.A.shape
+
+
+def test_a_repeated_call_does_not_run_the_schedule_again(monkeypatch):
+    x, weight, lora = _linear()
+    with counting(H100):
+        lora_linear(x, weight, None, lora).sum().backward()
+        monkeypatch.setattr(Plans, "_record", None)
+        lora_linear(x, weight, None, lora).sum().backward()
