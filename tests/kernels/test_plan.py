@@ -215,6 +215,20 @@ def test_empty_tensors_run_the_schedule():
     assert not plans.sources
 
 
+class _Subclass(torch.Tensor):
+    """A tensor with code of its own."""
+
+
+def test_subclasses_are_left_to_torch():
+    seen = []
+    plans = _plans(lambda x: x * 2, [TENSOR], otherwise=lambda x: (seen.append(type(x)), x * 2)[1])
+    x = torch.ones(2)
+    for tensor in (x, torch.nn.Parameter(x), x.as_subclass(_Subclass), x):
+        assert torch.equal(plans(tensor).detach().as_subclass(torch.Tensor), x * 2)
+    assert seen == [_Subclass]
+    assert len(plans.sources) == 2
+
+
 def test_old_plans_are_dropped(monkeypatch):
     monkeypatch.setattr(plan, "MAX_PLANS", 3)
     plans = _plans(lambda x: x * 2, [TENSOR])

@@ -389,3 +389,43 @@ def test_opcheck():
         arguments = triton_impl.without_gaps(biases, loras)
         op = torch.ops.peftkit.lora_swiglu_mlp.default
         torch.library.opcheck(op, (x, weights, *arguments, "gelu"))
+
+
+@pytest.mark.parametrize("std", [0.001, 0.01, 0.1])
+def test_small_updates_survive_in_bfloat16_better_than_in_plain_torch(std):
+    """Plain torch rounds each product, each update and each sum; the kernels add gate's and up's updates in float32."""
+    generator = torch.Generator().manual_seed(0)
+    M, D, inner, R = 64, 64, 96, 8
+    sizes = [(inner, D), (inner, D), (D, inner)]
+
+    def normal(*shape, size):
+        return (torch.randn(shape, generator=generator) * size).to(torch.bfloat16)
+
+    x = normal(M, D, size=1.0)
+    weights = [normal(n, k, size=k**-0.5) for n, k in sizes]
+    loras = [LoRA(normal(R, k, size=k**-0.5), normal(n, R, size=std), 2.0) for n, k in sizes]
+    untrained = [replace(lora, B=torch.zeros_like(lora.B)) for lora in loras]
+
+    def plain(loras, dtype):
+        def linear(x, weight, lora):
+            A, B = lora.A.to(dtype), lora.B.to(dtype)
+            return x @ weight.to(dtype).t() + (x @ A.t() @ B.t()) * lora.scale
+
+        gate, up, down = zip(weights, loras, strict=True)
+        rows = x.to(dtype)
+        return linear(torch.nn.functional.silu(linear(rows, *gate)) * linear(rows, *up), *down)
+
+    def ours(loras):
+        return lora_swiglu_mlp(x, weights, [None] * 3, loras, "silu", backend="triton")
+
+    truth = plain(loras, torch.float64)
+    effect = truth - plain(untrained, torch.float64)
+
+    def errors(y, without):
+        y, without = y.double(), without.double()
+        return (y - truth).norm(), (y - without - effect).norm()
+
+    error, lost = errors(ours(loras), ours(untrained))
+    plain_error, plain_lost = errors(plain(loras, torch.bfloat16), plain(untrained, torch.bfloat16))
+    assert error <= 0.8 * plain_error
+    assert lost <= 0.8 * plain_lost

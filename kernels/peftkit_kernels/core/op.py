@@ -51,7 +51,9 @@ class Op:
             kind.is_list and kind.role == "tensor"
             for kind in (*self.kinds, *(_kind(a) for a in parsed.returns))
         )
-        self._plans = Plans(schedule, self.kinds, looks_at_storage=looks_at_storage)
+        self._plans = Plans(
+            schedule, self.kinds, otherwise=self.library, looks_at_storage=looks_at_storage
+        )
 
     def __call__(self, *args: Any) -> Any:
         """The result of the schedule. Autograd does not see the call."""

@@ -335,6 +335,7 @@ class Plans:
     Args:
         schedule: The function. It does not change its arguments.
         kinds: The kind of each of its arguments.
+        otherwise: Computes the same if a tensor is a subclass, which may need its own code: kernels read plain memory.
         looks_at_storage: Whether the schedule asks which of its tensors are parts of one buffer.
     """
 
@@ -343,8 +344,10 @@ class Plans:
         schedule: Callable[..., Any],
         kinds: Sequence[Kind],
         *,
+        otherwise: Callable[..., Any] | None = None,
         looks_at_storage: bool = False,
     ):
+        self._otherwise = otherwise or schedule
         self._schedule, self._kinds, self._looks_at_storage = schedule, kinds, looks_at_storage
         self._plans: dict[tuple, Callable[..., Any]] = {}
         self.sources: dict[tuple, str] = {}
@@ -379,6 +382,8 @@ class Plans:
                 parts = [Seed(name, seed) for name, seed in zip(names, parts, strict=True)]
             marked.append(parts if kind.is_list else parts[0])
         tensors = list(inputs.values())
+        if any(type(t) not in _PLAIN for t in tensors):
+            return self._otherwise(*args)
         if any(not t.numel() for t in tensors) or (
             not self._looks_at_storage and _overlap(tensors)
         ):
@@ -426,12 +431,13 @@ class Plans:
         return "\n    ".join([f"def plan({names}):", *lines])
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _every: weakref.WeakSet[Plans] = weakref.WeakSet()
 
 
 def _signature_function(kinds: Sequence[Kind]) -> Callable[..., tuple]:
     """A function of the arguments of a schedule that returns their signature."""
-    facts = "({0}.shape, {0}.stride(), {0}.dtype, {0}.device, {0}.data_ptr() & 15)"
+    facts = "({0}.__class__, {0}.shape, {0}.stride(), {0}.dtype, {0}.device, {0}.data_ptr() & 15)"
     parts = ["precision()"]
     for i, kind in enumerate(kinds):
         if kind.role == "tensor":
