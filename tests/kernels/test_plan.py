@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peftkit_kernels.core import plan
-from peftkit_kernels.core.plan import Kind, Plans, Seed, Unplannable
+from peftkit_kernels.core.plan import Kind, Plans, Seed
 
 TENSOR, TENSORS = Kind("tensor", False), Kind("tensor", True)
 VALUE, SEED, SEEDS = Kind("value", False), Kind("seed", False), Kind("seed", True)
@@ -145,15 +145,22 @@ def test_equal_seeds_are_equal():
 @pytest.mark.parametrize(
     "schedule", [lambda x: x * x.sum().item(), lambda x: x if x.any() else -x], ids=["item", "if"]
 )
-def test_reading_a_value_is_refused(schedule):
-    with pytest.raises(Unplannable, match="reads the value of a tensor"):
-        _plans(schedule, [TENSOR])(torch.ones(2))
+def test_a_schedule_that_reads_a_value_is_not_planned(schedule):
+    plans = _plans(schedule, [TENSOR])
+    with pytest.warns(UserWarning, match="reads the value of a tensor .* runs its Python in every"):
+        plans(torch.ones(2))
+    for x in (torch.full((2,), 3.0), torch.zeros(2)):
+        assert torch.equal(plans(x), schedule(x))
+    assert not plans.sources
 
 
-def test_a_tensor_that_is_neither_argument_nor_made_is_refused():
+def test_a_tensor_that_is_neither_argument_nor_made_is_not_planned():
     hidden = torch.ones(2)
-    with pytest.raises(Unplannable, match="neither an argument nor made by the schedule"):
-        _plans(lambda x: x + hidden, [TENSOR])(torch.ones(2))
+    plans = _plans(lambda x: x + hidden, [TENSOR])
+    with pytest.warns(UserWarning, match="neither an argument of a schedule nor made by it"):
+        plans(torch.ones(2))
+    hidden = torch.full((2,), 5.0)
+    assert torch.equal(plans(torch.ones(2)), torch.full((2,), 6.0))
 
 
 def test_tables_made_by_an_import_are_ignored():

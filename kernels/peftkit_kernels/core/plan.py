@@ -12,6 +12,7 @@ value of each argument that is not a tensor, except seeds. The schedule must not
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -200,7 +201,7 @@ class Recorder(TorchDispatchMode):
             return  # of tensors that the plan does not know: the import of a module that makes a table, for instance
         if not outputs and not changes:
             if read:
-                raise Unplannable(f"{func} reads the value of a tensor")
+                raise Unplannable(f"{func} reads the value of a tensor in a schedule")
         elif name == "aten::resize_":
             # of a tensor that the schedule has made: the same elements in another shape
             self._bases[_key(result)] = self._made[_storage(result)]
@@ -267,7 +268,7 @@ class Recorder(TorchDispatchMode):
             return self._bases[_key(t)]
         except KeyError:
             raise Unplannable(
-                f"a tensor {tuple(t.shape)} is neither an argument nor made by the schedule"
+                f"a tensor {tuple(t.shape)} is neither an argument of a schedule nor made by it"
             ) from None
 
     def _name(self, t: Tensor) -> str:
@@ -393,14 +394,18 @@ class Plans:
         try:
             with found:
                 result = self._schedule(*marked)
+            source = self._source(args, tensors[0].device, found, result)
+        except Unplannable as error:
+            warnings.warn(f"{error}, so this operation runs its Python in every call", stacklevel=2)
+            self._plans[signature] = self._schedule
+            return self._schedule(*args)
         finally:
             _recorder.reset(token)
         if len(self._plans) >= MAX_PLANS:
             oldest = next(iter(self._plans))
             self._plans.pop(oldest, None)
             self.sources.pop(oldest, None)
-        self.sources[signature] = source = self._source(args, tensors[0].device, found, result)
-        scope = found.constants
+        self.sources[signature], scope = source, found.constants
         exec(source, scope)
         self._plans[signature] = scope["plan"]
         return result
