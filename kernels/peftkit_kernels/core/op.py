@@ -51,7 +51,7 @@ class Op:
             kind.is_list and kind.role == "tensor"
             for kind in (*self.kinds, *(_kind(a) for a in parsed.returns))
         )
-        self._plans = Plans(
+        self.plans = Plans(
             schedule, self.kinds, otherwise=self.library, looks_at_storage=looks_at_storage
         )
 
@@ -63,7 +63,7 @@ class Op:
 
     def compute(self, args: Sequence[Any]) -> Any:
         """The result of the schedule, for an eager call."""
-        return self._schedule(*args) if is_recording() else self._plans(*args)
+        return self._schedule(*args) if is_recording() else self.plans(*args)
 
 
 def _kind(argument: Any) -> Kind:
