@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 NATIVE = "peftkit_sdpa"
-"""Name of the attention function that runs the native passes."""
+"""Name of peftkit's attention function, which replaces ``sdpa`` (``fuse.attention``)."""
 
 
 class _Config:

@@ -1,7 +1,7 @@
 """Declares an op to torch: as a ``torch.library`` op, which tracers record, and by launch plans for eager calls.
 
-``torch.compile`` and other tracers see one opaque operation. An eager call does not pay for torch.library's dispatch (30
-microseconds and more, and three times that for a backward): its autograd function calls the schedule's launch plan.
+``torch.compile`` and other tracers see one opaque operation. An eager call does not pay for torch.library's dispatch: its autograd
+function calls the schedule's launch plan.
 """
 
 from __future__ import annotations

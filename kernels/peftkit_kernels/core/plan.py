@@ -1,11 +1,11 @@
 """Launch plans: a schedule runs once for each signature of its arguments; later calls replay what it did.
 
 A schedule is ordinary Python: it chooses configurations, allocates, calls torch operations and launches kernels. On a GPU this
-costs the host more than the kernels of a small layer take. So the first call with a signature runs the schedule under a
+can take longer than the kernels themselves. So the first call with a signature runs the schedule under a
 recorder, which writes down every torch operation and every launch as a line of Python. These lines are the plan, a function of
 the same arguments: it allocates, passes pointers to compiled kernels, and decides nothing. ``Plans.sources`` has its text.
 
-A signature is everything that a schedule may decide by: shape, strides, dtype, device and alignment of each tensor, and the
+A signature is everything that a schedule may decide by: class, shape, strides, dtype, device and alignment of each tensor, and the
 value of each argument that is not a tensor, except seeds. The schedule must not look at the values of its tensors.
 """
 
