@@ -67,7 +67,9 @@ class FusedAttention(OwnAttention, Fused):
         name = self.__dict__["config"]._attn_implementation
         if name != "sdpa":
             return Reason(f"the model's attention is {name}")
-        return _replaced(self) or _dropout_reason(self) or _dtype_reason(self) or attention_forward
+        return (
+            _replaced(self) or _dropout_reason(self) or _support_reason(self) or attention_forward
+        )
 
     def peftkit_example(self) -> Any:
         """``None``: the decision does not depend on the input."""
@@ -183,8 +185,11 @@ def _dropout_reason(module: nn.Module) -> Reason | None:
     return Reason(_DROPS.format(rate)) if isinstance(rate, float) and rate > 0.0 else None
 
 
-def _dtype_reason(module: nn.Module) -> Reason | None:
-    """The reason if our function does not compute in the dtype of queries and keys, or ``None``. It is that of the frozen weights."""
+def _support_reason(module: nn.Module) -> Reason | None:
+    """The reason if our function does not run on the module's device or in the dtype of its queries and keys, or ``None``.
+
+    Their dtype is that of the frozen weights.
+    """
     weights = [p.dtype for p in module.parameters() if p.is_floating_point()]
     frozen = [p.dtype for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
     dtype = next(iter(frozen or weights), torch.float32)

@@ -397,18 +397,21 @@ class Plans:
             source = self._source(args, tensors[0].device, found, result)
         except Unplannable as error:
             warnings.warn(f"{error}, so this operation runs its Python in every call", stacklevel=2)
-            self._plans[signature] = self._schedule
+            self._store(signature, self._schedule)
             return self._schedule(*args)
         finally:
             _recorder.reset(token)
+        self.sources[signature], scope = source, found.constants
+        exec(source, scope)
+        self._store(signature, scope["plan"])
+        return result
+
+    def _store(self, signature: tuple, plan: Callable[..., Any]) -> None:
         if len(self._plans) >= MAX_PLANS:
             oldest = next(iter(self._plans))
             self._plans.pop(oldest, None)
             self.sources.pop(oldest, None)
-        self.sources[signature], scope = source, found.constants
-        exec(source, scope)
-        self._plans[signature] = scope["plan"]
-        return result
+        self._plans[signature] = plan
 
     def _source(
         self, args: Sequence[Any], device: torch.device, found: Recorder, result: Any
