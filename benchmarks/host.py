@@ -24,8 +24,8 @@ from overhead import timed
 from report import environment, machine, save
 from torch import Tensor, nn
 
-from peftkit_kernels.calibration import Calibration
-from peftkit_kernels.launch import Target, counting
+from peftkit_kernels.core.calibration import Calibration
+from peftkit_kernels.core.launch import Target, counting
 
 # with any width the schedule of large layers
 H100 = Target("cuda:90", 132, Calibration(fused_width=0))

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from report import environment, machine, save, update_readme
 
-from peftkit_kernels import calibration
-from peftkit_kernels.dispatch import triton_obstacle
+from peftkit_kernels.core import calibration
+from peftkit_kernels.core.dispatch import triton_obstacle
 from peftkit_kernels.lab.case import Case, Sizes
 from peftkit_kernels.lab.cases import FACTOR, OPERATIONS, build
 from peftkit_kernels.testing import assert_no_worse_than
@@ -332,9 +332,9 @@ def fused_width(timer: Callable[[Call], float]) -> int:
 
 def small_m(timer: Callable[[Call], float]) -> int:
     """The largest number of rows at which decoding an NF4 weight inside the product is no slower than decoding it first."""
-    from peftkit_kernels.nf4 import quantize_nf4
-    from peftkit_kernels.quantized import decode_triton
-    from peftkit_kernels.quantized_linear import triton_impl
+    from peftkit_kernels.ops.quantized_linear import triton_impl
+    from peftkit_kernels.storage.nf4 import quantize_nf4
+    from peftkit_kernels.storage.quantized import decode_triton
 
     N, K, dtype = 16384, 4096, torch.bfloat16  # enough columns for every GPU
     q = quantize_nf4(torch.randn((N, K), device="cuda", dtype=dtype))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pkgutil
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from peftkit.environment import describe_environment
@@ -41,15 +40,11 @@ def diagnose() -> dict[str, Any]:
 
 
 def operations() -> list[str]:
-    """Return the names of the operations of ``peftkit_kernels``, which are the names of its folders."""
-    import peftkit_kernels
+    """Return the names of the operations of ``peftkit_kernels``, which are the folders of its ops and kinds of storage."""
+    from peftkit_kernels import ops, storage
 
-    (folder,) = map(Path, peftkit_kernels.__path__)
-    return sorted(
-        module.name
-        for module in pkgutil.iter_modules([str(folder)])
-        if (folder / module.name / "op.py").is_file()
-    )
+    folders = [*ops.__path__, *storage.__path__]
+    return sorted(module.name for module in pkgutil.iter_modules(folders) if module.ispkg)
 
 
 def _version(package: str) -> str | None:
@@ -60,8 +55,9 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_paths() -> dict[str, str]:
-    from peftkit_kernels import calibration, gemm, native
-    from peftkit_kernels.int8_compute_linear.torch_impl import multiplies_int8
+    from peftkit_kernels import gemm, native
+    from peftkit_kernels.core import calibration
+    from peftkit_kernels.ops.int8_compute_linear.torch_impl import multiplies_int8
 
     return {
         "element-wise passes, attention": native.obstacle() or f"native, {native.description()}",
@@ -75,7 +71,7 @@ def _path(operation: str) -> dict[str, str]:
     """Return the path of one operation, for bfloat16 on a GPU, or for float32 on the CPU if there is no GPU."""
     import torch
 
-    from peftkit_kernels.dispatch import triton_obstacle
+    from peftkit_kernels.core.dispatch import triton_obstacle
     from peftkit_kernels.lab.inventory import OPS
 
     on_gpu = torch.cuda.is_available()

@@ -4,7 +4,7 @@ import torch
 from lora_cases import Shape, gradients
 from op_cases import bottleneck_leaves
 
-from peftkit_kernels.bottleneck import ACTIVATIONS, bottleneck
+from peftkit_kernels.ops.bottleneck import ACTIVATIONS, bottleneck
 
 SCALE = -0.7
 TRAINED = ("x", "down", "bias_down", "up", "bias_up")

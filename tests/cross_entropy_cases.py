@@ -3,8 +3,8 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftkit_kernels.linear_cross_entropy import linear_cross_entropy
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORE = -100
 LORA_SCALE = 0.5

@@ -4,7 +4,7 @@ import op_cases
 import torch
 from lora_cases import activation_and_slope, draw, gradients
 
-from peftkit_kernels.dora_scale import Scale, dora_gate, dora_scale
+from peftkit_kernels.ops.dora_scale import Scale, dora_gate, dora_scale
 from peftkit_kernels.testing import Bound
 
 TRAINED = ("z", "magnitude", "bias")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from peftkit_kernels.dropout import dropout_mask, keep_scale
+from peftkit_kernels.core.dropout import dropout_mask, keep_scale
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.testing import Bound
 

@@ -3,7 +3,7 @@
 import torch
 from lora_cases import Shape, draw, gradients
 
-from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
+from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
 
 INNER = 21
 LINEARS = ("_gate", "_up", "_down")

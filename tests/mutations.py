@@ -87,9 +87,9 @@ MUTATIONS = [
         ("int32", "y_ptr + offs_m.to(tl.int64)[:, None]", "y_ptr + offs_m[:, None]", _GEMM),
         ("rule", "tile_n * BLOCK_N, tl.cdiv(N, 8)", "0, tl.cdiv(N, 8)", _GEMM),
     ),
-    *bugs_of("tiles", "kept", ("rule", "n_rounds=7", "n_rounds=10", _RULE)),
+    *bugs_of("core.tiles", "kept", ("rule", "n_rounds=7", "n_rounds=10", _RULE)),
     *bugs_of(
-        "tiles",
+        "core.tiles",
         "mixed_dot",
         ("rule", "tl.dot(a, middle, tl.dot(a, low, acc))", "tl.dot(a, middle, acc)", _BFLOAT16),
         ("rule", "tl.dot(middle, b, tl.dot(low, b, acc))", "tl.dot(middle, b, acc)", _BFLOAT16),
@@ -98,17 +98,17 @@ MUTATIONS = [
         ("scale", "tl.dot(a_low, b_high, acc)", "acc", _WIDE),
     ),
     *bugs_of(
-        "tiles",
+        "core.tiles",
         "assume_multiple_of",
         ("stride", "n // STEP * STEP", "n // STEP", _BOTH),
     ),
     *bugs_of(
-        "tiles",
+        "core.tiles",
         "grouped_tile",
         ("tile", "program % size % height,", "program % size % GROUP,", _GEMM),
     ),
     *bugs_of(
-        "linear_cross_entropy.kernels",
+        "ops.linear_cross_entropy.kernels",
         "xent_kernel",
         (
             "stride",
@@ -136,7 +136,7 @@ MUTATIONS = [
         ),
     ),
     *bugs_of(
-        "linear_cross_entropy.kernels",
+        "ops.linear_cross_entropy.kernels",
         "xent_kernel",
         ("scale", "factor = logit_scale", "factor = 1.0", _loss("every_option_of_a_row")),
         (
@@ -154,7 +154,7 @@ MUTATIONS = [
         ),
     ),
     *bugs_of(
-        "frozen_norm.kernels",
+        "ops.frozen_norm.kernels",
         "norm_forward_kernel",
         ("stride", "rows * stride_ym", "rows * stride_xm", _norm("within_the_error_bound")),
         (
@@ -184,7 +184,7 @@ MUTATIONS = [
         ),
     ),
     *bugs_of(
-        "frozen_norm.kernels",
+        "ops.frozen_norm.kernels",
         "norm_backward_kernel",
         ("stride", "rows * stride_dym", "rows * stride_dxm", _norm("within_the_error_bound")),
         ("scale", "(dx * rstd)", "dx", _norm("within_the_error_bound")),
@@ -203,7 +203,7 @@ MUTATIONS = [
         ("rule", "dx -= (tl.sum(u, 1) / K)[:, None]", "dx -= 0.0", _norm("within_the_error_bound")),
     ),
     *bugs_of(
-        "lora_swiglu_mlp.kernels",
+        "ops.lora_swiglu_mlp.kernels",
         "gate_forward_kernel",
         (
             "stride",
@@ -239,7 +239,7 @@ MUTATIONS = [
         ),
     ),
     *bugs_of(
-        "lora_swiglu_mlp.kernels",
+        "ops.lora_swiglu_mlp.kernels",
         "gate_backward_kernel",
         (
             "stride",
@@ -275,7 +275,7 @@ MUTATIONS = [
         ("rule", "dh * up * slope", "dh * up", _gate("within_the_error_bound")),
     ),
     *bugs_of(
-        "bottleneck.kernels",
+        "ops.bottleneck.kernels",
         "_narrow",
         (
             "stride",
@@ -297,13 +297,13 @@ MUTATIONS = [
         ),
     ),
     *bugs_of(
-        "bottleneck.kernels",
+        "ops.bottleneck.kernels",
         "_widen",
         ("scale", "y *= scale", "y *= 1.0", _bottleneck("scale")),
         ("rule", "if ADD:", "if not ADD:", _bottleneck("within_the_error_bound")),
     ),
     *bugs_of(
-        "bottleneck.kernels",
+        "ops.bottleneck.kernels",
         "bottleneck_forward_kernel",
         (
             "int32",
@@ -319,7 +319,7 @@ MUTATIONS = [
         ),
     ),
     *bugs_of(
-        "bottleneck.kernels",
+        "ops.bottleneck.kernels",
         "bottleneck_backward_kernel",
         ("stride", "rows * stride_dhm", "rows * stride_dym", _bottleneck("strides_and_offsets")),
         ("scale", "da = scale * ", "da = ", _bottleneck("scale")),
@@ -332,7 +332,7 @@ MUTATIONS = [
         ("rule", "(da * slope)", "da", _bottleneck("within_the_error_bound")),
     ),
     *bugs_of(
-        "grouped_lora.kernels",
+        "ops.grouped_lora.kernels",
         "grouped_shrink_kernel",
         (
             "stride",
@@ -367,7 +367,7 @@ MUTATIONS = [
         ),
     ),
     *bugs_of(
-        "grouped_lora.kernels",
+        "ops.grouped_lora.kernels",
         "grouped_expand_kernel",
         (
             "stride",
@@ -385,7 +385,7 @@ MUTATIONS = [
         ("rule", "tl.where(listed, R, 0)", "R", _grouped("within_the_error_bound")),
     ),
     *bugs_of(
-        "grouped_lora.kernels",
+        "ops.grouped_lora.kernels",
         "grouped_tall_kernel",
         (
             "mask",
@@ -408,7 +408,7 @@ MUTATIONS = [
         ),
     ),
     *bugs_of(
-        "grouped_lora.kernels",
+        "ops.grouped_lora.kernels",
         "grouped_sum_kernel",
         (
             "tile",
@@ -424,7 +424,7 @@ MUTATIONS = [
         ),
     ),
     *bugs_of(
-        "prefix_attention.kernels",
+        "ops.prefix_attention.kernels",
         "_rows",
         ("mask", "(offs_s < S)[:, None]", "(offs_s < S + 1)[:, None]", _prefix("merge")),
         ("race", "tl.program_id(1) * BLOCK_S + ", "", _prefix("merge")),
@@ -432,7 +432,7 @@ MUTATIONS = [
         ("stride", "* H + pid % H", "* H + pid // H", _prefix("merge")),
     ),
     *bugs_of(
-        "prefix_attention.kernels",
+        "ops.prefix_attention.kernels",
         "merge_kernel",
         (
             "scale",
@@ -443,7 +443,7 @@ MUTATIONS = [
         ("rule", "o2 * (e2 / total)", "o2 * e2", _prefix("merge")),
     ),
     *bugs_of(
-        "prefix_attention.kernels",
+        "ops.prefix_attention.kernels",
         "gate_grad_kernel",
         ("rule", "tl.sum(dout * o2, 1)", "tl.sum(do2 * o2, 1)", _prefix("gate_and_its_gradient")),
         (

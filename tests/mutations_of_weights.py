@@ -11,7 +11,7 @@ _scale = tests_of("dora_scale")
 
 MUTATIONS_OF_WEIGHTS = [
     *bugs_of(
-        "nf4.kernels",
+        "storage.nf4.kernels",
         "decode_words",
         (
             "rule",
@@ -21,7 +21,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "nf4.kernels",
+        "storage.nf4.kernels",
         "block_absmax",
         (
             "scale",
@@ -37,7 +37,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "nf4.kernels",
+        "storage.nf4.kernels",
         "dequantize_kernel",
         ("stride", "rows * stride_om", "rows * K", _nf4("out_may_be_any_window")),
         (
@@ -60,7 +60,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "nf4.kernels",
+        "storage.nf4.kernels",
         "quantize_kernel",
         (
             "mask",
@@ -88,7 +88,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "int8.kernels",
+        "storage.int8.kernels",
         "dequantize_kernel",
         ("stride", "columns * stride_ck", "columns", _int8("codes_and_out_may_have_any_strides")),
         (
@@ -107,7 +107,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "quantized_linear.kernels",
+        "ops.quantized_linear.kernels",
         "_finish",
         ("rule", "if share == 0:", "if share >= 0:", _few_rows("any_width")),
         (
@@ -130,7 +130,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "quantized_linear.kernels",
+        "ops.quantized_linear.kernels",
         "nf4_small_m_kernel",
         (
             "tile",
@@ -147,7 +147,7 @@ MUTATIONS_OF_WEIGHTS = [
         ("scale", " * absmax[None, :]", "", _few_rows("within_the_error_bound")),
     ),
     *bugs_of(
-        "quantized_linear.kernels",
+        "ops.quantized_linear.kernels",
         "int8_small_m_kernel",
         ("stride", "[None, :] * stride_ck", "[None, :]", _few_rows("codes_may_have_any_strides")),
         (
@@ -165,7 +165,7 @@ MUTATIONS_OF_WEIGHTS = [
         ("scale", "row_absmax, 127.0", "row_absmax, 128.0", _few_rows("within_the_error_bound")),
     ),
     *bugs_of(
-        "int8_compute_linear.kernels",
+        "ops.int8_compute_linear.kernels",
         "quantize_kernel",
         (
             "stride",
@@ -200,7 +200,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "int8_compute_linear.kernels",
+        "ops.int8_compute_linear.kernels",
         "int8_gemm_kernel",
         (
             "stride",
@@ -235,7 +235,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "dora.kernels",
+        "ops.dora.kernels",
         "norm_kernel",
         ("stride", "[None, :] * stride_wk", "[None, :]", _dora("norm_of_strided_weights")),
         ("mask", "mask_k = offs_k < K", "mask_k = offs_k < K + 1", _dora("norm")),
@@ -251,7 +251,7 @@ MUTATIONS_OF_WEIGHTS = [
         ("rule", "step * step", "step", _dora("norm")),
     ),
     *bugs_of(
-        "dora.kernels",
+        "ops.dora.kernels",
         "magnitude_grad_kernel",
         ("stride", "rows * stride_dm", "rows * N", _dora("strided_inputs_and_gradients")),
         ("mask", "(offs_m < M)[:, None]", "(offs_m < M + 1)[:, None]", _dora("magnitude_grad")),
@@ -259,13 +259,13 @@ MUTATIONS_OF_WEIGHTS = [
         ("rule", " - bias[None, :]", "", _dora("magnitude_grad")),
     ),
     *bugs_of(
-        "dora_scale.kernels",
+        "ops.dora_scale.kernels",
         "_of_columns",
         ("mask", "ptr + offs_n, mask=mask_n, other=0.0", "ptr + offs_n", _scale("any_shape")),
         ("rule", "(BLOCK_N,), absent", "(BLOCK_N,), 0.0", _scale("absent_parts")),
     ),
     *bugs_of(
-        "dora_scale.kernels",
+        "ops.dora_scale.kernels",
         "scale_kernel",
         ("stride", "rows * stride_zm", "rows * N", _scale("within_the_error_bound")),
         ("mask", "mask_n = offs_n < N", "mask_n = offs_n < N + 1", _scale("any_shape")),
@@ -281,7 +281,7 @@ MUTATIONS_OF_WEIGHTS = [
         ("rule", "z * g + bias", "(z + bias) * g", _scale("any_shape")),
     ),
     *bugs_of(
-        "dora_scale.kernels",
+        "ops.dora_scale.kernels",
         "scale_backward_kernel",
         ("stride", "rows * stride_dym", "rows * N", _scale("within_the_error_bound")),
         ("stride", "(DG + DBIAS) * N", "DBIAS * N", _scale("any_shape")),
@@ -304,7 +304,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "dora_scale.kernels",
+        "ops.dora_scale.kernels",
         "scaled_gate_kernel",
         (
             "stride",
@@ -325,7 +325,7 @@ MUTATIONS_OF_WEIGHTS = [
         ("rule", "e * g_gate + bias_gate", "e * g_gate + bias_up", _scale("gate_of_any_shape")),
     ),
     *bugs_of(
-        "dora_scale.kernels",
+        "ops.dora_scale.kernels",
         "scaled_gate_backward_kernel",
         (
             "stride",

@@ -3,7 +3,7 @@
 import torch
 from lora_cases import draw
 
-from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
+from peftkit_kernels.ops.frozen_norm import frozen_layer_norm, frozen_rms_norm
 from peftkit_kernels.testing import Bound
 
 EPS = 1e-5

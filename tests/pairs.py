@@ -12,11 +12,11 @@ from peft.tuners.lora.layer import Linear
 
 from peftkit import accelerate
 from peftkit.find.targets import all_linear
-from peftkit_kernels.dora_scale.torch_impl import DoRAGate, DoRAScale
-from peftkit_kernels.frozen_norm.torch_impl import FrozenLayerNorm, FrozenRMSNorm
-from peftkit_kernels.lora_linear.torch_impl import LoRALinear
-from peftkit_kernels.lora_qkv.torch_impl import LoRAQKV
-from peftkit_kernels.lora_swiglu_mlp.torch_impl import LoRASwiGLUMLP
+from peftkit_kernels.ops.dora_scale.torch_impl import DoRAGate, DoRAScale
+from peftkit_kernels.ops.frozen_norm.torch_impl import FrozenLayerNorm, FrozenRMSNorm
+from peftkit_kernels.ops.lora_linear.torch_impl import LoRALinear
+from peftkit_kernels.ops.lora_qkv.torch_impl import LoRAQKV
+from peftkit_kernels.ops.lora_swiglu_mlp.torch_impl import LoRASwiGLUMLP
 
 OPS = (
     *(LoRALinear, LoRAQKV, LoRASwiGLUMLP),

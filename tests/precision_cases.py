@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from lora_cases import draw
 from op_cases import Case, build
 
-from peftkit_kernels.int8_compute_linear import int8_compute_linear_reference
-from peftkit_kernels.linear_cross_entropy import linear_cross_entropy
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.quantized import dequantize_reference
+from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear_reference
+from peftkit_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from peftkit_kernels.storage.quantized import dequantize_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PAIRS = [(x, factors) for x in DTYPES for factors in DTYPES]

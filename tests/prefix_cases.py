@@ -4,7 +4,7 @@ import torch
 from attention_bounds import attention_bounds
 from lora_cases import gradients
 
-from peftkit_kernels.prefix_attention import prefix_attention
+from peftkit_kernels.ops.prefix_attention import prefix_attention
 
 NAMES = ("q", "k", "v", "prefix_k", "prefix_v")
 SHAPES = {

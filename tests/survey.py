@@ -16,7 +16,7 @@ from peftkit.compatibility.tiny import shrink, tiny_model
 from peftkit.fuse.norm import fuse_norms
 from peftkit.fuse.plan import Reason
 from peftkit.fuse.recognise import NormFormula, recognise_gated_mlp, recognise_norm
-from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
+from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MLP_NAMES = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftkit_kernels.calibration import Calibration
+from peftkit_kernels.core.calibration import Calibration
 from peftkit_kernels.lab.case import Sizes
 from peftkit_kernels.lab.cases import OPERATIONS
 from peftkit_kernels.low_rank import passes
@@ -98,7 +98,7 @@ def test_rows_hold_medians_in_milliseconds_beside_eager(operations):
 
 
 def test_nothing_is_timed_before_it_is_right(operations, monkeypatch):
-    from peftkit_kernels.lora_linear import torch_impl
+    from peftkit_kernels.ops.lora_linear import torch_impl
 
     monkeypatch.setattr(torch_impl, "project", lambda x, weight, *rest: x @ weight.t() + 1)
     clock = Clock()
@@ -158,9 +158,9 @@ def test_calibration_asks_the_clock_for_both_schedules(operations, monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda *_: ran.append("decoded before"))
     monkeypatch.setattr(passes, "gemm_lora", lambda *a, **k: ran.append("fused"))
     monkeypatch.setattr(passes, "expand", lambda *a, **k: ran.append("added") or real(4, 4))
-    monkeypatch.setattr("peftkit_kernels.nf4.quantize_nf4", lambda w: w)
-    monkeypatch.setattr("peftkit_kernels.quantized.decode_triton", lambda q, dtype: q)
-    small_m = "peftkit_kernels.quantized_linear.triton_impl.small_m"
+    monkeypatch.setattr("peftkit_kernels.storage.nf4.quantize_nf4", lambda w: w)
+    monkeypatch.setattr("peftkit_kernels.storage.quantized.decode_triton", lambda q, dtype: q)
+    small_m = "peftkit_kernels.ops.quantized_linear.triton_impl.small_m"
     monkeypatch.setattr(small_m, lambda *a: ran.append("decoded inside"))
     turns = {"fused": iter(range(1000)), "decoded inside": iter(range(1000))}
     wins = {"fused": 3, "decoded inside": 5}

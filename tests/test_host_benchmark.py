@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_benchmarks import load_script
 
+from peftkit_kernels.core.launch import Target, counting, runs_dry
 from peftkit_kernels.core.plan import Plans
-from peftkit_kernels.launch import Target, counting, runs_dry
-from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.lora_linear import lora_linear
 
 H100 = Target("cuda:90", 132)
 

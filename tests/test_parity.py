@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 from peftkit_kernels import native
-from peftkit_kernels.attention.torch_impl import Attention
+from peftkit_kernels.ops.attention.torch_impl import Attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

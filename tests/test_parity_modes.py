@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from peftkit.fuse import compute
-from peftkit_kernels.dropout import dropout_mask, keep_scale
+from peftkit_kernels.core.dropout import dropout_mask, keep_scale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from peftkit_kernels.dropout import dropout_mask, keep_scale
+from peftkit_kernels.core.dropout import dropout_mask, keep_scale
 from peftkit_kernels.lab.interp import faithful
 from peftkit_kernels.lab.traffic import Traffic
 from peftkit_kernels.testing import Bound

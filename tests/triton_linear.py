@@ -4,7 +4,7 @@ import torch
 from lora_cases import draw
 from triton_cases import dropped, scaled
 
-from peftkit_kernels.dropout import dropout_mask
+from peftkit_kernels.core.dropout import dropout_mask
 from peftkit_kernels.testing import Bound
 
 

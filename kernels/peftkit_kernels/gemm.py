@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkit_kernels.modes import hides_native_calls
+from peftkit_kernels.core.modes import hides_native_calls
 
 _MIN_FLOPS = 2 * 64**3
 """A smaller product takes microseconds, and torch's own call has less overhead."""

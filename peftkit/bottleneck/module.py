@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftkit_kernels.bottleneck import ACTIVATIONS as OP_ACTIVATIONS
-from peftkit_kernels.bottleneck import bottleneck
-from peftkit_kernels.dispatch import choose_backend
+from peftkit_kernels.core.dispatch import choose_backend
+from peftkit_kernels.ops.bottleneck import ACTIVATIONS as OP_ACTIVATIONS
+from peftkit_kernels.ops.bottleneck import bottleneck
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **OP_ACTIVATIONS,

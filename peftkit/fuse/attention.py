@@ -23,7 +23,7 @@ from peftkit.attention_dispatch import NATIVE, OwnAttention
 from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
 from peftkit.swap import own_class, swap_in
 from peftkit_kernels import native
-from peftkit_kernels.attention import (
+from peftkit_kernels.ops.attention import (
     HEAD_SIZE_MULTIPLE,
     attention,
     device_obstacle,

@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from peftkit_kernels.checks import autocast_dtype, is_autocast_enabled, without_autocast
-from peftkit_kernels.dispatch import choose_backend
-from peftkit_kernels.dora import dora_linear, dora_norm
-from peftkit_kernels.dora_scale import Scale, dora_gate, dora_scale
-from peftkit_kernels.dropout import draw_seed
-from peftkit_kernels.lora_linear import lora_linear
-from peftkit_kernels.lora_qkv import lora_qkv
-from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
-from peftkit_kernels.lora_swiglu_mlp.config import obstacle as gate_obstacle
+from peftkit_kernels.core.checks import autocast_dtype, is_autocast_enabled, without_autocast
+from peftkit_kernels.core.dispatch import choose_backend
+from peftkit_kernels.core.dropout import draw_seed
 from peftkit_kernels.low_rank import LoRA, adapter_dtype
-from peftkit_kernels.nf4 import NF4Weight
-from peftkit_kernels.quantized import QuantizedWeight
-from peftkit_kernels.quantized_linear import int8_linear, nf4_linear
+from peftkit_kernels.ops.dora import dora_linear, dora_norm
+from peftkit_kernels.ops.dora_scale import Scale, dora_gate, dora_scale
+from peftkit_kernels.ops.lora_linear import lora_linear
+from peftkit_kernels.ops.lora_qkv import lora_qkv
+from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
+from peftkit_kernels.ops.lora_swiglu_mlp.config import obstacle as gate_obstacle
+from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
+from peftkit_kernels.storage.nf4 import NF4Weight
+from peftkit_kernels.storage.quantized import QuantizedWeight
 
 
 class LinearParts(NamedTuple):

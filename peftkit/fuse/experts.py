@@ -14,12 +14,12 @@ from peftkit.fuse.adapter import Adapter, changed_reason, current_adapter, has_h
 from peftkit.fuse.compute import LinearParts, backend_of, linear
 from peftkit.fuse.linear import input_reason
 from peftkit.fuse.plan import Fused, Reason
-from peftkit_kernels.autograd import once_differentiable
-from peftkit_kernels.checks import is_autocast_enabled
-from peftkit_kernels.dispatch import choose_backend, is_transformed
+from peftkit_kernels.core.autograd import once_differentiable
+from peftkit_kernels.core.checks import is_autocast_enabled
+from peftkit_kernels.core.dispatch import choose_backend, is_transformed
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
-from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
 from peftkit_kernels.low_rank import LoRA, cast
+from peftkit_kernels.ops.grouped_lora import grouped_lora, plan_groups
 
 _TRANSFORMED = Reason("under torch.compile and torch.func the experts run their own operations")
 

@@ -23,8 +23,8 @@ from peftkit.fuse.adapter import (
 from peftkit.fuse.compute import LinearParts, backend_of, draw_seeds, linear
 from peftkit.fuse.plan import Fused, Reason
 from peftkit.swap import swap_in
-from peftkit_kernels.checks import is_autocast_enabled
-from peftkit_kernels.dispatch import is_transformed
+from peftkit_kernels.core.checks import is_autocast_enabled
+from peftkit_kernels.core.dispatch import is_transformed
 from peftkit_kernels.low_rank import LoRA
 
 _FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -16,8 +16,8 @@ from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
 from peftkit.fuse.recognise import seal_gated_mlp
 from peftkit.fuse.seal import Seal
 from peftkit.swap import swap_in, swap_out
-from peftkit_kernels.dispatch import is_transformed
-from peftkit_kernels.views import as_one_view
+from peftkit_kernels.core.dispatch import is_transformed
+from peftkit_kernels.core.views import as_one_view
 
 METHOD = "gated MLP"
 

@@ -12,10 +12,10 @@ from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
 from peftkit.fuse.recognise import NormFormula, seal_norm
 from peftkit.fuse.seal import Seal
 from peftkit.swap import swap_in, swap_out
-from peftkit_kernels.checks import is_autocast_enabled
-from peftkit_kernels.dispatch import choose_backend, is_transformed
-from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
-from peftkit_kernels.frozen_norm.config import obstacle
+from peftkit_kernels.core.checks import is_autocast_enabled
+from peftkit_kernels.core.dispatch import choose_backend, is_transformed
+from peftkit_kernels.ops.frozen_norm import frozen_layer_norm, frozen_rms_norm
+from peftkit_kernels.ops.frozen_norm.config import obstacle
 
 METHOD = "frozen norm"
 

@@ -19,10 +19,10 @@ from peftkit.fuse.storage import (
     nf4_repacked,
     nf4_weight,
 )
-from peftkit_kernels.checks import without_autocast
-from peftkit_kernels.dispatch import is_transformed
-from peftkit_kernels.int8 import Int8Weight
-from peftkit_kernels.nf4 import NF4Weight
+from peftkit_kernels.core.checks import without_autocast
+from peftkit_kernels.core.dispatch import is_transformed
+from peftkit_kernels.storage.int8 import Int8Weight
+from peftkit_kernels.storage.nf4 import NF4Weight
 
 _STORAGE = "_peftkit_storage"
 

@@ -20,9 +20,9 @@ from peftkit.fuse.compute import LinearParts, backend_of, draw_seeds, linears
 from peftkit.fuse.linear import FusedLinear, drop_rate
 from peftkit.fuse.plan import Reason
 from peftkit.swap import own_class
-from peftkit_kernels.checks import is_autocast_enabled
-from peftkit_kernels.dispatch import is_transformed
-from peftkit_kernels.lora_qkv.torch_impl import joins_shrinks
+from peftkit_kernels.core.checks import is_autocast_enabled
+from peftkit_kernels.core.dispatch import is_transformed
+from peftkit_kernels.ops.lora_qkv.torch_impl import joins_shrinks
 
 METHOD = "shared input"
 

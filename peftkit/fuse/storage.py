@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from peftkit.fuse.plan import Reason
-from peftkit_kernels.int8 import Int8Weight
-from peftkit_kernels.nf4 import NF4Weight
-from peftkit_kernels.nf4.weight import BLOCKSIZES, NestedAbsmax, level_table
+from peftkit_kernels.storage.int8 import Int8Weight
+from peftkit_kernels.storage.nf4 import NF4Weight
+from peftkit_kernels.storage.nf4.weight import BLOCKSIZES, NestedAbsmax, level_table
 
 
 def nf4_obstacle(base: Any) -> Reason | None:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from peftkit.attention_dispatch import NATIVE, Undispatched
 from peftkit.prefix.flash import by_lengths, flash_obstacle, in_front, is_flash
 from peftkit.prefix.masks import widen
-from peftkit_kernels.attention import native_obstacle
-from peftkit_kernels.dispatch import is_transformed, triton_obstacle
-from peftkit_kernels.prefix_attention import prefix_attention as merged_attention
-from peftkit_kernels.prefix_attention.flash import Pass
+from peftkit_kernels.core.dispatch import is_transformed, triton_obstacle
+from peftkit_kernels.ops.attention import native_obstacle
+from peftkit_kernels.ops.prefix_attention import prefix_attention as merged_attention
+from peftkit_kernels.ops.prefix_attention.flash import Pass
 
 OP = "prefix_attention"
 IMPLEMENTATION = "peftkit_prefix"
@@ -47,7 +47,7 @@ def prefix_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the attention of a module with prefixes. The signature is that of transformers' attention functions.
 
-    Prefixes without a gate share one softmax with the tokens. One call of ``peftkit_kernels.prefix_attention`` computes them
+    Prefixes without a gate share one softmax with the tokens. One call of ``peftkit_kernels.ops.prefix_attention`` computes them
     without copying the keys. If ``obstacle`` gives a reason against this call, the prefixes are concatenated with the keys, and
     the attention function that the model's config names runs.
 

@@ -14,7 +14,7 @@ from peftkit.prefix.attention import (
     standing_gated_obstacle,
     standing_obstacle,
 )
-from peftkit_kernels.dispatch import choose_backend
+from peftkit_kernels.core.dispatch import choose_backend
 
 CHILD = "virtual_tokens"
 """Name of the child module. PEFT assigns every key that contains an adapter's name to this adapter, so the name must not

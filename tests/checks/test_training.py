@@ -191,7 +191,9 @@ def test_adapters_of_a_bf16_base_are_float32_and_as_near_as_plain_torch(method, 
     assert actual.dtype is torch.bfloat16
     truth = logits(trained(wrapped(method, "llama", dtype=torch.bfloat16)).float(), "llama")
     with monkeypatch.context() as patch:
-        patch.setattr("peftkit_kernels.bottleneck.op.choose_backend", lambda *_, **__: "reference")
+        patch.setattr(
+            "peftkit_kernels.ops.bottleneck.op.choose_backend", lambda *_, **__: "reference"
+        )
         patch.setattr("peftkit.prefix.attention.standing_obstacle", lambda *_: "joined keys")
         plain = logits(restore(model), "llama")
     assert_no_worse_than(actual, plain, truth)

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from peftkit import accelerate, explain, restore, wrap
 from peftkit.fuse.attention import FusedAttention
-from peftkit_kernels.attention.torch_impl import Attention
+from peftkit_kernels.ops.attention.torch_impl import Attention
 
 pytestmark = needs_native
 

@@ -14,7 +14,7 @@ from transformers.models.t5gemma.modeling_t5gemma import T5GemmaMLP
 from peftkit import accelerate, explain
 from peftkit.fuse import mlp
 from peftkit.fuse.mlp import FusedGatedMLP, fuse_gated_mlps, share_buffer
-from peftkit_kernels.views import as_one_view
+from peftkit_kernels.core.views import as_one_view
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

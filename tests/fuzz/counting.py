@@ -37,7 +37,7 @@ def bindings() -> list[tuple[Any, str, str]]:
         importlib.import_module(found.name)
     ops = {}
     for op, home in _OPS.items():
-        package = importlib.import_module(f"peftkit_kernels.{home}")
+        package = importlib.import_module(f"peftkit_kernels.ops.{home}")
         ops[id(getattr(package, op))] = op
     return [
         (module, attribute, ops[id(value)])

@@ -7,7 +7,7 @@ from markers import needs_native
 from torch import Tensor
 
 from peftkit_kernels import native
-from peftkit_kernels.attention import attention, attention_reference, native_obstacle
+from peftkit_kernels.ops.attention import attention, attention_reference, native_obstacle
 
 SHAPES = {
     "one block": (2, 2, 2, 64, 64, 32),

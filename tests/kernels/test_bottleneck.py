@@ -15,7 +15,7 @@ from bottleneck_cases import (
 )
 from lora_cases import DTYPES, LAYOUTS, MIXED, draw, subsets
 
-from peftkit_kernels.bottleneck import ACTIVATIONS, bottleneck
+from peftkit_kernels.ops.bottleneck import ACTIVATIONS, bottleneck
 from peftkit_kernels.testing import Bound, assert_no_worse_than, kept_for_backward
 
 

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from peftkit_kernels import calibration
-from peftkit_kernels.cache import Unsafe
-from peftkit_kernels.calibration import Calibration
-from peftkit_kernels.launch import Target
+from peftkit_kernels.core import calibration
+from peftkit_kernels.core.cache import Unsafe
+from peftkit_kernels.core.calibration import Calibration
+from peftkit_kernels.core.launch import Target
 from peftkit_kernels.low_rank.config import fuses_gemm
 
 

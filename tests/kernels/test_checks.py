@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peftkit_kernels.checks import autocast_dtype, is_autocast_enabled, without_autocast
+from peftkit_kernels.core.checks import autocast_dtype, is_autocast_enabled, without_autocast
 
 
 @pytest.mark.parametrize("device_type", ["meta", "lazy", "vulkan"])

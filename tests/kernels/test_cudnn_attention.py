@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peftkit_kernels.attention import attention_reference, cudnn
+from peftkit_kernels.ops.attention import attention_reference, cudnn
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton import knobs
 
-from peftkit_kernels import dispatch
-from peftkit_kernels.dispatch import choose_backend, triton_obstacle
+from peftkit_kernels.core import dispatch
+from peftkit_kernels.core.dispatch import choose_backend, triton_obstacle
 
 X = torch.zeros(2, 2)
 

@@ -14,14 +14,14 @@ from lora_cases import (
     subsets,
 )
 
-from peftkit_kernels.dora import dora_linear, dora_linear_reference, dora_norm
-from peftkit_kernels.dora import torch_impl as implementation
-from peftkit_kernels.dora.torch_impl import folds
-from peftkit_kernels.int8 import quantize_int8
-from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.nf4 import quantize_nf4
-from peftkit_kernels.quantized import dequantize_reference
+from peftkit_kernels.ops.dora import dora_linear, dora_linear_reference, dora_norm
+from peftkit_kernels.ops.dora import torch_impl as implementation
+from peftkit_kernels.ops.dora.torch_impl import folds
+from peftkit_kernels.ops.lora_linear import lora_linear
+from peftkit_kernels.storage.int8 import quantize_int8
+from peftkit_kernels.storage.nf4 import quantize_nf4
+from peftkit_kernels.storage.quantized import dequantize_reference
 from peftkit_kernels.testing import Bound, Made, kept_for_backward
 
 N = 29

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from dora_scale_cases import TRAINED, N, apply, bounds, gate_bounds, gate_case, leaves, results
 from lora_cases import DTYPES, LAYOUTS, MIXED, draw, subsets
 
-from peftkit_kernels import native, recompute
-from peftkit_kernels.dora_scale import Scale, dora_gate, dora_gate_reference, dora_scale
-from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
+from peftkit_kernels import native
+from peftkit_kernels.core import recompute
+from peftkit_kernels.ops.dora_scale import Scale, dora_gate, dora_gate_reference, dora_scale
+from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS
 from peftkit_kernels.testing import kept_for_backward
 
 

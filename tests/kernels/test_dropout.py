@@ -5,7 +5,7 @@ import torch
 from markers import needs_native
 
 from peftkit_kernels import native
-from peftkit_kernels.dropout import (
+from peftkit_kernels.core.dropout import (
     _philox,
     apply_dropout,
     draw_seed,

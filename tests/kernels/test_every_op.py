@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from peftkit_kernels.attention import attention
+from peftkit_kernels.ops.attention import attention
 
 every_op = pytest.mark.parametrize("name", op_cases.NAMES)
 lora_op = pytest.mark.parametrize("name", op_cases.LORA_NAMES)

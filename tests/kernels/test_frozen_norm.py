@@ -8,7 +8,7 @@ from norm_cases import EPS, RMS, apply, bounds, make
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from peftkit_kernels.frozen_norm import (
+from peftkit_kernels.ops.frozen_norm import (
     frozen_layer_norm,
     frozen_rms_norm,
     layer_norm_reference,

@@ -5,9 +5,9 @@ import torch
 from grouped_cases import IDS, NAMES, SCALE, E, K, N, bounds, make, output_grad
 from lora_cases import DTYPES, LAYOUTS, MIXED, gradients, subsets
 
-from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
-from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.grouped_lora import grouped_lora, plan_groups
+from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.testing import Made, kept_for_backward
 
 

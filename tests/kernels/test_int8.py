@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from peftkit_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
+from peftkit_kernels.storage.int8 import Int8Weight, dequantize_int8, quantize_int8
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -14,13 +14,14 @@ from lora_cases import (
 )
 from markers import needs_native
 
-from peftkit_kernels import native, workspace
-from peftkit_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
-from peftkit_kernels.int8.reference import quantize_rows_reference
-from peftkit_kernels.int8_compute_linear import int8_compute_linear
-from peftkit_kernels.int8_compute_linear import torch_impl as implementation
+from peftkit_kernels import native
+from peftkit_kernels.core import workspace
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.native import library
+from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
+from peftkit_kernels.ops.int8_compute_linear import torch_impl as implementation
+from peftkit_kernels.storage.int8 import Int8Weight, dequantize_int8, quantize_int8
+from peftkit_kernels.storage.int8.reference import quantize_rows_reference
 from peftkit_kernels.testing import Bound, Made, kept_for_backward
 
 N = 29

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peftkit_kernels.launch import aligned, step_of
+from peftkit_kernels.core.launch import aligned, step_of
 
 
 def rows(columns, distance=None, first=0, dtype=torch.bfloat16):

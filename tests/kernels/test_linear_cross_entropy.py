@@ -6,14 +6,14 @@ import pytest
 import torch
 from cross_entropy_cases import DTYPES, IGNORE, NAMES, inputs, loss_and_grads
 
-from peftkit_kernels.linear_cross_entropy import (
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.linear_cross_entropy import (
     RowLoss,
     linear_cross_entropy,
     linear_cross_entropy_reference,
     torch_impl,
 )
-from peftkit_kernels.linear_cross_entropy.torch_impl import xent_rows_
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.linear_cross_entropy.torch_impl import xent_rows_
 
 OPTIONS = {
     "plain": {},

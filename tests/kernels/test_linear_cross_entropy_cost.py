@@ -5,8 +5,8 @@ import torch
 from cross_entropy_cases import DTYPES, IGNORE, LargestResult, inputs, loss_and_grads
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftkit_kernels.linear_cross_entropy import linear_cross_entropy
-from peftkit_kernels.linear_cross_entropy.torch_impl import choose_chunk
+from peftkit_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from peftkit_kernels.ops.linear_cross_entropy.torch_impl import choose_chunk
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

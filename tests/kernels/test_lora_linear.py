@@ -15,9 +15,9 @@ from lora_cases import (
     subsets,
 )
 
-from peftkit_kernels.lora_linear import lora_linear
-from peftkit_kernels.lora_linear.torch_impl import unflatten
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.lora_linear import lora_linear
+from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 from peftkit_kernels.testing import Bound, assert_no_worse_than, kept_for_backward
 
 N = 29

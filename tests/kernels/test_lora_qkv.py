@@ -4,9 +4,9 @@ import pytest
 import torch
 from lora_cases import DTYPES, LAYOUTS, MIXED, Linear, Shape, draw, explicit, input_grad, subsets
 
-from peftkit_kernels.lora_linear import lora_linear
-from peftkit_kernels.lora_qkv import lora_qkv
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.lora_linear import lora_linear
+from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.testing import Bound, kept_for_backward
 
 WIDTHS = (29, 12, 12)

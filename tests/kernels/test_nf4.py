@@ -6,14 +6,14 @@ import warnings
 import pytest
 import torch
 
-from peftkit_kernels.nf4 import (
+from peftkit_kernels.storage.nf4 import (
     NestedAbsmax,
     NF4Weight,
     dequantize_nf4,
     dequantize_nf4_reference,
     quantize_nf4,
 )
-from peftkit_kernels.nf4.weight import BLOCKSIZES, LEVELS, dynamic_code
+from peftkit_kernels.storage.nf4.weight import BLOCKSIZES, LEVELS, dynamic_code
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 1), (3, 5), (7, 64), (17, 33), (65, 129), (0, 8), (4, 0)]

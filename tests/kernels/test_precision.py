@@ -6,8 +6,8 @@ from lora_cases import draw
 from precision_cases import DTYPES, EAGER, PAIRS, errors, make
 
 from peftkit_kernels import low_rank
-from peftkit_kernels.lora_linear import lora_linear
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.testing import Made, kept_for_backward
 
 every_pair = pytest.mark.parametrize(

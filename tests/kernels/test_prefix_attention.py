@@ -6,7 +6,7 @@ from lora_cases import subsets
 from prefix_cases import MASKS, NAMES, SHAPES, check, make, masking, run
 
 from peftkit_kernels import native
-from peftkit_kernels.prefix_attention import prefix_attention, prefix_attention_reference
+from peftkit_kernels.ops.prefix_attention import prefix_attention, prefix_attention_reference
 from peftkit_kernels.testing import Made, kept_for_backward
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -111,7 +111,7 @@ def test_each_subset_of_trained_tensors(trained):
 
 
 def test_a_gate_of_zero_changes_nothing_and_learns():
-    from peftkit_kernels.attention import attention
+    from peftkit_kernels.ops.attention import attention
 
     leaves, dout = make(SHAPES["native"], gated=True)
     with torch.no_grad():

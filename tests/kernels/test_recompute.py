@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftkit_kernels.bottleneck import bottleneck
-from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
-from peftkit_kernels.int8 import quantize_int8
-from peftkit_kernels.int8_compute_linear import int8_compute_linear
-from peftkit_kernels.lora_linear import lora_linear
-from peftkit_kernels.lora_qkv import lora_qkv
-from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.nf4 import quantize_nf4
-from peftkit_kernels.quantized_linear import nf4_linear
+from peftkit_kernels.ops.bottleneck import bottleneck
+from peftkit_kernels.ops.frozen_norm import frozen_layer_norm, frozen_rms_norm
+from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
+from peftkit_kernels.ops.lora_linear import lora_linear
+from peftkit_kernels.ops.lora_qkv import lora_qkv
+from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
+from peftkit_kernels.ops.quantized_linear import nf4_linear
+from peftkit_kernels.storage.int8 import quantize_int8
+from peftkit_kernels.storage.nf4 import quantize_nf4
 
 M, K, R = 24, 16, 4
 

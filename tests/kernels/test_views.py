@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peftkit_kernels.views import as_one_view
+from peftkit_kernels.core.views import as_one_view
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -10,7 +10,7 @@ from peftkit_kernels.lab.machine_code import Report
 SCRIPT = """
 import json, torch, lab_kernels as kernels
 from peftkit_kernels.lab.aot import inspect_launches
-from peftkit_kernels.launch import Target, launch, recording
+from peftkit_kernels.core.launch import Target, launch, recording
 
 def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")

@@ -172,8 +172,8 @@ def test_torch_ops_in_place_of_a_sum_without_its_start():
 
 
 def test_of_our_own_ops_what_they_are_made_of_is_counted():
-    from peftkit_kernels.lora_linear import lora_linear
     from peftkit_kernels.low_rank import LoRA
+    from peftkit_kernels.ops.lora_linear import lora_linear
 
     x, A, B = torch.zeros(2, 2100, requires_grad=True), torch.zeros(1, 2100), torch.zeros(3, 1)
     weight, lora = torch.zeros(3, 2100), LoRA(A.requires_grad_(), B.requires_grad_(), 1.0)

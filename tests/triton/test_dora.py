@@ -7,16 +7,16 @@ from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, sca
 from triton_cases import draw as normal
 from triton_linear import Linear, output_grad
 
-from peftkit_kernels.dora import dora_linear, dora_norm
-from peftkit_kernels.dora.config import MagnitudeConfig, NormConfig
-from peftkit_kernels.dora.torch_impl import folds
-from peftkit_kernels.dora.triton_impl import magnitude_grad, parts_of, weight_norm
-from peftkit_kernels.int8 import Int8Weight, quantize_int8
-from peftkit_kernels.launch import INTERPRETED
+from peftkit_kernels.core.launch import INTERPRETED
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.low_rank.config import fuses_gemm
-from peftkit_kernels.nf4 import quantize_nf4
-from peftkit_kernels.quantized import dequantize_reference
+from peftkit_kernels.ops.dora import dora_linear, dora_norm
+from peftkit_kernels.ops.dora.config import MagnitudeConfig, NormConfig
+from peftkit_kernels.ops.dora.torch_impl import folds
+from peftkit_kernels.ops.dora.triton_impl import magnitude_grad, parts_of, weight_norm
+from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
+from peftkit_kernels.storage.nf4 import quantize_nf4
+from peftkit_kernels.storage.quantized import dequantize_reference
 from peftkit_kernels.testing import UNIT_ROUNDOFF, Bound, kept_for_backward
 
 N = 29
@@ -220,7 +220,7 @@ def bounds(case, dy, norm, y):
     ds = scaled(Bound.of(grads) @ Bound.of(factor), scale).round(wide)
     dx_update = scaled(linear.narrow_product(ds, Bound.of(linear.A)), 1.0, p)
     if p:
-        from peftkit_kernels.dropout import dropout_mask
+        from peftkit_kernels.core.dropout import dropout_mask
 
         dx_update = dx_update * dropout_mask(*dx_update.value.shape, p, seed)
     left = Bound.of(grads)

@@ -17,22 +17,22 @@ from lora_cases import LAYOUTS, MIXED, draw, subsets
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, watched
 from triton_cases import draw as normal
 
-from peftkit_kernels import recompute
-from peftkit_kernels.dora_scale import (
+from peftkit_kernels.core import recompute
+from peftkit_kernels.core.launch import Target
+from peftkit_kernels.lab.case import Sizes
+from peftkit_kernels.lab.cases import build
+from peftkit_kernels.lab.devices import H100
+from peftkit_kernels.lab.predict import kernels_of_op, kernels_of_torch
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.dora_scale import (
     Scale,
     dora_gate,
     dora_scale,
     triton_impl,
 )
-from peftkit_kernels.dora_scale.config import BackwardConfig, ForwardConfig
-from peftkit_kernels.lab.case import Sizes
-from peftkit_kernels.lab.cases import build
-from peftkit_kernels.lab.devices import H100
-from peftkit_kernels.lab.predict import kernels_of_op, kernels_of_torch
-from peftkit_kernels.launch import Target
-from peftkit_kernels.lora_linear import lora_linear
-from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.dora_scale.config import BackwardConfig, ForwardConfig
+from peftkit_kernels.ops.lora_linear import lora_linear
+from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp
 from peftkit_kernels.testing import Bound, kept_for_backward
 
 mixed_dtypes = pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 
 from peftkit_kernels.core.op import Op
 from peftkit_kernels.core.plan import Plans
-from peftkit_kernels.lora_qkv import lora_qkv
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.lora_qkv import lora_qkv
 
 NAMES = (
     "lora_linear",

@@ -7,16 +7,16 @@ from lora_cases import LAYOUTS, draw
 from norm_cases import EPS, KINDS, RMS, apply, bounds, make
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, watched
 
-from peftkit_kernels.frozen_norm import (
+from peftkit_kernels.lab.eager import EagerTraffic
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.frozen_norm import (
     frozen_layer_norm,
     frozen_rms_norm,
     rms_norm_reference,
     triton_impl,
 )
-from peftkit_kernels.frozen_norm.config import MAX_WIDTH, NormConfig
-from peftkit_kernels.lab.eager import EagerTraffic
-from peftkit_kernels.lora_linear import lora_linear
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.frozen_norm.config import MAX_WIDTH, NormConfig
+from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.testing import kept_for_backward
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -14,13 +14,13 @@ from triton_cases import (
 from triton_cases import draw as normal
 from triton_linear import Linear, output_grad
 
-from peftkit_kernels.dropout import dropout_mask
-from peftkit_kernels.int8 import Int8Weight, quantize_int8
-from peftkit_kernels.int8.reference import quantize_rows_reference
-from peftkit_kernels.int8_compute_linear import int8_compute_linear
-from peftkit_kernels.int8_compute_linear.config import Int8GemmConfig, QuantizeConfig
-from peftkit_kernels.int8_compute_linear.reference import outlier_columns
-from peftkit_kernels.int8_compute_linear.triton_impl import product, quantize
+from peftkit_kernels.core.dropout import dropout_mask
+from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
+from peftkit_kernels.ops.int8_compute_linear.config import Int8GemmConfig, QuantizeConfig
+from peftkit_kernels.ops.int8_compute_linear.reference import outlier_columns
+from peftkit_kernels.ops.int8_compute_linear.triton_impl import product, quantize
+from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
+from peftkit_kernels.storage.int8.reference import quantize_rows_reference
 from peftkit_kernels.testing import UNIT_ROUNDOFF, Bound, kept_for_backward
 
 N = 29

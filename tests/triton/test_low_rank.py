@@ -12,7 +12,7 @@ from triton_cases import (
     watched,
 )
 
-from peftkit_kernels.dropout import dropout_mask
+from peftkit_kernels.core.dropout import dropout_mask
 from peftkit_kernels.lab.interp import faithful
 from peftkit_kernels.low_rank import passes
 from peftkit_kernels.low_rank.config import ExpandConfig, GemmConfig, ShrinkConfig, TallConfig

@@ -6,15 +6,15 @@ import pytest
 import torch
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, draw, watched
 
-from peftkit_kernels.nf4 import (
+from peftkit_kernels.storage.nf4 import (
     NF4Weight,
     dequantize_nf4,
     dequantize_nf4_reference,
     quantize_nf4,
 )
-from peftkit_kernels.nf4.config import DequantizeConfig, QuantizeConfig
-from peftkit_kernels.nf4.triton_impl import dequantize_into, quantize
-from peftkit_kernels.nf4.weight import BLOCKSIZES, level_table, midpoints
+from peftkit_kernels.storage.nf4.config import DequantizeConfig, QuantizeConfig
+from peftkit_kernels.storage.nf4.triton_impl import dequantize_into, quantize
+from peftkit_kernels.storage.nf4.weight import BLOCKSIZES, level_table, midpoints
 
 SHAPES = [(1, 1), (3, 5), (7, 64), (17, 33), (33, 136), (70, 300), (0, 8), (4, 0)]
 """The largest has more than 256 blocks, so more than one of nested maxima."""

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels.autograd import once_differentiable
+from peftkit_kernels.core.autograd import once_differentiable
+from peftkit_kernels.core.launch import is_recording
+from peftkit_kernels.core.modes import is_transformed
 from peftkit_kernels.core.plan import Kind, Plans
-from peftkit_kernels.launch import is_recording
-from peftkit_kernels.modes import is_transformed
 
 _SEEDS = "seed", "seeds"
 

@@ -13,23 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkit_kernels.attention import attention
-from peftkit_kernels.bottleneck import bottleneck
-from peftkit_kernels.dora import dora_linear
-from peftkit_kernels.dora_scale import Scale, dora_gate, dora_scale
-from peftkit_kernels.frozen_norm import frozen_layer_norm, frozen_rms_norm
-from peftkit_kernels.grouped_lora import grouped_lora, plan_groups
-from peftkit_kernels.int8 import dequantize_int8, quantize_int8
-from peftkit_kernels.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.lab.case import Case, Draw, Sizes, Tensors
-from peftkit_kernels.linear_cross_entropy import linear_cross_entropy
-from peftkit_kernels.lora_linear import lora_linear
-from peftkit_kernels.lora_qkv import lora_qkv
-from peftkit_kernels.lora_swiglu_mlp import lora_swiglu_mlp
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.nf4 import dequantize_nf4, quantize_nf4
-from peftkit_kernels.prefix_attention import prefix_attention
-from peftkit_kernels.quantized_linear import int8_linear, nf4_linear
+from peftkit_kernels.ops.attention import attention
+from peftkit_kernels.ops.bottleneck import bottleneck
+from peftkit_kernels.ops.dora import dora_linear
+from peftkit_kernels.ops.dora_scale import Scale, dora_gate, dora_scale
+from peftkit_kernels.ops.frozen_norm import frozen_layer_norm, frozen_rms_norm
+from peftkit_kernels.ops.grouped_lora import grouped_lora, plan_groups
+from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
+from peftkit_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from peftkit_kernels.ops.lora_linear import lora_linear
+from peftkit_kernels.ops.lora_qkv import lora_qkv
+from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
+from peftkit_kernels.ops.prefix_attention import prefix_attention
+from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
+from peftkit_kernels.storage.int8 import dequantize_int8, quantize_int8
+from peftkit_kernels.storage.nf4 import dequantize_nf4, quantize_nf4
 
 FACTOR = 4.0
 """A result is wrong if its error is more than this many times that of plain torch. The backward of flash attention recomputes

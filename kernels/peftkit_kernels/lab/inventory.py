@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels.launch import Launch, Target, recording
+from peftkit_kernels.core.launch import Launch, Target, recording
 
 RANKS = (8, 16, 32, 64, 128)
 QUICK_RANKS = (16, 64)
@@ -101,7 +101,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 def _lora_linear(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.lora_linear.triton_impl import backward, forward
+    from peftkit_kernels.ops.lora_linear.triton_impl import backward, forward
 
     own = factor_dtype or dtype
 
@@ -124,8 +124,8 @@ def _lora_linear(
 def _lora_qkv(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.lora_qkv.triton_impl import backward, forward, without_gaps
     from peftkit_kernels.low_rank import LoRA
+    from peftkit_kernels.ops.lora_qkv.triton_impl import backward, forward, without_gaps
 
     own = factor_dtype or dtype
     K, *widths = sizes.widths(4096, 4096, 1024, 1024)
@@ -145,10 +145,10 @@ def _lora_qkv(
 def _lora_swiglu_mlp(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.lora_qkv.triton_impl import without_gaps
-    from peftkit_kernels.lora_swiglu_mlp.config import obstacle
-    from peftkit_kernels.lora_swiglu_mlp.triton_impl import backward, forward
     from peftkit_kernels.low_rank import LoRA
+    from peftkit_kernels.ops.lora_qkv.triton_impl import without_gaps
+    from peftkit_kernels.ops.lora_swiglu_mlp.config import obstacle
+    from peftkit_kernels.ops.lora_swiglu_mlp.triton_impl import backward, forward
 
     own = factor_dtype or dtype
     if obstacle(rank, dtype.itemsize):
@@ -171,8 +171,8 @@ def _lora_swiglu_mlp(
 
 
 def _bottleneck(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
-    from peftkit_kernels.bottleneck.config import MAX_BOTTLENECK
-    from peftkit_kernels.bottleneck.triton_impl import backward, forward
+    from peftkit_kernels.ops.bottleneck.config import MAX_BOTTLENECK
+    from peftkit_kernels.ops.bottleneck.triton_impl import backward, forward
 
     (D,), act = sizes.widths(4096), "gelu"
     for R in sorted({rank, min(4 * rank, MAX_BOTTLENECK)}):  # a bottleneck may be wider than a rank
@@ -186,8 +186,8 @@ def _bottleneck(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 
 
 def _frozen_norm(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
-    from peftkit_kernels.frozen_norm.config import MAX_WIDTH, obstacle
-    from peftkit_kernels.frozen_norm.triton_impl import backward, layer_forward, rms_forward
+    from peftkit_kernels.ops.frozen_norm.config import MAX_WIDTH, obstacle
+    from peftkit_kernels.ops.frozen_norm.triton_impl import backward, layer_forward, rms_forward
 
     del rank  # a norm has none
     # many rows in each program, one row, and the longest rows
@@ -205,7 +205,7 @@ def _frozen_norm(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 def _linear_cross_entropy(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.linear_cross_entropy.triton_impl import deferred, forward
+    from peftkit_kernels.ops.linear_cross_entropy.triton_impl import deferred, forward
 
     own = factor_dtype or dtype
     M, (D, V) = sizes.rows(1024), sizes.widths(4096, 128256)
@@ -229,7 +229,7 @@ def _linear_cross_entropy(
 
 def _nf4_weights(N: int, K: int) -> list[Any]:
     """An NF4 weight with float32 maxima and one with nested maxima, with blocks of 64."""
-    from peftkit_kernels.nf4 import NestedAbsmax, NF4Weight
+    from peftkit_kernels.storage.nf4 import NestedAbsmax, NF4Weight
 
     packed, blocks = _meta(-(-N * K // 2), dtype=torch.uint8), -(-N * K // 64)
     single = NF4Weight(packed, _meta(blocks, dtype=torch.float32), (N, K))
@@ -239,14 +239,14 @@ def _nf4_weights(N: int, K: int) -> list[Any]:
 
 
 def _int8_weight(N: int, K: int) -> Any:
-    from peftkit_kernels.int8 import Int8Weight
+    from peftkit_kernels.storage.int8 import Int8Weight
 
     return Int8Weight(_meta(N, K, dtype=torch.int8), _meta(N, dtype=torch.float32))
 
 
 def _nf4(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
-    from peftkit_kernels.nf4.triton_impl import dequantize_into, quantize
-    from peftkit_kernels.nf4.weight import BLOCKSIZES
+    from peftkit_kernels.storage.nf4.triton_impl import dequantize_into, quantize
+    from peftkit_kernels.storage.nf4.weight import BLOCKSIZES
 
     del rank
     N, K = sizes.widths(4096, 4096)
@@ -259,7 +259,7 @@ def _nf4(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 
 
 def _int8(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
-    from peftkit_kernels.int8.triton_impl import dequantize_into
+    from peftkit_kernels.storage.int8.triton_impl import dequantize_into
 
     del rank
     N, K = sizes.widths(4096, 4096)
@@ -271,8 +271,8 @@ def _int8(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 def _quantized_linear(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.quantized import layout_of
-    from peftkit_kernels.quantized_linear.triton_impl import backward, forward
+    from peftkit_kernels.ops.quantized_linear.triton_impl import backward, forward
+    from peftkit_kernels.storage.quantized import layout_of
 
     own = factor_dtype or dtype
     # enough columns that all these numbers of rows up to 128 may be decoded in the product
@@ -291,9 +291,9 @@ def _quantized_linear(
 def _grouped_lora(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.grouped_lora.config import obstacle
-    from peftkit_kernels.grouped_lora.plan import plan_groups
-    from peftkit_kernels.grouped_lora.triton_impl import backward, forward, table_of
+    from peftkit_kernels.ops.grouped_lora.config import obstacle
+    from peftkit_kernels.ops.grouped_lora.plan import plan_groups
+    from peftkit_kernels.ops.grouped_lora.triton_impl import backward, forward, table_of
 
     own = factor_dtype or dtype
     E, (N, K) = 32, sizes.widths(4096, 4096)
@@ -310,7 +310,7 @@ def _grouped_lora(
 
 
 def _prefix_attention(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
-    from peftkit_kernels.prefix_attention.triton_impl import add_gated, gate_grad, merge
+    from peftkit_kernels.ops.prefix_attention.triton_impl import add_gated, gate_grad, merge
 
     del rank
     H = 32
@@ -328,7 +328,7 @@ def _prefix_attention(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 def _int8_compute_linear(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.int8_compute_linear.triton_impl import backward, forward, quantize
+    from peftkit_kernels.ops.int8_compute_linear.triton_impl import backward, forward, quantize
 
     own = factor_dtype or dtype
     N, K = sizes.widths(4096, 4096)
@@ -346,7 +346,7 @@ def _int8_compute_linear(
 
 
 def _dora(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
-    from peftkit_kernels.dora.triton_impl import magnitude_grad, weight_norm
+    from peftkit_kernels.ops.dora.triton_impl import magnitude_grad, weight_norm
 
     N, K = sizes.widths(4096, 4096)
     for weight in (_meta(N, K, dtype=dtype), *_nf4_weights(N, K), _int8_weight(N, K)):
@@ -360,7 +360,7 @@ def _dora(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 
 
 def _dora_scale(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
-    from peftkit_kernels.dora_scale import triton_impl as impl
+    from peftkit_kernels.ops.dora_scale import triton_impl as impl
 
     del rank
     M, (N,) = sizes.rows(), sizes.widths(4096)

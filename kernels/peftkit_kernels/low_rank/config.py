@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftkit_kernels.launch import Target, cdiv
+from peftkit_kernels.core.launch import Target, cdiv
 
 MAX_RANK = 128
 _DY_PASS_RANK = 32

@@ -10,7 +10,7 @@ rule (M K < 2³⁴) are int32.
 import triton
 import triton.language as tl
 
-from peftkit_kernels.tiles import assume_multiple_of, grouped_tile, kept, mixed_dot
+from peftkit_kernels.core.tiles import assume_multiple_of, grouped_tile, kept, mixed_dot
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])

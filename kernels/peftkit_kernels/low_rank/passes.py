@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels.dropout import keep_scale, threshold
-from peftkit_kernels.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
+from peftkit_kernels.core.dropout import keep_scale, threshold
+from peftkit_kernels.core.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
 from peftkit_kernels.low_rank.config import (
     ExpandConfig,
     GemmConfig,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkit_kernels.dropout import apply_dropout
+from peftkit_kernels.core.dropout import apply_dropout
 
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
 """Elements that are cast at a time. On the CPU 1 MiB of float32 stays in the second-level cache: a shrink of 1024 x 2048 in

@@ -4,7 +4,7 @@ torch needs one pass over memory, and one new buffer, for every elementary opera
 once and writes its outputs once. They run on contiguous float32 tensors on the CPU. For other tensors, and on a machine
 without a C compiler, torch operations run instead.
 
-Native code is called past torch: no mode, tracer or transformation sees the call (``peftkit_kernels.modes``). A caller
+Native code is called past torch: no mode, tracer or transformation sees the call (``peftkit_kernels.core.modes``). A caller
 checks ``supports`` first. Every size goes to C as a Python int or raises ``ctypes.ArgumentError``, and every tensor must have
 memory.
 """

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from peftkit_kernels import cache
+from peftkit_kernels.core import cache
 
 _FOLDER = Path(__file__).parent
 _FLAGS = (

@@ -127,7 +127,7 @@ def cross_entropy_(
 
 
 def dropout(x: Tensor, threshold: int, scale: float, seed: int) -> Tensor:
-    """``mask ∘ x · scale`` by the rule of ``peftkit_kernels.dropout`` for ``x [M, K]``."""
+    """``mask ∘ x · scale`` by the rule of ``peftkit_kernels.core.dropout`` for ``x [M, K]``."""
     y = torch.empty_like(x)
     call("pk_dropout", (x, y), *x.shape, threshold, scale, seed)
     return y
@@ -141,7 +141,7 @@ def dequantize_nf4(
     blocksize: int,
     first_row: int,
 ) -> None:
-    """Rows ``first_row ...`` of an NF4 weight of ``out``'s width, as ``peftkit_kernels.nf4`` defines it, into ``out``.
+    """Rows ``first_row ...`` of an NF4 weight of ``out``'s width, as ``peftkit_kernels.storage.nf4`` defines it, into ``out``.
 
     Args:
         packed: ``UInt8``, contiguous: two codes in each byte, for the whole weight.

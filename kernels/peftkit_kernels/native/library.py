@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels.modes import hides_native_calls
+from peftkit_kernels.core.modes import hides_native_calls
 from peftkit_kernels.native import build
 
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float

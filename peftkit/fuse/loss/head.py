@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftkit_kernels.checks import is_autocast_enabled
+from peftkit_kernels.core.checks import is_autocast_enabled
 from peftkit_kernels.low_rank import LoRA
 
 Step = tuple[Any, tuple[Any, ...]]

@@ -22,8 +22,8 @@ from peftkit.fuse.loss.lazy import LazyLogits
 from peftkit.fuse.loss.plan import loss_plan, model_reason
 from peftkit.fuse.plan import Reason
 from peftkit.swap import swap_in, swap_out
-from peftkit_kernels.checks import is_autocast_enabled
-from peftkit_kernels.modes import hides_native_calls
+from peftkit_kernels.core.checks import is_autocast_enabled
+from peftkit_kernels.core.modes import hides_native_calls
 
 _STATE = "_peftkit_logit_free"
 _SWAPPING = threading.Lock()

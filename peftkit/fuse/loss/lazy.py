@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from peftkit.fuse.loss.head import Head, HeadOutput, Step
 from peftkit.fuse.loss.uses import CASTS, KNOWN_WITHOUT_VALUES, PRODUCTS
-from peftkit_kernels.linear_cross_entropy import RowLoss, linear_cross_entropy
+from peftkit_kernels.ops.linear_cross_entropy import RowLoss, linear_cross_entropy
 
 
 class LazyLogits(torch.Tensor):

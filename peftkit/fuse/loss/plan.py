@@ -13,8 +13,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from peftkit.fuse.loss.head import Head
 from peftkit.fuse.plan import Reason
+from peftkit_kernels.core.modes import hides_native_calls
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.modes import hides_native_calls
 
 _OWN_FORWARDS = {nn.Linear: nn.Linear.forward, LoraLinear: LoraLinear.forward}
 """The forwards that ``Head`` can replace, as they were when this module was imported."""

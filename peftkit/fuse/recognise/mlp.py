@@ -13,7 +13,7 @@ from peftkit.fuse.recognise.graph import Graph, Node
 from peftkit.fuse.recognise.trace import Kind, Leaf, trace
 from peftkit.fuse.recognise.verdict import examine
 from peftkit.fuse.seal import Seal
-from peftkit_kernels.lora_swiglu_mlp import ACTIVATIONS
+from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS
 
 
 def seal_gated_mlp(module: nn.Module, names: Sequence[str]) -> Seal:

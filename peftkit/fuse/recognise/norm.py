@@ -104,7 +104,7 @@ def _matches(graph: Graph, out: Node, dtype: torch.dtype, has_bias: bool) -> set
 
 
 def _node(graph: Graph, formula: NormFormula, dtype: torch.dtype, has_bias: bool) -> Node:
-    """The node of a formula, with the casts of the reference in ``peftkit_kernels.frozen_norm``."""
+    """The node of a formula, with the casts of the reference in ``peftkit_kernels.ops.frozen_norm``."""
     wide = torch.promote_types(dtype, torch.float32)
 
     def cast(node: Node, to: torch.dtype) -> Node:

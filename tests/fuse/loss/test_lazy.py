@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from peftkit.fuse.loss import LazyLogits, install_logit_free
-from peftkit_kernels.linear_cross_entropy import RowLoss
+from peftkit_kernels.ops.linear_cross_entropy import RowLoss
 
 
 def model_pair(dtype=torch.float64):

@@ -11,7 +11,7 @@ from cross_entropy_cases import LargestResult
 from peft import LoraConfig, get_peft_model
 
 from peftkit.fuse.loss import LazyLogits, install_logit_free, logit_free_status, remove_logit_free
-from peftkit_kernels.linear_cross_entropy import torch_impl
+from peftkit_kernels.ops.linear_cross_entropy import torch_impl
 
 
 def grads_of(model, loss):

@@ -1,6 +1,0 @@
-"""A bottleneck adapter: one op, forward and backward."""
-
-from peftkit_kernels.bottleneck.op import bottleneck
-from peftkit_kernels.bottleneck.reference import ACTIVATIONS, bottleneck_reference
-
-__all__ = ["ACTIVATIONS", "bottleneck", "bottleneck_reference"]

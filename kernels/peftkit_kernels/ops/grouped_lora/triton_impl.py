@@ -1,0 +1,273 @@
+"""``grouped_lora`` by Triton kernels, as torch.library ops. The number of launches does not depend on the number of adapters.
+
+The tables of the plan are arguments of the ops; ``Table`` groups them for the functions here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.core.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
+from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.low_rank import adapter_dtype, rows
+from peftkit_kernels.low_rank.config import block_r
+from peftkit_kernels.low_rank.passes import readable, sum_partials, sum_tile
+from peftkit_kernels.ops.grouped_lora.config import (
+    GroupedExpandConfig,
+    GroupedShrinkConfig,
+    GroupedTallConfig,
+    block_m,
+)
+from peftkit_kernels.ops.grouped_lora.plan import GroupPlan
+from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
+
+
+@functools.cache
+def _kernels() -> Any:
+    from peftkit_kernels.ops.grouped_lora import kernels
+
+    return kernels
+
+
+class Table(NamedTuple):
+    """The fields of a ``GroupPlan`` that the kernels read, under the same names."""
+
+    order: Tensor
+    tiles: Tensor
+    adapted: Tensor
+    segments: Tensor
+    first_segment: Tensor
+    block: int
+
+
+def table_of(plan: GroupPlan) -> Table:
+    """The tables of ``plan``."""
+    return Table(*(getattr(plan, name) for name in Table._fields))
+
+
+def grouped_shrink(
+    x: Tensor,
+    A: Tensor,
+    scale: Tensor | None,
+    table: Table,
+    *,
+    config: GroupedShrinkConfig | None = None,
+) -> Tensor:
+    """``scale[e] · A[e] x[m]``, ``[M, R]`` in ``adapter_dtype``, for ``x [M, K]``; ``A [E, R, K]`` may have any strides and dtype.
+
+    Rows without an adapter are not written.
+    """
+    (M, K), R, x = x.shape, A.shape[1], readable(x)
+    c = config or GroupedShrinkConfig.choose(
+        *(M, K, R),
+        block=table.block,
+        itemsize=x.element_size(),
+        aligned=aligned(x),
+        target=target_of(x),
+    )
+    steps = cdiv(cdiv(K, c.block_k), c.splits)
+    splits = cdiv(cdiv(K, c.block_k), steps)
+    s = x.new_empty(M, R, dtype=adapter_dtype(x, A))
+    # programs that share K write float32 partial sums, which are then added in a fixed order
+    partial = s if splits == 1 else x.new_empty(splits, M, R, dtype=torch.float32)
+    launch(
+        _kernels().grouped_shrink_kernel,
+        (table.tiles.shape[0], splits),
+        *(x, A, scale, table.order, table.tiles, partial),
+        *(M, K, R, steps, x.stride(0), *A.stride(), partial.stride(-2)),
+        HAS_SCALE=scale is not None,
+        STEP=step_of(R, partial.stride(-2)),
+        STEP_A=step_of(A.stride(2)),
+        BLOCK_M=block_m(table.block),
+        BLOCK_K=c.block_k,
+        BLOCK_R=block_r(R),
+        PRECISION=dot_precision(x.dtype, s),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    return s if splits == 1 else sum_partials(partial, s)
+
+
+def grouped_expand(
+    s: Tensor,
+    B: Tensor,
+    scale: Tensor | None,
+    y: Tensor | None,
+    table: Table,
+    dtype: torch.dtype,
+    *,
+    config: GroupedExpandConfig | None = None,
+) -> Tensor:
+    """``y[m] + scale[e] · B[e] s[m]``, ``[M, N]`` in ``dtype``. Rows without an adapter are ``y``, or 0 if there is no ``y``."""
+    (M, R), N = s.shape, B.shape[1]
+    y, out = None if y is None else readable(y), s.new_empty(M, N, dtype=dtype)
+    c = config or GroupedExpandConfig.choose(
+        R, itemsize=out.element_size(), aligned=aligned(y, out)
+    )
+    tiles, rows_per_tile = table.tiles.shape[0], block_m(table.block)
+    launch(
+        _kernels().grouped_expand_kernel,
+        # the programs after the table's tiles copy the rows without an adapter
+        (tiles + cdiv(M, rows_per_tile), cdiv(N, c.block_n)),
+        *(s, B, scale, y, table.order, table.tiles, table.adapted, out),
+        *(M, N, R, tiles, s.stride(0), *B.stride()),
+        *(0 if y is None else y.stride(0), out.stride(0)),
+        HAS_SCALE=scale is not None,
+        HAS_Y=y is not None,
+        STEP=step_of(R, s.stride(0)),
+        STEP_B=step_of(B.stride(1)),
+        BLOCK_M=rows_per_tile,
+        BLOCK_N=c.block_n,
+        BLOCK_R=block_r(R),
+        PRECISION=dot_precision(dtype, s),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    return out
+
+
+def grouped_tall(
+    x: Tensor,
+    s: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    table: Table,
+    *,
+    config: GroupedTallConfig | None = None,
+) -> None:
+    """Fill ``out [E, R, C]``, of any strides, with ``scale[e] · Σ s[m]ᵀ x[m]`` over the rows of each adapter."""
+    C, (E, R, _), x = x.shape[1], out.shape, readable(x)
+    c = config or GroupedTallConfig.choose(
+        R, itemsize=x.element_size(), aligned=aligned(x), mixed=s.dtype is not x.dtype
+    )
+    segments = table.segments.shape[0]
+    # one partial sum for each segment, so that no program adds to memory of another
+    partial = x.new_empty(segments, R, C, dtype=torch.float32)
+    launch(
+        _kernels().grouped_tall_kernel,
+        (segments, cdiv(C, c.block_c)),
+        *(x, s, scale, table.order, table.segments, partial),
+        *(C, R, x.stride(0), s.stride(0), partial.stride(0)),
+        HAS_SCALE=scale is not None,
+        STEP=step_of(R, s.stride(0)),
+        BLOCK_M=c.block_m,
+        BLOCK_C=c.block_c,
+        BLOCK_R=block_r(R),
+        PRECISION=dot_precision(x.dtype, s),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    tile_r, tile_c = sum_tile(C)
+    launch(
+        _kernels().grouped_sum_kernel,
+        (E, cdiv(R, tile_r), cdiv(C, tile_c)),
+        *(partial, table.first_segment, out, R, C, partial.stride(0), *out.stride()),
+        BLOCK_R=tile_r,
+        BLOCK_C=tile_c,
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def forward(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *tables: Any
+) -> tuple[Tensor, Tensor]:
+    """The output of ``grouped_lora``, ``[..., N]``, and ``s = A[e] x[m]``, ``[M, R]``; ``tables`` are those of ``Table``."""
+    table = Table(*tables)
+    s = grouped_shrink(rows(x), A, None, table)
+    return unflatten(grouped_expand(s, B, scale, rows(y), table, y.dtype), y.shape), s
+
+
+def _empty_outputs(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *tables: Any
+) -> tuple[Tensor, Tensor]:
+    s = x.new_empty(x.shape[:-1].numel(), A.shape[1], dtype=adapter_dtype(x, A))
+    return y.new_empty(y.shape), s
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    s: Tensor | None,
+    scale: Tensor,
+    *tables_and_needs: Any,
+) -> list[Tensor]:
+    """Those of ``dx``, ``dA`` and ``dB`` that are needed. dA needs ``x``, and dB needs ``s``."""
+    *tables, needs = tables_and_needs
+    table, flat = Table(*tables), rows(dy)
+    needs_x, needs_A, needs_B = needs
+    dx = dA = dB = None
+    if needs_x or needs_A:
+        ds = grouped_shrink(flat, B.transpose(1, 2), scale, table)
+        if needs_x:
+            dx = grouped_expand(ds, A.transpose(1, 2), None, None, table, dy.dtype)
+            dx = unflatten(dx, dy.shape)
+        if needs_A and x is not None:
+            dA = A.new_empty(A.shape)
+            grouped_tall(rows(x), ds, None, dA, table)
+    if needs_B and s is not None:
+        dB = B.new_empty(B.shape)
+        grouped_tall(flat, s, scale, dB.transpose(1, 2), table)
+    return [grad for grad in (dx, dA, dB) if grad is not None]
+
+
+def _like_grads(
+    dy: Tensor, x: Tensor | None, A: Tensor, B: Tensor, s: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    needs: Sequence[bool] = rest[-1]
+    dx = dy.new_empty(*dy.shape[:-1], A.shape[2])
+    grads = dx, A.new_empty(A.shape), B.new_empty(B.shape)
+    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
+
+
+_TABLES = (
+    "Tensor order, Tensor tiles, Tensor adapted, Tensor segments, Tensor first_segment, int block"
+)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _, x, A, B, scale, *tables, block = inputs
+    _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+    s = output[1]
+    ctx.save_for_backward(x if needs_A else None, A, B, s if needs_B else None, scale, *tables)
+    ctx.block = block
+    ctx.mark_non_differentiable(s)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    needs_y, *needs = ctx.needs_input_grad[:4]
+    found = iter(())
+    if any(needs):
+        found = iter(_backward_op(dy, *ctx.saved_tensors, ctx.block, needs))
+    dx, dA, dB = (next(found) if needed else None for needed in needs)
+    return dy if needs_y else None, dx, dA, dB, *[None] * (1 + len(Table._fields))
+
+
+_forward_op = Op(
+    "grouped_lora",
+    f"(Tensor y, Tensor x, Tensor A, Tensor B, Tensor scale, {_TABLES}) -> (Tensor, Tensor)",
+    forward,
+    _empty_outputs,
+)
+_op = differentiable(_forward_op, _keep, _backward)
+_backward_op = Op(
+    "grouped_lora_backward",
+    f"(Tensor dy, Tensor? x, Tensor A, Tensor B, Tensor? s, Tensor scale, {_TABLES}, bool[] needs) -> Tensor[]",
+    backward,
+    _like_grads,
+)
+
+
+def grouped_lora_triton(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, plan: GroupPlan
+) -> Tensor:
+    """As ``grouped_lora_reference``, for a plan with rows."""
+    return _op(y, x, A, B, scale, *table_of(plan))[0]

@@ -1,0 +1,42 @@
+"""The definition of ``lora_linear``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.core.dropout import apply_dropout
+from peftkit_kernels.low_rank import LoRA, adapter_dtype
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: LoRA | None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``y = x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ``, evaluated in ``compute_dtype``.
+
+    Args:
+        x: ``[..., K]``.
+        weight: ``[N, K]``.
+        bias: ``[N]`` or ``None``.
+        lora: The adapter, or ``None`` for the frozen linear alone.
+        compute_dtype: Dtype of every product. The default is that of ``x`` for the frozen linear and
+            ``low_rank.adapter_dtype`` for the adapter; their sum is rounded once to the dtype of ``x``.
+
+    Returns:
+        ``[..., N]`` in ``compute_dtype`` or the dtype of ``x``.
+    """
+    dtype = compute_dtype or x.dtype
+    x = x.to(dtype)
+    y = torch.nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    if lora is None:
+        return y
+    wide = compute_dtype or adapter_dtype(x, lora.A)
+    rows = x.to(wide).reshape(-1, x.shape[-1])
+    s = apply_dropout(rows, lora.p, lora.seed) @ lora.A.to(wide).t()
+    update = s @ lora.B.to(wide).t() * lora.scale
+    return (y + update.reshape(y.shape)).to(dtype)

@@ -1,0 +1,323 @@
+"""``lora_qkv`` by Triton kernels around the library's GEMMs: one shrink, one dA pass, one dx accumulated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.core import recompute
+from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.views import as_one_view
+from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
+from peftkit_kernels.low_rank.groups import (
+    add_updates,
+    grads_of_a,
+    group,
+    members_of,
+    rank_of,
+    shrink_groups,
+)
+from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
+from peftkit_kernels.ops.lora_linear.triton_impl import project
+
+Tensors = Sequence[Tensor | None]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x Wᵀ + bias`` by the library's GEMM, in the dtype of ``x``."""
+    bias = None if bias is None else cast(bias, x.dtype)
+    return torch.nn.functional.linear(x, cast(weight, x.dtype), bias)
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biased: Sequence[int],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of ``lora_qkv``, and ``drop(x) Aᵀ`` of every group of adapters, ``[M, ΣR]``.
+
+    torch.library does not differentiate lists of tensors that contain ``None``. So ``biases``, ``As`` and ``Bs`` have no gaps,
+    and ``biased`` and ``adapted`` are the indices of the projections that have a bias or an adapter.
+    """
+    if not x.numel():
+        return _empty_outputs(x, weights, biases, As, Bs, biased, adapted, scales, ps, seeds)
+    flat, loras = rows(x), _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
+    groups = group(loras)
+    joint = shrink_groups(flat, loras, groups)
+    ys = []
+    for weight, bias, s, lora in zip(
+        weights,
+        with_gaps(biases, biased, len(weights)),
+        members_of(joint, loras, groups, 1),
+        loras,
+        strict=True,
+    ):
+        if lora is None or s is None:
+            y = linear(flat, weight, bias)
+        else:
+            bias = None if bias is None else cast(bias, x.dtype)
+            W, B = cast(weight, x.dtype), cast(lora.B, s.dtype)
+            y = project(flat, W, s, B, lora.scale, bias=bias)
+        ys.append(unflatten(y, x.shape))
+    return ys, joint
+
+
+def _empty_outputs(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biased: Sequence[int],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    loras = _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
+    M = x.shape[:-1].numel()
+    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+    return ys, joint_like(x, M, loras)
+
+
+def joint_like(x: Tensor, M: int, loras: Sequence[LoRA | None]) -> list[Tensor]:
+    """An uninitialised ``[M, ΣR]`` for ``drop(x) Aᵀ`` of every group of adapters."""
+    return [
+        x.new_empty(M, rank_of(loras, members), dtype=adapter_dtype(x, loras[members[0]].A))  # pyright: ignore[reportOptionalMemberAccess]
+        for members in group(loras)
+    ]
+
+
+def backward(
+    dys: Tensors,
+    weights: Sequence[Tensor],
+    x: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    joint: Tensors,
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    needs_x: bool,
+    needs_A: bool,
+    needs_B: Sequence[bool],
+) -> list[Tensor]:
+    """``dx`` if needed, dA of every group (``[ΣR, K]``) if any is needed, and the needed dB's, in this order.
+
+    The gradients of an adapter whose output has no gradient are zero.
+    """
+    present = [dy for dy in dys if dy is not None]
+    if not present[0].numel():
+        grads = _like_grads(
+            *(dys, weights, x, As, Bs, joint, adapted, scales, ps, seeds),
+            *(needs_x, needs_A, needs_B),
+        )
+        return [grad.zero_() for grad in grads]
+    loras = _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
+    groups = group(loras)
+    dtype = present[0].dtype
+    flat = [None if dy is None else rows(dy) for dy in dys]
+    ss: Tensors = [None] * len(loras)
+    if any(needs_B):
+        ss = members_of(joint, loras, groups, 1)
+    ds = joint_like(present[0], present[0].shape[:-1].numel(), loras)
+    for members, part in zip(groups, ds, strict=True):
+        # no pass writes the columns of an output without gradient, but the passes over the group read them
+        if any(dys[i] is None for i in members):
+            part.zero_()
+    needed = with_gaps(needs_B, adapted, len(loras))
+    dB = grads_at_output(
+        flat, ss, members_of(ds, loras, groups, 1), loras, needed, needs_x or needs_A
+    )
+    # the updates before the products: the GEMMs then add to dx in place
+    dx = add_updates(None, ds, loras, groups, dtype) if needs_x else None
+    if needs_x:
+        for dy, W in _products(flat, [cast(weight, dtype) for weight in weights]):
+            dx = dy @ W if dx is None else dx.addmm_(dy, W)
+    dA = grads_of_a(rows(x), ds, loras, groups) if needs_A and x is not None else []
+    grads = [*([] if dx is None else [unflatten(dx, present[0].shape)]), *dA]
+    return grads + [grad for grad in dB if grad is not None]
+
+
+def _products(dys: Tensors, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The pairs ``(dy, W)`` whose products add up to dx: one pair if gradients and weights are each parts of one buffer."""
+    present = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if dy is not None]
+    left = as_one_view([dy for dy, _ in present], 1)
+    right = None if left is None else as_one_view([weight for _, weight in present], 0)
+    return present if left is None or right is None else [(left, right)]
+
+
+def grads_at_output(
+    dys: Tensors,
+    ss: Tensors,
+    ds: Tensors,
+    loras: Sequence[LoRA | None],
+    needs_B: Sequence[bool],
+    needs_ds: bool,
+) -> list[Tensor | None]:
+    """The dB's that are needed. With ``needs_ds``, ``scale · dy B`` is written into ``ds``."""
+    dB: list[Tensor | None] = [None] * len(loras)
+    for i, (dy, s, out, lora) in enumerate(zip(dys, ss, ds, loras, strict=True)):
+        if lora is None:
+            continue
+        if dy is None:
+            dB[i] = torch.zeros_like(lora.B) if needs_B[i] else None
+            continue
+        B = cast(lora.B, adapter_dtype(dy, lora.B))
+        if needs_B[i] and needs_ds:
+            dB[i], _ = passes.grad_b_and_s(dy, s, B, lora.scale, lora.B.dtype, ds=out)
+        elif needs_B[i]:
+            dB[i] = passes.grad_b(dy, s, lora.scale, lora.B.dtype)
+        elif needs_ds:
+            passes.grad_s(dy, B, lora.scale, out=out)
+    return dB
+
+
+def _like_grads(
+    dys: Tensors,
+    weights: Sequence[Tensor],
+    x: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    joint: Tensors,
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    needs_x: bool,
+    needs_A: bool,
+    needs_B: Sequence[bool],
+) -> list[Tensor]:
+    dy = next(dy for dy in dys if dy is not None)
+    loras = _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
+    grads = [dy.new_empty(*dy.shape[:-1], weights[0].shape[1])] if needs_x else []
+    if needs_A:
+        for members in group(loras):
+            A = loras[members[0]].A  # pyright: ignore[reportOptionalMemberAccess]
+            grads.append(A.new_empty(rank_of(loras, members), A.shape[1]))
+    return grads + [B.new_empty(B.shape) for B, needed in zip(Bs, needs_B, strict=True) if needed]
+
+
+def with_gaps(parts: Sequence[Any], where: Sequence[int], count: int) -> list[Any]:
+    """A list of length ``count`` with ``parts`` at the indices ``where`` and ``None`` elsewhere."""
+    full: list[Any] = [None] * count
+    for i, part in zip(where, parts, strict=True):
+        full[i] = part
+    return full
+
+
+def _loras(
+    count: int,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+) -> list[LoRA | None]:
+    parts = zip(As, Bs, scales, ps, seeds, strict=True)
+    return with_gaps([LoRA(*values) for values in parts], adapted, count)
+
+
+_NUMBERS = "int[] adapted, float[] scales, float[] ps, int[] seeds"
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
+    x, weights, _, As, Bs, biased, *numbers = inputs
+    ctx.recompute_x, x_parts = recompute.saved_for(x, any(A.requires_grad for A in As))
+    joint = output[1]
+    needed = any(B.requires_grad for B in Bs)
+    ctx.save_for_backward(*weights, *As, *Bs, *(s if needed else None for s in joint), *x_parts)
+    ctx.counts, ctx.biased, ctx.numbers = (len(weights), len(As), len(joint)), biased, numbers
+    ctx.mark_non_differentiable(*joint)
+    ctx.set_materialize_grads(False)
+
+
+def split(saved: Sequence[Any], *counts: int) -> list[list[Any]]:
+    """``saved`` cut into pieces of these lengths, and the rest."""
+    parts, start = [], 0
+    for count in counts:
+        parts.append(list(saved[start : start + count]))
+        start += count
+    return [*parts, list(saved[start:])]
+
+
+def _backward(ctx: Any, dys: Tensors, _: Any) -> tuple[Any, ...]:
+    count, adapters, joints = ctx.counts
+    adapted = ctx.numbers[0]
+    weights, As, Bs, joint, x_parts = split(ctx.saved_tensors, count, adapters, adapters, joints)
+    needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+    dx, dA, dB, dbias = None, [None] * adapters, [None] * adapters, [None] * len(ctx.biased)
+    if any(dy is not None for dy in dys):
+        x = recompute.restore(ctx.recompute_x, x_parts)
+        wanted = needs_x, any(needs_A), needs_B
+        grads = _backward_op(dys, weights, x, As, Bs, joint, *ctx.numbers, *wanted)
+        dx = grads.pop(0) if needs_x else None
+        if any(needs_A):
+            loras = _loras(count, As, Bs, *ctx.numbers)
+            groups = group(loras)
+            parts = members_of(grads[: len(groups)], loras, groups, 0)
+            dA = [parts[i] if needed else None for i, needed in zip(adapted, needs_A, strict=True)]
+            grads = grads[len(groups) :]
+        found = iter(grads)
+        dB = [next(found) if needed else None for needed in needs_B]
+    for j, (i, needed) in enumerate(zip(ctx.biased, needs_bias, strict=True)):
+        if needed and dys[i] is not None:
+            dbias[j] = rows(dys[i]).sum(0)
+    # torch.library treats an empty list as a list of tensors, so its "gradient" must be a list too
+    none = [None if values else [] for values in (ctx.biased, *ctx.numbers)]
+    return dx, [None] * count, dbias, dA, dB, *none
+
+
+_forward_op = Op(
+    "lora_qkv",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
+    f" {_NUMBERS}) -> (Tensor[], Tensor[])",
+    forward,
+    _empty_outputs,
+    looks_at_storage=True,
+)
+lora_qkv_triton = differentiable(_forward_op, _keep, _backward)
+_backward_op = Op(
+    "lora_qkv_backward",
+    "(Tensor?[] dys, Tensor[] weights, Tensor? x, Tensor[] As, Tensor[] Bs, Tensor?[] joint,"
+    f" {_NUMBERS}, bool needs_x, bool needs_A, bool[] needs_B) -> Tensor[]",
+    backward,
+    _like_grads,
+    looks_at_storage=True,
+)
+
+
+def run_triton(
+    x: Tensor, weights: Sequence[Tensor], biases: Tensors, loras: Sequence[LoRA | None]
+) -> list[Tensor]:
+    """``lora_qkv`` on Triton; ``biases`` and ``loras`` may contain ``None``."""
+    return lora_qkv_triton(x, list(weights), *without_gaps(biases, loras))[0]
+
+
+def without_gaps(biases: Tensors, loras: Sequence[LoRA | None]) -> tuple[list[Any], ...]:
+    """Biases and adapters in the form that the ops take: tensors without gaps, their indices, and the adapters' numbers."""
+    biased = [i for i, bias in enumerate(biases) if bias is not None]
+    adapted = [i for i, lora in enumerate(loras) if lora is not None]
+    present = [lora for lora in loras if lora is not None]
+    return (
+        [biases[i] for i in biased],
+        [lora.A for lora in present],
+        [lora.B for lora in present],
+        biased,
+        adapted,
+        [lora.scale for lora in present],
+        [lora.p for lora in present],
+        [lora.seed for lora in present],
+    )

@@ -1,0 +1,294 @@
+"""``lora_swiglu_mlp`` by Triton kernels around the library's GEMMs: two passes for the gate, and those of ``lora_qkv`` for gate and up.
+
+Gate and up are the halves of one ``[M, 2F]``. If their weights are the halves of one buffer too, one product computes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.core import recompute
+from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.views import as_one_view
+from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
+from peftkit_kernels.low_rank.groups import group, members_of, rank_of, shrink_groups
+from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
+from peftkit_kernels.ops.lora_linear.triton_impl import project
+from peftkit_kernels.ops.lora_qkv import triton_impl as qkv
+from peftkit_kernels.ops.lora_qkv.triton_impl import linear, split, with_gaps, without_gaps
+from peftkit_kernels.ops.lora_swiglu_mlp.passes import gate_backward, gate_forward
+
+Tensors = Sequence[Tensor | None]
+DOWN = 2
+"""Index of the down projection; gate and up have the indices before it and share their input."""
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biased: Sequence[int],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    act: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``y`` as ``lora_swiglu_mlp`` defines it, gate and up without their updates (``[M, 2F]``), and every ``drop(x) Aᵀ``.
+
+    The last list has one tensor for each group of adapters of gate and up, then that of the down projection if it has an
+    adapter. The lists of arguments have no gaps, as in ``lora_qkv``.
+    """
+    if not x.numel():
+        return _empty_outputs(x, weights, biases, As, Bs, biased, adapted, scales, ps, seeds, act)
+    flat, loras = rows(x), _loras(As, Bs, adapted, scales, ps, seeds)
+    bias = with_gaps(biases, biased, 3)
+    groups = group(loras[:DOWN])
+    joint = shrink_groups(flat, loras[:DOWN], groups)
+    gate_up = _gate_and_up(flat, weights[:DOWN], bias[:DOWN])
+    h, s = gate_forward(*_halves(gate_up), members_of(joint, loras[:DOWN], groups, 1), loras, act)
+    down = loras[DOWN]
+    if down is None or s is None:
+        return unflatten(linear(h, weights[DOWN], bias[DOWN]), x.shape), gate_up, joint
+    cast_bias = None if bias[DOWN] is None else cast(bias[DOWN], x.dtype)
+    W, B = cast(weights[DOWN], x.dtype), cast(down.B, s.dtype)
+    y = project(h, W, s, B, down.scale, bias=cast_bias)
+    return unflatten(y, x.shape), gate_up, [*joint, s]
+
+
+def _gate_and_up(x: Tensor, weights: Sequence[Tensor], biases: Tensors) -> Tensor:
+    """``x Wᵀ + bias`` of gate and up, ``[M, 2F]``."""
+    weights = [cast(weight, x.dtype) for weight in weights]
+    cast_biases = [None if bias is None else cast(bias, x.dtype) for bias in biases]
+    out = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
+    parts = list(zip(weights, cast_biases, _halves(out), strict=True))
+    both, present = as_one_view(weights, 0), [bias for bias in cast_biases if bias is not None]
+    if both is not None and len(present) != 1:
+        parts = [(both, torch.cat(present) if present else None, out)]
+    for weight, bias, part in parts:
+        if bias is None:
+            torch.mm(x, weight.t(), out=part)
+        else:
+            torch.addmm(bias, x, weight.t(), out=part)
+    return out
+
+
+def _halves(gate_up: Tensor) -> Sequence[Tensor]:
+    return gate_up.split(gate_up.shape[1] // 2, 1)
+
+
+def _empty_outputs(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biased: Sequence[int],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    act: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    loras = _loras(As, Bs, adapted, scales, ps, seeds)
+    M, F = x.shape[:-1].numel(), weights[0].shape[0]
+    s = qkv.joint_like(x, M, loras[:DOWN]) + qkv.joint_like(x, M, loras[DOWN:])
+    y = x.new_empty(*x.shape[:-1], weights[DOWN].shape[0])
+    return y, x.new_empty(M, 2 * F), s
+
+
+def backward(
+    dy: Tensor,
+    weights: Sequence[Tensor],
+    x: Tensor | None,
+    gate_up: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    s: Tensors,
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    act: str,
+    needs_x: bool,
+    needs_bias: Sequence[bool],
+    needs_A: Sequence[bool],
+    needs_B: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients that are needed, in this order:
+
+    ``dx``; dbias of gate and up; dA of every group of gate and up (``[ΣR, D]``), if any is needed; dB of gate and up; dA and
+    dB of down.
+    """
+    wanted = needs_x, needs_bias, needs_A, needs_B
+    numbers = adapted, scales, ps, seeds
+    if not dy.numel():
+        grads = _like_grads(dy, weights, x, gate_up, As, Bs, s, *numbers, act, *wanted)
+        return [grad.zero_() for grad in grads]
+    flat, loras = rows(dy), _loras(As, Bs, *numbers)
+    outer, groups, down = sum(i < DOWN for i in adapted), group(loras[:DOWN]), loras[DOWN]
+    needs_outer = needs_x or any(needs_bias) or any(needs_A[:outer]) or any(needs_B[:outer])
+    needs_dA = any(needs_A[outer:])
+    dB = ds = dA = None
+    if down is not None:
+        ds = flat.new_empty(flat.shape[0], down.A.shape[0], dtype=adapter_dtype(flat, down.A))
+        needs_ds = needs_outer or needs_dA
+        (dB,) = qkv.grads_at_output([flat], s[-1:], [ds], [down], needs_B[outer:], needs_ds)
+    found: list[Tensor] = []
+    if gate_up is not None:
+        gate, up = _halves(gate_up)
+        joint = s[: len(groups)]
+        ss = members_of(joint, loras[:DOWN], groups, 1)
+        if needs_outer:
+            dh = flat @ cast(weights[DOWN], dy.dtype)
+            d_gate, d_up, dA = gate_backward(dh, gate, up, ss, ds, loras, act, needs_dA=needs_dA)
+            found = qkv.backward(
+                *([d_gate, d_up], weights[:DOWN], x, As[:outer], Bs[:outer], joint),
+                *(values[:outer] for values in numbers),
+                *(needs_x, any(needs_A[:outer]), needs_B[:outer]),
+            )
+            bias_grads = [
+                d.sum(0) for d, needed in zip((d_gate, d_up), needs_bias, strict=True) if needed
+            ]
+            found[needs_x:needs_x] = bias_grads
+        elif needs_dA and down is not None:
+            h, _ = gate_forward(gate, up, ss, [*loras[:DOWN], None], act)
+            dA = passes.grad_a(ds, h, down.A.dtype, down.p, down.seed)
+    if found and needs_x:
+        found[0] = unflatten(found[0], torch.Size((*dy.shape[:-1], found[0].shape[-1])))
+    return found + [grad for grad in (dA, dB) if grad is not None]
+
+
+def _like_grads(
+    dy: Tensor,
+    weights: Sequence[Tensor],
+    x: Tensor | None,
+    gate_up: Tensor | None,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    s: Tensors,
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    act: str,
+    needs_x: bool,
+    needs_bias: Sequence[bool],
+    needs_A: Sequence[bool],
+    needs_B: Sequence[bool],
+) -> list[Tensor]:
+    F, D = weights[0].shape
+    loras, outer = _loras(As, Bs, adapted, scales, ps, seeds), sum(i < DOWN for i in adapted)
+    grads = [dy.new_empty(*dy.shape[:-1], D)] if needs_x else []
+    grads += [dy.new_empty(F) for needed in needs_bias if needed]
+    if any(needs_A[:outer]):
+        for members in group(loras[:DOWN]):
+            A = loras[members[0]].A  # pyright: ignore[reportOptionalMemberAccess]
+            grads.append(A.new_empty(rank_of(loras, members), D))
+    inner = zip(Bs[:outer], needs_B[:outer], strict=True)
+    down = zip((*As[outer:], *Bs[outer:]), (*needs_A[outer:], *needs_B[outer:]), strict=True)
+    return grads + [t.new_empty(t.shape) for t, needed in (*inner, *down) if needed]
+
+
+def _loras(
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+) -> list[LoRA | None]:
+    parts = zip(As, Bs, scales, ps, seeds, strict=True)
+    return with_gaps([LoRA(*values) for values in parts], adapted, 3)
+
+
+_NUMBERS = "int[] adapted, float[] scales, float[] ps, int[] seeds, str act"
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weights, biases, As, Bs, biased, *numbers = inputs
+    _, gate_up, s = output
+    outer = sum(i < DOWN for i in numbers[0])
+    trained = [
+        *As[:outer],
+        *Bs[:outer],
+        *(b for i, b in zip(biased, biases, strict=True) if i < DOWN),
+    ]
+    needs_gate = x.requires_grad or any(t.requires_grad for t in (*trained, *As[outer:]))
+    needs_down = any(B.requires_grad for B in Bs[outer:])
+    groups = len(s) - len(As[outer:])
+    kept = [t if needs_gate else None for t in (gate_up, *s[:groups])]
+    kept += [t if needs_down else None for t in s[groups:]]
+    ctx.recompute_x, x_parts = recompute.saved_for(x, any(A.requires_grad for A in As[:outer]))
+    ctx.save_for_backward(*weights, *As, *Bs, *kept, *x_parts)
+    ctx.counts, ctx.biased, ctx.numbers = (len(As), len(kept)), biased, numbers
+    ctx.mark_non_differentiable(gate_up, *s)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    adapters, count = ctx.counts
+    adapted = ctx.numbers[0]
+    weights, As, Bs, kept, x_parts = split(ctx.saved_tensors, 3, adapters, adapters, count)
+    gate_up, s = kept[0], kept[1:]
+    needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+    bias = with_gaps(needs_bias, ctx.biased, 3)
+    wanted = needs_x, [bool(needed) for needed in bias[:DOWN]], list(needs_A), list(needs_B)
+    grads: list[Tensor] = []
+    if needs_x or any((*wanted[1], *needs_A, *needs_B)):
+        x = recompute.restore(ctx.recompute_x, x_parts)
+        grads = list(_backward_op(dy, weights, x, gate_up, As, Bs, s, *ctx.numbers, *wanted))
+    dx = grads.pop(0) if needs_x else None
+    dbias: list[Tensor | None] = [grads.pop(0) if needed else None for needed in wanted[1]]
+    dbias.append(rows(dy).sum(0) if bias[DOWN] else None)
+    loras, outer = _loras(As, Bs, *ctx.numbers[:-1])[:DOWN], sum(i < DOWN for i in adapted)
+    dA: list[Tensor | None] = [None] * adapters
+    if any(needs_A[:outer]):
+        groups = group(loras)
+        parts = members_of([grads.pop(0) for _ in groups], loras, groups, 0)
+        dA = [
+            parts[i] if i < DOWN and needed else None
+            for i, needed in zip(adapted, needs_A, strict=True)
+        ]
+    dB = [grads.pop(0) if needed else None for needed in needs_B[:outer]]
+    dA[outer:] = [grads.pop(0) if needed else None for needed in needs_A[outer:]]
+    dB += [grads.pop(0) if needed else None for needed in needs_B[outer:]]
+    # torch.library treats an empty list as a list of tensors, so its "gradient" must be a list too
+    none = [None if values else [] for values in (ctx.biased, *ctx.numbers)]
+    return dx, [None] * 3, [dbias[i] for i in ctx.biased], dA, dB, *none
+
+
+_forward_op = Op(
+    "lora_swiglu_mlp",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
+    f" {_NUMBERS}) -> (Tensor, Tensor, Tensor[])",
+    forward,
+    _empty_outputs,
+    looks_at_storage=True,
+)
+lora_swiglu_mlp_triton = differentiable(_forward_op, _keep, _backward)
+_backward_op = Op(
+    "lora_swiglu_mlp_backward",
+    "(Tensor dy, Tensor[] weights, Tensor? x, Tensor? gate_up, Tensor[] As, Tensor[] Bs, Tensor?[] s,"
+    f" {_NUMBERS}, bool needs_x, bool[] needs_bias, bool[] needs_A, bool[] needs_B) -> Tensor[]",
+    backward,
+    _like_grads,
+    looks_at_storage=True,
+)
+
+
+def run_triton(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Tensors,
+    loras: Sequence[LoRA | None],
+    act: str,
+) -> Tensor:
+    """``lora_swiglu_mlp`` on Triton; ``biases`` and ``loras`` may contain ``None``."""
+    return lora_swiglu_mlp_triton(x, list(weights), *without_gaps(biases, loras), act)[0]

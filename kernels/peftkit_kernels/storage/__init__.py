@@ -1,0 +1,1 @@
+"""How frozen weights are stored, one folder for each quantised kind."""
