@@ -29,6 +29,8 @@ def rows(ops: list[str] | None = None) -> list[dict[str, Any]]:
 
 def first_sentence(op: str) -> str:
     """The first sentence of an operation's README, below its title."""
-    text = (files("peftkit_kernels") / op / "README.md").read_text(encoding="utf-8")
+    package = files("peftkit_kernels")
+    homes = [package / part / op / "README.md" for part in ("ops", "storage")]
+    text = next(file for file in homes if file.is_file()).read_text(encoding="utf-8")
     paragraph = " ".join(text.split("\n\n")[1].split())
     return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0]
