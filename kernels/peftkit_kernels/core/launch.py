@@ -102,19 +102,26 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 def counting(target: Target) -> Iterator[Counter]:
     """Count the launches that would run on ``target``, for tensors on any device. Results are uninitialised memory.
 
-    Launch plans that are made inside keep the counter, so use one counter in a process.
+    Launch plans keep the counter, so all plans are dropped before and after.
     """
     counter = Counter(target)
+    plan.clear()
     token = _dry.set(counter)
     try:
         yield counter
     finally:
         _dry.reset(token)
+        plan.clear()
 
 
 def is_recording() -> bool:
     """Whether launches are being recorded."""
     return isinstance(_dry.get(), _Recorder)
+
+
+def is_counting() -> bool:
+    """Whether launches are being counted."""
+    return isinstance(_dry.get(), Counter)
 
 
 def runs_dry() -> bool:

@@ -6,6 +6,7 @@ function calls the schedule's launch plan.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +14,24 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core.autograd import once_differentiable
-from peftkit_kernels.core.launch import is_recording
+from peftkit_kernels.core.checks import is_autocast_enabled
+from peftkit_kernels.core.launch import is_counting, is_recording
 from peftkit_kernels.core.modes import is_transformed
 from peftkit_kernels.core.plan import Kind, Plans
 
 _SEEDS = "seed", "seeds"
+
+Keep = Callable[[Any, Sequence[Any], Any], None]
+Backward = Callable[..., Sequence[Any]]
+
+
+def replays(x: Tensor) -> bool:
+    """Whether ops with the input ``x`` run by launch plans, on arguments as they are: eagerly, on a GPU, without autocast."""
+    return (
+        not is_transformed()
+        and (x.is_cuda or is_counting())
+        and not is_autocast_enabled(x.device.type)
+    )
 
 
 class Op:
@@ -46,11 +60,9 @@ class Op:
         )
         self.library.register_fake(fake)
         parsed = torch._C.parse_schema(name + schema)
+        self.arguments = [argument.name for argument in parsed.arguments]
         self.kinds = [_kind(a) for a in parsed.arguments]
-        self.has_lists = any(
-            kind.is_list and kind.role == "tensor"
-            for kind in (*self.kinds, *(_kind(a) for a in parsed.returns))
-        )
+        self.results = [_kind(a) for a in parsed.returns]
         self.plans = Plans(
             schedule, self.kinds, otherwise=self.library, looks_at_storage=looks_at_storage
         )
@@ -59,9 +71,9 @@ class Op:
         """The result of the schedule. Autograd does not see the call."""
         if is_transformed():
             return self.library(*args)
-        return self.compute(args)
+        return self.compute(*args)
 
-    def compute(self, args: Sequence[Any]) -> Any:
+    def compute(self, *args: Any) -> Any:
         """The result of the schedule, for an eager call."""
         return self._schedule(*args) if is_recording() else self.plans(*args)
 
@@ -72,140 +84,148 @@ def _kind(argument: Any) -> Kind:
     return Kind(role, kind.startswith("List["))
 
 
-def differentiable(
-    op: Op, keep: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
-) -> Callable[..., Any]:
-    """The op with its gradient: a function of the op's arguments.
+class Differentiable:
+    """An op with its gradient. Calling it returns the op's first result; the other results are for its backward.
 
     Args:
         op: The forward.
+        trained: Names of the arguments that may need a gradient, in the order of the schema: tensors, or lists of tensors.
         keep: ``keep(ctx, inputs, output)`` saves what backward needs, as for ``register_autograd`` of torch.library.
-        backward: ``backward(ctx, *grads)`` returns a gradient, or ``None``, for each input. It may be called once.
+        backward: ``backward(ctx, needs, grad)`` returns a gradient or ``None`` for each trained argument, and a list of them for
+            a list. ``needs`` says for each of them whether its gradient is needed. ``grad`` is a list if the first result is.
+            It may be called once.
     """
-    op.library.register_autograd(once_differentiable(backward), setup_context=keep)
-    apply = _nested(op, keep, backward) if op.has_lists else _flat(op, keep, backward)
 
-    def call(*args: Any) -> Any:
+    def __init__(self, op: Op, trained: Sequence[str], keep: Keep, backward: Backward):
+        self.op = op
+        self._returns_tuple = len(op.results) > 1
+        self._places = [op.arguments.index(name) for name in trained]
+        _register(op, self._places, keep, backward)
+        lists = [op.kinds[i].is_list for i in self._places]
+        starred = [f"{'*' * is_list}a[{i}]" for i, is_list in zip(self._places, lists, strict=True)]
+        self._leaves: Callable[..., tuple] = eval(f"lambda a: ({', '.join(starred)},)")
+        self._frozen: Callable[..., bool] = eval(_frozen_source(op.kinds, self._places))
+        self._apply = _function(op, self._places, keep, backward)
+
+    def __call__(self, *args: Any) -> Any:
+        """The op's first result, with its gradient."""
         if is_transformed():
-            return op.library(*args)
+            return self._first(self.op.library(*args))
+        return self._run(self.op.compute, args)
+
+    def again(self, *args: Any) -> Any:
+        """The result if an equal call has run before, else ``None``. To be called where ``replays`` is true.
+
+        Whoever has checked the arguments of the first call need not check those of an equal one: the two differ only in the
+        values of tensors.
+        """
+        if not self._frozen(args):
+            return None
+        plan = self.op.plans.find(args)
+        return None if plan is None else self._run(plan, args)
+
+    def _run(self, compute: Callable[..., Any], args: tuple) -> Any:
         if not torch.is_grad_enabled():
-            return op.compute(args)
-        return apply(*args)
+            return self._first(compute(*args))
+        return self._apply(compute, args, *self._leaves(args))
 
-    return call
+    def _first(self, output: Any) -> Any:
+        return output[0] if self._returns_tuple else output
 
 
-def _flat(op: Op, keep: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The autograd function of an op without lists of tensors."""
+def _frozen_source(kinds: Sequence[Kind], trained: Sequence[int]) -> str:
+    """The source of a function of an op's arguments: whether none of those that are not trained requires a gradient."""
+    terms = []
+    for i, kind in enumerate(kinds):
+        if kind.role != "tensor" or i in trained:
+            continue
+        if kind.is_list:
+            terms.append(f"any([t is not None and t.requires_grad for t in a[{i}]])")
+        else:
+            terms.append(f"(a[{i}] is not None and a[{i}].requires_grad)")
+    return f"lambda a: not ({' or '.join(terms) or 'False'})"
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = op.compute(args)
+
+def _function(op: Op, places: Sequence[int], keep: Keep, backward: Backward) -> Callable[..., Any]:
+    """The ``apply`` of the op's autograd function for eager calls.
+
+    Its arguments are the function that computes the op, the op's arguments, and once more those tensors among them that may need
+    a gradient: torch looks for them only at the top level.
+    """
+    is_list, returns_tuple = op.results[0].is_list, len(op.results) > 1
+    has_lists = any(op.kinds[i].is_list for i in places)
+
+    def forward(ctx: Any, compute: Callable[..., Any], args: tuple, *leaves: Any) -> Any:
+        output = compute(*args)
+        ctx.set_materialize_grads(False)
         keep(ctx, args, output)
-        return output
+        if has_lists:
+            ctx.op_counts = tuple(len(args[i]) if op.kinds[i].is_list else 0 for i in places)
+        result = output[0] if returns_tuple else output
+        return tuple(result) if is_list else result
 
-    return _function(op, forward, backward).apply
+    def grads(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[2:]
+        if has_lists:
+            needs = _nest(op, tuple(places), ctx.op_counts)(needs)
+        found = backward(ctx, needs, list(grads) if is_list else grads[0])
+        if not has_lists:
+            return None, None, *found
+        flat: list[Any] = [None, None]
+        for i, part in zip(places, found, strict=True):
+            flat.extend(part) if op.kinds[i].is_list else flat.append(part)
+        return tuple(flat)
 
-
-def _function(op: Op, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
     methods = {
         "forward": staticmethod(forward),
-        "backward": staticmethod(once_differentiable(backward)),
+        "backward": staticmethod(once_differentiable(grads)),
     }
-    return type(op.name, (torch.autograd.Function,), methods)
+    function = type(op.name, (torch.autograd.Function,), methods)
+    # Function.apply itself would look for transforms once more
+    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _nested(op: Op, keep: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The autograd function of an op with lists of tensors, which torch's own functions do not follow."""
+@functools.cache
+def _nest(op: Op, places: tuple[int, ...], counts: tuple[int, ...]) -> Callable[..., tuple]:
+    """A function that parts a flat sequence into one entry for each of an op's arguments: a slice for a list."""
+    parts, at = [], 0
+    for i, count in zip(places, counts, strict=True):
+        size = count if op.kinds[i].is_list else 1
+        parts.append(f"f[{at}:{at + size}]" if op.kinds[i].is_list else f"f[{at}]")
+        at += size
+    return eval(f"lambda f: ({', '.join(parts)},)")
 
-    def forward(ctx: Any, layout: _Layout, *flat: Any) -> tuple[Tensor | None, ...]:
-        inputs = _group(flat, layout.inputs)
-        output = op.compute(inputs)
-        keep(_Context(ctx, _group(ctx.needs_input_grad[1:], layout.inputs)), inputs, output)
-        ctx.op_layout = layout
-        parts = output if isinstance(output, tuple) else (output,)
-        layout.outputs = _counts(parts)
-        return tuple(_flatten(parts))
 
-    def grads(ctx: Any, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
-        layout = ctx.op_layout
-        nested = _Context(ctx, _group(ctx.needs_input_grad[1:], layout.inputs))
-        found = backward(nested, *_group(flat, layout.outputs))
-        return None, *layout.flatten_grads(found)
+def _register(op: Op, places: Sequence[int], keep: Keep, backward: Backward) -> None:
+    """Give the torch.library op its gradient."""
 
-    function = _function(op, forward, grads)
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*_flatten(output[1:]))
+        ctx.op_counts = [
+            len(a) if kind.is_list else 0 for a, kind in zip(inputs, op.kinds, strict=True)
+        ]
+        keep(ctx, inputs, output)
 
-    are_lists = [kind.role == "tensor" and kind.is_list for kind in op.kinds]
-
-    def apply(*args: Any) -> Any:
-        layout, flat = _Layout(), []
-        for is_list, argument in zip(are_lists, args, strict=True):
-            if is_list:
-                flat.extend(argument)
-                layout.inputs.append(len(argument))
+    def grads(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        found = iter(backward(ctx, [ctx.needs_input_grad[i] for i in places], grads[0]))
+        complete: list[Any] = []
+        for i, (kind, count) in enumerate(zip(op.kinds, ctx.op_counts, strict=True)):
+            if i in places:
+                complete.append(next(found))
+            elif kind.is_list and (kind.role == "tensor" or not count):
+                # torch.library treats an empty list of numbers as a list of tensors
+                complete.append([None] * count)
             else:
-                flat.append(argument)
-                layout.inputs.append(None)
-        results = _group(function.apply(layout, *flat), layout.outputs)
-        return tuple(results) if len(results) > 1 else results[0]
+                complete.append(None)
+        return tuple(complete)
 
-    return apply
+    op.library.register_autograd(once_differentiable(grads), setup_context=setup)
 
 
-class _Context:
-    """The context of an autograd function, with ``needs_input_grad`` in the form of the op's arguments."""
-
-    def __init__(self, ctx: Any, needs_input_grad: Sequence[Any]):
-        self.__dict__.update(_ctx=ctx, needs_input_grad=needs_input_grad)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._ctx, name, value)
-
-
-class _Layout:
-    """How many tensors each argument and each result of a call has; ``None`` for one that is not a list."""
-
-    __slots__ = ("inputs", "outputs")
-
-    def __init__(self) -> None:
-        self.inputs: list[int | None] = []
-        self.outputs: list[int | None] = []
-
-    def flatten_grads(self, grads: Sequence[Any]) -> list[Any]:
-        """The gradients of a function, from those of its op."""
-        found: list[Any] = []
-        for grad, count in zip(grads, self.inputs, strict=True):
-            if count is None:
-                found.append(grad if isinstance(grad, Tensor) else None)
-            else:
-                found.extend([None] * count if grad is None else grad)
-        return found
-
-
-def _counts(parts: Sequence[Any]) -> list[int | None]:
-    return [len(part) if isinstance(part, list) else None for part in parts]
-
-
-def _flatten(parts: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
+def _flatten(parts: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
     for part in parts:
-        if isinstance(part, list):
-            found.extend(part)
-        else:
-            found.append(part)
-    return found
-
-
-def _group(flat: Sequence[Any], counts: Sequence[int | None]) -> list[Any]:
-    found: list[Any] = []
-    at = 0
-    for count in counts:
-        if count is None:
-            found.append(flat[at])
-            at += 1
-        else:
-            found.append(list(flat[at : at + count]))
-            at += count
+        found.extend(part) if isinstance(part, list) else found.append(part)
     return found

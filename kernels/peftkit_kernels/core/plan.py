@@ -12,6 +12,7 @@ value of each argument that is not a tensor, except seeds. The schedule must not
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -86,10 +87,28 @@ class Kind(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line of a plan and the names of the values that it reads."""
+    """A line of a plan.
+
+    Attributes:
+        text: The source code. An address in the memory of a value is written as ``_address``.
+        reads: The names of the values that it reads.
+        makes: The name of the value whose memory it allocates, if it does only that.
+    """
 
     text: str
     reads: tuple[str, ...]
+    makes: str | None = None
+
+
+class _Value(NamedTuple):
+    """A tensor of a plan that has a name."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    """Bytes from the start of its storage."""
+    device: torch.device
 
 
 class Recorder(TorchDispatchMode):
@@ -104,12 +123,11 @@ class Recorder(TorchDispatchMode):
         """The name of the value that is a certain piece of a storage."""
         self._bases: dict[tuple, str] = {}
         """The name of the value that a piece of a storage is a view of."""
-        self._places: dict[str, tuple[int, torch.dtype]] = {}
-        """Distance in bytes of each value from the start of its storage, and its dtype."""
+        self._values: dict[str, _Value] = {}
         self._made: dict[int, str] = {}
         """The value that owns each storage which the schedule makes."""
-        self._sizes: dict[str, int] = {}
-        """Elements of each value that the schedule makes."""
+        self._as_tensors: set[str] = set()
+        """The values that some line needs as a tensor, not only their address."""
         # while a weak reference exists, no other storage can have the same address
         self._storages: dict[int, StorageWeakRef] = {}
         self._inputs = frozenset(inputs)
@@ -183,14 +201,58 @@ class Recorder(TorchDispatchMode):
         kept = {self._names[_key(t)] for t in tree_leaves(result) if isinstance(t, Tensor)}
         kept |= self._inputs
         last = {name: at for at, line in enumerate(self._lines) for name in line.reads}
+        arena = self._arena(kept, last)
         lines = []
         for at, line in enumerate(self._lines):
-            lines.append(line.text)
+            if at == arena.first:
+                lines += self._allocate_arena(arena.size)
+            if line.makes not in arena.offsets:
+                lines.append(_addressed(line.text, arena.offsets))
             dead = [name for name in dict.fromkeys(line.reads) if last[name] == at]
-            dead = [name for name in dead if name not in kept]
+            dead = [name for name in dead if name not in kept and name not in arena.offsets]
+            if at == arena.last:
+                dead.append("arena")
             if dead:
                 lines.append(f"del {', '.join(dead)}")
         return [*lines, returned]
+
+    def _arena(self, kept: set[str], last: dict[str, int]) -> _Arena:
+        """One allocation for all values of which only kernels see the address. Each lies where none is that lives at the same time."""
+        lives = {
+            line.makes: (at, last.get(line.makes, at))
+            for at, line in enumerate(self._lines)
+            if line.makes and line.makes not in kept and line.makes not in self._as_tensors
+        }
+        if len(lives) < 2 or len({self._values[name].device for name in lives}) > 1:
+            return _Arena({}, 0, -1, -1)
+        offsets: dict[str, int] = {}
+        size = 0
+        for name, (start, end) in lives.items():
+            taken = sorted(
+                (offsets[other], offsets[other] + _bytes(self._values[other]))
+                for other in offsets
+                if lives[other][1] >= start and lives[other][0] <= end
+            )
+            at = 0
+            for begin, stop in taken:
+                if at + _bytes(self._values[name]) <= begin:
+                    break
+                at = max(at, stop)
+            offsets[name] = at
+            size = max(size, at + _bytes(self._values[name]))
+        return _Arena(
+            offsets,
+            size,
+            min(start for start, _ in lives.values()),
+            max(end for _, end in lives.values()),
+        )
+
+    def _allocate_arena(self, size: int) -> list[str]:
+        device = next(iter(self._values.values())).device
+        words = (
+            f"({size},), (1,), dtype={self._constant(torch.uint8)}, device={self._constant(device)}"
+        )
+        return [f"arena = empty({words})", "start = arena.data_ptr()"]
 
     def _note(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
@@ -217,14 +279,14 @@ class Recorder(TorchDispatchMode):
         out = self._make(t)
         dtype, device = self._constant(t.dtype), self._constant(t.device)
         text = f"{out} = empty({tuple(t.shape)}, {t.stride()}, dtype={dtype}, device={device})"
-        self._lines.append(_Line(text, ()))
+        self._lines.append(_Line(text, (), out))
 
     def _operation(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
         words = [self._word(a) for a in args]
         words += [f"{name}={self._word(a)}" for name, a in kwargs.items()]
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         reads = tuple(self._name(t) for t in read)
-        text = f"{self._constant(func._op)}({', '.join(words)})"
+        text = f"{self._constant(_FUNCTIONS.get(func, func._op))}({', '.join(words)})"
         if not func._schema.is_mutable:
             found = [result] if isinstance(result, Tensor) else result
             outs = [self._make(t) if isinstance(t, Tensor) else "_" for t in found]
@@ -242,25 +304,26 @@ class Recorder(TorchDispatchMode):
         if (
             key not in self._names
             and base is not None
-            and self._sizes.get(base) == result.numel()
+            and base not in self._inputs
+            and self._values[base].shape.numel() == result.numel()
             and result.is_contiguous()
         ):
             # not a view, which autograd would not let the caller change in place
             self._lines.append(_Line(f"{base}.resize_({tuple(result.shape)})", (base,)))
             self._names[key] = base
+            self._as_tensors.add(base)
         return self._name(result)
 
     def _add(self, t: Tensor, name: str | None = None) -> str:
-        name, key = name or f"v{len(self._places)}", _key(t)
+        name, key = name or f"v{len(self._values)}", _key(t)
         self._storages.setdefault(key[0], StorageWeakRef(t.untyped_storage()))
         self._names[key] = self._bases[key] = name
-        self._places[name] = t.storage_offset() * t.element_size(), t.dtype
+        self._values[name] = _value(t)
         return name
 
     def _make(self, t: Tensor) -> str:
         out = self._add(t)
         self._made[_storage(t)] = out
-        self._sizes[out] = t.numel()
         return out
 
     def _base(self, t: Tensor) -> str:
@@ -274,32 +337,38 @@ class Recorder(TorchDispatchMode):
     def _name(self, t: Tensor) -> str:
         """The name of the value ``t``. If it is a view without one, this adds the line that makes it."""
         key = _key(t)
+        self._as_tensors.add(self._base(t))
         if key not in self._names:
-            base, offset = self._base(t), self._distance(t) // t.element_size()
-            name = self._names[key] = f"v{len(self._places)}"
-            self._places[name] = t.storage_offset() * t.element_size(), t.dtype
-            source = base
-            if self._places[base][1] is not t.dtype:
-                source = f"{base}.view({self._constant(t.dtype)})"
-            # only an argument can lie elsewhere in its storage in another call
-            where = (
-                t.storage_offset()
-                if base in self._sizes
-                else f"{source}.storage_offset() + {offset}"
-            )
-            text = f"{name} = {source}.as_strided({tuple(t.shape)}, {t.stride()}, {where})"
-            self._lines.append(_Line(text, (base,)))
+            base = self._base(t)
+            name = self._names[key] = f"v{len(self._values)}"
+            self._values[name] = _value(t)
+            self._lines.append(_Line(f"{name} = {self._view(t, base)}", (base,)))
         return self._names[key]
+
+    def _view(self, t: Tensor, name: str) -> str:
+        """The expression for ``t``, a view of the value ``name``."""
+        base, shape, stride = self._values[name], tuple(t.shape), t.stride()
+        if base.dtype is t.dtype and not self._distance(t):
+            if stride == base.stride[::-1] and shape == base.shape[::-1] and len(shape) == 2:
+                return f"{name}.t()"
+            is_whole = t.numel() == base.shape.numel() and t.is_contiguous()
+            if is_whole and base.stride == _contiguous(base.shape):
+                return f"{name}.view({shape})"
+        source = name if base.dtype is t.dtype else f"{name}.view({self._constant(t.dtype)})"
+        # only an argument can lie elsewhere in its storage in another call
+        where = str(t.storage_offset())
+        if name in self._inputs:
+            where = f"{source}.storage_offset() + {self._distance(t) // t.element_size()}"
+        return f"{source}.as_strided({shape}, {stride}, {where})"
 
     def _distance(self, t: Tensor) -> int:
         """Bytes from the first element of the value that ``t`` is a view of."""
-        return int(t.storage_offset()) * t.element_size() - self._places[self._base(t)][0]
+        return int(t.storage_offset()) * t.element_size() - self._values[self._base(t)].start
 
     def _pointer(self, argument: Any) -> str:
         if not isinstance(argument, Tensor):
             return self._word(argument)
-        distance = self._distance(argument)
-        return f"{self._base(argument)}.data_ptr()" + (f" + {distance}" if distance else "")
+        return _address(self._base(argument), self._distance(argument))
 
     def _word(self, argument: Any) -> str:
         """An argument of an operation, as it is written in a line."""
@@ -320,6 +389,76 @@ class Recorder(TorchDispatchMode):
         name = f"c{len(self.constants)}"
         self.constants[name] = value
         return name
+
+
+class _Arena(NamedTuple):
+    """One allocation that serves for several values of a plan.
+
+    Attributes:
+        offsets: Where each of them lies, in bytes.
+        size: Bytes in all.
+        first: The line before which it is allocated.
+        last: The line after which it is freed.
+    """
+
+    offsets: dict[str, int]
+    size: int
+    first: int
+    last: int
+
+
+_ALIGNMENT = 512
+"""Bytes. Values in an arena start where torch's allocator on a GPU would let them start."""
+
+_FUNCTIONS = {
+    torch.ops.aten.addmm_.default: Tensor.addmm_,
+    torch.ops.aten.addmm.default: torch.addmm,
+    torch.ops.aten.addmm.out: torch.addmm,
+    torch.ops.aten.mm.default: torch.mm,
+    torch.ops.aten.mm.out: torch.mm,
+    torch.ops.aten.cat.default: torch.cat,
+}
+"""Functions that are faster than ``torch.ops`` to call and do the same."""
+
+_ADDRESS = re.compile(r"@(\w+)\+(\d+)@")
+
+
+def _address(name: str, distance: int) -> str:
+    """The address ``distance`` bytes into a value, as lines contain it until it is known where the value lies."""
+    return f"@{name}+{distance}@"
+
+
+def _addressed(text: str, offsets: dict[str, int]) -> str:
+    """A line with its addresses; ``offsets`` are those of the values in the arena."""
+
+    def replaced(found: re.Match[str]) -> str:
+        name, distance = found[1], int(found[2])
+        start = f"{name}.data_ptr()"
+        if name in offsets:
+            start, distance = "start", distance + offsets[name]
+        return f"{start} + {distance}" if distance else start
+
+    return _ADDRESS.sub(replaced, text)
+
+
+def _value(t: Tensor) -> _Value:
+    start = int(t.storage_offset()) * t.element_size()
+    return _Value(t.shape, t.stride(), t.dtype, start, t.device)
+
+
+def _bytes(value: _Value) -> int:
+    """The memory of a value, in whole units of alignment."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride, strict=True))
+    return -(-extent * value.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
 
 
 def _storage(t: Tensor) -> int:
@@ -363,13 +502,19 @@ class Plans:
 
     def __call__(self, *args: Any) -> Any:
         """``schedule(*args)``."""
-        signature = self._signature(*args)
-        if self._looks_at_storage:
-            signature = (*signature, _pattern(args))
+        signature = self._signature_of(args)
         plan = self._plans.get(signature)
         if plan is not None:
             return plan(*args)
         return self._record(signature, args)
+
+    def find(self, args: Sequence[Any]) -> Callable[..., Any] | None:
+        """The plan for ``schedule(*args)`` if there is one."""
+        return self._plans.get(self._signature_of(args))
+
+    def _signature_of(self, args: Sequence[Any]) -> tuple:
+        signature = self._signature(*args)
+        return (*signature, _pattern(args)) if self._looks_at_storage else signature
 
     def _record(self, signature: tuple, args: Sequence[Any]) -> Any:
         inputs: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.launch import aligned, cdiv, dot_precision, launch, target_of
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import cast, passes, rows
 from peftkit_kernels.low_rank.config import MAX_RANK, block_r
 from peftkit_kernels.low_rank.passes import readable
@@ -186,29 +186,28 @@ def _like_grads(
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     h, down, down_bias, up, up_bias, base, *ctx.numbers = inputs
     z = output[1]
-    ctx.recompute_h, h_parts = recompute.saved_for(h, ctx.needs_input_grad[1])
-    ctx.save_for_backward(z if any(ctx.needs_input_grad[:4]) else None, down, up, *h_parts)
+    ctx.recompute_h, h_parts = recompute.saved_for(h, down.requires_grad)
+    trained = [t for t in (h, down, down_bias, up) if t is not None and t.requires_grad]
+    ctx.save_for_backward(z if trained else None, down, up, *h_parts)
     ctx.dtypes = tuple(None if b is None else b.dtype for b in (down_bias, up_bias))
     ctx.has_base = base is not None
-    ctx.mark_non_differentiable(z)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
     z, down, up, *h_parts = ctx.saved_tensors
     scale, act = ctx.numbers
-    *needs, needs_up_bias, needs_base = ctx.needs_input_grad[:6]
+    *wanted, needs_up_bias, needs_base = needs
     dup_bias = None
     if needs_up_bias:
         dup_bias = cast(rows(dy).sum(0, dtype=torch.float32).mul_(scale), ctx.dtypes[1])
     grads: list[Tensor] = []
-    if any(needs):
+    if any(wanted):
         h = recompute.restore(ctx.recompute_h, h_parts)
-        grads = list(_backward_op(dy, h, z, down, up, scale, act, ctx.has_base, needs))
-    dh, ddown, ddown_bias, dup = (grads.pop(0) if needed else None for needed in needs)
+        grads = list(_backward_op(dy, h, z, down, up, scale, act, ctx.has_base, wanted))
+    dh, ddown, ddown_bias, dup = (grads.pop(0) if needed else None for needed in wanted)
     if ddown_bias is not None:
         ddown_bias = cast(ddown_bias, ctx.dtypes[0])
-    return dh, ddown, ddown_bias, dup, dup_bias, dy if needs_base else None, None, None
+    return dh, ddown, ddown_bias, dup, dup_bias, dy if needs_base else None
 
 
 _forward_op = Op(
@@ -219,7 +218,9 @@ _forward_op = Op(
     forward,
     _like_outputs,
 )
-bottleneck_triton = differentiable(_forward_op, _keep, _backward)
+bottleneck_triton = Differentiable(
+    _forward_op, ("h", "down", "down_bias", "up", "up_bias", "base"), _keep, _backward
+)
 _backward_op = Op(
     "bottleneck_backward",
     "(Tensor dy, Tensor? h, Tensor z, Tensor down, Tensor up, float scale, str act, bool has_base,"

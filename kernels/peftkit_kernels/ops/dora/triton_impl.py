@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.launch import cdiv, dot_precision, launch, target_of
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.ops.dora.config import MagnitudeConfig, NormConfig
@@ -283,31 +283,28 @@ def _norm_like(
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, layout, bias, A, B, magnitude, norm, *numbers, keep_direction = inputs
-    # not ctx.needs_input_grad: here it has one entry for each tensor of a list, in the backward one for the whole list
     ctx.recompute_x, x_parts = recompute.saved_for(x, A.requires_grad)
     y, s, g, z = output
     kept_y = (z if keep_direction else y) if magnitude.requires_grad else None
     kept_s, kept_norm = s if B.requires_grad else None, norm if keep_direction else None
     ctx.save_for_backward(kept_y, bias, A, B, magnitude, kept_norm, g, kept_s, *weight, *x_parts)
     ctx.layout, ctx.stored, ctx.numbers = layout, len(weight), (*numbers, keep_direction)
-    ctx.mark_non_differentiable(s, g, z)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
     y, bias, A, B, magnitude, norm, g, s, *more = ctx.saved_tensors
     weight, x_parts = more[: ctx.stored], more[ctx.stored :]
-    needs_x, _, _, needs_bias, needs_A, needs_B, needs_magnitude, *_ = ctx.needs_input_grad
+    needs_x, needs_bias, needs_A, needs_B, needs_magnitude = needs
     dbias = rows(dy).sum(0) if needs_bias else None
-    needs = [needs_x, needs_A, needs_B, needs_magnitude]
+    wanted = [needs_x, needs_A, needs_B, needs_magnitude]
     grads: Sequence[Tensor] = []
-    if any(needs):
+    if any(wanted):
         x = recompute.restore(ctx.recompute_x, x_parts)
         tensors = weight, ctx.layout, x, y, bias, A, B, magnitude, norm, g, s
-        grads = _backward_op(dy, *tensors, *ctx.numbers, needs)
+        grads = _backward_op(dy, *tensors, *ctx.numbers, wanted)
     found = iter(grads)
-    dx, dA, dB, dmagnitude = (next(found) if needed else None for needed in needs)
-    return dx, [None] * ctx.stored, None, dbias, dA, dB, dmagnitude, *[None] * 5
+    dx, dA, dB, dmagnitude = (next(found) if needed else None for needed in wanted)
+    return dx, dbias, dA, dB, dmagnitude
 
 
 dora_norm_triton = Op(
@@ -323,7 +320,9 @@ _linear_op = Op(
     forward,
     _empty_outputs,
 )
-dora_linear_triton = differentiable(_linear_op, _keep, _backward)
+dora_linear_triton = Differentiable(
+    _linear_op, ("x", "bias", "A", "B", "magnitude"), _keep, _backward
+)
 _backward_op = Op(
     "dora_linear_backward",
     "(Tensor dy, Tensor[] weight, int[] layout, Tensor? x, Tensor? y, Tensor? bias, Tensor A, Tensor B,"
@@ -345,4 +344,4 @@ def run_triton(
 ) -> Tensor:
     """``dora_linear`` on Triton."""
     tensors = bias, lora.A, lora.B, magnitude, norm
-    return dora_linear_triton(x, *parts_of(weight), *tensors, *lora.numbers(), keep_direction)[0]
+    return dora_linear_triton(x, *parts_of(weight), *tensors, *lora.numbers(), keep_direction)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core.launch import cdiv, launch, target_of
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import cast, rows
 from peftkit_kernels.low_rank.passes import readable, sum_partials
 from peftkit_kernels.ops.dora_scale.config import BackwardConfig, ForwardConfig
@@ -242,9 +242,9 @@ def _keep_scale(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _scale_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _scale_backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
     z, g = ctx.saved_tensors
-    needs_z, _, needs_bias = ctx.needs_input_grad
+    needs_z, _, needs_bias = needs
     dz = dg = dbias = None
     if needs_z and g is None:
         dz = dy
@@ -266,16 +266,16 @@ def _keep_gate(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _gate_backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-    tensors, needs = ctx.saved_tensors, list(ctx.needs_input_grad[2:6])
-    dz_gate, dz_up, sums = _gate_backward_op(dh, *tensors, ctx.act, needs)
+def _gate_backward(ctx: Any, needs: Sequence[bool], dh: Tensor) -> tuple[Tensor | None, ...]:
+    tensors, wanted = ctx.saved_tensors, list(needs[2:])
+    dz_gate, dz_up, sums = _gate_backward_op(dh, *tensors, ctx.act, wanted)
     found = iter(sums)
-    dg_gate, dg_up, *dbias = (next(found) if needed else None for needed in needs)
+    dg_gate, dg_up, *dbias = (next(found) if needed else None for needed in wanted)
     dbias = [
         None if grad is None else cast(grad, bias.dtype)
         for grad, bias in zip(dbias, tensors[4:], strict=True)
     ]
-    return dz_gate, dz_up, dg_gate, dg_up, *dbias, None
+    return dz_gate, dz_up, dg_gate, dg_up, *dbias
 
 
 def _gate_grads_like(dh: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,7 +285,7 @@ def _gate_grads_like(dh: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 _dora_scale_op = Op(
     "dora_scale", "(Tensor z, Tensor? g, Tensor? bias) -> Tensor", scale_forward, _scale_like
 )
-dora_scale_triton = differentiable(_dora_scale_op, _keep_scale, _scale_backward)
+dora_scale_triton = Differentiable(_dora_scale_op, ("z", "g", "bias"), _keep_scale, _scale_backward)
 _scale_backward_op = Op(
     "dora_scale_backward",
     "(Tensor dy, Tensor? z, Tensor? g, bool needs_bias) -> Tensor[]",
@@ -293,7 +293,12 @@ _scale_backward_op = Op(
     _scale_grads,
 )
 _dora_gate_op = Op("dora_gate", f"({_GATE}) -> Tensor", gate_forward, _gate_like)
-dora_gate_triton = differentiable(_dora_gate_op, _keep_gate, _gate_backward)
+dora_gate_triton = Differentiable(
+    _dora_gate_op,
+    ("z_gate", "z_up", "g_gate", "g_up", "bias_gate", "bias_up"),
+    _keep_gate,
+    _gate_backward,
+)
 _gate_backward_op = Op(
     "dora_gate_backward",
     f"(Tensor dh, {_GATE}, bool[] needs) -> (Tensor, Tensor, Tensor)",

@@ -54,7 +54,7 @@ def frozen_rms_norm(
         return rms_norm_reference(x, weight, eps, offset=offset, round_first=round_first)
     numbers = eps, offset, round_first
     if chosen == "triton":
-        forward, y = rms_norm_op, frozen_rms_norm_triton(x, weight, *numbers)[0]
+        forward, y = rms_norm_op, frozen_rms_norm_triton(x, weight, *numbers)
     else:
         forward, y = rms_norm_forward, run(FrozenRMSNorm, x, weight, *numbers)
     if is_transformed():
@@ -90,7 +90,7 @@ def frozen_layer_norm(
     if chosen == "reference":
         return layer_norm_reference(x, weight, bias, eps)
     if chosen == "triton":
-        forward, y = layer_norm_op, frozen_layer_norm_triton(x, weight, bias, eps)[0]
+        forward, y = layer_norm_op, frozen_layer_norm_triton(x, weight, bias, eps)
     else:
         forward, y = layer_norm_forward, run(FrozenLayerNorm, x, weight, bias, eps)
     if is_transformed():

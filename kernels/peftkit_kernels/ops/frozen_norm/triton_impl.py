@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkit_kernels.core.launch import aligned, cdiv, launch
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import rows
 from peftkit_kernels.low_rank.passes import readable
 from peftkit_kernels.ops.frozen_norm.config import NormConfig
@@ -122,28 +123,23 @@ def _grad_like(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
 
 def _keep_rms(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, ctx.offset, _ = inputs
-    rstd = output[1]
-    ctx.save_for_backward(x, weight, rstd)
-    ctx.mark_non_differentiable(rstd)
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, output[1])
 
 
 def _keep_layer(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, _, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
 
 
-def _rms_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _rms_backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor]:
     x, weight, rstd = ctx.saved_tensors
-    return _backward_op(dy, x, weight, None, rstd, ctx.offset), None, None, None, None
+    return (_backward_op(dy, x, weight, None, rstd, ctx.offset),)
 
 
-def _layer_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _layer_backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor]:
     x, weight, mean, rstd = ctx.saved_tensors
-    return _backward_op(dy, x, weight, mean, rstd, 0.0), None, None, None
+    return (_backward_op(dy, x, weight, mean, rstd, 0.0),)
 
 
 rms_norm_op = Op(
@@ -152,14 +148,14 @@ rms_norm_op = Op(
     rms_forward,
     _rms_like,
 )
-frozen_rms_norm_triton = differentiable(rms_norm_op, _keep_rms, _rms_backward)
+frozen_rms_norm_triton = Differentiable(rms_norm_op, ("x",), _keep_rms, _rms_backward)
 layer_norm_op = Op(
     "frozen_layer_norm",
     "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     layer_forward,
     _layer_like,
 )
-frozen_layer_norm_triton = differentiable(layer_norm_op, _keep_layer, _layer_backward)
+frozen_layer_norm_triton = Differentiable(layer_norm_op, ("x",), _keep_layer, _layer_backward)
 _backward_op = Op(
     "frozen_norm_backward",
     "(Tensor dy, Tensor x, Tensor weight, Tensor? mean, Tensor rstd, float offset) -> Tensor",

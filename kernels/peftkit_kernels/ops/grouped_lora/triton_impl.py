@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import adapter_dtype, rows
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.low_rank.passes import readable, sum_partials, sum_tile
@@ -234,21 +234,18 @@ _TABLES = (
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     _, x, A, B, scale, *tables, block = inputs
-    _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-    s = output[1]
-    ctx.save_for_backward(x if needs_A else None, A, B, s if needs_B else None, scale, *tables)
+    kept = x if A.requires_grad else None, A, B, output[1] if B.requires_grad else None
+    ctx.save_for_backward(*kept, scale, *tables)
     ctx.block = block
-    ctx.mark_non_differentiable(s)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    needs_y, *needs = ctx.needs_input_grad[:4]
+def _backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
+    needs_y, *wanted = needs
     found = iter(())
-    if any(needs):
-        found = iter(_backward_op(dy, *ctx.saved_tensors, ctx.block, needs))
-    dx, dA, dB = (next(found) if needed else None for needed in needs)
-    return dy if needs_y else None, dx, dA, dB, *[None] * (1 + len(Table._fields))
+    if any(wanted):
+        found = iter(_backward_op(dy, *ctx.saved_tensors, ctx.block, wanted))
+    dx, dA, dB = (next(found) if needed else None for needed in wanted)
+    return dy if needs_y else None, dx, dA, dB
 
 
 _forward_op = Op(
@@ -257,7 +254,7 @@ _forward_op = Op(
     forward,
     _empty_outputs,
 )
-_op = differentiable(_forward_op, _keep, _backward)
+_op = Differentiable(_forward_op, ("y", "x", "A", "B"), _keep, _backward)
 _backward_op = Op(
     "grouped_lora_backward",
     f"(Tensor dy, Tensor? x, Tensor A, Tensor B, Tensor? s, Tensor scale, {_TABLES}, bool[] needs) -> Tensor[]",
@@ -270,4 +267,4 @@ def grouped_lora_triton(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, plan: GroupPlan
 ) -> Tensor:
     """As ``grouped_lora_reference``, for a plan with rows."""
-    return _op(y, x, A, B, scale, *table_of(plan))[0]
+    return _op(y, x, A, B, scale, *table_of(plan))

@@ -15,7 +15,7 @@ from torch import Tensor
 from peftkit_kernels.core import recompute, workspace
 from peftkit_kernels.core.dropout import keep_scale, threshold
 from peftkit_kernels.core.launch import aligned, cdiv, dot_precision, launch
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.ops.int8_compute_linear.config import Int8GemmConfig, QuantizeConfig
@@ -251,26 +251,24 @@ def _like_grads(
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, codes, row_absmax, _, A, B, *numbers, _ = inputs
-    _, _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-    ctx.recompute_x, x_parts = recompute.saved_for(x, needs_A)
-    ctx.save_for_backward(codes, row_absmax, A, B, output[1] if needs_B else None, *x_parts)
+    ctx.recompute_x, x_parts = recompute.saved_for(x, A is not None and A.requires_grad)
+    s = output[1] if B is not None and B.requires_grad else None
+    ctx.save_for_backward(codes, row_absmax, A, B, s, *x_parts)
     ctx.numbers = numbers
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
     codes, row_absmax, A, B, s, *x_parts = ctx.saved_tensors
-    needs_x, _, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+    needs_x, needs_bias, needs_A, needs_B = needs
     dbias = rows(dy).sum(0) if needs_bias else None
-    needs = [needs_x, needs_A, needs_B]
+    wanted = [needs_x, needs_A, needs_B]
     grads: Sequence[Tensor] = []
-    if any(needs):
+    if any(wanted):
         x = recompute.restore(ctx.recompute_x, x_parts)
-        grads = _backward_op(dy, codes, row_absmax, x, A, B, s, *ctx.numbers, needs)
+        grads = _backward_op(dy, codes, row_absmax, x, A, B, s, *ctx.numbers, wanted)
     found = iter(grads)
-    dx, dA, dB = (next(found) if needed else None for needed in needs)
-    return dx, None, None, dbias, dA, dB, None, None, None, None
+    dx, dA, dB = (next(found) if needed else None for needed in wanted)
+    return dx, dbias, dA, dB
 
 
 _forward_op = Op(
@@ -280,7 +278,7 @@ _forward_op = Op(
     forward,
     _empty_outputs,
 )
-int8_compute_linear_triton = differentiable(_forward_op, _keep, _backward)
+int8_compute_linear_triton = Differentiable(_forward_op, ("x", "bias", "A", "B"), _keep, _backward)
 _backward_op = Op(
     "int8_compute_linear_backward",
     "(Tensor dy, Tensor codes, Tensor row_absmax, Tensor? x, Tensor? A, Tensor? B, Tensor? s, float scale,"
@@ -297,4 +295,4 @@ def run_triton(
     A, B, numbers = (
         (None, None, (0.0, 0.0, 0)) if lora is None else (lora.A, lora.B, lora.numbers())
     )
-    return int8_compute_linear_triton(x, *q.tensors(), bias, A, B, *numbers, outlier)[0]
+    return int8_compute_linear_triton(x, *q.tensors(), bias, A, B, *numbers, outlier)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core.launch import cdiv
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import LoRA, cast, passes
 from peftkit_kernels.ops.linear_cross_entropy.passes import xent_rows_triton_
 from peftkit_kernels.ops.linear_cross_entropy.reference import RowLoss
@@ -283,11 +283,9 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensors]) -> None:
     ctx.makes_grads, ctx.numbers, ctx.needs = _makes_grads(per_row, needs), numbers, needs
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[:5]]
     ctx.save_for_backward(*(output[1] if ctx.makes_grads else inputs[:6]))
-    ctx.mark_non_differentiable(*output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, needs: Sequence[bool], dloss: Tensor) -> tuple[Tensor | None, ...]:
     """All gradients are linear in ``dloss``, so those computed in the forward are multiplied by it."""
     if ctx.makes_grads:
         found = iter(ctx.saved_tensors)
@@ -299,8 +297,7 @@ def _backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Any, ...]:
         found = iter(_deferred_op(dloss, *ctx.saved_tensors, *ctx.numbers, ctx.needs))
         grads = [next(found) if needed else None for needed in ctx.needs]
     pairs = zip(grads, ctx.dtypes, strict=True)
-    grads = [None if grad is None else cast(grad, dtype) for grad, dtype in pairs]
-    return *grads, *([None] * (3 + len(ctx.numbers)))
+    return tuple(None if grad is None else cast(grad, dtype) for grad, dtype in pairs)
 
 
 _forward_op = Op(
@@ -309,7 +306,7 @@ _forward_op = Op(
     forward,
     _empty_outputs,
 )
-_op = differentiable(_forward_op, _keep, _backward)
+_op = Differentiable(_forward_op, ("hidden", "weight", "bias", "A", "B"), _keep, _backward)
 _deferred_op = Op(
     "linear_cross_entropy_deferred",
     f"(Tensor dloss, {_TENSORS}, {_NUMBERS}, bool[] needs) -> Tensor[]",
@@ -343,10 +340,9 @@ def linear_cross_entropy_triton(
     enabled = torch.is_grad_enabled()
     needs = [enabled and t is not None and t.requires_grad for t in tensors]
     M, V = hidden.shape[0], weight.shape[0]
-    loss, _ = _op(
+    return _op(
         *(*tensors, target, 1.0 if lora is None else lora.scale),
         *(row_loss.logit_scale, row_loss.softcap, row_loss.label_smoothing, row_loss.z_loss),
         *(ignore_index, chunk or choose_chunk(M, V, itemsize=compute_dtype.itemsize, cpu=False)),
         *(compute_dtype, reduction == "none", needs),
     )
-    return loss

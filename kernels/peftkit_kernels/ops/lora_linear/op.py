@@ -8,6 +8,7 @@ from torch import Tensor
 from peftkit_kernels.core.autograd import run
 from peftkit_kernels.core.checks import autocast_dtype, check_bias, check_lora, check_weight
 from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.core.op import replays
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_linear.reference import lora_linear_reference
 from peftkit_kernels.ops.lora_linear.torch_impl import LoRALinear
@@ -38,6 +39,10 @@ def lora_linear(
 
     Source: Hu et al., 2021, arXiv:2106.09685.
     """
+    if backend == "auto" and replays(x):
+        y = lora_linear_triton.again(x, weight, bias, lora.A, lora.B, *lora.numbers())
+        if y is not None:
+            return y
     dtype = autocast_dtype(x)
     if dtype is not None:
         with torch.autocast(x.device.type, enabled=False):
@@ -51,5 +56,5 @@ def lora_linear(
     if chosen == "reference":
         return lora_linear_reference(x, weight, bias, lora)
     if chosen == "triton":
-        return lora_linear_triton(x, weight, bias, lora.A, lora.B, *lora.numbers())[0]
+        return lora_linear_triton(x, weight, bias, lora.A, lora.B, *lora.numbers())
     return run(LoRALinear, x, weight, bias, lora.A, lora.B, lora.numbers())

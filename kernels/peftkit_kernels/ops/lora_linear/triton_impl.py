@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.launch import target_of
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.config import fuses_gemm
 from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
@@ -121,27 +121,22 @@ def _like_grads(
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, A, B, *numbers = inputs
-    _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-    ctx.recompute_x, x_parts = recompute.saved_for(x, needs_A)
-    ctx.save_for_backward(weight, A, B, output[1] if needs_B else None, *x_parts)
+    ctx.recompute_x, x_parts = recompute.saved_for(x, A.requires_grad)
+    ctx.save_for_backward(weight, A, B, output[1] if B.requires_grad else None, *x_parts)
     ctx.numbers = numbers
-    # s is an output of the op only so that it can be saved for backward
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
     weight, A, B, s, *x_parts = ctx.saved_tensors
-    needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+    needs_x, needs_bias, needs_A, needs_B = needs
     dbias = rows(dy).sum(0) if needs_bias else None
-    needs = [needs_x, needs_A, needs_B]
-    grads: Sequence[Tensor] = []
-    if any(needs):
-        x = recompute.restore(ctx.recompute_x, x_parts)
-        grads = _backward_op(dy, weight, x, A, B, s, *ctx.numbers, needs)
-    found = iter(grads)
-    dx, dA, dB = (next(found) if needed else None for needed in needs)
-    return dx, None, dbias, dA, dB, None, None, None
+    wanted = needs_x, needs_A, needs_B
+    if not any(wanted):
+        return None, dbias, None, None
+    x = recompute.restore(ctx.recompute_x, x_parts)
+    grads = iter(_backward_op(dy, weight, x, A, B, s, *ctx.numbers, wanted))
+    dx, dA, dB = (next(grads) if needed else None for needed in wanted)
+    return dx, dbias, dA, dB
 
 
 _forward_op = Op(
@@ -151,7 +146,7 @@ _forward_op = Op(
     forward,
     _empty_outputs,
 )
-lora_linear_triton = differentiable(_forward_op, _keep, _backward)
+lora_linear_triton = Differentiable(_forward_op, ("x", "bias", "A", "B"), _keep, _backward)
 _backward_op = Op(
     "lora_linear_backward",
     "(Tensor dy, Tensor weight, Tensor? x, Tensor A, Tensor B, Tensor? s, float scale, float p, int seed,"

@@ -16,10 +16,11 @@ from peftkit_kernels.core.checks import (
     check_weight,
 )
 from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.core.op import replays
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_qkv.reference import lora_qkv_reference
 from peftkit_kernels.ops.lora_qkv.torch_impl import Call, LoRAQKV
-from peftkit_kernels.ops.lora_qkv.triton_impl import run_triton
+from peftkit_kernels.ops.lora_qkv.triton_impl import lora_qkv_triton, without_gaps
 
 
 def lora_qkv(
@@ -48,6 +49,10 @@ def lora_qkv(
     Raises:
         ValueError: Shapes or dtypes do not fit, a weight requires a gradient, or the backend cannot run.
     """
+    if backend == "auto" and replays(x):
+        ys = lora_qkv_triton.again(x, list(weights), *without_gaps(biases, loras))
+        if ys is not None:
+            return tuple(ys)
     dtype = autocast_dtype(x)
     if dtype is not None:
         with torch.autocast(x.device.type, enabled=False):
@@ -67,5 +72,5 @@ def lora_qkv(
     if chosen == "reference":
         return lora_qkv_reference(x, weights, biases, loras)
     if chosen == "triton":
-        return tuple(run_triton(x, weights, biases, loras))
+        return tuple(lora_qkv_triton(x, list(weights), *without_gaps(biases, loras)))
     return run(LoRAQKV, Call(numbers), x, *weights, *biases, *As, *Bs)

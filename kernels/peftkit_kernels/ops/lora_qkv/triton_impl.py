@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core import recompute
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.core.views import as_one_view
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.groups import (
@@ -240,8 +240,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) ->
     needed = any(B.requires_grad for B in Bs)
     ctx.save_for_backward(*weights, *As, *Bs, *(s if needed else None for s in joint), *x_parts)
     ctx.counts, ctx.biased, ctx.numbers = (len(weights), len(As), len(joint)), biased, numbers
-    ctx.mark_non_differentiable(*joint)
-    ctx.set_materialize_grads(False)
 
 
 def split(saved: Sequence[Any], *counts: int) -> list[list[Any]]:
@@ -253,11 +251,11 @@ def split(saved: Sequence[Any], *counts: int) -> list[list[Any]]:
     return [*parts, list(saved[start:])]
 
 
-def _backward(ctx: Any, dys: Tensors, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, needs: Sequence[Any], dys: Tensors) -> tuple[Any, ...]:
     count, adapters, joints = ctx.counts
     adapted = ctx.numbers[0]
     weights, As, Bs, joint, x_parts = split(ctx.saved_tensors, count, adapters, adapters, joints)
-    needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+    needs_x, needs_bias, needs_A, needs_B = needs
     dx, dA, dB, dbias = None, [None] * adapters, [None] * adapters, [None] * len(ctx.biased)
     if any(dy is not None for dy in dys):
         x = recompute.restore(ctx.recompute_x, x_parts)
@@ -275,9 +273,7 @@ def _backward(ctx: Any, dys: Tensors, _: Any) -> tuple[Any, ...]:
     for j, (i, needed) in enumerate(zip(ctx.biased, needs_bias, strict=True)):
         if needed and dys[i] is not None:
             dbias[j] = rows(dys[i]).sum(0)
-    # torch.library treats an empty list as a list of tensors, so its "gradient" must be a list too
-    none = [None if values else [] for values in (ctx.biased, *ctx.numbers)]
-    return dx, [None] * count, dbias, dA, dB, *none
+    return dx, dbias, dA, dB
 
 
 _forward_op = Op(
@@ -288,7 +284,7 @@ _forward_op = Op(
     _empty_outputs,
     looks_at_storage=True,
 )
-lora_qkv_triton = differentiable(_forward_op, _keep, _backward)
+lora_qkv_triton = Differentiable(_forward_op, ("x", "biases", "As", "Bs"), _keep, _backward)
 _backward_op = Op(
     "lora_qkv_backward",
     "(Tensor?[] dys, Tensor[] weights, Tensor? x, Tensor[] As, Tensor[] Bs, Tensor?[] joint,"
@@ -299,24 +295,15 @@ _backward_op = Op(
 )
 
 
-def run_triton(
-    x: Tensor, weights: Sequence[Tensor], biases: Tensors, loras: Sequence[LoRA | None]
-) -> list[Tensor]:
-    """``lora_qkv`` on Triton; ``biases`` and ``loras`` may contain ``None``."""
-    return lora_qkv_triton(x, list(weights), *without_gaps(biases, loras))[0]
-
-
 def without_gaps(biases: Tensors, loras: Sequence[LoRA | None]) -> tuple[list[Any], ...]:
     """Biases and adapters in the form that the ops take: tensors without gaps, their indices, and the adapters' numbers."""
-    biased = [i for i, bias in enumerate(biases) if bias is not None]
-    adapted = [i for i, lora in enumerate(loras) if lora is not None]
     present = [lora for lora in loras if lora is not None]
     return (
-        [biases[i] for i in biased],
+        [bias for bias in biases if bias is not None],
         [lora.A for lora in present],
         [lora.B for lora in present],
-        biased,
-        adapted,
+        [i for i, bias in enumerate(biases) if bias is not None],
+        [i for i, lora in enumerate(loras) if lora is not None],
         [lora.scale for lora in present],
         [lora.p for lora in present],
         [lora.seed for lora in present],

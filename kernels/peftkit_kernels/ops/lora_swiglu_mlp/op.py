@@ -16,12 +16,14 @@ from peftkit_kernels.core.checks import (
     check_weight,
 )
 from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.core.op import replays
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.lora_qkv.triton_impl import without_gaps
 from peftkit_kernels.ops.lora_swiglu_mlp.activation import ACTIVATIONS
 from peftkit_kernels.ops.lora_swiglu_mlp.config import obstacle
 from peftkit_kernels.ops.lora_swiglu_mlp.reference import lora_swiglu_mlp_reference
 from peftkit_kernels.ops.lora_swiglu_mlp.torch_impl import Call, LoRASwiGLUMLP
-from peftkit_kernels.ops.lora_swiglu_mlp.triton_impl import run_triton
+from peftkit_kernels.ops.lora_swiglu_mlp.triton_impl import lora_swiglu_mlp_triton
 
 
 def lora_swiglu_mlp(
@@ -54,6 +56,10 @@ def lora_swiglu_mlp(
 
     Source: Shazeer, 2020, arXiv:2002.05202 (gated MLPs).
     """
+    if backend == "auto" and replays(x):
+        y = lora_swiglu_mlp_triton.again(x, list(weights), *without_gaps(biases, loras), act)
+        if y is not None:
+            return y
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
     dtype = autocast_dtype(x)
@@ -91,5 +97,5 @@ def lora_swiglu_mlp(
     if chosen == "reference":
         return lora_swiglu_mlp_reference(x, weights, biases, loras, act)
     if chosen == "triton":
-        return run_triton(x, weights, biases, loras, act)
+        return lora_swiglu_mlp_triton(x, list(weights), *without_gaps(biases, loras), act)
     return run(LoRASwiGLUMLP, Call(numbers, act), x, *weights, *biases, *As, *Bs)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core import recompute
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.core.views import as_one_view
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.groups import group, members_of, rank_of, shrink_groups
 from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 from peftkit_kernels.ops.lora_linear.triton_impl import project
 from peftkit_kernels.ops.lora_qkv import triton_impl as qkv
-from peftkit_kernels.ops.lora_qkv.triton_impl import linear, split, with_gaps, without_gaps
+from peftkit_kernels.ops.lora_qkv.triton_impl import linear, split, with_gaps
 from peftkit_kernels.ops.lora_swiglu_mlp.passes import gate_backward, gate_forward
 
 Tensors = Sequence[Tensor | None]
@@ -228,16 +228,14 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.recompute_x, x_parts = recompute.saved_for(x, any(A.requires_grad for A in As[:outer]))
     ctx.save_for_backward(*weights, *As, *Bs, *kept, *x_parts)
     ctx.counts, ctx.biased, ctx.numbers = (len(As), len(kept)), biased, numbers
-    ctx.mark_non_differentiable(gate_up, *s)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
     adapters, count = ctx.counts
     adapted = ctx.numbers[0]
     weights, As, Bs, kept, x_parts = split(ctx.saved_tensors, 3, adapters, adapters, count)
     gate_up, s = kept[0], kept[1:]
-    needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+    needs_x, needs_bias, needs_A, needs_B = needs
     bias = with_gaps(needs_bias, ctx.biased, 3)
     wanted = needs_x, [bool(needed) for needed in bias[:DOWN]], list(needs_A), list(needs_B)
     grads: list[Tensor] = []
@@ -259,9 +257,7 @@ def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     dB = [grads.pop(0) if needed else None for needed in needs_B[:outer]]
     dA[outer:] = [grads.pop(0) if needed else None for needed in needs_A[outer:]]
     dB += [grads.pop(0) if needed else None for needed in needs_B[outer:]]
-    # torch.library treats an empty list as a list of tensors, so its "gradient" must be a list too
-    none = [None if values else [] for values in (ctx.biased, *ctx.numbers)]
-    return dx, [None] * 3, [dbias[i] for i in ctx.biased], dA, dB, *none
+    return dx, [dbias[i] for i in ctx.biased], dA, dB
 
 
 _forward_op = Op(
@@ -272,7 +268,7 @@ _forward_op = Op(
     _empty_outputs,
     looks_at_storage=True,
 )
-lora_swiglu_mlp_triton = differentiable(_forward_op, _keep, _backward)
+lora_swiglu_mlp_triton = Differentiable(_forward_op, ("x", "biases", "As", "Bs"), _keep, _backward)
 _backward_op = Op(
     "lora_swiglu_mlp_backward",
     "(Tensor dy, Tensor[] weights, Tensor? x, Tensor? gate_up, Tensor[] As, Tensor[] Bs, Tensor?[] s,"
@@ -281,14 +277,3 @@ _backward_op = Op(
     _like_grads,
     looks_at_storage=True,
 )
-
-
-def run_triton(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Tensors,
-    loras: Sequence[LoRA | None],
-    act: str,
-) -> Tensor:
-    """``lora_swiglu_mlp`` on Triton; ``biases`` and ``loras`` may contain ``None``."""
-    return lora_swiglu_mlp_triton(x, list(weights), *without_gaps(biases, loras), act)[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core.launch import cdiv, launch
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import cast
 from peftkit_kernels.ops.prefix_attention.config import MergeConfig
 from peftkit_kernels.ops.prefix_attention.flash import Pass, of_batch, over_batch
@@ -175,16 +175,14 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
     *tensors, ctx.scale, ctx.causal = inputs
     out, kept = output
     ctx.save_for_backward(*tensors, *([out] if tensors[5] is None else []), *kept)
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, needs: Sequence[bool], dout: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     tensors, kept = saved[:7], list(saved[7:])
     grads = _backward_op(dout, *tensors, kept, ctx.scale, ctx.causal)
-    needed = zip([*grads, None][:6], ctx.needs_input_grad, strict=False)
-    return *(grad if need else None for grad, need in needed), None, None, None
+    pairs = zip([*grads, None][:6], needs, strict=True)
+    return tuple(grad if needed else None for grad, needed in pairs)
 
 
 _forward_op = Op(
@@ -193,7 +191,7 @@ _forward_op = Op(
     forward,
     _like_outputs,
 )
-_op = differentiable(_forward_op, _keep, _backward)
+_op = Differentiable(_forward_op, ("q", "k", "v", "prefix_k", "prefix_v", "gate"), _keep, _backward)
 _backward_op = Op(
     "prefix_attention_backward",
     f"(Tensor dout, {_TENSORS}, Tensor[] kept, float scale, bool causal) -> Tensor[]",
@@ -214,4 +212,4 @@ def prefix_attention_triton(
     causal: bool,
 ) -> Tensor:
     """As ``PrefixAttention``; arguments as ``prefix_attention``."""
-    return _op(q, k, v, prefix_k, prefix_v, gate, mask, scale, causal)[0]
+    return _op(q, k, v, prefix_k, prefix_v, gate, mask, scale, causal)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.launch import cdiv, dot_precision, launch, target_of
-from peftkit_kernels.core.op import Op, differentiable
+from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.ops.lora_linear import triton_impl as dense
@@ -202,28 +202,25 @@ def _like_grads(
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, q, layout, _, A, B, *numbers = inputs
-    # not ctx.needs_input_grad: here it has one entry for each tensor of a list, in the backward one for the whole list
     ctx.recompute_x, x_parts = recompute.saved_for(x, A is not None and A.requires_grad)
     s = output[1] if B is not None and B.requires_grad else None
     ctx.save_for_backward(A, B, s, *q, *x_parts)
     ctx.layout, ctx.stored, ctx.numbers = layout, len(q), numbers
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
     A, B, s, *more = ctx.saved_tensors
     q, x_parts = more[: ctx.stored], more[ctx.stored :]
-    needs_x, _, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+    needs_x, needs_bias, needs_A, needs_B = needs
     dbias = rows(dy).sum(0) if needs_bias else None
-    needs = [needs_x, needs_A, needs_B]
+    wanted = [needs_x, needs_A, needs_B]
     grads: Sequence[Tensor] = []
-    if any(needs):
+    if any(wanted):
         x = recompute.restore(ctx.recompute_x, x_parts)
-        grads = _backward_op(dy, q, ctx.layout, x, A, B, s, *ctx.numbers, needs)
+        grads = _backward_op(dy, q, ctx.layout, x, A, B, s, *ctx.numbers, wanted)
     found = iter(grads)
-    dx, dA, dB = (next(found) if needed else None for needed in needs)
-    return dx, [None] * ctx.stored, None, dbias, dA, dB, None, None, None
+    dx, dA, dB = (next(found) if needed else None for needed in wanted)
+    return dx, dbias, dA, dB
 
 
 _forward_op = Op(
@@ -233,7 +230,7 @@ _forward_op = Op(
     forward,
     _empty_outputs,
 )
-quantized_linear_triton = differentiable(_forward_op, _keep, _backward)
+quantized_linear_triton = Differentiable(_forward_op, ("x", "bias", "A", "B"), _keep, _backward)
 _backward_op = Op(
     "quantized_linear_backward",
     "(Tensor dy, Tensor[] q, int[] layout, Tensor? x, Tensor? A, Tensor? B, Tensor? s, float scale, float p,"
@@ -248,4 +245,4 @@ def run_triton(x: Tensor, q: QuantizedWeight, bias: Tensor | None, lora: LoRA | 
     A, B, numbers = (
         (None, None, (0.0, 0.0, 0)) if lora is None else (lora.A, lora.B, lora.numbers())
     )
-    return quantized_linear_triton(x, q.tensors(), layout_of(q), bias, A, B, *numbers)[0]
+    return quantized_linear_triton(x, q.tensors(), layout_of(q), bias, A, B, *numbers)
