@@ -62,7 +62,7 @@ def bottleneck(
     if chosen == "reference":
         return bottleneck_reference(h, down, down_bias, up, up_bias, scale, act, base)
     if chosen == "triton":
-        return bottleneck_triton(*tensors, scale, act)[0]
+        return bottleneck_triton(*tensors, scale, act)
     return Bottleneck.apply(*tensors, (scale, act))
 
 
