@@ -69,12 +69,12 @@ MUTATIONS = [
     ),
     *bugs_of(
         "low_rank.kernels",
-        "sum_kernel",
+        "_sum_tile",
         ("stride", "x_ptrs += stride_xi", "x_ptrs += N", _SUMS),
         ("mask", "(offs_n < N)[None, :]", "(offs_n < N + 1)[None, :]", _SUMS),
         ("tile", "range(count)", "range(count - 1)", _SUMS),
-        ("race", "(tl.program_id(0) // blocks)", "(tl.program_id(0) // blocks // 2)", _SUMS),
-        ("int32", "% blocks).to(tl.int64)", "% blocks)", _SUMS),
+        ("race", "(tile // blocks)", "(tile // blocks // 2)", _SUMS),
+        ("int32", "tl.zeros((), tl.int64) + N", "N + 0", _SUMS),
     ),
     *bugs_of(
         "low_rank.kernels",

@@ -167,9 +167,43 @@ def test_sums_of_partials(transposed):
     shape = (70, 80) if transposed else (80, 70)
     out = torch.empty(shape, dtype=torch.bfloat16)
     with watched(int32_limit=INT32_LIMIT) as traffic:
-        total = passes.sum_partials(partial, out.t() if transposed else out)
+        total = out.t() if transposed else out
+        passes.add_up(partial, total)
     Bound.of(partial).sum(0).round(torch.bfloat16).check(total)
     assert traffic.unique_bytes == partial.nbytes + total.nbytes
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 13])
+def test_many_sums_at_once_are_those_one_by_one(count):
+    """Of different lengths, shapes, layouts and dtypes, in any order of programs."""
+    partials = [draw(1 + i % 4, 3 + 11 * i, 5 + 16 * (i % 3), seed=i) for i in range(count)]
+    dtypes = [torch.bfloat16, torch.float32, torch.float16]
+
+    def results():
+        found = []
+        for i, partial in enumerate(partials):
+            rows, columns = partial.shape[1:]
+            out = torch.full((rows, columns + 3), 7.0, dtype=dtypes[i % 3])
+            found.append(out.t().contiguous().t() if i % 2 else out)
+        return found, [out[:, : partials[i].shape[2]] for i, out in enumerate(found)]
+
+    alone, parts = results()
+    for partial, part in zip(partials, parts, strict=True):
+        passes.add_up(partial, part)
+
+    def together():
+        whole, parts = results()
+        sums = passes.Sums()
+        for partial, part in zip(partials, parts, strict=True):
+            sums.add(partial, part)
+        with watched(int32_limit=INT32_LIMIT) as traffic:
+            sums.finish()
+        assert len(traffic.launches) == -(-count // 6)
+        return whole
+
+    for expected, found in zip(alone, together(), strict=True):
+        assert torch.equal(expected, found)
+    assert_same_bits_in_any_order(together)
 
 
 @sizes

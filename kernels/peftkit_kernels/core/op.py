@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from peftkit_kernels.core.autograd import once_differentiable
 from peftkit_kernels.core.checks import is_autocast_enabled
@@ -42,7 +43,7 @@ class Op:
         schema: Its arguments and results, in torch's notation. Integers named ``seed`` or ``seeds`` are seeds of dropout masks.
         schedule: The function that computes it. It changes none of its arguments.
         fake: The same on tensors that have shapes but no values.
-        looks_at_storage: Whether the schedule asks which of its tensors are parts of one buffer.
+        looks_at_storage: Names of the arguments of which the schedule asks whether they are parts of one buffer.
     """
 
     def __init__(
@@ -52,20 +53,19 @@ class Op:
         schedule: Callable[..., Any],
         fake: Callable[..., Any],
         *,
-        looks_at_storage: bool = False,
+        looks_at_storage: Sequence[str] = (),
     ):
         self.name, self._schedule = name, schedule
         self.library = torch.library.custom_op(
-            f"peftkit::{name}", schedule, mutates_args=(), schema=schema
+            f"peftkit::{name}", _without_aliases(schedule), mutates_args=(), schema=schema
         )
         self.library.register_fake(fake)
         parsed = torch._C.parse_schema(name + schema)
         self.arguments = [argument.name for argument in parsed.arguments]
         self.kinds = [_kind(a) for a in parsed.arguments]
         self.results = [_kind(a) for a in parsed.returns]
-        self.plans = Plans(
-            schedule, self.kinds, otherwise=self.library, looks_at_storage=looks_at_storage
-        )
+        places = [self.arguments.index(argument) for argument in looks_at_storage]
+        self.plans = Plans(schedule, self.kinds, otherwise=self.library, looks_at_storage=places)
 
     def __call__(self, *args: Any) -> Any:
         """The result of the schedule. Autograd does not see the call."""
@@ -76,6 +76,29 @@ class Op:
     def compute(self, *args: Any) -> Any:
         """The result of the schedule, for an eager call."""
         return self._schedule(*args) if is_recording() else self.plans(*args)
+
+
+def _without_aliases(schedule: Callable[..., Any]) -> Callable[..., Any]:
+    """The schedule with results that share no memory, as torch.library demands."""
+
+    @functools.wraps(schedule)
+    def run(*args: Any) -> Any:
+        result = schedule(*args)
+        if not isinstance(result, (tuple, list)):
+            return result
+        seen: set[int] = set()
+        return tree_map_only(Tensor, lambda t: _own(t, seen), result)
+
+    return run
+
+
+def _own(t: Tensor, seen: set[int]) -> Tensor:
+    """``t``, or a copy of it if it shares memory with an earlier result."""
+    storage = t.untyped_storage()._cdata
+    if storage in seen:
+        return t.clone()
+    seen.add(storage)
+    return t
 
 
 def _kind(argument: Any) -> Kind:

@@ -476,7 +476,7 @@ class Plans:
         schedule: The function. It does not change its arguments.
         kinds: The kind of each of its arguments.
         otherwise: Computes the same if a tensor is a subclass, which may need its own code: kernels read plain memory.
-        looks_at_storage: Whether the schedule asks which of its tensors are parts of one buffer.
+        looks_at_storage: Numbers of the arguments of which the schedule asks whether they are parts of one buffer.
     """
 
     def __init__(
@@ -485,7 +485,7 @@ class Plans:
         kinds: Sequence[Kind],
         *,
         otherwise: Callable[..., Any] | None = None,
-        looks_at_storage: bool = False,
+        looks_at_storage: Sequence[int] = (),
     ):
         self._otherwise = otherwise or schedule
         self._schedule, self._kinds, self._looks_at_storage = schedule, kinds, looks_at_storage
@@ -514,7 +514,9 @@ class Plans:
 
     def _signature_of(self, args: Sequence[Any]) -> tuple:
         signature = self._signature(*args)
-        return (*signature, _pattern(args)) if self._looks_at_storage else signature
+        if not self._looks_at_storage:
+            return signature
+        return *signature, _pattern([args[i] for i in self._looks_at_storage])
 
     def _record(self, signature: tuple, args: Sequence[Any]) -> Any:
         inputs: dict[str, Tensor] = {}
@@ -530,8 +532,9 @@ class Plans:
         tensors = list(inputs.values())
         if any(type(t) not in _PLAIN for t in tensors):
             return self._otherwise(*args)
-        if any(not t.numel() for t in tensors) or (
-            not self._looks_at_storage and _overlap(tensors)
+        watched = {id(t) for i in self._looks_at_storage for t in tree_leaves(args[i])}
+        if any(not t.numel() for t in tensors) or _overlap(
+            [t for t in tensors if id(t) not in watched]
         ):
             return self._schedule(*args)
         found = Recorder(inputs)

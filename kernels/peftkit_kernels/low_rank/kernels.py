@@ -176,16 +176,116 @@ def tall_kernel(
 
 @triton.jit
 def sum_kernel(
-    x_ptr, y_ptr,  # x[count, M, N], float32 and contiguous  y[M, N] by strides
-    count, M, N, blocks,  # blocks: number of column blocks
-    stride_xi, stride_ym, stride_yn,
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr,  # x[count, M, N], float32 and contiguous
+    y0_ptr, y1_ptr, y2_ptr, y3_ptr, y4_ptr, y5_ptr,  # y[M, N] by strides
+    count0, count1, count2, count3, count4, count5,
+    M0, M1, M2, M3, M4, M5,
+    N0, N1, N2, N3, N4, N5,
+    stride_ym0, stride_ym1, stride_ym2, stride_ym3, stride_ym4, stride_ym5,
+    stride_yn0, stride_yn1, stride_yn2, stride_yn3, stride_yn4, stride_yn5,
+    end0, end1, end2, end3, end4,  # the program after the last one of each sum
+    BLOCK_M0: tl.constexpr, BLOCK_M1: tl.constexpr, BLOCK_M2: tl.constexpr,
+    BLOCK_M3: tl.constexpr, BLOCK_M4: tl.constexpr, BLOCK_M5: tl.constexpr,
+    BLOCK_N0: tl.constexpr, BLOCK_N1: tl.constexpr, BLOCK_N2: tl.constexpr,
+    BLOCK_N3: tl.constexpr, BLOCK_N4: tl.constexpr, BLOCK_N5: tl.constexpr,
+    SUMS: tl.constexpr,
+):  # fmt: skip
+    """Up to six independent ``y = Σ x`` over partial results; each program computes one tile of one of them."""
+    pid = tl.program_id(0)
+    if SUMS == 1:
+        _sum_tile(x0_ptr, y0_ptr, count0, M0, N0, stride_ym0, stride_yn0, pid, BLOCK_M0, BLOCK_N0)
+    else:
+        if pid < end0:
+            _sum_tile(
+                x0_ptr, y0_ptr, count0, M0, N0, stride_ym0, stride_yn0, pid, BLOCK_M0, BLOCK_N0
+            )
+        if (pid >= end0) & (pid < end1):
+            _sum_tile(
+                x1_ptr,
+                y1_ptr,
+                count1,
+                M1,
+                N1,
+                stride_ym1,
+                stride_yn1,
+                pid - end0,
+                BLOCK_M1,
+                BLOCK_N1,
+            )
+        if SUMS > 2:
+            if (pid >= end1) & (pid < end2):
+                _sum_tile(
+                    x2_ptr,
+                    y2_ptr,
+                    count2,
+                    M2,
+                    N2,
+                    stride_ym2,
+                    stride_yn2,
+                    pid - end1,
+                    BLOCK_M2,
+                    BLOCK_N2,
+                )
+        if SUMS > 3:
+            if (pid >= end2) & (pid < end3):
+                _sum_tile(
+                    x3_ptr,
+                    y3_ptr,
+                    count3,
+                    M3,
+                    N3,
+                    stride_ym3,
+                    stride_yn3,
+                    pid - end2,
+                    BLOCK_M3,
+                    BLOCK_N3,
+                )
+        if SUMS > 4:
+            if (pid >= end3) & (pid < end4):
+                _sum_tile(
+                    x4_ptr,
+                    y4_ptr,
+                    count4,
+                    M4,
+                    N4,
+                    stride_ym4,
+                    stride_yn4,
+                    pid - end3,
+                    BLOCK_M4,
+                    BLOCK_N4,
+                )
+        if SUMS > 5:
+            if pid >= end4:
+                _sum_tile(
+                    x5_ptr,
+                    y5_ptr,
+                    count5,
+                    M5,
+                    N5,
+                    stride_ym5,
+                    stride_yn5,
+                    pid - end4,
+                    BLOCK_M5,
+                    BLOCK_N5,
+                )
+
+
+@triton.jit
+def _sum_tile(
+    x_ptr, y_ptr,
+    count, M, N,
+    stride_ym, stride_yn,
+    tile,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``y = Σ x`` over partial results, added in a fixed order and rounded once."""
-    offs_m = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One tile of ``y = Σ x``, added in a fixed order and rounded once."""
+    wide_N = tl.zeros((), tl.int64) + N
+    blocks = tl.cdiv(wide_N, BLOCK_N)
+    offs_m = (tile // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tile % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     x_ptrs = x_ptr + offs_m[:, None] * N + offs_n[None, :]
+    stride_xi = wide_N * M
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(count):
         acc += tl.load(x_ptrs, mask=mask, other=0.0)

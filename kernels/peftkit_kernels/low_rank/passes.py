@@ -8,7 +8,7 @@ equal inputs give equal bits. ``config`` replaces the configuration that would b
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ def shrink(
     *,
     scale: float = 1.0,
     out: Tensor | None = None,
+    sums: Sums | None = None,
     config: ShrinkConfig | None = None,
 ) -> Tensor:
     """``scale · drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``A [R, K]``. ``A`` may have any strides, ``out`` any row stride."""
@@ -80,7 +81,9 @@ def shrink(
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
-    return s if splits == 1 else sum_partials(partial, s)
+    if splits > 1:
+        add_up(partial, s, sums)
+    return s
 
 
 def expand(
@@ -139,6 +142,7 @@ def grad_b_and_s(
     dtype: torch.dtype,
     *,
     ds: Tensor | None = None,
+    sums: Sums | None = None,
     config: TallConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``dB = scale · dyᵀ s`` ``[N, R]`` in ``dtype`` and ``ds = scale · dy B`` ``[M, R]``, by one pass over dy if R is small.
@@ -146,16 +150,24 @@ def grad_b_and_s(
     If ``ds`` is given, the result is written into it; it may have any row stride.
     """
     if not one_dy_pass(B.shape[1], target=target_of(dy), mixed=B.dtype is not dy.dtype):
-        return grad_b(dy, s, scale, dtype, config=config), grad_s(dy, B, scale, out=ds)
+        dB = grad_b(dy, s, scale, dtype, sums=sums, config=config)
+        return dB, grad_s(dy, B, scale, out=ds, sums=sums)
     dB = dy.new_empty(B.shape, dtype=dtype)
     ds = s.new_empty(s.shape) if ds is None else ds
-    _tall(dy, s, dB.t(), scale, b=B, p_out=ds, p_factor=scale, config=config)
+    _tall(dy, s, dB.t(), scale, b=B, p_out=ds, p_factor=scale, sums=sums, config=config)
     return dB, ds
 
 
-def grad_s(dy: Tensor, B: Tensor, scale: float, *, out: Tensor | None = None) -> Tensor:
+def grad_s(
+    dy: Tensor,
+    B: Tensor,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+    sums: Sums | None = None,
+) -> Tensor:
     """``scale · dy B``, ``[M, R]``, written into ``out`` if given."""
-    return shrink(dy, B.t(), scale=scale, out=out)
+    return shrink(dy, B.t(), scale=scale, out=out, sums=sums)
 
 
 def grad_b(
@@ -164,11 +176,12 @@ def grad_b(
     scale: float,
     dtype: torch.dtype,
     *,
+    sums: Sums | None = None,
     config: TallConfig | None = None,
 ) -> Tensor:
     """``scale · dyᵀ s``, ``[N, R]`` in ``dtype``."""
     dB = dy.new_empty(dy.shape[1], s.shape[1], dtype=dtype)
-    _tall(dy, s, dB.t(), scale, config=config)
+    _tall(dy, s, dB.t(), scale, sums=sums, config=config)
     return dB
 
 
@@ -179,11 +192,12 @@ def grad_a(
     p: float = 0.0,
     seed: int = 0,
     *,
+    sums: Sums | None = None,
     config: TallConfig | None = None,
 ) -> Tensor:
     """``dsᵀ drop(x)``, ``[R, K]`` in ``dtype``."""
     dA = x.new_empty(ds.shape[1], x.shape[1], dtype=dtype)
-    _tall(x, ds, dA, 1.0, p=p, seed=seed, config=config)
+    _tall(x, ds, dA, 1.0, p=p, seed=seed, sums=sums, config=config)
     return dA
 
 
@@ -235,6 +249,7 @@ def _tall(
     p_factor: float = 1.0,
     p: float = 0.0,
     seed: int = 0,
+    sums: Sums | None = None,
     config: TallConfig | None = None,
 ) -> None:
     """Fill ``g_out [R, C] = g_factor · sᵀ drop(x)`` and, with ``b [C, R]``, ``p_out [M, R] = p_factor · x b``."""
@@ -273,10 +288,13 @@ def _tall(
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
+    own = Sums() if sums is None else sums
     if chunks > 1:
-        sum_partials(g, g_out)
+        own.add(g, g_out)
     if p_out is not None and partial_p is not None and blocks > 1:
-        sum_partials(partial_p, p_out)
+        own.add(partial_p, p_out)
+    if sums is None:
+        own.finish()
 
 
 def sum_tile(columns: int) -> tuple[int, int]:
@@ -286,23 +304,83 @@ def sum_tile(columns: int) -> tuple[int, int]:
     return elements // block_n, block_n
 
 
-def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
-    """``out [rows, columns] = Σ partial`` over its first axis."""
+class Sums:
+    """Sums over partial results that are computed together, by one launch for up to six of them.
+
+    A pass that gets a ``Sums`` leaves its own sums to it: its results are undefined until ``finish``. Results and partial results
+    must not overlap.
+    """
+
+    _MOST = 6
+    """How many sums the kernel has arguments for."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, partial: Tensor, out: Tensor) -> None:
+        """Let ``out [rows, columns] = Σ partial`` over the first axis of ``partial``, ``Float32[count, rows, columns]``, contiguous."""
+        self._pairs.append((partial, out))
+
+    def finish(self) -> None:
+        """Compute all sums."""
+        pairs, self._pairs = self._pairs, []
+        for start in range(0, len(pairs), self._MOST):
+            self._launch(pairs[start : start + self._MOST])
+
+    def _launch(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        sums = [_sum_of(*pair) for pair in pairs]
+        ends, end = [], 0
+        for one in sums:
+            end += cdiv(one.rows, one.block_m) * cdiv(one.columns, one.block_n)
+            ends.append(end)
+        absent = self._MOST - len(sums)
+        numbers = zip(
+            *((one.count, one.rows, one.columns, *one.strides) for one in sums), strict=True
+        )
+        launch(
+            _kernels().sum_kernel,
+            (end,),
+            *(one.partial for one in sums),
+            *([None] * absent),
+            *(one.out for one in sums),
+            *([None] * absent),
+            *(number for column in numbers for number in (*column, *[0] * absent)),
+            *(*ends, *[0] * absent)[: self._MOST - 1],
+            **{f"BLOCK_M{i}": one.block_m for i, one in enumerate(sums)},
+            **{f"BLOCK_N{i}": one.block_n for i, one in enumerate(sums)},
+            **{f"BLOCK_{axis}{i}": 1 for axis in "MN" for i in range(len(sums), self._MOST)},
+            SUMS=len(sums),
+            # 4 warps spill a few registers with 64 strided columns on sm_90
+            num_warps=4 if all(one.block_m == 1 for one in sums) else 8,
+            num_stages=1,
+        )
+
+
+class _Sum(NamedTuple):
+    """One sum as the kernel computes it."""
+
+    partial: Tensor
+    out: Tensor
+    count: int
+    rows: int
+    columns: int
+    strides: tuple[int, ...]
+    block_m: int
+    block_n: int
+
+
+def _sum_of(partial: Tensor, out: Tensor) -> _Sum:
     count, rows, columns = partial.shape
-    strides = out.stride()
+    strides = tuple(out.stride())
     if out.is_contiguous():
         # sum it as one long row: rows of 8 columns would be read element by element
         rows, columns, strides = 1, rows * columns, (0, 1)
-    block_m, block_n = sum_tile(columns)
-    blocks = cdiv(columns, block_n)
-    launch(
-        _kernels().sum_kernel,
-        (cdiv(rows, block_m) * blocks,),
-        *(partial, out, count, rows, columns, blocks, partial.stride(0), *strides),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        # 4 warps spill a few registers with 64 strided columns on sm_90
-        num_warps=4 if block_m == 1 else 8,
-        num_stages=1,
-    )
-    return out
+    return _Sum(partial, out, count, rows, columns, strides, *sum_tile(columns))
+
+
+def add_up(partial: Tensor, out: Tensor, sums: Sums | None = None) -> None:
+    """``out [rows, columns] = Σ partial`` over its first axis, at once or with the others of ``sums``."""
+    own = Sums() if sums is None else sums
+    own.add(partial, out)
+    if sums is None:
+        own.finish()

@@ -47,19 +47,34 @@ def obstacle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool)
         return "something records or transforms torch operations"
     if mask is not None or not causal:
         return "only dense causal attention runs on cuDNN"
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dtype not in (torch.float16, torch.bfloat16):
-            return f"{name} is {tensor.dtype}; cuDNN's attention computes in 16 bits"
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype is not q.dtype:
+            return f"{name} is {tensor.dtype} and q {q.dtype}"
     if is_autocast_enabled(q.device.type):
         return "autocast is on, and it converts the arguments of torch's own attention"
     size, head_size = q.shape[2], q.shape[3]
-    if size < MIN_QUERIES or k.shape[2] != size:
-        return f"there are {size} queries and {k.shape[2]} keys; cuDNN runs from {MIN_QUERIES} queries, with as many keys"
-    if head_size % 8 or head_size > MAX_HEAD_SIZE or v.shape[3] != head_size:
-        return f"the head size is {head_size}; it must be a multiple of 8 up to {MAX_HEAD_SIZE}"
+    if k.shape[2] != size or v.shape[3] != head_size:
+        return f"there are {size} queries and {k.shape[2]} keys of size {head_size} and {v.shape[3]}; cuDNN runs if they are equal"
     if any(t.stride(3) != 1 for t in (q, k, v)):
         return "the features of a head are not contiguous"
-    return switched_off() or device_obstacle(q.device)
+    return size_obstacle(q, size, head_size)
+
+
+def size_obstacle(x: Tensor, length: int, head_size: int) -> str | None:
+    """Why cuDNN does not compute the causal attention of queries with the dtype and device of ``x``, or ``None``.
+
+    Args:
+        x: Any tensor with this dtype and device.
+        length: Number of queries and of keys.
+        head_size: Features of a head.
+    """
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"its input is {x.dtype}; cuDNN's attention computes in 16 bits"
+    if length < MIN_QUERIES:
+        return f"there are {length} queries; cuDNN runs from {MIN_QUERIES}"
+    if head_size % 8 or head_size > MAX_HEAD_SIZE:
+        return f"the head size is {head_size}; it must be a multiple of 8 up to {MAX_HEAD_SIZE}"
+    return switched_off() or device_obstacle(x.device)
 
 
 def switched_off() -> str | None:

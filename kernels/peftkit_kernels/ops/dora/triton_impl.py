@@ -120,7 +120,7 @@ def magnitude_grad(
         num_stages=1,
     )
     if chunks > 1:
-        passes.sum_partials(partial, total)
+        passes.add_up(partial, total)
     return cast(total[0].div_(divisor.float()), dtype)
 
 

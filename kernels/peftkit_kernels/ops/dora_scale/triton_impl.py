@@ -15,7 +15,7 @@ from torch import Tensor
 from peftkit_kernels.core.launch import cdiv, launch, target_of
 from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import cast, rows
-from peftkit_kernels.low_rank.passes import readable, sum_partials
+from peftkit_kernels.low_rank.passes import add_up, readable
 from peftkit_kernels.ops.dora_scale.config import BackwardConfig, ForwardConfig
 from peftkit_kernels.ops.dora_scale.reference import Scale
 from peftkit_kernels.ops.dora_scale.torch_impl import factor
@@ -206,7 +206,7 @@ def _partial(sums: Tensor | None, chunks: int) -> Tensor | None:
 
 def _add_up(partial: Tensor | None, sums: Tensor | None) -> None:
     if partial is not None and sums is not None and partial is not sums:
-        sum_partials(partial, sums)
+        add_up(partial, sums)
 
 
 def _sums(like: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from peftkit_kernels.core.launch import aligned, cdiv, dot_precision, launch, st
 from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import adapter_dtype, rows
 from peftkit_kernels.low_rank.config import block_r
-from peftkit_kernels.low_rank.passes import readable, sum_partials, sum_tile
+from peftkit_kernels.low_rank.passes import add_up, readable, sum_tile
 from peftkit_kernels.ops.grouped_lora.config import (
     GroupedExpandConfig,
     GroupedShrinkConfig,
@@ -90,7 +90,9 @@ def grouped_shrink(
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
-    return s if splits == 1 else sum_partials(partial, s)
+    if splits > 1:
+        add_up(partial, s)
+    return s
 
 
 def grouped_expand(

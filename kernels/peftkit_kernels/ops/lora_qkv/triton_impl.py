@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def forward(
     """
     if not x.numel():
         return _empty_outputs(x, weights, biases, As, Bs, biased, adapted, scales, ps, seeds)
-    flat, loras = rows(x), _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
+    flat, loras = rows(x), loras_of(len(weights), As, Bs, adapted, scales, ps, seeds)
     groups = group(loras)
     joint = shrink_groups(flat, loras, groups)
     ys = []
@@ -84,7 +84,7 @@ def _empty_outputs(
     ps: Sequence[float],
     seeds: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    loras = _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
+    loras = loras_of(len(weights), As, Bs, adapted, scales, ps, seeds)
     M = x.shape[:-1].numel()
     ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     return ys, joint_like(x, M, loras)
@@ -110,12 +110,14 @@ def backward(
     ps: Sequence[float],
     seeds: Sequence[int],
     needs_x: bool,
-    needs_A: bool,
+    needs_A: Sequence[bool],
     needs_B: Sequence[bool],
+    *,
+    sums: passes.Sums | None = None,
 ) -> list[Tensor]:
-    """``dx`` if needed, dA of every group (``[ΣR, K]``) if any is needed, and the needed dB's, in this order.
+    """``dx`` if needed, the needed dA's, and the needed dB's, in this order. The dA's of a group are parts of one tensor.
 
-    The gradients of an adapter whose output has no gradient are zero.
+    The gradients of an adapter whose output has no gradient are zero. The sums that ``sums`` already has are computed too.
     """
     present = [dy for dy in dys if dy is not None]
     if not present[0].numel():
@@ -124,7 +126,7 @@ def backward(
             *(needs_x, needs_A, needs_B),
         )
         return [grad.zero_() for grad in grads]
-    loras = _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
+    loras = loras_of(len(weights), As, Bs, adapted, scales, ps, seeds)
     groups = group(loras)
     dtype = present[0].dtype
     flat = [None if dy is None else rows(dy) for dy in dys]
@@ -137,16 +139,20 @@ def backward(
         if any(dys[i] is None for i in members):
             part.zero_()
     needed = with_gaps(needs_B, adapted, len(loras))
+    sums = passes.Sums() if sums is None else sums
     dB = grads_at_output(
-        flat, ss, members_of(ds, loras, groups, 1), loras, needed, needs_x or needs_A
+        flat, ss, members_of(ds, loras, groups, 1), loras, needed, needs_x or any(needs_A), sums
     )
+    sums.finish()
     # the updates before the products: the GEMMs then add to dx in place
     dx = add_updates(None, ds, loras, groups, dtype) if needs_x else None
     if needs_x:
         for dy, W in _products(flat, [cast(weight, dtype) for weight in weights]):
             dx = dy @ W if dx is None else dx.addmm_(dy, W)
-    dA = grads_of_a(rows(x), ds, loras, groups) if needs_A and x is not None else []
-    grads = [*([] if dx is None else [unflatten(dx, present[0].shape)]), *dA]
+    grads = [] if dx is None else [unflatten(dx, present[0].shape)]
+    if any(needs_A) and x is not None:
+        dA: Any = members_of(grads_of_a(rows(x), ds, loras, groups), loras, groups, 0)
+        grads += [dA[i] for i, needed in zip(adapted, needs_A, strict=True) if needed]
     return grads + [grad for grad in dB if grad is not None]
 
 
@@ -165,8 +171,9 @@ def grads_at_output(
     loras: Sequence[LoRA | None],
     needs_B: Sequence[bool],
     needs_ds: bool,
+    sums: passes.Sums,
 ) -> list[Tensor | None]:
-    """The dB's that are needed. With ``needs_ds``, ``scale · dy B`` is written into ``ds``."""
+    """The dB's that are needed. With ``needs_ds``, ``scale · dy B`` is written into ``ds``. Both are undefined until ``sums.finish()``."""
     dB: list[Tensor | None] = [None] * len(loras)
     for i, (dy, s, out, lora) in enumerate(zip(dys, ss, ds, loras, strict=True)):
         if lora is None:
@@ -176,11 +183,11 @@ def grads_at_output(
             continue
         B = cast(lora.B, adapter_dtype(dy, lora.B))
         if needs_B[i] and needs_ds:
-            dB[i], _ = passes.grad_b_and_s(dy, s, B, lora.scale, lora.B.dtype, ds=out)
+            dB[i], _ = passes.grad_b_and_s(dy, s, B, lora.scale, lora.B.dtype, ds=out, sums=sums)
         elif needs_B[i]:
-            dB[i] = passes.grad_b(dy, s, lora.scale, lora.B.dtype)
+            dB[i] = passes.grad_b(dy, s, lora.scale, lora.B.dtype, sums=sums)
         elif needs_ds:
-            passes.grad_s(dy, B, lora.scale, out=out)
+            passes.grad_s(dy, B, lora.scale, out=out, sums=sums)
     return dB
 
 
@@ -196,17 +203,13 @@ def _like_grads(
     ps: Sequence[float],
     seeds: Sequence[int],
     needs_x: bool,
-    needs_A: bool,
+    needs_A: Sequence[bool],
     needs_B: Sequence[bool],
 ) -> list[Tensor]:
     dy = next(dy for dy in dys if dy is not None)
-    loras = _loras(len(weights), As, Bs, adapted, scales, ps, seeds)
     grads = [dy.new_empty(*dy.shape[:-1], weights[0].shape[1])] if needs_x else []
-    if needs_A:
-        for members in group(loras):
-            A = loras[members[0]].A  # pyright: ignore[reportOptionalMemberAccess]
-            grads.append(A.new_empty(rank_of(loras, members), A.shape[1]))
-    return grads + [B.new_empty(B.shape) for B, needed in zip(Bs, needs_B, strict=True) if needed]
+    factors = zip((*As, *Bs), (*needs_A, *needs_B), strict=True)
+    return grads + [t.new_empty(t.shape) for t, needed in factors if needed]
 
 
 def with_gaps(parts: Sequence[Any], where: Sequence[int], count: int) -> list[Any]:
@@ -217,7 +220,7 @@ def with_gaps(parts: Sequence[Any], where: Sequence[int], count: int) -> list[An
     return full
 
 
-def _loras(
+def loras_of(
     count: int,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -226,6 +229,7 @@ def _loras(
     ps: Sequence[float],
     seeds: Sequence[int],
 ) -> list[LoRA | None]:
+    """The adapters of ``count`` linears, ``None`` for one without, from the form that the ops take."""
     parts = zip(As, Bs, scales, ps, seeds, strict=True)
     return with_gaps([LoRA(*values) for values in parts], adapted, count)
 
@@ -242,6 +246,14 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) ->
     ctx.counts, ctx.biased, ctx.numbers = (len(weights), len(As), len(joint)), biased, numbers
 
 
+def factors_of(
+    grads: Iterator[Tensor], needs_A: Sequence[bool], needs_B: Sequence[bool]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The dA and dB of each adapter, ``None`` where not needed, from what ``backward`` returns after dx."""
+    dA = [next(grads) if needed else None for needed in needs_A]
+    return dA, [next(grads) if needed else None for needed in needs_B]
+
+
 def split(saved: Sequence[Any], *counts: int) -> list[list[Any]]:
     """``saved`` cut into pieces of these lengths, and the rest."""
     parts, start = [], 0
@@ -253,23 +265,15 @@ def split(saved: Sequence[Any], *counts: int) -> list[list[Any]]:
 
 def _backward(ctx: Any, needs: Sequence[Any], dys: Tensors) -> tuple[Any, ...]:
     count, adapters, joints = ctx.counts
-    adapted = ctx.numbers[0]
     weights, As, Bs, joint, x_parts = split(ctx.saved_tensors, count, adapters, adapters, joints)
     needs_x, needs_bias, needs_A, needs_B = needs
     dx, dA, dB, dbias = None, [None] * adapters, [None] * adapters, [None] * len(ctx.biased)
     if any(dy is not None for dy in dys):
         x = recompute.restore(ctx.recompute_x, x_parts)
-        wanted = needs_x, any(needs_A), needs_B
-        grads = _backward_op(dys, weights, x, As, Bs, joint, *ctx.numbers, *wanted)
-        dx = grads.pop(0) if needs_x else None
-        if any(needs_A):
-            loras = _loras(count, As, Bs, *ctx.numbers)
-            groups = group(loras)
-            parts = members_of(grads[: len(groups)], loras, groups, 0)
-            dA = [parts[i] if needed else None for i, needed in zip(adapted, needs_A, strict=True)]
-            grads = grads[len(groups) :]
-        found = iter(grads)
-        dB = [next(found) if needed else None for needed in needs_B]
+        wanted = needs_x, list(needs_A), list(needs_B)
+        found = iter(_backward_op(dys, weights, x, As, Bs, joint, *ctx.numbers, *wanted))
+        dx = next(found) if needs_x else None
+        dA, dB = factors_of(found, needs_A, needs_B)
     for j, (i, needed) in enumerate(zip(ctx.biased, needs_bias, strict=True)):
         if needed and dys[i] is not None:
             dbias[j] = rows(dys[i]).sum(0)
@@ -282,16 +286,16 @@ _forward_op = Op(
     f" {_NUMBERS}) -> (Tensor[], Tensor[])",
     forward,
     _empty_outputs,
-    looks_at_storage=True,
+    looks_at_storage=("weights",),
 )
 lora_qkv_triton = Differentiable(_forward_op, ("x", "biases", "As", "Bs"), _keep, _backward)
 _backward_op = Op(
     "lora_qkv_backward",
     "(Tensor?[] dys, Tensor[] weights, Tensor? x, Tensor[] As, Tensor[] Bs, Tensor?[] joint,"
-    f" {_NUMBERS}, bool needs_x, bool needs_A, bool[] needs_B) -> Tensor[]",
+    f" {_NUMBERS}, bool needs_x, bool[] needs_A, bool[] needs_B) -> Tensor[]",
     backward,
     _like_grads,
-    looks_at_storage=True,
+    looks_at_storage=("dys", "weights"),
 )
 
 

@@ -18,7 +18,7 @@ from peftkit_kernels.core.dropout import keep_scale, threshold
 from peftkit_kernels.core.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast
 from peftkit_kernels.low_rank.config import block_r
-from peftkit_kernels.low_rank.passes import sum_partials
+from peftkit_kernels.low_rank.passes import Sums, add_up
 from peftkit_kernels.ops.lora_swiglu_mlp.config import GateBackwardConfig, GateConfig
 
 Loras = Sequence[LoRA | None]
@@ -90,7 +90,7 @@ def gate_forward(
         num_stages=c.num_stages,
     )
     if s_down is not None and partial is not None and splits > 1:
-        sum_partials(partial, s_down)
+        add_up(partial, s_down)
     return h, s_down
 
 
@@ -104,6 +104,7 @@ def gate_backward(
     act: str,
     *,
     needs_dA: bool,
+    sums: Sums | None = None,
     config: GateBackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of gate and up (the halves of one ``[M, 2F]``), and dA of the down projection if ``needs_dA``.
@@ -117,6 +118,7 @@ def gate_backward(
         loras: The adapters of gate, up and down.
         act: One of ``ACTIVATIONS``.
         needs_dA: Whether to compute dA.
+        sums: Computes the sum of dA's partial results later, if given.
         config: Sizes of the tiles.
     """
     (M, F), (gate_lora, up_lora, down_lora) = gate.shape, loras
@@ -160,7 +162,7 @@ def gate_backward(
         num_stages=c.num_stages,
     )
     if dA is not None and partial is not None and chunks > 1:
-        sum_partials(partial, dA)
+        add_up(partial, dA, sums)
     return d_gate, d_up, dA
 
 

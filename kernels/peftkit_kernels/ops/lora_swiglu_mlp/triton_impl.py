@@ -14,12 +14,12 @@ from torch import Tensor
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.core.views import as_one_view
-from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
-from peftkit_kernels.low_rank.groups import group, members_of, rank_of, shrink_groups
+from peftkit_kernels.low_rank import adapter_dtype, cast, passes, rows
+from peftkit_kernels.low_rank.groups import group, members_of, shrink_groups
 from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 from peftkit_kernels.ops.lora_linear.triton_impl import project
 from peftkit_kernels.ops.lora_qkv import triton_impl as qkv
-from peftkit_kernels.ops.lora_qkv.triton_impl import linear, split, with_gaps
+from peftkit_kernels.ops.lora_qkv.triton_impl import linear, loras_of, split, with_gaps
 from peftkit_kernels.ops.lora_swiglu_mlp.passes import gate_backward, gate_forward
 
 Tensors = Sequence[Tensor | None]
@@ -47,7 +47,7 @@ def forward(
     """
     if not x.numel():
         return _empty_outputs(x, weights, biases, As, Bs, biased, adapted, scales, ps, seeds, act)
-    flat, loras = rows(x), _loras(As, Bs, adapted, scales, ps, seeds)
+    flat, loras = rows(x), loras_of(3, As, Bs, adapted, scales, ps, seeds)
     bias = with_gaps(biases, biased, 3)
     groups = group(loras[:DOWN])
     joint = shrink_groups(flat, loras[:DOWN], groups)
@@ -96,7 +96,7 @@ def _empty_outputs(
     seeds: Sequence[int],
     act: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    loras = _loras(As, Bs, adapted, scales, ps, seeds)
+    loras = loras_of(3, As, Bs, adapted, scales, ps, seeds)
     M, F = x.shape[:-1].numel(), weights[0].shape[0]
     s = qkv.joint_like(x, M, loras[:DOWN]) + qkv.joint_like(x, M, loras[DOWN:])
     y = x.new_empty(*x.shape[:-1], weights[DOWN].shape[0])
@@ -123,15 +123,14 @@ def backward(
 ) -> list[Tensor]:
     """The gradients that are needed, in this order:
 
-    ``dx``; dbias of gate and up; dA of every group of gate and up (``[ΣR, D]``), if any is needed; dB of gate and up; dA and
-    dB of down.
+    ``dx``; dbias of gate and up; the dA's; the dB's.
     """
     wanted = needs_x, needs_bias, needs_A, needs_B
     numbers = adapted, scales, ps, seeds
     if not dy.numel():
         grads = _like_grads(dy, weights, x, gate_up, As, Bs, s, *numbers, act, *wanted)
         return [grad.zero_() for grad in grads]
-    flat, loras = rows(dy), _loras(As, Bs, *numbers)
+    flat, loras = rows(dy), loras_of(3, As, Bs, *numbers)
     outer, groups, down = sum(i < DOWN for i in adapted), group(loras[:DOWN]), loras[DOWN]
     needs_outer = needs_x or any(needs_bias) or any(needs_A[:outer]) or any(needs_B[:outer])
     needs_dA = any(needs_A[outer:])
@@ -139,7 +138,9 @@ def backward(
     if down is not None:
         ds = flat.new_empty(flat.shape[0], down.A.shape[0], dtype=adapter_dtype(flat, down.A))
         needs_ds = needs_outer or needs_dA
-        (dB,) = qkv.grads_at_output([flat], s[-1:], [ds], [down], needs_B[outer:], needs_ds)
+        sums = passes.Sums()
+        (dB,) = qkv.grads_at_output([flat], s[-1:], [ds], [down], needs_B[outer:], needs_ds, sums)
+        sums.finish()
     found: list[Tensor] = []
     if gate_up is not None:
         gate, up = _halves(gate_up)
@@ -147,11 +148,15 @@ def backward(
         ss = members_of(joint, loras[:DOWN], groups, 1)
         if needs_outer:
             dh = flat @ cast(weights[DOWN], dy.dtype)
-            d_gate, d_up, dA = gate_backward(dh, gate, up, ss, ds, loras, act, needs_dA=needs_dA)
+            sums = passes.Sums()
+            d_gate, d_up, dA = gate_backward(
+                dh, gate, up, ss, ds, loras, act, needs_dA=needs_dA, sums=sums
+            )
             found = qkv.backward(
                 *([d_gate, d_up], weights[:DOWN], x, As[:outer], Bs[:outer], joint),
                 *(values[:outer] for values in numbers),
-                *(needs_x, any(needs_A[:outer]), needs_B[:outer]),
+                *(needs_x, needs_A[:outer], needs_B[:outer]),
+                sums=sums,
             )
             bias_grads = [
                 d.sum(0) for d, needed in zip((d_gate, d_up), needs_bias, strict=True) if needed
@@ -162,7 +167,10 @@ def backward(
             dA = passes.grad_a(ds, h, down.A.dtype, down.p, down.seed)
     if found and needs_x:
         found[0] = unflatten(found[0], torch.Size((*dy.shape[:-1], found[0].shape[-1])))
-    return found + [grad for grad in (dA, dB) if grad is not None]
+    # the dA of down follows those of gate and up, before their dB's
+    place = len(found) - sum(needs_B[:outer])
+    found[place:place] = [] if dA is None else [dA]
+    return found + ([] if dB is None else [dB])
 
 
 def _like_grads(
@@ -184,28 +192,10 @@ def _like_grads(
     needs_B: Sequence[bool],
 ) -> list[Tensor]:
     F, D = weights[0].shape
-    loras, outer = _loras(As, Bs, adapted, scales, ps, seeds), sum(i < DOWN for i in adapted)
     grads = [dy.new_empty(*dy.shape[:-1], D)] if needs_x else []
     grads += [dy.new_empty(F) for needed in needs_bias if needed]
-    if any(needs_A[:outer]):
-        for members in group(loras[:DOWN]):
-            A = loras[members[0]].A  # pyright: ignore[reportOptionalMemberAccess]
-            grads.append(A.new_empty(rank_of(loras, members), D))
-    inner = zip(Bs[:outer], needs_B[:outer], strict=True)
-    down = zip((*As[outer:], *Bs[outer:]), (*needs_A[outer:], *needs_B[outer:]), strict=True)
-    return grads + [t.new_empty(t.shape) for t, needed in (*inner, *down) if needed]
-
-
-def _loras(
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    adapted: Sequence[int],
-    scales: Sequence[float],
-    ps: Sequence[float],
-    seeds: Sequence[int],
-) -> list[LoRA | None]:
-    parts = zip(As, Bs, scales, ps, seeds, strict=True)
-    return with_gaps([LoRA(*values) for values in parts], adapted, 3)
+    factors = zip((*As, *Bs), (*needs_A, *needs_B), strict=True)
+    return grads + [t.new_empty(t.shape) for t, needed in factors if needed]
 
 
 _NUMBERS = "int[] adapted, float[] scales, float[] ps, int[] seeds, str act"
@@ -232,7 +222,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
     adapters, count = ctx.counts
-    adapted = ctx.numbers[0]
     weights, As, Bs, kept, x_parts = split(ctx.saved_tensors, 3, adapters, adapters, count)
     gate_up, s = kept[0], kept[1:]
     needs_x, needs_bias, needs_A, needs_B = needs
@@ -245,18 +234,7 @@ def _backward(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
     dx = grads.pop(0) if needs_x else None
     dbias: list[Tensor | None] = [grads.pop(0) if needed else None for needed in wanted[1]]
     dbias.append(rows(dy).sum(0) if bias[DOWN] else None)
-    loras, outer = _loras(As, Bs, *ctx.numbers[:-1])[:DOWN], sum(i < DOWN for i in adapted)
-    dA: list[Tensor | None] = [None] * adapters
-    if any(needs_A[:outer]):
-        groups = group(loras)
-        parts = members_of([grads.pop(0) for _ in groups], loras, groups, 0)
-        dA = [
-            parts[i] if i < DOWN and needed else None
-            for i, needed in zip(adapted, needs_A, strict=True)
-        ]
-    dB = [grads.pop(0) if needed else None for needed in needs_B[:outer]]
-    dA[outer:] = [grads.pop(0) if needed else None for needed in needs_A[outer:]]
-    dB += [grads.pop(0) if needed else None for needed in needs_B[outer:]]
+    dA, dB = qkv.factors_of(iter(grads), needs_A, needs_B)
     return dx, [dbias[i] for i in ctx.biased], dA, dB
 
 
@@ -266,7 +244,7 @@ _forward_op = Op(
     f" {_NUMBERS}) -> (Tensor, Tensor, Tensor[])",
     forward,
     _empty_outputs,
-    looks_at_storage=True,
+    looks_at_storage=("weights",),
 )
 lora_swiglu_mlp_triton = Differentiable(_forward_op, ("x", "biases", "As", "Bs"), _keep, _backward)
 _backward_op = Op(
@@ -275,5 +253,5 @@ _backward_op = Op(
     f" {_NUMBERS}, bool needs_x, bool[] needs_bias, bool[] needs_A, bool[] needs_B) -> Tensor[]",
     backward,
     _like_grads,
-    looks_at_storage=True,
+    looks_at_storage=("weights",),
 )

@@ -110,7 +110,9 @@ def small_m(
             **absmax_constants(q),
             **constants,
         )
-    return y if splits == 1 else passes.sum_partials(partial, y)
+    if splits > 1:
+        passes.add_up(partial, y)
+    return y
 
 
 def forward(

@@ -1,0 +1,390 @@
+"""``lora_decoder_layer`` by the kernels of its parts, as one schedule each way: one autograd function, one launch plan.
+
+The residual sums are added in place to the outputs of the last product of each half.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.core.launch import cdiv, launch
+from peftkit_kernels.core.op import Differentiable, Op
+from peftkit_kernels.low_rank import LoRA, rows
+from peftkit_kernels.low_rank.groups import group
+from peftkit_kernels.ops.attention import causal
+from peftkit_kernels.ops.frozen_norm import triton_impl as norm
+from peftkit_kernels.ops.lora_decoder_layer.config import RotateConfig
+from peftkit_kernels.ops.lora_decoder_layer.reference import Norm
+from peftkit_kernels.ops.lora_qkv import triton_impl as qkv
+from peftkit_kernels.ops.lora_swiglu_mlp import triton_impl as mlp
+
+QKV, OUT, MLP = range(0, 3), range(3, 4), range(4, 7)
+"""The linears of each part: q, k, v; the output projection; gate, up, down."""
+PARTS = QKV, OUT, MLP
+
+
+@functools.cache
+def _kernels() -> Any:
+    from peftkit_kernels.ops.lora_decoder_layer import kernels
+
+    return kernels
+
+
+def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> None:
+    """Rotate each head of ``q [B, S, Hq D]`` and ``k [B, S, Hk D]``, in place. Their rows may have any stride.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        cos: ``[B or 1, S, D]``.
+        sin: As ``cos``.
+        inverse: Apply the transposed map, as for gradients.
+    """
+    S, D = q.shape[1], cos.shape[2]
+    flat_q, flat_k = rows(q), rows(k)
+    M, heads = flat_q.shape[0], flat_q.shape[1] // D
+    c = RotateConfig.choose(D)
+    batch = [0 if t.shape[0] == 1 else t.stride(0) for t in (cos, sin)]
+    launch(
+        _kernels().rotate_kernel,
+        (cdiv(M, c.block_m), heads + flat_k.shape[1] // D),
+        *(flat_q, flat_k, cos, sin, M, S, heads, D, flat_q.stride(0), flat_k.stride(0)),
+        *(batch[0], cos.stride(1), batch[1], sin.stride(1)),
+        INVERSE=inverse,
+        BLOCK_M=c.block_m,
+        BLOCK_H=c.block_h,
+        num_warps=c.num_warps,
+        num_stages=1,
+    )
+
+
+class Adapters(NamedTuple):
+    """Biases and adapters in the form of ``lora_qkv``: without gaps, with the numbers of their linears."""
+
+    biases: Sequence[Tensor]
+    As: Sequence[Tensor]
+    Bs: Sequence[Tensor]
+    biased: Sequence[int]
+    adapted: Sequence[int]
+    scales: Sequence[float]
+    ps: Sequence[float]
+    seeds: Sequence[int]
+
+    def of(self, part: range) -> Adapters:
+        """Those of one part of the layer, whose linears are numbered from 0."""
+        biases = [i for i, linear in enumerate(self.biased) if linear in part]
+        here = [i for i, linear in enumerate(self.adapted) if linear in part]
+        return Adapters(
+            [self.biases[i] for i in biases],
+            [self.As[i] for i in here],
+            [self.Bs[i] for i in here],
+            [self.biased[i] - part.start for i in biases],
+            [self.adapted[i] - part.start for i in here],
+            [self.scales[i] for i in here],
+            [self.ps[i] for i in here],
+            [self.seeds[i] for i in here],
+        )
+
+    @property
+    def numbers(self) -> tuple[Sequence[Any], ...]:
+        """What the backward of a part needs besides the factors."""
+        return self.adapted, self.scales, self.ps, self.seeds
+
+    def loras(self, count: int) -> list[LoRA | None]:
+        """The adapters of ``count`` linears."""
+        return qkv.loras_of(count, self.As, self.Bs, *self.numbers)
+
+
+def forward(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norms: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biased: Sequence[int],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    eps: Sequence[float],
+    offsets: Sequence[float],
+    round_first: Sequence[bool],
+    act: str,
+    scale: float,
+    kernel: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``[y, k, v]``, and what backward needs besides the arguments, in the order of ``_Kept``."""
+    adapters = Adapters(biases, As, Bs, biased, adapted, scales, ps, seeds)
+    first, out, inner = (adapters.of(part) for part in PARTS)
+    h, rstd = norm.rms_forward(x, norms[0], eps[0], offsets[0], round_first[0])
+    (q, k, v), s_qkv = qkv.forward(h, weights[:3], *first)
+    rotate_(q, k, cos, sin)
+    q, k, v = (_heads(t, cos.shape[2]) for t in (q, k, v))
+    o, numbers = causal.forward(q, k, v, scale, kernel)
+    (x2,), s_out = qkv.forward(o.flatten(2), weights[3:4], *out)
+    x2.add_(x)
+    h, rstd2 = norm.rms_forward(x2, norms[1], eps[1], offsets[1], round_first[1])
+    y, gate_up, s_mlp = mlp.forward(h, weights[4:], *inner, act)
+    y.add_(x2)
+    kept = _Kept(rstd, q, o, numbers, s_qkv, x2, s_out, rstd2, gate_up, s_mlp)
+    return [y, k, v], kept.flat()
+
+
+class _Kept(NamedTuple):
+    """What a forward keeps for its backward besides its arguments and results."""
+
+    rstd: Tensor
+    q: Tensor
+    o: Tensor
+    numbers: list[Tensor]
+    s_qkv: list[Tensor]
+    x2: Tensor
+    s_out: list[Tensor]
+    rstd2: Tensor
+    gate_up: Tensor
+    s_mlp: list[Tensor]
+
+    def flat(self) -> list[Tensor]:
+        """All tensors."""
+        return [t for part in self for t in (part if isinstance(part, list) else [part])]
+
+    @classmethod
+    def of(cls, flat: Sequence[Tensor], adapters: Adapters, kernel: str) -> _Kept:
+        """The tensors by name, from those of ``flat``."""
+        left = iter(flat)
+        first, out, inner = (adapters.of(part).loras(len(part)) for part in PARTS)
+        groups = [len(group(loras)) for loras in (first, out, inner[: mlp.DOWN])]
+
+        def take(count: int) -> list[Tensor]:
+            return [next(left) for _ in range(count)]
+
+        return cls(
+            *take(3),
+            take(3 if kernel == "cudnn" else 1),
+            take(groups[0]),
+            next(left),
+            take(groups[1]),
+            *take(2),
+            take(groups[2] + (inner[mlp.DOWN] is not None)),
+        )
+
+
+def _heads(t: Tensor, head_size: int) -> Tensor:
+    """``[B, S, H D]`` as ``[B, H, S, D]``."""
+    return t.view(*t.shape[:2], -1, head_size).transpose(1, 2)
+
+
+def _empty_outputs(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norms: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    biased: Sequence[int],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    *_: Any,
+) -> tuple[list[Tensor], list[Tensor]]:
+    (B, S, _D), D = x.shape, cos.shape[2]
+    adapters = Adapters(biases, As, Bs, biased, adapted, scales, ps, seeds)
+    first, out, inner = (adapters.of(part).loras(len(part)) for part in PARTS)
+    M, rstd = B * S, x.new_empty(B * S, dtype=torch.float32)
+    heads = [weight.shape[0] // D for weight in weights[:3]]
+    q, k, v = (x.new_empty(B, S, n, D).transpose(1, 2) for n in heads)
+    kept = _Kept(
+        *(rstd, q, x.new_empty(B, S, heads[0], D)),
+        [x.new_empty(B, heads[0], S, dtype=torch.float32)],
+        qkv.joint_like(x, M, first),
+        x.new_empty(x.shape),
+        qkv.joint_like(x, M, out),
+        *(torch.empty_like(rstd), x.new_empty(M, 2 * weights[4].shape[0])),
+        qkv.joint_like(x, M, inner[: mlp.DOWN]) + qkv.joint_like(x, M, inner[mlp.DOWN :]),
+    )
+    return [x.new_empty(x.shape), k, v], kept.flat()
+
+
+def backward(
+    dy: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    adapted: Sequence[int],
+    scales: Sequence[float],
+    ps: Sequence[float],
+    seeds: Sequence[int],
+    eps: Sequence[float],
+    offsets: Sequence[float],
+    round_first: Sequence[bool],
+    act: str,
+    scale: float,
+    kernel: str,
+    needs_x: bool,
+    needs_A: Sequence[bool],
+    needs_B: Sequence[bool],
+) -> list[Tensor]:
+    """``dx`` if needed, the needed dA's, and the needed dB's, in this order.
+
+    ``dy``, ``dk`` and ``dv`` are the gradients of the three results; ``kept`` is what the forward has kept; the other arguments
+    are those of the forward.
+    """
+    adapters = Adapters([], As, Bs, [], adapted, scales, ps, seeds)
+    first, out, inner = (adapters.of(part) for part in PARTS)
+    needs = [_needs(part, adapted, needs_A, needs_B) for part in PARTS]
+    saved = _Kept.of(kept, adapters, kernel)
+    dy = torch.zeros_like(x) if dy is None else dy
+    # 1. the MLP, its norm and the second residual sum
+    h = norm.rms_forward(saved.x2, norms[1], eps[1], offsets[1], round_first[1])[0]
+    dh, *mlp_grads = mlp.backward(
+        *(dy, weights[4:], h, saved.gate_up, inner.As, inner.Bs, saved.s_mlp),
+        *(*inner.numbers, act, True, [False, False], *needs[2]),
+    )
+    dx2 = norm.backward(dh, saved.x2, norms[1], None, saved.rstd2, offsets[1]).add_(dy)
+    # 2. the output projection and attention
+    do, *out_grads = qkv.backward(
+        *([dx2], weights[3:4], saved.o.flatten(2), out.As, out.Bs, saved.s_out),
+        *(*out.numbers, True, *needs[1]),
+    )
+    grads = causal.backward(
+        do.view(saved.o.shape), saved.q, k, v, saved.o, saved.numbers, scale, kernel
+    )
+    dqkv = [t.transpose(1, 2).flatten(2) for t in grads]
+    for total, more in zip(dqkv[1:], (dk, dv), strict=True):
+        if more is not None:
+            total.add_(more.transpose(1, 2).flatten(2))
+    rotate_(dqkv[0], dqkv[1], cos, sin, inverse=True)
+    # 3. q, k and v, their norm and the first residual sum
+    h = norm.rms_forward(x, norms[0], eps[0], offsets[0], round_first[0])[0]
+    found = qkv.backward(
+        *(dqkv, weights[:3], h, first.As, first.Bs, saved.s_qkv),
+        *(*first.numbers, needs_x, *needs[0]),
+    )
+    results = []
+    if needs_x:
+        dh = found.pop(0)
+        results = [norm.backward(dh, x, norms[0], None, saved.rstd, offsets[0]).add_(dx2)]
+    by_part = zip((found, out_grads, mlp_grads), needs, strict=True)
+    cut = [(grads[: sum(part_A)], grads[sum(part_A) :]) for grads, (part_A, _) in by_part]
+    return (
+        results
+        + [dA for grads, _ in cut for dA in grads]
+        + [dB for _, grads in cut for dB in grads]
+    )
+
+
+def _needs(
+    part: range, adapted: Sequence[int], needs_A: Sequence[bool], needs_B: Sequence[bool]
+) -> tuple[list[bool], list[bool]]:
+    """Which dA and dB are needed of the adapters of one part."""
+    here = [i for i, linear in enumerate(adapted) if linear in part]
+    return [needs_A[i] for i in here], [needs_B[i] for i in here]
+
+
+def _like_grads(
+    dy: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    *_, needs_x, needs_A, needs_B = rest
+    grads = [x.new_empty(x.shape)] if needs_x else []
+    factors = zip((*As, *Bs), (*needs_A, *needs_B), strict=True)
+    return grads + [t.new_empty(t.shape) for t, needed in factors if needed]
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
+    x, cos, sin, norms, weights, _, As, Bs, _, *numbers = inputs
+    (_, k, v), kept = output
+    ctx.save_for_backward(x, cos, sin, k, v, *norms, *weights, *As, *Bs, *kept)
+    ctx.adapters, ctx.numbers = len(As), numbers
+
+
+def _backward(ctx: Any, needs: Sequence[Any], grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    count = ctx.adapters
+    first, norms, weights, As, Bs, kept = qkv.split(ctx.saved_tensors, 5, 2, 7, count, count)
+    needs_x, needs_A, needs_B = needs
+    dx, dA, dB = None, [None] * count, [None] * count
+    if (needs_x or any((*needs_A, *needs_B))) and any(grad is not None for grad in grads):
+        tensors = *first, kept, norms, weights, As, Bs
+        wanted = needs_x, list(needs_A), list(needs_B)
+        found = iter(_backward_op(*grads, *tensors, *ctx.numbers, *wanted))
+        dx = next(found) if needs_x else None
+        dA, dB = qkv.factors_of(found, needs_A, needs_B)
+    return dx, dA, dB
+
+
+_ADAPTERS = "int[] adapted, float[] scales, float[] ps, int[] seeds"
+_NUMBERS = f"{_ADAPTERS}, float[] eps, float[] offsets, bool[] round_first, str act, float scale, str kernel"
+
+_forward_op = Op(
+    "lora_decoder_layer",
+    "(Tensor x, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs,"
+    f" int[] biased, {_NUMBERS}) -> (Tensor[], Tensor[])",
+    forward,
+    _empty_outputs,
+    looks_at_storage=("weights",),
+)
+lora_decoder_layer_triton = Differentiable(_forward_op, ("x", "As", "Bs"), _keep, _backward)
+_backward_op = Op(
+    "lora_decoder_layer_backward",
+    "(Tensor? dy, Tensor? dk, Tensor? dv, Tensor x, Tensor cos, Tensor sin, Tensor k, Tensor v, Tensor[] kept,"
+    f" Tensor[] norms, Tensor[] weights, Tensor[] As, Tensor[] Bs, {_NUMBERS},"
+    " bool needs_x, bool[] needs_A, bool[] needs_B) -> Tensor[]",
+    backward,
+    _like_grads,
+    looks_at_storage=("weights",),
+)
+
+
+def arguments_of(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norms: Sequence[Norm],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    loras: Sequence[LoRA | None],
+    act: str,
+    scale: float,
+    kernel: str,
+) -> tuple[Any, ...]:
+    """The arguments of the op, from those of ``lora_decoder_layer``."""
+    return (
+        *(x, cos, sin, [norm.weight for norm in norms], list(weights)),
+        *qkv.without_gaps(biases, loras),
+        [norm.eps for norm in norms],
+        [norm.offset for norm in norms],
+        [norm.round_first for norm in norms],
+        *(act, scale, kernel),
+    )
