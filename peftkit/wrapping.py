@@ -11,6 +11,7 @@ from peftkit.bridge import prepare
 from peftkit.errors import ContractError, listing
 from peftkit.fuse.attention import fuse_attention
 from peftkit.fuse.convolution import ShowsSizes
+from peftkit.fuse.layer import fuse_layers
 from peftkit.fuse.linear import fuse_layer
 from peftkit.fuse.loss import install_logit_free, remove_logit_free
 from peftkit.fuse.mlp import fuse_gated_mlps
@@ -201,6 +202,7 @@ def _fuse(model: nn.Module) -> None:
     fuse_gated_mlps(model)
     fuse_norms(model)
     fuse_attention(model)
+    fuse_layers(model)
 
 
 def _require_all_fused(model: nn.Module) -> None:

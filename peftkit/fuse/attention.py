@@ -60,7 +60,7 @@ class FusedAttention(OwnAttention, Fused):
     def peftkit_function(self) -> Any:
         """Name of the attention function to use: ``sdpa`` itself if the function registered under this name was replaced."""
         name = super().peftkit_function()
-        return "sdpa" if name == NATIVE and _replaced(self) else name
+        return "sdpa" if name == NATIVE and replaced_reason(self) else name
 
     def peftkit_plan(self, x: Tensor | None) -> Any:
         """Our function, or why transformers' own runs. A call with another mask or length may still differ (``call_reason``)."""
@@ -68,7 +68,10 @@ class FusedAttention(OwnAttention, Fused):
         if name != "sdpa":
             return Reason(f"the model's attention is {name}")
         return (
-            _replaced(self) or _dropout_reason(self) or _support_reason(self) or attention_forward
+            replaced_reason(self)
+            or call_dropout_reason(self)
+            or _support_reason(self)
+            or attention_forward
         )
 
     def peftkit_example(self) -> Any:
@@ -157,7 +160,7 @@ def call_reason(
     return obstacle(query, key, value, mask, causal)
 
 
-def _replaced(module: Any) -> Reason | None:
+def replaced_reason(module: Any) -> Reason | None:
     """The reason if ``sdpa`` is no longer transformers' function that calls torch's, or ``None``."""
     functions = getattr(
         sys.modules.get(own_class(module).__module__), "ALL_ATTENTION_FUNCTIONS", None
@@ -173,7 +176,7 @@ def _replaced(module: Any) -> Reason | None:
     return None
 
 
-def _dropout_reason(module: nn.Module) -> Reason | None:
+def call_dropout_reason(module: nn.Module) -> Reason | None:
     """The reason if the module uses attention dropout now, as its forward passes it, or ``None``."""
     if not module.training:
         return None

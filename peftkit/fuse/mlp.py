@@ -42,8 +42,7 @@ class FusedGatedMLP(Fused):
         parts = self.peftkit_plan(x)
         if isinstance(parts, Reason):
             return super().forward(x)
-        if _may_move_weights(x):
-            share_buffer([part.weight for part in parts[:2]])
+        share_weights(x, parts[:2])
         return gated_mlp(x, [draw_seeds(part) for part in parts], self._peftkit_seal.answer)
 
     def peftkit_plan(self, x: Tensor) -> list[LinearParts] | Reason:
@@ -142,6 +141,12 @@ def _rows(part: LinearParts, rows: slice) -> LinearParts:
         None if lora is None else replace(lora, B=lora.B[rows]),
         None if part.magnitude is None else part.magnitude[rows],
     )
+
+
+def share_weights(x: Tensor, parts: Sequence[LinearParts]) -> None:
+    """Move the weights of gate and up into one buffer if that is safe; ``x`` is the input of the call."""
+    if _may_move_weights(x):
+        share_buffer([part.weight for part in parts])
 
 
 def _may_move_weights(x: Tensor) -> bool:

@@ -59,7 +59,7 @@ def test_dense_causal_attention_in_16_bits_runs(hopper):
     [
         ({"S": 512}, True, True, "only dense causal"),
         ({"S": 512}, False, False, "only dense causal"),
-        ({"S": 512, "dtype": torch.float32}, False, True, "q is torch.float32"),
+        ({"S": 512, "dtype": torch.float32}, False, True, "its input is torch.float32"),
         ({"S": 511}, False, True, "511 queries"),
         ({"S": 512, "T": 600}, False, True, "600 keys"),
         ({"S": 512, "D": 12}, False, True, "head size is 12"),

@@ -83,7 +83,7 @@ def test_a_replayed_plan_equals_the_schedule_for_other_values(name, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(Plans, "_record", None)
         replayed = case.run()
-    monkeypatch.setattr(Op, "compute", lambda self, args: self._schedule(*args))
+    monkeypatch.setattr(Op, "compute", lambda self, *args: self._schedule(*args))
     op_promises.assert_equal(replayed, case.run())
 
 
@@ -99,7 +99,7 @@ def test_a_replayed_plan_uses_the_seeds_of_its_call(monkeypatch):
 
     calls = [(1, 2), (3, 4), (5, 5), (6, 6), (2, 1)]
     planned = [run(*seeds) for seeds in calls]
-    monkeypatch.setattr(Op, "compute", lambda self, args: self._schedule(*args))
+    monkeypatch.setattr(Op, "compute", lambda self, *args: self._schedule(*args))
     for seeds, found in zip(calls, planned, strict=True):
         for actual, expected in zip(found, run(*seeds), strict=True):
             assert torch.equal(actual, expected)

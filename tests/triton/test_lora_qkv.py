@@ -220,7 +220,9 @@ def test_passes_over_the_input_are_one_shrink_one_gemm_each_and_one_da_pass():
         dys = [y.clone() for y in ys]
         del torch_ops.ops[-3:]
         _, As, Bs, _, *numbers = arguments
-        triton_impl.backward(*(dys, weights, x, As, Bs, joint, *numbers, True, True, [True] * 3))
+        triton_impl.backward(
+            *(dys, weights, x, As, Bs, joint, *numbers, True, [True] * 3, [True] * 3)
+        )
     M, K, R = 40, 64, 4
     N = 64 + 32 + 32
     gemms = [op for op in torch_ops.ops if op.flops]

@@ -14,6 +14,7 @@ from peftkit_kernels.lab.eager import EagerTraffic
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.low_rank.groups import group
 from peftkit_kernels.ops.lora_linear import triton_impl as linear_impl
+from peftkit_kernels.ops.lora_qkv.triton_impl import without_gaps
 from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp, passes, triton_impl
 from peftkit_kernels.ops.lora_swiglu_mlp.config import GateBackwardConfig, GateConfig
 from peftkit_kernels.testing import Bound, kept_for_backward
@@ -296,7 +297,7 @@ def test_bytes_are_those_of_the_formula(monkeypatch, one_buffer):
     if one_buffer:
         parts = in_one_buffer(parts)
     weights, biases, loras = (list(part) for part in tensors(parts))
-    arguments = triton_impl.without_gaps(biases, loras)
+    arguments = without_gaps(biases, loras)
     _, As, Bs, _, *numbers = arguments
     dy = output_grad(x)
     torch.use_deterministic_algorithms(False)  # filling new memory with NaN is traffic of its own
@@ -386,7 +387,7 @@ def test_opcheck():
     weights, biases, loras = (list(part) for part in tensors(parts))
     cases = (biases, loras), ([biases[0], None, None], [None, loras[1], None])
     for biases, loras in cases:
-        arguments = triton_impl.without_gaps(biases, loras)
+        arguments = without_gaps(biases, loras)
         op = torch.ops.peftkit.lora_swiglu_mlp.default
         torch.library.opcheck(op, (x, weights, *arguments, "gelu"))
 

@@ -139,7 +139,7 @@ def _lora_qkv(
         ys, joint = forward(x, weights, *arguments)
         dys = [torch.empty_like(y) for y in ys]
         _, As, Bs, _, *numbers = arguments
-        backward(dys, weights, x, As, Bs, joint, *numbers, True, True, [True] * 3)
+        backward(dys, weights, x, As, Bs, joint, *numbers, True, [True] * 3, [True] * 3)
 
 
 def _lora_swiglu_mlp(

@@ -350,8 +350,8 @@ class Sums:
             **{f"BLOCK_N{i}": one.block_n for i, one in enumerate(sums)},
             **{f"BLOCK_{axis}{i}": 1 for axis in "MN" for i in range(len(sums), self._MOST)},
             SUMS=len(sums),
-            # 4 warps spill a few registers with 64 strided columns on sm_90
-            num_warps=4 if all(one.block_m == 1 for one in sums) else 8,
+            # 4 warps spill a few registers on sm_90
+            num_warps=8,
             num_stages=1,
         )
 

@@ -23,28 +23,34 @@ _CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 _FLASH_HEAD_SIZE = 256
 
 
-def kernel_for(x: Tensor, length: int, head_size: int) -> tuple[str, str | None]:
-    """``"cudnn"`` or ``"flash"`` for 16-bit queries of this length, and why neither can run, or ``None``.
+def kernel_for(x: Tensor, length: int, head_size: int) -> str | None:
+    """``"cudnn"`` or ``"flash"``, or ``None`` if ``obstacle`` returns a reason; arguments as for ``obstacle``."""
+    if x.device.type == "cpu":
+        return "flash"
+    if cudnn.size_obstacle(x, length, head_size) is None:
+        return "cudnn"
+    return "flash" if obstacle(x, length, head_size) is None else None
+
+
+def obstacle(x: Tensor, length: int, head_size: int) -> str | None:
+    """Why neither cuDNN nor flash attention computes the causal attention of such queries, as a sentence, or ``None``.
 
     Args:
         x: Any tensor with the dtype and device of the queries.
         length: Queries and keys of each sequence.
         head_size: Features of a head.
     """
-    if x.device.type == "cpu":
-        return "flash", None
-    if cudnn.size_obstacle(x, length, head_size) is None:
-        return "cudnn", None
+    if x.device.type in ("cpu", "meta") or cudnn.size_obstacle(x, length, head_size) is None:
+        return None
     if x.dtype not in (torch.float16, torch.bfloat16):
-        return "flash", f"its input is {x.dtype}; flash attention computes in 16 bits"
+        return f"its input is {x.dtype}; flash attention computes in 16 bits"
     if head_size % 8 or head_size > _FLASH_HEAD_SIZE:
-        return (
-            "flash",
-            f"the head size is {head_size}; flash attention needs a multiple of 8 up to {_FLASH_HEAD_SIZE}",
-        )
+        return f"the head size is {head_size}; flash attention needs a multiple of 8 up to {_FLASH_HEAD_SIZE}"
     if not torch.backends.cuda.flash_sdp_enabled():
-        return "flash", "torch's flash attention is switched off"
-    return "flash", None
+        return "torch's flash attention is switched off"
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms were asked for"
+    return None
 
 
 def forward(

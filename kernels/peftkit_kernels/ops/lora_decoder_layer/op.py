@@ -13,7 +13,7 @@ from peftkit_kernels.core.checks import (
     check_weight,
     is_autocast_enabled,
 )
-from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.core.dispatch import Backend, choose_backend, triton_obstacle
 from peftkit_kernels.core.op import replays
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.attention import causal
@@ -68,27 +68,21 @@ def lora_decoder_layer(
         ValueError: Shapes or dtypes do not fit, a frozen tensor requires a gradient, or the backend cannot run.
     """
     S, head_size = x.shape[-2], cos.shape[-1]
-    kernel, attention_obstacle = causal.kernel_for(x, S, head_size)
-    if backend == "auto" and attention_obstacle is None and replays(x):
+    kernel = causal.kernel_for(x, S, head_size)
+    if backend == "auto" and kernel is not None and replays(x):
         arguments = arguments_of(x, cos, sin, norms, weights, biases, loras, act, scale, kernel)
         found = lora_decoder_layer_triton.again(*arguments)
         if found is not None:
             return found
     rank = _check(x, cos, sin, norms, weights, biases, loras, act)
     factors = [t for lora in loras if lora is not None for t in (lora.A, lora.B)]
-    obstacle = (
-        attention_obstacle
-        or norm_obstacle("frozen_rms_norm", x.shape[-1])
-        or gate_obstacle(rank, x.element_size())
-        or ("autocast is on" if is_autocast_enabled(x.device.type) else None)
-    )
     frozen = [norm.weight for norm in norms]
     chosen = choose_backend(
         *("lora_decoder_layer", backend, x, cos, sin, *frozen, *weights, *biases, *factors),
         rank=rank,
-        own_obstacle=obstacle,
+        own_obstacle=_own_obstacle(x, S, head_size, rank),
     )
-    if chosen == "triton":
+    if chosen == "triton" and kernel is not None:
         return tuple(
             lora_decoder_layer_triton(
                 *arguments_of(x, cos, sin, norms, weights, biases, loras, act, scale, kernel)
@@ -96,6 +90,29 @@ def lora_decoder_layer(
         )
     run = lora_decoder_layer_reference if chosen == "reference" else lora_decoder_layer_torch
     return run(x, cos, sin, norms, weights, biases, loras, act, scale)
+
+
+def obstacle(x: Tensor, length: int, head_size: int, rank: int) -> str | None:
+    """Why a layer does not run as one op on Triton, as a sentence, or ``None``.
+
+    Args:
+        x: The input, ``[B, S, D]``.
+        length: ``S``.
+        head_size: Features of a head.
+        rank: The largest rank of the adapters.
+    """
+    own = _own_obstacle(x, length, head_size, rank)
+    return triton_obstacle("lora_decoder_layer", x, rank=rank, own_obstacle=own)
+
+
+def _own_obstacle(x: Tensor, length: int, head_size: int, rank: int) -> str | None:
+    if is_autocast_enabled(x.device.type):
+        return "autocast is on"
+    return (
+        causal.obstacle(x, length, head_size)
+        or norm_obstacle("frozen_rms_norm", x.shape[-1])
+        or gate_obstacle(rank, x.element_size())
+    )
 
 
 def _check(

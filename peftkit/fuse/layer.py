@@ -1,0 +1,310 @@
+"""Whole decoder layers of the Llama kind as one op on a GPU, so that a layer costs one plan and one autograd function.
+
+A layer is recognised by the text of the code that it runs: the forwards of the layer and of its attention, and the rotation. Its norms
+and its MLP are recognised by ``peftkit.fuse.recognise``. A call that does anything else (padding, a cache with content, hooks on a
+part) runs the layer's own forward, whose parts are fused on their own.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from peftkit.fuse.adapter import has_hooks
+from peftkit.fuse.attention import call_dropout_reason, replaced_reason
+from peftkit.fuse.compute import LinearParts, draw_seeds
+from peftkit.fuse.linear import plan_linear
+from peftkit.fuse.mlp import FusedGatedMLP, share_weights
+from peftkit.fuse.norm import FusedNorm
+from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
+from peftkit.fuse.recognise import NormFormula
+from peftkit.swap import own_class, swap_in
+from peftkit_kernels.core.dispatch import is_transformed
+from peftkit_kernels.core.launch import is_counting
+from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer, obstacle
+
+METHOD = "decoder layer"
+
+# hashes of code (``digest``), the same in transformers 5.10 to 5.23
+_LAYER = "015580e5443c6d2a"
+_ATTENTION = frozenset(
+    (
+        "682c67e3e5fb39b5",  # Llama
+        "ef1d70be15a2c305",  # Mistral, which passes a sliding window that sdpa does not use
+        "a1392a861452e726",  # Qwen2, the same
+    )
+)
+_ROTATION = "928b1b071cc104d5", "a68a16140f32af85"
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_HARMLESS = frozenset(
+    (
+        *("position_ids", "use_cache", "cache_position", "num_items_in_batch", "logits_to_keep"),
+        *("output_hidden_states", "return_dict"),
+    )
+)
+"""Arguments that neither the layer nor ``sdpa`` attention uses."""
+
+_NOT_CAUSAL = Reason("its attention is not causal")
+_TRANSFORMED = Reason("under torch.compile and torch.func the layer runs its own operations")
+
+
+class LayerParts(NamedTuple):
+    """A decoder layer as the op takes it.
+
+    Attributes:
+        norms: The norms before attention and before the MLP.
+        linears: q, k, v, o, gate, up, down.
+        act: The activation of the MLP.
+        scale: Factor on the scores of attention.
+    """
+
+    norms: list[Norm]
+    linears: list[LinearParts]
+    act: str
+    scale: float
+
+
+class FusedDecoderLayer(Fused):
+    """The forward of a decoder layer as one ``lora_decoder_layer``; mixed into the layer's own class."""
+
+    peftkit_method = METHOD
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output for ``hidden_states [B, S, D]``; its own forward if ``peftkit_plan`` or ``call_reason`` gives a reason."""
+        x = args[0] if args else None
+        layer = self._attention().layer_idx
+        if len(args) != 1 or not isinstance(x, Tensor) or _call_reason(layer, x, **kwargs):
+            return super().forward(*args, **kwargs)
+        parts = self.peftkit_plan(x)
+        if isinstance(parts, Reason):
+            return super().forward(*args, **kwargs)
+        cos, sin = kwargs["position_embeddings"]
+        share_weights(x, parts.linears[4:6])
+        linears = [draw_seeds(part) for part in parts.linears]
+        y, k, v = lora_decoder_layer(
+            *(x, cos, sin, parts.norms),
+            [part.weight for part in linears],
+            [part.bias for part in linears],
+            [part.lora for part in linears],
+            parts.act,
+            scale=parts.scale,
+        )
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            cache.update(k, v, layer)
+        return y
+
+    def peftkit_plan(self, x: Tensor) -> LayerParts | Reason:
+        """The tensors of a forward on ``x [B, S, D]``, or why the layer's own forward runs."""
+        if is_transformed():
+            return _TRANSFORMED  # first, because torch.compile cannot trace the rest
+        attention = self._attention()
+        reason = _code_reason(*_code_of(self, attention))
+        if reason is not None:
+            return reason
+        if has_hooks(attention):
+            return Reason("its self_attn has hooks")
+        if attention.is_causal is not True:
+            return _NOT_CAUSAL
+        reason = replaced_reason(attention) or call_dropout_reason(attention)
+        if reason is not None:
+            return reason
+        norms = self._norms(x)
+        if isinstance(norms, Reason):
+            return norms
+        linears = self._linears(x)
+        if isinstance(linears, Reason):
+            return linears
+        ranks = [part.lora.A.shape[0] for part in linears if part.lora is not None]
+        found = obstacle(x, x.shape[1], attention.head_dim, max([0, *ranks]))
+        if found is not None:
+            return Reason(found)
+        mlp: Any = self._modules["mlp"]
+        return LayerParts(norms, linears, mlp._peftkit_seal.answer, attention.scaling)
+
+    def peftkit_example(self) -> Tensor:
+        """Enough positions of a sequence that no length is too short, with the dtype and device of the first norm's weight."""
+        weight: Any = self._modules["input_layernorm"]._parameters["weight"]  # pyright: ignore[reportOptionalMemberAccess]
+        return weight.detach().new_ones(1, 512, weight.shape[0])
+
+    def peftkit_backend(self, x: Tensor, parts: LayerParts) -> str:
+        """``"triton"``."""
+        return "triton"
+
+    def _attention(self) -> Any:
+        return self._modules["self_attn"]
+
+    def _norms(self, x: Tensor) -> list[Norm] | Reason:
+        norms = []
+        for name in _NORMS:
+            module: Any = self._modules[name]
+            if not isinstance(module, FusedNorm) or has_hooks(module):
+                return Reason(f"its {name} is not fused")
+            found = module.peftkit_plan(x)
+            if isinstance(found, Reason):
+                return Reason(f"{name}: {found}")
+            weight, _, formula = found
+            norms.append(Norm(weight, formula.eps, formula.offset, formula.round_first))
+        return norms
+
+    def _linears(self, x: Tensor) -> list[LinearParts] | Reason:
+        attention, mlp = self._attention(), self._modules["mlp"]
+        linears = []
+        for name in _LINEARS:
+            part = plan_linear(attention._modules[name], x)
+            if isinstance(part, Reason):
+                return type(part)(f"{name}: {part}")
+            linears.append(part)
+        if not isinstance(mlp, FusedGatedMLP) or has_hooks(mlp):
+            return Reason("its mlp is not fused")
+        inner = mlp.peftkit_plan(x)
+        if isinstance(inner, Reason):
+            return Reason(f"mlp: {inner}")
+        linears += inner
+        for part in linears:
+            if part.magnitude is not None:
+                return Reason("DoRA runs each linear by itself")
+            if part.bias is not None and part.bias.requires_grad:
+                return Reason("a bias is trained")
+        return linears
+
+
+def fuse_layers(model: nn.Module) -> int:
+    """Fuse every decoder layer of the Llama kind that is on a GPU; returns their number. Others on a GPU keep a reason."""
+    count = 0
+    for module in list(model.modules()):
+        if isinstance(module, FusedDecoderLayer) or not _looks_like_a_layer(module):
+            continue
+        weight = next(iter(module.parameters())).device
+        if weight.type != "cuda" and not is_counting():
+            continue
+        reason = _code_reason(*_code_of(module, module._modules["self_attn"])) or _norm_reason(
+            module
+        )
+        if reason is not None:
+            decline(module, METHOD, reason)
+            continue
+        forget_declined(module)
+        swap_in(module, FusedDecoderLayer)
+        count += 1
+    return count
+
+
+def _looks_like_a_layer(module: nn.Module) -> bool:
+    attention = module._modules.get("self_attn")
+    return (
+        attention is not None
+        and isinstance(module._modules.get("mlp"), FusedGatedMLP)
+        and all(module._modules.get(name) is not None for name in _NORMS)
+        and all(attention._modules.get(name) is not None for name in _LINEARS)
+    )
+
+
+def _code_of(module: nn.Module, attention: Any) -> tuple[Any, ...]:
+    """The functions that make up the layer's formula: two forwards, and the rotation with its helper."""
+    layer_class, attention_class = own_class(module), own_class(attention)
+    space = vars(sys.modules[attention_class.__module__])
+    rotation = space.get("apply_rotary_pos_emb"), space.get("rotate_half")
+    return layer_class.forward, attention_class.forward, *rotation
+
+
+@functools.lru_cache(maxsize=256)
+def _code_reason(layer: Any, attention: Any, rotate: Any, half: Any) -> Reason | None:
+    """Why these functions do not make up the formula of a Llama layer, or ``None``."""
+    if digest(layer) != _LAYER:
+        return Reason(f"{_name(layer)} is not the forward of a Llama layer")
+    if digest(attention) not in _ATTENTION:
+        return Reason(f"{_name(attention)} is not the forward of Llama's attention")
+    if (digest(rotate), digest(half)) != _ROTATION:
+        return Reason(f"{_name(rotate)} is not Llama's rotation")
+    return None
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _parts_reason(module: nn.Module) -> Reason | None:
+    """Why the attention or the norms of a layer are not those of the op, or ``None``."""
+    attention: Any = module._modules["self_attn"]
+    if getattr(attention, "is_causal", None) is not True:
+        return _NOT_CAUSAL
+    for name in _NORMS:
+        norm: Any = module._modules[name]
+        formula = norm._peftkit_seal.answer if isinstance(norm, FusedNorm) else None
+        if not isinstance(formula, NormFormula) or formula.kind != "rms":
+            return Reason(f"its {name} is no fused RMSNorm")
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def digest(function: Callable[..., Any] | None) -> str:
+    """A short hash of the code of a function: its argument names and its body without docstring and annotations; empty if unreadable.
+
+    Equal hashes mean equal text, whatever the formatting, so two functions with the same globals compute the same.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))  # pyright: ignore[reportArgumentType]
+        (tree,) = ast.parse(source).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return ""
+    if not isinstance(tree, ast.FunctionDef):
+        return ""
+    names = [argument.arg for argument in (*tree.args.posonlyargs, *tree.args.args)]
+    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+    plain = [ast.unparse(_WithoutAnnotations().visit(statement)) for statement in body]
+    return hashlib.sha256("\n".join((*names, *plain)).encode()).hexdigest()[:16]
+
+
+class _WithoutAnnotations(ast.NodeTransformer):
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        if node.value is None:
+            return ast.Pass()
+        return ast.copy_location(ast.Assign([node.target], node.value, lineno=node.lineno), node)
+
+
+def _call_reason(
+    layer: int,
+    x: Tensor,
+    attention_mask: Any = None,
+    past_key_values: Any = None,
+    position_embeddings: Any = None,
+    **others: Any,
+) -> str | None:
+    """Why one call runs the layer's own forward, or ``None``. Arguments as for layer number ``layer``."""
+    if attention_mask is not None:
+        return "the call has a mask"
+    if x.dim() != 3 or x.shape[1] < 2 or not x.numel():
+        return "the call has fewer than two positions"
+    if past_key_values is not None and not (
+        torch.is_grad_enabled()
+        and type(past_key_values) is DynamicCache
+        and past_key_values.get_seq_length(layer) == 0
+    ):
+        return "the call has a cache with content, or is part of a generation"
+    for name, value in others.items():
+        if name not in _HARMLESS and value is not None and value is not False:
+            return f"the call has the argument {name}"
+    if not isinstance(position_embeddings, tuple) or len(position_embeddings) != 2:
+        return "the call has no position embeddings"
+    for t in position_embeddings:
+        if (
+            not isinstance(t, Tensor)
+            or t.dtype is not x.dtype
+            or t.device != x.device
+            or t.requires_grad
+        ):
+            return "the position embeddings are not frozen tensors of the input's dtype"
+    return None

@@ -1,0 +1,308 @@
+"""Whole decoder layers as one op: which layers and which calls, and the same results as the model's own code.
+
+There is no GPU, so the op runs its torch backend here; ``tests/triton/test_lora_decoder_layer.py`` has its kernels.
+"""
+
+import copy
+
+import pairs
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    DynamicCache,
+    EuroBertConfig,
+    EuroBertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.llama import modeling_llama
+
+from peftkit import accelerate, explain, restore
+from peftkit.fuse import layer
+from peftkit.fuse.layer import FusedDecoderLayer
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"head_dim": 16, "sliding_window": 512}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+}
+OTHERS = {
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "granite": (GraniteForCausalLM, GraniteConfig, {}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 16}),
+    "eurobert": (EuroBertModel, EuroBertConfig, {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _on_any_device(monkeypatch):
+    """Fuse layers although there is no GPU, and take the op although Triton cannot run."""
+    monkeypatch.setattr(layer, "is_counting", lambda: True)
+    monkeypatch.setattr(layer, "obstacle", lambda *_: None)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The number of layers that ran as one op, as a list with one entry for each."""
+    seen = []
+    original = layer.lora_decoder_layer
+
+    def counted(*args, **options):
+        seen.append(args[0].shape)
+        return original(*args, **options)
+
+    monkeypatch.setattr(layer, "lora_decoder_layer", counted)
+    return seen
+
+
+def tiny(family, **changes):
+    cls, config, own = (FAMILIES | OTHERS)[family]
+    torch.manual_seed(0)
+    return cls(config(**SIZES | own | changes))
+
+
+def fused_pair(family="llama", lora=None, **changes):
+    """A stock PEFT model and its fused copy."""
+    plain = pairs.adapted(tiny(family, **changes), **(lora or {}))
+    return plain, accelerate(copy.deepcopy(plain))
+
+
+def batch(length=11, seed=1):
+    ids = torch.randint(1, 61, (2, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids}
+
+
+def loss_and_grads(model, **inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        near(found[name], value)
+
+
+def near(found, expected):
+    """Equal up to float32's rounding, relative to the largest element."""
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_stock_peft(family, use_cache, calls):
+    plain, fused = fused_pair(family)
+    inputs = batch() | {"use_cache": use_cache}
+    assert_close(loss_and_grads(fused, **inputs), loss_and_grads(plain, **inputs))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["down_proj"], ["k_proj", "o_proj", "up_proj"]]
+)
+def test_some_linears_without_adapter(targets, calls):
+    plain, fused = fused_pair(lora={"target_modules": targets})
+    assert_close(loss_and_grads(fused, **batch()), loss_and_grads(plain, **batch()))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant, calls):
+    plain, fused = fused_pair()
+    for model in (plain, fused):
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_close(loss_and_grads(fused, **batch()), loss_and_grads(plain, **batch()))
+    assert len(calls) == 4  # each layer runs again in backward
+
+
+def test_the_cache_and_its_gradients_are_those_of_the_model(calls):
+    results = []
+    for model in fused_pair():
+        cache = DynamicCache(config=model.config)
+        out = model(**batch(), past_key_values=cache, use_cache=True)
+        keys = [entry.keys for entry in cache.layers]
+        values = [entry.values for entry in cache.layers]
+        loss = out.loss + sum(t.square().sum() for t in (*keys, *values))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss, trained)
+        results.append([*keys, *values, *grads])
+    assert len(calls) == 2
+    for expected, found in zip(*results, strict=True):
+        near(found, expected)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_formulas_are_not_fused_as_layers(family):
+    model = accelerate(pairs.adapted(tiny(family)))
+    assert not any(isinstance(m, FusedDecoderLayer) for m in model.modules())
+    if family != "gemma2":  # it has other norms, so it is no candidate
+        assert any(
+            "is not" in row.reason for row in explain(model).layers if row.method == "decoder layer"
+        )
+
+
+def _padded(model):
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[1, -4:] = 0
+    return {"attention_mask": mask}
+
+
+def _hooked(path):
+    def hook(model):
+        inner = model.base_model.model.model.layers[0].get_submodule(path) if path else None
+        inner.register_forward_hook(lambda *_: None)
+        return {}
+
+    return hook
+
+
+def _packed(model):
+    positions = torch.cat([torch.arange(5), torch.arange(6)]).expand(2, 11)
+    return {"position_ids": positions, "use_cache": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (_padded, 0),
+        (_packed, 0),
+        (_hooked("self_attn"), 1),
+        (_hooked("self_attn.q_proj"), 1),
+        (_hooked("mlp"), 1),
+        (_hooked("mlp.act_fn"), 1),
+        (_hooked("input_layernorm"), 1),
+        (lambda model: {"output_attentions": False}, 2),
+    ],
+    ids=["padded", "packed", "attention", "q_proj", "mlp", "act", "norm", "harmless"],
+)
+def test_calls_that_the_op_does_not_compute(change, expected, calls):
+    plain, fused = fused_pair()
+    change(plain)
+    inputs = batch() | change(fused)
+    assert_close(loss_and_grads(fused, **inputs), loss_and_grads(plain, **inputs))
+    assert len(calls) == expected
+
+
+def test_hidden_states_and_attentions_are_those_of_the_model(calls):
+    plain, fused = fused_pair()
+    for model in (plain, fused):
+        model.set_attn_implementation("eager")
+    kinds = {"output_hidden_states": True, "output_attentions": True}
+    expected, found = plain(**batch(), **kinds), fused(**batch(), **kinds)
+    assert not calls
+    for name in ("hidden_states", "attentions"):
+        for one, other in zip(expected[name], found[name], strict=True):
+            near(other, one)
+
+
+def test_hidden_states_are_those_of_the_model(calls):
+    plain, fused = fused_pair()
+    expected = plain(**batch(), output_hidden_states=True).hidden_states
+    found = fused(**batch(), output_hidden_states=True).hidden_states
+    assert len(calls) == 2
+    for one, other in zip(expected, found, strict=True):
+        near(other, one)
+
+
+def test_a_replaced_rotation_runs(monkeypatch, calls):
+    plain, fused = fused_pair()
+
+    def other(q, k, cos, sin, unsqueeze_dim=1):
+        return q * 0.5, k
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
+    assert_close(loss_and_grads(fused, **batch()), loss_and_grads(plain, **batch()))
+    assert not calls
+    row = next(row for row in explain(fused).layers if row.method == "decoder layer")
+    assert "is not Llama's rotation" in row.reason
+
+
+def test_generation_and_restore(calls):
+    plain, fused = fused_pair()
+    ids = batch()["input_ids"]
+    options = {"max_new_tokens": 5, "do_sample": False}
+    expected = plain.eval().generate(ids, **options)
+    assert torch.equal(fused.eval().generate(ids, **options), expected)
+    assert not calls
+    restored = restore(fused).train()
+    assert not any(isinstance(m, FusedDecoderLayer) for m in restored.modules())
+
+
+def test_dropout_draws_one_seed_a_linear_and_differs_between_calls(calls):
+    _, fused = fused_pair(lora={"lora_dropout": 0.5})
+    first, second = (fused(**batch()).loss.item() for _ in range(2))
+    torch.manual_seed(3)
+    third = fused(**batch()).loss.item()
+    torch.manual_seed(3)
+    assert fused(**batch()).loss.item() == third
+    assert first != second
+    assert len(calls) == 8
+
+
+def test_a_trained_norm_or_dora_runs_its_own_code(calls):
+    plain, fused = fused_pair(lora={"use_dora": True})
+    assert_close(loss_and_grads(fused, **batch()), loss_and_grads(plain, **batch()))
+    plain, fused = fused_pair()
+    for model in (plain, fused):
+        model.base_model.model.model.layers[0].input_layernorm.weight.requires_grad_(True)
+    assert_close(loss_and_grads(fused, **batch()), loss_and_grads(plain, **batch()))
+    assert len(calls) == 1
+
+
+def test_attention_dropout_runs_the_layers_own_code(calls):
+    _, fused = fused_pair(attention_dropout=0.5)
+    fused(**batch())
+    assert not calls
+    fused.eval()
+    fused(**batch())
+    assert len(calls) == 2
+
+
+def test_copies_and_pickles_stay_fused(calls, tmp_path):
+    _, fused = fused_pair()
+    expected = fused(**batch()).loss
+    assert copy.deepcopy(fused)(**batch()).loss == expected
+    assert len(calls) == 4
+
+
+def test_digests_see_code_and_not_its_form():
+    def one(x, y):
+        """Doc."""
+        z: int = x + y
+        return z
+
+    def two(x: int, y: int) -> int:
+        z = (x +
+             y)  # fmt: skip
+        return z
+
+    def three(x, y):
+        z = x - y
+        return z
+
+    assert layer.digest(one) == layer.digest(two) != layer.digest(three)
+    assert layer.digest(nn.Linear.forward) != layer.digest(None) == ""
