@@ -190,7 +190,7 @@ def fuse_layers(model: nn.Module) -> int:
         weight = next(iter(module.parameters())).device
         if weight.type != "cuda" and not is_counting():
             continue
-        reason = _code_reason(*_code_of(module, module._modules["self_attn"])) or _norm_reason(
+        reason = _code_reason(*_code_of(module, module._modules["self_attn"])) or _parts_reason(
             module
         )
         if reason is not None:

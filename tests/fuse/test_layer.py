@@ -223,7 +223,7 @@ def test_hidden_states_are_those_of_the_model(calls):
     plain, fused = fused_pair()
     expected = plain(**batch(), output_hidden_states=True).hidden_states
     found = fused(**batch(), output_hidden_states=True).hidden_states
-    assert len(calls) == 2
+    assert not calls  # from now on transformers has hooks on every attention
     for one, other in zip(expected, found, strict=True):
         near(other, one)
 

@@ -74,6 +74,7 @@ def forward(
         return out[:, :, :S].transpose(1, 2), [lse, seed, offset]
     if q.device.type == "cpu":
         out, lse = _CPU(q, k, v, 0.0, True, scale=scale)
+        lse = lse.contiguous()
     else:
         out, lse, *_ = _FLASH(q, k, v, 0.0, True, False, scale=scale)
     return out.transpose(1, 2), [lse]

@@ -1,0 +1,233 @@
+"""``lora_decoder_layer`` on Triton against its definition in float64, in units of the error of the definition in its own dtype."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton_cases import assert_same_bits_in_any_order, watched
+
+from peftkit_kernels.core.op import Op
+from peftkit_kernels.core.plan import Plans
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer, triton_impl
+from peftkit_kernels.ops.lora_decoder_layer.reference import rotated
+
+B, S, D, F, R = 2, 19, 32, 48, 4
+HEADS, KEY_HEADS, HEAD_SIZE = 4, 2, 16
+INNER, KEYS = HEADS * HEAD_SIZE, KEY_HEADS * HEAD_SIZE
+SHAPES = ((INNER, D), (KEYS, D), (KEYS, D), (D, INNER), (F, D), (F, D), (D, F))
+
+
+def make(
+    dtype=torch.float32,
+    adapted=range(7),
+    bias=True,
+    p=0.0,
+    factors=None,
+    batch=B,
+    act="silu",
+    offset=0.0,
+):
+    """Arguments of a layer by name; every number is exact in ``dtype``."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape, scale=1.0, to=dtype):
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        return values.to(to)
+
+    loras = [
+        LoRA(
+            draw(R, shape[1], scale=0.3, to=factors or dtype).requires_grad_(),
+            draw(shape[0], R, scale=0.3, to=factors or dtype).requires_grad_(),
+            *(2.0, p, 7 + i if p else 0),
+        )
+        if i in adapted
+        else None
+        for i, shape in enumerate(SHAPES)
+    ]
+    return {
+        "x": draw(batch, S, D).requires_grad_(),
+        "cos": draw(1, S, HEAD_SIZE),
+        "sin": draw(batch, S, HEAD_SIZE),
+        "norms": [Norm(draw(D, scale=0.1) + 1, 1e-5, offset, not offset) for _ in range(2)],
+        "weights": [draw(*shape, scale=0.2) for shape in SHAPES],
+        "biases": [draw(shape[0], scale=0.1) if bias else None for shape in SHAPES],
+        "loras": loras,
+        "act": act,
+        "scale": HEAD_SIZE**-0.5,
+    }
+
+
+def wide(arguments):
+    """The same numbers in float64."""
+
+    def cast(t):
+        return t if t is None else t.detach().double().requires_grad_(t.requires_grad)
+
+    return arguments | {
+        **{name: cast(arguments[name]) for name in ("x", "cos", "sin")},
+        "norms": [norm._replace(weight=cast(norm.weight)) for norm in arguments["norms"]],
+        "weights": [cast(t) for t in arguments["weights"]],
+        "biases": [cast(t) for t in arguments["biases"]],
+        "loras": [
+            lora and replace(lora, A=cast(lora.A), B=cast(lora.B)) for lora in arguments["loras"]
+        ],
+    }
+
+
+def run(arguments, backend, all_outputs=True):
+    """Outputs and gradients."""
+    outputs = lora_decoder_layer(**arguments, backend=backend)
+    used = outputs if all_outputs else outputs[:1]
+    generator = torch.Generator().manual_seed(2)
+    grads = [torch.randn(t.shape, generator=generator).bfloat16().to(t.dtype) for t in used]
+    present = [lora for lora in arguments["loras"] if lora is not None]
+    leaves = [arguments["x"], *(t for lora in present for t in (lora.A, lora.B))]
+    return [*outputs, *torch.autograd.grad(used, leaves, grads)]
+
+
+def distances(found, expected):
+    return [
+        ((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)
+    ]
+
+
+FACTOR = 4.0
+"""As in the lab: the backward of flash attention recomputes probabilities from rounded numbers, which costs up to three times the error."""
+
+CASES = {
+    "all": {},
+    "no bias, q and v": {"bias": False, "adapted": (0, 2)},
+    "k, o and down": {"adapted": (1, 3, 6)},
+    "none": {"adapted": ()},
+    "dropout": {"p": 0.3},
+    "gelu, offset": {"act": "gelu_tanh", "offset": 1.0},
+    "one sequence": {"batch": 1},
+}
+
+
+@pytest.mark.parametrize("all_outputs", [True, False], ids=["y, k, v", "y"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_as_near_to_float64_as_the_definition(case, dtype, all_outputs):
+    arguments = make(dtype, **CASES[case])
+    expected = [t.detach() for t in run(wide(arguments), "reference", all_outputs)]
+    plain = distances(run(arguments, "reference", all_outputs), expected)
+    with watched():
+        own = distances(run(arguments, "triton", all_outputs), expected)
+    for i, (ours, theirs) in enumerate(zip(own, plain, strict=True)):
+        assert ours <= FACTOR * theirs + 1e-7, (i, ours, theirs)
+
+
+def test_float32_factors_on_a_16_bit_input():
+    arguments = make(torch.bfloat16, factors=torch.float32)
+    expected = [t.detach() for t in run(wide(arguments), "reference")]
+    with watched():
+        own = distances(run(arguments, "triton"), expected)
+    plain = distances(run(arguments, "torch"), expected)
+    for ours, theirs in zip(own, plain, strict=True):
+        assert ours <= FACTOR * theirs + 1e-7
+
+
+def test_a_replayed_plan_equals_the_schedule_for_other_values(monkeypatch):
+    arguments = make(p=0.3)
+    run(arguments, "triton")
+    tensors = [arguments["x"], arguments["cos"], arguments["sin"], *arguments["weights"]]
+    tensors += [t for lora in arguments["loras"] for t in (lora.A, lora.B)]
+    for i, t in enumerate(tensors):
+        t.data = torch.randn(t.shape, generator=torch.Generator().manual_seed(i)) * 0.2
+    seeded = [replace(lora, seed=lora.seed + 90) for lora in arguments["loras"]]
+    arguments = arguments | {"loras": seeded}
+    with monkeypatch.context() as patched:
+        patched.setattr(Plans, "_record", None)
+        replayed = run(arguments, "triton")
+    monkeypatch.setattr(Op, "compute", lambda self, *args: self._schedule(*args))
+    for found, expected in zip(replayed, run(arguments, "triton"), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_only_the_gradients_that_are_asked_for():
+    arguments = make()
+    loras = arguments["loras"]
+    for lora in loras[1:]:
+        lora.A.requires_grad_(False)
+        lora.B.requires_grad_(False)
+    (y, _, _) = lora_decoder_layer(**arguments, backend="triton")
+    (dB,) = torch.autograd.grad(y.sum(), [loras[0].B], retain_graph=True)
+    dx, dA = torch.autograd.grad(y.sum(), [arguments["x"], loras[0].A])
+    (y, _, _) = lora_decoder_layer(**arguments, backend="reference")
+    expected = torch.autograd.grad(y.sum(), [arguments["x"], loras[0].A, loras[0].B])
+    assert max(distances((dx, dA, dB), [t.double() for t in expected])) < 1e-5
+
+
+def test_results_do_not_depend_on_the_order_of_programs():
+    arguments = make(p=0.3)
+    assert_same_bits_in_any_order(lambda: run(arguments, "triton"))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("head_size", [16, 20, 128])
+def test_the_rotation_in_place_and_its_transpose(head_size, inverse):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 7, heads * head_size, generator=generator) for heads in (3, 1))
+    cos, sin = (torch.randn(n, 7, head_size, generator=generator) for n in (1, 2))
+
+    def heads_of(t):
+        return t.unflatten(-1, (-1, head_size)).transpose(1, 2)
+
+    expected = []
+    for t in (q, k):
+        t = t.clone().requires_grad_()
+        y = rotated(heads_of(t), cos, sin)
+        if inverse:
+            (y,) = torch.autograd.grad(y, t, heads_of(t))
+            y = heads_of(y)
+        expected.append(y.detach())
+    with watched():
+        triton_impl.rotate_(q, k, cos, sin, inverse=inverse)
+    for found, wanted in zip((q, k), expected, strict=True):
+        torch.testing.assert_close(heads_of(found), wanted)
+
+
+def test_one_kernel_rotates_queries_and_keys():
+    with watched() as traffic, torch.no_grad():
+        lora_decoder_layer(**make(), backend="triton")
+    names = [launch.kernel for launch in traffic.launches]
+    assert names.count("rotate_kernel") == 1
+    assert names.count("norm_forward_kernel") == 2
+
+
+def test_second_derivative_raises():
+    arguments = make()
+    y, _, _ = lora_decoder_layer(**arguments, backend="triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), arguments["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_decoder_layer is once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"act": "mish"}, "act='mish' is unknown"),
+        ({"weights": []}, "there are 0 weights, 7 biases"),
+        ({"x": torch.zeros(S, D)}, r"x has shape \(19, 32\); it must be"),
+        ({"cos": torch.zeros(1, S + 1, HEAD_SIZE)}, r"cos has shape \(1, 20, 16\)"),
+        ({"cos": torch.zeros(1, HEAD_SIZE, S).transpose(1, 2)}, "cos has strides"),
+        ({"cos": torch.zeros(1, S, 12), "sin": torch.zeros(1, S, 12)}, "heads of size 12"),
+        ({"norms": [Norm(torch.ones(D + 1), 1e-5)] * 2}, r"norms\[0\]: its weight must be \[32\]"),
+        ({"biases": [torch.zeros(3), *[None] * 6]}, r"biases \(q\) has shape \(3,\)"),
+        ({"biases": [torch.zeros(INNER, requires_grad=True), *[None] * 6]}, "requires a gradient; freeze"),
+        ({"loras": [LoRA(torch.zeros(4, 3), torch.zeros(INNER, 4), 1.0), *[None] * 6]}, r"loras \(q\)"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        lora_decoder_layer(**make() | change)
+
+
+def test_opcheck():
+    arguments = make(batch=1)
+    op = triton_impl.lora_decoder_layer_triton.op
+    parts = [arguments[name] for name in ("x", "cos", "sin", "norms", "weights", "biases", "loras")]
+    call = triton_impl.arguments_of(*parts, "silu", 0.25, "flash")
+    torch.library.opcheck(op.library, call, test_utils=("test_schema", "test_faketensor"))
