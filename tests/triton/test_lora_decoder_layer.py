@@ -49,7 +49,9 @@ def make(
         "x": draw(batch, S, D).requires_grad_(),
         "cos": draw(1, S, HEAD_SIZE),
         "sin": draw(batch, S, HEAD_SIZE),
-        "norms": [Norm(draw(D, scale=0.1) + 1, 1e-5, offset, not offset) for _ in range(2)],
+        "norms": [
+            Norm(draw(D, scale=0.1) + (1 - offset), 1e-5, offset, not offset) for _ in range(2)
+        ],
         "weights": [draw(*shape, scale=0.2) for shape in SHAPES],
         "biases": [draw(shape[0], scale=0.1) if bias else None for shape in SHAPES],
         "loras": loras,
