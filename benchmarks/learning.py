@@ -21,20 +21,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tools_path  # noqa: F401
 import torch
 from cases import package_folder
 from peft import PeftConfig
 from report import environment, machine, run_script, save, update_readme
 from rich.console import Console
 
+from demo.evaluate import decode, longest_answer, score
+from demo.generator import Split, make_examples
+from demo.interrupt import GracefulInterrupt
+from demo.model import load_model, load_tokenizer, prepare_base, quiet_upstream
+from demo.progress import Display
+from demo.settings import Folder, Settings
+from demo.train import train, training_rows
 from peftkit import BottleneckConfig, LoraConfig, PrefixConfig, explain, wrap
-from peftkit.demo.evaluate import decode, longest_answer, score
-from peftkit.demo.generator import Split, make_examples
-from peftkit.demo.interrupt import GracefulInterrupt
-from peftkit.demo.model import load_model, load_tokenizer, prepare_base, quiet_upstream
-from peftkit.demo.progress import Display
-from peftkit.demo.settings import Folder, Settings
-from peftkit.demo.train import train, training_rows
 
 HELP = "the accuracy that each method reaches on two real models"
 TITLES = {

@@ -20,14 +20,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import tools_path  # noqa: F401
 import torch
 from report import environment, machine, save, update_readme
 
+from lab.case import Case, Sizes
+from lab.cases import FACTOR, OPERATIONS, build
+from lab.testing import assert_no_worse_than
 from peftkit_kernels.core import calibration
 from peftkit_kernels.core.dispatch import triton_obstacle
-from peftkit_kernels.lab.case import Case, Sizes
-from peftkit_kernels.lab.cases import FACTOR, OPERATIONS, build
-from peftkit_kernels.testing import assert_no_worse_than
 
 HELP = "each operation alone"
 
@@ -114,8 +115,8 @@ def cpu_sizes(op: str) -> Sizes:
 
 
 def gpu_sizes(op: str) -> Sizes:
-    """The sizes for which ``peftkit_kernels.lab.predict`` has a prediction."""
-    from peftkit_kernels.lab.predict import SIZES
+    """The sizes for which ``lab.predict`` has a prediction."""
+    from lab.predict import SIZES
 
     return SIZES.get(op, SIZES["lora_linear"])[0]
 
@@ -250,8 +251,8 @@ def clock(device: str) -> Callable[[Call], float]:
 
 def add_predictions(rows: list[dict[str, Any]], gpu: str) -> None:
     """Add ``predicted_ms`` to each row: the prediction for this GPU if the operation has one and the row is a step, else ``None``."""
-    from peftkit_kernels.lab import predict
-    from peftkit_kernels.lab.devices import DEVICES
+    from lab import predict
+    from lab.devices import DEVICES
 
     device = next((d for d in DEVICES if d.name.replace(" ", "") in gpu.replace(" ", "")), None)
     for row in rows:

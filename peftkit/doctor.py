@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from peftkit.environment import describe_environment
@@ -35,16 +36,25 @@ def diagnose() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "warnings": [f"newer than tested: {name}" for name in newer_than_tested()],
         "cpu": _cpu_paths(),
-        "operations": [_path(name) for name in operations()],
+        "operations": [_path(name, has_kernels) for name, has_kernels in operations().items()],
     }
 
 
-def operations() -> list[str]:
-    """Return the names of the operations of ``peftkit_kernels``, which are the folders of its ops and kinds of storage."""
+def operations() -> dict[str, bool]:
+    """Return whether each operation of ``peftkit_kernels`` has Triton kernels, by name.
+
+    The operations are the folders of its ops and kinds of storage. Those with Triton kernels have a file ``triton_impl.py``.
+    """
     from peftkit_kernels import ops, storage
 
-    folders = [*ops.__path__, *storage.__path__]
-    return sorted(module.name for module in pkgutil.iter_modules(folders) if module.ispkg)
+    folders = [
+        Path(parent, module.name)
+        for parent in (*ops.__path__, *storage.__path__)
+        for module in pkgutil.iter_modules([parent])
+        if module.ispkg
+    ]
+    folders.sort(key=lambda folder: folder.name)
+    return {folder.name: (folder / "triton_impl.py").is_file() for folder in folders}
 
 
 def _version(package: str) -> str | None:
@@ -67,18 +77,17 @@ def _cpu_paths() -> dict[str, str]:
     }
 
 
-def _path(operation: str) -> dict[str, str]:
+def _path(operation: str, has_kernels: bool) -> dict[str, str]:
     """Return the path of one operation, for bfloat16 on a GPU, or for float32 on the CPU if there is no GPU."""
     import torch
 
     from peftkit_kernels.core.dispatch import triton_obstacle
-    from peftkit_kernels.lab.inventory import OPS
 
     on_gpu = torch.cuda.is_available()
     x = torch.empty(
         1, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16 if on_gpu else torch.float32
     )
-    obstacle = triton_obstacle(operation, x) if operation in OPS else triton_obstacle(operation)
+    obstacle = triton_obstacle(operation, x) if has_kernels else triton_obstacle(operation)
     # without a GPU the automatic choice is torch, even if Triton's interpreter could run
     triton = on_gpu and obstacle is None
     return {

@@ -2,7 +2,7 @@
 
 import torch
 
-from peftkit_kernels.testing import UNIT_ROUNDOFF, Bound
+from lab.testing import UNIT_ROUNDOFF, Bound
 
 EXP_ULPS, LOG_ULPS = 2.0, 2.0
 """Largest errors in ulps, for the native passes (``native/exp.h``), torch's vectorised functions and a GPU's exp2."""

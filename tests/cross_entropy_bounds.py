@@ -5,7 +5,7 @@ import math
 import torch
 from triton_linear import narrow_product
 
-from peftkit_kernels.testing import UNIT_ROUNDOFF, Bound
+from lab.testing import UNIT_ROUNDOFF, Bound
 
 EXP2_ULPS, LOG2_ULPS, DIVIDE_ULPS = 2.0, 2.0, 2.0
 """Largest errors of the GPU's approximations (CUDA C++ Programming Guide, tables of intrinsic and of standard functions)."""

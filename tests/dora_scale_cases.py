@@ -4,8 +4,8 @@ import op_cases
 import torch
 from lora_cases import activation_and_slope, draw, gradients
 
+from lab.testing import Bound
 from peftkit_kernels.ops.dora_scale import Scale, dora_gate, dora_scale
-from peftkit_kernels.testing import Bound
 
 TRAINED = ("z", "magnitude", "bias")
 SIDES = ("e", "u")

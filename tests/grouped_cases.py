@@ -3,7 +3,7 @@
 import torch
 from lora_cases import draw
 
-from peftkit_kernels.testing import Bound
+from lab.testing import Bound
 
 K, N, E = 33, 29, 5
 NAMES = ("y", "x", "A", "B")

@@ -1,4 +1,4 @@
-"""Small right and wrong kernels for the tests of ``peftkit_kernels.lab``."""
+"""Small right and wrong kernels for the tests of ``lab``."""
 
 import triton
 import triton.language as tl

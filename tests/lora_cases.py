@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from lab.testing import Bound
 from peftkit_kernels.core.dropout import dropout_mask, keep_scale
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.testing import Bound
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MIXED = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))

@@ -3,8 +3,8 @@
 import torch
 from lora_cases import draw
 
+from lab.testing import Bound
 from peftkit_kernels.ops.frozen_norm import frozen_layer_norm, frozen_rms_norm
-from peftkit_kernels.testing import Bound
 
 EPS = 1e-5
 RSQRT_ULPS = 2.0

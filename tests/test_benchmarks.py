@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lab.case import Sizes
+from lab.cases import OPERATIONS
 from peftkit_kernels.core.calibration import Calibration
-from peftkit_kernels.lab.case import Sizes
-from peftkit_kernels.lab.cases import OPERATIONS
 from peftkit_kernels.low_rank import passes
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"

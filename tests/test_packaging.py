@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 IMPORT_LIMIT_SECONDS = 0.3
 
 
-def python(code: str, *, cwd: Path | None = None) -> str:
-    """Run ``code`` in a fresh interpreter and return what it prints."""
+def python(code: str, *, path: str | None = None) -> str:
+    """Run ``code`` in a fresh interpreter, with ``path`` as PYTHONPATH, and return what it prints."""
+    env = os.environ | ({} if path is None else {"PYTHONPATH": path})
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -115,7 +116,8 @@ print(dict(__import__("os").environ) == environment)
 
 def test_nothing_hides_the_hub_package_called_kernels():
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    assert not (ROOT / "benchmarks" / "kernels.py").exists()
+    for folder in ("benchmarks", "tools"):
+        assert not (ROOT / folder / "kernels.py").exists()
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     # setuptools leaves a build folder and egg-info in the tree it builds; give it a tree of links.
     tree = folder / "tree"
     tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "peftkit", "kernels"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "peftkit", "kernels", "tools"):
         (tree / name).symlink_to(ROOT / name)
     subprocess.run([*build, "--wheel-dir", str(folder), str(tree)], check=True)
     with zipfile.ZipFile(next(folder.glob("peftkit-*.whl"))) as archive:
@@ -140,7 +142,7 @@ def test_wheel_contains_both_packages_and_nothing_else(wheel):
     expected = set()
     for root, package in ((ROOT, "peftkit"), (ROOT / "kernels", "peftkit_kernels")):
         for path in (root / package).rglob("*"):
-            if path.suffix in {".py", ".c", ".h", ".json", ".html", ".css", ".md", ".typed"}:
+            if path.suffix in {".py", ".c", ".h", ".typed"}:
                 expected.add(path.relative_to(root).as_posix())
     assert {name for name in names if not name.split("/")[0].endswith(".dist-info")} == expected
 
@@ -162,18 +164,24 @@ def test_imports_keep_their_contracts():
     assert done.returncode == 0, done.stdout
 
 
-def test_kernels_import_without_transformers_peft_and_triton():
-    needs_triton = {"kernels", "tiles", "aot", "interp", "patching", "traffic", "check", "volumes"}
+@pytest.mark.parametrize(
+    ("package", "needs_triton"),
+    [
+        ("peftkit_kernels", {"kernels", "tiles"}),
+        ("lab", {"aot", "interp", "patching", "traffic", "check", "volumes"}),
+    ],
+)
+def test_kernels_and_their_lab_import_without_transformers_peft_and_triton(package, needs_triton):
     code = f"""
 import pkgutil, sys
 for name in ("transformers", "peft", "triton", "accelerate"):
     sys.modules[name] = None
-import peftkit_kernels
-for module in pkgutil.walk_packages(peftkit_kernels.__path__, "peftkit_kernels."):
+import {package}
+for module in pkgutil.walk_packages({package}.__path__, "{package}."):
     if module.name.split(".")[-1] not in {needs_triton}:
         __import__(module.name)
 """
-    python(code)
+    python(code, path=os.pathsep.join(filter(None, sys.path)))
 
 
 def test_commands_of_the_readme_exist():

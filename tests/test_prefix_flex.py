@@ -19,12 +19,12 @@ from torch.nn.attention import flex_attention as flex
 from transformers import AttentionInterface, LlamaConfig, StaticCache
 from transformers.models.llama import modeling_llama
 
+from lab.testing import assert_no_worse_than
 from peftkit.find.points import probe_inputs
 from peftkit.prefix import Prefix, PrefixConfig, PrefixSite, add_prefixes, remove_prefixes
 from peftkit.prefix.attention import prefix_attention
 from peftkit.prefix.inject import attach
 from peftkit.prefix.masks import widen
-from peftkit_kernels.testing import assert_no_worse_than
 
 pytestmark = [
     # how transformers 5.23 makes its masks

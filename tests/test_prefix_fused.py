@@ -10,11 +10,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
+from lab.testing import assert_no_worse_than
 from peftkit import accelerate, restore
 from peftkit.fuse.attention import FusedAttention
 from peftkit.prefix import Prefix, PrefixConfig, add_prefixes, attention, remove_prefixes
 from peftkit.prefix.module import PrefixAttention
-from peftkit_kernels.testing import assert_no_worse_than
 
 pytestmark = needs_native
 

@@ -14,8 +14,8 @@ import traced
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lab.testing import assert_no_worse_than
 from peftkit_kernels import native
-from peftkit_kernels.testing import assert_no_worse_than
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

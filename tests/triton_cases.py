@@ -4,10 +4,10 @@ import contextlib
 
 import torch
 
+from lab.interp import faithful
+from lab.testing import Bound
+from lab.traffic import Traffic
 from peftkit_kernels.core.dropout import dropout_mask, keep_scale
-from peftkit_kernels.lab.interp import faithful
-from peftkit_kernels.lab.traffic import Traffic
-from peftkit_kernels.testing import Bound
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ORDERS = ("reverse", 1, 2)

@@ -4,8 +4,8 @@ import torch
 from lora_cases import draw
 from triton_cases import dropped, scaled
 
+from lab.testing import Bound
 from peftkit_kernels.core.dropout import dropout_mask
-from peftkit_kernels.testing import Bound
 
 
 def output_grad(x, part, layout="contiguous"):

@@ -19,14 +19,20 @@ _FILE_ERRORS = {
 
 
 class OneLineErrors(TyperGroup):
-    """A command group that prints expected errors as one line on stderr and exits with status 1."""
+    """A command group that prints expected errors as one line on stderr and exits with status 1.
+
+    Attributes:
+        packages: The top-level packages whose own ValueErrors are expected.
+    """
+
+    packages: tuple[str, ...] = ("peftkit", "peftkit_kernels")
 
     def invoke(self, ctx):
         """Run the command. Unexpected errors are raised with their traceback."""
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
-            if not is_expected(error):
+            if not is_expected(error, self.packages):
                 raise
             from rich.console import Console
 
@@ -35,23 +41,23 @@ class OneLineErrors(TyperGroup):
             ctx.exit(1)
 
 
-def is_expected(error: BaseException) -> bool:
+def is_expected(error: BaseException, packages: tuple[str, ...]) -> bool:
     """Whether the user can correct ``error``: a file is missing or cannot be written, or a value was refused.
 
-    A ValueError (ContractError is one) counts only if peftkit itself raised it. A ValueError from another library is a defect
-    in peftkit, and its traceback is needed to find the place.
+    A ValueError (ContractError is one) counts only if one of ``packages`` raised it. A ValueError from another library is a
+    defect in peftkit, and its traceback is needed to find the place.
     """
     if isinstance(error, FileNotFoundError):
         return True
     if isinstance(error, OSError):
         return error.errno in _FILE_ERRORS
-    return isinstance(error, ValueError) and _raised_in(error.__traceback__).startswith("peftkit")
+    return isinstance(error, ValueError) and _raised_in(error.__traceback__) in packages
 
 
 def _raised_in(traceback: TracebackType | None) -> str:
-    """Return the name of the Python module that raised the error."""
+    """Return the name of the top-level package that raised the error."""
     module = ""
     while traceback is not None:
         module = traceback.tb_frame.f_globals.get("__name__", "")
         traceback = traceback.tb_next
-    return module
+    return module.partition(".")[0]

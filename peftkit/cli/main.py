@@ -9,10 +9,8 @@ import typer
 
 from peftkit import __version__
 from peftkit.cli.check import check
-from peftkit.cli.demo import demo
 from peftkit.cli.doctor import doctor
 from peftkit.cli.errors import OneLineErrors
-from peftkit.cli.kernels import kernels
 
 app = typer.Typer(
     name="peftkit",
@@ -22,9 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("check")(check)
-app.command("demo")(demo)
 app.command("doctor")(doctor)
-app.add_typer(kernels, name="kernels")
 
 
 def _print_version(wanted: bool) -> None:

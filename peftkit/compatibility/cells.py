@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -289,8 +288,3 @@ CELLS: dict[str, Callable[[Case, str], None]] = {
     "4-bit": four_bit,
 }
 """The cells by name. Each raises an error if the result is wrong."""
-
-
-def describe_cells() -> dict[str, str]:
-    """Return the description of each cell, by name."""
-    return {name: inspect.getdoc(cell) or "" for name, cell in CELLS.items()}

@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from lab.testing import assert_no_worse_than
 from peftkit import check, explain, load_adapter, restore, wrap
 from peftkit.compatibility.rounding import same_up_to_rounding
-from peftkit_kernels.testing import assert_no_worse_than
 
 NOT_THE_BASE_AT_FIRST = ("prefix",)
 FAMILIES = ("llama", "bert", "t5")

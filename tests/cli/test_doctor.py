@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 from typer.testing import CliRunner
 
+from lab.cases import OPERATIONS
+from lab.inventory import OPS
 from peftkit import doctor
 from peftkit.cli.main import app
 from peftkit_kernels import native
@@ -27,8 +29,14 @@ def test_data_names_versions_and_a_path_with_its_reason_for_every_operation():
     for row in rows.values():
         assert row["path"] == "torch"
         assert row["reason"]
-    assert "no Triton kernel" in rows["attention"]["reason"]
-    assert "no Triton kernel" not in rows["lora_linear"]["reason"]
+
+
+def test_operations_with_kernels_are_those_that_the_lab_verifies():
+    assert {name for name, has_kernels in doctor.operations().items() if has_kernels} == set(OPS)
+    reasons = {row["operation"]: row["reason"] for row in doctor.diagnose()["operations"]}
+    assert reasons.keys() == OPERATIONS.keys()
+    for operation, reason in reasons.items():
+        assert ("no Triton kernel" in reason) == (operation not in OPS)
 
 
 def test_tables_show_the_same(monkeypatch):

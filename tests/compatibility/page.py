@@ -1,9 +1,10 @@
 """The matrix as a Markdown page: a summary, then one table per method with its reasons below."""
 
+import inspect
 from collections import Counter
 from typing import Any
 
-from peftkit.compatibility.cells import describe_cells
+from peftkit.compatibility import CELLS
 
 _SIGNS = {"yes": "✓", "-": "–", "no": "no", "fails": "**fails**"}
 
@@ -33,7 +34,7 @@ def markdown(results: dict[str, Any]) -> str:
         "✓: works. no: refused; the reason is below the table. –: does not apply to this model. **fails**: an unintended error, or a wrong",
         "result.",
         "",
-        *(f"- **{name}**: {what}" for name, what in describe_cells().items()),
+        *(f"- **{name}**: {inspect.getdoc(cell)}" for name, cell in CELLS.items()),
         "",
         "## Summary",
         "",

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from peftkit.demo.settings import Settings
+from demo.settings import Settings
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +41,8 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture
 def tiny_demo(tiny_base, monkeypatch):
-    """Makes ``peftkit.demo.run`` work on the tiny model; returns settings that take seconds."""
-    import peftkit.demo.phases as phases
+    """Makes ``demo.run`` work on the tiny model; returns settings that take seconds."""
+    import demo.phases as phases
 
     monkeypatch.setattr(phases, "prepare_base", lambda folder: shutil.copytree(tiny_base, folder))
     return Settings(

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from peftkit.demo.dataset import IGNORED, collate, encode, order_in_batches, prompt_of
-from peftkit.demo.generator import make_examples
-from peftkit.demo.model import load_tokenizer
-from peftkit.demo.settings import Settings
-from peftkit.demo.train import training_rows
+from demo.dataset import IGNORED, collate, encode, order_in_batches, prompt_of
+from demo.generator import make_examples
+from demo.model import load_tokenizer
+from demo.settings import Settings
+from demo.train import training_rows
 
 
 @pytest.fixture(scope="module")

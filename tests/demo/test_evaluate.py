@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from peftkit.demo.evaluate import decode, decode_tokens, longest_answer, parse, same_json, score
-from peftkit.demo.generator import make_examples
-from peftkit.demo.model import load_model, load_tokenizer
+from demo.evaluate import decode, decode_tokens, longest_answer, parse, same_json, score
+from demo.generator import make_examples
+from demo.model import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from peftkit.demo import files
-from peftkit.demo.files import DemoError, recover, replacing, swap_in, write_json, write_text
+from demo import files
+from demo.files import DemoError, recover, replacing, swap_in, write_json, write_text
 
 
 def _content(folder: Path) -> dict[str, str]:

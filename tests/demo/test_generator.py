@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from peftkit.demo import vocabulary
-from peftkit.demo.generator import make_examples
-from peftkit.demo.intents import INTENTS
-from peftkit.demo.vocabulary import Pool
+from demo import vocabulary
+from demo.generator import make_examples
+from demo.intents import INTENTS
+from demo.vocabulary import Pool
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from peftkit.demo.interrupt import GracefulInterrupt
+from demo.interrupt import GracefulInterrupt
 
 
 def test_two_presses_ask_and_the_third_insists():

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from peftkit.demo.memory import PeakMemory, give_back
+from demo.memory import PeakMemory, give_back
 
 
 def test_peak_sees_a_block_that_is_gone_and_reset_forgets_it():

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from peftkit.demo.model import load_model, load_tokenizer, prepare_base, quiet_upstream
+from demo.model import load_model, load_tokenizer, prepare_base, quiet_upstream
 
 
 @pytest.mark.slow

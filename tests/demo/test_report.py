@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from rich.console import Console
 
-from peftkit.demo.plots import draw
-from peftkit.demo.report import build, print_report, to_markdown, write_report
+from demo.plots import draw
+from demo.report import build, print_report, to_markdown, write_report
 
 
 @pytest.fixture

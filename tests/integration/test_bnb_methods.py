@@ -9,9 +9,9 @@ import torch
 import transformers as hf
 from integration.support import adapter_tensors, largest_difference, trainer
 
+from lab.testing import assert_no_worse_than
 from peftkit import load_adapter
 from peftkit.find.points import find_points
-from peftkit_kernels.testing import assert_no_worse_than
 
 every = pytest.mark.parametrize("method", [name for name in methods.METHODS if name != "LoRA"])
 

@@ -15,8 +15,8 @@ from bottleneck_cases import (
 )
 from lora_cases import DTYPES, LAYOUTS, MIXED, draw, subsets
 
+from lab.testing import Bound, assert_no_worse_than, kept_for_backward
 from peftkit_kernels.ops.bottleneck import ACTIVATIONS, bottleneck
-from peftkit_kernels.testing import Bound, assert_no_worse_than, kept_for_backward
 
 
 def bounds(leaves, dy, act="gelu", scale=SCALE):

@@ -14,6 +14,7 @@ from lora_cases import (
     subsets,
 )
 
+from lab.testing import Bound, Made, kept_for_backward
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.dora import dora_linear, dora_linear_reference, dora_norm
 from peftkit_kernels.ops.dora import torch_impl as implementation
@@ -22,7 +23,6 @@ from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.storage.int8 import quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 from peftkit_kernels.storage.quantized import dequantize_reference
-from peftkit_kernels.testing import Bound, Made, kept_for_backward
 
 N = 29
 TRAINED = ("x", "bias", "A", "B", "magnitude")

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from dora_scale_cases import TRAINED, N, apply, bounds, gate_bounds, gate_case, leaves, results
 from lora_cases import DTYPES, LAYOUTS, MIXED, draw, subsets
 
+from lab.testing import kept_for_backward
 from peftkit_kernels import native
 from peftkit_kernels.core import recompute
 from peftkit_kernels.ops.dora_scale import Scale, dora_gate, dora_gate_reference, dora_scale
 from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS
-from peftkit_kernels.testing import kept_for_backward
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

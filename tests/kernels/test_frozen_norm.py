@@ -8,13 +8,13 @@ from norm_cases import EPS, RMS, apply, bounds, make
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lab.testing import kept_for_backward
 from peftkit_kernels.ops.frozen_norm import (
     frozen_layer_norm,
     frozen_rms_norm,
     layer_norm_reference,
     rms_norm_reference,
 )
-from peftkit_kernels.testing import kept_for_backward
 
 rms_kind = pytest.mark.parametrize("kind", ["llama", "gemma"])
 KINDS = ("llama", "gemma", "layer", "layer_no_bias")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lab.testing import Bound
 from peftkit_kernels import gemm
-from peftkit_kernels.testing import Bound
 
 SIZES = [(0, 5, 7), (1, 1, 1), (3, 17, 5), (64, 64, 64), (65, 257, 31), (200, 33, 129)]
 

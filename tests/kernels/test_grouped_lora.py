@@ -5,10 +5,10 @@ import torch
 from grouped_cases import IDS, NAMES, SCALE, E, K, N, bounds, make, output_grad
 from lora_cases import DTYPES, LAYOUTS, MIXED, gradients, subsets
 
+from lab.testing import Made, kept_for_backward
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.grouped_lora import grouped_lora, plan_groups
 from peftkit_kernels.ops.lora_linear import lora_linear
-from peftkit_kernels.testing import Made, kept_for_backward
 
 
 def run(leaves, ids, dy=None, backend="auto", block=16):

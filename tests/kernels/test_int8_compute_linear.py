@@ -14,6 +14,7 @@ from lora_cases import (
 )
 from markers import needs_native
 
+from lab.testing import Bound, Made, kept_for_backward
 from peftkit_kernels import native
 from peftkit_kernels.core import workspace
 from peftkit_kernels.low_rank import LoRA
@@ -22,7 +23,6 @@ from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.ops.int8_compute_linear import torch_impl as implementation
 from peftkit_kernels.storage.int8 import Int8Weight, dequantize_int8, quantize_int8
 from peftkit_kernels.storage.int8.reference import quantize_rows_reference
-from peftkit_kernels.testing import Bound, Made, kept_for_backward
 
 N = 29
 TRAINED = ("x", "bias", "A", "B")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from lora_cases import DTYPES, LAYOUTS, MIXED, Linear, Shape, draw, explicit, input_grad, subsets
 
+from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.ops.lora_qkv import lora_qkv
-from peftkit_kernels.testing import Bound, kept_for_backward
 
 WIDTHS = (29, 12, 12)
 NAMES = tuple(f"{tensor}{i}" for i in range(3) for tensor in ("bias", "A", "B"))

@@ -16,9 +16,9 @@ from lora_cases import (
 )
 from mlp_cases import INNER, LINEARS, NAMES, make, named, output_grad, run, tensors
 
+from lab.testing import Bound, assert_no_worse_than, kept_for_backward
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp
-from peftkit_kernels.testing import Bound, assert_no_worse_than, kept_for_backward
 
 
 def bounds(x, parts, dy, act):

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from lora_cases import activation, activation_and_slope
 from markers import needs_native
 
+from lab.testing import Bound, assert_no_worse_than
 from peftkit_kernels import native
 from peftkit_kernels.native import build, library
 from peftkit_kernels.ops.frozen_norm import layer_norm_reference, rms_norm_reference
-from peftkit_kernels.testing import Bound, assert_no_worse_than
 
 SHAPES = [(1, 1), (1, 7), (3, 64), (17, 1001), (65, 33)]
 

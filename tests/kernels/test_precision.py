@@ -5,10 +5,10 @@ import torch
 from lora_cases import draw
 from precision_cases import DTYPES, EAGER, PAIRS, errors, make
 
+from lab.testing import Made, kept_for_backward
 from peftkit_kernels import low_rank
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_linear import lora_linear
-from peftkit_kernels.testing import Made, kept_for_backward
 
 every_pair = pytest.mark.parametrize(
     ("dtype", "factors"), PAIRS, ids=lambda dtype: str(dtype).removeprefix("torch.")

@@ -5,9 +5,9 @@ import torch
 from lora_cases import subsets
 from prefix_cases import MASKS, NAMES, SHAPES, check, make, masking, run
 
+from lab.testing import Made, kept_for_backward
 from peftkit_kernels import native
 from peftkit_kernels.ops.prefix_attention import prefix_attention, prefix_attention_reference
-from peftkit_kernels.testing import Made, kept_for_backward
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 gating = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])

@@ -15,13 +15,13 @@ from lora_cases import (
     subsets,
 )
 
+from lab.testing import Bound, Made, kept_for_backward
 from peftkit_kernels.core import workspace
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
 from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 from peftkit_kernels.storage.quantized import decode, dequantize_reference
-from peftkit_kernels.testing import Bound, Made, kept_for_backward
 
 N = 29
 TRAINED = ("x", "bias", "A", "B")

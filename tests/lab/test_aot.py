@@ -5,11 +5,11 @@ from collections import Counter
 import pytest
 from compiler import machine_code
 
-from peftkit_kernels.lab.machine_code import Report
+from lab.machine_code import Report
 
 SCRIPT = """
 import json, torch, lab_kernels as kernels
-from peftkit_kernels.lab.aot import inspect_launches
+from lab.aot import inspect_launches
 from peftkit_kernels.core.launch import Target, launch, recording
 
 def meta(*shape, dtype=torch.bfloat16):

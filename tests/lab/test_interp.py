@@ -7,9 +7,9 @@ import torch
 import triton
 from triton.runtime.errors import InterpreterError
 
-from peftkit_kernels.lab import patching
-from peftkit_kernels.lab.interp import faithful, float32_to_bfloat16
-from peftkit_kernels.testing import Bound
+from lab import patching
+from lab.interp import faithful, float32_to_bfloat16
+from lab.testing import Bound
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from peftkit_kernels.lab.devices import A100, DEVICES, H100, LIMITS, occupancy, roofline_seconds
-from peftkit_kernels.lab.l2sim import Tiling, gemm_volume, grouped
+from lab.devices import A100, DEVICES, H100, LIMITS, occupancy, roofline_seconds
+from lab.l2sim import Tiling, gemm_volume, grouped
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ DISASSEMBLY = """
 
 
 def test_machine_code_is_counted():
-    from peftkit_kernels.lab.machine_code import (
+    from lab.machine_code import (
         Report,
         clocks,
         dram_margin,

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from lab import check, predict, volumes
+from lab.case import Sizes
+from lab.cases import OPERATIONS, build
+from lab.devices import A100, DEVICES, H100
+from lab.inventory import OPS
+from lab.l2sim import gemm_volume
 from peftkit_kernels.core.launch import Target, recording
-from peftkit_kernels.lab import check, predict, volumes
-from peftkit_kernels.lab.case import Sizes
-from peftkit_kernels.lab.cases import OPERATIONS, build
-from peftkit_kernels.lab.devices import A100, DEVICES, H100
-from peftkit_kernels.lab.inventory import OPS
-from peftkit_kernels.lab.l2sim import gemm_volume
 from peftkit_kernels.low_rank import passes
 
 # speedup over eager torch on each of DEVICES, overhead over the frozen layer

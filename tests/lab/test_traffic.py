@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from triton.runtime.errors import InterpreterError
 
-from peftkit_kernels.lab.eager import EagerTraffic
-from peftkit_kernels.lab.interp import faithful
-from peftkit_kernels.lab.traffic import Traffic
+from lab.eager import EagerTraffic
+from lab.interp import faithful
+from lab.traffic import Traffic
 
 M, N, K, BLOCK = 96, 80, 72, 32
 

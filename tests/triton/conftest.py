@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peftkit_kernels.lab.interp import faithful
+from lab.interp import faithful
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,11 @@ from bottleneck_cases import (
 from lora_cases import LAYOUTS, MIXED, draw, subsets
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, scaled, watched
 
+from lab.eager import EagerTraffic
+from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.core.launch import Target
-from peftkit_kernels.lab.eager import EagerTraffic
 from peftkit_kernels.ops.bottleneck import ACTIVATIONS, triton_impl
 from peftkit_kernels.ops.bottleneck.config import MAX_BOTTLENECK, BottleneckConfig
-from peftkit_kernels.testing import Bound, kept_for_backward
 
 
 def bounds(leaves, dy, act, scale):

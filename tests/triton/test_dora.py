@@ -7,6 +7,7 @@ from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, sca
 from triton_cases import draw as normal
 from triton_linear import Linear, output_grad
 
+from lab.testing import UNIT_ROUNDOFF, Bound, kept_for_backward
 from peftkit_kernels.core.launch import INTERPRETED
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.low_rank.config import fuses_gemm
@@ -17,7 +18,6 @@ from peftkit_kernels.ops.dora.triton_impl import magnitude_grad, parts_of, weigh
 from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 from peftkit_kernels.storage.quantized import dequantize_reference
-from peftkit_kernels.testing import UNIT_ROUNDOFF, Bound, kept_for_backward
 
 N = 29
 TRAINED = ("x", "bias", "A", "B", "magnitude")

@@ -17,12 +17,13 @@ from lora_cases import LAYOUTS, MIXED, draw, subsets
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, watched
 from triton_cases import draw as normal
 
+from lab.case import Sizes
+from lab.cases import build
+from lab.devices import H100
+from lab.predict import kernels_of_op, kernels_of_torch
+from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.launch import Target
-from peftkit_kernels.lab.case import Sizes
-from peftkit_kernels.lab.cases import build
-from peftkit_kernels.lab.devices import H100
-from peftkit_kernels.lab.predict import kernels_of_op, kernels_of_torch
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.dora_scale import (
     Scale,
@@ -33,7 +34,6 @@ from peftkit_kernels.ops.dora_scale import (
 from peftkit_kernels.ops.dora_scale.config import BackwardConfig, ForwardConfig
 from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp
-from peftkit_kernels.testing import Bound, kept_for_backward
 
 mixed_dtypes = pytest.mark.parametrize(
     ("dtype", "own"), [*((d, None) for d in DTYPES), *MIXED], ids=lambda d: str(d)[6:]

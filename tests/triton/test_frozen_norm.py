@@ -7,7 +7,8 @@ from lora_cases import LAYOUTS, draw
 from norm_cases import EPS, KINDS, RMS, apply, bounds, make
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, watched
 
-from peftkit_kernels.lab.eager import EagerTraffic
+from lab.eager import EagerTraffic
+from lab.testing import kept_for_backward
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.frozen_norm import (
     frozen_layer_norm,
@@ -17,7 +18,6 @@ from peftkit_kernels.ops.frozen_norm import (
 )
 from peftkit_kernels.ops.frozen_norm.config import MAX_WIDTH, NormConfig
 from peftkit_kernels.ops.lora_linear import lora_linear
-from peftkit_kernels.testing import kept_for_backward
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

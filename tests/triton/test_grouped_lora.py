@@ -8,12 +8,12 @@ from lora_cases import draw as draw_like
 from torch.utils.checkpoint import checkpoint
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, watched
 
+from lab.testing import kept_for_backward
 from peftkit_kernels.core.launch import INTERPRETED, recording
 from peftkit_kernels.ops.grouped_lora import grouped_lora, plan_groups, triton_impl
 from peftkit_kernels.ops.grouped_lora import plan as plan_module
 from peftkit_kernels.ops.grouped_lora.config import GroupedShrinkConfig
 from peftkit_kernels.ops.grouped_lora.triton_impl import table_of
-from peftkit_kernels.testing import kept_for_backward
 
 
 def make16(M=37, dtype=torch.bfloat16, **options):

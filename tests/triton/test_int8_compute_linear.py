@@ -14,6 +14,7 @@ from triton_cases import (
 from triton_cases import draw as normal
 from triton_linear import Linear, output_grad
 
+from lab.testing import UNIT_ROUNDOFF, Bound, kept_for_backward
 from peftkit_kernels.core.dropout import dropout_mask
 from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.ops.int8_compute_linear.config import Int8GemmConfig, QuantizeConfig
@@ -21,7 +22,6 @@ from peftkit_kernels.ops.int8_compute_linear.reference import outlier_columns
 from peftkit_kernels.ops.int8_compute_linear.triton_impl import product, quantize
 from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
 from peftkit_kernels.storage.int8.reference import quantize_rows_reference
-from peftkit_kernels.testing import UNIT_ROUNDOFF, Bound, kept_for_backward
 
 N = 29
 TRAINED = ("x", "bias", "A", "B")

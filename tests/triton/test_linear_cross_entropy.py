@@ -8,14 +8,14 @@ from lora_cases import subsets
 from torch.utils.checkpoint import checkpoint
 from triton_cases import INT32_LIMIT, assert_same_bits_in_any_order, draw, watched
 
+from lab.eager import EagerTraffic
+from lab.interp import faithful
+from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.core.launch import INTERPRETED, recording
-from peftkit_kernels.lab.eager import EagerTraffic
-from peftkit_kernels.lab.interp import faithful
 from peftkit_kernels.ops.linear_cross_entropy import RowLoss, linear_cross_entropy, triton_impl
 from peftkit_kernels.ops.linear_cross_entropy.config import RowConfig
 from peftkit_kernels.ops.linear_cross_entropy.passes import xent_rows_triton_
 from peftkit_kernels.ops.linear_cross_entropy.triton_impl import sweep
-from peftkit_kernels.testing import Bound, kept_for_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = {

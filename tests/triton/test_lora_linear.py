@@ -12,10 +12,10 @@ from triton_cases import (
 )
 from triton_linear import Linear, output_grad
 
-from peftkit_kernels.lab.eager import EagerTraffic
+from lab.eager import EagerTraffic
+from lab.testing import kept_for_backward
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.ops.lora_linear import lora_linear, triton_impl
-from peftkit_kernels.testing import kept_for_backward
 
 N = 29
 TRAINED = ("x", "bias", "A", "B")

@@ -8,12 +8,12 @@ from lora_cases import MIXED, Shape, draw, gradients
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, scaled, watched
 from triton_linear import Linear, output_grad
 
+from lab.eager import EagerTraffic
+from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.core.dropout import dropout_mask
-from peftkit_kernels.lab.eager import EagerTraffic
 from peftkit_kernels.low_rank.groups import group
 from peftkit_kernels.ops.lora_linear import triton_impl as linear_impl
 from peftkit_kernels.ops.lora_qkv import lora_qkv, triton_impl
-from peftkit_kernels.testing import Bound, kept_for_backward
 
 WIDTHS = (40, 12, 7)
 

@@ -9,15 +9,15 @@ from mlp_cases import LINEARS, NAMES, make, output_grad, run, tensors
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, scaled, watched
 from triton_linear import narrow_product
 
+from lab.eager import EagerTraffic
+from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.core.dropout import dropout_mask
-from peftkit_kernels.lab.eager import EagerTraffic
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.low_rank.groups import group
 from peftkit_kernels.ops.lora_linear import triton_impl as linear_impl
 from peftkit_kernels.ops.lora_qkv.triton_impl import without_gaps
 from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp, passes, triton_impl
 from peftkit_kernels.ops.lora_swiglu_mlp.config import GateBackwardConfig, GateConfig
-from peftkit_kernels.testing import Bound, kept_for_backward
 
 
 @pytest.fixture(params=["fused", "addmm"])

@@ -12,11 +12,11 @@ from triton_cases import (
     watched,
 )
 
+from lab.interp import faithful
+from lab.testing import Bound
 from peftkit_kernels.core.dropout import dropout_mask
-from peftkit_kernels.lab.interp import faithful
 from peftkit_kernels.low_rank import passes
 from peftkit_kernels.low_rank.config import ExpandConfig, GemmConfig, ShrinkConfig, TallConfig
-from peftkit_kernels.testing import Bound
 
 SEED = 2**62 + 12345
 M, N, K, R, SCALE = 70, 88, 72, 8, -1.7

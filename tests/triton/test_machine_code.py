@@ -6,12 +6,12 @@ import itertools
 import pytest
 from compiler import machine_code
 
-from peftkit_kernels.lab.aot import ARCHS
-from peftkit_kernels.lab.inventory import OPS
+from lab.aot import ARCHS
+from lab.inventory import OPS
 
 SCRIPT = """
 import json, torch
-from peftkit_kernels.lab import aot, inventory
+from lab import aot, inventory
 rows = []
 for arch, rank, sizes, mixed in {targets}:
     found = inventory.launches(
@@ -69,7 +69,7 @@ def test_quick_set(op):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("op", OPS)
 def test_every_target(op, arch):
-    """bfloat16 at ranks 8, 16 and 64 and all sizes; every dtype and rank there is: `peftkit kernels inspect --all`."""
+    """bfloat16 at ranks 8, 16 and 64 and all sizes; every dtype and rank there is: `make kernels ARGS="inspect --all"`."""
     kinds = itertools.product((8, 16, 64), ("EVEN", "ODD_ROWS", "ODD"))
     targets = [(arch, rank, sizes, True) for rank, sizes in kinds]
     rows = machine_code(SCRIPT.format(targets=targets, op=op))
@@ -79,7 +79,7 @@ def test_every_target(op, arch):
 
 RANK_8 = """
 import json
-from peftkit_kernels.lab import aot, inventory
+from lab import aot, inventory
 found = inventory.launches("lora_linear", "cuda:90", ranks=(8,), sizes=inventory.SIZES[:2], mixed=False)
 print(json.dumps([report.row() for report in aot.inspect_launches(found, "cuda:90")]))
 """

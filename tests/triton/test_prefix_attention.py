@@ -11,11 +11,11 @@ from prefix_cases import MASKS, NAMES, SHAPES, check, make, masking, run
 from torch.utils.checkpoint import checkpoint
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, draw, watched
 
+from lab.testing import Bound, Made, kept_for_backward
 from peftkit_kernels.core.launch import INTERPRETED, recording
 from peftkit_kernels.ops.prefix_attention import prefix_attention, triton_impl
 from peftkit_kernels.ops.prefix_attention.config import MergeConfig
 from peftkit_kernels.ops.prefix_attention.triton_impl import add_gated, gate_grad, merge
-from peftkit_kernels.testing import Bound, Made, kept_for_backward
 
 B, S, H, D = 2, 21, 3, 20
 EXP2_ULPS, LOG2_ULPS, DIVIDE_ULPS = 2.0, 2.0, 2.0

@@ -6,9 +6,10 @@ from lora_cases import LAYOUTS, MIXED, Projection, Shape, draw, gradients, subse
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, scaled, watched
 from triton_linear import Linear, output_grad
 
+from lab.eager import EagerTraffic
+from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.core.calibration import Calibration
 from peftkit_kernels.core.launch import INTERPRETED, Target
-from peftkit_kernels.lab.eager import EagerTraffic
 from peftkit_kernels.low_rank.config import fuses_gemm
 from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
 from peftkit_kernels.ops.quantized_linear.config import SmallConfig, nf4_step, small_rows
@@ -22,7 +23,6 @@ from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
 from peftkit_kernels.storage.nf4 import NF4Weight, quantize_nf4
 from peftkit_kernels.storage.nf4.weight import LEVELS
 from peftkit_kernels.storage.quantized import dequantize_reference, layout_of
-from peftkit_kernels.testing import Bound, kept_for_backward
 
 N = 29
 TRAINED = ("x", "bias", "A", "B")

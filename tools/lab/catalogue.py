@@ -6,8 +6,8 @@ import re
 from importlib.resources import files
 from typing import Any
 
-from peftkit_kernels.lab.cases import OPERATIONS, chosen
-from peftkit_kernels.lab.inventory import OPS
+from lab.cases import OPERATIONS, chosen
+from lab.inventory import OPS
 
 
 def rows(ops: list[str] | None = None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""``peftkit kernels``: list the operations, and verify their GPU kernels on a machine without a GPU."""
+"""``make kernels``: list the operations, and verify their GPU kernels on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Rows = list[dict[str, Any]]
 @kernels.command("list")
 def list_(ops: Ops = None, as_json: Json = False) -> None:
     """List the operations: what each computes, its implementations, and what it saves for the backward."""
-    from peftkit_kernels.lab import catalogue
+    from lab import catalogue
 
     rows = catalogue.rows(ops)
     _show(rows, as_json, "Operations", {"implementations": ", ".join})
@@ -70,8 +70,8 @@ def inspect(
     Exits with status 1 if a kernel spills registers, needs more shared memory than a block has, or does not use tensor cores or
     wide loads.
     """
-    from peftkit_kernels.lab import child
-    from peftkit_kernels.lab.inventory import known_archs
+    from lab import child
+    from lab.inventory import known_archs
 
     options = {"ops": _known(ops), "archs": known_archs(archs or ()), "every": every}
     rows = child.call("aot", "rows", interpret=False, **options)
@@ -129,14 +129,14 @@ def _prediction(row: dict[str, Any]) -> dict[str, str]:
 
 def _known(ops: list[str] | None) -> list[str]:
     """Return ``ops``, or all ops with Triton kernels if ``ops`` is None."""
-    from peftkit_kernels.lab.cases import chosen
-    from peftkit_kernels.lab.inventory import OPS
+    from lab.cases import chosen
+    from lab.inventory import OPS
 
     return chosen(ops, OPS)
 
 
 def _in_child(module: str, ops: list[str] | None, *, interpret: bool) -> Rows:
-    from peftkit_kernels.lab import child
+    from lab import child
 
     return child.call(module, "rows", interpret=interpret, ops=_known(ops))
 

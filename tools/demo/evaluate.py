@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftkit.demo.dataset import prompt_of
-from peftkit.demo.generator import Example
-from peftkit.demo.memory import give_back
+from demo.dataset import prompt_of
+from demo.generator import Example
+from demo.memory import give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lab.case import Case, Sizes, step
+from lab.cases import OPERATIONS, build, chosen
+from lab.devices import DEVICES, Device, roofline_seconds
+from lab.eager import EagerTraffic, Op, touched_bytes
+from lab.inventory import OPS
+from lab.l2sim import Tiling, gemm_volume
 from peftkit_kernels.core.launch import Launch, Target, recording
-from peftkit_kernels.lab.case import Case, Sizes, step
-from peftkit_kernels.lab.cases import OPERATIONS, build, chosen
-from peftkit_kernels.lab.devices import DEVICES, Device, roofline_seconds
-from peftkit_kernels.lab.eager import EagerTraffic, Op, touched_bytes
-from peftkit_kernels.lab.inventory import OPS
-from peftkit_kernels.lab.l2sim import Tiling, gemm_volume
 
 SIZES: dict[str, tuple[Sizes, ...]] = {
     "lora_linear": (Sizes(8192, 4096, 4096), Sizes(8192, 4096, 1024)),

@@ -3,6 +3,6 @@
 ``interp`` makes Triton's interpreter compute the values of a GPU, ``traffic`` counts the bytes of every launch and finds races
 and accesses out of bounds, ``eager`` counts the bytes of torch ops by the same rule, ``aot`` compiles for real targets,
 ``machine_code`` reads the result, and ``devices``, ``l2sim`` and ``predict`` turn bytes and FLOPs into predicted times.
-Running-error bounds and the count of the bytes that autograd keeps are in ``peftkit_kernels.testing``, which the tests of every
-backend use.
+``testing`` has running-error bounds and counts the bytes that autograd keeps; the tests of every backend use it. ``cli`` has the
+commands.
 """

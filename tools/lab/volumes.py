@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from peftkit_kernels.lab.case import Case, Sizes, step
-from peftkit_kernels.lab.cases import OPERATIONS, build, chosen
-from peftkit_kernels.lab.eager import EagerTraffic
-from peftkit_kernels.lab.interp import faithful
-from peftkit_kernels.lab.inventory import OPS
-from peftkit_kernels.lab.predict import WORK, Work, moved_bytes
-from peftkit_kernels.lab.traffic import Launch, Traffic
+from lab.case import Case, Sizes, step
+from lab.cases import OPERATIONS, build, chosen
+from lab.eager import EagerTraffic
+from lab.interp import faithful
+from lab.inventory import OPS
+from lab.predict import WORK, Work, moved_bytes
+from lab.traffic import Launch, Traffic
 
 SIZES = Sizes(M=192, K=256, N=512)
 """Rows are multiples of 32 bytes and there are several tiles; small enough for the interpreter."""

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 
-from peftkit_kernels.lab.patching import Builder, Handle, check_interpreter
+from lab.patching import Builder, Handle, check_interpreter
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkit_kernels.lab.case import Case, Draw, Sizes, Tensors
+from lab.case import Case, Draw, Sizes, Tensors
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.attention import attention
 from peftkit_kernels.ops.bottleneck import bottleneck

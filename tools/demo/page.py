@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from peftkit.demo.sections import Section, Table
+from demo.sections import Section, Table
 
 _CSS = """
 :root { color-scheme: light; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --fill: #f6f8fa; --blue: #1f6feb; }
@@ -44,7 +44,7 @@ def to_html(
     """
     boxes = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd></div>" for a, b in headline)
     body = "\n".join(_section(section, plots) for section in sections)
-    title = "peftkit demo: English requests to JSON records"
+    title = "Demo of peftkit: English requests to JSON records"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from lab.case import Case, Sizes
+from lab.cases import FACTOR, OPERATIONS, build, chosen
+from lab.interp import faithful
+from lab.inventory import OPS
+from lab.testing import error_and_allowed
+from lab.traffic import Traffic
 from peftkit_kernels.core import plan
-from peftkit_kernels.lab.case import Case, Sizes
-from peftkit_kernels.lab.cases import FACTOR, OPERATIONS, build, chosen
-from peftkit_kernels.lab.interp import faithful
-from peftkit_kernels.lab.inventory import OPS
-from peftkit_kernels.lab.traffic import Traffic
-from peftkit_kernels.testing import error_and_allowed
 
 SIZES = Sizes(M=70, K=72, N=88, R=8, p=0.1)
 """More than one tile of rows; no size is a multiple of a tile."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftkit.demo.generator import Example
+from demo.generator import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

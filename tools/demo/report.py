@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from peftkit.demo.evaluate import parse, same_json
-from peftkit.demo.files import write_text
-from peftkit.demo.page import to_html
-from peftkit.demo.plots import draw
-from peftkit.demo.sections import Section, Table
+from demo.evaluate import parse, same_json
+from demo.files import write_text
+from demo.page import to_html
+from demo.plots import draw
+from demo.sections import Section, Table
 
 _TITLES = {"peftkit": "peftkit", "peft": "plain PEFT", "full": "full fine-tuning"}
 _SHOWN_SAMPLES = 6
@@ -212,8 +212,8 @@ def _environment(report: dict[str, Any]) -> Section:
 
 def _commands() -> Section:
     text = (
-        "`make demo` or `peftkit demo` makes this report. `--resume` continues after Ctrl-C, `--no-compare` skips plain PEFT "
-        "and full fine-tuning, and `--json FILE` writes the numbers as JSON. Plain PEFT can load the adapter in `adapter/`: "
+        "`make demo` makes this report. `ARGS=--resume` continues after Ctrl-C, `ARGS=--no-compare` skips plain PEFT and full "
+        'fine-tuning, and `ARGS="--json FILE"` writes the numbers as JSON. Plain PEFT can load the adapter in `adapter/`: '
         '`AutoPeftModelForCausalLM.from_pretrained("adapter")`.'
     )
     return Section("Commands", [text], [], on_terminal=False)
@@ -221,7 +221,7 @@ def _commands() -> Section:
 
 def to_markdown(sections: Sequence[Section]) -> str:
     """Return the report as Markdown. Plots are links to files in ``plots/``."""
-    parts = ["# peftkit demo: English requests to JSON records"]
+    parts = ["# Demo of peftkit: English requests to JSON records"]
     for section in sections:
         parts.append(f"## {section.title}")
         parts += section.paragraphs

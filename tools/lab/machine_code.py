@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftkit_kernels.lab.devices import A100, H100, LIMITS, Device, Occupancy, occupancy
+from lab.devices import A100, H100, LIMITS, Device, Occupancy, occupancy
 
 _TENSOR_OPS = frozenset(
     "HMMA HGMMA UTCHMMA UTCQMMA IMMA IGMMA UTCIMMA QGMMA QMMA OMMA DMMA".split()

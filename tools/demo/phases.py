@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from peftkit.demo import compare as comparison
-from peftkit.demo.files import read_json, replacing, write_json
-from peftkit.demo.generator import Example, make_examples
-from peftkit.demo.interrupt import GracefulInterrupt, Interrupted
-from peftkit.demo.model import load_model, load_tokenizer, prepare_base, quiet_upstream
-from peftkit.demo.progress import Display
-from peftkit.demo.report import print_report, write_report
-from peftkit.demo.settings import Folder, Settings
+from demo import compare as comparison
+from demo.files import read_json, replacing, write_json
+from demo.generator import Example, make_examples
+from demo.interrupt import GracefulInterrupt, Interrupted
+from demo.model import load_model, load_tokenizer, prepare_base, quiet_upstream
+from demo.progress import Display
+from demo.report import print_report, write_report
+from demo.settings import Folder, Settings
 from peftkit.environment import describe_environment
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class _Run:
 
     @cached_property
     def _max_new_tokens(self) -> int:
-        from peftkit.demo.evaluate import longest_answer
+        from demo.evaluate import longest_answer
 
         return longest_answer(self.held_out, self._tokenizer)
 
@@ -129,7 +129,7 @@ class _Run:
         return self._evaluate("evaluating the tuned model", self._load_tuned())
 
     def _evaluate(self, title: str, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-        from peftkit.demo.evaluate import decode, score
+        from demo.evaluate import decode, score
 
         self._display.phase(title, len(self.held_out))
         predictions = decode(
@@ -146,8 +146,8 @@ class _Run:
         """Train and save the adapter. After Ctrl-C, training stops at the end of the step and writes a checkpoint."""
         import torch
 
+        from demo.train import train, training_rows
         from peftkit import explain
-        from peftkit.demo.train import train, training_rows
 
         settings = self._settings
         with GracefulInterrupt() as interrupt:
@@ -179,7 +179,7 @@ class _Run:
         }
 
     def _prove(self) -> dict[str, Any]:
-        from peftkit.demo.proof import prove
+        from demo.proof import prove
 
         model = self._load_tuned()
         self._display.phase("checking that plain PEFT agrees", 1)

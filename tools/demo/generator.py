@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from peftkit.demo import vocabulary as words
-from peftkit.demo.intents import INTENTS, Intent
-from peftkit.demo.vocabulary import Pool
+from demo import vocabulary as words
+from demo.intents import INTENTS, Intent
+from demo.vocabulary import Pool
 
 Split = Literal["train", "held_out"]
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from demo.files import DemoError, read_json, recover, write_json
 from peftkit import __version__
-from peftkit.demo.files import DemoError, read_json, recover, write_json
 
 _RUN_FILE = "run.json"
 

@@ -1,4 +1,4 @@
-"""``peftkit demo``: fine-tune a real model on a task that ships with the project."""
+"""``make demo``: fine-tune a real model on a task that ships with the project."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +23,6 @@ def demo(
     ] = Path("out/demo"),
 ) -> None:
     """Fine-tune SmolLM2-135M to turn English requests into JSON records, and report the result."""
-    from peftkit.demo import run
+    from demo import run
 
     raise typer.Exit(run(out=out, resume=resume, compare=not no_compare, json_path=json_path))

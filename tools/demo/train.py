@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from peftkit.demo.dataset import collate, encode, order_in_batches
-from peftkit.demo.files import recover, swap_in, writing
-from peftkit.demo.generator import Example
-from peftkit.demo.interrupt import GracefulInterrupt
-from peftkit.demo.memory import PeakMemory
-from peftkit.demo.model import device
-from peftkit.demo.progress import Display
-from peftkit.demo.settings import Folder, Settings
+from demo.dataset import collate, encode, order_in_batches
+from demo.files import recover, swap_in, writing
+from demo.generator import Example
+from demo.interrupt import GracefulInterrupt
+from demo.memory import PeakMemory
+from demo.model import device
+from demo.progress import Display
+from demo.settings import Folder, Settings
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -25,9 +25,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lab import inventory
+from lab.machine_code import Report, read_amd, read_nvidia
 from peftkit_kernels.core.launch import Launch, aligned
-from peftkit_kernels.lab import inventory
-from peftkit_kernels.lab.machine_code import Report, read_amd, read_nvidia
 from peftkit_kernels.low_rank.config import MAX_RANK
 
 ARCHS = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftkit.demo.dataset import encode, prompt_of
-from peftkit.demo.evaluate import decode_tokens
-from peftkit.demo.files import read_json
-from peftkit.demo.generator import Example
-from peftkit.demo.settings import Folder
+from demo.dataset import encode, prompt_of
+from demo.evaluate import decode_tokens
+from demo.files import read_json
+from demo.generator import Example
+from demo.settings import Folder
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peftkit_kernels.testing import Bound, Made, assert_no_worse_than, kept_for_backward
+from lab.testing import Bound, Made, assert_no_worse_than, kept_for_backward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,11 +1,12 @@
 """Measure a short run of one method on the demo's training batches, in a separate process.
 
-The command is ``python -m peftkit.demo.compare METHOD OUT RESULT``, with METHOD one of ``peftkit``, ``peft``, ``full``. Each
-method gets the same model, batches, optimiser and dtype. Memory is measured relative to the loaded model without the method.
+The process runs ``python -m demo.compare METHOD OUT RESULT``, with METHOD one of ``peftkit``, ``peft``, ``full``. Each method gets
+the same model, batches, optimiser and dtype. Memory is measured relative to the loaded model without the method.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -13,8 +14,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.demo.files import read_json, write_json
-from peftkit.demo.settings import Folder, Settings
+from demo.files import read_json, write_json
+from demo.settings import Folder, Settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,8 +31,12 @@ def measure_in_process(method: str, folder: Folder) -> dict[str, Any]:
         RuntimeError: The process failed. The message has its error output.
     """
     result = folder.phase(f"run-{method}")
-    command = [sys.executable, "-m", "peftkit.demo.compare", method, str(folder.path), str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "demo.compare", method, str(folder.path), str(result)]
+    # the child imports the demo from the same path as this process, and nothing from the working directory
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        command, env=os.environ | path, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise RuntimeError(
             f"the {method} run failed with status {done.returncode}:\n{done.stderr.strip()}"
@@ -53,11 +58,11 @@ def measure(method: str, folder: Folder, settings: Settings) -> dict[str, Any]:
     """
     import torch
 
-    from peftkit.demo.dataset import collate
-    from peftkit.demo.generator import make_examples
-    from peftkit.demo.memory import PeakMemory
-    from peftkit.demo.model import device, load_model, load_tokenizer
-    from peftkit.demo.train import training_rows
+    from demo.dataset import collate
+    from demo.generator import make_examples
+    from demo.memory import PeakMemory
+    from demo.model import device, load_model, load_tokenizer
+    from demo.train import training_rows
 
     model, tokenizer = load_model(folder.base), load_tokenizer(folder.base)
     examples = make_examples("train", settings.train_pairs, settings.seed)

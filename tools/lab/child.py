@@ -12,14 +12,14 @@ from typing import Any
 _SCRIPT = """
 import contextlib, importlib, json, sys
 with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
-    module = importlib.import_module("peftkit_kernels.lab." + sys.argv[1])
+    module = importlib.import_module("lab." + sys.argv[1])
     result = getattr(module, sys.argv[2])(**json.load(sys.stdin))
 json.dump(result, sys.stdout)
 """
 
 
 def call(module: str, function: str, *, interpret: bool, **arguments: Any) -> Any:
-    """The result of a function of ``peftkit_kernels.lab``; arguments and result are plain data.
+    """The result of a function of ``lab``; arguments and result are plain data.
 
     Args:
         module: Name of the module within the lab.
@@ -39,7 +39,7 @@ def call(module: str, function: str, *, interpret: bool, **arguments: Any) -> An
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if interpret:
         env["TRITON_INTERPRET"] = "1"
-    # the child imports this package from the same path as this process, and nothing from the working directory
+    # the child imports the lab from the same path as this process, and nothing from the working directory
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     env["PYTHONSAFEPATH"] = "1"
     done = subprocess.run(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from peftkit.demo.files import DemoError
-from peftkit.demo.settings import Settings, open_folder
+from demo.files import DemoError
+from demo.settings import Settings, open_folder
 
 __all__ = ["DemoError", "Settings", "run"]
 
@@ -33,20 +33,20 @@ def run(
         An exit status: 0, or 1 if plain PEFT or the merged model disagrees, or 130 after Ctrl-C.
 
     Raises:
-        DemoError: A package of the ``demo`` extra is missing, or ``out`` does not fit ``resume``.
+        DemoError: A package that the demo needs is missing, or ``out`` does not fit ``resume``.
     """
     from rich.console import Console
 
-    from peftkit.demo.interrupt import Interrupted
-    from peftkit.demo.model import require_extra
+    from demo.interrupt import Interrupted
+    from demo.model import require_packages
 
     began = time.perf_counter()
     console = Console()
     settings = settings or Settings()
-    require_extra()
+    require_packages()
     folder = open_folder(Path(out), settings, resume=resume)
     try:
-        from peftkit.demo.phases import (
+        from demo.phases import (
             run_phases,
         )  # imports torch and transformers, which takes seconds
 
@@ -55,9 +55,9 @@ def run(
         )
     except (KeyboardInterrupt, Interrupted) as stop:
         reason = str(stop) or "stopped"
-        option = "" if Path(out) == Path("out/demo") else f" --out {out}"
+        options = "--resume" if Path(out) == Path("out/demo") else f'"--resume --out {out}"'
         console.print(
-            f"\n{reason}; continue with: peftkit demo --resume{option}",
+            f"\n{reason}; continue with: make demo ARGS={options}",
             highlight=False,
             markup=False,
         )
