@@ -18,6 +18,7 @@ _WIDE = _LOW_RANK + "test_float32_factors_beside_16_bit_rows[torch.float16]"
 _RULE = _LOW_RANK + "test_the_mask_is_the_rule_whatever_the_tiles[16]"
 
 _norm = tests_of("frozen_norm")
+_ROTATE = tests_of("lora_decoder_layer")("the_rotation_in_place_and_its_transpose")
 _gate = tests_of("lora_swiglu_mlp")
 _bottleneck = tests_of("bottleneck")
 _grouped = tests_of("grouped_lora")
@@ -86,6 +87,23 @@ MUTATIONS = [
         ("race", "tile_m * BLOCK_M + ", "", _GEMM),
         ("int32", "y_ptr + offs_m.to(tl.int64)[:, None]", "y_ptr + offs_m[:, None]", _GEMM),
         ("rule", "tile_n * BLOCK_N, tl.cdiv(N, 8)", "0, tl.cdiv(N, 8)", _GEMM),
+    ),
+    *bugs_of(
+        "ops.lora_decoder_layer.kernels",
+        "rotate_kernel",
+        ("stride", "rows[:, None] * stride_km", "rows[:, None] * stride_qm", _ROTATE),
+        ("tile", "(head - q_heads) * D", "head * D", _ROTATE),
+        ("mask", "(offs_d < half)[None, :]", "(offs_d < D)[None, :]", _ROTATE),
+        ("race", "tl.program_id(0) * BLOCK_M", "tl.program_id(0) * BLOCK_M // 2", _ROTATE),
+    ),
+    *bugs_of(
+        "ops.lora_decoder_layer.kernels",
+        "_rotate",
+        ("stride", "rows % S * stride_cs", "rows * stride_cs", _ROTATE),
+        ("scale", "second * sin_second", "second * sin_first", _ROTATE),
+        ("rule", "second * cos_second + first", "second * cos_second - first", _ROTATE),
+        ("rule", "first * cos_first - second", "first * cos_first + second", _ROTATE),
+        ("tile", "tl.load(sin_ptrs + half", "tl.load(sin_ptrs", _ROTATE),
     ),
     *bugs_of("core.tiles", "kept", ("rule", "n_rounds=7", "n_rounds=10", _RULE)),
     *bugs_of(

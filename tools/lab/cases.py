@@ -23,6 +23,7 @@ from peftkit_kernels.ops.frozen_norm import frozen_layer_norm, frozen_rms_norm
 from peftkit_kernels.ops.grouped_lora import grouped_lora, plan_groups
 from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer
 from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
@@ -277,6 +278,37 @@ def _prefix_attention(sizes: Sizes, draw: Draw, *, gated: bool = False) -> Case:
     return Case(leaves, call)
 
 
+def _lora_decoder_layer(sizes: Sizes, draw: Draw) -> Case:
+    """A layer of width K and inner width N, with a quarter as many key heads as heads."""
+    heads = max(4, 4 * (sizes.K // (4 * _HEAD_SIZE)))
+    inner, keys = heads * _HEAD_SIZE, heads // 4 * _HEAD_SIZE
+    D, F = sizes.K, sizes.N
+    shapes = {
+        **{"_q": (inner, D), "_k": (keys, D), "_v": (keys, D), "_o": (D, inner)},
+        **{"_gate": (F, D), "_up": (F, D), "_down": (D, F)},
+    }
+    leaves = {"x": draw(1, sizes.M, D, trained=True)}
+    for name in ("cos", "sin"):
+        leaves[name] = draw(1, sizes.M, _HEAD_SIZE)
+    leaves |= {name: draw.weight(1, D)[0] for name in ("norm1", "norm2")}
+    for suffix, shape in shapes.items():
+        leaves[f"weight{suffix}"] = draw.weight(*shape)
+        leaves |= draw.adapter(*shape, sizes.R, suffix)
+
+    def call(t: Tensors, backend: Any) -> tuple[Tensor, ...]:
+        return lora_decoder_layer(
+            *(t["x"], t["cos"], t["sin"]),
+            [Norm(t["norm1"], 1e-5, 1.0), Norm(t["norm2"], 1e-5, 1.0)],
+            [t[f"weight{suffix}"] for suffix in shapes],
+            [None] * len(shapes),
+            [_lora(t, sizes, suffix, _SEED + i) for i, suffix in enumerate(shapes)],
+            scale=_HEAD_SIZE**-0.5,
+            backend=backend,
+        )
+
+    return Case(leaves, call)
+
+
 Build = Callable[[Sizes, Draw], Case]
 
 
@@ -326,6 +358,10 @@ OPERATIONS: dict[str, Operation] = {
         {"int8_compute_linear": lambda s, d: _quantized(s, d, int8_compute_linear, quantize_int8)},
     ),
     "bottleneck": Operation("`h` and the input of the activation", {"bottleneck": _bottleneck}),
+    "lora_decoder_layer": Operation(
+        "its input, the sum between its halves, q, k, v, the attention's output, gate and up, and each `s`",
+        {"lora_decoder_layer": _lora_decoder_layer},
+    ),
     "prefix_attention": Operation(
         "its arguments, the output and one number for each row",
         {

@@ -376,10 +376,23 @@ def _dora_scale(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
         impl.gate_backward(z, *tensors, [True, True, *[added is not None] * 2])
 
 
+def _lora_decoder_layer(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
+    """The rotation; all other kernels of the op are recorded with the ops of its parts."""
+    from peftkit_kernels.ops.lora_decoder_layer.triton_impl import rotate_
+
+    S = sizes.rows(4096)
+    for head_size in (64, 80, 128, 256) if sizes.odd_widths else (64, 128):
+        q, k = (_meta(2, S, heads * head_size, dtype=dtype) for heads in (32, 8))
+        cos = _meta(1, S, head_size, dtype=dtype)
+        for inverse in (False, True):
+            rotate_(q, k, cos, cos, inverse=inverse)
+
+
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": _lora_linear,
     "lora_qkv": _lora_qkv,
     "lora_swiglu_mlp": _lora_swiglu_mlp,
+    "lora_decoder_layer": _lora_decoder_layer,
     "bottleneck": _bottleneck,
     "frozen_norm": _frozen_norm,
     "linear_cross_entropy": _linear_cross_entropy,
