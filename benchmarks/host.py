@@ -35,6 +35,7 @@ RANK = 16
 class Sizes(NamedTuple):
     """The sizes of a decoder layer, and where its tensors are."""
 
+    batch: int
     tokens: int
     hidden: int
     mlp: int
@@ -44,9 +45,12 @@ class Sizes(NamedTuple):
     dtype: torch.dtype
 
 
-REAL = Sizes(4096, 4096, 14336, 32, 8, "meta", torch.bfloat16)
-TINY = Sizes(272, 32, 64, 2, 1, "cpu", torch.float32)
-"""More than one chunk of rows, so that partial sums are added as for many tokens. Not 16 bits, whose products are slow on a CPU."""
+REAL = Sizes(1, 4096, 4096, 14336, 32, 8, "meta", torch.bfloat16)
+TINY = Sizes(34, 8, 32, 64, 2, 1, "cpu", torch.float32)
+"""More than one chunk of rows, so that partial sums are added as for many tokens, but short sequences, so that attention has next to
+nothing to compute. Not 16 bits, whose products are slow on a CPU."""
+LINEARS = 8
+"""A backward has a fixed cost, which is that of a model and not of a linear, so a chain of linears is measured."""
 CALLS, ROUNDS = 30, 7
 
 HELP = "microseconds of Python and launches of each op on a GPU"
@@ -87,12 +91,12 @@ def rows() -> list[dict[str, Any]]:
     """One row for each thing measured: ``what``, ``peftkit_us``, ``peft_us``, ``launches``."""
     found = []
     with counting(H100) as counter:
-        for what, build in CASES.items():
+        for what, (build, parts) in CASES.items():
             real = build(True, REAL)
             real()
             before = counter.launches
             real()
-            launches = counter.launches - before
+            launches = (counter.launches - before) // parts
             own, stock = build(True, TINY), build(False, TINY)
             best = [math.inf, math.inf]
             for _ in range(ROUNDS):
@@ -100,18 +104,21 @@ def rows() -> list[dict[str, Any]]:
                     step()
                     seconds = timed(lambda step=step: [step() for _ in range(CALLS)]) / CALLS
                     best[i] = min(best[i], seconds)
-            own_us, stock_us = (seconds * 1e6 for seconds in best)
+            own_us, stock_us = (seconds * 1e6 / parts for seconds in best)
             row = {"what": what, "peftkit_us": own_us, "peft_us": stock_us, "launches": launches}
             found.append(row)
     return found
 
 
-def linear(fuse: bool, sizes: Sizes, *, dropout: float = 0.0) -> Callable[[], None]:
-    """A step of one LoRA linear."""
+def linears(fuse: bool, sizes: Sizes, *, dropout: float = 0.0) -> Callable[[], None]:
+    """A step of a chain of LoRA linears."""
     with torch.device(sizes.device):
-        base = nn.Sequential(nn.Linear(sizes.hidden, sizes.hidden, bias=False)).to(sizes.dtype)
-    layer = adapted(base, fuse, ["0"], dropout).base_model.model[0]
-    return step_of(layer, tensor(sizes, sizes.hidden))
+        chain = [nn.Linear(sizes.hidden, sizes.hidden, bias=False) for _ in range(LINEARS)]
+        base = nn.Sequential(*chain).to(sizes.dtype)
+    names = [str(i) for i in range(LINEARS)]
+    return step_of(
+        adapted(base, fuse, names, dropout).base_model.model, tensor(sizes, sizes.hidden)
+    )
 
 
 def decoder_layer(fuse: bool, sizes: Sizes, *, dropout: float = 0.0) -> Callable[[], None]:
@@ -132,8 +139,9 @@ def decoder_layer(fuse: bool, sizes: Sizes, *, dropout: float = 0.0) -> Callable
         base = LlamaModel(config).to(sizes.dtype)
     targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     layer = adapted(base, fuse, targets, dropout).base_model.model.layers[0]
-    x, cos = tensor(sizes, sizes.hidden), tensor(sizes, sizes.hidden // sizes.heads)
-    return step_of(layer, x, position_embeddings=(cos, cos), attention_mask=None)
+    angles = [tensor(sizes, sizes.hidden // sizes.heads)[:1] for _ in range(2)]
+    x = tensor(sizes, sizes.hidden)
+    return step_of(layer, x, position_embeddings=tuple(angles), attention_mask=None)
 
 
 def adapted(base: nn.Module, fuse: bool, targets: list[str], dropout: float) -> Any:
@@ -162,13 +170,15 @@ def step_of(module: nn.Module, x: Tensor, **others: Any) -> Callable[[], None]:
 
 
 def tensor(sizes: Sizes, width: int) -> Tensor:
-    """``[1, tokens, width]``."""
-    return torch.zeros(1, sizes.tokens, width, dtype=sizes.dtype, device=sizes.device)
+    """``[batch, tokens, width]``."""
+    shape = sizes.batch, sizes.tokens, width
+    return torch.zeros(shape, dtype=sizes.dtype, device=sizes.device)
 
 
-CASES: dict[str, Callable[[bool, Sizes], Callable[[], None]]] = {
-    "LoRA linear, 4096 x 4096": linear,
-    "LoRA linear with dropout": functools.partial(linear, dropout=0.1),
-    "decoder layer of Llama-3.1-8B": decoder_layer,
-    "the same with dropout": functools.partial(decoder_layer, dropout=0.1),
+CASES: dict[str, tuple[Callable[[bool, Sizes], Callable[[], None]], int]] = {
+    "LoRA linear, 4096 x 4096": (linears, LINEARS),
+    "LoRA linear with dropout": (functools.partial(linears, dropout=0.1), LINEARS),
+    "decoder layer of Llama-3.1-8B": (decoder_layer, 1),
+    "the same with dropout": (functools.partial(decoder_layer, dropout=0.1), 1),
 }
+"""What is measured: the function that builds a step, and the number of equal parts that the step has."""

@@ -95,6 +95,7 @@ MUTATIONS = [
         ("tile", "(head - q_heads) * D", "head * D", _ROTATE),
         ("mask", "(offs_d < half)[None, :]", "(offs_d < D)[None, :]", _ROTATE),
         ("race", "tl.program_id(0) * BLOCK_M", "tl.program_id(0) * BLOCK_M // 2", _ROTATE),
+        ("int32", "rows = offs_m.to(tl.int64)", "rows = offs_m", _ROTATE),
     ),
     *bugs_of(
         "ops.lora_decoder_layer.kernels",
