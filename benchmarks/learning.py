@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from cases import package_folder
 from peft import PeftConfig
-from report import environment, machine, run_script, save, update_readme
+from report import environment, machine, run_script, save
 from rich.console import Console
 
 from peftkit import BottleneckConfig, LoraConfig, PrefixConfig, explain, wrap
@@ -95,7 +95,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--task", choices=TASKS, action="append", help="default: all")
     parser.add_argument("--method", choices=RECIPES, action="append", help="default: all")
-    parser.add_argument("--update-readme", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -103,8 +102,6 @@ def run(arguments: argparse.Namespace) -> None:
     result = learn(arguments.task or list(TASKS), arguments.method or list(RECIPES))
     save(result, "learning")
     print(table(result))
-    if arguments.update_readme:
-        update_readme("learning", table(result))
 
 
 def learn(tasks: list[str], methods: list[str]) -> dict[str, Any]:

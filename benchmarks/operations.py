@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from report import environment, machine, save, update_readme
+from report import environment, machine, save
 
 from peftkit_kernels.core import calibration
 from peftkit_kernels.core.dispatch import triton_obstacle
@@ -48,7 +48,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--gpu", action="store_true", help="run on the GPU and show the predictions too"
     )
     parser.add_argument("--calibrate", action="store_true", help="measure the GPU's crossovers")
-    parser.add_argument("--update-readme", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -60,8 +59,6 @@ def run(arguments: argparse.Namespace) -> None:
     save({"environment": found, "rows": rows}, f"kernels-{'gpu' if arguments.gpu else 'cpu'}")
     text = table(rows, torch.cuda.get_device_name() if arguments.gpu else machine(found))
     print(text)
-    if arguments.update_readme:
-        update_readme("kernels", text)
 
 
 def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
