@@ -122,7 +122,7 @@ def _conditions() -> str:
                 f"- CPU: {_processor(cpu)}; {cpu_model(CPU_CASE)}. {_repeated('make bench', f'training-{CPU_CASE}')}",
             ),
             _wrapped(
-                f"- GPU: {gpu['environment']['gpu']}; {gpu_model(row)}, random weights ({_link(GPU_RESULT)}). "
+                f"- GPU: {gpu['environment']['gpu']}; {gpu_model(row)}, random weights. {_repeated('make gpu', GPU_RESULT)} "
                 f"{origin} {against}"
             ),
         ]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 _SHOWN_WITH_THE_MACHINE = ("device", "cpu", "cores")
-_MEASURE = "Memory is what a step adds to the loaded model. In a copy of the project, `make bench` measures a CPU."
+_MEASURE = "Memory is what a step adds to the loaded model. In a copy of the project, `make bench` measures a CPU and `make gpu` a GPU."
 
 
 def doctor(
