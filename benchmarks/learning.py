@@ -25,7 +25,7 @@ import tools_path  # noqa: F401
 import torch
 from cases import package_folder
 from peft import PeftConfig
-from report import environment, machine, run_script, save, update_readme
+from report import environment, machine, run_script, save
 from rich.console import Console
 
 from demo.evaluate import decode, longest_answer, score
@@ -96,7 +96,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--task", choices=TASKS, action="append", help="default: all")
     parser.add_argument("--method", choices=RECIPES, action="append", help="default: all")
-    parser.add_argument("--update-readme", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -104,8 +103,6 @@ def run(arguments: argparse.Namespace) -> None:
     result = learn(arguments.task or list(TASKS), arguments.method or list(RECIPES))
     save(result, "learning")
     print(table(result))
-    if arguments.update_readme:
-        update_readme("learning", table(result))
 
 
 def learn(tasks: list[str], methods: list[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import tools_path  # noqa: F401
 import torch
-from report import environment, machine, save, update_readme
+from report import environment, machine, save
 
 from lab.case import Case, Sizes
 from lab.cases import FACTOR, OPERATIONS, build
@@ -49,7 +49,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--gpu", action="store_true", help="run on the GPU and show the predictions too"
     )
     parser.add_argument("--calibrate", action="store_true", help="measure the GPU's crossovers")
-    parser.add_argument("--update-readme", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,8 +60,6 @@ def run(arguments: argparse.Namespace) -> None:
     save({"environment": found, "rows": rows}, f"kernels-{'gpu' if arguments.gpu else 'cpu'}")
     text = table(rows, torch.cuda.get_device_name() if arguments.gpu else machine(found))
     print(text)
-    if arguments.update_readme:
-        update_readme("kernels", text)
 
 
 def measure_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from report import environment, machine, save, update_readme
+from report import environment, machine, save
 from torch import nn
 
 WRAPPED_LAYERS = 32, 256
@@ -32,7 +32,6 @@ HELP = "import, wrapping, loading and Python time per layer"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("--update-readme", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -55,8 +54,6 @@ def run(arguments: argparse.Namespace) -> None:
     }
     save(result, "overhead")
     print(table(result))
-    if arguments.update_readme:
-        update_readme("overhead", table(result))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from report import environment, machine, run_script, save, update_readme
+from report import environment, machine, run_script, save
 from torch import Tensor, nn
 
 BATCH, HEADS, KEY_HEADS, HEAD_SIZE = 1, 9, 3, 64
@@ -34,7 +34,6 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("--update-readme", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -42,8 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
     result = {"environment": environment(), **run_script("prefix.py")}
     save(result, "prefix")
     print(table(result))
-    if arguments.update_readme:
-        update_readme("prefix", table(result))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Running scripts in fresh processes, and storing results: one JSON file per benchmark, and a table in the README."""
+"""Running scripts in fresh processes, and storing their results: one JSON file per benchmark."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+RESULTS = HERE / "results"
 
 
 def run_script(name: str, *arguments: str) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def run_script(name: str, *arguments: str) -> dict[str, Any]:
 
 def save(result: dict[str, Any], name: str) -> None:
     """Write a result to its file in one step, so that no partial file is left."""
-    path = HERE / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
@@ -39,25 +41,14 @@ def load(name: str) -> dict[str, Any]:
     Raises:
         SystemExit: There is no result of this name.
     """
-    path = HERE / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     if not path.is_file():
         raise SystemExit(f"{path} is missing; run its benchmark first")
     return json.loads(path.read_text())
 
 
-def update_readme(mark: str, text: str) -> None:
-    """Replace the text between the marks named ``mark`` in the README."""
-    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-    page = README.read_text()
-    before, _, rest = page.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise SystemExit(f"README.md lacks the marks {begin} and {end}; add them first")
-    README.write_text(f"{before}{begin}\n{text}\n{end}{after}")
-
-
 def environment() -> dict[str, Any]:
-    """The processor, the number of threads and the package versions, on which the figures depend."""
+    """The processor, the instructions that torch uses, the number of threads and the package versions."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [
         line.split(":")[1].strip()
@@ -67,11 +58,13 @@ def environment() -> dict[str, Any]:
     packages = ("torch", "transformers", "peft", "peftkit")
     return {
         "cpu": names[0] if names else platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
         **{package: version(package) for package in packages},
     }
 
 
 def machine(found: dict[str, Any]) -> str:
-    """The processor and threads of an ``environment``, for the heading of a table."""
-    return f"{found['cpu']}, {found['threads']} threads"
+    """The processor, threads and, if they were recorded, instructions of an ``environment``, for the heading of a table."""
+    instructions = f", {found['instructions']}" if "instructions" in found else ""
+    return f"{found['cpu']}, {found['threads']} threads{instructions}"

@@ -9,9 +9,10 @@
     python benchmarks/run.py kernels                       # each operation against eager torch and torch.compile
     python benchmarks/run.py overhead                      # import, wrapping and Python time per layer
     python benchmarks/run.py host                          # Python time and launches of each op on a GPU, without a GPU
+    python benchmarks/run.py docs                          # write the tables of the documents again, without measuring
 
 A speed is printed only if the results agree with those of the rival. Results are saved in ``benchmarks/results/`` as JSON. With
-``--update-readme`` they are also written into the README as a table between two marks.
+``--update-docs`` the tables in ``docs/benchmarks.md`` and ``README.md``, and the figures of ``peftkit doctor``, are written again too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+import documents
 import host
 import learning
 import operations
@@ -35,6 +37,7 @@ BENCHMARKS = {
     "kernels": operations,
     "overhead": overhead,
     "host": host,
+    "docs": documents,
 }
 """Benchmarks by their name on the command line: modules or classes with ``HELP``, ``add_options(parser)`` and ``run(arguments)``."""
 
@@ -46,9 +49,14 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, benchmark in BENCHMARKS.items():
-        benchmark.add_options(commands.add_parser(name, help=benchmark.HELP))
+        command = commands.add_parser(name, help=benchmark.HELP)
+        benchmark.add_options(command)
+        if name in documents.TABLES:
+            command.add_argument("--update-docs", action="store_true", help=documents.HELP)
     arguments = parser.parse_args(sys.argv[1:] or ["training"])
     BENCHMARKS[arguments.benchmark].run(arguments)
+    if getattr(arguments, "update_docs", False):
+        documents.run(arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from cases import CASES, PARTS
-from report import environment, load, machine, run_script, save, update_readme
+from report import environment, machine, run_script, save
 
 LOSS_TOLERANCE = 1e-5
 """Largest allowed relative difference from stock PEFT's losses; the steps are the same up to float32 rounding."""
@@ -49,14 +49,11 @@ class Training:
 
     @classmethod
     def run(cls, arguments: argparse.Namespace) -> None:
-        """Measure, save and print. The README table shows the newest results of all cases."""
+        """Measure every case, save the results and print the tables."""
         for case in arguments.case or cls.CASES:
             result = measure(case, arguments)
             save(result, f"training-{case}")
             print(table(result), flush=True)
-        if arguments.update_readme:
-            tables = [table(load(f"training-{case}")) for case in cls.CASES]
-            update_readme("benchmark", "\n\n".join(tables))
 
 
 class Methods:
@@ -72,16 +69,13 @@ class Methods:
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> None:
-        """Measure, save and print. The README table shows the newest results of all cases."""
+        """Measure every case, save the results and print the tables."""
         chosen = arguments.providers
         for case in arguments.case or METHODS:
             arguments.providers = chosen or METHODS[case]
             result = measure(case, arguments)
             save(result, f"methods-{case}")
             print(table(result), flush=True)
-        if arguments.update_readme:
-            tables = [table(load(f"methods-{case}")) for case in METHODS]
-            update_readme("methods", "\n\n".join(tables))
 
 
 class Parts:
@@ -101,15 +95,12 @@ class Parts:
         result = measure(arguments.case, arguments)
         save(result, f"parts-{arguments.case}")
         print(parts_table(result))
-        if arguments.update_readme:
-            update_readme("parts", parts_table(result))
 
 
 def _add_run_options(parser: argparse.ArgumentParser, providers: Any) -> None:
     parser.add_argument("--providers", nargs="+", default=providers)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each provider, in turn")
     parser.add_argument("--steps", type=int, default=4, help="timed steps per run")
-    parser.add_argument("--update-readme", action="store_true")
 
 
 def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Report the installed packages, the device, and which path each operation takes on this device and why."""
+"""Report the machine, the installed packages, what speed and memory to expect, and which path each operation takes and why."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.environment import describe_environment
+from peftkit.expectations import expectations
+from peftkit.machine import describe_machine
 from peftkit.versions import newer_than_tested
 
 _PACKAGES = (
@@ -27,15 +29,29 @@ def diagnose() -> dict[str, Any]:
     """Collect the facts that ``peftkit doctor`` shows. Nothing is changed.
 
     Returns:
-        A dictionary with ``environment`` (facts by name), ``packages`` (versions by name, ``None`` if not installed),
-        ``warnings`` (sentences), ``cpu`` (the implementation of each CPU path, by name) and ``operations`` (a list of
+        A dictionary with ``machine`` (as ``describe_machine`` returns it), ``environment`` (facts by name), ``packages``
+        (versions by name, ``None`` if not installed), ``warnings`` (sentences), ``cpu`` and ``gpu`` (the implementation of each
+        CPU and GPU path, by name), ``expectations`` (as ``peftkit.expectations`` returns them) and ``operations`` (a list of
         dictionaries with ``operation``, ``path`` and ``reason``).
     """
+    from torch import get_num_threads
+
+    from peftkit_kernels import gemm, native
+
+    machine = describe_machine()
     return {
+        "machine": machine,
         "environment": describe_environment(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "warnings": [f"newer than tested: {name}" for name in newer_than_tested()],
         "cpu": _cpu_paths(),
+        "gpu": _gpu_paths(machine["gpus"]),
+        "expectations": expectations(
+            machine,
+            onednn=gemm.onednn_obstacle() is None,
+            native=native.obstacle() is None,
+            threads=get_num_threads(),
+        ),
         "operations": [_path(name, has_kernels) for name, has_kernels in operations().items()],
     }
 
@@ -66,15 +82,39 @@ def _version(package: str) -> str | None:
 
 def _cpu_paths() -> dict[str, str]:
     from peftkit_kernels import gemm, native
-    from peftkit_kernels.core import calibration
     from peftkit_kernels.ops.int8_compute_linear.torch_impl import multiplies_int8
 
     return {
         "element-wise passes, attention": native.obstacle() or f"native, {native.description()}",
-        "float32 products": "oneDNN" if gemm.prefers_onednn() else "the BLAS of PyTorch",
+        "float32 products": _products(gemm.onednn_obstacle()),
         "int8 products": "8-bit instructions" if multiplies_int8() else "as float32",
-        "GPU calibration": calibration.obstacle() or "valid",
     }
+
+
+def _products(onednn_obstacle: str | None) -> str:
+    if onednn_obstacle is None:
+        return "oneDNN, because MKL would run only its AVX2 code on this processor"
+    return f"the BLAS of PyTorch, because {onednn_obstacle}"
+
+
+def _gpu_paths(gpus: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the attention of each GPU with the reason, and whether the calibration file is valid."""
+    import torch
+
+    from peftkit_kernels.core import calibration
+    from peftkit_kernels.ops.attention import device_obstacle, switched_off
+
+    found = {}
+    for index, gpu in enumerate(gpus):
+        obstacle = "cuDNN needs an NVIDIA GPU"
+        if gpu["kind"] == "cuda":
+            obstacle = switched_off() or device_obstacle(torch.device("cuda", index))
+        found[f"attention, GPU {index}"] = (
+            f"the backend that PyTorch chooses, because {obstacle}"
+            if obstacle
+            else "cuDNN (dense causal attention in 16 bits; otherwise the backend that PyTorch chooses)"
+        )
+    return found | {"calibration": calibration.obstacle() or "valid"}
 
 
 def _path(operation: str, has_kernels: bool) -> dict[str, str]:

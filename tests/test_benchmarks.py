@@ -211,10 +211,61 @@ def test_a_speed_with_other_losses_is_refused():
         steps.check_losses({"peftkit": peft})
 
 
-def test_committed_results_are_those_in_the_readme():
-    steps, report = load_script("steps"), load_script("report")
-    page = report.README.read_text()
-    for case in ("smollm2", "llama-1b-cut"):
-        assert steps.table(report.load(f"training-{case}")) in page
-    assert steps.parts_table(report.load("parts-smollm2")) in page
-    assert load_script("overhead").table(report.load("overhead")) in page
+def test_documents_show_the_committed_results():
+    documents = load_script("documents")
+    for path, text in documents.documents().items():
+        assert path.read_text() == text, f"{path.name}: run make bench ARGS=docs"
+
+
+def test_documents_are_written_between_their_marks():
+    documents = load_script("documents")
+    page = "before\n<!-- a -->\nold\n<!-- /a -->\nafter"
+    assert documents.between(page, "a", "new") == "before\n<!-- a -->\nnew\n<!-- /a -->\nafter"
+    with pytest.raises(SystemExit, match="lacks the marks <!-- b --> and <!-- /b -->"):
+        documents.between(page, "b", "new")
+
+
+def test_a_benchmark_writes_the_documents_only_if_asked(monkeypatch):
+    run = load_script("run")
+    calls = []
+    monkeypatch.setattr(run.prefix, "run", lambda arguments: calls.append("measured"))
+    monkeypatch.setattr(run.documents, "run", lambda arguments: calls.append("written"))
+    for options in ([], ["--update-docs"]):
+        monkeypatch.setattr(sys, "argv", ["run.py", "prefix", *options])
+        run.main()
+    assert calls == ["measured", "measured", "written"]
+
+
+def gpu_row(provider, step_s, growth_gib, batch=1):
+    model = {"model": "8 layers of Llama-3.1-8B", "batch": batch, "tokens": 4096}
+    return {**model, "provider": provider, "step_s": step_s, "growth_gib": growth_gib}
+
+
+def test_rivals_on_a_gpu_are_the_plain_ones_of_the_same_batch():
+    summary = load_script("summary")
+    rows = [
+        gpu_row("peftkit", 0.1, 1),
+        gpu_row("PEFT, checkpointed", 0.4, 1),
+        gpu_row("PEFT DoRA", 0.4, 1),
+        gpu_row("PEFT", 0.2, 4),
+        gpu_row("Unsloth 2026.10.9", 0.05, 2),
+        gpu_row("full", 0.9, 9, batch=2),
+    ]
+    found = summary.gpu_steps({"steps": rows})
+    gib = 2**30
+    assert found == {"": (0.1, gib), "PEFT": (0.2, 4 * gib), "Unsloth": (0.05, 2 * gib)}
+    cells = summary._rows("GPU", found, {"full": "it did not fit"})
+    assert cells == [
+        "| GPU | PEFT | 0.50 x (100 ms : 200 ms) | 0.25 x (1.0 GiB : 4.0 GiB) |",
+        "| GPU | Unsloth | 2.00 x (100 ms : 50 ms) | 0.50 x (1.0 GiB : 2.0 GiB) |",
+        "| GPU | full fine-tuning | not measured: it did not fit | not measured |",
+    ]
+
+
+def test_the_table_says_why_a_rival_was_not_measured():
+    summary = load_script("summary")
+    note = "Measured today. Unsloth was not measured: it does not start."
+    assert summary._reasons({"note": note}) == {"Unsloth": "it does not start"}
+    rows = [line for line in summary.table().splitlines() if line.startswith(("| CPU", "| GPU"))]
+    assert len(rows) == 6
+    assert all(" x (" in row or "not measured: " in row for row in rows)

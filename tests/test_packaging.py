@@ -184,18 +184,24 @@ for module in pkgutil.walk_packages({package}.__path__, "{package}."):
     python(code, path=os.pathsep.join(filter(None, sys.path)))
 
 
-def test_commands_of_the_readme_exist():
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_pages_exist(page):
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    for page in ("README.md", "CONTRIBUTING.md"):
-        used = set(re.findall(r"\bmake ([a-z]+)", (ROOT / page).read_text()))
-        assert used, page
-        assert used <= targets, page
+    used = set(re.findall(r"\bmake ([a-z]+)", page.read_text()))
+    assert used
+    assert used <= targets
 
 
-def test_links_of_the_pages_lead_somewhere():
-    for page in ("README.md", "CONTRIBUTING.md"):
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
-            assert (ROOT / link).exists(), f"{page}: {link}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_pages_lead_somewhere(page):
+    for link, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [h.lower().replace(" ", "-") for h in headings], heading
 
 
 def test_ci_runs_make_test():

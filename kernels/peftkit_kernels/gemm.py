@@ -102,11 +102,20 @@ def _use_onednn(x: Tensor, w: Tensor) -> bool:
 @functools.cache
 def prefers_onednn() -> bool:
     """Whether this machine's CPU multiplies float32 matrices with oneDNN instead of the BLAS that PyTorch was built with."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
-        return False
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return False
-    return "Intel" not in cpu_vendor()
+    return onednn_obstacle() is None
+
+
+def onednn_obstacle() -> str | None:
+    """Why PyTorch's BLAS multiplies float32 matrices on this machine's CPU, as a sentence, or ``None`` if oneDNN does."""
+    for name, library in (("oneDNN", torch.backends.mkldnn), ("MKL", torch.backends.mkl)):
+        if not library.is_available():
+            return f"this build of PyTorch has no {name}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX512"):
+        return f"PyTorch runs {capability} code here, and oneDNN is faster only with AVX-512"
+    if "Intel" in cpu_vendor():
+        return "MKL itself uses AVX-512 on Intel's processors"
+    return None
 
 
 @functools.cache
