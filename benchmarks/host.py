@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
 
 
 REAL = Sizes(1, 4096, 4096, 14336, 32, 8, "meta", torch.bfloat16)
-TINY = Sizes(34, 8, 32, 64, 2, 1, "cpu", torch.float32)
+TINY = Sizes(34, 8, 16, 32, 2, 1, "cpu", torch.float32)
 """More than one chunk of rows, so that partial sums are added as for many tokens, but short sequences, so that attention has next to
 nothing to compute. Not 16 bits, whose products are slow on a CPU."""
 LINEARS = 8
