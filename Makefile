@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint slow kernels conformance adapterhub matrix bench mutations fuzz clean
+.PHONY: help demo test lint slow kernels conformance adapterhub matrix bench gpu mutations fuzz clean
 
 help:
 	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
@@ -25,6 +25,7 @@ help:
 	@echo "make adapterhub   imported adapters against AdapterHub's own library"
 	@echo "make matrix       every method on every architecture; writes docs/compatibility.md"
 	@echo "make bench        time and memory against plain PEFT and full fine-tuning"
+	@echo "make gpu          everything about this machine's GPU, in at most six minutes; writes docs/gpu.md"
 	@echo "make clean        remove the environment and build outputs"
 
 demo: $(VENV)/.demo
@@ -61,6 +62,9 @@ adapterhub: $(VENV)/.test .adapterhub/.created
 
 matrix: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/compatibility/run.py $(ARGS)
+
+gpu: $(VENV)/.test
+	$(BIN)/python benchmarks/run.py gpu $(ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),training)

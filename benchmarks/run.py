@@ -9,6 +9,7 @@
     python benchmarks/run.py kernels                       # each operation against eager torch and torch.compile
     python benchmarks/run.py overhead                      # import, wrapping and Python time per layer
     python benchmarks/run.py host                          # Python time and launches of each op on a GPU, without a GPU
+    python benchmarks/run.py gpu                           # everything about one GPU, in at most six minutes
     python benchmarks/run.py docs                          # write the tables of the documents again, without measuring
 
 A speed is printed only if the results agree with those of the rival. Results are saved in ``benchmarks/results/`` as JSON. With
@@ -21,6 +22,7 @@ import argparse
 import sys
 
 import documents
+import gpu
 import host
 import learning
 import operations
@@ -37,6 +39,7 @@ BENCHMARKS = {
     "kernels": operations,
     "overhead": overhead,
     "host": host,
+    "gpu": gpu,
     "docs": documents,
 }
 """Benchmarks by their name on the command line: modules or classes with ``HELP``, ``add_options(parser)`` and ``run(arguments)``."""
