@@ -60,5 +60,6 @@ def run(
             f"\n{reason}; continue with: make demo ARGS={options}",
             highlight=False,
             markup=False,
+            soft_wrap=True,  # so that the command can be copied
         )
         return INTERRUPTED_STATUS
