@@ -1,5 +1,8 @@
 """Launch plans: a replay does what the schedule does, for other values, and nothing that a signature leaves open is fixed."""
 
+import contextlib
+import ctypes
+import random
 import threading
 
 import pytest
@@ -280,3 +283,61 @@ def test_inside_inference_mode_and_outside():
         plans(*arguments)
     _assert_same(plans(*arguments), _schedule(*arguments))
     assert not plans(*arguments)[0].is_inference()
+
+
+class _Add:
+    """A stand-in for a compiled kernel that gets addresses: ``out[:n] = a[:n] + FACTOR · b[:n]``."""
+
+    arg_names = ("a", "b", "out", "n", "FACTOR")
+    function = packed_metadata = None
+
+    def launch(self, a, b, out, n, factor):
+        recorder = plan.recorder()
+        with recorder.pause() if recorder else contextlib.nullcontext():
+            out.view(-1)[:n] = a.view(-1)[:n] + factor * b.view(-1)[:n]
+        if recorder:
+            recorder.launched(self, self, (1,), (a, b, out, n), {"FACTOR": factor}, {})
+
+    def run(self, gx, gy, gz, stream, function, metadata, _, enter, leave, a, b, out, n, factor):
+        a, b, out = ((ctypes.c_float * n).from_address(address) for address in (a, b, out))
+        for i in range(n):
+            out[i] = a[i] + factor * b[i]
+
+
+def _random_schedule(seed):
+    """Launches that write temporary tensors of many sizes and read any of the earlier ones, also parts of them."""
+    numbers = random.Random(seed)
+    add = _Add()
+    steps = [
+        (numbers.random(), numbers.random(), numbers.randint(8, 300), numbers.choice((0, 1, 3)))
+        for _ in range(12)
+    ]
+
+    def schedule(x):
+        values = [x]
+        for first, second, size, start in steps:
+            a, b = (values[int(part * len(values))][start:] for part in (first, second))
+            out = x.new_zeros(8) if size < 12 else x.new_empty(size)
+            n = min(a.numel(), b.numel(), out.numel())
+            add.launch(a, b, out, n, 0.5)
+            values.append(out[:n])
+        result = x.new_empty(4)
+        add.launch(values[-1], values[3], result, 4, 2.0)
+        return result, values[-2].clone()
+
+    return schedule
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_temporary_tensors_share_one_allocation_without_overlap(seed):
+    """Values of which only kernels see the address lie in one buffer, each where none is that is still read."""
+    schedule = _random_schedule(seed)
+    plans = Plans(schedule, [TENSOR])
+    plans(torch.randn(300))
+    (source,) = plans.sources.values()
+    assert source.count("arena = empty(") == 1
+    assert source.count(" = empty(") < 6
+    for other in range(3):
+        x = torch.randn(300, generator=torch.Generator().manual_seed(other))
+        for found, expected in zip(plans(x), schedule(x), strict=True):
+            torch.testing.assert_close(found, expected)
