@@ -69,9 +69,11 @@ def weight_norm(
     elif isinstance(weight, Int8Weight):
         storage, stored = "int8", (weight.codes, weight.row_absmax, None, None, None)
         strides, constants = tuple(weight.codes.stride()), _NO_BLOCKS
-    else:
+    elif isinstance(weight, NF4Weight):
         storage, stored = "nf4", (words_of(weight.packed)[0], *absmax_arguments(weight))
         strides, constants = (0, 0), absmax_constants(weight)
+    else:
+        raise TypeError(f"the kernel reads no {type(weight).__name__}")
     R, float_A, float_B = A.shape[0], A.float(), B.float()
     # torch computes these small products, [R, R] and [N, R], because they would take registers in the kernel
     update = (float_B @ (float_A @ float_A.t())).mul_(float_B).sum(1).mul_(scale * scale)
