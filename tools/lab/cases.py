@@ -24,6 +24,7 @@ from peftkit_kernels.ops.grouped_lora import grouped_lora, plan_groups
 from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer
+from peftkit_kernels.ops.lora_decoder_layer.reference import rotated
 from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
@@ -282,10 +283,10 @@ def _lora_decoder_layer(sizes: Sizes, draw: Draw) -> Case:
     """A layer of width K and inner width N, with a quarter as many key heads as heads."""
     heads = max(4, 4 * (sizes.K // (4 * _HEAD_SIZE)))
     inner, keys = heads * _HEAD_SIZE, heads // 4 * _HEAD_SIZE
-    D, F = sizes.K, sizes.N
+    D, width = sizes.K, sizes.N
     shapes = {
         **{"_q": (inner, D), "_k": (keys, D), "_v": (keys, D), "_o": (D, inner)},
-        **{"_gate": (F, D), "_up": (F, D), "_down": (D, F)},
+        **{"_gate": (width, D), "_up": (width, D), "_down": (D, width)},
     }
     leaves = {"x": draw(1, sizes.M, D, trained=True)}
     for name in ("cos", "sin"):
@@ -306,7 +307,25 @@ def _lora_decoder_layer(sizes: Sizes, draw: Draw) -> Case:
             backend=backend,
         )
 
-    return Case(leaves, call)
+    def plain(t: Tensors) -> tuple[Tensor, ...]:
+        def norm(x: Tensor, name: str) -> Tensor:
+            return F.rms_norm(x, (D,), 1.0 + t[name], 1e-5)
+
+        def linear(x: Tensor, suffix: str) -> Tensor:
+            return _plain_linear(t, x, sizes, suffix)
+
+        x, h = t["x"], norm(t["x"], "norm1")
+        q, k, v = (
+            linear(h, suffix).unflatten(-1, (-1, _HEAD_SIZE)).transpose(1, 2)
+            for suffix in ("_q", "_k", "_v")
+        )
+        q, k = rotated(q, t["cos"], t["sin"]), rotated(k, t["cos"], t["sin"])
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + linear(o.transpose(1, 2).flatten(2), "_o")
+        h = norm(x, "norm2")
+        return x + linear(F.silu(linear(h, "_gate")) * linear(h, "_up"), "_down"), k, v
+
+    return Case(leaves, call, plain)
 
 
 Build = Callable[[Sizes, Draw], Case]
