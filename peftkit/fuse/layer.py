@@ -82,10 +82,13 @@ class FusedDecoderLayer(Fused):
     peftkit_method = METHOD
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's output for ``hidden_states [B, S, D]``; its own forward if ``peftkit_plan`` or ``call_reason`` gives a reason."""
+        """The layer's output for ``hidden_states [B, S, D]``; its own forward if the call or ``peftkit_plan`` gives a reason."""
         x = args[0] if args else None
-        layer = self._attention().layer_idx
-        if len(args) != 1 or not isinstance(x, Tensor) or _call_reason(layer, x, **kwargs):
+        # torch.compile could trace neither the reasons of a call nor the plan
+        if is_transformed() or len(args) != 1 or not isinstance(x, Tensor):
+            return super().forward(*args, **kwargs)
+        attention = self._attention()
+        if _call_reason(attention, x, **kwargs) is not None:
             return super().forward(*args, **kwargs)
         parts = self.peftkit_plan(x)
         if isinstance(parts, Reason):
@@ -103,7 +106,7 @@ class FusedDecoderLayer(Fused):
         )
         cache = kwargs.get("past_key_values")
         if cache is not None:
-            cache.update(k, v, layer)
+            cache.update(k, v, attention.layer_idx)
         return y
 
     def peftkit_plan(self, x: Tensor) -> LayerParts | Reason:
@@ -155,7 +158,9 @@ class FusedDecoderLayer(Fused):
             found = module.peftkit_plan(x)
             if isinstance(found, Reason):
                 return Reason(f"{name}: {found}")
-            weight, _, formula = found
+            weight, bias, formula = found
+            if formula.kind != "rms" or bias is not None:
+                return Reason(f"its {name} is no RMSNorm without bias")
             norms.append(Norm(weight, formula.eps, formula.offset, formula.round_first))
         return norms
 
@@ -276,14 +281,14 @@ class _WithoutAnnotations(ast.NodeTransformer):
 
 
 def _call_reason(
-    layer: int,
+    attention: Any,
     x: Tensor,
     attention_mask: Any = None,
     past_key_values: Any = None,
     position_embeddings: Any = None,
     **others: Any,
 ) -> str | None:
-    """Why one call runs the layer's own forward, or ``None``. Arguments as for layer number ``layer``."""
+    """Why one call runs the layer's own forward, or ``None``. Arguments as for the layer, whose attention this is."""
     if attention_mask is not None:
         return "the call has a mask"
     if x.dim() != 3 or x.shape[1] < 2 or not x.numel():
@@ -291,7 +296,7 @@ def _call_reason(
     if past_key_values is not None and not (
         torch.is_grad_enabled()
         and type(past_key_values) is DynamicCache
-        and past_key_values.get_seq_length(layer) == 0
+        and past_key_values.get_seq_length(attention.layer_idx) == 0
     ):
         return "the call has a cache with content, or is part of a generation"
     for name, value in others.items():
@@ -299,12 +304,12 @@ def _call_reason(
             return f"the call has the argument {name}"
     if not isinstance(position_embeddings, tuple) or len(position_embeddings) != 2:
         return "the call has no position embeddings"
+    B, S, _ = x.shape
     for t in position_embeddings:
-        if (
-            not isinstance(t, Tensor)
-            or t.dtype is not x.dtype
-            or t.device != x.device
-            or t.requires_grad
-        ):
-            return "the position embeddings are not frozen tensors of the input's dtype"
+        if not isinstance(t, Tensor) or t.dtype is not x.dtype or t.device != x.device:
+            return "the position embeddings are no tensors of the input's dtype and device"
+        if t.requires_grad or t.dim() != 3 or t.stride(2) != 1:
+            return "the position embeddings are trained, or no [B, S, head size]"
+        if t.shape[0] not in (1, B) or t.shape[1] != S or t.shape[2] != attention.head_dim:
+            return f"the position embeddings have shape {tuple(t.shape)}"
     return None

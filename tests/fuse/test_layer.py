@@ -306,3 +306,12 @@ def test_digests_see_code_and_not_its_form():
 
     assert layer.digest(one) == layer.digest(two) != layer.digest(three)
     assert layer.digest(nn.Linear.forward) != layer.digest(None) == ""
+
+
+def test_under_torch_compile_the_layer_runs_its_own_operations(calls):
+    plain, fused = fused_pair()
+    inputs = batch() | {"use_cache": False}
+    expected = plain(**inputs).loss
+    compiled = torch.compile(fused, backend="eager")
+    near(compiled(**inputs).loss.detach(), expected.detach())
+    assert not calls
