@@ -319,7 +319,7 @@ def mlp_step(dtype):
 def test_on_a_gpu_the_middle_of_an_mlp_is_one_pass_each_way_and_is_not_saved(monkeypatch):
     truth, plain = mlp_step(torch.float64), mlp_step(torch.float32)
     for op in ("lora_linear", "lora_qkv", "dora", "dora_scale"):
-        module = f"peftkit_kernels.{op}.op.choose_backend"
+        module = f"peftkit_kernels.ops.{op}.op.choose_backend"
         monkeypatch.setattr(module, lambda *_, **__: "triton")
     with Traffic() as traffic, faithful():
         actual = mlp_step(torch.float32)
