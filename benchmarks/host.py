@@ -51,7 +51,7 @@ TINY = Sizes(34, 8, 16, 32, 2, 1, "cpu", torch.float32)
 nothing to compute. Not 16 bits, whose products are slow on a CPU."""
 LINEARS = 8
 """A backward has a fixed cost, which is that of a model and not of a linear, so a chain of linears is measured."""
-CALLS, ROUNDS = 30, 7
+CALLS, ROUNDS = 10, 80
 
 HELP = "microseconds of Python and launches of each op on a GPU"
 
