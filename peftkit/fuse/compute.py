@@ -19,7 +19,9 @@ from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
 from peftkit_kernels.ops.lora_swiglu_mlp.config import obstacle as gate_obstacle
 from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
-from peftkit_kernels.storage.quantized import QuantizedWeight, kind_of
+from peftkit_kernels.storage.int8 import Int8Weight
+from peftkit_kernels.storage.nf4 import NF4Weight
+from peftkit_kernels.storage.quantized import QuantizedWeight
 
 
 class LinearParts(NamedTuple):
@@ -111,10 +113,6 @@ def gated_mlp(x: Tensor, parts: Sequence[LinearParts], act: str) -> Tensor:
     return linear(dora_gate((z_gate, z_up), scales, act), down)
 
 
-_STORED = {"nf4": nf4_linear, "int8": int8_linear}
-"""The linear on a frozen weight of each kind of storage."""
-
-
 def _is_mixed(x: Tensor, part: LinearParts) -> bool:
     """Whether this is a DoRA with wider factors than its 16-bit input.
 
@@ -137,7 +135,11 @@ def _product(
     x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, lora: LoRA | None
 ) -> Tensor:
     if not isinstance(weight, Tensor):
-        return _STORED[kind_of(weight).name](x, weight, bias, lora)  # pyright: ignore[reportArgumentType]
+        if isinstance(weight, NF4Weight):
+            return nf4_linear(x, weight, bias, lora)
+        if isinstance(weight, Int8Weight):
+            return int8_linear(x, weight, bias, lora)
+        raise TypeError(f"there is no linear on a {type(weight).__name__}")
     if lora is None:
         return lora_qkv(x, [weight], [bias], [None])[0]
     return lora_linear(x, weight, bias, lora)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from peftkit.fuse.compute import LinearParts, linear
 from peftkit_kernels.storage.int8 import quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 from peftkit_kernels.storage.quantized import (
@@ -58,7 +59,11 @@ def test_a_weight_of_no_known_kind_is_never_decoded_as_another(use):
         use(_Unknown())
 
 
-def test_every_kind_has_a_linear():
-    from peftkit.fuse.compute import _STORED
-
-    assert set(_STORED) == {kind.name for kind in KINDS}
+@pytest.mark.parametrize("name", QUANTIZE)
+def test_every_kind_has_a_linear_and_an_unknown_one_has_none(name):
+    x, q = torch.randn(3, 64), QUANTIZE[name](torch.randn(6, 64))
+    y = linear(x, LinearParts(q, None, None))
+    torch.testing.assert_close(y, x @ dequantize_reference(q, torch.float32).t())
+    assert type(q) in {kind.weight for kind in KINDS}
+    with pytest.raises(TypeError, match="no linear on a _Unknown"):
+        linear(x, LinearParts(_Unknown(), None, None))
