@@ -330,7 +330,7 @@ def fused_width(timer: Callable[[Call], float]) -> int:
 
 def small_m(timer: Callable[[Call], float]) -> int:
     """The largest number of rows at which decoding an NF4 weight inside the product is no slower than decoding it first."""
-    from peftkit_kernels.ops.quantized_linear import triton_impl
+    from peftkit_kernels.ops.quantized_linear import passes as quantized
     from peftkit_kernels.storage.nf4 import quantize_nf4
     from peftkit_kernels.storage.quantized import decode_triton
 
@@ -339,7 +339,7 @@ def small_m(timer: Callable[[Call], float]) -> int:
 
     def inside(rows: int) -> float:
         x = torch.randn((rows, K), device="cuda", dtype=dtype)
-        return best(lambda: triton_impl.small_m(x, q, None, None, None, 1.0), timer)
+        return best(lambda: quantized.small_m(x, q, None, None, None, 1.0), timer)
 
     def before(rows: int) -> float:
         x = torch.randn((rows, K), device="cuda", dtype=dtype)

@@ -75,5 +75,5 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     return _rebuild, _parts(type(self)), state
 
 
-CACHES = ("_peftkit_found", "_peftkit_storage")
+CACHES = ("_peftkit_found",)
 """Attributes that are computed again if they are missing, so copies and pickles leave them out."""

@@ -160,7 +160,7 @@ def test_calibration_asks_the_clock_for_both_schedules(operations, monkeypatch):
     monkeypatch.setattr(passes, "expand", lambda *a, **k: ran.append("added") or real(4, 4))
     monkeypatch.setattr("peftkit_kernels.storage.nf4.quantize_nf4", lambda w: w)
     monkeypatch.setattr("peftkit_kernels.storage.quantized.decode_triton", lambda q, dtype: q)
-    small_m = "peftkit_kernels.ops.quantized_linear.triton_impl.small_m"
+    small_m = "peftkit_kernels.ops.quantized_linear.passes.small_m"
     monkeypatch.setattr(small_m, lambda *a: ran.append("decoded inside"))
     turns = {"fused": iter(range(1000)), "decoded inside": iter(range(1000))}
     wins = {"fused": 3, "decoded inside": 5}

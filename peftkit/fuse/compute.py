@@ -28,7 +28,7 @@ class LinearParts(NamedTuple):
     """A frozen linear with its adapter, as the plain tensors that an op takes.
 
     Attributes:
-        weight: ``Tensor[N, K]``. It may be a quantised weight if the linear is computed alone.
+        weight: ``Tensor[N, K]`` or a quantised weight.
         bias: ``[N]`` or ``None``.
         lora: The adapter or ``None``.
         magnitude: ``[N]`` if the adapter is a DoRA, else ``None``.
@@ -86,7 +86,8 @@ def linears(x: Tensor, parts: Sequence[LinearParts]) -> tuple[Tensor, ...]:
     """Several linears on one input; shared work is done once."""
     if all(part.magnitude is None for part in parts):
         return lora_qkv(x, *_columns(parts))
-    if any(_is_mixed(x, part) for part in parts):
+    if any(_is_mixed(x, part) or not isinstance(part.weight, Tensor) for part in parts):
+        # DoRA alone folds its scale into a decoded weight
         return tuple(linear(x, part) for part in parts)
     scales = [None if part.magnitude is None else _scale(x, part) for part in parts]
     weights, biases, loras = _columns(parts)

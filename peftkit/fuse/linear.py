@@ -29,6 +29,8 @@ from peftkit_kernels.low_rank import LoRA
 
 _FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+_QUANTIZED = "Linear4bit", "Linear8bitLt"
+
 _SEED = Reason(
     "dropout under torch.compile or torch.func: the seed is a Python int and would break the graph"
 )
@@ -94,6 +96,10 @@ class FusedLoRA(Fused):
             magnitude = found.magnitude._parameters["weight"]
         lora = LoRA(A, B, self.scaling[found.name], p, 0)
         return LinearParts(weight, found.base._parameters["bias"], lora, magnitude)
+
+    def peftkit_joined(self, x: Tensor) -> LinearParts | Reason:
+        """``peftkit_plan`` for an op that also computes other linears, all in the dtype of ``x`` or of autocast."""
+        return self.peftkit_plan(x)
 
     def peftkit_example(self: Any) -> Tensor:
         """One row of input with the dtype and device of the base weight."""
@@ -165,16 +171,27 @@ def input_reason(x: Tensor, weight: Tensor) -> Reason | None:
     return None
 
 
+def is_quantized(module: Any) -> bool:
+    """Whether this is a linear of bitsandbytes without an adapter."""
+    kind = type(module)
+    return kind.__module__ == "bitsandbytes.nn.modules" and kind.__name__ in _QUANTIZED
+
+
 def plan_linear(module: Any, x: Tensor) -> LinearParts | Reason:
-    """The parts of a linear inside a larger module: a fused LoRA layer, or a plain frozen ``nn.Linear``."""
+    """The parts of a linear inside a larger module: a fused LoRA layer, or a frozen linear, plain or of bitsandbytes."""
     if has_hooks(module):
         return Reason("it has hooks")
     if isinstance(module, Fused):
-        parts = module.peftkit_plan(x)
-        if isinstance(parts, LinearParts) and not isinstance(parts.weight, Tensor):
-            return Reason("its weight is quantised, so each linear runs separately")
+        parts = (
+            module.peftkit_joined(x) if isinstance(module, FusedLoRA) else module.peftkit_plan(x)
+        )
         if isinstance(parts, (Reason, LinearParts)):
             return parts
+    if is_quantized(module):
+        # This imports bitsandbytes, but the existence of such a layer means that it is imported already.
+        from peftkit.fuse import quantized
+
+        return quantized.plan_frozen(module, x)
     if type(module) is not nn.Linear:
         return Reason(f"it is a {type(module).__name__}")
     reason = weight_reason(module) or input_reason(x, module._parameters["weight"])

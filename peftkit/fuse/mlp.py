@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.fuse.compute import LinearParts, draw_seeds, gated_mlp, gated_mlp_backend
 from peftkit.fuse.experts import FusedParamWrapper
-from peftkit.fuse.linear import FusedLinear, plan_linear
+from peftkit.fuse.linear import FusedLoRA, is_quantized, plan_linear
 from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
 from peftkit.fuse.recognise import seal_gated_mlp
 from peftkit.fuse.seal import Seal
@@ -65,12 +65,12 @@ class FusedGatedMLP(Fused):
         return parts if len(parts) == 3 else _halves(*parts)
 
     def peftkit_example(self) -> Tensor:
-        """One row of input with the dtype and device of the first weight."""
-        first: Any = self._modules[self._peftkit_names[0]]
-        if isinstance(first, Fused):
-            return first.peftkit_example()
-        first = getattr(first, "base_layer", first)
-        return first.weight.new_empty(1, first.in_features)
+        """One row of input with the dtype of its linears and the device of the first weight."""
+        linears: list[Any] = [self._modules[name] for name in self._peftkit_names]
+        first = getattr(linears[0], "base_layer", linears[0])
+        x = first.weight.new_empty(1, first.in_features)
+        fused = [linear for linear in linears if isinstance(linear, FusedLoRA)]
+        return x.to(fused[0].peftkit_example().dtype) if fused else x
 
     def peftkit_backend(self, x: Tensor, parts: list[LinearParts]) -> str:
         """``"torch"`` or ``"triton"``."""
@@ -119,7 +119,7 @@ def _names(module: nn.Module) -> tuple[str, ...] | None:
 def _is_linear(module: Any) -> bool:
     if isinstance(module, FusedParamWrapper):
         module = module.base_layer  # LoRA on the bare weight of a linear
-    return type(module) is nn.Linear or isinstance(module, FusedLinear)
+    return type(module) is nn.Linear or isinstance(module, FusedLoRA) or is_quantized(module)
 
 
 def _halves(joint: LinearParts, down: LinearParts) -> list[LinearParts] | Reason:
@@ -128,6 +128,10 @@ def _halves(joint: LinearParts, down: LinearParts) -> list[LinearParts] | Reason
         return Reason(
             "the joint projection of gate and up has one dropout mask, but two linears would draw two masks; each linear runs "
             "separately"
+        )
+    if not isinstance(joint.weight, Tensor):
+        return Reason(
+            "the joint projection of gate and up is quantised, and its halves cannot be read separately; each linear runs separately"
         )
     size = joint.weight.shape[0] // 2
     return [_rows(joint, slice(0, size)), _rows(joint, slice(size, None)), down]
@@ -145,8 +149,9 @@ def _rows(part: LinearParts, rows: slice) -> LinearParts:
 
 def share_weights(x: Tensor, parts: Sequence[LinearParts]) -> None:
     """Move the weights of gate and up into one buffer if that is safe; ``x`` is the input of the call."""
-    if _may_move_weights(x):
-        share_buffer([part.weight for part in parts])
+    weights = [part.weight for part in parts]
+    if _may_move_weights(x) and all(isinstance(weight, Tensor) for weight in weights):
+        share_buffer(weights)
 
 
 def _may_move_weights(x: Tensor) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
+from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import bnb
 from torch import Tensor
 
-from peftkit.fuse.adapter import weight_reason
+from peftkit.fuse.adapter import is_own_function, weight_reason
 from peftkit.fuse.compute import LinearParts, backend_of, linear
 from peftkit.fuse.linear import FusedLoRA
 from peftkit.fuse.plan import Reason
@@ -19,12 +22,13 @@ from peftkit.fuse.storage import (
     nf4_repacked,
     nf4_weight,
 )
-from peftkit_kernels.core.checks import without_autocast
+from peftkit_kernels.core.checks import autocast_dtype, without_autocast
 from peftkit_kernels.core.dispatch import is_transformed
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
 
-_STORAGE = "_peftkit_storage"
+_seen: WeakKeyDictionary[Any, StorageSeen] = WeakKeyDictionary()
+"""The storage of each 4-bit base layer that has no ``nf4_obstacle``."""
 
 _TRANSFORMED = Reason("under torch.compile and torch.func bitsandbytes' own operations run")
 
@@ -37,17 +41,15 @@ class FusedLinear4bit(FusedLoRA):
         with without_autocast(x):
             return backend_of(self._compute_input(x), parts)
 
+    def _activation_dtype(self: Any) -> torch.dtype:
+        return self.base_layer.compute_dtype or super()._activation_dtype()
+
     def _weight(self: Any, base: Any, x: Tensor) -> NF4Weight | Reason:
-        reason = input_reason(base, x) or nf4_repacked(base)
-        if reason is not None:
-            return reason
-        seen = self.__dict__.get(_STORAGE)
-        if seen is None or not seen.is_of(base):
-            reason = nf4_obstacle(base)
-            if reason is not None:
-                return reason
-            self.__dict__[_STORAGE] = StorageSeen(base)
-        return nf4_weight(base)
+        return _four_bit(base, x)
+
+    def peftkit_joined(self: Any, x: Tensor) -> LinearParts | Reason:
+        """``peftkit_plan`` for an op that also computes other linears: only if the base layer computes in the dtype of ``x``."""
+        return _dtype_reason(self._modules["base_layer"], x) or self.peftkit_plan(x)
 
     def _run(self, x: Tensor, parts: LinearParts) -> Tensor:
         """Compute like the base layer: in its ``compute_dtype`` even under autocast, with the result in the dtype of ``x``."""
@@ -63,6 +65,39 @@ class FusedLinear8bitLt(FusedLoRA):
 
     def _weight(self, base: Any, x: Tensor) -> Int8Weight | Reason:
         return input_reason(base, x) or int8_obstacle(base) or int8_weight(base)
+
+
+def plan_frozen(base: Any, x: Tensor) -> LinearParts | Reason:
+    """The parts of a linear of bitsandbytes without an adapter, for an op that computes it as it is."""
+    if not is_own_function(type(base), "forward"):
+        return Reason(f"the forward of {type(base).__name__} was replaced")
+    if isinstance(base, Linear4bit):
+        weight = _dtype_reason(base, x) or _four_bit(base, x)
+    else:
+        weight = input_reason(base, x) or int8_obstacle(base) or int8_weight(base)
+    return weight if isinstance(weight, Reason) else LinearParts(weight, base.bias, None)
+
+
+def _four_bit(base: Any, x: Tensor) -> NF4Weight | Reason:
+    """The weight of a ``Linear4bit``, or why it cannot be read or multiplied by ``x``."""
+    reason = input_reason(base, x) or nf4_repacked(base)
+    if reason is not None:
+        return reason
+    seen = _seen.get(base)
+    if seen is None or not seen.is_of(base):
+        reason = nf4_obstacle(base)
+        if reason is not None:
+            return reason
+        _seen[base] = StorageSeen(base)
+    return nf4_weight(base)
+
+
+def _dtype_reason(base: Any, x: Tensor) -> Reason | None:
+    """Why a ``Linear4bit`` does not compute in the dtype of its input, as the other linears of one op do."""
+    dtype = base.compute_dtype or x.dtype
+    if dtype is x.dtype and (autocast_dtype(x) or dtype) is dtype:
+        return None
+    return Reason(f"its base layer computes in {dtype}, so each linear runs separately")
 
 
 def input_reason(base: Any, x: Tensor) -> Reason | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftkit.find.targets import is_cross_attention
 from peftkit.fuse.adapter import Adapter, changed_reason, current_adapter
 from peftkit.fuse.compute import LinearParts, backend_of, draw_seeds, linears
-from peftkit.fuse.linear import FusedLinear, drop_rate
+from peftkit.fuse.linear import FusedLoRA, drop_rate
 from peftkit.fuse.plan import Reason
 from peftkit.swap import own_class
 from peftkit_kernels.core.checks import is_autocast_enabled
@@ -59,7 +59,7 @@ class Siblings:
     change the grouping, so that a recomputation under checkpointing computes exactly the same. Each thread keeps its own outputs.
     """
 
-    def __init__(self, members: list[FusedLinear]):
+    def __init__(self, members: list[FusedLoRA]):
         self.members = tuple(members)
         self._thread = threading.local()
 
@@ -71,7 +71,7 @@ class Siblings:
             return _INFERENCE
         plans = []
         for member in self.members[first:]:
-            parts = member.peftkit_plan(x)
+            parts = member.peftkit_joined(x)
             if isinstance(parts, Reason):
                 return parts
             if parts.magnitude is not None and parts.lora.p:
@@ -97,7 +97,7 @@ class Siblings:
             else (f"fused:{backend_of(x, plans[0])}", "")
         )
 
-    def output_for(self, member: FusedLinear, x: Tensor) -> Tensor | None:
+    def output_for(self, member: FusedLoRA, x: Tensor) -> Tensor | None:
         """``member(x)`` if it is computed already or the siblings can be computed together, else ``None``."""
         if is_transformed() or x.is_inference():
             return None
@@ -115,7 +115,7 @@ class Siblings:
         self._thread.pending = None
         return self._compute(member, x, key)
 
-    def _compute(self, member: FusedLinear, x: Tensor, key: tuple[Any, ...]) -> Tensor | None:
+    def _compute(self, member: FusedLoRA, x: Tensor, key: tuple[Any, ...]) -> Tensor | None:
         first = next((i for i, other in enumerate(self.members) if other is member), None)
         if first is None or first == len(self.members) - 1:
             return None
@@ -128,7 +128,7 @@ class Siblings:
         self._thread.pending = _Pending(x, key, outputs)
         return y
 
-    def _pop(self, pending: _Pending, member: FusedLinear) -> Tensor | None:
+    def _pop(self, pending: _Pending, member: FusedLoRA) -> Tensor | None:
         y, state = pending.outputs.pop(id(member), (None, None))
         if not pending.outputs:
             self._thread.pending = None
@@ -168,7 +168,7 @@ def group_siblings(model: nn.Module) -> int:
             continue
         for known in _NAMES:
             names = tuple(n for n in known if parent._modules.get(n) is not None)
-            if sum(isinstance(parent._modules[n], FusedLinear) for n in names) < 2:
+            if sum(isinstance(parent._modules[n], FusedLoRA) for n in names) < 2:
                 continue
             # In cross-attention the query has its own input. This must not be decided in a forward: its recomputation under
             # checkpointing would decide otherwise.
@@ -177,7 +177,7 @@ def group_siblings(model: nn.Module) -> int:
                 if is_cross_attention(name, parent)
                 else calls_on_one_input(own_class(parent), names)
             )
-            members = [m for n in sharing if isinstance(m := parent._modules[n], FusedLinear)]
+            members = [m for n in sharing if isinstance(m := parent._modules[n], FusedLoRA)]
             if len(members) > 1 and len({m.in_features for m in members}) == 1:
                 group = Siblings(members)
                 for member in members:
@@ -238,7 +238,7 @@ def _sources(node: ast.expr, assigned: dict[str, list[ast.expr]], seen: frozense
     return {ast.unparse(node)}
 
 
-def _state(member: FusedLinear) -> tuple[Any, ...]:
+def _state(member: FusedLoRA) -> tuple[Any, ...]:
     """The state that an output depends on besides the input, such as the versions of the factors."""
     found = _adapter(member)
     if not isinstance(found, Adapter):
@@ -249,7 +249,7 @@ def _state(member: FusedLinear) -> tuple[Any, ...]:
     return A, B, magnitude, layer.scaling[found.name], found.dropout.training
 
 
-def _adapter(member: FusedLinear) -> Adapter | Reason:
+def _adapter(member: FusedLoRA) -> Adapter | Reason:
     return current_adapter(member, member._modules["base_layer"])  # pyright: ignore[reportArgumentType]
 
 

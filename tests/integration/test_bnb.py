@@ -20,7 +20,9 @@ from integration.support import (
 
 import peftkit
 
-FORWARD = Counter(nf4_linear=14, frozen_rms_norm=5, linear_cross_entropy=1)
+FORWARD = Counter(
+    lora_qkv=2, nf4_linear=2, lora_swiglu_mlp=2, frozen_rms_norm=5, linear_cross_entropy=1
+)
 """Calls in one forward of two layers."""
 
 
@@ -63,8 +65,11 @@ def test_losses_equal_those_of_stock_peft(quantized, tmp_path):
 def test_default_config_adapts_every_4_bit_linear_and_explains_it(quantized):
     model = peftkit.wrap(quantized())
     layers = {layer.name: layer for layer in peftkit.explain(model).layers}
-    adapted = [layer for name, layer in layers.items() if name.endswith("_proj")]
+    adapted = [layer for layer in layers.values() if layer.is_adapter]
     assert len(adapted) == 14
+    joined = [layer for name, layer in layers.items() if name.endswith(("v_proj", ".mlp"))]
+    assert {layer.path for layer in joined} == {"fused:torch"}
+    assert Counter(layer.method for layer in joined)["shared input"] == 2
     assert {(layer.path, layer.reason) for layer in adapted} == {("fused:torch", "")}
     norms = [layer for name, layer in layers.items() if name.endswith("norm")]
     assert len(norms) == 5

@@ -19,7 +19,7 @@ from lab.testing import Bound, Made, kept_for_backward
 from peftkit_kernels.core import workspace
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
-from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
+from peftkit_kernels.storage.int8 import quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 from peftkit_kernels.storage.quantized import decode, dequantize_reference
 
@@ -108,8 +108,7 @@ def test_each_subset_of_trained_tensors(storage, trained):
 @pytest.mark.parametrize("trained", subsets(TRAINED), ids="-".join)
 def test_keeps_what_the_readme_says(storage, trained):
     op, x, q, part = make(storage, x=(17, 33), trained=trained)
-    stored = [q.codes] if isinstance(q, Int8Weight) else [q.packed]
-    with kept_for_backward(*leaves_of(x.clone(), part).values(), *stored) as kept:
+    with kept_for_backward(*leaves_of(x.clone(), part).values(), *q.tensors()) as kept:
         y = op(x, q, part.bias, part.lora)
     assert y.requires_grad
     assert kept.total_bytes == 4 * 17 * (33 * ("A" in trained) + 4 * ("B" in trained))

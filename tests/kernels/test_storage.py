@@ -4,16 +4,23 @@ import pytest
 import torch
 
 from peftkit.fuse.compute import LinearParts, linear
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.lora_qkv import lora_qkv
+from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
 from peftkit_kernels.storage.int8 import quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 from peftkit_kernels.storage.quantized import (
     KINDS,
+    arguments_of,
     decode,
     decode_triton,
+    dense,
+    dense_reference,
     dequantize_reference,
     kind_of,
     layout_of,
     rebuild,
+    weights_of,
 )
 
 QUANTIZE = {
@@ -43,6 +50,50 @@ def test_a_weight_is_rebuilt_from_what_an_op_takes(name):
     expected = dequantize_reference(q, torch.float32)
     assert torch.equal(dequantize_reference(again, torch.float32), expected)
     assert torch.equal(decode(again, torch.float32), expected)
+
+
+@pytest.mark.parametrize(
+    "names", [["nf4"] * 3, ["int8"] * 3, ["nf4, nested", None, "int8"]], ids=str
+)
+def test_weights_are_made_again_from_two_arguments_of_an_op(names):
+    weights = [torch.randn(6, 64) for _ in names]
+    weights = [w if n is None else QUANTIZE[n](w) for n, w in zip(names, weights, strict=True)]
+    tensors, numbers = arguments_of(weights)
+    again = weights_of(tensors, numbers)
+    assert [type(w) for w in again] == [type(w) for w in weights]
+    for ours, theirs in zip(again, weights, strict=True):
+        assert torch.equal(dense(ours, torch.float32).clone(), dense(theirs, torch.float32))
+    assert arguments_of([w for w in weights if isinstance(w, torch.Tensor)])[1] == []
+
+
+@pytest.mark.parametrize(
+    "names", [["nf4"] * 3, ["int8"] * 3, ["nf4, nested", None, "int8"]], ids=str
+)
+@pytest.mark.parametrize("op", ["lora_qkv", "lora_swiglu_mlp"])
+def test_an_op_on_quantised_weights_gives_the_bits_of_their_decoded_values(op, names):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    shapes = [(48, 64), (48, 64), (64, 48)] if op == "lora_swiglu_mlp" else [(48, 64)] * 3
+    weights = [draw(*shape) for shape in shapes]
+    weights = [w if n is None else QUANTIZE[n](w) for n, w in zip(names, weights, strict=True)]
+    loras = [
+        LoRA(draw(4, K).requires_grad_(), draw(N, 4).requires_grad_(), 0.5, 0.2, 3)
+        for N, K in shapes
+    ]
+    x = draw(2, 7, 64).requires_grad_()
+    function = {"lora_qkv": lora_qkv, "lora_swiglu_mlp": lora_swiglu_mlp}[op]
+
+    def run(weights, backend):
+        outputs = function(x, weights, [None] * 3, loras, backend=backend)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        leaves = [x, *(t for lora in loras for t in (lora.A, lora.B))]
+        loss = sum(y.square().sum() for y in outputs)
+        return [*outputs, *torch.autograd.grad(loss, leaves)]
+
+    decoded = [dense_reference(w, torch.float32) for w in weights]
+    for backend in ("torch", "reference"):
+        for ours, theirs in zip(run(weights, backend), run(decoded, backend), strict=True):
+            assert torch.equal(ours, theirs), backend
 
 
 @pytest.mark.parametrize(

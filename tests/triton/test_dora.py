@@ -14,10 +14,10 @@ from peftkit_kernels.low_rank.config import fuses_gemm
 from peftkit_kernels.ops.dora import dora_linear, dora_norm
 from peftkit_kernels.ops.dora.config import MagnitudeConfig, NormConfig
 from peftkit_kernels.ops.dora.torch_impl import folds
-from peftkit_kernels.ops.dora.triton_impl import magnitude_grad, parts_of, weight_norm
+from peftkit_kernels.ops.dora.triton_impl import magnitude_grad, weight_norm
 from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
-from peftkit_kernels.storage.quantized import dequantize_reference
+from peftkit_kernels.storage.quantized import arguments_of, dequantize_reference, tensors_of
 
 N = 29
 TRAINED = ("x", "bias", "A", "B", "magnitude")
@@ -131,7 +131,7 @@ def test_a_weight_is_read_once(storage):
         weight_norm(weight, lora.A, lora.B, lora.scale)
     (launch,) = traffic.launches
     read = launch.arguments["w_ptr"].load
-    stored = parts_of(weight)[0]
+    stored = tensors_of([weight])
     assert read.requested_bytes == read.unique_bytes == read.sector_bytes == stored[0].nbytes
     small = sum(t.nbytes for t in (lora.A, lora.B)) + 2 * 4 * 64
     scales = sum(t.nbytes for t in stored[1:2])
@@ -325,11 +325,11 @@ def test_float64_weights_are_refused_by_name():
 
 def test_opcheck():
     weight, leaves, _ = make("nf4", x=(3, 33), dtype=torch.bfloat16, factors=torch.float32)
-    stored, layout = parts_of(weight)
+    stored, storage = arguments_of([weight])
     A, B, magnitude = (leaves[name] for name in ("A", "B", "magnitude"))
     ops = torch.ops.peftkit
-    torch.library.opcheck(ops.dora_norm.default, (stored, layout, A.detach(), B.detach(), 0.7))
+    torch.library.opcheck(ops.dora_norm.default, (stored, storage, A.detach(), B.detach(), 0.7))
     norm = torch.ones(N)
-    tensors = leaves["x"], stored, layout, leaves["bias"], A, B, magnitude, norm
+    tensors = leaves["x"], stored, storage, leaves["bias"], A, B, magnitude, norm
     for keep_direction in (False, True):
         torch.library.opcheck(ops.dora_linear.default, (*tensors, 0.7, 0.1, 5, keep_direction))

@@ -11,6 +11,10 @@ from peftkit_kernels.core.plan import Plans
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer, triton_impl
 from peftkit_kernels.ops.lora_decoder_layer.reference import rotated
+from peftkit_kernels.ops.lora_linear import triton_impl as linear_impl
+from peftkit_kernels.storage.int8 import quantize_int8
+from peftkit_kernels.storage.nf4 import quantize_nf4
+from peftkit_kernels.storage.quantized import dense_reference
 
 B, S, D, F, R = 2, 19, 32, 48, 4
 HEADS, KEY_HEADS, HEAD_SIZE = 4, 2, 16
@@ -131,6 +135,41 @@ def test_float32_factors_on_a_16_bit_input():
         assert ours <= FACTOR * theirs + 1e-7
 
 
+@pytest.mark.parametrize("storage", ["nf4", "int8", "mixed"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_quantised_weights_give_what_their_decoded_values_give(monkeypatch, backend, storage):
+    # both alike: by a product that adds the update, and with a decode before the product
+    monkeypatch.setattr(linear_impl, "fuses_gemm", lambda *a, **k: False)
+    monkeypatch.setattr(linear_impl, "decodes_in_product", lambda *a: False)
+    arguments = make(torch.bfloat16, p=0.3)
+    stored: list = [
+        quantize_int8(w) if storage == "int8" else quantize_nf4(w, 32) for w in arguments["weights"]
+    ]
+    if storage == "mixed":
+        stored[4] = quantize_int8(arguments["weights"][4])
+        stored[1] = stored[5] = None
+    weights = [
+        dense if q is None else q for q, dense in zip(stored, arguments["weights"], strict=True)
+    ]
+    decoded = [dense_reference(weight, torch.bfloat16) for weight in weights]
+    if storage != "mixed":
+        # a decoded pair shares a buffer, so one product computes gate and up
+        decoded[4:6] = torch.cat(decoded[4:6]).split(F)
+    found = run(arguments | {"weights": weights}, backend)
+    expected = run(arguments | {"weights": decoded}, backend)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_quantised_weights_are_decoded_once_each_way():
+    arguments = make(torch.bfloat16)
+    arguments["weights"] = [quantize_nf4(w, 32) for w in arguments["weights"]]
+    with watched() as traffic:
+        run(arguments, "triton")
+    names = [launch.kernel for launch in traffic.launches]
+    assert names.count("dequantize_kernel") == 14
+
+
 def test_a_replayed_plan_equals_the_schedule_for_other_values(monkeypatch):
     arguments = make(p=0.3)
     run(arguments, "triton")
@@ -231,5 +270,5 @@ def test_opcheck():
     arguments = make(batch=1)
     op = triton_impl.lora_decoder_layer_triton.op
     parts = [arguments[name] for name in ("x", "cos", "sin", "norms", "weights", "biases", "loras")]
-    call = triton_impl.arguments_of(*parts, "silu", 0.25, "flash")
+    call = triton_impl.op_arguments(*parts, "silu", 0.25, "flash")
     torch.library.opcheck(op.library, call, test_utils=("test_schema", "test_faketensor"))

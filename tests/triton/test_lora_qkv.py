@@ -216,12 +216,12 @@ def test_passes_over_the_input_are_one_shrink_one_gemm_each_and_one_da_pass():
     arguments = triton_impl.without_gaps([None] * 3, [part.lora for part in parts])
     torch.use_deterministic_algorithms(False)
     with watched() as traffic, EagerTraffic() as torch_ops, torch.no_grad():
-        ys, joint = triton_impl.forward(x, weights, *arguments)
+        ys, joint = triton_impl.forward(x, weights, [], *arguments)
         dys = [y.clone() for y in ys]
         del torch_ops.ops[-3:]
         _, As, Bs, _, *numbers = arguments
         triton_impl.backward(
-            *(dys, weights, x, As, Bs, joint, *numbers, True, [True] * 3, [True] * 3)
+            *(dys, weights, [], x, As, Bs, joint, *numbers, True, [True] * 3, [True] * 3)
         )
     M, K, R = 40, 64, 4
     N = 64 + 32 + 32
@@ -248,7 +248,7 @@ def test_opcheck():
     x, parts = make(x=(3, 33), p=0.1, dtype=torch.bfloat16, factors=torch.float32)
     weights, biases, loras = ([getattr(p, n) for p in parts] for n in ("weight", "bias", "lora"))
     arguments = triton_impl.without_gaps([biases[0], None, biases[2]], [loras[0], loras[1], None])
-    torch.library.opcheck(torch.ops.peftkit.lora_qkv.default, (x, weights, *arguments))
+    torch.library.opcheck(torch.ops.peftkit.lora_qkv.default, (x, weights, [], *arguments))
 
 
 def test_gradients_of_strided_outputs():

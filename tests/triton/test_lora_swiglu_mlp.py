@@ -302,9 +302,9 @@ def test_bytes_are_those_of_the_formula(monkeypatch, one_buffer):
     dy = output_grad(x)
     torch.use_deterministic_algorithms(False)  # filling new memory with NaN is traffic of its own
     with watched() as traffic, EagerTraffic() as torch_ops, torch.no_grad():
-        _, eg, s = triton_impl.forward(x, weights, *arguments, "silu")
+        _, eg, s = triton_impl.forward(x, weights, [], *arguments, "silu")
         needs = True, [False, False], [True] * 3, [True] * 3
-        triton_impl.backward(dy, weights, x, eg, As, Bs, s, *numbers, "silu", *needs)
+        triton_impl.backward(dy, weights, [], x, eg, As, Bs, s, *numbers, "silu", *needs)
     streams = (11 if one_buffer else 14) * M * D + 16 * M * F + 6 * D * F
     # of gate and up: s is written once and read 3 times, ds written once and read twice; of down: s 1 and 2, ds 1 and 1
     small = M * R * (2 * (4 + 3) + 3 + 2)
@@ -389,7 +389,7 @@ def test_opcheck():
     for biases, loras in cases:
         arguments = without_gaps(biases, loras)
         op = torch.ops.peftkit.lora_swiglu_mlp.default
-        torch.library.opcheck(op, (x, weights, *arguments, "gelu"))
+        torch.library.opcheck(op, (x, weights, [], *arguments, "gelu"))
 
 
 @pytest.mark.parametrize("std", [0.001, 0.01, 0.1])

@@ -13,12 +13,8 @@ from peftkit_kernels.core.launch import INTERPRETED, Target
 from peftkit_kernels.low_rank.config import fuses_gemm
 from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
 from peftkit_kernels.ops.quantized_linear.config import SmallConfig, nf4_step, small_rows
-from peftkit_kernels.ops.quantized_linear.triton_impl import (
-    backward,
-    decodes_in_product,
-    forward,
-    small_m,
-)
+from peftkit_kernels.ops.quantized_linear.passes import decodes_in_product, small_m
+from peftkit_kernels.ops.quantized_linear.triton_impl import backward, forward
 from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
 from peftkit_kernels.storage.nf4 import NF4Weight, quantize_nf4
 from peftkit_kernels.storage.nf4.weight import LEVELS

@@ -136,10 +136,10 @@ def _lora_qkv(
             for n, seed in zip(widths, (_SEED,) * 3 if shared else range(3), strict=True)
         ]
         arguments = without_gaps([None] * 3, loras)
-        ys, joint = forward(x, weights, *arguments)
+        ys, joint = forward(x, weights, [], *arguments)
         dys = [torch.empty_like(y) for y in ys]
         _, As, Bs, _, *numbers = arguments
-        backward(dys, weights, x, As, Bs, joint, *numbers, True, [True] * 3, [True] * 3)
+        backward(dys, weights, [], x, As, Bs, joint, *numbers, True, [True] * 3, [True] * 3)
 
 
 def _lora_swiglu_mlp(
@@ -164,10 +164,10 @@ def _lora_swiglu_mlp(
             for i, (N, K) in enumerate(shapes)
         ]
         arguments = without_gaps([None] * 3, loras)
-        y, gate_up, s = forward(x, weights, *arguments, act)
+        y, gate_up, s = forward(x, weights, [], *arguments, act)
         _, As, Bs, _, *numbers = arguments
         needs = True, [False, False], [True] * 3, [True] * 3
-        backward(y, weights, x, gate_up, As, Bs, s, *numbers, act, *needs)
+        backward(y, weights, [], x, gate_up, As, Bs, s, *numbers, act, *needs)
 
 
 def _bottleneck(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:

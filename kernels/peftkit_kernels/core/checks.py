@@ -72,13 +72,18 @@ def check_bias(bias: Tensor | None, weight: Shaped, name: str) -> None:
         )
 
 
-def check_weight(x: Tensor, weight: Tensor, name: str) -> None:
+def check_weight(x: Tensor, weight: Shaped, name: str) -> None:
     """Raise ``ValueError`` unless ``weight`` is a frozen ``[N, K]`` for ``x [..., K]``."""
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+    if len(weight.shape) != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)} and x {tuple(x.shape)}; {name} must be [N, K] for x [..., K]"
         )
-    if weight.requires_grad:
+    check_frozen(weight, name)
+
+
+def check_frozen(weight: Shaped, name: str) -> None:
+    """Raise ``ValueError`` if ``weight`` requires a gradient."""
+    if isinstance(weight, Tensor) and weight.requires_grad:
         raise ValueError(
             f"{name} requires a gradient, but this op does not compute one; freeze it with requires_grad_(False)"
         )

@@ -1,4 +1,4 @@
-"""Frozen weights of any kind of storage: which kind a weight has, its decoded values, and its form as the arguments of an op."""
+"""Frozen weights of any storage: which kind a quantised weight is, its decoded values, and weights as arguments of an op."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core import workspace
+from peftkit_kernels.core.views import as_one_view
+from peftkit_kernels.low_rank import cast
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.int8.kind import INT8
 from peftkit_kernels.storage.kind import Kind
@@ -16,6 +18,7 @@ from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.nf4.kind import NF4
 
 QuantizedWeight = NF4Weight | Int8Weight
+Weight = Tensor | QuantizedWeight
 KINDS = (NF4, INT8)
 """All kinds. Their numbers are part of what ``layout_of`` returns."""
 
@@ -66,6 +69,71 @@ def rebuild(tensors: Sequence[Tensor], layout: Sequence[int]) -> QuantizedWeight
     """The weight, from its ``tensors()`` and ``layout_of``."""
     number, *own = layout
     return KINDS[number].rebuild(tensors, own)
+
+
+def arguments_of(weights: Sequence[Weight]) -> tuple[list[Tensor], list[int]]:
+    """Weights as two arguments of an op: their tensors, and the numbers that ``weights_of`` needs (none if all are dense)."""
+    if all(isinstance(weight, Tensor) for weight in weights):
+        return list(weights), []  # pyright: ignore[reportReturnType]
+    tensors: list[Tensor] = []
+    numbers: list[int] = []
+    for weight in weights:
+        own, layout = (
+            ([weight], []) if isinstance(weight, Tensor) else (weight.tensors(), layout_of(weight))
+        )
+        tensors += own
+        numbers += [len(own), len(layout), *layout]
+    return tensors, numbers
+
+
+def weights_of(tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Weight]:
+    """The weights from which ``arguments_of`` has made the arguments."""
+    if not numbers:
+        return list(tensors)
+    weights: list[Weight] = []
+    left, rest = list(tensors), list(numbers)
+    while rest:
+        count, size = rest[:2]
+        own, layout, rest = left[:count], rest[2 : 2 + size], rest[2 + size :]
+        left = left[count:]
+        weights.append(rebuild(own, layout) if layout else own[0])
+    return weights
+
+
+def tensors_of(weights: Sequence[Weight]) -> list[Tensor]:
+    """All tensors of which the weights consist."""
+    return arguments_of(weights)[0]
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """``[N, K]`` in ``dtype``. A quantised weight is decoded into the workspace: use the result before the next call."""
+    return cast(weight, dtype) if isinstance(weight, Tensor) else decode(weight, dtype)
+
+
+def dense_triton(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """``dense`` by a Triton kernel."""
+    return cast(weight, dtype) if isinstance(weight, Tensor) else decode_triton(weight, dtype)
+
+
+def dense_reference(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """``dense`` by the definition of the weight's storage, as a new tensor."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else dequantize_reference(weight, dtype)
+
+
+def stacked_triton(weights: Sequence[Weight], dtype: torch.dtype) -> Tensor | None:
+    """Weights of one width on top of each other, ``[ΣN, K]``: a view of their common buffer, or decoded as ``dense_triton``.
+
+    ``None`` if dense weights have no common buffer, or if only some weights are dense.
+    """
+    if all(isinstance(weight, Tensor) for weight in weights):
+        return as_one_view([cast(weight, dtype) for weight in weights], 0)  # pyright: ignore[reportArgumentType]
+    if any(isinstance(weight, Tensor) for weight in weights):
+        return None
+    sizes = [weight.shape[0] for weight in weights]
+    out = workspace.take((sum(sizes), weights[0].shape[1]), dtype, weights[0].device)
+    for weight, part in zip(weights, out.split(sizes), strict=True):
+        kind_of(weight).decode_triton(weight, part, None)
+    return out
 
 
 def check_quantized(x: Tensor, q: QuantizedWeight, kind: type, name: str = "q") -> None:

@@ -8,10 +8,10 @@ from torch import Tensor
 from peftkit_kernels.core.checks import autocast_dtype, check_bias, check_lora, check_weight
 from peftkit_kernels.core.dispatch import Backend, choose_backend
 from peftkit_kernels.low_rank import LoRA, adapter_dtype
-from peftkit_kernels.ops.dora.reference import Weight, dora_linear_reference, dora_norm_reference
+from peftkit_kernels.ops.dora.reference import dora_linear_reference, dora_norm_reference
 from peftkit_kernels.ops.dora.torch_impl import Call, DoRALinear, weight_norm
-from peftkit_kernels.ops.dora.triton_impl import dora_norm_triton, parts_of, run_triton
-from peftkit_kernels.storage.quantized import check_quantized
+from peftkit_kernels.ops.dora.triton_impl import dora_norm_triton, run_triton
+from peftkit_kernels.storage.quantized import Weight, arguments_of, check_quantized, tensors_of
 
 
 @torch.no_grad()
@@ -34,10 +34,10 @@ def dora_norm(weight: Weight, lora: LoRA, *, backend: Backend = "auto") -> Tenso
     if len(weight.shape) != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [N, K]")
     check_lora(lora, weight, "lora")
-    stored, layout = parts_of(weight)
+    stored, storage = arguments_of([weight])
     chosen = choose_backend("dora_norm", backend, lora.A, lora.B, *stored, rank=lora.A.shape[0])
     if chosen == "triton":
-        return dora_norm_triton(stored, layout, lora.A, lora.B, lora.scale)
+        return dora_norm_triton(stored, storage, lora.A, lora.B, lora.scale)
     if chosen == "reference":
         dtype = torch.promote_types(lora.A.dtype, torch.float32)
         if isinstance(weight, Tensor):
@@ -104,7 +104,7 @@ def dora_linear(
         )
     # with wider factors y is rounded to the dtype of x after the scaling, so (y - bias) / g would be less exact than z
     keep_direction = keep_direction or adapter_dtype(x, lora.A) is not x.dtype
-    tensors = x, *parts_of(weight)[0], bias, lora.A, lora.B, magnitude, norm
+    tensors = x, *tensors_of([weight]), bias, lora.A, lora.B, magnitude, norm
     chosen = choose_backend("dora_linear", backend, *tensors, rank=lora.A.shape[0])
     if chosen == "reference":
         return dora_linear_reference(x, weight, bias, lora, magnitude, norm)

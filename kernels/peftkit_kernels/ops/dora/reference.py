@@ -7,9 +7,7 @@ from torch import Tensor
 
 from peftkit_kernels.core.dropout import apply_dropout
 from peftkit_kernels.low_rank import LoRA, adapter_dtype
-from peftkit_kernels.storage.quantized import QuantizedWeight, dequantize_reference
-
-Weight = Tensor | QuantizedWeight
+from peftkit_kernels.storage.quantized import Weight, dense_reference
 
 
 def dora_norm_reference(
@@ -17,7 +15,7 @@ def dora_norm_reference(
 ) -> Tensor:
     """``|W + scale · B A|`` of every row, ``[N]`` in ``compute_dtype`` (default: float32, or float64 for float64 factors)."""
     dtype = compute_dtype or torch.promote_types(lora.A.dtype, torch.float32)
-    full = weight.to(dtype) if isinstance(weight, Tensor) else dequantize_reference(weight, dtype)
+    full = dense_reference(weight, dtype)
     return torch.linalg.vector_norm(full + lora.scale * lora.B.to(dtype) @ lora.A.to(dtype), dim=1)
 
 
@@ -36,7 +34,7 @@ def dora_linear_reference(
     if norm is None:
         wide = torch.promote_types(dtype, torch.float32)
         norm = dora_norm_reference(weight, lora, compute_dtype=wide).detach()
-    full = weight.to(dtype) if isinstance(weight, Tensor) else dequantize_reference(weight, dtype)
+    full = dense_reference(weight, dtype)
     flat = x.to(dtype).reshape(-1, x.shape[-1])
     factors = compute_dtype or adapter_dtype(x, lora.A)
     s = apply_dropout(flat.to(factors), lora.p, lora.seed) @ lora.A.to(factors).t()

@@ -13,11 +13,10 @@ from peftkit_kernels.core import recompute, workspace
 from peftkit_kernels.core.autograd import once_differentiable
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.low_rank import LoRA, cast, rows
-from peftkit_kernels.ops.dora.reference import Weight
 from peftkit_kernels.ops.dora_scale.torch_impl import column_products, scaled
 from peftkit_kernels.ops.lora_linear.torch_impl import add_update_grad, unflatten
 from peftkit_kernels.ops.lora_qkv.torch_impl import Numbers
-from peftkit_kernels.storage.quantized import decode
+from peftkit_kernels.storage.quantized import Weight, decode, dense
 
 _NORM_ROWS = 128
 """Rows of a weight that are processed at a time: at a width of 2,048 they are 1 MiB, which stays in the second-level cache."""
@@ -107,8 +106,7 @@ class DoRALinear(torch.autograd.Function):
         cast_bias = None if bias is None else cast(bias, dtype)
         z = None
         if call.keep_direction:
-            W = cast(weight, dtype) if isinstance(weight, Tensor) else decode(weight, dtype)
-            z = low_rank.expand_(matmul_nt(flat, W), s, B, lora.scale)
+            z = low_rank.expand_(matmul_nt(flat, dense(weight, dtype)), s, B, lora.scale)
             y = scaled(z, g, cast_bias)
         elif folds(flat.shape[0], weight):
             y = matmul_nt(flat, scaled_weight(weight, g, dtype), cast_bias)
@@ -153,9 +151,7 @@ class DoRALinear(torch.autograd.Function):
                 if folds(dy.shape[0], weight) and not ctx.call.keep_direction:
                     dx = matmul_nn(dy, scaled_weight(weight, g, dy.dtype))
                 else:
-                    W = weight
-                    W = cast(W, dy.dtype) if isinstance(W, Tensor) else decode(W, dy.dtype)
-                    dx = matmul_nn(scaled(dy, g, None), W)
+                    dx = matmul_nn(scaled(dy, g, None), dense(weight, dy.dtype))
                 dx = add_update_grad(dx, ds, lora).view(ctx.shape)
         return dx, None, dbias, dA, dB, dmagnitude, None
 

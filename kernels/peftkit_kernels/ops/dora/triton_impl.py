@@ -15,7 +15,6 @@ from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.ops.dora.config import MagnitudeConfig, NormConfig
-from peftkit_kernels.ops.dora.reference import Weight
 from peftkit_kernels.ops.dora.torch_impl import folds, scaled_weight
 from peftkit_kernels.ops.dora_scale.triton_impl import scale_forward
 from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
@@ -23,7 +22,13 @@ from peftkit_kernels.ops.lora_linear.triton_impl import project
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.nf4.triton_impl import absmax_arguments, absmax_constants, words_of
-from peftkit_kernels.storage.quantized import decode_triton, layout_of, rebuild
+from peftkit_kernels.storage.quantized import (
+    Weight,
+    arguments_of,
+    decode_triton,
+    dense_triton,
+    weights_of,
+)
 
 _NO_BLOCKS = {"NESTED": False, "BLOCKSIZE": 8, "NESTED_BLOCK": 1}
 
@@ -33,18 +38,6 @@ def _kernels() -> Any:
     from peftkit_kernels.ops.dora import kernels
 
     return kernels
-
-
-def parts_of(weight: Weight) -> tuple[list[Tensor], list[int]]:
-    """A weight in the form that a torch.library op takes: tensors and numbers."""
-    if isinstance(weight, Tensor):
-        return [weight], list(weight.shape)
-    return weight.tensors(), layout_of(weight)
-
-
-def _weight(tensors: Sequence[Tensor], layout: Sequence[int]) -> Weight:
-    """The weight, from the parts that ``parts_of`` returned."""
-    return tensors[0] if tensors[0].is_floating_point() else rebuild(tensors, layout)
 
 
 def weight_norm(
@@ -129,7 +122,7 @@ def magnitude_grad(
 def forward(
     x: Tensor,
     weight: Sequence[Tensor],
-    layout: Sequence[int],
+    storage: Sequence[int],
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -148,20 +141,19 @@ def forward(
     """
     if not x.numel():
         numbers = scale, p, seed, keep_direction
-        y, s, g, z = _empty_outputs(x, weight, layout, bias, A, B, magnitude, norm, *numbers)
+        y, s, g, z = _empty_outputs(x, weight, storage, bias, A, B, magnitude, norm, *numbers)
         return y, s, g.copy_(cast(magnitude, norm.dtype) / norm), z
-    flat, dtype, W = rows(x), x.dtype, _weight(weight, layout)
+    flat, dtype, W = rows(x), x.dtype, weights_of(weight, storage)[0]
     g = cast(magnitude, norm.dtype) / norm
     wide = adapter_dtype(x, A)
     s = passes.shrink(flat, cast(A, wide), p, seed)
     bias = None if bias is None else cast(bias, dtype)
-    z = flat.new_empty(0, layout[-2])
+    z = flat.new_empty(0, W.shape[0])
     if keep_direction:
-        W = cast(W, dtype) if isinstance(W, Tensor) else decode_triton(W, dtype)
-        z = project(flat, W, s, cast(B, wide), scale)
+        z = project(flat, dense_triton(W, dtype), s, cast(B, wide), scale)
         y = scale_forward(z, g, bias)
     elif isinstance(W, Tensor) and not folds(flat.shape[0], W):
-        y = project(flat, cast(W, dtype), s, cast(B, wide), scale)
+        y = project(flat, W, s, cast(B, wide), scale)
         y = y.mul_(g) if bias is None else torch.addcmul(bias, y, g, out=y)
     else:
         factor = cast(B * g[:, None], wide)
@@ -172,7 +164,7 @@ def forward(
 def _empty_outputs(
     x: Tensor,
     weight: Sequence[Tensor],
-    layout: Sequence[int],
+    storage: Sequence[int],
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
@@ -183,17 +175,17 @@ def _empty_outputs(
     seed: int,
     keep_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = x.new_empty(*x.shape[:-1], layout[-2])
-    M = x.shape[:-1].numel()
+    N, M = weights_of(weight, storage)[0].shape[0], x.shape[:-1].numel()
+    y = x.new_empty(*x.shape[:-1], N)
     s = x.new_empty(M, A.shape[0], dtype=adapter_dtype(x, A))
-    z = x.new_empty(M if keep_direction else 0, layout[-2])
+    z = x.new_empty(M if keep_direction else 0, N)
     return y, s, norm.new_empty(norm.shape), z
 
 
 def backward(
     dy: Tensor,
     weight: Sequence[Tensor],
-    layout: Sequence[int],
+    storage: Sequence[int],
     x: Tensor | None,
     y: Tensor | None,
     bias: Tensor | None,
@@ -214,12 +206,12 @@ def backward(
         return [
             grad.zero_()
             for grad in _like_grads(
-                *(dy, weight, layout, x, y, bias, A, B, magnitude, norm, g, s),
+                *(dy, weight, storage, x, y, bias, A, B, magnitude, norm, g, s),
                 *(scale, p, seed, keep_direction, needs),
             )
         ]
     needs_x, needs_A, needs_B, needs_magnitude = needs
-    flat, dtype, W = rows(dy), dy.dtype, _weight(weight, layout)
+    flat, dtype, W = rows(dy), dy.dtype, weights_of(weight, storage)[0]
     wide = adapter_dtype(dy, A)
     factor = cast(B * g[:, None], wide)
     dx = dA = dB = ds = dmagnitude = None
@@ -240,7 +232,7 @@ def backward(
     if needs_x:
         if keep_direction or (isinstance(W, Tensor) and not folds(flat.shape[0], W)):
             flat = scale_forward(flat, g, None)
-            full = cast(W, dtype) if isinstance(W, Tensor) else decode_triton(W, dtype)
+            full = dense_triton(W, dtype)
         else:
             full = scaled_weight(W, g, dtype, decode_triton)
         dx = project(flat, full.t(), ds, cast(A, wide).t(), 1.0, p=p, seed=seed)
@@ -251,7 +243,7 @@ def backward(
 def _like_grads(
     dy: Tensor,
     weight: Sequence[Tensor],
-    layout: Sequence[int],
+    storage: Sequence[int],
     x: Tensor | None,
     y: Tensor | None,
     bias: Tensor | None,
@@ -267,30 +259,31 @@ def _like_grads(
     keep_direction: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    like = dy.new_empty(*dy.shape[:-1], layout[-1]), A, B, magnitude
+    K = weights_of(weight, storage)[0].shape[1]
+    like = dy.new_empty(*dy.shape[:-1], K), A, B, magnitude
     return [t.new_empty(t.shape) for t, needed in zip(like, needs, strict=True) if needed]
 
 
 def _norm_op(
-    weight: Sequence[Tensor], layout: Sequence[int], A: Tensor, B: Tensor, scale: float
+    weight: Sequence[Tensor], storage: Sequence[int], A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
-    return weight_norm(_weight(weight, layout), A, B, scale)
+    return weight_norm(weights_of(weight, storage)[0], A, B, scale)
 
 
 def _norm_like(
-    weight: Sequence[Tensor], layout: Sequence[int], A: Tensor, B: Tensor, scale: float
+    weight: Sequence[Tensor], storage: Sequence[int], A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
-    return A.new_empty(layout[-2], dtype=torch.float32)
+    return A.new_empty(weights_of(weight, storage)[0].shape[0], dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, weight, layout, bias, A, B, magnitude, norm, *numbers, keep_direction = inputs
+    x, weight, storage, bias, A, B, magnitude, norm, *numbers, keep_direction = inputs
     ctx.recompute_x, x_parts = recompute.saved_for(x, A.requires_grad)
     y, s, g, z = output
     kept_y = (z if keep_direction else y) if magnitude.requires_grad else None
     kept_s, kept_norm = s if B.requires_grad else None, norm if keep_direction else None
     ctx.save_for_backward(kept_y, bias, A, B, magnitude, kept_norm, g, kept_s, *weight, *x_parts)
-    ctx.layout, ctx.stored, ctx.numbers = layout, len(weight), (*numbers, keep_direction)
+    ctx.storage, ctx.stored, ctx.numbers = storage, len(weight), (*numbers, keep_direction)
 
 
 def _backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -302,7 +295,7 @@ def _backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | Non
     grads: Sequence[Tensor] = []
     if any(wanted):
         x = recompute.restore(ctx.recompute_x, x_parts)
-        tensors = weight, ctx.layout, x, y, bias, A, B, magnitude, norm, g, s
+        tensors = weight, ctx.storage, x, y, bias, A, B, magnitude, norm, g, s
         grads = _backward_op(dy, *tensors, *ctx.numbers, wanted)
     found = iter(grads)
     dx, dA, dB, dmagnitude = (next(found) if needed else None for needed in wanted)
@@ -311,13 +304,13 @@ def _backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | Non
 
 dora_norm_triton = Op(
     "dora_norm",
-    "(Tensor[] weight, int[] layout, Tensor A, Tensor B, float scale) -> Tensor",
+    "(Tensor[] weight, int[] storage, Tensor A, Tensor B, float scale) -> Tensor",
     _norm_op,
     _norm_like,
 )
 _linear_op = Op(
     "dora_linear",
-    "(Tensor x, Tensor[] weight, int[] layout, Tensor? bias, Tensor A, Tensor B, Tensor magnitude, Tensor norm,"
+    "(Tensor x, Tensor[] weight, int[] storage, Tensor? bias, Tensor A, Tensor B, Tensor magnitude, Tensor norm,"
     " float scale, float p, int seed, bool keep_direction) -> (Tensor, Tensor, Tensor, Tensor)",
     forward,
     _empty_outputs,
@@ -327,7 +320,7 @@ dora_linear_triton = Differentiable(
 )
 _backward_op = Op(
     "dora_linear_backward",
-    "(Tensor dy, Tensor[] weight, int[] layout, Tensor? x, Tensor? y, Tensor? bias, Tensor A, Tensor B,"
+    "(Tensor dy, Tensor[] weight, int[] storage, Tensor? x, Tensor? y, Tensor? bias, Tensor A, Tensor B,"
     " Tensor magnitude, Tensor? norm, Tensor g, Tensor? s, float scale, float p, int seed, bool keep_direction,"
     " bool[] needs) -> Tensor[]",
     backward,
@@ -346,4 +339,4 @@ def run_triton(
 ) -> Tensor:
     """``dora_linear`` on Triton."""
     tensors = bias, lora.A, lora.B, magnitude, norm
-    return dora_linear_triton(x, *parts_of(weight), *tensors, *lora.numbers(), keep_direction)
+    return dora_linear_triton(x, *arguments_of([weight]), *tensors, *lora.numbers(), keep_direction)

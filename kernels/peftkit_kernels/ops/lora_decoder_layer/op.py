@@ -21,11 +21,12 @@ from peftkit_kernels.ops.frozen_norm.config import obstacle as norm_obstacle
 from peftkit_kernels.ops.lora_decoder_layer.reference import Norm, lora_decoder_layer_reference
 from peftkit_kernels.ops.lora_decoder_layer.torch_impl import lora_decoder_layer_torch
 from peftkit_kernels.ops.lora_decoder_layer.triton_impl import (
-    arguments_of,
     lora_decoder_layer_triton,
+    op_arguments,
 )
 from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS
 from peftkit_kernels.ops.lora_swiglu_mlp.config import obstacle as gate_obstacle
+from peftkit_kernels.storage.quantized import Weight, tensors_of
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -35,7 +36,7 @@ def lora_decoder_layer(
     cos: Tensor,
     sin: Tensor,
     norms: Sequence[Norm],
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     loras: Sequence[LoRA | None],
     act: str = "silu",
@@ -54,7 +55,8 @@ def lora_decoder_layer(
         cos: ``[B or 1, S, head size]``.
         sin: As ``cos``.
         norms: The norm before attention and that before the MLP.
-        weights: q, k, v ``[heads · head size, D]``, o ``[D, heads · head size]``, gate, up ``[F, D]``, down ``[D, F]``.
+        weights: q, k, v ``[heads · head size, D]``, o ``[D, heads · head size]``, gate, up ``[F, D]``, down ``[D, F]``: tensors or
+            quantised weights.
         biases: One or ``None`` for each linear, frozen.
         loras: One or ``None`` for each linear.
         act: One of ``lora_swiglu_mlp.ACTIVATIONS``.
@@ -70,7 +72,7 @@ def lora_decoder_layer(
     S, head_size = x.shape[-2], cos.shape[-1]
     kernel = causal.kernel_for(x, S, head_size)
     if backend == "auto" and kernel is not None and replays(x):
-        arguments = arguments_of(x, cos, sin, norms, weights, biases, loras, act, scale, kernel)
+        arguments = op_arguments(x, cos, sin, norms, weights, biases, loras, act, scale, kernel)
         found = lora_decoder_layer_triton.again(*arguments)
         if found is not None:
             return found
@@ -78,14 +80,24 @@ def lora_decoder_layer(
     factors = [t for lora in loras if lora is not None for t in (lora.A, lora.B)]
     frozen = [norm.weight for norm in norms]
     chosen = choose_backend(
-        *("lora_decoder_layer", backend, x, cos, sin, *frozen, *weights, *biases, *factors),
+        *(
+            "lora_decoder_layer",
+            backend,
+            x,
+            cos,
+            sin,
+            *frozen,
+            *tensors_of(weights),
+            *biases,
+            *factors,
+        ),
         rank=rank,
         own_obstacle=_own_obstacle(x, S, head_size, rank),
     )
     if chosen == "triton" and kernel is not None:
         return tuple(
             lora_decoder_layer_triton(
-                *arguments_of(x, cos, sin, norms, weights, biases, loras, act, scale, kernel)
+                *op_arguments(x, cos, sin, norms, weights, biases, loras, act, scale, kernel)
             )
         )
     run = lora_decoder_layer_reference if chosen == "reference" else lora_decoder_layer_torch
@@ -120,7 +132,7 @@ def _check(
     cos: Tensor,
     sin: Tensor,
     norms: Sequence[Norm],
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     loras: Sequence[LoRA | None],
     act: str,

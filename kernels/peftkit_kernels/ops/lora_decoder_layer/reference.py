@@ -13,6 +13,7 @@ from peftkit_kernels.ops.attention import attention_reference
 from peftkit_kernels.ops.frozen_norm import rms_norm_reference
 from peftkit_kernels.ops.lora_qkv import lora_qkv_reference
 from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp_reference
+from peftkit_kernels.storage.quantized import Weight
 
 
 class Norm(NamedTuple):
@@ -36,7 +37,7 @@ def lora_decoder_layer_reference(
     cos: Tensor,
     sin: Tensor,
     norms: Sequence[Norm],
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     loras: Sequence[LoRA | None],
     act: str,

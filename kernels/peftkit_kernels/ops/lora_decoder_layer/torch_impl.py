@@ -12,6 +12,7 @@ from peftkit_kernels.ops.frozen_norm import frozen_rms_norm
 from peftkit_kernels.ops.lora_decoder_layer.reference import Norm, rotated
 from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
+from peftkit_kernels.storage.quantized import Weight
 
 
 def lora_decoder_layer_torch(
@@ -19,7 +20,7 @@ def lora_decoder_layer_torch(
     cos: Tensor,
     sin: Tensor,
     norms: Sequence[Norm],
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     loras: Sequence[LoRA | None],
     act: str,

@@ -22,6 +22,7 @@ from peftkit_kernels.ops.lora_decoder_layer.config import RotateConfig
 from peftkit_kernels.ops.lora_decoder_layer.reference import Norm
 from peftkit_kernels.ops.lora_qkv import triton_impl as qkv
 from peftkit_kernels.ops.lora_swiglu_mlp import triton_impl as mlp
+from peftkit_kernels.storage.quantized import Weight, arguments_of, weights_of
 
 QKV, OUT, MLP = range(0, 3), range(3, 4), range(4, 7)
 """The linears of each part: q, k, v; the output projection; gate, up, down."""
@@ -106,6 +107,7 @@ def forward(
     sin: Tensor,
     norms: Sequence[Tensor],
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     biases: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -124,18 +126,27 @@ def forward(
     """``[y, k, v]``, and what backward needs besides the arguments, in the order of ``_Kept``."""
     adapters = Adapters(biases, As, Bs, biased, adapted, scales, ps, seeds)
     first, out, inner = (adapters.of(part) for part in PARTS)
+    W_qkv, W_out, W_mlp = _weights(weights, storage)
     h, rstd = norm.rms_forward(x, norms[0], eps[0], offsets[0], round_first[0])
-    (q, k, v), s_qkv = qkv.forward(h, weights[:3], *first)
+    (q, k, v), s_qkv = qkv.forward(h, *W_qkv, *first)
     rotate_(q, k, cos, sin)
     q, k, v = (_heads(t, cos.shape[2]) for t in (q, k, v))
     o, numbers = causal.forward(q, k, v, scale, kernel)
-    (x2,), s_out = qkv.forward(o.flatten(2), weights[3:4], *out)
+    (x2,), s_out = qkv.forward(o.flatten(2), *W_out, *out)
     x2.add_(x)
     h, rstd2 = norm.rms_forward(x2, norms[1], eps[1], offsets[1], round_first[1])
-    y, gate_up, s_mlp = mlp.forward(h, weights[4:], *inner, act)
+    y, gate_up, s_mlp = mlp.forward(h, *W_mlp, *inner, act)
     y.add_(x2)
     kept = _Kept(rstd, q, o, numbers, s_qkv, x2, s_out, rstd2, gate_up, s_mlp)
     return [y, k, v], kept.flat()
+
+
+def _weights(
+    weights: Sequence[Tensor], storage: Sequence[int]
+) -> list[tuple[list[Tensor], list[int]]]:
+    """The weights of each part, in the form of its op."""
+    linears = weights_of(weights, storage)
+    return [arguments_of(linears[part.start : part.stop]) for part in PARTS]
 
 
 class _Kept(NamedTuple):
@@ -188,6 +199,7 @@ def _empty_outputs(
     sin: Tensor,
     norms: Sequence[Tensor],
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     biases: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -202,7 +214,8 @@ def _empty_outputs(
     adapters = Adapters(biases, As, Bs, biased, adapted, scales, ps, seeds)
     first, out, inner = (adapters.of(part).loras(len(part)) for part in PARTS)
     M, rstd = B * S, x.new_empty(B * S, dtype=torch.float32)
-    heads = [weight.shape[0] // D for weight in weights[:3]]
+    widths = [weight.shape[0] for weight in weights_of(weights, storage)]
+    heads = [width // D for width in widths[:3]]
     q, k, v = (x.new_empty(B, S, n, D).transpose(1, 2) for n in heads)
     kept = _Kept(
         *(rstd, q, x.new_empty(B, S, heads[0], D)),
@@ -210,7 +223,7 @@ def _empty_outputs(
         qkv.joint_like(x, M, first),
         x.new_empty(x.shape),
         qkv.joint_like(x, M, out),
-        *(torch.empty_like(rstd), x.new_empty(M, 2 * weights[4].shape[0])),
+        *(torch.empty_like(rstd), x.new_empty(M, 2 * widths[4])),
         qkv.joint_like(x, M, inner[: mlp.DOWN]) + qkv.joint_like(x, M, inner[mlp.DOWN :]),
     )
     return [x.new_empty(x.shape), k, v], kept.flat()
@@ -228,6 +241,7 @@ def backward(
     kept: Sequence[Tensor],
     norms: Sequence[Tensor],
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     adapted: Sequence[int],
@@ -253,17 +267,18 @@ def backward(
     first, out, inner = (adapters.of(part) for part in PARTS)
     needs = [_needs(part, adapted, needs_A, needs_B) for part in PARTS]
     saved = _Kept.of(kept, adapters, kernel)
+    W_qkv, W_out, W_mlp = _weights(weights, storage)
     dy = torch.zeros_like(x) if dy is None else dy
     # 1. the MLP, its norm and the second residual sum
     h = norm.rms_forward(saved.x2, norms[1], eps[1], offsets[1], round_first[1])[0]
     dh, *mlp_grads = mlp.backward(
-        *(dy, weights[4:], h, saved.gate_up, inner.As, inner.Bs, saved.s_mlp),
+        *(dy, *W_mlp, h, saved.gate_up, inner.As, inner.Bs, saved.s_mlp),
         *(*inner.numbers, act, True, [False, False], *needs[2]),
     )
     dx2 = norm.backward(dh, saved.x2, norms[1], None, saved.rstd2, offsets[1]).add_(dy)
     # 2. the output projection and attention
     do, *out_grads = qkv.backward(
-        *([dx2], weights[3:4], saved.o.flatten(2), out.As, out.Bs, saved.s_out),
+        *([dx2], *W_out, saved.o.flatten(2), out.As, out.Bs, saved.s_out),
         *(*out.numbers, True, *needs[1]),
     )
     grads = causal.backward(
@@ -277,7 +292,7 @@ def backward(
     # 3. q, k and v, their norm and the first residual sum
     h = norm.rms_forward(x, norms[0], eps[0], offsets[0], round_first[0])[0]
     found = qkv.backward(
-        *(dqkv, weights[:3], h, first.As, first.Bs, saved.s_qkv),
+        *(dqkv, *W_qkv, h, first.As, first.Bs, saved.s_qkv),
         *(*first.numbers, needs_x, *needs[0]),
     )
     results = []
@@ -313,6 +328,7 @@ def _like_grads(
     kept: Sequence[Tensor],
     norms: Sequence[Tensor],
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     *rest: Any,
@@ -324,19 +340,20 @@ def _like_grads(
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
-    x, cos, sin, norms, weights, _, As, Bs, _, *numbers = inputs
+    x, cos, sin, norms, weights, ctx.storage, _, As, Bs, _, *numbers = inputs
     (_, k, v), kept = output
     ctx.save_for_backward(x, cos, sin, k, v, *norms, *weights, *As, *Bs, *kept)
-    ctx.adapters, ctx.numbers = len(As), numbers
+    ctx.stored, ctx.adapters, ctx.numbers = len(weights), len(As), numbers
 
 
 def _backward(ctx: Any, needs: Sequence[Any], grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     count = ctx.adapters
-    first, norms, weights, As, Bs, kept = qkv.split(ctx.saved_tensors, 5, 2, 7, count, count)
+    counts = 5, 2, ctx.stored, count, count
+    first, norms, weights, As, Bs, kept = qkv.split(ctx.saved_tensors, *counts)
     needs_x, needs_A, needs_B = needs
     dx, dA, dB = None, [None] * count, [None] * count
     if (needs_x or any((*needs_A, *needs_B))) and any(grad is not None for grad in grads):
-        tensors = *first, kept, norms, weights, As, Bs
+        tensors = *first, kept, norms, weights, ctx.storage, As, Bs
         wanted = needs_x, list(needs_A), list(needs_B)
         found = iter(_backward_op(*grads, *tensors, *ctx.numbers, *wanted))
         dx = next(found) if needs_x else None
@@ -349,7 +366,7 @@ _NUMBERS = f"{_ADAPTERS}, float[] eps, float[] offsets, bool[] round_first, str 
 
 _forward_op = Op(
     "lora_decoder_layer",
-    "(Tensor x, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs,"
+    "(Tensor x, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, int[] storage, Tensor[] biases, Tensor[] As, Tensor[] Bs,"
     f" int[] biased, {_NUMBERS}) -> (Tensor[], Tensor[])",
     forward,
     _empty_outputs,
@@ -359,7 +376,7 @@ lora_decoder_layer_triton = Differentiable(_forward_op, ("x", "As", "Bs"), _keep
 _backward_op = Op(
     "lora_decoder_layer_backward",
     "(Tensor? dy, Tensor? dk, Tensor? dv, Tensor x, Tensor cos, Tensor sin, Tensor k, Tensor v, Tensor[] kept,"
-    f" Tensor[] norms, Tensor[] weights, Tensor[] As, Tensor[] Bs, {_NUMBERS},"
+    f" Tensor[] norms, Tensor[] weights, int[] storage, Tensor[] As, Tensor[] Bs, {_NUMBERS},"
     " bool needs_x, bool[] needs_A, bool[] needs_B) -> Tensor[]",
     backward,
     _like_grads,
@@ -367,12 +384,12 @@ _backward_op = Op(
 )
 
 
-def arguments_of(
+def op_arguments(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
     norms: Sequence[Norm],
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     loras: Sequence[LoRA | None],
     act: str,
@@ -381,7 +398,7 @@ def arguments_of(
 ) -> tuple[Any, ...]:
     """The arguments of the op, from those of ``lora_decoder_layer``."""
     return (
-        *(x, cos, sin, [norm.weight for norm in norms], list(weights)),
+        *(x, cos, sin, [norm.weight for norm in norms], *arguments_of(weights)),
         *qkv.without_gaps(biases, loras),
         [norm.eps for norm in norms],
         [norm.offset for norm in norms],

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from peftkit_kernels.core.dropout import apply_dropout
 from peftkit_kernels.low_rank import LoRA, adapter_dtype
+from peftkit_kernels.storage.quantized import Weight, dense_reference
 
 
 def lora_linear_reference(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     lora: LoRA | None,
     *,
@@ -21,7 +22,7 @@ def lora_linear_reference(
 
     Args:
         x: ``[..., K]``.
-        weight: ``[N, K]``.
+        weight: ``[N, K]``; a quantised one is decoded and rounded to the dtype of the products.
         bias: ``[N]`` or ``None``.
         lora: The adapter, or ``None`` for the frozen linear alone.
         compute_dtype: Dtype of every product. The default is that of ``x`` for the frozen linear and
@@ -32,7 +33,9 @@ def lora_linear_reference(
     """
     dtype = compute_dtype or x.dtype
     x = x.to(dtype)
-    y = torch.nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    y = torch.nn.functional.linear(
+        x, dense_reference(weight, dtype), None if bias is None else bias.to(dtype)
+    )
     if lora is None:
         return y
     wide = compute_dtype or adapter_dtype(x, lora.A)

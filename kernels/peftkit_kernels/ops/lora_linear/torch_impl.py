@@ -1,4 +1,7 @@
-"""``lora_linear`` from torch ops: the BLAS computes the large products, rank-r passes add the update; only x and s are kept."""
+"""A linear from torch ops: the BLAS computes the large products, rank-r passes add the update; only x and s are kept.
+
+A quantised weight is decoded into the workspace before each product.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,15 @@ from peftkit_kernels.core import recompute
 from peftkit_kernels.core.autograd import once_differentiable
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.low_rank import LoRA, cast, rows
+from peftkit_kernels.storage.quantized import Weight, arguments_of, dense, weights_of
 
 
 def project(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor | None, lora: LoRA | None
+    x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, lora: LoRA | None
 ) -> Tensor:
     """``x Wᵀ + bias + scale · s Bᵀ`` for rows ``x [M, K]`` and ``s [M, R]``."""
     bias = None if bias is None else cast(bias, x.dtype)
-    y = matmul_nt(x, cast(weight, x.dtype), bias)
+    y = matmul_nt(x, dense(weight, x.dtype), bias)
     return y if lora is None or s is None else low_rank.expand_(y, s, lora.B, lora.scale)
 
 
@@ -50,39 +54,47 @@ class LoRALinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        numbers: tuple[float, float, int],
+        A: Tensor | None,
+        B: Tensor | None,
+        numbers: tuple[float, float, int] | None,
     ) -> Tensor:
-        lora = LoRA(A, B, *numbers)
-        flat = rows(x)
-        s = low_rank.shrink(flat, A, lora.p, lora.seed)
+        lora, flat = _lora(A, B, numbers), rows(x)
+        s = None if lora is None else low_rank.shrink(flat, lora.A, lora.p, lora.seed)
         y = project(flat, weight, bias, s, lora)
         _, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         ctx.recompute_x, x_parts = recompute.saved_for(x, needs_A)
-        # neither a dropped x nor a mask: the mask is recomputed from its seed
-        ctx.save_for_backward(weight, A, B, s if needs_B else None, *x_parts)
-        ctx.numbers, ctx.shape = numbers, x.shape
+        stored, ctx.storage = arguments_of([weight])
+        # neither a dropped x nor a mask: the mask is recomputed from its seed; and not the decoded weight
+        ctx.save_for_backward(A, B, s if needs_B else None, *stored, *x_parts)
+        ctx.numbers, ctx.shape, ctx.stored = numbers, x.shape, len(stored)
         return unflatten(y, x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, A, B, s, *x_parts = ctx.saved_tensors
-        lora = LoRA(A, B, *ctx.numbers)
+        A, B, s, *more = ctx.saved_tensors
+        (weight,) = weights_of(more[: ctx.stored], ctx.storage)
+        lora = _lora(A, B, ctx.numbers)
         needs_x, _, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
         dy = rows(dy)
-        dB = low_rank.grad_b(dy, s, lora.scale, B) if needs_B else None
         dbias = dy.sum(0) if needs_bias else None
-        dx = dA = None
-        if needs_x or needs_A:
-            ds = low_rank.grad_s(dy, B, lora.scale)
-            if needs_A:
-                x = recompute.restore(ctx.recompute_x, x_parts)
-                dA = low_rank.grad_a(ds, rows(x), A.dtype, lora.p, lora.seed)
-            if needs_x:
-                dx = add_update_grad(matmul_nn(dy, cast(weight, dy.dtype)), ds, lora)
-                dx = unflatten(dx, ctx.shape)
+        dx = dA = dB = ds = None
+        if lora is not None and needs_B:
+            dB = low_rank.grad_b(dy, s, lora.scale, lora.B)
+        if lora is not None and (needs_x or needs_A):
+            ds = low_rank.grad_s(dy, lora.B, lora.scale)
+        if lora is not None and needs_A:
+            x = recompute.restore(ctx.recompute_x, more[ctx.stored :])
+            dA = low_rank.grad_a(ds, rows(x), lora.A.dtype, lora.p, lora.seed)
+        if needs_x:
+            dx = matmul_nn(dy, dense(weight, dy.dtype))
+            dx = unflatten(dx if lora is None else add_update_grad(dx, ds, lora), ctx.shape)
         return dx, None, dbias, dA, dB, None
+
+
+def _lora(
+    A: Tensor | None, B: Tensor | None, numbers: tuple[float, float, int] | None
+) -> LoRA | None:
+    return None if A is None or B is None or numbers is None else LoRA(A, B, *numbers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftkit_kernels.core import recompute
@@ -17,21 +18,32 @@ from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.config import fuses_gemm
 from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
+from peftkit_kernels.ops.quantized_linear.passes import decodes_in_product, small_m
+from peftkit_kernels.storage.quantized import Weight, dense_triton
 
 
 def project(
     x: Tensor,
-    weight: Tensor,
-    s: Tensor,
-    B: Tensor,
-    scale: float,
+    weight: Weight,
+    s: Tensor | None = None,
+    B: Tensor | None = None,
+    scale: float = 1.0,
     *,
     bias: Tensor | None = None,
     p: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """``x Wᵀ + mask ∘ (scale · s Bᵀ) + bias`` by one of the schedules; arguments as ``passes.gemm_lora``."""
+    """``x Wᵀ + mask ∘ (scale · s Bᵀ) + bias`` by one of the schedules; arguments as ``passes.gemm_lora``.
+
+    The weight may be quantised if there is no mask, or have another dtype. Without ``s`` and ``B`` there is no update.
+    """
     N, K = weight.shape
+    bias = None if bias is None else cast(bias, x.dtype)
+    if not isinstance(weight, Tensor) and decodes_in_product(x.shape[0], weight, target_of(x)):
+        return small_m(x, weight, bias, s, B, scale)
+    weight = dense_triton(weight, x.dtype)
+    if s is None or B is None:
+        return torch.nn.functional.linear(x, weight, bias)
     if fuses_gemm(N, K, itemsize=x.element_size(), target=target_of(x)):
         return passes.gemm_lora(x, weight, s, B, scale, bias=bias, p=p, seed=seed)
     # the update before the product: the GEMM reads it back while its main loop runs
@@ -52,10 +64,9 @@ def forward(
     """``y`` as ``lora_linear`` defines it, ``[..., N]``, and ``s = drop(x) Aᵀ``, ``[M, R]``."""
     if not x.numel():
         return _empty_outputs(x, weight, bias, A, B, scale, p, seed)
-    flat, dtype, wide = rows(x), x.dtype, adapter_dtype(x, A)
+    flat, wide = rows(x), adapter_dtype(x, A)
     s = passes.shrink(flat, cast(A, wide), p, seed)
-    bias = None if bias is None else cast(bias, dtype)
-    y = project(flat, cast(weight, dtype), s, cast(B, wide), scale, bias=bias)
+    y = project(flat, weight, s, cast(B, wide), scale, bias=bias)
     return unflatten(y, x.shape), s
 
 

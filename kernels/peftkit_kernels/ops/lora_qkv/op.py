@@ -21,11 +21,12 @@ from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_qkv.reference import lora_qkv_reference
 from peftkit_kernels.ops.lora_qkv.torch_impl import Call, LoRAQKV
 from peftkit_kernels.ops.lora_qkv.triton_impl import lora_qkv_triton, without_gaps
+from peftkit_kernels.storage.quantized import Weight, arguments_of
 
 
 def lora_qkv(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     loras: Sequence[LoRA | None],
     *,
@@ -38,7 +39,7 @@ def lora_qkv(
 
     Args:
         x: ``[..., K]``.
-        weights: ``[Nᵢ, K]`` for each projection, frozen.
+        weights: ``[Nᵢ, K]`` for each projection, frozen: a tensor or a quantised weight.
         biases: ``[Nᵢ]`` or ``None`` for each projection.
         loras: An adapter or ``None`` for each projection.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
@@ -50,7 +51,7 @@ def lora_qkv(
         ValueError: Shapes or dtypes do not fit, a weight requires a gradient, or the backend cannot run.
     """
     if backend == "auto" and replays(x):
-        ys = lora_qkv_triton.again(x, list(weights), *without_gaps(biases, loras))
+        ys = lora_qkv_triton.again(x, *arguments_of(weights), *without_gaps(biases, loras))
         if ys is not None:
             return tuple(ys)
     dtype = autocast_dtype(x)
@@ -68,9 +69,10 @@ def lora_qkv(
     ]
     As, Bs, numbers = zip(*factors, strict=True)
     rank = max([0, *(A.shape[0] for A in As if A is not None)])
-    chosen = choose_backend("lora_qkv", backend, x, *weights, *biases, *As, *Bs, rank=rank)
+    stored, storage = arguments_of(weights)
+    chosen = choose_backend("lora_qkv", backend, x, *stored, *biases, *As, *Bs, rank=rank)
     if chosen == "reference":
         return lora_qkv_reference(x, weights, biases, loras)
     if chosen == "triton":
-        return tuple(lora_qkv_triton(x, list(weights), *without_gaps(biases, loras)))
-    return run(LoRAQKV, Call(numbers), x, *weights, *biases, *As, *Bs)
+        return tuple(lora_qkv_triton(x, stored, storage, *without_gaps(biases, loras)))
+    return run(LoRAQKV, Call(numbers, storage), x, *biases, *As, *Bs, *stored)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_linear.reference import lora_linear_reference
+from peftkit_kernels.storage.quantized import Weight
 
 
 def lora_qkv_reference(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     loras: Sequence[LoRA | None],
     *,

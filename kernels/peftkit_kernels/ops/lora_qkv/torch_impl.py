@@ -14,14 +14,21 @@ from peftkit_kernels.core.autograd import once_differentiable
 from peftkit_kernels.gemm import addmm_nn, matmul_nn
 from peftkit_kernels.low_rank import LoRA, cast, rows
 from peftkit_kernels.ops.lora_linear.torch_impl import add_update_grad, project, unflatten
+from peftkit_kernels.storage.quantized import dense, weights_of
 
 Numbers = tuple[float, float, int]
 
 
 class Call(NamedTuple):
-    """The numbers of each projection, ``(scale, p, seed)``, or ``None`` if it has no adapter."""
+    """The arguments of the autograd function that are not tensors.
+
+    Attributes:
+        numbers: ``(scale, p, seed)`` of each projection, or ``None`` if it has no adapter.
+        storage: How the weights are stored, as from ``arguments_of``.
+    """
 
     numbers: tuple[Numbers | None, ...]
+    storage: list[int]
 
 
 def joins_shrinks(rows: int, ranks: Sequence[int]) -> bool:
@@ -89,21 +96,24 @@ def shared_grads(
 class LoRAQKV(torch.autograd.Function):
     """The chain rule of ``lora_linear`` for each projection; ``dx`` is the sum over the projections.
 
-    The tensors are passed in one flat list: ``x``, then weights, biases, A's and B's of all projections (``None`` if missing).
+    The tensors are passed in one flat list: ``x``, then biases, A's and B's of all projections (``None`` if missing), then those of
+    the weights.
     """
 
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         count = len(call.numbers)
-        weights, biases, As, Bs = (tensors[i * count : (i + 1) * count] for i in range(4))
+        biases, As, Bs = (tensors[i * count : (i + 1) * count] for i in range(3))
+        stored: Any = tensors[3 * count :]
+        weights = weights_of(stored, call.storage)
         loras = make_loras(As, Bs, call.numbers)
         flat = rows(x)
         s = shared_shrink(flat, loras)
         ys = [project(flat, *parts) for parts in zip(weights, biases, s, loras, strict=True)]
         needs = ctx.needs_input_grad[2:]
-        ctx.recompute_x, x_parts = recompute.saved_for(x, any(needs[2 * count : 3 * count]))
-        ctx.save_for_backward(*weights, *As, *Bs, *s, *x_parts)
-        ctx.call, ctx.shape = call, x.shape
+        ctx.recompute_x, x_parts = recompute.saved_for(x, any(needs[count : 2 * count]))
+        ctx.save_for_backward(*As, *Bs, *s, *stored, *x_parts)
+        ctx.call, ctx.shape, ctx.stored = call, x.shape, len(stored)
         # an output that was not used has no gradient, so backward can skip it
         ctx.set_materialize_grads(False)
         return tuple(unflatten(y, x.shape) for y in ys)
@@ -113,8 +123,10 @@ class LoRAQKV(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         count = len(ctx.call.numbers)
-        x = recompute.restore(ctx.recompute_x, saved[4 * count :])
-        weights, As, Bs, ss = (saved[i * count : (i + 1) * count] for i in range(4))
+        As, Bs, ss = (saved[i * count : (i + 1) * count] for i in range(3))
+        end = 3 * count + ctx.stored
+        weights = weights_of(saved[3 * count : end], ctx.call.storage)
+        x = recompute.restore(ctx.recompute_x, saved[end:])
         loras = make_loras(As, Bs, ctx.call.numbers)
         needs = ctx.needs_input_grad[2:]
         flat = [None if dy is None else rows(dy) for dy in dys]
@@ -123,23 +135,23 @@ class LoRAQKV(torch.autograd.Function):
         for i, dy in enumerate(flat):
             if dy is None:
                 continue
-            if needs[count + i]:
+            if needs[i]:
                 dbias[i] = dy.sum(0)
             if loras[i] is not None:
                 ds[i] = low_rank.grad_s(dy, Bs[i], loras[i].scale)
-                if needs[3 * count + i]:
+                if needs[2 * count + i]:
                     dB[i] = low_rank.grad_b(dy, ss[i], loras[i].scale, Bs[i])
             if ctx.needs_input_grad[1]:
-                weight = cast(weights[i], dy.dtype)
+                weight = dense(weights[i], dy.dtype)
                 dx = matmul_nn(dy, weight) if dx is None else addmm_nn(dx, dy, weight)
         dx, dA = shared_grads(dx, None if x is None else rows(x), ds, loras)
         return (
             None,
             None if dx is None else unflatten(dx, ctx.shape),
-            *[None] * count,
             *dbias,
             *dA,
             *dB,
+            *[None] * ctx.stored,
         )
 
 

@@ -22,19 +22,15 @@ from peftkit_kernels.low_rank.groups import (
 )
 from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 from peftkit_kernels.ops.lora_linear.triton_impl import project
+from peftkit_kernels.storage.quantized import Weight, dense_triton, stacked_triton, weights_of
 
 Tensors = Sequence[Tensor | None]
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x Wᵀ + bias`` by the library's GEMM, in the dtype of ``x``."""
-    bias = None if bias is None else cast(bias, x.dtype)
-    return torch.nn.functional.linear(x, cast(weight, x.dtype), bias)
 
 
 def forward(
     x: Tensor,
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     biases: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -46,28 +42,28 @@ def forward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs of ``lora_qkv``, and ``drop(x) Aᵀ`` of every group of adapters, ``[M, ΣR]``.
 
-    torch.library does not differentiate lists of tensors that contain ``None``. So ``biases``, ``As`` and ``Bs`` have no gaps,
+    ``weights`` and ``storage`` come from ``arguments_of``, here and in every function with arguments of these names. torch.library does not differentiate lists of tensors that contain ``None``. So ``biases``, ``As`` and ``Bs`` have no gaps,
     and ``biased`` and ``adapted`` are the indices of the projections that have a bias or an adapter.
     """
     if not x.numel():
-        return _empty_outputs(x, weights, biases, As, Bs, biased, adapted, scales, ps, seeds)
-    flat, loras = rows(x), loras_of(len(weights), As, Bs, adapted, scales, ps, seeds)
+        numbers = adapted, scales, ps, seeds
+        return _empty_outputs(x, weights, storage, biases, As, Bs, biased, *numbers)
+    parts = weights_of(weights, storage)
+    flat, loras = rows(x), loras_of(len(parts), As, Bs, adapted, scales, ps, seeds)
     groups = group(loras)
     joint = shrink_groups(flat, loras, groups)
     ys = []
     for weight, bias, s, lora in zip(
-        weights,
-        with_gaps(biases, biased, len(weights)),
+        parts,
+        with_gaps(biases, biased, len(parts)),
         members_of(joint, loras, groups, 1),
         loras,
         strict=True,
     ):
         if lora is None or s is None:
-            y = linear(flat, weight, bias)
+            y = project(flat, weight, bias=bias)
         else:
-            bias = None if bias is None else cast(bias, x.dtype)
-            W, B = cast(weight, x.dtype), cast(lora.B, s.dtype)
-            y = project(flat, W, s, B, lora.scale, bias=bias)
+            y = project(flat, weight, s, cast(lora.B, s.dtype), lora.scale, bias=bias)
         ys.append(unflatten(y, x.shape))
     return ys, joint
 
@@ -75,6 +71,7 @@ def forward(
 def _empty_outputs(
     x: Tensor,
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     biases: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -84,9 +81,10 @@ def _empty_outputs(
     ps: Sequence[float],
     seeds: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    loras = loras_of(len(weights), As, Bs, adapted, scales, ps, seeds)
+    parts = weights_of(weights, storage)
+    loras = loras_of(len(parts), As, Bs, adapted, scales, ps, seeds)
     M = x.shape[:-1].numel()
-    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in parts]
     return ys, joint_like(x, M, loras)
 
 
@@ -101,6 +99,7 @@ def joint_like(x: Tensor, M: int, loras: Sequence[LoRA | None]) -> list[Tensor]:
 def backward(
     dys: Tensors,
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     x: Tensor | None,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -122,11 +121,11 @@ def backward(
     present = [dy for dy in dys if dy is not None]
     if not present[0].numel():
         grads = _like_grads(
-            *(dys, weights, x, As, Bs, joint, adapted, scales, ps, seeds),
+            *(dys, weights, storage, x, As, Bs, joint, adapted, scales, ps, seeds),
             *(needs_x, needs_A, needs_B),
         )
         return [grad.zero_() for grad in grads]
-    loras = loras_of(len(weights), As, Bs, adapted, scales, ps, seeds)
+    loras = loras_of(len(dys), As, Bs, adapted, scales, ps, seeds)
     groups = group(loras)
     dtype = present[0].dtype
     flat = [None if dy is None else rows(dy) for dy in dys]
@@ -147,7 +146,7 @@ def backward(
     # the updates before the products: the GEMMs then add to dx in place
     dx = add_updates(None, ds, loras, groups, dtype) if needs_x else None
     if needs_x:
-        for dy, W in _products(flat, [cast(weight, dtype) for weight in weights]):
+        for dy, W in _products(flat, weights_of(weights, storage), dtype):
             dx = dy @ W if dx is None else dx.addmm_(dy, W)
     grads = [] if dx is None else [unflatten(dx, present[0].shape)]
     if any(needs_A) and x is not None:
@@ -156,12 +155,21 @@ def backward(
     return grads + [grad for grad in dB if grad is not None]
 
 
-def _products(dys: Tensors, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The pairs ``(dy, W)`` whose products add up to dx: one pair if gradients and weights are each parts of one buffer."""
+def _products(
+    dys: Tensors, weights: Sequence[Weight], dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs ``(dy, W)`` whose products add up to dx: one pair if gradients and weights are each parts of one buffer.
+
+    A decoded ``W`` is valid until the next pair is made.
+    """
     present = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if dy is not None]
     left = as_one_view([dy for dy, _ in present], 1)
-    right = None if left is None else as_one_view([weight for _, weight in present], 0)
-    return present if left is None or right is None else [(left, right)]
+    right = None if left is None else stacked_triton([weight for _, weight in present], dtype)
+    if left is not None and right is not None:
+        yield left, right
+        return
+    for dy, weight in present:
+        yield dy, dense_triton(weight, dtype)
 
 
 def grads_at_output(
@@ -194,6 +202,7 @@ def grads_at_output(
 def _like_grads(
     dys: Tensors,
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     x: Tensor | None,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -207,7 +216,8 @@ def _like_grads(
     needs_B: Sequence[bool],
 ) -> list[Tensor]:
     dy = next(dy for dy in dys if dy is not None)
-    grads = [dy.new_empty(*dy.shape[:-1], weights[0].shape[1])] if needs_x else []
+    width = weights_of(weights, storage)[0].shape[1]
+    grads = [dy.new_empty(*dy.shape[:-1], width)] if needs_x else []
     factors = zip((*As, *Bs), (*needs_A, *needs_B), strict=True)
     return grads + [t.new_empty(t.shape) for t, needed in factors if needed]
 
@@ -238,12 +248,13 @@ _NUMBERS = "int[] adapted, float[] scales, float[] ps, int[] seeds"
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
-    x, weights, _, As, Bs, biased, *numbers = inputs
+    x, weights, storage, _, As, Bs, biased, *numbers = inputs
     ctx.recompute_x, x_parts = recompute.saved_for(x, any(A.requires_grad for A in As))
     joint = output[1]
     needed = any(B.requires_grad for B in Bs)
     ctx.save_for_backward(*weights, *As, *Bs, *(s if needed else None for s in joint), *x_parts)
-    ctx.counts, ctx.biased, ctx.numbers = (len(weights), len(As), len(joint)), biased, numbers
+    ctx.counts, ctx.biased = (len(weights), len(As), len(joint)), biased
+    ctx.storage, ctx.numbers = storage, numbers
 
 
 def factors_of(
@@ -271,7 +282,8 @@ def _backward(ctx: Any, needs: Sequence[Any], dys: Tensors) -> tuple[Any, ...]:
     if any(dy is not None for dy in dys):
         x = recompute.restore(ctx.recompute_x, x_parts)
         wanted = needs_x, list(needs_A), list(needs_B)
-        found = iter(_backward_op(dys, weights, x, As, Bs, joint, *ctx.numbers, *wanted))
+        tensors = weights, ctx.storage, x, As, Bs, joint
+        found = iter(_backward_op(dys, *tensors, *ctx.numbers, *wanted))
         dx = next(found) if needs_x else None
         dA, dB = factors_of(found, needs_A, needs_B)
     for j, (i, needed) in enumerate(zip(ctx.biased, needs_bias, strict=True)):
@@ -282,7 +294,7 @@ def _backward(ctx: Any, needs: Sequence[Any], dys: Tensors) -> tuple[Any, ...]:
 
 _forward_op = Op(
     "lora_qkv",
-    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
+    "(Tensor x, Tensor[] weights, int[] storage, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
     f" {_NUMBERS}) -> (Tensor[], Tensor[])",
     forward,
     _empty_outputs,
@@ -291,7 +303,7 @@ _forward_op = Op(
 lora_qkv_triton = Differentiable(_forward_op, ("x", "biases", "As", "Bs"), _keep, _backward)
 _backward_op = Op(
     "lora_qkv_backward",
-    "(Tensor?[] dys, Tensor[] weights, Tensor? x, Tensor[] As, Tensor[] Bs, Tensor?[] joint,"
+    "(Tensor?[] dys, Tensor[] weights, int[] storage, Tensor? x, Tensor[] As, Tensor[] Bs, Tensor?[] joint,"
     f" {_NUMBERS}, bool needs_x, bool[] needs_A, bool[] needs_B) -> Tensor[]",
     backward,
     _like_grads,

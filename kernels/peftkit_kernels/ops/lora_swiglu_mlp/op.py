@@ -12,6 +12,7 @@ from peftkit_kernels.core.checks import (
     autocast_dtype,
     check_bias,
     check_counts,
+    check_frozen,
     check_lora,
     check_weight,
 )
@@ -24,11 +25,12 @@ from peftkit_kernels.ops.lora_swiglu_mlp.config import obstacle
 from peftkit_kernels.ops.lora_swiglu_mlp.reference import lora_swiglu_mlp_reference
 from peftkit_kernels.ops.lora_swiglu_mlp.torch_impl import Call, LoRASwiGLUMLP
 from peftkit_kernels.ops.lora_swiglu_mlp.triton_impl import lora_swiglu_mlp_triton
+from peftkit_kernels.storage.quantized import Weight, arguments_of
 
 
 def lora_swiglu_mlp(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
     loras: Sequence[LoRA | None],
     act: str = "silu",
@@ -41,7 +43,7 @@ def lora_swiglu_mlp(
 
     Args:
         x: ``[..., D]``.
-        weights: Gate ``[F, D]``, up ``[F, D]``, down ``[D, F]``, frozen.
+        weights: Gate ``[F, D]``, up ``[F, D]``, down ``[D, F]``, frozen: tensors or quantised weights.
         biases: One or ``None`` for each linear, in the same order.
         loras: One or ``None`` for each linear, in the same order.
         act: One of ``ACTIVATIONS``.
@@ -57,7 +59,9 @@ def lora_swiglu_mlp(
     Source: Shazeer, 2020, arXiv:2002.05202 (gated MLPs).
     """
     if backend == "auto" and replays(x):
-        y = lora_swiglu_mlp_triton.again(x, list(weights), *without_gaps(biases, loras), act)
+        y = lora_swiglu_mlp_triton.again(
+            x, *arguments_of(weights), *without_gaps(biases, loras), act
+        )
         if y is not None:
             return y
     if act not in ACTIVATIONS:
@@ -74,15 +78,12 @@ def lora_swiglu_mlp(
     for i, name in enumerate(("gate", "up")):
         check_weight(x, weights[i], f"weights[{i}] ({name})")
     gate, up, down = weights
-    if up.shape != gate.shape or down.dim() != 2 or down.shape[1] != gate.shape[0]:
+    if up.shape != gate.shape or len(down.shape) != 2 or down.shape[1] != gate.shape[0]:
         raise ValueError(
             f"weights: gate {tuple(gate.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} "
             "do not form an MLP; they must be [F, D], [F, D] and [D, F]"
         )
-    if down.requires_grad:
-        raise ValueError(
-            "weights[2] (down) requires a gradient, but this op does not compute one; freeze it with requires_grad_(False)"
-        )
+    check_frozen(down, "weights[2] (down)")
     for i, (weight, bias, lora) in enumerate(zip(weights, biases, loras, strict=True)):
         check_bias(bias, weight, f"biases[{i}]")
         if lora is not None:
@@ -92,10 +93,11 @@ def lora_swiglu_mlp(
     ]
     As, Bs, numbers = zip(*factors, strict=True)
     rank = max([0, *(A.shape[0] for A in As if A is not None)])
-    tensors, own = (x, *weights, *biases, *As, *Bs), obstacle(rank, x.element_size())
+    stored, storage = arguments_of(weights)
+    tensors, own = (x, *stored, *biases, *As, *Bs), obstacle(rank, x.element_size())
     chosen = choose_backend("lora_swiglu_mlp", backend, *tensors, rank=rank, own_obstacle=own)
     if chosen == "reference":
         return lora_swiglu_mlp_reference(x, weights, biases, loras, act)
     if chosen == "triton":
-        return lora_swiglu_mlp_triton(x, list(weights), *without_gaps(biases, loras), act)
-    return run(LoRASwiGLUMLP, Call(numbers, act), x, *weights, *biases, *As, *Bs)
+        return lora_swiglu_mlp_triton(x, stored, storage, *without_gaps(biases, loras), act)
+    return run(LoRASwiGLUMLP, Call(numbers, storage, act), x, *biases, *As, *Bs, *stored)

@@ -13,14 +13,20 @@ from torch import Tensor
 
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.op import Differentiable, Op
-from peftkit_kernels.core.views import as_one_view
 from peftkit_kernels.low_rank import adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.groups import group, members_of, shrink_groups
 from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 from peftkit_kernels.ops.lora_linear.triton_impl import project
 from peftkit_kernels.ops.lora_qkv import triton_impl as qkv
-from peftkit_kernels.ops.lora_qkv.triton_impl import linear, loras_of, split, with_gaps
+from peftkit_kernels.ops.lora_qkv.triton_impl import loras_of, split, with_gaps
 from peftkit_kernels.ops.lora_swiglu_mlp.passes import gate_backward, gate_forward
+from peftkit_kernels.storage.quantized import (
+    Weight,
+    arguments_of,
+    dense_triton,
+    stacked_triton,
+    weights_of,
+)
 
 Tensors = Sequence[Tensor | None]
 DOWN = 2
@@ -30,6 +36,7 @@ DOWN = 2
 def forward(
     x: Tensor,
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     biases: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -46,36 +53,39 @@ def forward(
     adapter. The lists of arguments have no gaps, as in ``lora_qkv``.
     """
     if not x.numel():
-        return _empty_outputs(x, weights, biases, As, Bs, biased, adapted, scales, ps, seeds, act)
+        numbers = adapted, scales, ps, seeds
+        return _empty_outputs(x, weights, storage, biases, As, Bs, biased, *numbers, act)
+    *outer, inner = weights_of(weights, storage)
     flat, loras = rows(x), loras_of(3, As, Bs, adapted, scales, ps, seeds)
     bias = with_gaps(biases, biased, 3)
     groups = group(loras[:DOWN])
     joint = shrink_groups(flat, loras[:DOWN], groups)
-    gate_up = _gate_and_up(flat, weights[:DOWN], bias[:DOWN])
+    gate_up = _gate_and_up(flat, outer, bias[:DOWN])
     h, s = gate_forward(*_halves(gate_up), members_of(joint, loras[:DOWN], groups, 1), loras, act)
     down = loras[DOWN]
     if down is None or s is None:
-        return unflatten(linear(h, weights[DOWN], bias[DOWN]), x.shape), gate_up, joint
-    cast_bias = None if bias[DOWN] is None else cast(bias[DOWN], x.dtype)
-    W, B = cast(weights[DOWN], x.dtype), cast(down.B, s.dtype)
-    y = project(h, W, s, B, down.scale, bias=cast_bias)
+        return unflatten(project(h, inner, bias=bias[DOWN]), x.shape), gate_up, joint
+    y = project(h, inner, s, cast(down.B, s.dtype), down.scale, bias=bias[DOWN])
     return unflatten(y, x.shape), gate_up, [*joint, s]
 
 
-def _gate_and_up(x: Tensor, weights: Sequence[Tensor], biases: Tensors) -> Tensor:
+def _gate_and_up(x: Tensor, weights: Sequence[Weight], biases: Tensors) -> Tensor:
     """``x Wᵀ + bias`` of gate and up, ``[M, 2F]``."""
-    weights = [cast(weight, x.dtype) for weight in weights]
     cast_biases = [None if bias is None else cast(bias, x.dtype) for bias in biases]
     out = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
-    parts = list(zip(weights, cast_biases, _halves(out), strict=True))
-    both, present = as_one_view(weights, 0), [bias for bias in cast_biases if bias is not None]
-    if both is not None and len(present) != 1:
+    present = [bias for bias in cast_biases if bias is not None]
+    both = stacked_triton(weights, x.dtype) if len(present) != 1 else None
+    parts: list[tuple[Weight, Tensor | None, Tensor]]
+    if both is None:
+        parts = list(zip(weights, cast_biases, _halves(out), strict=True))
+    else:
         parts = [(both, torch.cat(present) if present else None, out)]
     for weight, bias, part in parts:
+        W = dense_triton(weight, x.dtype)
         if bias is None:
-            torch.mm(x, weight.t(), out=part)
+            torch.mm(x, W.t(), out=part)
         else:
-            torch.addmm(bias, x, weight.t(), out=part)
+            torch.addmm(bias, x, W.t(), out=part)
     return out
 
 
@@ -86,6 +96,7 @@ def _halves(gate_up: Tensor) -> Sequence[Tensor]:
 def _empty_outputs(
     x: Tensor,
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     biases: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
@@ -97,15 +108,16 @@ def _empty_outputs(
     act: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     loras = loras_of(3, As, Bs, adapted, scales, ps, seeds)
-    M, F = x.shape[:-1].numel(), weights[0].shape[0]
+    M, parts = x.shape[:-1].numel(), weights_of(weights, storage)
     s = qkv.joint_like(x, M, loras[:DOWN]) + qkv.joint_like(x, M, loras[DOWN:])
-    y = x.new_empty(*x.shape[:-1], weights[DOWN].shape[0])
-    return y, x.new_empty(M, 2 * F), s
+    y = x.new_empty(*x.shape[:-1], parts[DOWN].shape[0])
+    return y, x.new_empty(M, 2 * parts[0].shape[0]), s
 
 
 def backward(
     dy: Tensor,
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     x: Tensor | None,
     gate_up: Tensor | None,
     As: Sequence[Tensor],
@@ -128,9 +140,10 @@ def backward(
     wanted = needs_x, needs_bias, needs_A, needs_B
     numbers = adapted, scales, ps, seeds
     if not dy.numel():
-        grads = _like_grads(dy, weights, x, gate_up, As, Bs, s, *numbers, act, *wanted)
+        grads = _like_grads(dy, weights, storage, x, gate_up, As, Bs, s, *numbers, act, *wanted)
         return [grad.zero_() for grad in grads]
     flat, loras = rows(dy), loras_of(3, As, Bs, *numbers)
+    *first, inner = weights_of(weights, storage)
     outer, groups, down = sum(i < DOWN for i in adapted), group(loras[:DOWN]), loras[DOWN]
     needs_outer = needs_x or any(needs_bias) or any(needs_A[:outer]) or any(needs_B[:outer])
     needs_dA = any(needs_A[outer:])
@@ -147,13 +160,13 @@ def backward(
         joint = s[: len(groups)]
         ss = members_of(joint, loras[:DOWN], groups, 1)
         if needs_outer:
-            dh = flat @ cast(weights[DOWN], dy.dtype)
+            dh = flat @ dense_triton(inner, dy.dtype)
             sums = passes.Sums()
             d_gate, d_up, dA = gate_backward(
                 dh, gate, up, ss, ds, loras, act, needs_dA=needs_dA, sums=sums
             )
             found = qkv.backward(
-                *([d_gate, d_up], weights[:DOWN], x, As[:outer], Bs[:outer], joint),
+                *([d_gate, d_up], *arguments_of(first), x, As[:outer], Bs[:outer], joint),
                 *(values[:outer] for values in numbers),
                 *(needs_x, needs_A[:outer], needs_B[:outer]),
                 sums=sums,
@@ -176,6 +189,7 @@ def backward(
 def _like_grads(
     dy: Tensor,
     weights: Sequence[Tensor],
+    storage: Sequence[int],
     x: Tensor | None,
     gate_up: Tensor | None,
     As: Sequence[Tensor],
@@ -191,7 +205,7 @@ def _like_grads(
     needs_A: Sequence[bool],
     needs_B: Sequence[bool],
 ) -> list[Tensor]:
-    F, D = weights[0].shape
+    F, D = weights_of(weights, storage)[0].shape
     grads = [dy.new_empty(*dy.shape[:-1], D)] if needs_x else []
     grads += [dy.new_empty(F) for needed in needs_bias if needed]
     factors = zip((*As, *Bs), (*needs_A, *needs_B), strict=True)
@@ -202,7 +216,7 @@ _NUMBERS = "int[] adapted, float[] scales, float[] ps, int[] seeds, str act"
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weights, biases, As, Bs, biased, *numbers = inputs
+    x, weights, storage, biases, As, Bs, biased, *numbers = inputs
     _, gate_up, s = output
     outer = sum(i < DOWN for i in numbers[0])
     trained = [
@@ -217,12 +231,13 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     kept += [t if needs_down else None for t in s[groups:]]
     ctx.recompute_x, x_parts = recompute.saved_for(x, any(A.requires_grad for A in As[:outer]))
     ctx.save_for_backward(*weights, *As, *Bs, *kept, *x_parts)
-    ctx.counts, ctx.biased, ctx.numbers = (len(As), len(kept)), biased, numbers
+    ctx.counts, ctx.biased = (len(weights), len(As), len(kept)), biased
+    ctx.storage, ctx.numbers = storage, numbers
 
 
 def _backward(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
-    adapters, count = ctx.counts
-    weights, As, Bs, kept, x_parts = split(ctx.saved_tensors, 3, adapters, adapters, count)
+    stored, adapters, count = ctx.counts
+    weights, As, Bs, kept, x_parts = split(ctx.saved_tensors, stored, adapters, adapters, count)
     gate_up, s = kept[0], kept[1:]
     needs_x, needs_bias, needs_A, needs_B = needs
     bias = with_gaps(needs_bias, ctx.biased, 3)
@@ -230,7 +245,8 @@ def _backward(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
     grads: list[Tensor] = []
     if needs_x or any((*wanted[1], *needs_A, *needs_B)):
         x = recompute.restore(ctx.recompute_x, x_parts)
-        grads = list(_backward_op(dy, weights, x, gate_up, As, Bs, s, *ctx.numbers, *wanted))
+        tensors = weights, ctx.storage, x, gate_up, As, Bs, s
+        grads = list(_backward_op(dy, *tensors, *ctx.numbers, *wanted))
     dx = grads.pop(0) if needs_x else None
     dbias: list[Tensor | None] = [grads.pop(0) if needed else None for needed in wanted[1]]
     dbias.append(rows(dy).sum(0) if bias[DOWN] else None)
@@ -240,7 +256,7 @@ def _backward(ctx: Any, needs: Sequence[Any], dy: Tensor) -> tuple[Any, ...]:
 
 _forward_op = Op(
     "lora_swiglu_mlp",
-    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
+    "(Tensor x, Tensor[] weights, int[] storage, Tensor[] biases, Tensor[] As, Tensor[] Bs, int[] biased,"
     f" {_NUMBERS}) -> (Tensor, Tensor, Tensor[])",
     forward,
     _empty_outputs,
@@ -249,7 +265,7 @@ _forward_op = Op(
 lora_swiglu_mlp_triton = Differentiable(_forward_op, ("x", "biases", "As", "Bs"), _keep, _backward)
 _backward_op = Op(
     "lora_swiglu_mlp_backward",
-    "(Tensor dy, Tensor[] weights, Tensor? x, Tensor? gate_up, Tensor[] As, Tensor[] Bs, Tensor?[] s,"
+    "(Tensor dy, Tensor[] weights, int[] storage, Tensor? x, Tensor? gate_up, Tensor[] As, Tensor[] Bs, Tensor?[] s,"
     f" {_NUMBERS}, bool needs_x, bool[] needs_bias, bool[] needs_A, bool[] needs_B) -> Tensor[]",
     backward,
     _like_grads,

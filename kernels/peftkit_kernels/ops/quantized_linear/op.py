@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkit_kernels.core.autograd import run
 from peftkit_kernels.core.checks import autocast_dtype, check_bias, check_lora
 from peftkit_kernels.core.dispatch import Backend, choose_backend
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.ops.quantized_linear.reference import quantized_linear_reference
-from peftkit_kernels.ops.quantized_linear.torch_impl import QuantizedLinear
+from peftkit_kernels.ops.lora_linear.reference import lora_linear_reference
+from peftkit_kernels.ops.lora_linear.torch_impl import LoRALinear
 from peftkit_kernels.ops.quantized_linear.triton_impl import run_triton
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
@@ -95,7 +96,7 @@ def _linear(
     rank = 0 if lora is None else lora.A.shape[0]
     chosen = choose_backend(op, backend, x, *q.tensors(), bias, A, B, rank=rank)
     if chosen == "reference":
-        return quantized_linear_reference(x, q, bias, lora)
+        return lora_linear_reference(x, q, bias, lora)
     if chosen == "triton":
         return run_triton(x, q, bias, lora)
-    return QuantizedLinear.apply(x, q, bias, A, B, numbers)
+    return run(LoRALinear, x, q, bias, A, B, numbers)
