@@ -11,6 +11,7 @@ from integration.support import fused_calls
 from peft import LoraConfig, get_peft_model
 
 from peftkit import accelerate, explain
+from peftkit.fuse import layer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -128,3 +129,22 @@ def test_the_joined_mlp_keeps_less_for_the_backward(saved):
         kept.append(total)
     stock, fused = kept
     assert fused < 0.6 * stock
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ["q_proj", "v_proj", "down_proj"]], ids=len)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_whole_layers_of_quantised_linears_are_fused_as_on_a_gpu(saved, monkeypatch, bits, targets):
+    monkeypatch.setattr(layer, "is_counting", lambda: True)
+    monkeypatch.setattr(layer, "obstacle", lambda *_: None)
+    calls = []
+    original = layer.lora_decoder_layer
+
+    def counted(*args, **options):
+        calls.append(args[0].shape)
+        return original(*args, **options)
+
+    monkeypatch.setattr(layer, "lora_decoder_layer", counted)
+    stock, fused = pair(saved, bits, targets)
+    found = step(fused)
+    assert len(calls) == 2
+    pairs.assert_close(found, step(stock), 1e-4)
