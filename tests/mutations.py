@@ -201,12 +201,30 @@ MUTATIONS = [
             "x - mean[:, None]",
             _norm("within_the_error_bound"),
         ),
+        (
+            "rounding",
+            "x = total.to(tl.float32)",
+            "x = x",
+            _norm("residuals_are_added_in_the_same_pass"),
+        ),
+        (
+            "stride",
+            "rows * stride_rm",
+            "rows * stride_xm",
+            _norm("residuals_are_added_in_the_same_pass"),
+        ),
     ),
     *bugs_of(
         "ops.frozen_norm.kernels",
         "norm_backward_kernel",
         ("stride", "rows * stride_dym", "rows * stride_dxm", _norm("within_the_error_bound")),
-        ("scale", "(dx * rstd)", "dx", _norm("within_the_error_bound")),
+        ("scale", "dx *= rstd", "dx *= 1.0", _norm("within_the_error_bound")),
+        (
+            "stride",
+            "rows * stride_rm",
+            "rows * stride_xm",
+            _norm("residuals_are_added_in_the_same_pass"),
+        ),
         (
             "tile",
             "tl.program_id(0) * BLOCK_M",

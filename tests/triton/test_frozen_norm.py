@@ -85,6 +85,34 @@ def test_each_row_is_read_once_and_written_once(kind):
         assert stream.requested_bytes == stream.unique_bytes == stream.sector_bytes == x.nbytes
 
 
+@pytest.mark.parametrize("width", [33, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_residuals_are_added_in_the_same_pass(dtype, width):
+    """The sum is rounded before its norm, as a model rounds it; a gradient's sum is rounded once."""
+    generator = torch.Generator().manual_seed(3)
+    x, weight, _, dy = make((2, 17, width), dtype)
+    wide = torch.zeros(34, 2 * width, dtype=dtype)[:, :width].view(2, 17, width)
+    residual = wide.copy_(draw((2, 17, width), dtype, generator))
+    total = x.detach().clone()
+    with watched(int32_limit=INT32_LIMIT) as traffic:
+        y, rstd = triton_impl.rms_forward_of_sum(total, residual, weight, EPS, 0.5, True)
+        dx = triton_impl.backward(dy, total, weight, None, rstd, 0.5, residual=residual)
+    assert torch.equal(total, x.detach() + residual)
+    plain, rstd = triton_impl.rms_forward(total, weight, EPS, 0.5, True)
+    assert torch.equal(y, plain)
+    exact = triton_impl.backward(
+        *(dy.double().float(), total.float(), weight.float(), None, rstd, 0.5)
+    )
+    expected = exact.double() + residual.double()
+    eps = torch.finfo(dtype).eps
+    assert ((dx.double() - expected).abs() <= 0.51 * eps * expected.abs() + 1e-5).all()
+    forward, backward = traffic.launches
+    if width == 64:
+        numbers = 4 * 34 + weight.nbytes
+        assert forward.total() == 4 * x.nbytes + numbers
+        assert backward.total() == 4 * x.nbytes + numbers
+
+
 def test_bytes_against_eager_at_training_sizes():
     """At M 8192, K 4096: the passes by the formula that the test above holds them to, eager counted on meta."""
     x = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta", requires_grad=True)

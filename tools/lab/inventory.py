@@ -187,7 +187,12 @@ def _bottleneck(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 
 def _frozen_norm(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.ops.frozen_norm.config import MAX_WIDTH, obstacle
-    from peftkit_kernels.ops.frozen_norm.triton_impl import backward, layer_forward, rms_forward
+    from peftkit_kernels.ops.frozen_norm.triton_impl import (
+        backward,
+        layer_forward,
+        rms_forward,
+        rms_forward_of_sum,
+    )
 
     del rank  # a norm has none
     # many rows in each program, one row, and the longest rows
@@ -197,6 +202,8 @@ def _frozen_norm(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
             if obstacle("frozen_rms_norm", K) is None:
                 y, rstd = rms_forward(x, weight, 1e-6, offset, round_first)
                 backward(y, x, weight, None, rstd, offset)
+                rms_forward_of_sum(x, x, weight, 1e-6, offset, round_first)
+                backward(y, x, weight, None, rstd, offset, residual=x)
         if obstacle("frozen_layer_norm", K) is None:
             y, mean, rstd = layer_forward(x, weight, weight, 1e-6)
             backward(y, x, weight, mean, rstd, 0.0)

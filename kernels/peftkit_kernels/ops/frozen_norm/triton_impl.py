@@ -32,6 +32,15 @@ def rms_forward(
     return y, rstd
 
 
+def rms_forward_of_sum(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
+) -> tuple[Tensor, Tensor]:
+    """``rms_forward`` of ``x + residual``, which is rounded and written over ``x``, contiguous."""
+    y, rstd = x.new_empty(x.shape, dtype=_rms_dtype(x, weight, round_first)), _numbers(x)
+    _launch_forward(x, weight, None, y, None, rstd, eps, offset, round_first, residual)
+    return y, rstd
+
+
 def _rms_dtype(x: Tensor, weight: Tensor, round_first: bool) -> torch.dtype:
     return torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
 
@@ -60,18 +69,22 @@ def _launch_forward(
     eps: float,
     offset: float,
     round_first: bool,
+    residual: Tensor | None = None,
 ) -> None:
     """Fill ``y``, ``mean`` and ``rstd``. The norm is RMSNorm if ``mean`` is ``None``, else LayerNorm."""
     flat, y = readable(rows(x)), rows(y)
+    more = None if residual is None else readable(rows(residual))
     M, K = flat.shape
     if not M:
         return
     weight, bias = readable(weight), None if bias is None else readable(bias)
-    c = NormConfig.choose(K, aligned=aligned(flat, y))
+    c = NormConfig.choose(K, aligned=aligned(flat, y) and (more is None or aligned(more)))
     launch(
         _kernels().norm_forward_kernel,
         (cdiv(M, c.block_m),),
-        *(flat, weight, bias, y, mean, rstd, eps, offset, M, K, flat.stride(0), y.stride(0)),
+        *(flat, weight, bias, y, mean, rstd, more, eps, offset),
+        *(M, K, flat.stride(0), y.stride(0), 0 if more is None else more.stride(0)),
+        ADD=more is not None,
         CENTRE=mean is not None,
         HAS_BIAS=bias is not None,
         HAS_OFFSET=offset != 0.0,
@@ -84,19 +97,30 @@ def _launch_forward(
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor, offset: float
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``dx``: of LayerNorm if ``mean`` is given, otherwise of RMSNorm."""
+    """``dx + residual``: of LayerNorm if ``mean`` is given, otherwise of RMSNorm."""
     dx = x.new_empty(x.shape)
+    more = None if residual is None else readable(rows(residual))
     flat_dy, flat, flat_dx = readable(rows(dy)), readable(rows(x)), rows(dx)
     M, K = flat.shape
     if M:
-        c = NormConfig.choose(K, aligned=aligned(flat_dy, flat, flat_dx))
+        tensors = (flat_dy, flat, flat_dx) if more is None else (flat_dy, flat, flat_dx, more)
+        c = NormConfig.choose(K, aligned=aligned(*tensors))
         launch(
             _kernels().norm_backward_kernel,
             (cdiv(M, c.block_m),),
-            *(flat_dy, flat, readable(weight), mean, rstd, flat_dx, offset),
+            *(flat_dy, flat, readable(weight), mean, rstd, flat_dx, more, offset),
             *(M, K, flat_dy.stride(0), flat.stride(0), flat_dx.stride(0)),
+            0 if more is None else more.stride(0),
+            ADD=more is not None,
             CENTRE=mean is not None,
             HAS_OFFSET=offset != 0.0,
             BLOCK_M=c.block_m,

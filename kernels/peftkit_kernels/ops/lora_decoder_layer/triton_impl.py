@@ -1,6 +1,6 @@
 """``lora_decoder_layer`` by the kernels of its parts, as one schedule each way: one autograd function, one launch plan.
 
-The residual sums are added in place to the outputs of the last product of each half.
+The norms' kernels add the residuals of the first half and of the backward, in place.
 """
 
 from __future__ import annotations
@@ -133,8 +133,7 @@ def forward(
     q, k, v = (_heads(t, cos.shape[2]) for t in (q, k, v))
     o, numbers = causal.forward(q, k, v, scale, kernel)
     (x2,), s_out = qkv.forward(o.flatten(2), *W_out, *out)
-    x2.add_(x)
-    h, rstd2 = norm.rms_forward(x2, norms[1], eps[1], offsets[1], round_first[1])
+    h, rstd2 = norm.rms_forward_of_sum(x2, x, norms[1], eps[1], offsets[1], round_first[1])
     y, gate_up, s_mlp = mlp.forward(h, *W_mlp, *inner, act)
     y.add_(x2)
     kept = _Kept(rstd, q, o, numbers, s_qkv, x2, s_out, rstd2, gate_up, s_mlp)
@@ -275,7 +274,8 @@ def backward(
         *(dy, *W_mlp, h, saved.gate_up, inner.As, inner.Bs, saved.s_mlp),
         *(*inner.numbers, act, True, [False, False], *needs[2]),
     )
-    dx2 = norm.backward(dh, saved.x2, norms[1], None, saved.rstd2, offsets[1]).add_(dy)
+    numbers = saved.rstd2, offsets[1]
+    dx2 = norm.backward(dh, saved.x2, norms[1], None, *numbers, residual=dy)
     # 2. the output projection and attention
     do, *out_grads = qkv.backward(
         *([dx2], *W_out, saved.o.flatten(2), out.As, out.Bs, saved.s_out),
@@ -298,7 +298,8 @@ def backward(
     results = []
     if needs_x:
         dh = found.pop(0)
-        results = [norm.backward(dh, x, norms[0], None, saved.rstd, offsets[0]).add_(dx2)]
+        numbers = saved.rstd, offsets[0]
+        results = [norm.backward(dh, x, norms[0], None, *numbers, residual=dx2)]
     by_part = zip((found, out_grads, mlp_grads), needs, strict=True)
     cut = [(grads[: sum(part_A)], grads[sum(part_A) :]) for grads, (part_A, _) in by_part]
     return (
