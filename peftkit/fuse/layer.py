@@ -31,7 +31,7 @@ from peftkit.fuse.recognise import NormFormula
 from peftkit.swap import own_class, swap_in
 from peftkit_kernels.core.dispatch import is_transformed
 from peftkit_kernels.core.launch import is_counting
-from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer, obstacle
+from peftkit_kernels.ops.lora_decoder_layer import Norm, Remake, lora_decoder_layer, obstacle
 
 METHOD = "decoder layer"
 
@@ -55,6 +55,11 @@ _HARMLESS = frozenset(
     )
 )
 """Arguments that neither the layer nor ``sdpa`` attention uses."""
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""The attribute in which transformers keeps the checkpointing function of a layer."""
+_SHARE_OF_FREE_MEMORY = 0.5
+"""How much of the free memory the layers that follow may keep under checkpointing."""
 
 _NOT_CAUSAL = Reason("its attention is not causal")
 _TRANSFORMED = Reason("under torch.compile and torch.func the layer runs its own operations")
@@ -83,16 +88,46 @@ class FusedDecoderLayer(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's output for ``hidden_states [B, S, D]``; its own forward if the call or ``peftkit_plan`` gives a reason."""
-        x = args[0] if args else None
+        parts = self._plan_of_call(*args, **kwargs)
+        if parts is None:
+            return super().forward(*args, **kwargs)
+        return self._run(parts, "", *args, **kwargs)
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        """What transformers calls instead of the forward if checkpointing is on. It sets this attribute when that is enabled."""
+        if _CHECKPOINT not in self.__dict__:
+            raise AttributeError(_CHECKPOINT)
+        return self._checkpointed
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
+        self.__dict__[_CHECKPOINT] = function
+
+    def _checkpointed(self, forward: Any, *args: Any) -> Any:
+        """The layer's output; its backward makes again what is cheap. The last resort is the checkpointing that was enabled.
+
+        Args:
+            forward: The layer's forward with its keyword arguments, a ``functools.partial``.
+            args: Its other arguments.
+        """
+        parts = None if has_hooks(self) else self._plan_of_call(*args, **forward.keywords)
+        remake = None if parts is None else _affordable(args[0], parts, self._attention())
+        if remake is None:
+            return self.__dict__[_CHECKPOINT](forward, *args)
+        return self._run(parts, remake, *args, **forward.keywords)
+
+    def _plan_of_call(self, *args: Any, **kwargs: Any) -> LayerParts | None:
+        """What the op computes this call with, or ``None`` if the layer's own forward runs."""
         # torch.compile could trace neither the reasons of a call nor the plan
-        if is_transformed() or len(args) != 1 or not isinstance(x, Tensor):
-            return super().forward(*args, **kwargs)
-        attention = self._attention()
-        if _call_reason(attention, x, **kwargs) is not None:
-            return super().forward(*args, **kwargs)
-        parts = self.peftkit_plan(x)
-        if isinstance(parts, Reason):
-            return super().forward(*args, **kwargs)
+        if is_transformed() or len(args) != 1 or not isinstance(args[0], Tensor):
+            return None
+        if _call_reason(self._attention(), args[0], **kwargs) is not None:
+            return None
+        parts = self.peftkit_plan(args[0])
+        return None if isinstance(parts, Reason) else parts
+
+    def _run(self, parts: LayerParts, remake: Remake, x: Tensor, **kwargs: Any) -> Tensor:
         cos, sin = kwargs["position_embeddings"]
         share_weights(x, parts.linears[4:6])
         linears = [draw_seeds(part) for part in parts.linears]
@@ -103,10 +138,11 @@ class FusedDecoderLayer(Fused):
             [part.lora for part in linears],
             parts.act,
             scale=parts.scale,
+            remake=remake,
         )
         cache = kwargs.get("past_key_values")
         if cache is not None:
-            cache.update(k, v, attention.layer_idx)
+            cache.update(k, v, self._attention().layer_idx)
         return y
 
     def peftkit_plan(self, x: Tensor) -> LayerParts | Reason:
@@ -205,6 +241,29 @@ def fuse_layers(model: nn.Module) -> int:
         swap_in(module, FusedDecoderLayer)
         count += 1
     return count
+
+
+def _affordable(x: Tensor, parts: LayerParts, attention: Any) -> Remake | None:
+    """How little the backward may make again, so that all layers from this one on fit in memory; ``None`` if nothing fits.
+
+    Args:
+        x: The layer's input.
+        parts: Its linears.
+        attention: The attention of the layer, which knows its number and that of all layers.
+    """
+    if not x.is_cuda:
+        return "gate"
+    free = torch.cuda.mem_get_info(x.device)[0]
+    free += torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+    q, k, v, o, gate, *_ = (part.weight.shape for part in parts.linears)
+    most = 2 * o[0] + o[1]
+    kept: dict[Remake, int] = {"gate": most + q[0] + k[0] + v[0] + gate[0], "most": most}
+    rows = x.shape[:-1].numel() * x.element_size()
+    layers = attention.config.num_hidden_layers - (attention.layer_idx or 0)
+    for remake, columns in kept.items():
+        if layers * rows * columns <= _SHARE_OF_FREE_MEMORY * free:
+            return remake
+    return None
 
 
 def _looks_like_a_layer(module: nn.Module) -> bool:

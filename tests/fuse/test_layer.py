@@ -4,6 +4,7 @@ There is no GPU, so the op runs its torch backend here; ``tests/triton/test_lora
 """
 
 import copy
+from unittest import mock
 
 import pairs
 import pytest
@@ -30,7 +31,8 @@ from transformers.models.llama import modeling_llama
 
 from peftkit import accelerate, explain, restore
 from peftkit.fuse import layer
-from peftkit.fuse.layer import FusedDecoderLayer
+from peftkit.fuse.compute import LinearParts
+from peftkit.fuse.layer import FusedDecoderLayer, LayerParts
 
 SIZES = {
     "hidden_size": 64,
@@ -129,14 +131,93 @@ def test_some_linears_without_adapter(targets, calls):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant, calls):
-    plain, fused = fused_pair()
-    for model in (plain, fused):
+@pytest.fixture
+def remade(monkeypatch):
+    """What the backward of each layer makes again."""
+    seen = []
+    original = layer.lora_decoder_layer
+
+    def noted(*args, **options):
+        seen.append(options["remake"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(layer, "lora_decoder_layer", noted)
+    return seen
+
+
+def checkpointed_pair(reentrant=False, **options):
+    pair = fused_pair(**options)
+    for model in pair:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return pair
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_makes_again_what_is_cheap(reentrant, use_cache, remade):
+    plain, fused = checkpointed_pair(reentrant)
+    inputs = batch() | {"use_cache": use_cache}
+    assert_close(loss_and_grads(fused, **inputs), loss_and_grads(plain, **inputs))
+    assert remade == ["gate", "gate"]  # no layer runs again
+    fused.gradient_checkpointing_disable()
+    loss_and_grads(fused, **batch())
+    assert remade[2:] == ["", ""]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("remake", ["most", None])
+def test_checkpointing_that_has_less_memory(monkeypatch, remake, reentrant, remade):
+    monkeypatch.setattr(layer, "_affordable", lambda *_: remake)
+    plain, fused = checkpointed_pair(reentrant)
     assert_close(loss_and_grads(fused, **batch()), loss_and_grads(plain, **batch()))
-    assert len(calls) == 4  # each layer runs again in backward
+    assert remade == (["most"] * 2 if remake else [""] * 4)  # without memory each layer runs again
+
+
+def test_checkpointing_of_calls_and_layers_that_the_op_does_not_compute(remade):
+    plain, fused = checkpointed_pair()
+    inputs = batch() | _padded(fused)
+    assert_close(loss_and_grads(fused, **inputs), loss_and_grads(plain, **inputs))
+    assert not remade
+    _hooked("")(plain)
+    _hooked("")(fused)
+    assert_close(loss_and_grads(fused, **batch()), loss_and_grads(plain, **batch()))
+    assert remade.count("gate") == 1  # the layer without a hook
+    restore(fused)
+    assert_close(loss_and_grads(fused, **batch()), loss_and_grads(plain, **batch()))
+
+
+def test_copies_of_a_checkpointed_model_are_checkpointed(remade):
+    _, fused = checkpointed_pair()
+    twin = copy.deepcopy(fused)
+    loss_and_grads(twin, **batch())
+    assert remade == ["gate", "gate"]
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("free", "first", "last"),
+    [(40, "gate", "gate"), (20, "most", "gate"), (1, None, "gate"), (0.01, None, None)],
+)
+def test_how_much_is_made_again_depends_on_the_free_memory(monkeypatch, free, first, last):
+    """32 layers of Llama-3.1-8B, 1 x 8192: they keep 16 GiB if the gate is made again, 6 GiB if most is."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int((free - 0.005) * GIB), 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int(0.5 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: int(0.495 * GIB))
+    shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)]
+    shapes += [(14336, 4096), (14336, 4096), (4096, 14336)]
+    linears = [LinearParts(torch.empty(shape, device="meta"), None, None) for shape in shapes]
+    parts = LayerParts([], linears, "silu", 1.0)
+    x = mock.Mock(is_cuda=True, shape=torch.Size((1, 8192, 4096)), device="cuda:0")
+    x.element_size.return_value = 2
+    found = []
+    for number in (0, 31):
+        attention = mock.Mock(layer_idx=number)
+        attention.config.num_hidden_layers = 32
+        found.append(layer._affordable(x, parts, attention))
+    assert found == [first, last]
 
 
 def test_the_cache_and_its_gradients_are_those_of_the_model(calls):
@@ -173,7 +254,7 @@ def _padded(model):
 
 def _hooked(path):
     def hook(model):
-        inner = model.base_model.model.model.layers[0].get_submodule(path) if path else None
+        inner = model.base_model.model.model.layers[0].get_submodule(path)
         inner.register_forward_hook(lambda *_: None)
         return {}
 

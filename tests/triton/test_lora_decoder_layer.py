@@ -6,6 +6,7 @@ import pytest
 import torch
 from triton_cases import assert_same_bits_in_any_order, watched
 
+from lab.testing import kept_for_backward
 from peftkit_kernels.core.op import Op
 from peftkit_kernels.core.plan import Plans
 from peftkit_kernels.low_rank import LoRA
@@ -135,6 +136,46 @@ def test_float32_factors_on_a_16_bit_input():
         assert ours <= FACTOR * theirs + 1e-7
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("remake", ["gate", "most"])
+@pytest.mark.parametrize("case", ["all", "none", "dropout", "k, o and down"])
+def test_what_is_made_again_has_the_same_bits(case, remake, backend):
+    arguments = make(torch.bfloat16, **CASES[case])
+    kept = run(arguments, backend)
+    for again, expected in zip(run(arguments | {"remake": remake}, backend), kept, strict=True):
+        assert torch.equal(again, expected)
+
+
+def test_quantised_weights_are_made_again():
+    arguments = make(torch.bfloat16)
+    arguments["weights"] = [quantize_nf4(w, 32) for w in arguments["weights"]]
+    results = [run(arguments | {"remake": remake}, "triton") for remake in ("", "gate", "most")]
+    for ours, theirs, expected in zip(*results[1:], results[0], strict=True):
+        torch.testing.assert_close(ours, expected)
+        assert torch.equal(theirs, expected)
+
+
+def test_bytes_that_are_kept_are_those_of_the_readme():
+    arguments = make(torch.bfloat16, bias=False)
+    rows, factors = B * S, [t for lora in arguments["loras"] for t in (lora.A, lora.B)]
+    fixed = [*arguments["weights"], *(norm.weight for norm in arguments["norms"]), *factors]
+    small = rows * (7 * R * 2 + 2 * 4 + HEADS * 4)  # each s, two norms, flash's log-sum-exp
+    always = small + 2 * rows * (2 * D + INNER)  # x, x' and the attention's output
+    found = {}
+    for remake in ("", "gate", "most"):
+        x = arguments["x"].detach().clone().requires_grad_()
+        with kept_for_backward(*fixed, arguments["cos"], arguments["sin"]) as kept:
+            outputs = lora_decoder_layer(**arguments | {"x": x}, remake=remake, backend="triton")
+        assert outputs[0].requires_grad
+        found[remake] = kept.total_bytes
+    heads = 2 * rows * (INNER + 2 * KEYS)
+    assert found == {
+        "": always + heads + 2 * rows * 2 * F,
+        "gate": always + heads + 2 * rows * F,
+        "most": always,
+    }
+
+
 @pytest.mark.parametrize("storage", ["nf4", "int8", "mixed"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_quantised_weights_give_what_their_decoded_values_give(monkeypatch, backend, storage):
@@ -250,6 +291,7 @@ def test_second_derivative_raises():
     ("change", "message"),
     [
         ({"act": "mish"}, "act='mish' is unknown"),
+        ({"remake": "all"}, "remake='all' is unknown; use one of '', 'gate', 'most'"),
         ({"weights": []}, "there are 0 weights, 7 biases"),
         ({"x": torch.zeros(S, D)}, r"x has shape \(19, 32\); it must be"),
         ({"cos": torch.zeros(1, S + 1, HEAD_SIZE)}, r"cos has shape \(1, 20, 16\)"),
@@ -266,9 +308,10 @@ def test_bad_arguments_are_named(change, message):
         lora_decoder_layer(**make() | change)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("remake", ["", "gate", "most"])
+def test_opcheck(remake):
     arguments = make(batch=1)
     op = triton_impl.lora_decoder_layer_triton.op
     parts = [arguments[name] for name in ("x", "cos", "sin", "norms", "weights", "biases", "loras")]
-    call = triton_impl.op_arguments(*parts, "silu", 0.25, "flash")
+    call = triton_impl.op_arguments(*parts, "silu", 0.25, "flash", remake)
     torch.library.opcheck(op.library, call, test_utils=("test_schema", "test_faketensor"))

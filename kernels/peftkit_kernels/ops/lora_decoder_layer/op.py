@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from peftkit_kernels.core.checks import (
     check_bias,
@@ -21,6 +24,7 @@ from peftkit_kernels.ops.frozen_norm.config import obstacle as norm_obstacle
 from peftkit_kernels.ops.lora_decoder_layer.reference import Norm, lora_decoder_layer_reference
 from peftkit_kernels.ops.lora_decoder_layer.torch_impl import lora_decoder_layer_torch
 from peftkit_kernels.ops.lora_decoder_layer.triton_impl import (
+    REMADE,
     lora_decoder_layer_triton,
     op_arguments,
 )
@@ -28,6 +32,7 @@ from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS
 from peftkit_kernels.ops.lora_swiglu_mlp.config import obstacle as gate_obstacle
 from peftkit_kernels.storage.quantized import Weight, tensors_of
 
+Remake = Literal["", "gate", "most"]
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -42,13 +47,14 @@ def lora_decoder_layer(
     act: str = "silu",
     *,
     scale: float,
+    remake: Remake = "",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A decoder layer of the Llama kind: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``, dense and causal.
 
     Queries and keys are rotated by ``cos`` and ``sin``. Everything but the adapters is frozen. Kept for backward: ``x``, the sum
     between the halves, the rotated queries and keys, the values, the attention's output, the outputs of gate and up, and the
-    rank-r projections.
+    rank-r projections; less what ``remake`` names. That changes memory and time, not the formula.
 
     Args:
         x: ``[B, S, D]``.
@@ -61,6 +67,8 @@ def lora_decoder_layer(
         loras: One or ``None`` for each linear.
         act: One of ``lora_swiglu_mlp.ACTIVATIONS``.
         scale: Factor on the scores of attention.
+        remake: What the backward computes again instead of keeping it: ``""`` nothing, ``"gate"`` the output of gate, ``"most"`` those of
+            gate, up, q, k and v. Other backends than Triton keep the input alone for any but the first.
         backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -72,11 +80,13 @@ def lora_decoder_layer(
     S, head_size = x.shape[-2], cos.shape[-1]
     kernel = causal.kernel_for(x, S, head_size)
     if backend == "auto" and kernel is not None and replays(x):
-        arguments = op_arguments(x, cos, sin, norms, weights, biases, loras, act, scale, kernel)
+        arguments = op_arguments(
+            x, cos, sin, norms, weights, biases, loras, act, scale, kernel, remake
+        )
         found = lora_decoder_layer_triton.again(*arguments)
         if found is not None:
             return found
-    rank = _check(x, cos, sin, norms, weights, biases, loras, act)
+    rank = _check(x, cos, sin, norms, weights, biases, loras, act, remake)
     factors = [t for lora in loras if lora is not None for t in (lora.A, lora.B)]
     frozen = [norm.weight for norm in norms]
     chosen = choose_backend(
@@ -97,10 +107,14 @@ def lora_decoder_layer(
     if chosen == "triton" and kernel is not None:
         return tuple(
             lora_decoder_layer_triton(
-                *op_arguments(x, cos, sin, norms, weights, biases, loras, act, scale, kernel)
+                *op_arguments(
+                    x, cos, sin, norms, weights, biases, loras, act, scale, kernel, remake
+                )
             )
         )
     run = lora_decoder_layer_reference if chosen == "reference" else lora_decoder_layer_torch
+    if remake:
+        run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
     return run(x, cos, sin, norms, weights, biases, loras, act, scale)
 
 
@@ -136,10 +150,13 @@ def _check(
     biases: Sequence[Tensor | None],
     loras: Sequence[LoRA | None],
     act: str,
+    remake: str,
 ) -> int:
     """Raise ``ValueError`` unless the arguments form a layer; returns the largest rank."""
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+    if remake not in REMADE:
+        raise ValueError(f"remake={remake!r} is unknown; use one of {', '.join(map(repr, REMADE))}")
     check_counts(weights, biases, loras)
     if len(weights) != len(LINEARS) or len(norms) != 2:
         raise ValueError(

@@ -122,6 +122,7 @@ def forward(
     act: str,
     scale: float,
     kernel: str,
+    remake: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """``[y, k, v]``, and what backward needs besides the arguments, in the order of ``_Kept``."""
     adapters = Adapters(biases, As, Bs, biased, adapted, scales, ps, seeds)
@@ -134,10 +135,15 @@ def forward(
     o, numbers = causal.forward(q, k, v, scale, kernel)
     (x2,), s_out = qkv.forward(o.flatten(2), *W_out, *out)
     h, rstd2 = norm.rms_forward_of_sum(x2, x, norms[1], eps[1], offsets[1], round_first[1])
-    y, gate_up, s_mlp = mlp.forward(h, *W_mlp, *inner, act)
+    y, gate_up, s_mlp = mlp.forward(h, *W_mlp, *inner, act, remade=REMADE[remake])
     y.add_(x2)
-    kept = _Kept(rstd, q, o, numbers, s_qkv, x2, s_out, rstd2, gate_up, s_mlp)
+    own_q, own_gate_up = [] if remake == "most" else [q], [] if gate_up is None else [gate_up]
+    kept = _Kept(rstd, own_q, o, numbers, s_qkv, x2, s_out, rstd2, own_gate_up, s_mlp)
     return [y, k, v], kept.flat()
+
+
+REMADE = {"": 0, "gate": 1, "most": 2}
+"""What the backward computes again: nothing; the gate; gate and up, and q, k and v. With how many of gate and up that is."""
 
 
 def _weights(
@@ -152,14 +158,14 @@ class _Kept(NamedTuple):
     """What a forward keeps for its backward besides its arguments and results."""
 
     rstd: Tensor
-    q: Tensor
+    q: list[Tensor]
     o: Tensor
     numbers: list[Tensor]
     s_qkv: list[Tensor]
     x2: Tensor
     s_out: list[Tensor]
     rstd2: Tensor
-    gate_up: Tensor
+    gate_up: list[Tensor]
     s_mlp: list[Tensor]
 
     def flat(self) -> list[Tensor]:
@@ -167,7 +173,7 @@ class _Kept(NamedTuple):
         return [t for part in self for t in (part if isinstance(part, list) else [part])]
 
     @classmethod
-    def of(cls, flat: Sequence[Tensor], adapters: Adapters, kernel: str) -> _Kept:
+    def of(cls, flat: Sequence[Tensor], adapters: Adapters, kernel: str, remake: str) -> _Kept:
         """The tensors by name, from those of ``flat``."""
         left = iter(flat)
         first, out, inner = (adapters.of(part).loras(len(part)) for part in PARTS)
@@ -176,13 +182,17 @@ class _Kept(NamedTuple):
         def take(count: int) -> list[Tensor]:
             return [next(left) for _ in range(count)]
 
+        has_most = remake != "most"
         return cls(
-            *take(3),
+            next(left),
+            take(has_most),
+            next(left),
             take(3 if kernel == "cudnn" else 1),
             take(groups[0]),
             next(left),
             take(groups[1]),
-            *take(2),
+            next(left),
+            take(has_most),
             take(groups[2] + (inner[mlp.DOWN] is not None)),
         )
 
@@ -207,9 +217,9 @@ def _empty_outputs(
     scales: Sequence[float],
     ps: Sequence[float],
     seeds: Sequence[int],
-    *_: Any,
+    *rest: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    (B, S, _D), D = x.shape, cos.shape[2]
+    (B, S, _D), D, remake = x.shape, cos.shape[2], rest[-1]
     adapters = Adapters(biases, As, Bs, biased, adapted, scales, ps, seeds)
     first, out, inner = (adapters.of(part).loras(len(part)) for part in PARTS)
     M, rstd = B * S, x.new_empty(B * S, dtype=torch.float32)
@@ -217,12 +227,13 @@ def _empty_outputs(
     heads = [width // D for width in widths[:3]]
     q, k, v = (x.new_empty(B, S, n, D).transpose(1, 2) for n in heads)
     kept = _Kept(
-        *(rstd, q, x.new_empty(B, S, heads[0], D)),
+        *(rstd, [] if remake == "most" else [q], x.new_empty(B, S, heads[0], D)),
         [x.new_empty(B, heads[0], S, dtype=torch.float32)],
         qkv.joint_like(x, M, first),
         x.new_empty(x.shape),
         qkv.joint_like(x, M, out),
-        *(torch.empty_like(rstd), x.new_empty(M, 2 * widths[4])),
+        torch.empty_like(rstd),
+        [] if remake == "most" else [x.new_empty(M, (2 - REMADE[remake]) * widths[4])],
         qkv.joint_like(x, M, inner[: mlp.DOWN]) + qkv.joint_like(x, M, inner[mlp.DOWN :]),
     )
     return [x.new_empty(x.shape), k, v], kept.flat()
@@ -235,14 +246,16 @@ def backward(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     kept: Sequence[Tensor],
     norms: Sequence[Tensor],
     weights: Sequence[Tensor],
     storage: Sequence[int],
+    biases: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
+    biased: Sequence[int],
     adapted: Sequence[int],
     scales: Sequence[float],
     ps: Sequence[float],
@@ -253,6 +266,7 @@ def backward(
     act: str,
     scale: float,
     kernel: str,
+    remake: str,
     needs_x: bool,
     needs_A: Sequence[bool],
     needs_B: Sequence[bool],
@@ -260,20 +274,24 @@ def backward(
     """``dx`` if needed, the needed dA's, and the needed dB's, in this order.
 
     ``dy``, ``dk`` and ``dv`` are the gradients of the three results; ``kept`` is what the forward has kept; the other arguments
-    are those of the forward.
+    are those of the forward. ``k`` and ``v`` are ``None`` if they are made again.
     """
-    adapters = Adapters([], As, Bs, [], adapted, scales, ps, seeds)
+    adapters = Adapters(biases, As, Bs, biased, adapted, scales, ps, seeds)
     first, out, inner = (adapters.of(part) for part in PARTS)
     needs = [_needs(part, adapted, needs_A, needs_B) for part in PARTS]
-    saved = _Kept.of(kept, adapters, kernel)
+    saved = _Kept.of(kept, adapters, kernel, remake)
     W_qkv, W_out, W_mlp = _weights(weights, storage)
     dy = torch.zeros_like(x) if dy is None else dy
     # 1. the MLP, its norm and the second residual sum
     h = norm.rms_forward(saved.x2, norms[1], eps[1], offsets[1], round_first[1])[0]
+    gate_up: Any = saved.gate_up[0] if saved.gate_up else None
+    if remake:
+        gate_up = mlp.remake(h, *W_mlp, inner.biases, inner.biased, gate_up)
     dh, *mlp_grads = mlp.backward(
-        *(dy, *W_mlp, h, saved.gate_up, inner.As, inner.Bs, saved.s_mlp),
+        *(dy, *W_mlp, h, gate_up, inner.As, inner.Bs, saved.s_mlp),
         *(*inner.numbers, act, True, [False, False], *needs[2]),
     )
+    del gate_up
     numbers = saved.rstd2, offsets[1]
     dx2 = norm.backward(dh, saved.x2, norms[1], None, *numbers, residual=dy)
     # 2. the output projection and attention
@@ -281,16 +299,20 @@ def backward(
         *([dx2], *W_out, saved.o.flatten(2), out.As, out.Bs, saved.s_out),
         *(*out.numbers, True, *needs[1]),
     )
-    grads = causal.backward(
-        do.view(saved.o.shape), saved.q, k, v, saved.o, saved.numbers, scale, kernel
-    )
+    h = norm.rms_forward(x, norms[0], eps[0], offsets[0], round_first[0])[0]
+    q = saved.q[0] if saved.q else None
+    if q is None or k is None or v is None:
+        loras = first.loras(len(QKV))
+        made = qkv.outputs(h, *W_qkv, first.biases, first.biased, loras, saved.s_qkv)
+        rotate_(made[0], made[1], cos, sin)
+        q, k, v = (_heads(t, cos.shape[2]) for t in made)
+    grads = causal.backward(do.view(saved.o.shape), q, k, v, saved.o, saved.numbers, scale, kernel)
     dqkv = [t.transpose(1, 2).flatten(2) for t in grads]
     for total, more in zip(dqkv[1:], (dk, dv), strict=True):
         if more is not None:
             total.add_(more.transpose(1, 2).flatten(2))
     rotate_(dqkv[0], dqkv[1], cos, sin, inverse=True)
     # 3. q, k and v, their norm and the first residual sum
-    h = norm.rms_forward(x, norms[0], eps[0], offsets[0], round_first[0])[0]
     found = qkv.backward(
         *(dqkv, *W_qkv, h, first.As, first.Bs, saved.s_qkv),
         *(*first.numbers, needs_x, *needs[0]),
@@ -324,12 +346,13 @@ def _like_grads(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     kept: Sequence[Tensor],
     norms: Sequence[Tensor],
     weights: Sequence[Tensor],
     storage: Sequence[int],
+    biases: Sequence[Tensor],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     *rest: Any,
@@ -341,34 +364,42 @@ def _like_grads(
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) -> None:
-    x, cos, sin, norms, weights, ctx.storage, _, As, Bs, _, *numbers = inputs
+    x, cos, sin, norms, weights, ctx.storage, biases, As, Bs, *ctx.numbers = inputs
     (_, k, v), kept = output
-    ctx.save_for_backward(x, cos, sin, k, v, *norms, *weights, *As, *Bs, *kept)
-    ctx.stored, ctx.adapters, ctx.numbers = len(weights), len(As), numbers
+    remake = ctx.numbers[-1]
+    if remake == "most":
+        k = v = None
+    # only what is made again needs biases
+    biases = biases if remake else []
+    ctx.save_for_backward(x, cos, sin, k, v, *norms, *weights, *biases, *As, *Bs, *kept)
+    ctx.counts = 5, 2, len(weights), len(biases), len(As), len(Bs)
 
 
 def _backward(ctx: Any, needs: Sequence[Any], grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    count = ctx.adapters
-    counts = 5, 2, ctx.stored, count, count
-    first, norms, weights, As, Bs, kept = qkv.split(ctx.saved_tensors, *counts)
+    *_, count = ctx.counts
+    first, norms, weights, biases, As, Bs, kept = qkv.split(ctx.saved_tensors, *ctx.counts)
+    biased, *numbers = ctx.numbers
     needs_x, needs_A, needs_B = needs
     dx, dA, dB = None, [None] * count, [None] * count
     if (needs_x or any((*needs_A, *needs_B))) and any(grad is not None for grad in grads):
-        tensors = *first, kept, norms, weights, ctx.storage, As, Bs
+        tensors = *first, kept, norms, weights, ctx.storage, biases, As, Bs
         wanted = needs_x, list(needs_A), list(needs_B)
-        found = iter(_backward_op(*grads, *tensors, *ctx.numbers, *wanted))
+        biased = biased if biases else []
+        found = iter(_backward_op(*grads, *tensors, biased, *numbers, *wanted))
         dx = next(found) if needs_x else None
         dA, dB = qkv.factors_of(found, needs_A, needs_B)
     return dx, dA, dB
 
 
-_ADAPTERS = "int[] adapted, float[] scales, float[] ps, int[] seeds"
-_NUMBERS = f"{_ADAPTERS}, float[] eps, float[] offsets, bool[] round_first, str act, float scale, str kernel"
+_NUMBERS = (
+    "int[] biased, int[] adapted, float[] scales, float[] ps, int[] seeds, float[] eps, float[] offsets,"
+    " bool[] round_first, str act, float scale, str kernel, str remake"
+)
 
 _forward_op = Op(
     "lora_decoder_layer",
-    "(Tensor x, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, int[] storage, Tensor[] biases, Tensor[] As, Tensor[] Bs,"
-    f" int[] biased, {_NUMBERS}) -> (Tensor[], Tensor[])",
+    "(Tensor x, Tensor cos, Tensor sin, Tensor[] norms, Tensor[] weights, int[] storage, Tensor[] biases,"
+    f" Tensor[] As, Tensor[] Bs, {_NUMBERS}) -> (Tensor[], Tensor[])",
     forward,
     _empty_outputs,
     looks_at_storage=("weights",),
@@ -376,8 +407,8 @@ _forward_op = Op(
 lora_decoder_layer_triton = Differentiable(_forward_op, ("x", "As", "Bs"), _keep, _backward)
 _backward_op = Op(
     "lora_decoder_layer_backward",
-    "(Tensor? dy, Tensor? dk, Tensor? dv, Tensor x, Tensor cos, Tensor sin, Tensor k, Tensor v, Tensor[] kept,"
-    f" Tensor[] norms, Tensor[] weights, int[] storage, Tensor[] As, Tensor[] Bs, {_NUMBERS},"
+    "(Tensor? dy, Tensor? dk, Tensor? dv, Tensor x, Tensor cos, Tensor sin, Tensor? k, Tensor? v, Tensor[] kept,"
+    f" Tensor[] norms, Tensor[] weights, int[] storage, Tensor[] biases, Tensor[] As, Tensor[] Bs, {_NUMBERS},"
     " bool needs_x, bool[] needs_A, bool[] needs_B) -> Tensor[]",
     backward,
     _like_grads,
@@ -396,6 +427,7 @@ def op_arguments(
     act: str,
     scale: float,
     kernel: str,
+    remake: str,
 ) -> tuple[Any, ...]:
     """The arguments of the op, from those of ``lora_decoder_layer``."""
     return (
@@ -404,5 +436,5 @@ def op_arguments(
         [norm.eps for norm in norms],
         [norm.offset for norm in norms],
         [norm.round_first for norm in norms],
-        *(act, scale, kernel),
+        *(act, scale, kernel, remake),
     )

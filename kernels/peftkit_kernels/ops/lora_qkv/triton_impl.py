@@ -48,15 +48,26 @@ def forward(
     if not x.numel():
         numbers = adapted, scales, ps, seeds
         return _empty_outputs(x, weights, storage, biases, As, Bs, biased, *numbers)
-    parts = weights_of(weights, storage)
-    flat, loras = rows(x), loras_of(len(parts), As, Bs, adapted, scales, ps, seeds)
-    groups = group(loras)
-    joint = shrink_groups(flat, loras, groups)
-    ys = []
+    loras = loras_of(len(weights_of(weights, storage)), As, Bs, adapted, scales, ps, seeds)
+    joint = shrink_groups(rows(x), loras, group(loras))
+    return outputs(x, weights, storage, biases, biased, loras, joint), joint
+
+
+def outputs(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    storage: Sequence[int],
+    biases: Sequence[Tensor],
+    biased: Sequence[int],
+    loras: Sequence[LoRA | None],
+    joint: Sequence[Tensor],
+) -> list[Tensor]:
+    """The outputs of ``forward``, from ``x`` and ``drop(x) Aᵀ`` of every group."""
+    parts, flat, ys = weights_of(weights, storage), rows(x), []
     for weight, bias, s, lora in zip(
         parts,
         with_gaps(biases, biased, len(parts)),
-        members_of(joint, loras, groups, 1),
+        members_of(joint, loras, group(loras), 1),
         loras,
         strict=True,
     ):
@@ -65,7 +76,7 @@ def forward(
         else:
             y = project(flat, weight, s, cast(lora.B, s.dtype), lora.scale, bias=bias)
         ys.append(unflatten(y, x.shape))
-    return ys, joint
+    return ys
 
 
 def _empty_outputs(

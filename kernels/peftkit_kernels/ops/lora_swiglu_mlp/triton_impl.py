@@ -46,9 +46,12 @@ def forward(
     ps: Sequence[float],
     seeds: Sequence[int],
     act: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *,
+    remade: int = 0,
+) -> tuple[Tensor, Any, list[Tensor]]:
     """``y`` as ``lora_swiglu_mlp`` defines it, gate and up without their updates (``[M, 2F]``), and every ``drop(x) Aᵀ``.
 
+    ``remade`` is how many of gate and up are left to ``remake``: with 1 the second result is up alone, with 2 it is ``None``.
     The last list has one tensor for each group of adapters of gate and up, then that of the down projection if it has an
     adapter. The lists of arguments have no gaps, as in ``lora_qkv``.
     """
@@ -60,13 +63,37 @@ def forward(
     bias = with_gaps(biases, biased, 3)
     groups = group(loras[:DOWN])
     joint = shrink_groups(flat, loras[:DOWN], groups)
-    gate_up = _gate_and_up(flat, outer, bias[:DOWN])
-    h, s = gate_forward(*_halves(gate_up), members_of(joint, loras[:DOWN], groups, 1), loras, act)
+    if remade == 1:
+        gate, up = (
+            project(flat, weight, bias=b) for weight, b in zip(outer, bias[:DOWN], strict=True)
+        )
+        gate_up = up
+    else:
+        gate_up = _gate_and_up(flat, outer, bias[:DOWN])
+        gate, up = _halves(gate_up)
+        gate_up = gate_up if remade == 0 else None
+    h, s = gate_forward(gate, up, members_of(joint, loras[:DOWN], groups, 1), loras, act)
     down = loras[DOWN]
     if down is None or s is None:
         return unflatten(project(h, inner, bias=bias[DOWN]), x.shape), gate_up, joint
     y = project(h, inner, s, cast(down.B, s.dtype), down.scale, bias=bias[DOWN])
     return unflatten(y, x.shape), gate_up, [*joint, s]
+
+
+def remake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    storage: Sequence[int],
+    biases: Sequence[Tensor],
+    biased: Sequence[int],
+    up: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gate and up as the forward has computed them: the gate alone if ``up`` is given. Arguments as in ``forward``."""
+    flat, bias, linears = rows(x), with_gaps(biases, biased, 3), weights_of(weights, storage)
+    if up is not None:
+        return project(flat, linears[0], bias=bias[0]), up
+    gate, up = _halves(_gate_and_up(flat, linears[:DOWN], bias[:DOWN]))
+    return gate, up
 
 
 def _gate_and_up(x: Tensor, weights: Sequence[Weight], biases: Tensors) -> Tensor:
@@ -119,7 +146,7 @@ def backward(
     weights: Sequence[Tensor],
     storage: Sequence[int],
     x: Tensor | None,
-    gate_up: Tensor | None,
+    gate_up: Tensor | tuple[Tensor, Tensor] | None,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     s: Tensors,
@@ -133,9 +160,9 @@ def backward(
     needs_A: Sequence[bool],
     needs_B: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients that are needed, in this order:
+    """The gradients that are needed, in this order: ``dx``; dbias of gate and up; the dA's; the dB's.
 
-    ``dx``; dbias of gate and up; the dA's; the dB's.
+    ``gate_up`` is what the forward has kept, or what ``remake`` returns.
     """
     wanted = needs_x, needs_bias, needs_A, needs_B
     numbers = adapted, scales, ps, seeds
@@ -156,7 +183,7 @@ def backward(
         sums.finish()
     found: list[Tensor] = []
     if gate_up is not None:
-        gate, up = _halves(gate_up)
+        gate, up = gate_up if isinstance(gate_up, tuple) else _halves(gate_up)
         joint = s[: len(groups)]
         ss = members_of(joint, loras[:DOWN], groups, 1)
         if needs_outer:
@@ -191,7 +218,7 @@ def _like_grads(
     weights: Sequence[Tensor],
     storage: Sequence[int],
     x: Tensor | None,
-    gate_up: Tensor | None,
+    gate_up: Any,
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     s: Tensors,
