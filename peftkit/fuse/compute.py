@@ -17,7 +17,6 @@ from peftkit_kernels.ops.dora_scale import Scale, dora_gate, dora_scale
 from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
-from peftkit_kernels.ops.lora_swiglu_mlp.config import obstacle as gate_obstacle
 from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
@@ -59,8 +58,7 @@ def gated_mlp_backend(x: Tensor, parts: Sequence[LinearParts]) -> str:
     """The backend that ``gated_mlp(x, parts, act)`` runs on: ``"torch"`` or ``"triton"``."""
     dtype = autocast_dtype(x) or x.dtype
     rank = max([0, *(part.lora.A.shape[0] for part in parts if part.lora is not None)])
-    own = gate_obstacle(rank, dtype.itemsize)
-    return choose_backend("lora_swiglu_mlp", "auto", x.to(dtype), rank=rank, own_obstacle=own)
+    return choose_backend("lora_swiglu_mlp", "auto", x.to(dtype), rank=rank)
 
 
 def linear(x: Tensor, part: LinearParts) -> Tensor:

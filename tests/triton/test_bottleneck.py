@@ -171,9 +171,7 @@ def test_bytes_are_those_of_the_formula(rank, has_base):
     passes = traffic.launches[2:]
     parts = -(-rank // 128)
     assert [launch.kernel for launch in passes] == ["tall_kernel"] * 2 * parts
-    joined = sum(op.read_bytes + op.written_bytes for op in torch_ops.ops if op.name == "cat")
-    assert joined == (2 * factors if parts > 1 else 0)
-    assert torch_ops.unique_bytes == joined
+    assert torch_ops.unique_bytes == 0
     # h and dy once more for each 128 of the bottleneck, a and dz, and the gradients
     assert sum(launch.total() for launch in passes) == 2 * parts * h.nbytes + 2 * z.nbytes + factors
 

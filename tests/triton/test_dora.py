@@ -75,7 +75,7 @@ def adapter(rows, K, rank, dtype, scale=-0.7):
 @pytest.mark.parametrize(
     ("dtype", "factors"), [*((d, d) for d in DTYPES), *MIXED], ids=lambda d: str(d)[6:]
 )
-@pytest.mark.parametrize(("rows", "K", "rank"), [(29, 33, 4), (17, 136, 64)])
+@pytest.mark.parametrize(("rows", "K", "rank"), [(29, 33, 4), (17, 136, 64), (9, 40, 200)])
 def test_norm(rows, K, rank, dtype, factors, storage):
     weight = STORAGES[storage](normal(rows, K, dtype=dtype) / K**0.5)
     lora = adapter(rows, K, rank, factors)
@@ -268,7 +268,7 @@ def test_within_the_error_bound(dtype, factors, rows, storage):
 
 
 @pytest.mark.parametrize("storage", ["dense", "nf4"])
-@pytest.mark.parametrize("rank", [1, 64])
+@pytest.mark.parametrize("rank", [1, 64, 130])
 @pytest.mark.parametrize("K", [7, 64])
 def test_any_width_and_rank(K, rank, storage):
     assert len(check(make(storage, x=(17, K), rank=rank, bias=False))) == 5

@@ -64,7 +64,7 @@ def test_within_the_error_bound(dtype, factors, bias, p, schedule):
     assert names == {"y", "x", "A", "B"} | ({"bias"} if bias else set())
 
 
-@pytest.mark.parametrize("rank", [1, 4, 8, 16, 24, 64])
+@pytest.mark.parametrize("rank", [1, 4, 8, 16, 24, 64, 200])
 @pytest.mark.parametrize("rows", [1, 3, 16, 64, 65])
 def test_any_number_of_rows_and_rank(rows, rank, schedule):
     names, _ = check(*make(x=(rows, 31), rank=rank, dtype=torch.bfloat16, p=0.1), schedule)

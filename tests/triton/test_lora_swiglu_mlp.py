@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import lora_cases as cases
 import pytest
 import torch
 from lora_cases import LAYOUTS, MIXED, activation_and_slope, draw, subsets
@@ -158,11 +159,39 @@ def test_any_linear_may_lack_an_adapter_or_a_bias(adapted, biased):
     assert len(check(x, parts)) == 2 + len(biased) + 2 * len(adapted)
 
 
-def test_ranks_beyond_the_registers_in_float32_are_refused():
-    x, parts = make(rank=17)
-    with pytest.raises(ValueError, match=r"the rank is 17 in float32; .* up to 16; use backend="):
-        check(x, parts)
-    assert lora_swiglu_mlp(x, *tensors(parts)).shape == x.shape
+def _double(leaf):
+    return leaf.detach().double().requires_grad_(leaf.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trained", [None, ("A_down",), ("B_gate", "A_down", "bias_up")], ids=str)
+def test_ranks_beyond_the_registers_are_computed_by_passes_of_their_own(trained, dtype):
+    """The product of each linear then contains its update, as in ``lora_qkv``."""
+    options = {} if trained is None else {"trained": trained}
+    ranks = 17 if dtype is torch.float32 else 140
+    x, parts = make((0.0, 0.0, 0.3), rank=ranks, dtype=dtype, **options)
+    dy = output_grad(x)
+    with watched() as traffic:
+        found = run(x, parts, dy, backend="triton")
+    wide = [
+        cases.Projection(
+            part.weight.double(),
+            _double(part.bias),
+            replace(part.lora, A=_double(part.lora.A), B=_double(part.lora.B)),
+        )
+        for part in parts
+    ]
+    expected = run(x.detach().double().requires_grad_(x.requires_grad), wide, dy.double())
+    plain = run(x, parts, dy, backend="torch")
+    for name, value in found.items():
+        own, torchs = (
+            (t.double() - expected[name]).norm() / expected[name].norm()
+            for t in (value, plain[name])
+        )
+        assert own <= 2 * torchs + 1e-6, name
+    kernels = [launch.kernel for launch in traffic.launches]
+    assert "shrink_kernel" in kernels
+    assert "expand_kernel" in kernels
 
 
 def test_one_mask_for_gate_and_up():

@@ -38,6 +38,9 @@ sizes = pytest.mark.parametrize(
         (64, 40, 64),
         (65, 33, 128),
         (200, 8, 3),
+        (70, 65, 150),
+        (33, 40, 300),
+        (17, 24, 512),
     ],
 )
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -131,6 +131,18 @@ def test_any_number_of_rows_and_rank(rows, rank, bias, storage):
 
 
 @every_storage
+@pytest.mark.parametrize("rows", [FEW, MANY])
+def test_with_more_ranks_than_a_program_holds_the_weight_is_decoded_first(rows, storage):
+    op, x, q, part = make(storage, x=(rows, 64), rank=140, dtype=torch.bfloat16)
+    weight = dequantize_reference(q, x.dtype)
+    with watched() as traffic:
+        y = op(x, q, part.bias, part.lora, backend="triton")
+    assert not any("small_m" in launch.kernel for launch in traffic.launches)
+    linear = Linear(x, Projection(weight, part.bias, part.lora), "addmm")
+    linear.forward().check(y, "y")
+
+
+@every_storage
 @pytest.mark.parametrize(("K", "width"), [(1, 1), (7, 130), (33, 3), (192, 65), (301, 7)])
 def test_any_width(K, width, storage):
     assert len(check(make(storage, x=(FEW, K), N=width, dtype=torch.float16))) == 5

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from lab import inventory
 from lab.machine_code import Report, read_amd, read_nvidia
 from peftkit_kernels.core.launch import Launch, aligned
-from peftkit_kernels.low_rank.config import MAX_RANK
+from peftkit_kernels.low_rank.config import RANK_TILE
 
 ARCHS = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
 QUICK_ARCHS = ("cuda:80", "cuda:90")
@@ -173,7 +173,7 @@ def _inspect(launch: Launch, signature: dict, constants: dict, hints: dict, arch
 def _streamed(tensors: list[Tensor]) -> list[Tensor]:
     """The tensors whose rows must be aligned: large ones with rows longer than a rank, or else the largest one."""
     largest = max(tensors, key=lambda t: t.nbytes)
-    wide = [t for t in tensors if t.dim() and t.shape[-1] > MAX_RANK]
+    wide = [t for t in tensors if t.dim() and t.shape[-1] > RANK_TILE]
     return [t for t in wide if _STREAMED * t.nbytes >= largest.nbytes] or [largest]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftkit_kernels.core.launch import Launch, Target, recording
 
-RANKS = (8, 16, 32, 64, 128)
+RANKS = (8, 16, 32, 64, 128, 256)
 QUICK_RANKS = (16, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUICK_DTYPES = (torch.bfloat16,)
@@ -147,12 +147,9 @@ def _lora_swiglu_mlp(
 ) -> None:
     from peftkit_kernels.low_rank import LoRA
     from peftkit_kernels.ops.lora_qkv.triton_impl import without_gaps
-    from peftkit_kernels.ops.lora_swiglu_mlp.config import obstacle
     from peftkit_kernels.ops.lora_swiglu_mlp.triton_impl import backward, forward
 
     own = factor_dtype or dtype
-    if obstacle(rank, dtype.itemsize):
-        return
     D, F = sizes.widths(4096, 14336)
     shapes = ((F, D), (F, D), (D, F))
     x = _meta(sizes.rows(), D, dtype=dtype)

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from peftkit_kernels.core.launch import runs_dry
 from peftkit_kernels.core.modes import is_transformed
-from peftkit_kernels.low_rank.config import MAX_RANK
+from peftkit_kernels.low_rank.config import MAX_RANK, RANK_TILE
 
 __all__ = ["Backend", "choose_backend", "is_transformed", "triton_obstacle"]
 
 Backend = Literal["auto", "reference", "torch", "triton"]
+
+_WITHOUT_TILES = frozenset(("grouped_lora", "int8_compute_linear", "linear_cross_entropy"))
+"""Ops whose kernels hold all ranks in registers."""
 
 _BACKENDS = get_args(Backend)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -54,8 +57,9 @@ def triton_obstacle(
         return f"its input is {x.dtype}; the kernels compute in bfloat16, float16 and float32"
     if any(t.dtype is torch.float64 for t in present):
         return "one of its tensors is torch.float64; the kernels compute in at most float32"
-    if rank > MAX_RANK:
-        return f"the rank is {rank}; the kernels hold all ranks in registers, up to {MAX_RANK}"
+    most = RANK_TILE if op in _WITHOUT_TILES else MAX_RANK
+    if rank > most:
+        return f"the rank is {rank}; its kernels compute up to {most}"
     if own_obstacle is not None:
         return own_obstacle
     if runs_dry():

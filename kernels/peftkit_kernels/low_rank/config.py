@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from peftkit_kernels.core.launch import Target, cdiv
 
-MAX_RANK = 128
+MAX_RANK = 512
+RANK_TILE = 128
+"""The ranks that a program holds in registers. The passes compute more ranks in tiles of this many."""
 _DY_PASS_RANK = 32
 """Up to this rank one pass over dy computes dB and ds. Its partial sums move 4 R (1 / 512 + 1 / 1024) times the elements of dy: 37% at
 R = 32. At 64, where registers halve the column block, it would be 125%, more than a second read of dy."""
@@ -18,6 +20,16 @@ _MIN_CHUNK_M = 256
 def block_r(R: int) -> int:
     """The rank padded to a power of two, at least 16, as ``tl.dot`` needs."""
     return max(16, 1 << (R - 1).bit_length())
+
+
+def looped_ranks(R: int) -> int:
+    """The ranks of each step of a kernel that loops over them. The sum over several steps needs registers of its own."""
+    return R if R <= RANK_TILE else RANK_TILE // 2
+
+
+def rank_tiles(R: int) -> list[slice]:
+    """The tiles of ``R`` ranks."""
+    return [slice(start, start + RANK_TILE) for start in range(0, R, RANK_TILE)]
 
 
 @dataclass(frozen=True, slots=True)

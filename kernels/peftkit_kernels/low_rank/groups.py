@@ -1,7 +1,7 @@
 """Groups of adapters on one input that share each pass over it.
 
 Adapters without dropout, or with the same mask (equal p and seed), form a group: one shrink with their stacked A's, and one
-pass for all dA's. The sum of a group's ranks is at most ``MAX_RANK``.
+pass for all dA's. The sum of a group's ranks is at most ``RANK_TILE``, unless it is one adapter.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.low_rank import passes
-from peftkit_kernels.low_rank.config import MAX_RANK
+from peftkit_kernels.low_rank.config import RANK_TILE
 from peftkit_kernels.low_rank.torch_impl import LoRA, adapter_dtype, cast
 
 Groups = list[list[int]]
@@ -28,7 +28,7 @@ def group(loras: Sequence[LoRA | None]) -> Groups:
         key = (lora.p, lora.seed if lora.p else 0, lora.A.dtype)
         members = open_groups.get(key)
         # a group that is full is replaced by a new one with the same key
-        if members is None or rank_of(loras, members) + lora.A.shape[0] > MAX_RANK:
+        if members is None or rank_of(loras, members) + lora.A.shape[0] > RANK_TILE:
             members = open_groups[key] = []
             found.append(members)
         members.append(i)

@@ -65,10 +65,10 @@ def expand_kernel(
     stride_sm, stride_bn, stride_br, stride_ym,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
     STEP: tl.constexpr, STEP_B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``y = mask ∘ (factor · s bᵀ) + bias``, added to y with ADD. The mask is that of a dropout over y's columns.
+    """``y = mask ∘ (factor · s bᵀ) + bias``, added to y with ADD, for TILES tiles of BLOCK_R ranks. The mask is that of a dropout over y's columns.
 
     It runs *before* ``y.addmm_(x, Wᵀ)``: the GEMM then reads y back while its main loop runs. In the backward b is Aᵀ.
     """
@@ -81,20 +81,24 @@ def expand_kernel(
     pid_n = tl.program_id(1)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_m, mask_n, mask_r = offs_m < M, offs_n < N, offs_r < R
+    mask_m, mask_n = offs_m < M, offs_n < N
     # 2. the update
-    s = tl.load(
-        s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :],
-        mask=mask_m[:, None] & mask_r[None, :],
-        other=0.0,
-    )
-    b = tl.load(
-        b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None] * stride_br,
-        mask=mask_n[None, :] & mask_r[:, None],
-        other=0.0,
-    )
-    y = mixed_dot(s, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * factor
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tile in range(TILES):
+        offs_r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        s = tl.load(
+            s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :],
+            mask=mask_m[:, None] & mask_r[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None] * stride_br,
+            mask=mask_n[None, :] & mask_r[:, None],
+            other=0.0,
+        )
+        y = mixed_dot(s, b, y, PRECISION)
+    y *= factor
     if DROPOUT:
         keep = kept(seed, offs_m, pid_n * BLOCK_N, tl.cdiv(N, 8), threshold, BLOCK_M, BLOCK_N)
         y = tl.where(keep, y, 0.0)

@@ -1,8 +1,9 @@
 """The rank-r passes by Triton kernels: each function allocates, chooses a configuration and launches.
 
-Inputs are rows ``[M, columns]`` of one dtype (bfloat16, float16, float32) on one device, with M > 0 and R up to 128. Factors, s
+Inputs are rows ``[M, columns]`` of one dtype (bfloat16, float16, float32) on one device, with M > 0. Factors, s
 and ds have that dtype or are float32 (``adapter_dtype``). Sums are float32, in an order that depends only on the sizes, so
-equal inputs give equal bits. ``config`` replaces the configuration that would be chosen.
+equal inputs give equal bits. ``config`` replaces the configuration that would be chosen. More than ``RANK_TILE`` ranks are computed
+in tiles: one launch for each, except in ``expand``, which rounds once.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from torch import Tensor
 from peftkit_kernels.core.dropout import keep_scale, threshold
 from peftkit_kernels.core.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
 from peftkit_kernels.low_rank.config import (
+    RANK_TILE,
     ExpandConfig,
     GemmConfig,
     ShrinkConfig,
     TallConfig,
     block_r,
+    looped_ranks,
     one_dy_pass,
+    rank_tiles,
 )
 
 _SUM_TILE = 1024
@@ -53,6 +57,12 @@ def shrink(
 ) -> Tensor:
     """``scale · drop(x) Aᵀ``, ``[M, R]`` in the dtype of ``A [R, K]``. ``A`` may have any strides, ``out`` any row stride."""
     (M, K), R, x = x.shape, A.shape[0], readable(x)
+    if R > RANK_TILE:
+        s = A.new_empty(M, R) if out is None else out
+        for tile in rank_tiles(R):
+            rest = {"scale": scale, "sums": sums, "config": config}
+            shrink(x, A[tile], p, seed, out=s[:, tile], **rest)
+        return s
     c = config or ShrinkConfig.choose(
         *(M, K, R),
         itemsize=x.element_size(),
@@ -107,8 +117,9 @@ def expand(
     """
     (M, R), N = s.shape, B.shape[0]
     y = s.new_empty(M, N, dtype=dtype) if out is None else out
+    tile = looped_ranks(R)
     c = config or ExpandConfig.choose(
-        R,
+        tile,
         itemsize=y.element_size(),
         dropout=p > 0,
         aligned=aligned(y),
@@ -126,7 +137,8 @@ def expand(
         STEP_B=step_of(B.stride(0)),
         BLOCK_M=c.block_m,
         BLOCK_N=c.block_n,
-        BLOCK_R=block_r(R),
+        BLOCK_R=block_r(tile),
+        TILES=cdiv(R, tile),
         PRECISION=dot_precision(y.dtype, s),
         num_warps=c.num_warps,
         num_stages=c.num_stages,
@@ -213,7 +225,7 @@ def gemm_lora(
     seed: int = 0,
     config: GemmConfig | None = None,
 ) -> Tensor:
-    """``x Wᵀ + mask ∘ (scale · s Bᵀ) + bias`` with one rounding; ``weight [N, K]`` and ``B [N, R]`` of any strides."""
+    """``x Wᵀ + mask ∘ (scale · s Bᵀ) + bias`` with one rounding; ``weight [N, K]`` and ``B [N, R]`` of any strides, R up to ``RANK_TILE``."""
     (M, K), N, R, x = x.shape, weight.shape[0], s.shape[1], readable(x)
     y = x.new_empty(M, N)
     c = config or GemmConfig.choose(R, aligned=aligned(x, weight, y), mixed=s.dtype is not x.dtype)
@@ -254,6 +266,12 @@ def _tall(
 ) -> None:
     """Fill ``g_out [R, C] = g_factor · sᵀ drop(x)`` and, with ``b [C, R]``, ``p_out [M, R] = p_factor · x b``."""
     (M, C), R, x = x.shape, s.shape[1], readable(x)
+    if R > RANK_TILE:
+        assert b is None, "one pass over dy computes both gradients only up to one tile"
+        rest = {"p": p, "seed": seed, "sums": sums, "config": config}
+        for tile in rank_tiles(R):
+            _tall(x, s[:, tile], g_out[tile], g_factor, **rest)
+        return
     c = config or TallConfig.choose(
         *(M, C, R),
         itemsize=x.element_size(),

@@ -13,7 +13,7 @@ from peftkit_kernels.core import recompute
 from peftkit_kernels.core.launch import aligned, cdiv, dot_precision, launch, target_of
 from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import cast, passes, rows
-from peftkit_kernels.low_rank.config import MAX_RANK, block_r
+from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.low_rank.passes import readable
 from peftkit_kernels.ops.bottleneck.config import BottleneckConfig
 from peftkit_kernels.ops.bottleneck.reference import ACTIVATIONS
@@ -99,15 +99,11 @@ def backward(
         # only dup is needed: no kernel has to read dy for a
         a = ACTIVATIONS[act](z)
     if needs_down:
-        ddown = _concatenate(
-            [passes.grad_a(part, rows(h), down.dtype) for part in _rank_parts(dz)], 0
-        )
+        ddown = passes.grad_a(dz, rows(h), down.dtype)
     if needs_bias and dz is not None:
         ddown_bias = dz.sum(0, dtype=torch.float32)
     if needs_up:
-        dup = _concatenate(
-            [passes.grad_b(flat, part, scale, up.dtype) for part in _rank_parts(a)], 1
-        )
+        dup = passes.grad_b(flat, a, scale, up.dtype)
     return [grad for grad in (dh, ddown, ddown_bias, dup) if grad is not None]
 
 
@@ -138,15 +134,6 @@ def _launch_backward(
         WITH_DH=dh is not None,
         **_constants(c, R, act, dy.dtype),
     )
-
-
-def _rank_parts(t: Tensor) -> Sequence[Tensor]:
-    """``t [M, R]`` in parts of at most ``MAX_RANK`` columns, which the tall passes support."""
-    return t.split(MAX_RANK, 1)
-
-
-def _concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _choose(x: Tensor, R: int) -> BottleneckConfig:

@@ -13,7 +13,7 @@ from peftkit_kernels.core import recompute
 from peftkit_kernels.core.launch import cdiv, dot_precision, launch, target_of
 from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
-from peftkit_kernels.low_rank.config import block_r
+from peftkit_kernels.low_rank.config import block_r, looped_ranks
 from peftkit_kernels.ops.dora.config import MagnitudeConfig, NormConfig
 from peftkit_kernels.ops.dora.torch_impl import folds, scaled_weight
 from peftkit_kernels.ops.dora_scale.triton_impl import scale_forward
@@ -43,7 +43,7 @@ def _kernels() -> Any:
 def weight_norm(
     weight: Weight, A: Tensor, B: Tensor, scale: float, *, config: NormConfig | None = None
 ) -> Tensor:
-    """``|W + scale · B A|`` of every row, ``Float32[N]``, with one read of the stored weight.
+    """``|W + scale · B A|`` of every row, ``Float32[N]``, with one read of the stored weight for each tile of ranks.
 
     The product with A is 16-bit if A is 16-bit and a dense weight is too; sums are float32. A 4-bit weight whose rows are not
     whole words is decoded first.
@@ -71,7 +71,8 @@ def weight_norm(
     # torch computes these small products, [R, R] and [N, R], because they would take registers in the kernel
     update = (float_B @ (float_A @ float_A.t())).mul_(float_B).sum(1).mul_(scale * scale)
     A = cast(A, dtype)
-    c = config or NormConfig.choose(R, itemsize=A.element_size())
+    tile = looped_ranks(R)
+    c = config or NormConfig.choose(tile, itemsize=A.element_size())
     launch(
         _kernels().norm_kernel,
         (cdiv(N, c.block_n),),
@@ -81,7 +82,8 @@ def weight_norm(
         **constants,
         BLOCK_N=c.block_n,
         BLOCK_K=c.block_k,
-        BLOCK_R=block_r(R),
+        BLOCK_R=block_r(tile),
+        TILES=cdiv(R, tile),
         PRECISION=dot_precision(dtype),
         num_warps=c.num_warps,
         num_stages=c.num_stages,

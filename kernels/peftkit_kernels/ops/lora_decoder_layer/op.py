@@ -29,7 +29,6 @@ from peftkit_kernels.ops.lora_decoder_layer.triton_impl import (
     op_arguments,
 )
 from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS
-from peftkit_kernels.ops.lora_swiglu_mlp.config import obstacle as gate_obstacle
 from peftkit_kernels.storage.quantized import Weight, tensors_of
 
 Remake = Literal["", "gate", "most"]
@@ -102,7 +101,7 @@ def lora_decoder_layer(
             *factors,
         ),
         rank=rank,
-        own_obstacle=_own_obstacle(x, S, head_size, rank),
+        own_obstacle=_own_obstacle(x, S, head_size),
     )
     if chosen == "triton" and kernel is not None:
         return tuple(
@@ -127,18 +126,14 @@ def obstacle(x: Tensor, length: int, head_size: int, rank: int) -> str | None:
         head_size: Features of a head.
         rank: The largest rank of the adapters.
     """
-    own = _own_obstacle(x, length, head_size, rank)
+    own = _own_obstacle(x, length, head_size)
     return triton_obstacle("lora_decoder_layer", x, rank=rank, own_obstacle=own)
 
 
-def _own_obstacle(x: Tensor, length: int, head_size: int, rank: int) -> str | None:
+def _own_obstacle(x: Tensor, length: int, head_size: int) -> str | None:
     if is_autocast_enabled(x.device.type):
         return "autocast is on"
-    return (
-        causal.obstacle(x, length, head_size)
-        or norm_obstacle("frozen_rms_norm", x.shape[-1])
-        or gate_obstacle(rank, x.element_size())
-    )
+    return causal.obstacle(x, length, head_size) or norm_obstacle("frozen_rms_norm", x.shape[-1])
 
 
 def _check(

@@ -286,7 +286,8 @@ def backward(
     h = norm.rms_forward(saved.x2, norms[1], eps[1], offsets[1], round_first[1])[0]
     gate_up: Any = saved.gate_up[0] if saved.gate_up else None
     if remake:
-        gate_up = mlp.remake(h, *W_mlp, inner.biases, inner.biased, gate_up)
+        loras = inner.loras(len(MLP))
+        gate_up = mlp.remake(h, *W_mlp, inner.biases, inner.biased, loras, saved.s_mlp, gate_up)
     dh, *mlp_grads = mlp.backward(
         *(dy, *W_mlp, h, gate_up, inner.As, inner.Bs, saved.s_mlp),
         *(*inner.numbers, act, True, [False, False], *needs[2]),

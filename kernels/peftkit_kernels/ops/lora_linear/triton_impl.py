@@ -16,7 +16,7 @@ from peftkit_kernels.core import recompute
 from peftkit_kernels.core.launch import target_of
 from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import adapter_dtype, cast, passes, rows
-from peftkit_kernels.low_rank.config import fuses_gemm
+from peftkit_kernels.low_rank.config import RANK_TILE, fuses_gemm
 from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 from peftkit_kernels.ops.quantized_linear.passes import decodes_in_product, small_m
 from peftkit_kernels.storage.quantized import Weight, dense_triton
@@ -32,22 +32,33 @@ def project(
     bias: Tensor | None = None,
     p: float = 0.0,
     seed: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``x Wᵀ + mask ∘ (scale · s Bᵀ) + bias`` by one of the schedules; arguments as ``passes.gemm_lora``.
 
-    The weight may be quantised if there is no mask, or have another dtype. Without ``s`` and ``B`` there is no update.
+    The weight may be quantised if there is no mask, or have another dtype. Without ``s`` and ``B`` there is no update. ``out``
+    may have any row stride.
     """
     N, K = weight.shape
     bias = None if bias is None else cast(bias, x.dtype)
-    if not isinstance(weight, Tensor) and decodes_in_product(x.shape[0], weight, target_of(x)):
+    fits_one_program = out is None and (s is None or s.shape[1] <= RANK_TILE)
+    if (
+        fits_one_program
+        and not isinstance(weight, Tensor)
+        and decodes_in_product(x.shape[0], weight, target_of(x))
+    ):
         return small_m(x, weight, bias, s, B, scale)
     weight = dense_triton(weight, x.dtype)
     if s is None or B is None:
-        return torch.nn.functional.linear(x, weight, bias)
-    if fuses_gemm(N, K, itemsize=x.element_size(), target=target_of(x)):
+        if out is None:
+            return torch.nn.functional.linear(x, weight, bias)
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
+    if fits_one_program and fuses_gemm(N, K, itemsize=x.element_size(), target=target_of(x)):
         return passes.gemm_lora(x, weight, s, B, scale, bias=bias, p=p, seed=seed)
     # the update before the product: the GEMM reads it back while its main loop runs
-    update = passes.expand(s, B, scale, bias=bias, p=p, seed=seed, dtype=x.dtype)
+    update = passes.expand(s, B, scale, bias=bias, p=p, seed=seed, out=out, dtype=x.dtype)
     return update.addmm_(x, weight.t())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftkit_kernels.core.launch import Target, cdiv
+from peftkit_kernels.low_rank.config import RANK_TILE
 
 _PROGRAMS_A_MULTIPROCESSOR = 4
 _MIN_STEPS = 8
@@ -14,14 +15,9 @@ _MAX_FLOAT32_RANK = 16
 """Exact float32 products do not use tensor cores and need many registers: rank 32 reaches 0.7 of DRAM bandwidth, 64 spills on sm_90."""
 
 
-def obstacle(rank: int, itemsize: int) -> str | None:
-    """Why the gate's kernels cannot compute adapters of this rank, or ``None``."""
-    if itemsize == 4 and rank > _MAX_FLOAT32_RANK:
-        return (
-            f"the rank is {rank} in float32; the gate's kernels hold all ranks of each adapter in registers, "
-            f"up to {_MAX_FLOAT32_RANK}"
-        )
-    return None
+def holds(rank: int, itemsize: int) -> bool:
+    """Whether the gate's kernels also compute the updates: they hold all ranks of each adapter in registers."""
+    return rank <= (_MAX_FLOAT32_RANK if itemsize == 4 else RANK_TILE)
 
 
 @dataclass(frozen=True, slots=True)

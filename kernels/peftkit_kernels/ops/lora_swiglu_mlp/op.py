@@ -21,7 +21,6 @@ from peftkit_kernels.core.op import replays
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_qkv.triton_impl import without_gaps
 from peftkit_kernels.ops.lora_swiglu_mlp.activation import ACTIVATIONS
-from peftkit_kernels.ops.lora_swiglu_mlp.config import obstacle
 from peftkit_kernels.ops.lora_swiglu_mlp.reference import lora_swiglu_mlp_reference
 from peftkit_kernels.ops.lora_swiglu_mlp.torch_impl import Call, LoRASwiGLUMLP
 from peftkit_kernels.ops.lora_swiglu_mlp.triton_impl import lora_swiglu_mlp_triton
@@ -94,8 +93,8 @@ def lora_swiglu_mlp(
     As, Bs, numbers = zip(*factors, strict=True)
     rank = max([0, *(A.shape[0] for A in As if A is not None)])
     stored, storage = arguments_of(weights)
-    tensors, own = (x, *stored, *biases, *As, *Bs), obstacle(rank, x.element_size())
-    chosen = choose_backend("lora_swiglu_mlp", backend, *tensors, rank=rank, own_obstacle=own)
+    tensors = x, *stored, *biases, *As, *Bs
+    chosen = choose_backend("lora_swiglu_mlp", backend, *tensors, rank=rank)
     if chosen == "reference":
         return lora_swiglu_mlp_reference(x, weights, biases, loras, act)
     if chosen == "triton":

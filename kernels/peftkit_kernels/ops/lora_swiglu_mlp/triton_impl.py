@@ -13,12 +13,13 @@ from torch import Tensor
 
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.op import Differentiable, Op
-from peftkit_kernels.low_rank import adapter_dtype, cast, passes, rows
+from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.groups import group, members_of, shrink_groups
 from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 from peftkit_kernels.ops.lora_linear.triton_impl import project
 from peftkit_kernels.ops.lora_qkv import triton_impl as qkv
 from peftkit_kernels.ops.lora_qkv.triton_impl import loras_of, split, with_gaps
+from peftkit_kernels.ops.lora_swiglu_mlp.config import holds
 from peftkit_kernels.ops.lora_swiglu_mlp.passes import gate_backward, gate_forward
 from peftkit_kernels.storage.quantized import (
     Weight,
@@ -49,9 +50,9 @@ def forward(
     *,
     remade: int = 0,
 ) -> tuple[Tensor, Any, list[Tensor]]:
-    """``y`` as ``lora_swiglu_mlp`` defines it, gate and up without their updates (``[M, 2F]``), and every ``drop(x) Aᵀ``.
+    """``y`` as ``lora_swiglu_mlp`` defines it, gate and up (``[M, 2F]``), and every ``drop(x) Aᵀ``.
 
-    ``remade`` is how many of gate and up are left to ``remake``: with 1 the second result is up alone, with 2 it is ``None``.
+    Gate and up are without their updates, unless the ranks are more than the gate's kernels hold. ``remade`` is how many of gate and up are left to ``remake``: with 1 the second result is up alone, with 2 it is ``None``.
     The last list has one tensor for each group of adapters of gate and up, then that of the down projection if it has an
     adapter. The lists of arguments have no gaps, as in ``lora_qkv``.
     """
@@ -63,19 +64,22 @@ def forward(
     bias = with_gaps(biases, biased, 3)
     groups = group(loras[:DOWN])
     joint = shrink_groups(flat, loras[:DOWN], groups)
+    ss = members_of(joint, loras[:DOWN], groups, 1)
+    inside = _holds(flat, loras)
+    updates = [None, None] if inside else list(zip(ss, loras, strict=False))
     if remade == 1:
-        gate, up = (
-            project(flat, weight, bias=b) for weight, b in zip(outer, bias[:DOWN], strict=True)
-        )
+        gate, up = map(_project, [flat] * 2, outer, bias, updates)
         gate_up = up
     else:
-        gate_up = _gate_and_up(flat, outer, bias[:DOWN])
+        gate_up = _gate_and_up(flat, outer, bias[:DOWN], updates)
         gate, up = _halves(gate_up)
         gate_up = gate_up if remade == 0 else None
-    h, s = gate_forward(gate, up, members_of(joint, loras[:DOWN], groups, 1), loras, act)
     down = loras[DOWN]
-    if down is None or s is None:
+    h, s = gate_forward(gate, up, *((ss, loras) if inside else _NO_UPDATES), act)
+    if down is None:
         return unflatten(project(h, inner, bias=bias[DOWN]), x.shape), gate_up, joint
+    if s is None:
+        s = passes.shrink(h, cast(down.A, adapter_dtype(h, down.A)), down.p, down.seed)
     y = project(h, inner, s, cast(down.B, s.dtype), down.scale, bias=bias[DOWN])
     return unflatten(y, x.shape), gate_up, [*joint, s]
 
@@ -86,33 +90,60 @@ def remake(
     storage: Sequence[int],
     biases: Sequence[Tensor],
     biased: Sequence[int],
+    loras: Sequence[LoRA | None],
+    s: Sequence[Tensor],
     up: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gate and up as the forward has computed them: the gate alone if ``up`` is given. Arguments as in ``forward``."""
-    flat, bias, linears = rows(x), with_gaps(biases, biased, 3), weights_of(weights, storage)
+    """Gate and up as the forward has computed them: the gate alone if ``up`` is given. ``s`` is the last result of the forward."""
+    flat, bias, (gate, *others) = (
+        rows(x),
+        with_gaps(biases, biased, 3),
+        weights_of(weights, storage),
+    )
+    updates: list[Update] = [None, None]
+    if not _holds(flat, loras):
+        groups = group(loras[:DOWN])
+        ss = members_of(s[: len(groups)], loras[:DOWN], groups, 1)
+        updates = list(zip(ss, loras, strict=False))
     if up is not None:
-        return project(flat, linears[0], bias=bias[0]), up
-    gate, up = _halves(_gate_and_up(flat, linears[:DOWN], bias[:DOWN]))
-    return gate, up
+        return _project(flat, gate, bias[0], updates[0]), up
+    both = _halves(_gate_and_up(flat, [gate, others[0]], bias[:DOWN], updates))
+    return both[0], both[1]
 
 
-def _gate_and_up(x: Tensor, weights: Sequence[Weight], biases: Tensors) -> Tensor:
-    """``x Wᵀ + bias`` of gate and up, ``[M, 2F]``."""
-    cast_biases = [None if bias is None else cast(bias, x.dtype) for bias in biases]
+Update = tuple[Tensor | None, LoRA | None] | None
+"""``drop(x) Aᵀ`` and the adapter of a linear that adds its update to its product; ``None`` if the gate's kernels add it."""
+_NO_UPDATES = [None] * DOWN, [None] * (DOWN + 1)
+"""The arguments ``s`` and ``loras`` of the gate's kernels if gate and up contain their updates."""
+
+
+def _holds(x: Tensor, loras: Sequence[LoRA | None]) -> bool:
+    """Whether the gate's kernels compute the updates of gate and up and the shrink of down."""
+    ranks = [lora.A.shape[0] for lora in loras if lora is not None]
+    return holds(max([0, *ranks]), x.element_size())
+
+
+def _project(
+    x: Tensor, weight: Weight, bias: Tensor | None, update: Update, out: Tensor | None = None
+) -> Tensor:
+    s, lora = update or (None, None)
+    if s is None or lora is None:
+        return project(x, weight, bias=bias, out=out)
+    return project(x, weight, s, cast(lora.B, s.dtype), lora.scale, bias=bias, out=out)
+
+
+def _gate_and_up(
+    x: Tensor, weights: Sequence[Weight], biases: Tensors, updates: Sequence[Update]
+) -> Tensor:
+    """``x Wᵀ + bias`` of gate and up, ``[M, 2F]``, with their updates."""
     out = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
-    present = [bias for bias in cast_biases if bias is not None]
-    both = stacked_triton(weights, x.dtype) if len(present) != 1 else None
-    parts: list[tuple[Weight, Tensor | None, Tensor]]
-    if both is None:
-        parts = list(zip(weights, cast_biases, _halves(out), strict=True))
-    else:
-        parts = [(both, torch.cat(present) if present else None, out)]
-    for weight, bias, part in parts:
-        W = dense_triton(weight, x.dtype)
-        if bias is None:
-            torch.mm(x, W.t(), out=part)
-        else:
-            torch.addmm(bias, x, W.t(), out=part)
+    present = [cast(bias, x.dtype) for bias in biases if bias is not None]
+    if len(present) != 1 and updates == [None, None]:
+        both = stacked_triton(weights, x.dtype)
+        if both is not None:
+            return project(x, both, bias=torch.cat(present) if present else None, out=out)
+    for arguments in zip(weights, biases, updates, _halves(out), strict=True):
+        _project(x, *arguments)
     return out
 
 
@@ -186,11 +217,18 @@ def backward(
         gate, up = gate_up if isinstance(gate_up, tuple) else _halves(gate_up)
         joint = s[: len(groups)]
         ss = members_of(joint, loras[:DOWN], groups, 1)
+        inside = _holds(flat, loras)
         if needs_outer:
-            dh = flat @ dense_triton(inner, dy.dtype)
-            sums = passes.Sums()
+            W, sums = dense_triton(inner, dy.dtype), passes.Sums()
+            if inside or down is None or ds is None:
+                dh = flat @ W
+            else:
+                numbers_of_down = {"p": down.p, "seed": down.seed}
+                dh = project(flat, W.t(), ds, cast(down.A, ds.dtype).t(), **numbers_of_down)
+            s_gate, of_gate = (ss, loras) if inside else _NO_UPDATES
+            rest = {"needs_dA": needs_dA and inside, "sums": sums}
             d_gate, d_up, dA = gate_backward(
-                dh, gate, up, ss, ds, loras, act, needs_dA=needs_dA, sums=sums
+                dh, gate, up, s_gate, ds if inside else None, of_gate, act, **rest
             )
             found = qkv.backward(
                 *([d_gate, d_up], *arguments_of(first), x, As[:outer], Bs[:outer], joint),
@@ -202,8 +240,9 @@ def backward(
                 d.sum(0) for d, needed in zip((d_gate, d_up), needs_bias, strict=True) if needed
             ]
             found[needs_x:needs_x] = bias_grads
-        elif needs_dA and down is not None:
-            h, _ = gate_forward(gate, up, ss, [*loras[:DOWN], None], act)
+        if needs_dA and down is not None and dA is None:
+            updates = (ss, [*loras[:DOWN], None]) if inside else _NO_UPDATES
+            h, _ = gate_forward(gate, up, *updates, act)
             dA = passes.grad_a(ds, h, down.A.dtype, down.p, down.seed)
     if found and needs_x:
         found[0] = unflatten(found[0], torch.Size((*dy.shape[:-1], found[0].shape[-1])))
