@@ -19,6 +19,7 @@ _RULE = _LOW_RANK + "test_the_mask_is_the_rule_whatever_the_tiles[16]"
 
 _norm = tests_of("frozen_norm")
 _ROTATE = tests_of("lora_decoder_layer")("the_rotation_in_place_and_its_transpose")
+_HEADS = tests_of("lora_decoder_layer")("norms_of_heads_before_the_rotation_and_their_gradient")
 _gate = tests_of("lora_swiglu_mlp")
 _bottleneck = tests_of("bottleneck")
 _grouped = tests_of("grouped_lora")
@@ -93,6 +94,7 @@ MUTATIONS = [
         "rotate_kernel",
         ("stride", "rows[:, None] * stride_km", "rows[:, None] * stride_qm", _ROTATE),
         ("tile", "(head - q_heads) * D", "head * D", _ROTATE),
+        ("stride", "raw_k_ptr, stride_rkm", "raw_k_ptr, stride_rqm", _HEADS),
         ("mask", "(offs_d < half)[None, :]", "(offs_d < D)[None, :]", _ROTATE),
         ("race", "tl.program_id(0) * BLOCK_M", "tl.program_id(0) * BLOCK_M // 2", _ROTATE),
         ("int32", "rows = offs_m.to(tl.int64)", "rows = offs_m", _ROTATE),
@@ -105,6 +107,16 @@ MUTATIONS = [
         ("rule", "second * cos_second + first", "second * cos_second - first", _ROTATE),
         ("rule", "first * cos_first - second", "first * cos_first + second", _ROTATE),
         ("tile", "tl.load(sin_ptrs + half", "tl.load(sin_ptrs", _ROTATE),
+        (
+            "stride",
+            "rows[:, None] * stride_rm",
+            "rows[:, None] * column",
+            _HEADS,
+        ),
+        ("tile", "w_ptr + half, offs_d", "w_ptr, offs_d", _HEADS),
+        ("scale", "dots / (2 * half)", "dots / half", _HEADS),
+        ("rule", "new_second - n_second * mean", "new_second", _HEADS),
+        ("rule", "tl.sum(n_second * n_second, 1)", "tl.sum(n_first * n_first, 1)", _HEADS),
     ),
     *bugs_of("core.tiles", "kept", ("rule", "n_rounds=7", "n_rounds=10", _RULE)),
     *bugs_of(

@@ -44,9 +44,13 @@ _ATTENTION = frozenset(
         "a1392a861452e726",  # Qwen2, the same
     )
 )
+_NORMED_ATTENTION = frozenset(
+    ("d7acad34b204253e",)  # Qwen3: Qwen2's with a norm of each head of queries and keys
+)
 _ROTATION = "928b1b071cc104d5", "a68a16140f32af85"
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS = ("q_norm", "k_norm")
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HARMLESS = frozenset(
     (
@@ -69,7 +73,7 @@ class LayerParts(NamedTuple):
     """A decoder layer as the op takes it.
 
     Attributes:
-        norms: The norms before attention and before the MLP.
+        norms: The norms before attention and before the MLP, then those of the heads of queries and keys if they have any.
         linears: q, k, v, o, gate, up, down.
         act: The activation of the MLP.
         scale: Factor on the scores of attention.
@@ -186,18 +190,24 @@ class FusedDecoderLayer(Fused):
         return self._modules["self_attn"]
 
     def _norms(self, x: Tensor) -> list[Norm] | Reason:
-        norms = []
-        for name in _NORMS:
-            module: Any = self._modules[name]
+        norms, example = [], None
+        for name, module in _norms_of(self).items():
             if not isinstance(module, FusedNorm) or has_hooks(module):
                 return Reason(f"its {name} is not fused")
-            found = module.peftkit_plan(x)
+            if name in _HEAD_NORMS and example is None:
+                example = x.new_empty(1, self._attention().head_dim)
+            found = module.peftkit_plan(x if example is None else example)
             if isinstance(found, Reason):
                 return Reason(f"{name}: {found}")
             weight, bias, formula = found
             if formula.kind != "rms" or bias is not None:
                 return Reason(f"its {name} is no RMSNorm without bias")
             norms.append(Norm(weight, formula.eps, formula.offset, formula.round_first))
+        if norms[2:] and (
+            norms[2][1:] != norms[3][1:]
+            or any(norm.weight.dtype is not x.dtype for norm in norms[2:])
+        ):
+            return Reason("the norms of queries and keys differ, or have another dtype")
         return norms
 
     def _linears(self, x: Tensor) -> list[LinearParts] | Reason:
@@ -289,11 +299,20 @@ def _code_reason(layer: Any, attention: Any, rotate: Any, half: Any) -> Reason |
     """Why these functions do not make up the formula of a Llama layer, or ``None``."""
     if digest(layer) != _LAYER:
         return Reason(f"{_name(layer)} is not the forward of a Llama layer")
-    if digest(attention) not in _ATTENTION:
+    if digest(attention) not in _ATTENTION | _NORMED_ATTENTION:
         return Reason(f"{_name(attention)} is not the forward of Llama's attention")
     if (digest(rotate), digest(half)) != _ROTATION:
         return Reason(f"{_name(rotate)} is not Llama's rotation")
     return None
+
+
+def _norms_of(module: nn.Module) -> dict[str, Any]:
+    """The norms of a layer by name: its own two, and those of its attention if the code of that uses them."""
+    attention: Any = module._modules["self_attn"]
+    norms: dict[str, Any] = {name: module._modules[name] for name in _NORMS}
+    if digest(own_class(attention).forward) in _NORMED_ATTENTION:
+        norms |= {name: attention._modules.get(name) for name in _HEAD_NORMS}
+    return norms
 
 
 def _name(function: Any) -> str:
@@ -305,8 +324,7 @@ def _parts_reason(module: nn.Module) -> Reason | None:
     attention: Any = module._modules["self_attn"]
     if getattr(attention, "is_causal", None) is not True:
         return _NOT_CAUSAL
-    for name in _NORMS:
-        norm: Any = module._modules[name]
+    for name, norm in _norms_of(module).items():
         formula = norm._peftkit_seal.answer if isinstance(norm, FusedNorm) else None
         if not isinstance(formula, NormFormula) or formula.kind != "rms":
             return Reason(f"its {name} is no fused RMSNorm")

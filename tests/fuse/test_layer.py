@@ -47,9 +47,9 @@ FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True}),
     "mistral": (MistralForCausalLM, MistralConfig, {"head_dim": 16, "sliding_window": 512}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
 }
 OTHERS = {
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
     "granite": (GraniteForCausalLM, GraniteConfig, {}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 16}),
     "eurobert": (EuroBertModel, EuroBertConfig, {}),
@@ -155,8 +155,9 @@ def checkpointed_pair(reentrant=False, **options):
 
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_makes_again_what_is_cheap(reentrant, use_cache, remade):
-    plain, fused = checkpointed_pair(reentrant)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_checkpointing_makes_again_what_is_cheap(family, reentrant, use_cache, remade):
+    plain, fused = checkpointed_pair(reentrant, family=family)
     inputs = batch() | {"use_cache": use_cache}
     assert_close(loss_and_grads(fused, **inputs), loss_and_grads(plain, **inputs))
     assert remade == ["gate", "gate"]  # no layer runs again
@@ -286,6 +287,21 @@ def test_calls_that_the_op_does_not_compute(change, expected, calls):
     inputs = batch() | change(fused)
     assert_close(loss_and_grads(fused, **inputs), loss_and_grads(plain, **inputs))
     assert len(calls) == expected
+
+
+@pytest.mark.parametrize("change", ["hooked", "trained", "with another eps"])
+def test_norms_of_heads_that_the_op_does_not_compute(change, calls):
+    plain, fused = fused_pair("qwen3")
+    for model in (plain, fused):
+        norm = model.base_model.model.model.layers[0].self_attn.q_norm
+        if change == "hooked":
+            norm.register_forward_hook(lambda *_: None)
+        elif change == "trained":
+            norm.weight.requires_grad_()
+        else:
+            norm.variance_epsilon = 0.1
+    assert_close(loss_and_grads(fused, **batch()), loss_and_grads(plain, **batch()))
+    assert len(calls) == 1
 
 
 def test_hidden_states_and_attentions_are_those_of_the_model(calls):

@@ -10,6 +10,7 @@ from lab.testing import kept_for_backward
 from peftkit_kernels.core.op import Op
 from peftkit_kernels.core.plan import Plans
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.frozen_norm import rms_norm_reference
 from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer, triton_impl
 from peftkit_kernels.ops.lora_decoder_layer.reference import rotated
 from peftkit_kernels.ops.lora_linear import triton_impl as linear_impl
@@ -32,6 +33,7 @@ def make(
     batch=B,
     act="silu",
     offset=0.0,
+    of_heads=False,
 ):
     """Arguments of a layer by name; every number is exact in ``dtype``."""
     generator = torch.Generator().manual_seed(1)
@@ -55,7 +57,8 @@ def make(
         "cos": draw(1, S, HEAD_SIZE),
         "sin": draw(batch, S, HEAD_SIZE),
         "norms": [
-            Norm(draw(D, scale=0.1) + (1 - offset), 1e-5, offset, not offset) for _ in range(2)
+            Norm(draw(width, scale=0.1) + (1 - offset), 1e-5, offset, not offset)
+            for width in (D, D, *[HEAD_SIZE] * 2 * of_heads)
         ],
         "weights": [draw(*shape, scale=0.2) for shape in SHAPES],
         "biases": [draw(shape[0], scale=0.1) if bias else None for shape in SHAPES],
@@ -110,6 +113,8 @@ CASES = {
     "dropout": {"p": 0.3},
     "gelu, offset": {"act": "gelu_tanh", "offset": 1.0},
     "one sequence": {"batch": 1},
+    "norms of heads": {"of_heads": True},
+    "norms of heads, offset": {"of_heads": True, "offset": 1.0, "adapted": (1, 2)},
 }
 
 
@@ -138,7 +143,7 @@ def test_float32_factors_on_a_16_bit_input():
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("remake", ["gate", "most"])
-@pytest.mark.parametrize("case", ["all", "none", "dropout", "k, o and down"])
+@pytest.mark.parametrize("case", ["all", "none", "dropout", "k, o and down", "norms of heads"])
 def test_what_is_made_again_has_the_same_bits(case, remake, backend):
     arguments = make(torch.bfloat16, **CASES[case])
     kept = run(arguments, backend)
@@ -266,9 +271,44 @@ def test_the_rotation_in_place_and_its_transpose(head_size, inverse):
             y = heads_of(y)
         expected.append(y.detach())
     with watched(int32_limit=5000):
-        triton_impl.rotate_(q, k, cos, sin, inverse=inverse)
+        (triton_impl.rotate_back_ if inverse else triton_impl.rotate)(q, k, cos, sin)
     for found, wanted in zip((q, k), expected, strict=True):
         torch.testing.assert_close(heads_of(found), wanted)
+
+
+@pytest.mark.parametrize(("offset", "round_first"), [(0.0, True), (1.0, False), (0.5, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_size", [16, 20, 128])
+def test_norms_of_heads_before_the_rotation_and_their_gradient(
+    head_size, dtype, offset, round_first
+):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    # rows of more than their heads, as in a joint projection
+    raw = [draw(2, 70, n * head_size + 8)[..., : n * head_size] for n in (3, 1)]
+    grads = [draw(2, 70, n * head_size) for n in (3, 1)]
+    cos, sin, weights = draw(1, 70, head_size), draw(2, 70, head_size), draw(2, head_size)
+    expected, plain = [], []
+    for wide, found in ((torch.float64, expected), (dtype, plain)):
+        for t, grad, weight in zip(raw, grads, weights, strict=True):
+            leaf = t.to(wide).requires_grad_()
+            heads = leaf.unflatten(-1, (-1, head_size))
+            normed = rms_norm_reference(
+                *(heads, weight.to(wide), 1e-5), offset=offset, round_first=round_first
+            )
+            y = rotated(normed.transpose(1, 2), cos.to(wide), sin.to(wide)).transpose(1, 2)
+            (dt,) = torch.autograd.grad(y, leaf, grad.to(wide).unflatten(-1, (-1, head_size)))
+            found += [y.detach().flatten(2), dt]
+    norms = triton_impl.HeadNorms(*weights, 1e-5, offset, round_first)
+    with watched(int32_limit=5000):
+        q, k = triton_impl.rotate(*raw, cos, sin, norms)
+        triton_impl.rotate_back_(*grads, cos, sin, *raw, norms)
+    own = distances([q, grads[0], k, grads[1]], expected)
+    for ours, theirs in zip(own, distances(plain, expected), strict=True):
+        assert ours <= 1.1 * theirs + 1e-7
 
 
 def test_one_kernel_rotates_queries_and_keys():

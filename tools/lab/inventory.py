@@ -382,14 +382,19 @@ def _dora_scale(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 
 def _lora_decoder_layer(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     """The rotation; all other kernels of the op are recorded with the ops of its parts."""
-    from peftkit_kernels.ops.lora_decoder_layer.triton_impl import rotate_
+    from peftkit_kernels.ops.lora_decoder_layer.triton_impl import HeadNorms, rotate, rotate_back_
 
     S = sizes.rows(4096)
     for head_size in (64, 80, 128, 256) if sizes.odd_widths else (64, 128):
         q, k = (_meta(2, S, heads * head_size, dtype=dtype) for heads in (32, 8))
         cos = _meta(1, S, head_size, dtype=dtype)
-        for inverse in (False, True):
-            rotate_(q, k, cos, cos, inverse=inverse)
+        weight = _meta(head_size, dtype=dtype)
+        for norms in (
+            None,
+            *(HeadNorms(weight, weight, 1e-6, *n) for n in ((0.0, True), (1.0, False))),
+        ):
+            rotate(q, k, cos, cos, norms)
+            rotate_back_(q, k, cos, cos, *(() if norms is None else (q, k, norms)))
 
 
 OPS: dict[str, Callable[..., Any]] = {

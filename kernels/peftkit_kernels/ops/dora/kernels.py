@@ -34,8 +34,8 @@ def norm_kernel(
         # the loops use the codes; one step of a code is row_absmax / 127
         step = tl.math.div_rn(tl.load(absmax_ptr + offs_n, mask=mask_n, other=0.0), 127.0)
     squares = tl.zeros((BLOCK_N,), tl.float32)
-    update = tl.load(update_ptr + offs_n, mask=mask_n, other=0.0)
-    for tile in tl.static_range(TILES):
+    products = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in range(TILES):
         offs_r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
         # 2. W Aᵀ in one pass over W for each tile of ranks, with the first also |W|²
@@ -77,18 +77,18 @@ def norm_kernel(
                 other=0.0,
             )
             cross = tl.dot(operand, a, cross, input_precision=PRECISION)
-            if tile == 0:
-                squares += tl.sum(wide * wide, 1)
+            squares += tl.where(tile == 0, tl.sum(wide * wide, 1), 0.0)
         if STORAGE == "int8":
             cross *= step[:, None]
-            if tile == 0:
-                squares *= step * step
-        # 3. 2 scale · B ∘ (W Aᵀ)
+        # 3. B ∘ (W Aᵀ)
         mask_b = mask_n[:, None] & mask_r[None, :]
         b_ptrs = b_ptr + rows * stride_bn + offs_r[None, :] * stride_br
         b = tl.load(b_ptrs, mask=mask_b, other=0.0).to(tl.float32)
-        squares += 2.0 * scale * tl.sum(cross * b, 1)
-    squares += update
+        products += tl.sum(cross * b, 1)
+    if STORAGE == "int8":
+        squares *= step * step
+    squares += 2.0 * scale * products
+    squares += tl.load(update_ptr + offs_n, mask=mask_n, other=0.0)
     # 4. the root; a sum that rounding made negative counts as 0, and NaN stays NaN
     norm = tl.math.sqrt_rn(tl.where(squares < 0.0, 0.0, squares))
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)

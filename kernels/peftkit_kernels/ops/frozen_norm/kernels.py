@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _weight(w_ptr, offs_k, mask_k, offset, HAS_OFFSET: tl.constexpr, ROUND: tl.constexpr):
+def scale_of(w_ptr, offs_k, mask_k, offset, HAS_OFFSET: tl.constexpr, ROUND: tl.constexpr):
     """``offset + w`` in float32. With ROUND the sum is rounded to the dtype of w, as in a module that adds in that dtype."""
     w = tl.load(w_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     if HAS_OFFSET:
@@ -54,7 +54,7 @@ def norm_forward_kernel(
     y = x * rstd[:, None]
     if ROUND_FIRST:
         y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
-    y *= _weight(w_ptr, offs_k, mask_k, offset, HAS_OFFSET, ROUND_FIRST)
+    y *= scale_of(w_ptr, offs_k, mask_k, offset, HAS_OFFSET, ROUND_FIRST)
     if HAS_BIAS:
         y += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + rows * stride_ym + offs_k[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -82,7 +82,7 @@ def norm_backward_kernel(
     # 2. u and n
     x = tl.load(x_ptr + rows * stride_xm + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
     u = tl.load(dy_ptr + rows * stride_dym + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-    u *= _weight(w_ptr, offs_k, mask_k, offset, HAS_OFFSET, False)
+    u *= scale_of(w_ptr, offs_k, mask_k, offset, HAS_OFFSET, False)
     rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
     if CENTRE:
         # the padding of x becomes -mean, but u is 0 there and the padding is not stored

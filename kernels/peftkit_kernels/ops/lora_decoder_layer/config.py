@@ -14,7 +14,7 @@ class RotateConfig:
     num_warps: int = 4
 
     @classmethod
-    def choose(cls, head_size: int) -> RotateConfig:
-        """About 2,048 pairs in each program, so that the six loads of a pair stay in registers."""
+    def choose(cls, head_size: int, *, norm: bool) -> RotateConfig:
+        """About 2,048 pairs in each program, so that the six loads of a pair stay in registers; half of that with the norm's loads."""
         block_h = max(16, 1 << (head_size // 2 - 1).bit_length())
-        return cls(max(1, 2048 // block_h), block_h)
+        return cls(max(1, (1024 if norm else 2048) // block_h), block_h)

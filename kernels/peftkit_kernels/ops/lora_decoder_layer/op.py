@@ -59,7 +59,8 @@ def lora_decoder_layer(
         x: ``[B, S, D]``.
         cos: ``[B or 1, S, head size]``.
         sin: As ``cos``.
-        norms: The norm before attention and that before the MLP.
+        norms: The norm before attention and that before the MLP; then, if heads are normalised before the rotation, the norm
+            of each query and that of each key.
         weights: q, k, v ``[heads · head size, D]``, o ``[D, heads · head size]``, gate, up ``[F, D]``, down ``[D, F]``: tensors or
             quantised weights.
         biases: One or ``None`` for each linear, frozen.
@@ -153,10 +154,10 @@ def _check(
     if remake not in REMADE:
         raise ValueError(f"remake={remake!r} is unknown; use one of {', '.join(map(repr, REMADE))}")
     check_counts(weights, biases, loras)
-    if len(weights) != len(LINEARS) or len(norms) != 2:
+    if len(weights) != len(LINEARS) or len(norms) not in (2, 4):
         raise ValueError(
             f"there are {len(weights)} weights and {len(norms)} norms; a layer has seven linears "
-            f"({', '.join(LINEARS)}) and two norms"
+            f"({', '.join(LINEARS)}) and two norms, or four with those of queries and keys"
         )
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [B, S, D]")
@@ -186,8 +187,15 @@ def _check(
             f"weights: {shapes} do not form a layer of width {D} with heads of size {head_size}"
         )
     for i, norm in enumerate(norms):
-        if norm.weight.shape != (D,) or norm.weight.requires_grad:
-            raise ValueError(f"norms[{i}]: its weight must be [{D}] and frozen")
+        width = D if i < 2 else head_size
+        if norm.weight.shape != (width,) or norm.weight.requires_grad:
+            raise ValueError(f"norms[{i}]: its weight must be [{width}] and frozen")
+    if norms[2:]:
+        of_q, of_k = norms[2:]
+        if of_q[1:] != of_k[1:] or {of_q.weight.dtype, of_k.weight.dtype} != {x.dtype}:
+            raise ValueError(
+                f"norms[2:]: those of queries and keys must have the dtype of x, {x.dtype}, and agree in all but their weights"
+            )
     inputs = {"o": inner, "down": F}
     for name, weight, bias, lora in zip(LINEARS, weights, biases, loras, strict=True):
         # only the width of the input matters

@@ -44,21 +44,25 @@ def lora_decoder_layer_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(y, k, v)`` of the formula in the README; arguments as for ``lora_decoder_layer``."""
-    first, second = norms
+    first, second, *of_heads = norms
     head_size = cos.shape[-1]
-    h = rms_norm_reference(
-        x, first.weight, first.eps, offset=first.offset, round_first=first.round_first
-    )
+    h = _norm(x, first)
     projected = lora_qkv_reference(h, weights[:3], biases[:3], loras[:3])
-    q, k, v = (t.unflatten(-1, (-1, head_size)).transpose(1, 2) for t in projected)
+    q, k, v = (t.unflatten(-1, (-1, head_size)) for t in projected)
+    if of_heads:
+        q, k = (_norm(t, norm) for t, norm in zip((q, k), of_heads, strict=True))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     q, k = rotated(q, cos, sin), rotated(k, cos, sin)
     o = attention_reference(q, k, v, scale, causal=True).flatten(2)
     (o,) = lora_qkv_reference(o, weights[3:4], biases[3:4], loras[3:4])
     x = x + o
-    h = rms_norm_reference(
-        x, second.weight, second.eps, offset=second.offset, round_first=second.round_first
-    )
+    h = _norm(x, second)
     return x + lora_swiglu_mlp_reference(h, weights[4:], biases[4:], loras[4:], act), k, v
+
+
+def _norm(x: Tensor, norm: Norm) -> Tensor:
+    offset, round_first = norm.offset, norm.round_first
+    return rms_norm_reference(x, norm.weight, norm.eps, offset=offset, round_first=round_first)
 
 
 def rotated(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -29,7 +29,10 @@ def lora_decoder_layer_torch(
     """As ``lora_decoder_layer_reference``."""
     h = _norm(x, norms[0])
     projected = lora_qkv(h, weights[:3], biases[:3], loras[:3])
-    q, k, v = (t.unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2) for t in projected)
+    q, k, v = (t.unflatten(-1, (-1, cos.shape[-1])) for t in projected)
+    if norms[2:]:
+        q, k = _norm(q, norms[2]), _norm(k, norms[3])
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     q, k = rotated(q, cos, sin), rotated(k, cos, sin)
     o = attention(q, k, v, scale, causal=True).flatten(2)
     (o,) = lora_qkv(o, weights[3:4], biases[3:4], loras[3:4])

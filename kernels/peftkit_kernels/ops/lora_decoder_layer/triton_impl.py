@@ -36,32 +36,102 @@ def _kernels() -> Any:
     return kernels
 
 
-def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> None:
-    """Rotate each head of ``q [B, S, Hq D]`` and ``k [B, S, Hk D]``, in place. Their rows may have any stride.
+class HeadNorms(NamedTuple):
+    """The norms of each head of the queries and of the keys before the rotation.
+
+    Attributes:
+        q: ``[head size]``.
+        k: ``[head size]``.
+        eps: As in ``Norm``, as are the others; they are those of both norms.
+        offset: Added to the weights.
+        round_first: Whether the normalised value is rounded before it is multiplied.
+    """
+
+    q: Tensor
+    k: Tensor
+    eps: float
+    offset: float
+    round_first: bool
+
+
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: HeadNorms | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each head of ``q [B, S, Hq D]`` and ``k [B, S, Hk D]`` rotated: in place, or with ``norms`` normalised first, into new tensors.
 
     Args:
-        q: Queries.
-        k: Keys.
+        q: Queries. Their rows may have any stride.
+        k: Keys, as ``q``.
         cos: ``[B or 1, S, D]``.
         sin: As ``cos``.
-        inverse: Apply the transposed map, as for gradients.
+        norms: The norms of the heads, or ``None``.
     """
+    if norms is None:
+        _launch_rotation(q, k, cos, sin, None, None, None, inverse=False)
+        return q, k
+    out_q, out_k = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
+    _launch_rotation(out_q, out_k, cos, sin, q, k, norms, inverse=False)
+    return out_q, out_k
+
+
+def rotate_back_(
+    dq: Tensor,
+    dk: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    raw_q: Tensor | None = None,
+    raw_k: Tensor | None = None,
+    norms: HeadNorms | None = None,
+) -> None:
+    """Turn the gradients of what ``rotate`` returns into those of its arguments ``raw_q`` and ``raw_k``, in place."""
+    _launch_rotation(dq, dk, cos, sin, raw_q, raw_k, norms, inverse=True)
+
+
+def _launch_rotation(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    raw_q: Tensor | None,
+    raw_k: Tensor | None,
+    norms: HeadNorms | None,
+    *,
+    inverse: bool,
+) -> None:
     S, D = q.shape[1], cos.shape[2]
-    flat_q, flat_k = rows(q), rows(k)
-    M, heads = flat_q.shape[0], flat_q.shape[1] // D
-    c = RotateConfig.choose(D)
+    flat = [rows(t) for t in (q, k)]
+    raw = [None if t is None else rows(t) for t in (raw_q, raw_k)]
+    M, heads = flat[0].shape[0], [t.shape[1] // D for t in flat]
+    c = RotateConfig.choose(D, norm=norms is not None)
     batch = [0 if t.shape[0] == 1 else t.stride(0) for t in (cos, sin)]
+    weights = (None, None) if norms is None else (norms.q, norms.k)
+    numbers = (0.0, 0.0) if norms is None else (norms.eps, norms.offset)
     launch(
         _kernels().rotate_kernel,
-        (cdiv(M, c.block_m), heads + flat_k.shape[1] // D),
-        *(flat_q, flat_k, cos, sin, M, S, heads, D, flat_q.stride(0), flat_k.stride(0)),
+        (cdiv(M, c.block_m), sum(heads)),
+        *(*flat, cos, sin, *raw, *weights, *numbers, M, S, heads[0], D),
+        *(t.stride(0) for t in flat),
+        *(0 if t is None else t.stride(0) for t in raw),
         *(batch[0], cos.stride(1), batch[1], sin.stride(1)),
+        NORM=norms is not None,
+        HAS_OFFSET=norms is not None and norms.offset != 0.0,
+        ROUND_FIRST=norms is not None and norms.round_first,
         INVERSE=inverse,
         BLOCK_M=c.block_m,
         BLOCK_H=c.block_h,
         num_warps=c.num_warps,
         num_stages=1,
     )
+
+
+def _head_norms(
+    norms: Sequence[Tensor],
+    eps: Sequence[float],
+    offsets: Sequence[float],
+    round_first: Sequence[bool],
+) -> HeadNorms | None:
+    """Those of the norms that follow the layer's own two, if there are any."""
+    return HeadNorms(*norms[2:], eps[2], offsets[2], round_first[2]) if norms[2:] else None
 
 
 class Adapters(NamedTuple):
@@ -129,15 +199,18 @@ def forward(
     first, out, inner = (adapters.of(part) for part in PARTS)
     W_qkv, W_out, W_mlp = _weights(weights, storage)
     h, rstd = norm.rms_forward(x, norms[0], eps[0], offsets[0], round_first[0])
-    (q, k, v), s_qkv = qkv.forward(h, *W_qkv, *first)
-    rotate_(q, k, cos, sin)
+    (raw_q, raw_k, v), s_qkv = qkv.forward(h, *W_qkv, *first)
+    head_norms = _head_norms(norms, eps, offsets, round_first)
+    q, k = rotate(raw_q, raw_k, cos, sin, head_norms)
     q, k, v = (_heads(t, cos.shape[2]) for t in (q, k, v))
     o, numbers = causal.forward(q, k, v, scale, kernel)
     (x2,), s_out = qkv.forward(o.flatten(2), *W_out, *out)
     h, rstd2 = norm.rms_forward_of_sum(x2, x, norms[1], eps[1], offsets[1], round_first[1])
     y, gate_up, s_mlp = mlp.forward(h, *W_mlp, *inner, act, remade=REMADE[remake])
     y.add_(x2)
-    own_q, own_gate_up = [] if remake == "most" else [q], [] if gate_up is None else [gate_up]
+    # a norm's gradient needs its input, from which the rotated queries and keys are made again
+    own_q = [q] if head_norms is None else [raw_q, raw_k]
+    own_q, own_gate_up = [] if remake == "most" else own_q, [] if gate_up is None else [gate_up]
     kept = _Kept(rstd, own_q, o, numbers, s_qkv, x2, s_out, rstd2, own_gate_up, s_mlp)
     return [y, k, v], kept.flat()
 
@@ -173,7 +246,9 @@ class _Kept(NamedTuple):
         return [t for part in self for t in (part if isinstance(part, list) else [part])]
 
     @classmethod
-    def of(cls, flat: Sequence[Tensor], adapters: Adapters, kernel: str, remake: str) -> _Kept:
+    def of(
+        cls, flat: Sequence[Tensor], adapters: Adapters, kernel: str, remake: str, normed: bool
+    ) -> _Kept:
         """The tensors by name, from those of ``flat``."""
         left = iter(flat)
         first, out, inner = (adapters.of(part).loras(len(part)) for part in PARTS)
@@ -185,7 +260,7 @@ class _Kept(NamedTuple):
         has_most = remake != "most"
         return cls(
             next(left),
-            take(has_most),
+            take((1 + normed) * has_most),
             next(left),
             take(3 if kernel == "cudnn" else 1),
             take(groups[0]),
@@ -226,8 +301,11 @@ def _empty_outputs(
     widths = [weight.shape[0] for weight in weights_of(weights, storage)]
     heads = [width // D for width in widths[:3]]
     q, k, v = (x.new_empty(B, S, n, D).transpose(1, 2) for n in heads)
+    own_q = [q]
+    if norms[2:]:
+        own_q = [x.new_empty(B, S, widths[0]), x.new_empty(B, S, widths[1])]
     kept = _Kept(
-        *(rstd, [] if remake == "most" else [q], x.new_empty(B, S, heads[0], D)),
+        *(rstd, [] if remake == "most" else own_q, x.new_empty(B, S, heads[0], D)),
         [x.new_empty(B, heads[0], S, dtype=torch.float32)],
         qkv.joint_like(x, M, first),
         x.new_empty(x.shape),
@@ -274,12 +352,13 @@ def backward(
     """``dx`` if needed, the needed dA's, and the needed dB's, in this order.
 
     ``dy``, ``dk`` and ``dv`` are the gradients of the three results; ``kept`` is what the forward has kept; the other arguments
-    are those of the forward. ``k`` and ``v`` are ``None`` if they are made again.
+    are those of the forward. ``k`` or ``v`` is ``None`` if it is made again.
     """
     adapters = Adapters(biases, As, Bs, biased, adapted, scales, ps, seeds)
     first, out, inner = (adapters.of(part) for part in PARTS)
     needs = [_needs(part, adapted, needs_A, needs_B) for part in PARTS]
-    saved = _Kept.of(kept, adapters, kernel, remake)
+    head_norms = _head_norms(norms, eps, offsets, round_first)
+    saved = _Kept.of(kept, adapters, kernel, remake, head_norms is not None)
     W_qkv, W_out, W_mlp = _weights(weights, storage)
     dy = torch.zeros_like(x) if dy is None else dy
     # 1. the MLP, its norm and the second residual sum
@@ -301,18 +380,20 @@ def backward(
         *(*out.numbers, True, *needs[1]),
     )
     h = norm.rms_forward(x, norms[0], eps[0], offsets[0], round_first[0])[0]
-    q = saved.q[0] if saved.q else None
-    if q is None or k is None or v is None:
+    q, raw = saved.q[0] if saved.q else None, saved.q
+    if not saved.q:
         loras = first.loras(len(QKV))
-        made = qkv.outputs(h, *W_qkv, first.biases, first.biased, loras, saved.s_qkv)
-        rotate_(made[0], made[1], cos, sin)
-        q, k, v = (_heads(t, cos.shape[2]) for t in made)
+        *raw, v = qkv.outputs(h, *W_qkv, first.biases, first.biased, loras, saved.s_qkv)
+        v = _heads(v, cos.shape[2])
+    if k is None:
+        q, k = (_heads(t, cos.shape[2]) for t in rotate(*raw, cos, sin, head_norms))
     grads = causal.backward(do.view(saved.o.shape), q, k, v, saved.o, saved.numbers, scale, kernel)
     dqkv = [t.transpose(1, 2).flatten(2) for t in grads]
     for total, more in zip(dqkv[1:], (dk, dv), strict=True):
         if more is not None:
             total.add_(more.transpose(1, 2).flatten(2))
-    rotate_(dqkv[0], dqkv[1], cos, sin, inverse=True)
+    of_norms = () if head_norms is None else (*raw, head_norms)
+    rotate_back_(dqkv[0], dqkv[1], cos, sin, *of_norms)
     # 3. q, k and v, their norm and the first residual sum
     found = qkv.backward(
         *(dqkv, *W_qkv, h, first.As, first.Bs, saved.s_qkv),
@@ -368,12 +449,14 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[list[Tensor], list[Tensor]]) ->
     x, cos, sin, norms, weights, ctx.storage, biases, As, Bs, *ctx.numbers = inputs
     (_, k, v), kept = output
     remake = ctx.numbers[-1]
+    if remake == "most" or norms[2:]:
+        k = None
     if remake == "most":
-        k = v = None
+        v = None
     # only what is made again needs biases
     biases = biases if remake else []
     ctx.save_for_backward(x, cos, sin, k, v, *norms, *weights, *biases, *As, *Bs, *kept)
-    ctx.counts = 5, 2, len(weights), len(biases), len(As), len(Bs)
+    ctx.counts = 5, len(norms), len(weights), len(biases), len(As), len(Bs)
 
 
 def _backward(ctx: Any, needs: Sequence[Any], grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
