@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit_kernels.core.checks import autocast_dtype, is_autocast_enabled, without_autocast
 from peftkit_kernels.core.dispatch import choose_backend
-from peftkit_kernels.core.dropout import draw_seed
-from peftkit_kernels.low_rank import LoRA, adapter_dtype
+from peftkit_kernels.core.dropout import apply_dropout, draw_seed
+from peftkit_kernels.low_rank import LoRA, adapter_dtype, rows
 from peftkit_kernels.ops.dora import dora_linear, dora_norm
 from peftkit_kernels.ops.dora_scale import Scale, dora_gate, dora_scale
 from peftkit_kernels.ops.lora_linear import lora_linear
@@ -31,12 +33,15 @@ class LinearParts(NamedTuple):
         bias: ``[N]`` or ``None``.
         lora: The adapter or ``None``.
         magnitude: ``[N]`` if the adapter is a DoRA, else ``None``.
+        dtype: The dtype in which the linear computes and which it converts its input to and its result back from; ``None`` for that of
+            its input, or of autocast.
     """
 
     weight: Any
     bias: Tensor | None
     lora: LoRA | None
     magnitude: Tensor | None = None
+    dtype: torch.dtype | None = None
 
 
 def draw_seeds(parts: LinearParts) -> LinearParts:
@@ -56,7 +61,7 @@ def backend_of(x: Tensor, parts: LinearParts) -> str:
 
 def gated_mlp_backend(x: Tensor, parts: Sequence[LinearParts]) -> str:
     """The backend that ``gated_mlp(x, parts, act)`` runs on: ``"torch"`` or ``"triton"``."""
-    dtype = autocast_dtype(x) or x.dtype
+    dtype = parts[0].dtype or autocast_dtype(x) or x.dtype
     rank = max([0, *(part.lora.A.shape[0] for part in parts if part.lora is not None)])
     return choose_backend("lora_swiglu_mlp", "auto", x.to(dtype), rank=rank)
 
@@ -80,8 +85,30 @@ def linear(x: Tensor, part: LinearParts) -> Tensor:
     return dora_scale(_product(x, part.weight, None, part.lora), scale)
 
 
+def linear_in(dtype: torch.dtype, x: Tensor, part: LinearParts) -> Tensor:
+    """``linear(x, part)`` whose frozen product is computed in ``dtype``, narrower than that of ``x``; the rest in that of ``x``.
+
+    As in PEFT's layer on a 4-bit base, the adapter reads ``x`` unrounded, and its sum with the product is not rounded to ``dtype``.
+    """
+    bias = part.bias if part.magnitude is None else None
+    z = _product(x.to(dtype), part.weight, bias, None).to(x.dtype)
+    if part.lora is not None:
+        A, B, scale, p, seed = (
+            getattr(part.lora, name) for name in ("A", "B", "scale", "p", "seed")
+        )
+        wide = adapter_dtype(x, A)
+        dropped = apply_dropout(rows(x).to(wide), p, seed)
+        update = F.linear(F.linear(dropped, A.to(wide)), B.to(wide)) * scale
+        z = (z + update.view(z.shape)).to(x.dtype)
+    return z if part.magnitude is None else dora_scale(z, _scale(x, part))
+
+
 def linears(x: Tensor, parts: Sequence[LinearParts]) -> tuple[Tensor, ...]:
-    """Several linears on one input; shared work is done once."""
+    """Several linears on one input, of one ``dtype``; shared work is done once."""
+    if parts[0].dtype is not None:
+        with without_autocast(x):
+            ys = linears(x.to(parts[0].dtype), [part._replace(dtype=None) for part in parts])
+        return tuple(y.to(x.dtype) for y in ys)
     if all(part.magnitude is None for part in parts):
         return lora_qkv(x, *_columns(parts))
     if any(_is_mixed(x, part) or not isinstance(part.weight, Tensor) for part in parts):
@@ -101,9 +128,13 @@ def gated_mlp(x: Tensor, parts: Sequence[LinearParts], act: str) -> Tensor:
 
     Args:
         x: ``[..., D]``.
-        parts: Gate, up and down.
+        parts: Gate, up and down, of one ``dtype``.
         act: One of ``lora_swiglu_mlp.ACTIVATIONS``.
     """
+    if parts[0].dtype is not None:
+        own = [part._replace(dtype=None) for part in parts]
+        with without_autocast(x):
+            return gated_mlp(x.to(parts[0].dtype), own, act).to(x.dtype)
     if all(part.magnitude is None for part in parts):
         return lora_swiglu_mlp(x, *_columns(parts), act)
     gate, up, down = parts

@@ -225,6 +225,8 @@ class FusedDecoderLayer(Fused):
             return Reason(f"mlp: {inner}")
         linears += inner
         for part in linears:
+            if part.dtype is not None:
+                return Reason(f"its linears compute in {part.dtype} and its input is {x.dtype}")
             if part.magnitude is not None:
                 return Reason("DoRA runs each linear by itself")
             if part.bias is not None and part.bias.requires_grad:

@@ -5,6 +5,7 @@ Parameters, names, config and checkpoints stay PEFT's. Every case that is not su
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,8 @@ from peftkit_kernels.low_rank import LoRA
 _FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _QUANTIZED = "Linear4bit", "Linear8bitLt"
+
+_DIFFERENT_DTYPES = Reason("its linears compute in different dtypes, so each runs separately")
 
 _SEED = Reason(
     "dropout under torch.compile or torch.func: the seed is a Python int and would break the graph"
@@ -98,7 +101,7 @@ class FusedLoRA(Fused):
         return LinearParts(weight, found.base._parameters["bias"], lora, magnitude)
 
     def peftkit_joined(self, x: Tensor) -> LinearParts | Reason:
-        """``peftkit_plan`` for an op that also computes other linears, all in the dtype of ``x`` or of autocast."""
+        """``peftkit_plan`` for an op that also computes other linears; it says in which ``dtype`` this one computes."""
         return self.peftkit_plan(x)
 
     def peftkit_example(self: Any) -> Tensor:
@@ -196,6 +199,11 @@ def plan_linear(module: Any, x: Tensor) -> LinearParts | Reason:
         return Reason(f"it is a {type(module).__name__}")
     reason = weight_reason(module) or input_reason(x, module._parameters["weight"])
     return reason or LinearParts(module.weight, module.bias, None)
+
+
+def different_dtypes(parts: Sequence[LinearParts]) -> Reason | None:
+    """Why these linears cannot be computed by one op: because they compute in different dtypes."""
+    return None if len({part.dtype for part in parts}) == 1 else _DIFFERENT_DTYPES
 
 
 def fuse_layer(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.fuse.compute import LinearParts, draw_seeds, gated_mlp, gated_mlp_backend
 from peftkit.fuse.experts import FusedParamWrapper
-from peftkit.fuse.linear import FusedLoRA, is_quantized, plan_linear
+from peftkit.fuse.linear import FusedLoRA, different_dtypes, is_quantized, plan_linear
 from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
 from peftkit.fuse.recognise import seal_gated_mlp
 from peftkit.fuse.seal import Seal
@@ -62,6 +62,9 @@ class FusedGatedMLP(Fused):
                     f"{name}: DoRA with dropout cannot be fused across the layers of an MLP; each linear runs separately"
                 )
             parts.append(part)
+        reason = different_dtypes(parts)
+        if reason is not None:
+            return reason
         return parts if len(parts) == 3 else _halves(*parts)
 
     def peftkit_example(self) -> Tensor:

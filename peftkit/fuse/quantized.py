@@ -11,7 +11,7 @@ from peft.tuners.lora import bnb
 from torch import Tensor
 
 from peftkit.fuse.adapter import is_own_function, weight_reason
-from peftkit.fuse.compute import LinearParts, backend_of, linear
+from peftkit.fuse.compute import LinearParts, backend_of, linear, linear_in
 from peftkit.fuse.linear import FusedLoRA
 from peftkit.fuse.plan import Reason
 from peftkit.fuse.storage import (
@@ -22,7 +22,7 @@ from peftkit.fuse.storage import (
     nf4_repacked,
     nf4_weight,
 )
-from peftkit_kernels.core.checks import autocast_dtype, without_autocast
+from peftkit_kernels.core.checks import autocast_dtype, is_autocast_enabled, without_autocast
 from peftkit_kernels.core.dispatch import is_transformed
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
@@ -48,11 +48,17 @@ class FusedLinear4bit(FusedLoRA):
         return _four_bit(base, x)
 
     def peftkit_joined(self: Any, x: Tensor) -> LinearParts | Reason:
-        """``peftkit_plan`` for an op that also computes other linears: only if the base layer computes in the dtype of ``x``."""
-        return _dtype_reason(self._modules["base_layer"], x) or self.peftkit_plan(x)
+        """``peftkit_plan``, and the dtype in which the base layer computes if that is not the dtype of ``x`` or of autocast."""
+        parts = self.peftkit_plan(x)
+        if isinstance(parts, Reason):
+            return parts
+        base = self._modules["base_layer"]
+        return _narrowing_reason(base, x) or parts._replace(dtype=_own_dtype(base, x))
 
-    def _run(self, x: Tensor, parts: LinearParts) -> Tensor:
+    def _run(self: Any, x: Tensor, parts: LinearParts) -> Tensor:
         """Compute like the base layer: in its ``compute_dtype`` even under autocast, with the result in the dtype of ``x``."""
+        if _narrowing_reason(self.base_layer, x) is not None:
+            return linear_in(self.base_layer.compute_dtype, x, parts)
         with without_autocast(x):
             return linear(self._compute_input(x), parts).to(x.dtype)
 
@@ -71,11 +77,15 @@ def plan_frozen(base: Any, x: Tensor) -> LinearParts | Reason:
     """The parts of a linear of bitsandbytes without an adapter, for an op that computes it as it is."""
     if not is_own_function(type(base), "forward"):
         return Reason(f"the forward of {type(base).__name__} was replaced")
+    dtype = None
     if isinstance(base, Linear4bit):
-        weight = _dtype_reason(base, x) or _four_bit(base, x)
+        weight = _narrowing_reason(base, x) or _four_bit(base, x)
+        dtype = _own_dtype(base, x)
     else:
         weight = input_reason(base, x) or int8_obstacle(base) or int8_weight(base)
-    return weight if isinstance(weight, Reason) else LinearParts(weight, base.bias, None)
+    if isinstance(weight, Reason):
+        return weight
+    return LinearParts(weight, base.bias, None, dtype=dtype)
 
 
 def _four_bit(base: Any, x: Tensor) -> NF4Weight | Reason:
@@ -92,12 +102,23 @@ def _four_bit(base: Any, x: Tensor) -> NF4Weight | Reason:
     return nf4_weight(base)
 
 
-def _dtype_reason(base: Any, x: Tensor) -> Reason | None:
-    """Why a ``Linear4bit`` does not compute in the dtype of its input, as the other linears of one op do."""
+def _own_dtype(base: Any, x: Tensor) -> torch.dtype | None:
+    """The dtype in which a ``Linear4bit`` computes, also under autocast; ``None`` if its input has it and autocast keeps it."""
     dtype = base.compute_dtype or x.dtype
-    if dtype is x.dtype and (autocast_dtype(x) or dtype) is dtype:
+    return None if dtype is x.dtype and (autocast_dtype(x) or dtype) is dtype else dtype
+
+
+def _narrowing_reason(base: Any, x: Tensor) -> Reason | None:
+    """Why a ``Linear4bit`` runs alone: it rounds its input, and the adapters of an op would then get a rounded input too.
+
+    Under autocast PEFT's adapters get a rounded input themselves.
+    """
+    dtype = base.compute_dtype or x.dtype
+    if dtype.itemsize >= x.dtype.itemsize or is_autocast_enabled(x.device.type):
         return None
-    return Reason(f"its base layer computes in {dtype}, so each linear runs separately")
+    return Reason(
+        f"its input is {x.dtype} and its base layer computes in {dtype}, so each linear runs separately"
+    )
 
 
 def input_reason(base: Any, x: Tensor) -> Reason | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftkit.find.targets import is_cross_attention
 from peftkit.fuse.adapter import Adapter, changed_reason, current_adapter
 from peftkit.fuse.compute import LinearParts, backend_of, draw_seeds, linears
-from peftkit.fuse.linear import FusedLoRA, drop_rate
+from peftkit.fuse.linear import FusedLoRA, different_dtypes, drop_rate
 from peftkit.fuse.plan import Reason
 from peftkit.swap import own_class
 from peftkit_kernels.core.checks import is_autocast_enabled
@@ -79,7 +79,7 @@ class Siblings:
                     "DoRA with dropout cannot be fused across linears; each linear runs separately"
                 )
             plans.append(parts)
-        return plans
+        return different_dtypes(plans) or plans
 
     def peftkit_verdict(self, present: Sequence[nn.Module]) -> tuple[str, str]:
         """For ``explain``: the path, and the reason if the siblings run separately.

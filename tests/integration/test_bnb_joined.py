@@ -81,14 +81,36 @@ def test_two_dropout_masks_of_two_steps_differ(saved):
     assert step(fused)["loss"] != step(fused)["loss"]
 
 
-def test_another_compute_dtype_than_that_of_the_activations_runs_each_linear_alone(saved):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float32_activations_are_multiplied_in_the_compute_dtype(saved, autocast):
+    """As after ``prepare_model_for_kbit_training``."""
     stock, fused = pair(saved, 4, compute=torch.bfloat16)
-    with fused_calls() as calls:
-        found = step(fused)
-    assert calls["nf4_linear"] == 14
-    assert not calls & JOINED
-    expected = step(stock)
-    assert abs(found["loss"] - expected["loss"]) < 0.02
+    exact, _ = pair(saved, 4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with fused_calls() as calls:
+            found = step(fused)
+        expected = step(stock)
+    if autocast:
+        assert calls & JOINED == JOINED
+    else:  # adapters get the input unrounded, as in PEFT
+        assert calls["nf4_linear"] == 14
+        assert not calls & JOINED
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    truth = step(exact)
+    for name, value in truth.items():
+        ours, theirs = ((grads[name] - value).norm() / value.norm() for grads in (found, expected))
+        assert ours <= (1.5 * theirs + 1e-3 if autocast else 1.05 * theirs + 1e-4), name
+
+
+def test_linears_that_compute_in_different_dtypes_run_alone(saved):
+    _, fused = pair(saved, 4, compute=torch.bfloat16)
+    inner = fused.base_model.model.model.layers[0]
+    inner.mlp.down_proj.base_layer.compute_dtype = torch.float32
+    inner.self_attn.k_proj.base_layer.compute_dtype = torch.float32
+    with fused_calls() as calls, torch.autocast("cpu", torch.bfloat16):
+        step(fused)
+    assert calls["lora_swiglu_mlp"] == calls["lora_qkv"] == 1
+    assert calls["nf4_linear"] == 2 + 3 + 3
 
 
 def test_in_bfloat16_all_linears_are_joined(saved):
