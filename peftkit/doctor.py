@@ -82,7 +82,7 @@ def _version(package: str) -> str | None:
 
 def _cpu_paths() -> dict[str, str]:
     from peftkit_kernels import gemm, native
-    from peftkit_kernels.ops.int8_compute_linear.torch_impl import multiplies_int8
+    from peftkit_kernels.storage.int8.product.torch_impl import multiplies_int8
 
     return {
         "element-wise passes, attention": native.obstacle() or f"native, {native.description()}",

@@ -165,7 +165,36 @@ MUTATIONS_OF_WEIGHTS = [
         ("scale", "row_absmax, 127.0", "row_absmax, 128.0", _few_rows("within_the_error_bound")),
     ),
     *bugs_of(
-        "ops.int8_compute_linear.kernels",
+        "storage.int8.product.kernels",
+        "large_columns_kernel",
+        (
+            "rule",
+            "tl.abs(x) >= threshold",
+            "tl.abs(x) > threshold",
+            _int8_linear("outlier_columns_are_found"),
+        ),
+        (
+            "mask",
+            "mask_k = offs_k < K",
+            "mask_k = offs_k < K + 1",
+            _int8_linear("outlier_columns_are_found"),
+        ),
+        ("tile", "pid_m * chunk_m", "pid_m * BLOCK_M", _int8_linear("outlier_columns_are_found")),
+    ),
+    *bugs_of(
+        "storage.int8.product.kernels",
+        "list_columns_kernel",
+        ("tile", "i * K + offs_k", "offs_k", _int8_linear("outlier_columns_are_found")),
+        ("rule", "count + tl.cumsum", "tl.cumsum", _int8_linear("outlier_columns_are_found")),
+        (
+            "race",
+            "count += tl.sum(large, 0)",
+            "count += 1",
+            _int8_linear("outlier_columns_are_found"),
+        ),
+    ),
+    *bugs_of(
+        "storage.int8.product.kernels",
         "quantize_kernel",
         (
             "stride",
@@ -200,13 +229,31 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "ops.int8_compute_linear.kernels",
+        "storage.int8.product.kernels",
         "int8_gemm_kernel",
         (
             "stride",
-            "[:, None] * stride_wk",
-            "[:, None] * stride_wn",
+            "offs_k.to(tl.int64)[:, None] * stride_wk",
+            "offs_k.to(tl.int64)[:, None] * stride_wn",
             _int8_linear("within_the_error_bound"),
+        ),
+        (
+            "stride",
+            "[:, None] * stride_fm",
+            "[:, None] * stride_xm",
+            _int8_linear("outlier_columns_of_strided_rows"),
+        ),
+        (
+            "tile",
+            "range(0, count, 16)",
+            "range(0, tl.minimum(count, 16), 16)",
+            _int8_linear("many_outlier_columns"),
+        ),
+        (
+            "mask",
+            "mask_j = offs_j < count",
+            "mask_j = offs_j < count + 1",
+            _int8_linear("many_outlier_columns"),
         ),
         (
             "mask",

@@ -24,12 +24,13 @@ from peftkit.fuse.storage import (
 )
 from peftkit_kernels.core.checks import autocast_dtype, is_autocast_enabled, without_autocast
 from peftkit_kernels.core.dispatch import is_transformed
-from peftkit_kernels.storage.int8 import Int8Weight
+from peftkit_kernels.storage.int8 import Int8ComputeWeight, Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
 
 _seen: WeakKeyDictionary[Any, StorageSeen] = WeakKeyDictionary()
 """The storage of each 4-bit base layer that has no ``nf4_obstacle``."""
 
+_IN_8_BITS = Reason("DoRA on a base layer that multiplies in 8 bits runs PEFT's forward")
 _TRANSFORMED = Reason("under torch.compile and torch.func bitsandbytes' own operations run")
 
 
@@ -67,10 +68,17 @@ class FusedLinear4bit(FusedLoRA):
 
 
 class FusedLinear8bitLt(FusedLoRA):
-    """PEFT's ``Linear8bitLt`` whose forward in training on the CPU is one ``int8_linear``."""
+    """PEFT's ``Linear8bitLt`` whose forward is one ``int8_linear``: on the CPU in training, on a GPU with 8-bit products."""
+
+    def peftkit_plan(self: Any, x: Tensor) -> LinearParts | Reason:
+        """As ``FusedLoRA.peftkit_plan``."""
+        parts = super().peftkit_plan(x)
+        if isinstance(parts, Reason) or parts.magnitude is None:
+            return parts
+        return _IN_8_BITS if isinstance(parts.weight, Int8ComputeWeight) else parts
 
     def _weight(self, base: Any, x: Tensor) -> Int8Weight | Reason:
-        return input_reason(base, x) or int8_obstacle(base) or int8_weight(base)
+        return _eight_bit(base, x)
 
 
 def plan_frozen(base: Any, x: Tensor) -> LinearParts | Reason:
@@ -82,7 +90,7 @@ def plan_frozen(base: Any, x: Tensor) -> LinearParts | Reason:
         weight = _narrowing_reason(base, x) or _four_bit(base, x)
         dtype = _own_dtype(base, x)
     else:
-        weight = input_reason(base, x) or int8_obstacle(base) or int8_weight(base)
+        weight = _eight_bit(base, x)
     if isinstance(weight, Reason):
         return weight
     return LinearParts(weight, base.bias, None, dtype=dtype)
@@ -100,6 +108,17 @@ def _four_bit(base: Any, x: Tensor) -> NF4Weight | Reason:
             return reason
         _seen[base] = StorageSeen(base)
     return nf4_weight(base)
+
+
+def _eight_bit(base: Any, x: Tensor) -> Int8Weight | Reason:
+    """The weight of a ``Linear8bitLt``, or why it cannot be read or multiplied by ``x``."""
+    reason = input_reason(base, x) or int8_obstacle(base)
+    if reason is not None:
+        return reason
+    weight = int8_weight(base)
+    if isinstance(weight, Int8ComputeWeight) and (autocast_dtype(x) or x.dtype) is not x.dtype:
+        return Reason(f"under autocast its input is {x.dtype}, which its base layer keeps")
+    return weight
 
 
 def _own_dtype(base: Any, x: Tensor) -> torch.dtype | None:

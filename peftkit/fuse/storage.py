@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from peftkit.fuse.plan import Reason
-from peftkit_kernels.storage.int8 import Int8Weight
+from peftkit_kernels.storage.int8 import Int8ComputeWeight, Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.nf4.weight import BLOCKSIZES, NestedAbsmax, level_table
 
@@ -81,11 +81,10 @@ def int8_obstacle(base: Any) -> Reason | None:
         return Reason("its base weight is quantised again in every forward (has_fp16_weights=True)")
     if _codes(base) is None:
         return Reason("its base weight is not quantised yet (move the model to its device)")
-    if base.weight.device.type != "cpu":
-        return Reason(
-            "on this device bitsandbytes also quantises the activations, so results would differ"
-        )
-    if not base.training:
+    kind = base.weight.device.type
+    if kind not in ("cpu", "cuda"):
+        return Reason(f"8-bit weights were not tried on {kind}")
+    if kind == "cpu" and not base.training:
         return Reason(
             "bitsandbytes also quantises the activations in evaluation; it is fused in training"
         )
@@ -93,9 +92,14 @@ def int8_obstacle(base: Any) -> Reason | None:
 
 
 def int8_weight(base: Any) -> Int8Weight:
-    """The weight of a ``Linear8bitLt`` without an ``int8_obstacle``; shares its memory."""
+    """The weight of a ``Linear8bitLt`` without an ``int8_obstacle``; shares its memory.
+
+    On a GPU bitsandbytes multiplies in 8 bits, on the CPU (in training) it decodes the weight.
+    """
     codes, absmax = _codes(base)
-    return Int8Weight(codes, absmax)
+    if codes.device.type == "cpu":
+        return Int8Weight(codes, absmax)
+    return Int8ComputeWeight(codes, absmax, base.state.threshold or None)
 
 
 def _codes(base: Any) -> Any:

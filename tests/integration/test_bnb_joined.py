@@ -1,6 +1,7 @@
 """Quantised linears inside the ops of several linears: q, k and v together, and the gated MLP."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import models
 import pairs
@@ -11,7 +12,8 @@ from integration.support import fused_calls
 from peft import LoraConfig, get_peft_model
 
 from peftkit import accelerate, explain
-from peftkit.fuse import layer
+from peftkit.fuse import layer, quantized, storage
+from peftkit_kernels.storage.int8 import Int8ComputeWeight
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -170,3 +172,79 @@ def test_whole_layers_of_quantised_linears_are_fused_as_on_a_gpu(saved, monkeypa
     found = step(fused)
     assert len(calls) == 2
     pairs.assert_close(found, step(stock), 1e-4)
+
+
+def _on_a_gpu(threshold):
+    """A ``Linear8bitLt`` as far as the storage is read, on a device that is no CPU."""
+    codes = torch.zeros(4, 8, dtype=torch.int8, device="meta")
+    holder = {"CB": codes, "SCB": torch.zeros(4, device="meta")}
+    state = SimpleNamespace(**holder, threshold=threshold, has_fp16_weights=False)
+    weight = SimpleNamespace(device=torch.device("cuda"), **holder)
+    return SimpleNamespace(state=state, weight=weight, training=False)
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(0.0, None), (6.0, 6.0)])
+def test_on_a_gpu_8_bit_linears_are_multiplied_in_8_bits(threshold, expected):
+    base = _on_a_gpu(threshold)
+    assert storage.int8_obstacle(base) is None
+    weight = storage.int8_weight(base)
+    assert type(weight) is Int8ComputeWeight
+    assert weight.threshold == expected
+    base.weight.device = torch.device("xpu")
+    assert "not tried on xpu" in storage.int8_obstacle(base)
+
+
+@pytest.fixture
+def in_8_bits(monkeypatch):
+    """8-bit linears on the CPU are computed as on a GPU."""
+
+    def weight(base):
+        codes, absmax = storage._codes(base)
+        return Int8ComputeWeight(codes, absmax, base.state.threshold or None)
+
+    monkeypatch.setattr(quantized, "int8_obstacle", lambda base: None)
+    monkeypatch.setattr(quantized, "int8_weight", weight)
+
+
+def test_products_in_8_bits_are_those_of_bitsandbytes(saved, in_8_bits):
+    """In evaluation bitsandbytes multiplies in 8 bits on the CPU too; in training it decodes the weights."""
+    stock, fused = pair(saved, 8)
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    # an outlier column: bitsandbytes lets its elements below the threshold count for the step of a row, peftkit does not
+    x[:, 5] = 10 + x[:, 5].abs()
+    x = (
+        x.half().float()
+    )  # bitsandbytes rounds x to float16 first, which would change some codes by one
+    stocks, own = (m.base_model.model.model.layers[0].self_attn.q_proj for m in (stock, fused))
+    with torch.no_grad():
+        exact = stocks(x)
+        for model in (stock, fused):
+            model.eval()
+        expected, found = stocks(x), own(x)
+    rounding = (expected - exact).norm()
+    assert rounding > 1e-4 * exact.norm()
+    assert (found - expected).norm() <= 0.1 * rounding
+
+
+def test_training_on_products_in_8_bits(saved, in_8_bits):
+    stock, fused = pair(saved, 8)
+    found, expected = step(fused), step(stock)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        cosine = torch.cosine_similarity(found[name].flatten(), value.flatten(), dim=0)
+        assert cosine > 0.99, name
+
+
+def test_dora_on_products_in_8_bits_runs_pefts_forward(saved, in_8_bits):
+    _, fused = pair(saved, 8, use_dora=True)
+    reasons = {row.reason for row in explain(fused).layers if row.is_adapter}
+    assert reasons == {"DoRA on a base layer that multiplies in 8 bits runs PEFT's forward"}
+
+
+def test_under_autocast_a_wider_input_of_products_in_8_bits_runs_pefts_forward(saved, in_8_bits):
+    _, fused = pair(saved, 8)
+    layer = fused.base_model.model.model.layers[0].mlp.down_proj
+    with torch.autocast("cpu", torch.bfloat16):
+        reason = layer.peftkit_plan(torch.zeros(2, 128))
+        assert "under autocast its input is torch.float32" in reason
+        assert not isinstance(layer.peftkit_plan(torch.zeros(2, 128).bfloat16()), str)

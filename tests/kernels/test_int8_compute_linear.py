@@ -20,8 +20,8 @@ from peftkit_kernels.core import workspace
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.native import library
 from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
-from peftkit_kernels.ops.int8_compute_linear import torch_impl as implementation
 from peftkit_kernels.storage.int8 import Int8Weight, dequantize_int8, quantize_int8
+from peftkit_kernels.storage.int8.product import torch_impl as implementation
 from peftkit_kernels.storage.int8.reference import quantize_rows_reference
 
 N = 29

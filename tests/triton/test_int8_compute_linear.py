@@ -17,10 +17,10 @@ from triton_linear import Linear, output_grad
 from lab.testing import UNIT_ROUNDOFF, Bound, kept_for_backward
 from peftkit_kernels.core.dropout import dropout_mask
 from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
-from peftkit_kernels.ops.int8_compute_linear.config import Int8GemmConfig, QuantizeConfig
-from peftkit_kernels.ops.int8_compute_linear.reference import outlier_columns
-from peftkit_kernels.ops.int8_compute_linear.triton_impl import product, quantize
 from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
+from peftkit_kernels.storage.int8.product.config import Int8GemmConfig, QuantizeConfig
+from peftkit_kernels.storage.int8.product.passes import outliers_of, product, quantize
+from peftkit_kernels.storage.int8.product.reference import outlier_columns
 from peftkit_kernels.storage.int8.reference import quantize_rows_reference
 
 N = 29
@@ -59,7 +59,10 @@ def bounds(x, q, part, dy, threshold=None):
     rows, grads = x.detach().reshape(-1, x.shape[-1]), dy.reshape(-1, q.shape[0])
     skip = outlier_columns(rows, threshold)
     inner = rows.float() if skip is None else rows.float().masked_fill(skip, 0.0)
-    y = integer_product(inner, q.codes.t()) * q.row_scale().double()
+    y = integer_product(inner, q.codes.t())
+    if skip is not None and skip.any():
+        y = y.addmm(Bound.of(rows[:, skip]), Bound.of(q.codes[:, skip].float()).T)
+    y = y * q.row_scale().double()
     dx = integer_product(grads.float() * q.row_scale(), q.codes)
     expected = {"bias": Bound.of(grads).sum(0).round(dtype)}
     if lora is not None:
@@ -73,11 +76,7 @@ def bounds(x, q, part, dy, threshold=None):
         dx = dx + update
     if part.bias is not None:
         y = y + Bound.of(part.bias)
-    y = y.round(dtype)
-    if skip is not None and skip.any():
-        weight = (q.codes[:, skip] * q.row_scale()[:, None]).to(dtype)
-        y = y.addmm(Bound.of(rows[:, skip]), Bound.of(weight).T).round(dtype)
-    return expected | {"y": y, "x": dx.round(dtype)}
+    return expected | {"y": y.round(dtype), "x": dx.round(dtype)}
 
 
 def check(case, layout="contiguous", threshold=None, **watch):
@@ -199,6 +198,43 @@ def test_outlier_columns_are_multiplied_in_full_precision(dtype):
     for name, value in plain.items():
         assert torch.equal(value, without[name])
         assert torch.equal(value, split[name]) == (name != "y")
+
+
+@pytest.mark.parametrize("width", [17, 40, 1500])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_outlier_columns_are_found(share, width):
+    """And listed in order, all on the device."""
+    generator = torch.Generator().manual_seed(width)
+    wide = torch.randn(150, width + 3, generator=generator).clamp(-2, 2).bfloat16()
+    x = wide[:, :width]
+    large = torch.rand(width, generator=generator) < share
+    x[torch.randint(150, (width,), generator=generator)[large], large] = -7.0
+    with watched(int32_limit=INT32_LIMIT):
+        found = outliers_of(x, 7.0)  # a magnitude that reaches the limit counts
+    assert torch.equal(found.skip, large)
+    count = int(found.columns[0])
+    assert count == large.sum()
+    assert torch.equal(found.columns[1 : 1 + count], large.nonzero().flatten().int())
+
+
+def test_outlier_columns_of_strided_rows():
+    x, q, part = make(x=(17, 64), dtype=torch.bfloat16)
+    with torch.no_grad():
+        x[2, 5:9] = 9.0
+    wide = torch.zeros(17, 80, dtype=torch.bfloat16)
+    wide[:, :64] = x.detach()
+    strided = wide[:, :64].requires_grad_()
+    dy = output_grad(x, part)
+    expected = run(x, q, part, dy, threshold=6.0)
+    for name, value in run(strided, q, part, dy, threshold=6.0).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_many_outlier_columns():
+    x, q, part = make(x=(17, 64), dtype=torch.bfloat16)
+    with torch.no_grad():
+        x[2, 5:45] = 9.0
+    assert len(check((x, q, part), threshold=6.0)) == 5
 
 
 @pytest.mark.parametrize("trained", subsets(TRAINED), ids="-".join)

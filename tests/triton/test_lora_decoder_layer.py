@@ -14,7 +14,7 @@ from peftkit_kernels.ops.frozen_norm import rms_norm_reference
 from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer, triton_impl
 from peftkit_kernels.ops.lora_decoder_layer.reference import rotated
 from peftkit_kernels.ops.lora_linear import triton_impl as linear_impl
-from peftkit_kernels.storage.int8 import quantize_int8
+from peftkit_kernels.storage.int8 import Int8ComputeWeight, quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 from peftkit_kernels.storage.quantized import dense_reference
 
@@ -205,6 +205,25 @@ def test_quantised_weights_give_what_their_decoded_values_give(monkeypatch, back
     expected = run(arguments | {"weights": decoded}, backend)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("threshold", [None, 1.5])
+def test_products_in_8_bits(threshold):
+    """Forward in 8 bits, backward with decoded weights; both as the torch backend, up to codes that differ by one step."""
+    arguments = make(torch.bfloat16)
+    arguments["weights"] = [
+        Int8ComputeWeight(*quantize_int8(w).tensors(), threshold) for w in arguments["weights"]
+    ]
+    with watched() as traffic:
+        own = run(arguments, "triton")
+    names = [launch.kernel for launch in traffic.launches]
+    assert names.count("int8_gemm_kernel") == names.count("quantize_kernel") == 7
+    assert names.count("list_columns_kernel") == (0 if threshold is None else 7)
+    assert names.count("dequantize_kernel") == 7
+    plain = distances(run(arguments, "torch"), [t.double() for t in run(arguments, "reference")])
+    exact = [t.double() for t in run(arguments, "reference")]
+    for ours, theirs in zip(distances(own, exact), plain, strict=True):
+        assert ours <= FACTOR * theirs + 0.02
 
 
 def test_quantised_weights_are_decoded_once_each_way():

@@ -378,7 +378,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "bottleneck": Operation("`h` and the input of the activation", {"bottleneck": _bottleneck}),
     "lora_decoder_layer": Operation(
-        "its input, the sum between its halves, q, k, v, the attention's output, gate and up, and each `s`",
+        "its input, the sum between its halves, q, k, v, the attention's output, gate and up, and each `s`; under checkpointing less",
         {"lora_decoder_layer": _lora_decoder_layer},
     ),
     "prefix_attention": Operation(

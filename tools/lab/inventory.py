@@ -332,7 +332,8 @@ def _prefix_attention(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 def _int8_compute_linear(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.ops.int8_compute_linear.triton_impl import backward, forward, quantize
+    from peftkit_kernels.ops.int8_compute_linear.triton_impl import backward, forward
+    from peftkit_kernels.storage.int8.product.passes import quantize
 
     own = factor_dtype or dtype
     N, K = sizes.widths(4096, 4096)
@@ -345,7 +346,9 @@ def _int8_compute_linear(
             dy = torch.empty_like(y)
             backward(dy, *q, x, *factors, s, 2.0, p, _SEED, [True, True, True])
             quantize(x, factors[0], p=p, skip=skip)
-        forward(x, *q, bias, None, None, 0.0, 0.0, 0, None)
+        for outlier in (None, 6.0):
+            forward(x, *q, bias, None, None, 0.0, 0.0, 0, outlier)
+            forward(x, *q, bias, *factors, 2.0, 0.0, 0, outlier)
         backward(dy, *q, None, None, None, None, 0.0, 0.0, 0, [True, False, False])
 
 

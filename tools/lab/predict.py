@@ -58,6 +58,7 @@ class Work(NamedTuple):
 WORK: dict[str, Work] = {
     "gemm_lora_kernel": Work(product=("M", "N", "K")),
     "expand_kernel": Work(in_place=(("y_ptr", "ADD"),)),
+    "norm_forward_kernel": Work(in_place=(("x_ptr", "ADD"),)),
     "rotate_kernel": Work(in_place=(("q_ptr", ""), ("k_ptr", ""))),
     "xent_kernel": Work(in_place=(("z_ptr", "GRAD"),)),
     "int8_gemm_kernel": Work(product=("M", "N", "K"), rate=2.0),

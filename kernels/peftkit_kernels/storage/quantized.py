@@ -12,14 +12,14 @@ from peftkit_kernels.core import workspace
 from peftkit_kernels.core.views import as_one_view
 from peftkit_kernels.low_rank import cast
 from peftkit_kernels.storage.int8 import Int8Weight
-from peftkit_kernels.storage.int8.kind import INT8
+from peftkit_kernels.storage.int8.kind import INT8, INT8_COMPUTE
 from peftkit_kernels.storage.kind import Kind
 from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.nf4.kind import NF4
 
 QuantizedWeight = NF4Weight | Int8Weight
 Weight = Tensor | QuantizedWeight
-KINDS = (NF4, INT8)
+KINDS = (NF4, INT8, INT8_COMPUTE)
 """All kinds. Their numbers are part of what ``layout_of`` returns."""
 
 

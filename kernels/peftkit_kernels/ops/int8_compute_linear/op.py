@@ -12,10 +12,8 @@ from peftkit_kernels.ops.int8_compute_linear.reference import int8_compute_linea
 from peftkit_kernels.ops.int8_compute_linear.torch_impl import Int8ComputeLinear
 from peftkit_kernels.ops.int8_compute_linear.triton_impl import run_triton
 from peftkit_kernels.storage.int8 import Int8Weight
+from peftkit_kernels.storage.int8.weight import MAX_WIDTH
 from peftkit_kernels.storage.quantized import check_quantized
-
-_MAX_WIDTH = (2**31 - 1) // 127**2
-"""The largest number of products of two codes whose sum fits 32 bits."""
 
 
 def int8_compute_linear(
@@ -65,9 +63,9 @@ def int8_compute_linear(
         raise ValueError(
             f"threshold={threshold} makes every column an outlier; pass a positive value or None"
         )
-    if max(q.shape) > _MAX_WIDTH:
+    if max(q.shape) > MAX_WIDTH:
         raise ValueError(
-            f"q has shape {q.shape}; sums of more than {_MAX_WIDTH} products overflow 32 bits; use int8_linear"
+            f"q has shape {q.shape}; sums of more than {MAX_WIDTH} products overflow 32 bits; use int8_linear"
         )
     A, B, numbers = (None,) * 3 if lora is None else (lora.A, lora.B, lora.numbers())
     rank = 0 if lora is None else lora.A.shape[0]

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from peftkit_kernels.core.dropout import apply_dropout
 from peftkit_kernels.low_rank import LoRA, adapter_dtype
+from peftkit_kernels.storage.int8 import Int8ComputeWeight
+from peftkit_kernels.storage.int8.product.reference import product_reference
 from peftkit_kernels.storage.quantized import Weight, dense_reference
 
 
@@ -33,9 +35,13 @@ def lora_linear_reference(
     """
     dtype = compute_dtype or x.dtype
     x = x.to(dtype)
-    y = torch.nn.functional.linear(
-        x, dense_reference(weight, dtype), None if bias is None else bias.to(dtype)
-    )
+    if isinstance(weight, Int8ComputeWeight):
+        y = product_reference(x.reshape(-1, x.shape[-1]), weight)
+        y = y.reshape(*x.shape[:-1], y.shape[1])
+        y = y if bias is None else y + bias.to(dtype)
+    else:
+        W = dense_reference(weight, dtype)
+        y = torch.nn.functional.linear(x, W, None if bias is None else bias.to(dtype))
     if lora is None:
         return y
     wide = compute_dtype or adapter_dtype(x, lora.A)

@@ -15,6 +15,8 @@ from peftkit_kernels.core import recompute
 from peftkit_kernels.core.autograd import once_differentiable
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.low_rank import LoRA, cast, rows
+from peftkit_kernels.storage.int8 import Int8ComputeWeight
+from peftkit_kernels.storage.int8.product.torch_impl import frozen_product
 from peftkit_kernels.storage.quantized import Weight, arguments_of, dense, weights_of
 
 
@@ -22,8 +24,11 @@ def project(
     x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, lora: LoRA | None
 ) -> Tensor:
     """``x Wᵀ + bias + scale · s Bᵀ`` for rows ``x [M, K]`` and ``s [M, R]``."""
-    bias = None if bias is None else cast(bias, x.dtype)
-    y = matmul_nt(x, dense(weight, x.dtype), bias)
+    if isinstance(weight, Int8ComputeWeight):
+        y = frozen_product(x, weight, bias, None, None, weight.threshold)
+    else:
+        bias = None if bias is None else cast(bias, x.dtype)
+        y = matmul_nt(x, dense(weight, x.dtype), bias)
     return y if lora is None or s is None else low_rank.expand_(y, s, lora.B, lora.scale)
 
 

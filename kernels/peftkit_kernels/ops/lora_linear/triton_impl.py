@@ -19,6 +19,8 @@ from peftkit_kernels.low_rank import adapter_dtype, cast, passes, rows
 from peftkit_kernels.low_rank.config import RANK_TILE, fuses_gemm
 from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 from peftkit_kernels.ops.quantized_linear.passes import decodes_in_product, small_m
+from peftkit_kernels.storage.int8 import Int8ComputeWeight
+from peftkit_kernels.storage.int8.product import passes as int8
 from peftkit_kernels.storage.quantized import Weight, dense_triton
 
 
@@ -41,6 +43,8 @@ def project(
     """
     N, K = weight.shape
     bias = None if bias is None else cast(bias, x.dtype)
+    if isinstance(weight, Int8ComputeWeight):
+        return int8.linear(x, weight, s, B, scale, bias=bias, out=out)
     fits_one_program = out is None and (s is None or s.shape[1] <= RANK_TILE)
     if (
         fits_one_program

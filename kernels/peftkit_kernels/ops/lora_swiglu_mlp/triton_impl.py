@@ -21,6 +21,7 @@ from peftkit_kernels.ops.lora_qkv import triton_impl as qkv
 from peftkit_kernels.ops.lora_qkv.triton_impl import loras_of, split, with_gaps
 from peftkit_kernels.ops.lora_swiglu_mlp.config import holds
 from peftkit_kernels.ops.lora_swiglu_mlp.passes import gate_backward, gate_forward
+from peftkit_kernels.storage.int8 import Int8ComputeWeight
 from peftkit_kernels.storage.quantized import (
     Weight,
     arguments_of,
@@ -138,7 +139,8 @@ def _gate_and_up(
     """``x Wᵀ + bias`` of gate and up, ``[M, 2F]``, with their updates."""
     out = x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
     present = [cast(bias, x.dtype) for bias in biases if bias is not None]
-    if len(present) != 1 and updates == [None, None]:
+    in_8_bits = isinstance(weights[0], Int8ComputeWeight)
+    if len(present) != 1 and updates == [None, None] and not in_8_bits:
         both = stacked_triton(weights, x.dtype)
         if both is not None:
             return project(x, both, bias=torch.cat(present) if present else None, out=out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,3 +53,48 @@ class Int8Weight:
     def row_scale(self) -> Tensor:
         """``Float32[N]``: the weight's change for one step of a code, ``row_absmax / 127``, rounded to float32."""
         return self.row_absmax / 127
+
+
+MAX_WIDTH = (2**31 - 1) // 127**2
+"""The largest number of products of two codes whose sum fits 32 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8ComputeWeight(Int8Weight):
+    """An 8-bit weight that is multiplied in 8 bits, as in LLM.int8(): the op quantises the rows of its input in the call.
+
+    The gradient of the input is a product with the decoded weight, in the dtype of the gradient, as in bitsandbytes.
+
+    Attributes:
+        threshold: Columns of the input in which some magnitude reaches it are multiplied in the dtype of the input; ``None``
+            quantises all columns.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, the threshold is not positive, or the weight is too wide for exact sums.
+
+    Source: Dettmers et al., 2022, arXiv:2208.07339, section 3.
+    """
+
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        Int8Weight.__post_init__(self)
+        if self.threshold is not None and not self.threshold > 0.0:
+            raise ValueError(
+                f"threshold={self.threshold} makes every column an outlier; pass a positive value or None"
+            )
+        if self.shape[1] > MAX_WIDTH:
+            raise ValueError(
+                f"codes has shape {self.shape}; sums of more than {MAX_WIDTH} products overflow 32 bits; use Int8Weight"
+            )
+
+    def layout(self) -> list[int]:
+        """The numbers that ``rebuild`` needs besides ``tensors``: the bits of the threshold (0 for none), ``N`` and ``K``."""
+        bits = struct.unpack("<q", struct.pack("<d", self.threshold or 0.0))[0]
+        return [bits, *self.shape]
+
+    @classmethod
+    def rebuild(cls, tensors: Sequence[Tensor], layout: Sequence[int]) -> Int8ComputeWeight:
+        """The weight, from its ``tensors`` and ``layout``."""
+        threshold = struct.unpack("<d", struct.pack("<q", layout[0]))[0]
+        return cls(*tensors, threshold or None)

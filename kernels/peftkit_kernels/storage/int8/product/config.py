@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peftkit_kernels.core.launch import Target, cdiv
 from peftkit_kernels.low_rank.config import block_r
 
 
@@ -22,6 +23,25 @@ class QuantizeConfig:
         # the mask together with a factor of rank 64 spills a few registers in 4 warps on sm_90
         num_warps = 8 if dropout and block_r(R) > 32 else 4
         return cls(16, 64 if dropout or itemsize == 4 or not aligned else 128, num_warps)
+
+
+@dataclass(frozen=True, slots=True)
+class LargeColumnsConfig:
+    """A program owns ``chunk_m`` rows and ``block_k`` columns, and reads ``block_m`` rows at a time."""
+
+    block_m: int
+    block_k: int
+    chunk_m: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @classmethod
+    def choose(cls, M: int, K: int, *, target: Target) -> LargeColumnsConfig:
+        """Long chunks, because one program then reads a byte of each; shorter ones if there are too few programs to fill the GPU."""
+        block_m, block_k, chunk_m = 32, 128, 1024
+        while chunk_m > 2 * block_m and cdiv(M, chunk_m) * cdiv(K, block_k) < 4 * target.sms:
+            chunk_m //= 2
+        return cls(block_m, block_k, chunk_m)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,50 @@ def _wide(x, offs_k, mask_k, scale_ptr, skip_ptr, HAS_SCALE: tl.constexpr, HAS_S
     return wide
 
 
+@triton.jit(do_not_specialize=["threshold"])
+def large_columns_kernel(
+    x_ptr, large_ptr,  # x[M, K]  large[chunks, K] as bytes
+    threshold,
+    M, K, chunk_m, stride_xm,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``large[i] = any(|x| >= threshold)`` of each column over row chunk i. Program (i, j) owns chunk i and column block j."""
+    pid_m = tl.program_id(0)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    found = tl.zeros((BLOCK_K,), tl.int32)
+    first = pid_m * chunk_m
+    for m in range(first, tl.minimum(M, first + chunk_m), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask = (offs_m < M)[:, None] & mask_k[None, :]
+        x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_k[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        found = tl.maximum(found, tl.max((mask & (tl.abs(x) >= threshold)).to(tl.int32), 0))
+    tl.store(large_ptr + pid_m.to(tl.int64) * K + offs_k, found.to(tl.int8), mask=mask_k)
+
+
+@triton.jit
+def list_columns_kernel(
+    large_ptr, skip_ptr, columns_ptr,  # large[chunks, K], skip[K] as bytes  columns[1 + K]: how many, and which
+    chunks, K,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Which columns are large in any chunk, as a mask and as a list. One program, so that the list is in order."""
+    count = tl.zeros((), tl.int32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        large = tl.zeros((BLOCK_K,), tl.int32)
+        for i in range(0, chunks):
+            part = tl.load(large_ptr + i * K + offs_k, mask=mask_k, other=0)
+            large = tl.maximum(large, part.to(tl.int32))
+        tl.store(skip_ptr + offs_k, large.to(tl.int8), mask=mask_k)
+        place = count + tl.cumsum(large, 0)
+        tl.store(columns_ptr + place, offs_k, mask=mask_k & (large != 0))
+        count += tl.sum(large, 0)
+    tl.store(columns_ptr, count)
+
+
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def quantize_kernel(
     x_ptr, scale_ptr, skip_ptr, a_ptr,  # x[M, K]  scale[K] or None  skip[K] or None  a[R, K] by strides or None
@@ -91,16 +135,18 @@ def quantize_kernel(
 def int8_gemm_kernel(
     x_ptr, w_ptr, row_step_ptr, column_step_ptr,  # x[M, K]  w[N, K] by strides  [M]  [N] or None
     s_ptr, b_ptr, bias_ptr, y_ptr,  # s[M, R], b[N, R] by strides or None  bias[N] or None  y[M, N]
+    full_ptr, columns_ptr,  # full[M, K] and the list of its columns that x lacks, or None
     factor, seed, threshold,
     M, N, K, R,
-    stride_xm, stride_wn, stride_wk, stride_sm, stride_bn, stride_br, stride_ym,
+    stride_xm, stride_wn, stride_wk, stride_sm, stride_bn, stride_br, stride_ym, stride_fm,
     HAS_STEP: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_OUTLIERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``y = (x wᵀ) · row_step · column_step + mask ∘ (factor · s bᵀ) + bias``: exact integer sums, one rounding at the store.
 
+    With HAS_OUTLIERS the listed columns of ``full`` are multiplied with those of w in the dtype of ``full`` and added.
     In the backward x holds the codes of ``dy ∘ sw``, w = W₈ᵀ, s = ds, b = Aᵀ, and the mask is that of a dropout over y's columns.
     """
     # 1. which tile this program owns
@@ -121,8 +167,23 @@ def int8_gemm_kernel(
         offs_w = offs_n.to(tl.int64)[None, :] * stride_wn + offs_k.to(tl.int64)[:, None] * stride_wk
         w = tl.load(w_ptr + offs_w, mask=mask_n[None, :] & mask_k[:, None], other=0)
         total = tl.dot(x, w, total, out_dtype=tl.int32)
-    # 3. scales and update
+    # 3. outlier columns, scales and update
     acc = total.to(tl.float32) * tl.load(row_step_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+    if HAS_OUTLIERS:
+        count = tl.load(columns_ptr)
+        for j in range(0, count, 16):
+            offs_j = j + tl.arange(0, 16)
+            mask_j = offs_j < count
+            listed = tl.load(columns_ptr + 1 + offs_j, mask=mask_j, other=0)
+            full = tl.load(
+                full_ptr + offs_m.to(tl.int64)[:, None] * stride_fm + listed[None, :],
+                mask=mask_m[:, None] & mask_j[None, :],
+                other=0.0,
+            )
+            offs_w = offs_n.to(tl.int64)[None, :] * stride_wn
+            offs_w += listed.to(tl.int64)[:, None] * stride_wk
+            w = tl.load(w_ptr + offs_w, mask=mask_n[None, :] & mask_j[:, None], other=0)
+            acc = tl.dot(full, w.to(full_ptr.dtype.element_ty), acc, input_precision="ieee")
     if HAS_STEP:
         acc *= tl.load(column_step_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if HAS_LORA:

@@ -1,0 +1,70 @@
+"""The definition of products with 8-bit weights in 8 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.storage.int8.reference import (
+    dequantize_int8_reference,
+    quantize_rows_reference,
+)
+from peftkit_kernels.storage.int8.weight import Int8ComputeWeight, Int8Weight
+
+
+def product_reference(x: Tensor, q: Int8ComputeWeight) -> Tensor:
+    """``x Wᵀ`` for rows ``x [M, K]`` in 8 bits; its gradient is that of the product with the decoded weight."""
+    return _ForwardIn8Bits.apply(x, q)
+
+
+def outlier_columns(x: Tensor, threshold: float | None) -> Tensor | None:
+    """``Bool[K]``: the columns of ``x [M, K]`` in which some magnitude reaches ``threshold``; ``None`` if there is no threshold."""
+    return None if threshold is None else (x.abs() >= threshold).any(0)
+
+
+class Int8Product(torch.autograd.Function):
+    """``x Wᵀ`` with both operands in 8 bits. Its gradient is defined as ``(dy ∘ sw) W8`` with ``dy ∘ sw`` in 8 bits.
+
+    Sums of codes are exact in float64. The result is float32 for a 16-bit ``x``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: Int8Weight, threshold: float | None) -> Tensor:
+        ctx.q = q
+        return _in_8_bits(x, q, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _product(dy * ctx.q.row_scale().to(dy.dtype), ctx.q.codes), None, None
+
+
+class _ForwardIn8Bits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: Int8ComputeWeight) -> Tensor:
+        ctx.q = q
+        return _in_8_bits(x, q, q.threshold).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy @ dequantize_int8_reference(ctx.q, dy.dtype), None
+
+
+def _in_8_bits(x: Tensor, q: Int8Weight, threshold: float | None) -> Tensor:
+    """``x Wᵀ`` with both operands in 8 bits, except outlier columns; float32 for a 16-bit ``x``."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    outliers = outlier_columns(x, threshold)
+    inner = wide if outliers is None else wide.masked_fill(outliers, 0.0)
+    y = _product(inner, q.codes.t()) * q.row_scale().to(wide.dtype)
+    if outliers is not None:
+        weight = q.codes.to(wide.dtype) * q.row_scale().to(wide.dtype)[:, None]
+        y = y + (wide * outliers) @ weight.t()
+    return y
+
+
+def _product(x: Tensor, codes: Tensor) -> Tensor:
+    """``x codes`` with the rows of ``x`` in 8 bits."""
+    quantised, absmax = quantize_rows_reference(x)
+    total = quantised.double() @ codes.double()
+    return (total * (absmax / 127)[:, None].double()).to(x.dtype)

@@ -1,0 +1,108 @@
+"""8-bit products from torch ops: one pass quantises, a product multiplies the codes, one pass scales and adds the rest."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels import native
+from peftkit_kernels.core import workspace
+from peftkit_kernels.core.checks import without_autocast
+from peftkit_kernels.low_rank import cast
+from peftkit_kernels.storage.int8.product.reference import outlier_columns
+from peftkit_kernels.storage.int8.reference import quantize_rows_reference
+from peftkit_kernels.storage.int8.weight import Int8Weight
+
+
+@functools.cache
+def multiplies_int8() -> bool:
+    """Whether this processor has 8-bit products (AVX-512 VNNI or AMX) that ``torch._int_mm`` can use.
+
+    Without them ``torch._int_mm`` multiplies one element at a time, so the codes are multiplied as float32 instead.
+    """
+    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def quantize(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The codes of ``x ∘ column_scale`` by rows, in the workspace, and the step of each row, ``Float32[M]``."""
+    if native.supports(x):
+        codes = workspace.take(x.shape, torch.int8, x.device)
+        absmax = native.quantize_rows(x, column_scale, codes)
+    else:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if column_scale is not None:
+            wide = wide * column_scale
+        codes, absmax = quantize_rows_reference(wide)
+    return codes, absmax.div_(127)
+
+
+def product(codes: Tensor, weight: Tensor) -> Tensor:
+    """``codes weight`` for ``Int8[M, K]`` and ``Int8[K, N]``: ``Int32[M, N]``, or float32 without 8-bit products."""
+    M, (K, N) = codes.shape[0], weight.shape
+    if 1 not in weight.stride():
+        weight = weight.contiguous()
+    if K == 1:
+        # torch 2.13 uses wrong strides for a single column
+        return codes.int() * weight.int()
+    if codes.device.type == "cpu" and multiplies_int8():
+        out = workspace.take((M, N), torch.int32, codes.device)
+        return torch.ops.aten._int_mm.out(codes, weight, out=out)
+    # the sizes for which cuBLAS has 8-bit products
+    if codes.device.type == "cuda" and M > 16 and K % 8 == 0 and N % 8 == 0:
+        return torch.ops.aten._int_mm(codes, weight)
+    with without_autocast(codes):
+        return torch.mm(codes.float(), weight.float())
+
+
+def epilogue(
+    acc: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    s: Tensor | None,
+    t: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``acc · row_scale · column_scale + bias + s t``, summed in float32 (float64 if ``dtype`` is float64) and rounded once."""
+    wide = torch.promote_types(dtype, torch.float32)
+    parts = [
+        None if part is None else cast(part, wide).contiguous()
+        for part in (column_scale, bias, s, t)
+    ]
+    if dtype is torch.float32 and acc.dtype is torch.int32 and native.supports(row_scale):
+        return native.int8_epilogue(acc, row_scale, *parts)
+    column_scale, bias, s, t = parts
+    y = acc * row_scale.to(wide)[:, None]
+    if column_scale is not None:
+        y.mul_(column_scale)
+    if bias is not None:
+        y.add_(bias)
+    if s is not None and t is not None:
+        y.addmm_(s, t)
+    return cast(y, dtype)
+
+
+def frozen_product(
+    x: Tensor,
+    q: Int8Weight,
+    bias: Tensor | None,
+    s: Tensor | None,
+    t: Tensor | None,
+    threshold: float | None,
+) -> Tensor:
+    """``x Wᵀ + bias + s t`` for rows ``x [M, K]``, which are quantised, except the columns that reach the threshold."""
+    found, inner = outlier_columns(x, threshold), x
+    outliers = None if found is None else found.nonzero().view(-1)
+    if outliers is not None and outliers.numel():
+        inner = x.index_fill(1, outliers, 0.0)
+    bias = None if bias is None else cast(bias, x.dtype)
+    codes, step = quantize(inner.contiguous(), None)
+    y = epilogue(product(codes, q.codes.t()), step, q.row_scale(), bias, s, t, x.dtype)
+    # outlier columns are multiplied with the decoded weight, in the dtype of x
+    if outliers is not None and outliers.numel():
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = q.codes[:, outliers] * q.row_scale().to(wide)[:, None]
+        y.addmm_(x[:, outliers], cast(weight, x.dtype).t())
+    return y
