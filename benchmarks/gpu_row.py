@@ -226,7 +226,9 @@ def provided(provider: str, model: str) -> Any:
 
         return wrap(net, PrefixConfig() if kind == "prefix" else BottleneckConfig()).train()
     rate = float(option.split()[1]) if option.startswith("dropout") else 0.0
-    net = adapted(net, torch.bfloat16, use_dora=kind == "DoRA", lora_dropout=rate)
+    rank = int(option.split()[1]) if option.startswith("rank") else 16
+    config = {"r": rank, "use_dora": kind == "DoRA", "lora_dropout": rate}
+    net = adapted(net, torch.bfloat16, **config)
     if name == "peftkit":
         from peftkit import accelerate
 

@@ -102,7 +102,7 @@ class FusedDecoderLayer(Fused):
         """What transformers calls instead of the forward if checkpointing is on. It sets this attribute when that is enabled."""
         if _CHECKPOINT not in self.__dict__:
             raise AttributeError(_CHECKPOINT)
-        return self._checkpointed
+        return self.__dict__[_CHECKPOINT] if is_transformed() else self._checkpointed
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:

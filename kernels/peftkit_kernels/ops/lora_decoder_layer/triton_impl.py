@@ -257,17 +257,17 @@ class _Kept(NamedTuple):
         def take(count: int) -> list[Tensor]:
             return [next(left) for _ in range(count)]
 
-        has_most = remake != "most"
+        keeps_most = remake != "most"
         return cls(
             next(left),
-            take((1 + normed) * has_most),
+            take((1 + normed) * keeps_most),
             next(left),
             take(3 if kernel == "cudnn" else 1),
             take(groups[0]),
             next(left),
             take(groups[1]),
             next(left),
-            take(has_most),
+            take(keeps_most),
             take(groups[2] + (inner[mlp.DOWN] is not None)),
         )
 

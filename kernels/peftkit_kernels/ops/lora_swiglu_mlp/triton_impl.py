@@ -53,8 +53,8 @@ def forward(
 ) -> tuple[Tensor, Any, list[Tensor]]:
     """``y`` as ``lora_swiglu_mlp`` defines it, gate and up (``[M, 2F]``), and every ``drop(x) Aᵀ``.
 
-    Gate and up are without their updates, unless the ranks are more than the gate's kernels hold. ``remade`` is how many of gate and up are left to ``remake``: with 1 the second result is up alone, with 2 it is ``None``.
-    The last list has one tensor for each group of adapters of gate and up, then that of the down projection if it has an
+    Gate and up are without their updates, unless the ranks are more than the gate's kernels hold. ``remade`` is how many of the two
+    are left to ``remake``: with 1 the second result is up alone, with 2 it is ``None``. The last list has one tensor for each group of adapters of gate and up, then that of the down projection if it has an
     adapter. The lists of arguments have no gaps, as in ``lora_qkv``.
     """
     if not x.numel():
@@ -96,20 +96,17 @@ def remake(
     up: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gate and up as the forward has computed them: the gate alone if ``up`` is given. ``s`` is the last result of the forward."""
-    flat, bias, (gate, *others) = (
-        rows(x),
-        with_gaps(biases, biased, 3),
-        weights_of(weights, storage),
-    )
+    flat, bias = rows(x), with_gaps(biases, biased, 3)
+    outer = weights_of(weights, storage)[:DOWN]
     updates: list[Update] = [None, None]
     if not _holds(flat, loras):
         groups = group(loras[:DOWN])
         ss = members_of(s[: len(groups)], loras[:DOWN], groups, 1)
         updates = list(zip(ss, loras, strict=False))
     if up is not None:
-        return _project(flat, gate, bias[0], updates[0]), up
-    both = _halves(_gate_and_up(flat, [gate, others[0]], bias[:DOWN], updates))
-    return both[0], both[1]
+        return _project(flat, outer[0], bias[0], updates[0]), up
+    gate, up = _halves(_gate_and_up(flat, outer, bias[:DOWN], updates))
+    return gate, up
 
 
 Update = tuple[Tensor | None, LoRA | None] | None
