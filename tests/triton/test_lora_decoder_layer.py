@@ -11,7 +11,7 @@ from peftkit_kernels.core.op import Op
 from peftkit_kernels.core.plan import Plans
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.frozen_norm import rms_norm_reference
-from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer, triton_impl
+from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer, passes, triton_impl
 from peftkit_kernels.ops.lora_decoder_layer.reference import rotated
 from peftkit_kernels.ops.lora_linear import triton_impl as linear_impl
 from peftkit_kernels.storage.int8 import Int8ComputeWeight, quantize_int8
@@ -290,7 +290,7 @@ def test_the_rotation_in_place_and_its_transpose(head_size, inverse):
             y = heads_of(y)
         expected.append(y.detach())
     with watched(int32_limit=5000):
-        (triton_impl.rotate_back_ if inverse else triton_impl.rotate)(q, k, cos, sin)
+        (passes.rotate_back_ if inverse else passes.rotate)(q, k, cos, sin)
     for found, wanted in zip((q, k), expected, strict=True):
         torch.testing.assert_close(heads_of(found), wanted)
 
@@ -321,10 +321,10 @@ def test_norms_of_heads_before_the_rotation_and_their_gradient(
             y = rotated(normed.transpose(1, 2), cos.to(wide), sin.to(wide)).transpose(1, 2)
             (dt,) = torch.autograd.grad(y, leaf, grad.to(wide).unflatten(-1, (-1, head_size)))
             found += [y.detach().flatten(2), dt]
-    norms = triton_impl.HeadNorms(*weights, 1e-5, offset, round_first)
+    norms = passes.HeadNorms(*weights, 1e-5, offset, round_first)
     with watched(int32_limit=5000):
-        q, k = triton_impl.rotate(*raw, cos, sin, norms)
-        triton_impl.rotate_back_(*grads, cos, sin, *raw, norms)
+        q, k = passes.rotate(*raw, cos, sin, norms)
+        passes.rotate_back_(*grads, cos, sin, *raw, norms)
     own = distances([q, grads[0], k, grads[1]], expected)
     for ours, theirs in zip(own, distances(plain, expected), strict=True):
         assert ours <= 1.1 * theirs + 1e-7

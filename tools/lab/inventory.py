@@ -385,7 +385,7 @@ def _dora_scale(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 
 def _lora_decoder_layer(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     """The rotation; all other kernels of the op are recorded with the ops of its parts."""
-    from peftkit_kernels.ops.lora_decoder_layer.triton_impl import HeadNorms, rotate, rotate_back_
+    from peftkit_kernels.ops.lora_decoder_layer.passes import HeadNorms, rotate, rotate_back_
 
     S = sizes.rows(4096)
     for head_size in (64, 80, 128, 256) if sizes.odd_widths else (64, 128):
