@@ -1,4 +1,4 @@
-"""Plant every bug of ``mutations.py`` and ``mutations_of_weights.py``, run its test, and report the bugs that no test detects.
+"""Plant every bug of ``mutations*.py``, run its test, and report the bugs that no test detects.
 
     python tests/mutate.py            # all of them; takes minutes
     python tests/mutate.py --quick    # one of every kind

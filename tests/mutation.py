@@ -1,4 +1,4 @@
-"""The class of a planted bug. ``mutations.py`` and ``mutations_of_weights.py`` have a line for each bug."""
+"""The class of a planted bug. The files ``mutations*.py`` have a line for each bug."""
 
 from dataclasses import dataclass
 
