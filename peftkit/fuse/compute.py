@@ -92,13 +92,11 @@ def linear_in(dtype: torch.dtype, x: Tensor, part: LinearParts) -> Tensor:
     """
     bias = part.bias if part.magnitude is None else None
     z = _product(x.to(dtype), part.weight, bias, None).to(x.dtype)
-    if part.lora is not None:
-        A, B, scale, p, seed = (
-            getattr(part.lora, name) for name in ("A", "B", "scale", "p", "seed")
-        )
-        wide = adapter_dtype(x, A)
-        dropped = apply_dropout(rows(x).to(wide), p, seed)
-        update = F.linear(F.linear(dropped, A.to(wide)), B.to(wide)) * scale
+    lora = part.lora
+    if lora is not None:
+        wide = adapter_dtype(x, lora.A)
+        dropped = apply_dropout(rows(x).to(wide), lora.p, lora.seed)
+        update = F.linear(F.linear(dropped, lora.A.to(wide)), lora.B.to(wide)) * lora.scale
         z = (z + update.view(z.shape)).to(x.dtype)
     return z if part.magnitude is None else dora_scale(z, _scale(x, part))
 
