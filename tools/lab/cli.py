@@ -60,7 +60,7 @@ def inspect(
         bool,
         typer.Option(
             "--all",
-            help="Compile for every target, rank, dtype and size: about 37,500 compilations, which take hours on two cores.",
+            help="Compile for every target, rank, dtype and size: tens of thousands of compilations, which take hours on two cores.",
         ),
     ] = False,
     as_json: Json = False,

@@ -68,8 +68,9 @@ def expand_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``y = mask ∘ (factor · s bᵀ) + bias``, added to y with ADD, for TILES tiles of BLOCK_R ranks. The mask is that of a dropout over y's columns.
+    """``y = mask ∘ (factor · s bᵀ) + bias``, added to y with ADD, for TILES tiles of BLOCK_R ranks.
 
+    The mask is that of a dropout over y's columns.
     It runs *before* ``y.addmm_(x, Wᵀ)``: the GEMM then reads y back while its main loop runs. In the backward b is Aᵀ.
     """
     # 1. which tile of y this program owns

@@ -225,7 +225,10 @@ def gemm_lora(
     seed: int = 0,
     config: GemmConfig | None = None,
 ) -> Tensor:
-    """``x Wᵀ + mask ∘ (scale · s Bᵀ) + bias`` with one rounding; ``weight [N, K]`` and ``B [N, R]`` of any strides, R up to ``RANK_TILE``."""
+    """``x Wᵀ + mask ∘ (scale · s Bᵀ) + bias`` with one rounding, for R up to ``RANK_TILE``.
+
+    ``weight [N, K]`` and ``B [N, R]`` may have any strides.
+    """
     (M, K), N, R, x = x.shape, weight.shape[0], s.shape[1], readable(x)
     y = x.new_empty(M, N)
     c = config or GemmConfig.choose(R, aligned=aligned(x, weight, y), mixed=s.dtype is not x.dtype)
