@@ -330,8 +330,8 @@ def fused_width(timer: Callable[[Call], float]) -> int:
 
 def small_m(timer: Callable[[Call], float]) -> int:
     """The largest number of rows at which decoding an NF4 weight inside the product is no slower than decoding it first."""
-    from peftkit_kernels.ops.quantized_linear import passes as quantized
     from peftkit_kernels.storage.nf4 import quantize_nf4
+    from peftkit_kernels.storage.product import passes as quantized
     from peftkit_kernels.storage.quantized import decode_triton
 
     N, K, dtype = 16384, 4096, torch.bfloat16  # enough columns for every GPU

@@ -107,7 +107,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "ops.quantized_linear.kernels",
+        "storage.product.kernels",
         "_finish",
         ("rule", "if share == 0:", "if share >= 0:", _few_rows("any_width")),
         (
@@ -130,7 +130,7 @@ MUTATIONS_OF_WEIGHTS = [
         ),
     ),
     *bugs_of(
-        "ops.quantized_linear.kernels",
+        "storage.product.kernels",
         "nf4_small_m_kernel",
         (
             "tile",
@@ -147,7 +147,7 @@ MUTATIONS_OF_WEIGHTS = [
         ("scale", " * absmax[None, :]", "", _few_rows("within_the_error_bound")),
     ),
     *bugs_of(
-        "ops.quantized_linear.kernels",
+        "storage.product.kernels",
         "int8_small_m_kernel",
         ("stride", "[None, :] * stride_ck", "[None, :]", _few_rows("codes_may_have_any_strides")),
         (

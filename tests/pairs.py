@@ -12,16 +12,12 @@ from peft.tuners.lora.layer import Linear
 
 from peftkit import accelerate
 from peftkit.find.targets import all_linear
+from peftkit_kernels.core.schedule import Schedule
 from peftkit_kernels.ops.dora_scale.torch_impl import DoRAGate, DoRAScale
 from peftkit_kernels.ops.frozen_norm.torch_impl import FrozenLayerNorm, FrozenRMSNorm
-from peftkit_kernels.ops.lora_linear.torch_impl import LoRALinear
-from peftkit_kernels.ops.lora_qkv.torch_impl import LoRAQKV
-from peftkit_kernels.ops.lora_swiglu_mlp.torch_impl import LoRASwiGLUMLP
+from peftkit_kernels.ops.lora_linear.schedule import Linears
 
-OPS = (
-    *(LoRALinear, LoRAQKV, LoRASwiGLUMLP),
-    *(FrozenRMSNorm, FrozenLayerNorm, DoRAScale, DoRAGate),
-)
+OPS = FrozenRMSNorm, FrozenLayerNorm, DoRAScale, DoRAGate
 
 
 def stock(name, dtype=torch.float32, model_dropout=0.0, **config):
@@ -152,7 +148,15 @@ def counted(monkeypatch):
 
         return call
 
+    run = Schedule.__call__
+
+    def count_and_run(schedule, backend, call):
+        several = isinstance(call, Linears) and len(call.linears) > 1
+        calls["lora_qkv" if several else schedule.name] += 1
+        return run(schedule, backend, call)
+
     with monkeypatch.context() as patch:
+        patch.setattr(Schedule, "__call__", count_and_run)
         for op in OPS:
             patch.setattr(op, "forward", staticmethod(counting(op.__name__, op.forward)))
         # PEFT's forward calls this first. Replacing the forward itself would be detected.

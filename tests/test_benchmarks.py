@@ -98,9 +98,9 @@ def test_rows_hold_medians_in_milliseconds_beside_eager(operations):
 
 
 def test_nothing_is_timed_before_it_is_right(operations, monkeypatch):
-    from peftkit_kernels.ops.lora_linear import torch_impl
+    from peftkit_kernels.ops.lora_linear import torch_passes
 
-    monkeypatch.setattr(torch_impl, "project", lambda x, weight, *rest: x @ weight.t() + 1)
+    monkeypatch.setattr(torch_passes, "project", lambda x, weight, *rest: x @ weight.t() + 1)
     clock = Clock()
     with pytest.raises(AssertionError, match="output0: error"):
         operations.measure("lora_linear", "lora_linear", SMALL, timer=clock)
@@ -160,7 +160,7 @@ def test_calibration_asks_the_clock_for_both_schedules(operations, monkeypatch):
     monkeypatch.setattr(passes, "expand", lambda *a, **k: ran.append("added") or real(4, 4))
     monkeypatch.setattr("peftkit_kernels.storage.nf4.quantize_nf4", lambda w: w)
     monkeypatch.setattr("peftkit_kernels.storage.quantized.decode_triton", lambda q, dtype: q)
-    small_m = "peftkit_kernels.ops.quantized_linear.passes.small_m"
+    small_m = "peftkit_kernels.storage.product.passes.small_m"
     monkeypatch.setattr(small_m, lambda *a: ran.append("decoded inside"))
     turns = {"fused": iter(range(1000)), "decoded inside": iter(range(1000))}
     wins = {"fused": 3, "decoded inside": 5}

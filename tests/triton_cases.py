@@ -8,6 +8,8 @@ from lab.interp import faithful
 from lab.testing import Bound
 from lab.traffic import Traffic
 from peftkit_kernels.core.dropout import dropout_mask, keep_scale
+from peftkit_kernels.core.schedule import Backward, Schedule
+from peftkit_kernels.core.structure import build, encode, flatten
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ORDERS = ("reverse", 1, 2)
@@ -27,6 +29,39 @@ def watched(**options):
     with Traffic() as traffic, faithful(**options):
         yield traffic
     traffic.check()
+
+
+def opcheck(schedule, call):
+    """Let torch check the torch.library ops of a module ``ops.<op>.schedule``, with each gradient alone and with all."""
+    ops = next(value for value in vars(schedule).values() if isinstance(value, Schedule))
+    torch.library.opcheck(ops.library, encode(call))
+    call = build(*_detached(flatten(call)))
+    result, made = schedule.forward(schedule.TritonPasses(), call)
+    grads = result.clone() if isinstance(result, torch.Tensor) else tuple(y.clone() for y in result)
+    trained = schedule.trained(call)
+    for one in [None, *range(len(flatten(trained).tensors))]:
+        needs = _only(trained, one)
+        kept = schedule.keep(call, result, made, needs)
+        torch.library.opcheck(ops.library_backward, encode(Backward(kept, grads, needs)))
+
+
+def _only(trained, number):
+    """``trained`` with True instead of its tensor of this number, or of all, and False instead of the rest."""
+    places = iter(range(10**6))
+
+    def replaced(value):
+        if value is None:
+            return False
+        if isinstance(value, torch.Tensor):
+            return next(places) == number or number is None
+        parts = [replaced(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else parts
+
+    return replaced(trained)
+
+
+def _detached(flat):
+    return flat.structure, [t.detach() for t in flat.tensors], flat.seeds
 
 
 def assert_same_bits_in_any_order(run):

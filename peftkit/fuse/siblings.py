@@ -22,7 +22,7 @@ from peftkit.fuse.plan import Reason
 from peftkit.swap import own_class
 from peftkit_kernels.core.checks import is_autocast_enabled
 from peftkit_kernels.core.dispatch import is_transformed
-from peftkit_kernels.ops.lora_qkv.torch_impl import joins_shrinks
+from peftkit_kernels.ops.lora_linear.torch_passes import joins_shrinks
 
 METHOD = "shared input"
 

@@ -22,7 +22,7 @@ from peftkit_kernels.low_rank import LoRA
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LLAMA = {"LoRAQKV": 4, "LoRALinear": 4, "DoRAScale": 10, "DoRAGate": 2}
+LLAMA = {"lora_qkv": 4, "lora_linear": 4, "DoRAScale": 10, "DoRAGate": 2}
 """Calls in one forward of two layers: one for q/k/v, one for gate/up, one each for o and down; seven magnitudes per layer."""
 
 
@@ -80,7 +80,7 @@ def test_dropout_applies_to_the_same_products_as_in_peft(name, monkeypatch):
     with pairs.counted(monkeypatch) as calls:
         fused(**pairs.inputs(name, torch.float64))
         assert calls["peft"] == 0
-        assert calls["LoRASwiGLUMLP"] == calls["DoRAGate"] == 0
+        assert calls["lora_swiglu_mlp"] == calls["DoRAGate"] == 0
     torch.testing.assert_close(
         logits(fused.eval(), name), logits(plain.eval(), name), rtol=1e-10, atol=1e-10
     )

@@ -254,8 +254,8 @@ def test_a_bare_weight_of_a_linear_is_a_fused_linear(monkeypatch):
     fused = accelerate(copy.deepcopy(plain), logit_free=False)
     with pairs.counted(monkeypatch) as calls:
         actual = step(fused)
-    assert calls["LoRALinear"] == 2
-    assert calls["LoRASwiGLUMLP"] == 2
+    assert calls["lora_linear"] == 2
+    assert calls["lora_swiglu_mlp"] == 2
     pairs.assert_close(actual, step(plain), 1e-10)
     reports = [r for r in explain(fused).layers if r.is_adapter]
     assert {(r.path, r.reason) for r in reports} == {("fused:torch", "")}

@@ -51,7 +51,7 @@ def test_gated_mlps_are_one_call(act, targets, calls):
     x = draw(3, 5, WIDTH)
     calls.clear()  # recognition has called it too
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
-    assert calls == {"LoRASwiGLUMLP": 1, "peft": len(targets or "123")}
+    assert calls == {"lora_swiglu_mlp": 1, "peft": len(targets or "123")}
 
 
 class WithDropout(MLP):
@@ -148,11 +148,11 @@ def test_a_joint_projection_with_dropout_runs_its_own_forward(monkeypatch):
     batch = pairs.inputs("phi3", torch.float64)
     with pairs.counted(monkeypatch) as calls:
         pairs.step(fused, batch)
-    assert calls["LoRASwiGLUMLP"] == 0
-    assert calls["LoRALinear"] == 8
+    assert calls["lora_swiglu_mlp"] == 0
+    assert calls["lora_linear"] == 8
     with pairs.counted(monkeypatch) as calls, torch.no_grad():
         actual = fused.eval()(**batch).logits
-    assert calls["LoRASwiGLUMLP"] == 2
+    assert calls["lora_swiglu_mlp"] == 2
     torch.testing.assert_close(actual, plain.eval()(**batch).logits, rtol=1e-10, atol=1e-10)
 
 

@@ -62,7 +62,7 @@ def test_siblings_with_known_names_are_one_call(names, calls):
     x = draw(2, 5, WIDTH)
     for actual, expected in zip(call(fused, x, names), call(plain, x, names), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    assert calls == {"LoRAQKV": 1, "peft": 3}
+    assert calls == {"lora_qkv": 1, "peft": 3}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -80,7 +80,7 @@ def test_forwards_with_and_without_gradients_give_the_same_bits(tokens, dropout,
         for actual, one in zip(call(fused, x, names), expected, strict=True):
             assert torch.equal(actual, one)
     apart = tokens == 12 and dropout == 0.0
-    assert calls == ({"LoRAQKV": 1, "LoRALinear": 3} if apart else {"LoRAQKV": 2})
+    assert calls == ({"lora_qkv": 1, "lora_linear": 3} if apart else {"lora_qkv": 2})
 
 
 @pytest.mark.parametrize("missing", ["q_proj", "k_proj", "v_proj"])
@@ -94,7 +94,7 @@ def test_modules_with_two_of_the_names_are_grouped(missing, as_none, calls):
     x = draw(2, 5, WIDTH)
     for actual, expected in zip(call(fused, x, names), call(plain, x, names), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    assert calls == {"LoRAQKV": 1, "peft": 2}
+    assert calls == {"lora_qkv": 1, "peft": 2}
 
 
 def test_siblings_of_different_input_size_and_single_ones_are_not_grouped():
@@ -118,7 +118,7 @@ def test_cross_attention_shares_keys_and_values(calls):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
         del calls["peft"]
         # Each time the query computes unused keys and values of its own input, because a forward does not change the grouping.
-        assert calls == {"LoRAQKV": 2 * (forward + 1)}
+        assert calls == {"lora_qkv": 2 * (forward + 1)}
 
 
 def test_any_order_and_subset_of_calls_is_exact():
@@ -279,7 +279,7 @@ def test_linears_are_grouped_in_the_order_of_their_calls(calls):
     x = draw(2, 5, WIDTH)
     for actual, expected in zip(fused(x), plain(x), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    assert calls["LoRAQKV"] == 1
+    assert calls["lora_qkv"] == 1
 
 
 _QUERIES = ("query", "key", "value", "q_proj", "k_proj", "v_proj")
@@ -365,5 +365,5 @@ def test_the_report_says_what_runs_after_a_sibling_was_replaced(replaced, calls)
     call(fused, draw(2, 5, WIDTH), names)
     rows = {row.name: row for row in explain(model).layers if row.method == "shared input"}
     row = rows["base_model.model.0." + "+".join(name for name in names if name != replaced)]
-    assert (row.path == "fused:torch") == (calls["LoRAQKV"] == 1)
+    assert (row.path == "fused:torch") == (calls["lora_qkv"] == 1)
     assert ("replaced" in row.reason) == (replaced == "q_proj")

@@ -129,7 +129,7 @@ def test_each_subset_of_trained_tensors(trained):
 @pytest.mark.parametrize("trained", subsets(TRAINED), ids="-".join)
 def test_keeps_what_the_readme_says(trained):
     x, q, part = make(x=(17, 33), trained=trained)
-    with kept_for_backward(*leaves_of(x.clone(), part).values(), q.codes) as kept:
+    with kept_for_backward(*leaves_of(x.clone(), part).values(), *q.tensors()) as kept:
         y = int8_compute_linear(x, q, part.bias, part.lora)
     assert y.requires_grad
     assert kept.total_bytes == 4 * 17 * (33 * ("A" in trained) + 4 * ("B" in trained))
@@ -324,6 +324,6 @@ def test_errors_name_the_argument(options, message):
 def test_widths_whose_sums_overflow_are_refused():
     q = Int8Weight(torch.zeros(1, 133_145, dtype=torch.int8), torch.zeros(1))
     with pytest.raises(
-        ValueError, match=r"more than 133144 products overflow 32 bits; use int8_linear"
+        ValueError, match=r"more than 133144 products overflow 32 bits; use Int8Weight"
     ):
         int8_compute_linear(torch.zeros(1, 133_145), q)

@@ -16,9 +16,8 @@ from lora_cases import (
 )
 
 from lab.testing import Bound, assert_no_worse_than, kept_for_backward
-from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.low_rank import LoRA, unflatten
 from peftkit_kernels.ops.lora_linear import lora_linear
-from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 
 N = 29
 TRAINED = ("x", "bias", "A", "B")

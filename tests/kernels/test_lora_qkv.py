@@ -176,7 +176,7 @@ def test_keeps_what_the_readme_says(needs_A, needs_B, p):
         ys = lora_qkv(x, *tensors)
     assert len(ys) == 3
     M, K, ranks = 17, 33, 3 * 4
-    assert kept.total_bytes == 4 * (M * K * needs_A + M * ranks)
+    assert kept.total_bytes == 4 * (M * K * needs_A + M * ranks * needs_B)
 
 
 def change(i, **tensors):

@@ -7,6 +7,7 @@ from triton_cases import (
     DTYPES,
     INT32_LIMIT,
     assert_same_bits_in_any_order,
+    opcheck,
     products,
     scaled,
     watched,
@@ -17,7 +18,8 @@ from triton_linear import Linear, output_grad
 from lab.testing import UNIT_ROUNDOFF, Bound, kept_for_backward
 from peftkit_kernels.core.dropout import dropout_mask
 from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
-from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
+from peftkit_kernels.ops.lora_linear import schedule as steps
+from peftkit_kernels.storage.int8 import Int8ComputeWeight, Int8Weight, quantize_int8
 from peftkit_kernels.storage.int8.product.config import Int8GemmConfig, QuantizeConfig
 from peftkit_kernels.storage.int8.product.passes import outliers_of, product, quantize
 from peftkit_kernels.storage.int8.product.reference import outlier_columns
@@ -293,15 +295,5 @@ def test_a_wrong_step_is_noticed(fault):
 @pytest.mark.parametrize("outlier", [None, 1.5])
 def test_opcheck(outlier):
     x, q, part = make(x=(3, 33), dtype=torch.bfloat16, factors=torch.float32)
-    tensors = x, *q.tensors(), part.bias, part.lora.A, part.lora.B
-    op = torch.ops.peftkit.int8_compute_linear
-    torch.library.opcheck(op.default, (*tensors, 0.7, 0.1, 5, outlier))
-    if outlier is not None:
-        return
-    dy, s = output_grad(x, part), draw((3, 4), x.dtype, torch.Generator())
-    parts = [t.detach() for t in (x, part.lora.A, part.lora.B)]
-    for needs in ([True, True, True], [False, False, True]):
-        torch.library.opcheck(
-            torch.ops.peftkit.int8_compute_linear_backward.default,
-            (dy, *q.tensors(), *parts, s, 0.7, 0.1, 5, needs),
-        )
+    weight = Int8ComputeWeight(*q.tensors(), outlier, backward_in_8_bits=True)
+    opcheck(steps, steps.Linears(x, [steps.Linear(weight, part.bias, part.lora)]))

@@ -7,13 +7,15 @@ import torch
 from triton_cases import assert_same_bits_in_any_order, watched
 
 from lab.testing import kept_for_backward
-from peftkit_kernels.core.op import Op
 from peftkit_kernels.core.plan import Plans
+from peftkit_kernels.core.structure import encode
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.frozen_norm import rms_norm_reference
-from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer, passes, triton_impl
+from peftkit_kernels.ops.lora_decoder_layer import Norm, lora_decoder_layer, passes
+from peftkit_kernels.ops.lora_decoder_layer import schedule as steps
 from peftkit_kernels.ops.lora_decoder_layer.reference import rotated
-from peftkit_kernels.ops.lora_linear import triton_impl as linear_impl
+from peftkit_kernels.ops.lora_linear import triton_passes
+from peftkit_kernels.ops.lora_linear.schedule import Linear
 from peftkit_kernels.storage.int8 import Int8ComputeWeight, quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 from peftkit_kernels.storage.quantized import dense_reference
@@ -185,8 +187,8 @@ def test_bytes_that_are_kept_are_those_of_the_readme():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_quantised_weights_give_what_their_decoded_values_give(monkeypatch, backend, storage):
     # both alike: by a product that adds the update, and with a decode before the product
-    monkeypatch.setattr(linear_impl, "fuses_gemm", lambda *a, **k: False)
-    monkeypatch.setattr(linear_impl, "decodes_in_product", lambda *a: False)
+    monkeypatch.setattr(triton_passes, "fuses_gemm", lambda *a, **k: False)
+    monkeypatch.setattr(triton_passes, "decodes_in_product", lambda *a: False)
     arguments = make(torch.bfloat16, p=0.3)
     stored: list = [
         quantize_int8(w) if storage == "int8" else quantize_nf4(w, 32) for w in arguments["weights"]
@@ -247,7 +249,7 @@ def test_a_replayed_plan_equals_the_schedule_for_other_values(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Plans, "_record", None)
         replayed = run(arguments, "triton")
-    monkeypatch.setattr(Op, "compute", lambda self, *args: self._schedule(*args))
+    monkeypatch.setattr(Plans, "__call__", lambda self, *args: self._schedule(*args))
     for found, expected in zip(replayed, run(arguments, "triton"), strict=True):
         assert torch.equal(found, expected)
 
@@ -370,7 +372,9 @@ def test_bad_arguments_are_named(change, message):
 @pytest.mark.parametrize("remake", ["", "gate", "most"])
 def test_opcheck(remake):
     arguments = make(batch=1)
-    op = triton_impl.lora_decoder_layer_triton.op
-    parts = [arguments[name] for name in ("x", "cos", "sin", "norms", "weights", "biases", "loras")]
-    call = triton_impl.op_arguments(*parts, "silu", 0.25, "flash", remake)
-    torch.library.opcheck(op.library, call, test_utils=("test_schema", "test_faketensor"))
+    linears = list(map(Linear, *(arguments[name] for name in ("weights", "biases", "loras"))))
+    parts = [arguments[name] for name in ("x", "cos", "sin", "norms")]
+    call = steps.Layer(*parts, linears, "silu", 0.25, "flash", remake)
+    arguments = encode(call)
+    tests = "test_schema", "test_faketensor"
+    torch.library.opcheck(steps.lora_decoder_layer.library, arguments, test_utils=tests)

@@ -3,19 +3,22 @@
 import lora_cases
 import pytest
 import torch
-from lora_cases import LAYOUTS, MIXED, Shape, draw, gradients, subsets
+from lora_cases import LAYOUTS, MIXED, Shape, gradients, subsets
 from triton_cases import (
     DTYPES,
     INT32_LIMIT,
     assert_same_bits_in_any_order,
+    opcheck,
     watched,
 )
 from triton_linear import Linear, output_grad
 
 from lab.eager import EagerTraffic
+from lab.steps import step
 from lab.testing import kept_for_backward
 from peftkit_kernels.low_rank.config import block_r
-from peftkit_kernels.ops.lora_linear import lora_linear, triton_impl
+from peftkit_kernels.ops.lora_linear import lora_linear, triton_passes
+from peftkit_kernels.ops.lora_linear import schedule as steps
 
 N = 29
 TRAINED = ("x", "bias", "A", "B")
@@ -24,7 +27,7 @@ TRAINED = ("x", "bias", "A", "B")
 @pytest.fixture(params=["fused", "addmm"])
 def schedule(request, monkeypatch):
     """Both schedules, whatever would be chosen."""
-    monkeypatch.setattr(triton_impl, "fuses_gemm", lambda *a, **k: request.param == "fused")
+    monkeypatch.setattr(triton_passes, "fuses_gemm", lambda *a, **k: request.param == "fused")
     return request.param
 
 
@@ -141,14 +144,15 @@ def test_bytes_are_those_of_the_formula(p, schedule):
     """Kernels README: 3x + 2W + 3y + 2dy + 3dx, or with one kernel 3x + 2W + y + 2dy + dx, factors and partial sums."""
     x, part = big(p=p)
     dy = output_grad(x, part)
-    tensors = x, part.weight, None, part.lora.A, part.lora.B
-    weight, factors, numbers = part.weight, tensors[3:], part.lora.numbers()
+    factors, call = (
+        (part.lora.A, part.lora.B),
+        steps.Linears(x, [steps.Linear(part.weight, None, part.lora)]),
+    )
     torch.use_deterministic_algorithms(False)  # filling new memory with NaN is traffic of its own
     with watched() as traffic, EagerTraffic() as torch_ops, torch.no_grad():
-        _, s = triton_impl.forward(*tensors, *numbers)
-        triton_impl.backward(dy, weight, x, *factors, s, *numbers, [True, True, True])
+        made = step(steps, call).made
     M, K, N, R = 300, 256, 576, 16
-    W, s_bytes, y, dx = part.weight.nbytes, s.nbytes, dy.nbytes, x.nbytes
+    W, s_bytes, y, dx = part.weight.nbytes, made[0].nbytes, dy.nbytes, x.nbytes
     streams = 3 * x.nbytes + 2 * W + 2 * dy.nbytes
     streams += y + dx if schedule == "fused" else 3 * y + 3 * dx
     # s is written, and read by the projection and for dB; ds the same; each factor is read twice, each gradient written
@@ -195,12 +199,4 @@ def test_bytes_against_eager_at_training_sizes(schedule, p, ratio):
 
 def test_opcheck():
     x, part = make(x=(3, 33), p=0.1, dtype=torch.bfloat16, factors=torch.float32)
-    tensors = x, part.weight, part.bias, part.lora.A, part.lora.B
-    torch.library.opcheck(torch.ops.peftkit.lora_linear.default, (*tensors, 0.7, 0.1, 5))
-    dy, s = output_grad(x, part), draw((3, 4), x.dtype, torch.Generator())
-    arguments = (part.weight, x, part.lora.A, part.lora.B, s, 0.7, 0.1, 5)
-    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
-    for needs in ([True, True, True], [False, True, False], [False, False, True]):
-        torch.library.opcheck(
-            torch.ops.peftkit.lora_linear_backward.default, (dy, *detached, needs)
-        )
+    opcheck(steps, steps.Linears(x, [steps.Linear(part.weight, part.bias, part.lora)]))

@@ -5,22 +5,31 @@ from dataclasses import replace
 import pytest
 import torch
 from lora_cases import MIXED, Shape, draw, gradients
-from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, scaled, watched
+from triton_cases import (
+    DTYPES,
+    INT32_LIMIT,
+    assert_same_bits_in_any_order,
+    opcheck,
+    scaled,
+    watched,
+)
 from triton_linear import Linear, output_grad
 
 from lab.eager import EagerTraffic
+from lab.steps import step
 from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.core.dropout import dropout_mask
 from peftkit_kernels.low_rank.groups import group
-from peftkit_kernels.ops.lora_linear import triton_impl as linear_impl
-from peftkit_kernels.ops.lora_qkv import lora_qkv, triton_impl
+from peftkit_kernels.ops.lora_linear import schedule as steps
+from peftkit_kernels.ops.lora_linear import triton_passes
+from peftkit_kernels.ops.lora_qkv import lora_qkv
 
 WIDTHS = (40, 12, 7)
 
 
 @pytest.fixture(params=["fused", "addmm"])
 def schedule(request, monkeypatch):
-    monkeypatch.setattr(linear_impl, "fuses_gemm", lambda *a, **k: request.param == "fused")
+    monkeypatch.setattr(triton_passes, "fuses_gemm", lambda *a, **k: request.param == "fused")
     return request.param
 
 
@@ -212,17 +221,10 @@ def test_results_do_not_depend_on_the_order_of_programs():
 
 def test_passes_over_the_input_are_one_shrink_one_gemm_each_and_one_da_pass():
     x, parts = make(widths=(64, 32, 32), x=(40, 64), rank=4, dtype=torch.float32, bias=False)
-    weights = [part.weight for part in parts]
-    arguments = triton_impl.without_gaps([None] * 3, [part.lora for part in parts])
+    call = steps.Linears(x, [steps.Linear(part.weight, None, part.lora) for part in parts])
     torch.use_deterministic_algorithms(False)
     with watched() as traffic, EagerTraffic() as torch_ops, torch.no_grad():
-        ys, joint = triton_impl.forward(x, weights, [], *arguments)
-        dys = [y.clone() for y in ys]
-        del torch_ops.ops[-3:]
-        _, As, Bs, _, *numbers = arguments
-        triton_impl.backward(
-            *(dys, weights, [], x, As, Bs, joint, *numbers, True, [True] * 3, [True] * 3)
-        )
+        step(steps, call)
     M, K, R = 40, 64, 4
     N = 64 + 32 + 32
     gemms = [op for op in torch_ops.ops if op.flops]
@@ -246,9 +248,9 @@ def test_passes_over_the_input_are_one_shrink_one_gemm_each_and_one_da_pass():
 
 def test_opcheck():
     x, parts = make(x=(3, 33), p=0.1, dtype=torch.bfloat16, factors=torch.float32)
-    weights, biases, loras = ([getattr(p, n) for p in parts] for n in ("weight", "bias", "lora"))
-    arguments = triton_impl.without_gaps([biases[0], None, biases[2]], [loras[0], loras[1], None])
-    torch.library.opcheck(torch.ops.peftkit.lora_qkv.default, (x, weights, [], *arguments))
+    linears = [steps.Linear(part.weight, part.bias, part.lora) for part in parts]
+    linears = [linears[0], linears[1]._replace(bias=None), linears[2]._replace(lora=None)]
+    opcheck(steps, steps.Linears(x, linears))
 
 
 def test_gradients_of_strided_outputs():

@@ -7,24 +7,33 @@ import pytest
 import torch
 from lora_cases import LAYOUTS, MIXED, activation_and_slope, draw, subsets
 from mlp_cases import LINEARS, NAMES, make, output_grad, run, tensors
-from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, scaled, watched
+from triton_cases import (
+    DTYPES,
+    INT32_LIMIT,
+    assert_same_bits_in_any_order,
+    opcheck,
+    scaled,
+    watched,
+)
 from triton_linear import narrow_product
 
 from lab.eager import EagerTraffic
+from lab.steps import step
 from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.core.dropout import dropout_mask
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.low_rank.groups import group
-from peftkit_kernels.ops.lora_linear import triton_impl as linear_impl
-from peftkit_kernels.ops.lora_qkv.triton_impl import without_gaps
-from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp, passes, triton_impl
+from peftkit_kernels.ops.lora_linear import triton_passes
+from peftkit_kernels.ops.lora_linear.schedule import Linear as FrozenLinear
+from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS, lora_swiglu_mlp, passes
+from peftkit_kernels.ops.lora_swiglu_mlp import schedule as steps
 from peftkit_kernels.ops.lora_swiglu_mlp.config import GateBackwardConfig, GateConfig
 
 
 @pytest.fixture(params=["fused", "addmm"])
 def schedule(request, monkeypatch):
     """Both schedules of the down projection, whatever would be chosen."""
-    monkeypatch.setattr(linear_impl, "fuses_gemm", lambda *a, **k: request.param == "fused")
+    monkeypatch.setattr(triton_passes, "fuses_gemm", lambda *a, **k: request.param == "fused")
     return request.param
 
 
@@ -319,21 +328,16 @@ def test_gate_and_up_in_one_buffer_are_one_product(adapted, biased):
 @pytest.mark.parametrize("one_buffer", [False, True])
 def test_bytes_are_those_of_the_formula(monkeypatch, one_buffer):
     """Operation's README: 14 streams of [M, D] (11 with one buffer), 16 of [M, F], each weight twice, besides what has rank R."""
-    monkeypatch.setattr(linear_impl, "fuses_gemm", lambda *a, **k: False)
+    monkeypatch.setattr(triton_passes, "fuses_gemm", lambda *a, **k: False)
     M, D, F, R = 300, 256, 576, 16
     options = {"biased": (), "inner": F, "x": (M, D), "rank": R, "dtype": torch.bfloat16}
     x, parts = make(**options)
     if one_buffer:
         parts = in_one_buffer(parts)
-    weights, biases, loras = (list(part) for part in tensors(parts))
-    arguments = without_gaps(biases, loras)
-    _, As, Bs, _, *numbers = arguments
-    dy = output_grad(x)
+    call = steps.MLP(x, list(map(FrozenLinear, *tensors(parts))), "silu")
     torch.use_deterministic_algorithms(False)  # filling new memory with NaN is traffic of its own
     with watched() as traffic, EagerTraffic() as torch_ops, torch.no_grad():
-        _, eg, s = triton_impl.forward(x, weights, [], *arguments, "silu")
-        needs = True, [False, False], [True] * 3, [True] * 3
-        triton_impl.backward(dy, weights, [], x, eg, As, Bs, s, *numbers, "silu", *needs)
+        step(steps, call)
     streams = (11 if one_buffer else 14) * M * D + 16 * M * F + 6 * D * F
     # of gate and up: s is written once and read 3 times, ds written once and read twice; of down: s 1 and 2, ds 1 and 1
     small = M * R * (2 * (4 + 3) + 3 + 2)
@@ -414,11 +418,8 @@ def test_bytes_against_eager_at_training_sizes(p, own_masks, one_buffer, ratio, 
 def test_opcheck():
     x, parts = make((0.1, 0.0, 0.1), x=(3, 33), dtype=torch.bfloat16, factors=torch.float32)
     weights, biases, loras = (list(part) for part in tensors(parts))
-    cases = (biases, loras), ([biases[0], None, None], [None, loras[1], None])
-    for biases, loras in cases:
-        arguments = without_gaps(biases, loras)
-        op = torch.ops.peftkit.lora_swiglu_mlp.default
-        torch.library.opcheck(op, (x, weights, [], *arguments, "gelu"))
+    for given in ((biases, loras), ([biases[0], None, None], [None, loras[1], None])):
+        opcheck(steps, steps.MLP(x, list(map(FrozenLinear, weights, *given)), "gelu"))
 
 
 @pytest.mark.parametrize("std", [0.001, 0.01, 0.1])

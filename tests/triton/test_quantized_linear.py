@@ -3,22 +3,30 @@
 import pytest
 import torch
 from lora_cases import LAYOUTS, MIXED, Projection, Shape, draw, gradients, subsets
-from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, scaled, watched
+from triton_cases import (
+    DTYPES,
+    INT32_LIMIT,
+    assert_same_bits_in_any_order,
+    opcheck,
+    scaled,
+    watched,
+)
 from triton_linear import Linear, output_grad
 
 from lab.eager import EagerTraffic
+from lab.steps import step
 from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.core.calibration import Calibration
 from peftkit_kernels.core.launch import INTERPRETED, Target
 from peftkit_kernels.low_rank.config import fuses_gemm
+from peftkit_kernels.ops.lora_linear import schedule as steps
 from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
-from peftkit_kernels.ops.quantized_linear.config import SmallConfig, nf4_step, small_rows
-from peftkit_kernels.ops.quantized_linear.passes import decodes_in_product, small_m
-from peftkit_kernels.ops.quantized_linear.triton_impl import backward, forward
 from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
 from peftkit_kernels.storage.nf4 import NF4Weight, quantize_nf4
 from peftkit_kernels.storage.nf4.weight import LEVELS
-from peftkit_kernels.storage.quantized import dequantize_reference, layout_of
+from peftkit_kernels.storage.product.config import SmallConfig, nf4_step, small_rows
+from peftkit_kernels.storage.product.passes import decodes_in_product, small_m
+from peftkit_kernels.storage.quantized import dequantize_reference
 
 N = 29
 TRAINED = ("x", "bias", "A", "B")
@@ -246,12 +254,10 @@ def test_bytes_of_many_rows_are_those_of_lora_linear_and_a_decoded_weight(storag
     """README: as ``lora_linear`` in both directions, and twice q read and W written."""
     _, x, q, part = make(storage, x=(MANY, 256), N=64, rank=16, dtype=torch.bfloat16, bias=False)
     dy, lora = output_grad(x, part), part.lora
-    stored, layout = q.tensors(), layout_of(q)
+    stored, call = q.tensors(), steps.Linears(x, [steps.Linear(q, None, lora)])
     torch.use_deterministic_algorithms(False)  # filling new memory with NaN is traffic of its own
     with watched() as traffic, EagerTraffic() as torch_ops, torch.no_grad():
-        numbers = lora.numbers()
-        y, s = forward(x, stored, layout, None, lora.A, lora.B, *numbers)
-        backward(dy, stored, layout, x, lora.A, lora.B, s, *numbers, [True, True, True])
+        (y,), (s,), _ = step(steps, call)
     decoding = [launch for launch in traffic.launches if launch.kernel == "dequantize_kernel"]
     assert len(decoding) == 2
     W = 64 * 256 * 2
@@ -301,11 +307,4 @@ def test_a_level_too_far_is_noticed():
 @pytest.mark.parametrize(("storage", "rows"), [("nf4_nested", MANY), ("int8", FEW)])
 def test_opcheck(storage, rows):
     _, x, q, part = make(storage, x=(rows, 64), dtype=torch.bfloat16, factors=torch.float32)
-    layout, A, B = layout_of(q), part.lora.A, part.lora.B
-    op, grad_op = torch.ops.peftkit.quantized_linear, torch.ops.peftkit.quantized_linear_backward
-    torch.library.opcheck(op.default, (x, q.tensors(), layout, part.bias, A, B, 0.7, 0.1, 5))
-    dy, s = output_grad(x, part), draw((rows, 4), x.dtype, torch.Generator())
-    parts = [t.detach() for t in (x, A, B)]
-    arguments = dy, q.tensors(), layout, *parts, s, 0.7, 0.1, 5
-    for needs in ([True, True, True], [False, False, True]):
-        torch.library.opcheck(grad_op.default, (*arguments, needs))
+    opcheck(steps, steps.Linears(x, [steps.Linear(q, part.bias, part.lora)]))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lab.steps import step
 from peftkit_kernels.core.launch import Launch, Target, recording
 
 RANKS = (8, 16, 32, 64, 128, 256)
@@ -101,31 +102,32 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 def _lora_linear(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.ops.lora_linear.triton_impl import backward, forward
+    from peftkit_kernels.low_rank import LoRA
+    from peftkit_kernels.ops.lora_linear import schedule
 
     own = factor_dtype or dtype
 
-    def run(M: int, N: int, K: int, p: float, bias: bool, needs: list[bool]) -> None:
+    def run(M: int, N: int, K: int, p: float, bias: bool, needs: tuple[bool, bool, bool]) -> None:
         M, (N, K) = sizes.rows(M), sizes.widths(N, K)
         x, weight = _meta(M, K, dtype=dtype), _meta(N, K, dtype=dtype)
-        factors = _meta(rank, K, dtype=own), _meta(N, rank, dtype=own)
-        numbers = 2.0, p, _SEED
-        b = _meta(N, dtype=dtype) if bias else None
-        y, s = forward(x, weight, b, *factors, *numbers)
-        backward(torch.empty_like(y), weight, x, *factors, s, *numbers, needs)
+        lora = LoRA(_meta(rank, K, dtype=own), _meta(N, rank, dtype=own), 2.0, p, _SEED)
+        linear = schedule.Linear(weight, _meta(N, dtype=dtype) if bias else None, lora)
+        needs_x, needs_A, needs_B = needs
+        wanted = schedule.Grads(needs_x, [False], [needs_A], [needs_B])
+        step(schedule, schedule.Linears(x, [linear]), wanted)
 
     for p in (0.0, 0.1):
-        run(8192, 4096, 4096, p, False, [True, True, True])
-        run(8192, 1024, 2048, p, True, [True, True, True])
-    run(8192, 4096, 4096, 0.0, True, [False, False, True])
-    run(256, 4096, 4096, 0.0, False, [True, False, False])
+        run(8192, 4096, 4096, p, False, (True, True, True))
+        run(8192, 1024, 2048, p, True, (True, True, True))
+    run(8192, 4096, 4096, 0.0, True, (False, False, True))
+    run(256, 4096, 4096, 0.0, False, (True, False, False))
 
 
 def _lora_qkv(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
     from peftkit_kernels.low_rank import LoRA
-    from peftkit_kernels.ops.lora_qkv.triton_impl import backward, forward, without_gaps
+    from peftkit_kernels.ops.lora_linear import schedule
 
     own = factor_dtype or dtype
     K, *widths = sizes.widths(4096, 4096, 1024, 1024)
@@ -135,36 +137,30 @@ def _lora_qkv(
             LoRA(_meta(rank, K, dtype=own), _meta(n, rank, dtype=own), 2.0, p, seed)
             for n, seed in zip(widths, (_SEED,) * 3 if shared else range(3), strict=True)
         ]
-        arguments = without_gaps([None] * 3, loras)
-        ys, joint = forward(x, weights, [], *arguments)
-        dys = [torch.empty_like(y) for y in ys]
-        _, As, Bs, _, *numbers = arguments
-        backward(dys, weights, [], x, As, Bs, joint, *numbers, True, [True] * 3, [True] * 3)
+        parts = zip(weights, loras, strict=True)
+        linears = [schedule.Linear(weight, None, lora) for weight, lora in parts]
+        step(schedule, schedule.Linears(x, linears))
 
 
 def _lora_swiglu_mlp(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
     from peftkit_kernels.low_rank import LoRA
-    from peftkit_kernels.ops.lora_qkv.triton_impl import without_gaps
-    from peftkit_kernels.ops.lora_swiglu_mlp.triton_impl import backward, forward
+    from peftkit_kernels.ops.lora_linear.schedule import Linear
+    from peftkit_kernels.ops.lora_swiglu_mlp import schedule
 
     own = factor_dtype or dtype
     D, F = sizes.widths(4096, 14336)
     shapes = ((F, D), (F, D), (D, F))
     x = _meta(sizes.rows(), D, dtype=dtype)
-    weights = [_meta(*shape, dtype=dtype) for shape in shapes]
     # dropout adds the same code to every activation, so one case without dropout is enough
     for act, p in (("silu", 0.0), ("silu", 0.1), ("gelu", 0.1), ("gelu_tanh", 0.1)):
-        loras = [
-            LoRA(_meta(rank, K, dtype=own), _meta(N, rank, dtype=own), 2.0, p, _SEED + i)
-            for i, (N, K) in enumerate(shapes)
-        ]
-        arguments = without_gaps([None] * 3, loras)
-        y, gate_up, s = forward(x, weights, [], *arguments, act)
-        _, As, Bs, _, *numbers = arguments
-        needs = True, [False, False], [True] * 3, [True] * 3
-        backward(y, weights, [], x, gate_up, As, Bs, s, *numbers, act, *needs)
+        linears = []
+        for i, (N, K) in enumerate(shapes):
+            factors = _meta(rank, K, dtype=own), _meta(N, rank, dtype=own)
+            lora = LoRA(*factors, 2.0, p, _SEED + i)
+            linears.append(Linear(_meta(N, K, dtype=dtype), None, lora))
+        step(schedule, schedule.MLP(x, linears, act))
 
 
 def _bottleneck(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
@@ -275,21 +271,23 @@ def _int8(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 def _quantized_linear(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.ops.quantized_linear.triton_impl import backward, forward
-    from peftkit_kernels.storage.quantized import layout_of
+    from peftkit_kernels.low_rank import LoRA
+    from peftkit_kernels.ops.lora_linear import schedule
 
     own = factor_dtype or dtype
     # enough columns that all these numbers of rows up to 128 may be decoded in the product
     N, K = sizes.widths(14336, 4096)
-    factors = _meta(rank, K, dtype=own), _meta(N, rank, dtype=own)
+    lora = LoRA(_meta(rank, K, dtype=own), _meta(N, rank, dtype=own), 2.0, 0.0, _SEED)
+    needs = schedule.Grads(True, [False], [False], [False])
     for q in (*_nf4_weights(N, K), _int8_weight(N, K)):
-        stored = q.tensors(), layout_of(q)
         for M in (1, 32, 64, 128, 8192):
             x, bias = _meta(sizes.rows(M), K, dtype=dtype), _meta(N, dtype=dtype)
-            for lora in (factors, (None, None)):
-                y, s = forward(x, *stored, bias, *lora, 2.0, 0.0, _SEED)
-        dy = torch.empty_like(y)
-        backward(dy, *stored, x, *factors, s, 2.0, 0.0, _SEED, [True, False, False])
+            for adapter in (lora, None):
+                call = schedule.Linears(x, [schedule.Linear(q, bias, adapter)])
+                if M < 8192:
+                    schedule.forward(schedule.TritonPasses(), call)
+                else:
+                    step(schedule, call, needs)
 
 
 def _grouped_lora(
@@ -332,24 +330,29 @@ def _prefix_attention(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 def _int8_compute_linear(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.ops.int8_compute_linear.triton_impl import backward, forward
+    from peftkit_kernels.low_rank import LoRA
+    from peftkit_kernels.ops.lora_linear import schedule
+    from peftkit_kernels.storage.int8 import Int8ComputeWeight
     from peftkit_kernels.storage.int8.product.passes import quantize
 
     own = factor_dtype or dtype
     N, K = sizes.widths(4096, 4096)
     q, skip = _int8_weight(N, K).tensors(), _meta(K, dtype=torch.bool)
-    factors = _meta(rank, K, dtype=own), _meta(N, rank, dtype=own)
+    A, B = _meta(rank, K, dtype=own), _meta(N, rank, dtype=own)
+
+    def call(x: Tensor, lora: Any, outlier: float | None) -> schedule.Linears:
+        weight = Int8ComputeWeight(*q, outlier, backward_in_8_bits=True)
+        return schedule.Linears(x, [schedule.Linear(weight, _meta(N, dtype=dtype), lora)])
+
     for M in (64, 8192):
-        x, bias = _meta(sizes.rows(M), K, dtype=dtype), _meta(N, dtype=dtype)
+        x = _meta(sizes.rows(M), K, dtype=dtype)
         for p in (0.0, 0.1):
-            y, s = forward(x, *q, bias, *factors, 2.0, p, _SEED, None)
-            dy = torch.empty_like(y)
-            backward(dy, *q, x, *factors, s, 2.0, p, _SEED, [True, True, True])
-            quantize(x, factors[0], p=p, skip=skip)
+            step(schedule, call(x, LoRA(A, B, 2.0, p, _SEED), None))
+            quantize(x, A, p=p, skip=skip)
         for outlier in (None, 6.0):
-            forward(x, *q, bias, None, None, 0.0, 0.0, 0, outlier)
-            forward(x, *q, bias, *factors, 2.0, 0.0, 0, outlier)
-        backward(dy, *q, None, None, None, None, 0.0, 0.0, 0, [True, False, False])
+            for lora in (None, LoRA(A, B, 2.0)):
+                schedule.forward(schedule.TritonPasses(), call(x, lora, outlier))
+        step(schedule, call(x, None, None), schedule.Grads(True, [False], [False], [False]))
 
 
 def _dora(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:

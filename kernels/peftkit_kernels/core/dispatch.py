@@ -21,7 +21,7 @@ __all__ = ["Backend", "choose_backend", "is_transformed", "triton_obstacle"]
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 
-_WITHOUT_TILES = frozenset(("grouped_lora", "int8_compute_linear", "linear_cross_entropy"))
+_WITHOUT_TILES = frozenset(("grouped_lora", "linear_cross_entropy"))
 """Ops whose kernels hold all ranks in registers."""
 
 _BACKENDS = get_args(Backend)

@@ -63,6 +63,15 @@ def number(value: Any) -> Any:
     return value.value if type(value) is Seed else value
 
 
+class Constant:
+    """A part of a schedule's result that is not a tensor. It is the same in every call with equal signature."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
 def recorder() -> Recorder | None:
     """The recorder of the schedule that is running, or ``None``."""
     return _recorder.get()
@@ -299,6 +308,8 @@ class Recorder(TorchDispatchMode):
             return f"[{parts}]" if isinstance(result, list) else f"({parts},)"
         if result is None:
             return "None"
+        if isinstance(result, Constant):
+            return self._constant(result)
         key = _key(result)
         base = self._bases.get(key)
         if (
@@ -613,7 +624,7 @@ def _signature_function(kinds: Sequence[Kind]) -> Callable[..., tuple]:
 
 
 def _pattern(arguments: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-    """For each tensor the first one in the same storage, and the place in it; empty if no two share one."""
+    """For each tensor the first one in the same storage, and its place in that if it is shared; empty if no storage is."""
     tensors = [
         t
         for argument in arguments
@@ -624,7 +635,7 @@ def _pattern(arguments: Sequence[Any]) -> tuple[tuple[int, int], ...]:
     if len(set(storages)) == len(storages):
         return ()
     return tuple(
-        (storages.index(storage), int(t.storage_offset()))
+        (storages.index(storage), int(t.storage_offset()) if storages.count(storage) > 1 else 0)
         for storage, t in zip(storages, tensors, strict=True)
     )
 

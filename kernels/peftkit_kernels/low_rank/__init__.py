@@ -12,6 +12,7 @@ from peftkit_kernels.low_rank.torch_impl import (
     grad_s,
     rows,
     shrink,
+    unflatten,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "grad_s",
     "rows",
     "shrink",
+    "unflatten",
 ]

@@ -46,14 +46,17 @@ def stacked(loras: Sequence[LoRA | None], members: Sequence[int], dtype: torch.d
     return factors[0] if len(factors) == 1 else torch.cat(factors)
 
 
+def stacked_factor(
+    x: Tensor, loras: Sequence[LoRA | None], members: Sequence[int]
+) -> tuple[Tensor, float, int]:
+    """The A's of a group as its shrink of ``x`` reads them, and the mask of the group: its probability and seed."""
+    first = _present(loras, members[0])
+    return stacked(loras, members, adapter_dtype(x, first.A)), first.p, first.seed
+
+
 def shrink_groups(x: Tensor, loras: Sequence[LoRA | None], groups: Groups) -> list[Tensor]:
     """``drop(x) Aᵀ`` of every group, ``[M, ΣR]`` each."""
-    joint = []
-    for members in groups:
-        first = _present(loras, members[0])
-        A = stacked(loras, members, adapter_dtype(x, first.A))
-        joint.append(passes.shrink(x, A, first.p, first.seed))
-    return joint
+    return [passes.shrink(x, *stacked_factor(x, loras, members)) for members in groups]
 
 
 def members_of(

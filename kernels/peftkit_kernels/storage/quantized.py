@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels.core import workspace
+from peftkit_kernels.core import structure, workspace
 from peftkit_kernels.core.views import as_one_view
 from peftkit_kernels.low_rank import cast
 from peftkit_kernels.storage.int8 import Int8Weight
@@ -69,6 +69,21 @@ def rebuild(tensors: Sequence[Tensor], layout: Sequence[int]) -> QuantizedWeight
     """The weight, from its ``tensors()`` and ``layout_of``."""
     number, *own = layout
     return KINDS[number].rebuild(tensors, own)
+
+
+def _register(kind: Kind) -> None:
+    structure.register(
+        kind.weight,
+        structure.Codec(
+            lambda q: (q.tensors(), (), tuple(kind.layout(q))),
+            lambda tensors, _, layout: kind.rebuild(tensors, layout),
+            takes_slots=False,
+        ),
+    )
+
+
+for _kind in KINDS:
+    _register(_kind)
 
 
 def arguments_of(weights: Sequence[Weight]) -> tuple[list[Tensor], list[int]]:

@@ -11,9 +11,8 @@ from peftkit_kernels import low_rank
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.autograd import once_differentiable
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
-from peftkit_kernels.low_rank import cast, rows
+from peftkit_kernels.low_rank import cast, rows, unflatten
 from peftkit_kernels.ops.bottleneck.reference import ACTIVATIONS
-from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 
 Numbers = tuple[float, str]
 

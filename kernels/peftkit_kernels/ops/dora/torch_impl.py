@@ -12,10 +12,8 @@ from peftkit_kernels import low_rank, native
 from peftkit_kernels.core import recompute, workspace
 from peftkit_kernels.core.autograd import once_differentiable
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
-from peftkit_kernels.low_rank import LoRA, cast, rows
+from peftkit_kernels.low_rank import LoRA, cast, rows, unflatten
 from peftkit_kernels.ops.dora_scale.torch_impl import column_products, scaled
-from peftkit_kernels.ops.lora_linear.torch_impl import add_update_grad, unflatten
-from peftkit_kernels.ops.lora_qkv.torch_impl import Numbers
 from peftkit_kernels.storage.quantized import Weight, decode, dense
 
 _NORM_ROWS = 128
@@ -77,7 +75,7 @@ class Call(NamedTuple):
     """The arguments of the autograd function that are not differentiable."""
 
     weight: Weight
-    numbers: Numbers
+    numbers: tuple[float, float, int]
     keep_direction: bool
 
 
@@ -152,7 +150,7 @@ class DoRALinear(torch.autograd.Function):
                     dx = matmul_nn(dy, scaled_weight(weight, g, dy.dtype))
                 else:
                     dx = matmul_nn(scaled(dy, g, None), dense(weight, dy.dtype))
-                dx = add_update_grad(dx, ds, lora).view(ctx.shape)
+                dx = low_rank.expand_grad_(dx, ds, A, lora.p, lora.seed).view(ctx.shape)
         return dx, None, dbias, dA, dB, dmagnitude, None
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.launch import cdiv, dot_precision, launch, target_of
 from peftkit_kernels.core.op import Differentiable, Op
-from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows
+from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows, unflatten
 from peftkit_kernels.low_rank.config import block_r, looped_ranks
 from peftkit_kernels.ops.dora.config import MagnitudeConfig, NormConfig
 from peftkit_kernels.ops.dora.torch_impl import folds, scaled_weight
 from peftkit_kernels.ops.dora_scale.triton_impl import scale_forward
-from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
-from peftkit_kernels.ops.lora_linear.triton_impl import project
+from peftkit_kernels.ops.lora_linear.triton_passes import project
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.nf4.triton_impl import absmax_arguments, absmax_constants, words_of

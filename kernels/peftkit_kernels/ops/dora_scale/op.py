@@ -11,6 +11,7 @@ from torch import Tensor
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.autograd import run
 from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.low_rank import unflatten
 from peftkit_kernels.ops.dora_scale.reference import (
     Scale,
     dora_gate_reference,
@@ -24,7 +25,6 @@ from peftkit_kernels.ops.dora_scale.triton_impl import (
     obstacle,
     wide_factor,
 )
-from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 from peftkit_kernels.ops.lora_swiglu_mlp.activation import ACTIVATIONS
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from peftkit_kernels import native
 from peftkit_kernels.core.autograd import once_differentiable
-from peftkit_kernels.low_rank import cast, rows
-from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
+from peftkit_kernels.low_rank import cast, rows, unflatten
 from peftkit_kernels.ops.lora_swiglu_mlp.activation import gate_backward, gated
 
 _ROWS = 64

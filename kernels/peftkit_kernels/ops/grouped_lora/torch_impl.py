@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core.autograd import once_differentiable
-from peftkit_kernels.low_rank import adapter_dtype, blocks, cast, rows
+from peftkit_kernels.low_rank import adapter_dtype, blocks, cast, rows, unflatten
 from peftkit_kernels.ops.grouped_lora.plan import GroupPlan
-from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 
 
 def to_tiles(x: Tensor, plan: GroupPlan) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftkit_kernels.core.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
 from peftkit_kernels.core.op import Differentiable, Op
-from peftkit_kernels.low_rank import adapter_dtype, rows
+from peftkit_kernels.low_rank import adapter_dtype, rows, unflatten
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.low_rank.passes import add_up, readable, sum_tile
 from peftkit_kernels.ops.grouped_lora.config import (
@@ -24,7 +24,6 @@ from peftkit_kernels.ops.grouped_lora.config import (
     block_m,
 )
 from peftkit_kernels.ops.grouped_lora.plan import GroupPlan
-from peftkit_kernels.ops.lora_linear.torch_impl import unflatten
 
 
 @functools.cache

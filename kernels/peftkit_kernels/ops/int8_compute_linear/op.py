@@ -8,11 +8,9 @@ from torch import Tensor
 from peftkit_kernels.core.checks import autocast_dtype, check_bias, check_lora
 from peftkit_kernels.core.dispatch import Backend, choose_backend
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.ops.int8_compute_linear.reference import int8_compute_linear_reference
-from peftkit_kernels.ops.int8_compute_linear.torch_impl import Int8ComputeLinear
-from peftkit_kernels.ops.int8_compute_linear.triton_impl import run_triton
-from peftkit_kernels.storage.int8 import Int8Weight
-from peftkit_kernels.storage.int8.weight import MAX_WIDTH
+from peftkit_kernels.ops.lora_linear.reference import lora_linear_reference
+from peftkit_kernels.ops.lora_linear.schedule import Linear, Linears, linears
+from peftkit_kernels.storage.int8 import Int8ComputeWeight, Int8Weight
 from peftkit_kernels.storage.quantized import check_quantized
 
 
@@ -59,19 +57,12 @@ def int8_compute_linear(
     check_bias(bias, q, "bias")
     if lora is not None:
         check_lora(lora, q, "lora")
-    if threshold is not None and not threshold > 0.0:
-        raise ValueError(
-            f"threshold={threshold} makes every column an outlier; pass a positive value or None"
-        )
-    if max(q.shape) > MAX_WIDTH:
-        raise ValueError(
-            f"q has shape {q.shape}; sums of more than {MAX_WIDTH} products overflow 32 bits; use int8_linear"
-        )
-    A, B, numbers = (None,) * 3 if lora is None else (lora.A, lora.B, lora.numbers())
+    weight = Int8ComputeWeight(*q.tensors(), threshold, backward_in_8_bits=True)
+    factors = () if lora is None else (lora.A, lora.B)
     rank = 0 if lora is None else lora.A.shape[0]
-    chosen = choose_backend("int8_compute_linear", backend, x, *q.tensors(), bias, A, B, rank=rank)
+    chosen = choose_backend(
+        "int8_compute_linear", backend, x, *q.tensors(), bias, *factors, rank=rank
+    )
     if chosen == "reference":
-        return int8_compute_linear_reference(x, q, bias, lora, threshold=threshold)
-    if chosen == "triton":
-        return run_triton(x, q, bias, lora, threshold)
-    return Int8ComputeLinear.apply(x, q, bias, A, B, numbers, threshold)
+        return lora_linear_reference(x, weight, bias, lora)
+    return linears(chosen, Linears(x, [Linear(weight, bias, lora)]))[0]

@@ -21,13 +21,10 @@ from peftkit_kernels.core.op import replays
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.attention import causal
 from peftkit_kernels.ops.frozen_norm.config import obstacle as norm_obstacle
+from peftkit_kernels.ops.lora_decoder_layer import schedule
 from peftkit_kernels.ops.lora_decoder_layer.reference import Norm, lora_decoder_layer_reference
 from peftkit_kernels.ops.lora_decoder_layer.torch_impl import lora_decoder_layer_torch
-from peftkit_kernels.ops.lora_decoder_layer.triton_impl import (
-    REMADE,
-    lora_decoder_layer_triton,
-    op_arguments,
-)
+from peftkit_kernels.ops.lora_linear.schedule import Linear
 from peftkit_kernels.ops.lora_swiglu_mlp import ACTIVATIONS
 from peftkit_kernels.storage.quantized import Weight, tensors_of
 
@@ -79,11 +76,13 @@ def lora_decoder_layer(
     """
     S, head_size = x.shape[-2], cos.shape[-1]
     kernel = causal.kernel_for(x, S, head_size)
-    if backend == "auto" and kernel is not None and replays(x):
-        arguments = op_arguments(
-            x, cos, sin, norms, weights, biases, loras, act, scale, kernel, remake
-        )
-        found = lora_decoder_layer_triton.again(*arguments)
+    check_counts(weights, biases, loras)
+    linears = list(map(Linear, weights, biases, loras))
+    call = None
+    if kernel is not None:
+        call = schedule.Layer(x, cos, sin, list(norms), linears, act, scale, kernel, remake)
+    if backend == "auto" and call is not None and replays(x):
+        found = schedule.lora_decoder_layer.again(call)
         if found is not None:
             return found
     rank = _check(x, cos, sin, norms, weights, biases, loras, act, remake)
@@ -104,14 +103,8 @@ def lora_decoder_layer(
         rank=rank,
         own_obstacle=_own_obstacle(x, S, head_size),
     )
-    if chosen == "triton" and kernel is not None:
-        return tuple(
-            lora_decoder_layer_triton(
-                *op_arguments(
-                    x, cos, sin, norms, weights, biases, loras, act, scale, kernel, remake
-                )
-            )
-        )
+    if chosen == "triton" and call is not None:
+        return schedule.lora_decoder_layer(chosen, call)
     run = lora_decoder_layer_reference if chosen == "reference" else lora_decoder_layer_torch
     if remake:
         run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
@@ -151,9 +144,9 @@ def _check(
     """Raise ``ValueError`` unless the arguments form a layer; returns the largest rank."""
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
-    if remake not in REMADE:
-        raise ValueError(f"remake={remake!r} is unknown; use one of {', '.join(map(repr, REMADE))}")
-    check_counts(weights, biases, loras)
+    if remake not in schedule.REMADE:
+        known = ", ".join(map(repr, schedule.REMADE))
+        raise ValueError(f"remake={remake!r} is unknown; use one of {known}")
     if len(weights) != len(LINEARS) or len(norms) not in (2, 4):
         raise ValueError(
             f"there are {len(weights)} weights and {len(norms)} norms; a layer has seven linears "

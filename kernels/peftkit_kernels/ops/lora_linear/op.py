@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkit_kernels.core.autograd import run
 from peftkit_kernels.core.checks import autocast_dtype, check_bias, check_lora, check_weight
 from peftkit_kernels.core.dispatch import Backend, choose_backend
 from peftkit_kernels.core.op import replays
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_linear.reference import lora_linear_reference
-from peftkit_kernels.ops.lora_linear.torch_impl import LoRALinear
-from peftkit_kernels.ops.lora_linear.triton_impl import lora_linear_triton
+from peftkit_kernels.ops.lora_linear.schedule import Linear, Linears, linears
 
 
 def lora_linear(
@@ -39,10 +37,11 @@ def lora_linear(
 
     Source: Hu et al., 2021, arXiv:2106.09685.
     """
+    call = Linears(x, [Linear(weight, bias, lora)])
     if backend == "auto" and replays(x):
-        y = lora_linear_triton.again(x, weight, bias, lora.A, lora.B, *lora.numbers())
-        if y is not None:
-            return y
+        found = linears.again(call)
+        if found is not None:
+            return found[0]
     dtype = autocast_dtype(x)
     if dtype is not None:
         with torch.autocast(x.device.type, enabled=False):
@@ -55,6 +54,4 @@ def lora_linear(
     )
     if chosen == "reference":
         return lora_linear_reference(x, weight, bias, lora)
-    if chosen == "triton":
-        return lora_linear_triton(x, weight, bias, lora.A, lora.B, *lora.numbers())
-    return run(LoRALinear, x, weight, bias, lora.A, lora.B, lora.numbers())
+    return linears(chosen, call)[0]

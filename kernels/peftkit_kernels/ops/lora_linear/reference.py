@@ -35,17 +35,18 @@ def lora_linear_reference(
     """
     dtype = compute_dtype or x.dtype
     x = x.to(dtype)
+    rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Int8ComputeWeight):
-        y = product_reference(x.reshape(-1, x.shape[-1]), weight)
-        y = y.reshape(*x.shape[:-1], y.shape[1])
-        y = y if bias is None else y + bias.to(dtype)
+        # its sums are rounded once, after bias and update
+        y = product_reference(rows, weight)
+        y = y if bias is None else y + bias.to(dtype).to(y.dtype)
     else:
         W = dense_reference(weight, dtype)
-        y = torch.nn.functional.linear(x, W, None if bias is None else bias.to(dtype))
-    if lora is None:
-        return y
-    wide = compute_dtype or adapter_dtype(x, lora.A)
-    rows = x.to(wide).reshape(-1, x.shape[-1])
-    s = apply_dropout(rows, lora.p, lora.seed) @ lora.A.to(wide).t()
-    update = s @ lora.B.to(wide).t() * lora.scale
-    return (y + update.reshape(y.shape)).to(dtype)
+        y = torch.nn.functional.linear(rows, W, None if bias is None else bias.to(dtype))
+    if lora is not None:
+        wide = compute_dtype or adapter_dtype(x, lora.A)
+        s = apply_dropout(rows.to(wide), lora.p, lora.seed) @ lora.A.to(wide).t()
+        if isinstance(weight, Int8ComputeWeight):
+            s = s.to(torch.promote_types(wide, y.dtype))
+        y = y + s @ lora.B.to(wide).to(s.dtype).t() * lora.scale
+    return y.to(dtype).reshape(*x.shape[:-1], y.shape[1])

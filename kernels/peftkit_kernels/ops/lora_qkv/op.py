@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftkit_kernels.core.autograd import run
 from peftkit_kernels.core.checks import (
     autocast_dtype,
     check_bias,
@@ -18,10 +17,9 @@ from peftkit_kernels.core.checks import (
 from peftkit_kernels.core.dispatch import Backend, choose_backend
 from peftkit_kernels.core.op import replays
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.lora_linear.schedule import Linear, Linears, linears
 from peftkit_kernels.ops.lora_qkv.reference import lora_qkv_reference
-from peftkit_kernels.ops.lora_qkv.torch_impl import Call, LoRAQKV
-from peftkit_kernels.ops.lora_qkv.triton_impl import lora_qkv_triton, without_gaps
-from peftkit_kernels.storage.quantized import Weight, arguments_of
+from peftkit_kernels.storage.quantized import Weight, tensors_of
 
 
 def lora_qkv(
@@ -50,29 +48,25 @@ def lora_qkv(
     Raises:
         ValueError: Shapes or dtypes do not fit, a weight requires a gradient, or the backend cannot run.
     """
+    check_counts(weights, biases, loras)
+    call = Linears(x, list(map(Linear, weights, biases, loras)))
     if backend == "auto" and replays(x):
-        ys = lora_qkv_triton.again(x, *arguments_of(weights), *without_gaps(biases, loras))
+        ys = linears.again(call)
         if ys is not None:
-            return tuple(ys)
+            return ys
     dtype = autocast_dtype(x)
     if dtype is not None:
         with torch.autocast(x.device.type, enabled=False):
             return lora_qkv(x.to(dtype), weights, biases, loras, backend=backend)
-    check_counts(weights, biases, loras)
     for i, (weight, bias, lora) in enumerate(zip(weights, biases, loras, strict=True)):
         check_weight(x, weight, f"weights[{i}]")
         check_bias(bias, weight, f"biases[{i}]")
         if lora is not None:
             check_lora(lora, weight, f"loras[{i}]")
-    factors = [
-        (None, None, None) if lora is None else (lora.A, lora.B, lora.numbers()) for lora in loras
-    ]
-    As, Bs, numbers = zip(*factors, strict=True)
-    rank = max([0, *(A.shape[0] for A in As if A is not None)])
-    stored, storage = arguments_of(weights)
-    chosen = choose_backend("lora_qkv", backend, x, *stored, *biases, *As, *Bs, rank=rank)
+    factors = [t for lora in loras if lora is not None for t in (lora.A, lora.B)]
+    rank = max([0, *(lora.A.shape[0] for lora in loras if lora is not None)])
+    tensors = x, *tensors_of(weights), *biases, *factors
+    chosen = choose_backend("lora_qkv", backend, *tensors, rank=rank)
     if chosen == "reference":
         return lora_qkv_reference(x, weights, biases, loras)
-    if chosen == "triton":
-        return tuple(lora_qkv_triton(x, stored, storage, *without_gaps(biases, loras)))
-    return run(LoRAQKV, Call(numbers, storage), x, *biases, *As, *Bs, *stored)
+    return linears(chosen, call)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftkit_kernels.core.autograd import run
 from peftkit_kernels.core.checks import (
     autocast_dtype,
     check_bias,
@@ -19,12 +18,11 @@ from peftkit_kernels.core.checks import (
 from peftkit_kernels.core.dispatch import Backend, choose_backend
 from peftkit_kernels.core.op import replays
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.ops.lora_qkv.triton_impl import without_gaps
+from peftkit_kernels.ops.lora_linear.schedule import Linear
+from peftkit_kernels.ops.lora_swiglu_mlp import schedule
 from peftkit_kernels.ops.lora_swiglu_mlp.activation import ACTIVATIONS
 from peftkit_kernels.ops.lora_swiglu_mlp.reference import lora_swiglu_mlp_reference
-from peftkit_kernels.ops.lora_swiglu_mlp.torch_impl import Call, LoRASwiGLUMLP
-from peftkit_kernels.ops.lora_swiglu_mlp.triton_impl import lora_swiglu_mlp_triton
-from peftkit_kernels.storage.quantized import Weight, arguments_of
+from peftkit_kernels.storage.quantized import Weight, tensors_of
 
 
 def lora_swiglu_mlp(
@@ -57,10 +55,10 @@ def lora_swiglu_mlp(
 
     Source: Shazeer, 2020, arXiv:2002.05202 (gated MLPs).
     """
+    check_counts(weights, biases, loras)
+    call = schedule.MLP(x, list(map(Linear, weights, biases, loras)), act)
     if backend == "auto" and replays(x):
-        y = lora_swiglu_mlp_triton.again(
-            x, *arguments_of(weights), *without_gaps(biases, loras), act
-        )
+        y = schedule.lora_swiglu_mlp.again(call)
         if y is not None:
             return y
     if act not in ACTIVATIONS:
@@ -69,7 +67,6 @@ def lora_swiglu_mlp(
     if dtype is not None:
         with torch.autocast(x.device.type, enabled=False):
             return lora_swiglu_mlp(x.to(dtype), weights, biases, loras, act, backend=backend)
-    check_counts(weights, biases, loras)
     if len(weights) != 3:
         raise ValueError(
             f"there are {len(weights)} weights; a gated MLP has three: gate, up and down"
@@ -87,16 +84,10 @@ def lora_swiglu_mlp(
         check_bias(bias, weight, f"biases[{i}]")
         if lora is not None:
             check_lora(lora, weight, f"loras[{i}]")
-    factors = [
-        (None, None, None) if lora is None else (lora.A, lora.B, lora.numbers()) for lora in loras
-    ]
-    As, Bs, numbers = zip(*factors, strict=True)
-    rank = max([0, *(A.shape[0] for A in As if A is not None)])
-    stored, storage = arguments_of(weights)
-    tensors = x, *stored, *biases, *As, *Bs
+    factors = [t for lora in loras if lora is not None for t in (lora.A, lora.B)]
+    rank = max([0, *(lora.A.shape[0] for lora in loras if lora is not None)])
+    tensors = x, *tensors_of(weights), *biases, *factors
     chosen = choose_backend("lora_swiglu_mlp", backend, *tensors, rank=rank)
     if chosen == "reference":
         return lora_swiglu_mlp_reference(x, weights, biases, loras, act)
-    if chosen == "triton":
-        return lora_swiglu_mlp_triton(x, stored, storage, *without_gaps(biases, loras), act)
-    return run(LoRASwiGLUMLP, Call(numbers, storage, act), x, *biases, *As, *Bs, *stored)
+    return schedule.lora_swiglu_mlp(chosen, call)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkit_kernels.core.autograd import run
 from peftkit_kernels.core.checks import autocast_dtype, check_bias, check_lora
 from peftkit_kernels.core.dispatch import Backend, choose_backend
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_linear.reference import lora_linear_reference
-from peftkit_kernels.ops.lora_linear.torch_impl import LoRALinear
-from peftkit_kernels.ops.quantized_linear.triton_impl import run_triton
+from peftkit_kernels.ops.lora_linear.schedule import Linear, Linears, linears
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.quantized import QuantizedWeight, check_quantized
@@ -92,11 +90,9 @@ def _linear(
     check_bias(bias, q, "bias")
     if lora is not None:
         check_lora(lora, q, "lora")
-    A, B, numbers = (None,) * 3 if lora is None else (lora.A, lora.B, lora.numbers())
+    A, B = (None, None) if lora is None else (lora.A, lora.B)
     rank = 0 if lora is None else lora.A.shape[0]
     chosen = choose_backend(op, backend, x, *q.tensors(), bias, A, B, rank=rank)
     if chosen == "reference":
         return lora_linear_reference(x, q, bias, lora)
-    if chosen == "triton":
-        return run_triton(x, q, bias, lora)
-    return run(LoRALinear, x, q, bias, A, B, numbers)
+    return linears(chosen, Linears(x, [Linear(q, bias, lora)]))[0]

@@ -63,11 +63,11 @@ MAX_WIDTH = (2**31 - 1) // 127**2
 class Int8ComputeWeight(Int8Weight):
     """An 8-bit weight that is multiplied in 8 bits, as in LLM.int8(): the op quantises the rows of its input in the call.
 
-    The gradient of the input is a product with the decoded weight, in the dtype of the gradient, as in bitsandbytes.
-
     Attributes:
         threshold: Columns of the input in which some magnitude reaches it are multiplied in the dtype of the input; ``None``
             quantises all columns.
+        backward_in_8_bits: Whether the gradient of the input is also a product in 8 bits, of the quantised rows of ``dy ∘ sw``.
+            Otherwise it is a product with the decoded weight, in the dtype of the gradient, as in bitsandbytes.
 
     Raises:
         ValueError: Shapes or dtypes do not fit, the threshold is not positive, or the weight is too wide for exact sums.
@@ -76,6 +76,7 @@ class Int8ComputeWeight(Int8Weight):
     """
 
     threshold: float | None = None
+    backward_in_8_bits: bool = False
 
     def __post_init__(self) -> None:
         Int8Weight.__post_init__(self)
@@ -83,18 +84,21 @@ class Int8ComputeWeight(Int8Weight):
             raise ValueError(
                 f"threshold={self.threshold} makes every column an outlier; pass a positive value or None"
             )
-        if self.shape[1] > MAX_WIDTH:
+        summed = self.shape if self.backward_in_8_bits else self.shape[1:]
+        if max(summed) > MAX_WIDTH:
             raise ValueError(
                 f"codes has shape {self.shape}; sums of more than {MAX_WIDTH} products overflow 32 bits; use Int8Weight"
             )
 
     def layout(self) -> list[int]:
-        """The numbers that ``rebuild`` needs besides ``tensors``: the bits of the threshold (0 for none), ``N`` and ``K``."""
+        """The numbers that ``rebuild`` needs besides ``tensors``: the bits of the threshold (0 for none), whether the backward is in
+        8 bits, ``N`` and ``K``.
+        """
         bits = struct.unpack("<q", struct.pack("<d", self.threshold or 0.0))[0]
-        return [bits, *self.shape]
+        return [bits, int(self.backward_in_8_bits), *self.shape]
 
     @classmethod
     def rebuild(cls, tensors: Sequence[Tensor], layout: Sequence[int]) -> Int8ComputeWeight:
         """The weight, from its ``tensors`` and ``layout``."""
         threshold = struct.unpack("<d", struct.pack("<q", layout[0]))[0]
-        return cls(*tensors, threshold or None)
+        return cls(*tensors, threshold or None, bool(layout[1]))

@@ -196,21 +196,71 @@ def product(
     return y
 
 
+class Quantized(NamedTuple):
+    """An input in 8 bits.
+
+    Attributes:
+        x: ``[M, K]``, the input itself.
+        codes: ``Int8[M, K]``, in the workspace; 0 in the outlier columns.
+        step: ``Float32[M]``.
+        s: ``drop(x) Aᵀ`` or ``None``.
+        outliers: The columns that reach the threshold, if there is one.
+        threshold: That.
+    """
+
+    x: Tensor
+    codes: Tensor
+    step: Tensor
+    s: Tensor | None
+    outliers: Outliers | None
+    threshold: float | None
+
+
+def quantize_input(
+    x: Tensor, threshold: float | None, A: Tensor | None = None, *, p: float = 0.0, seed: int = 0
+) -> Quantized:
+    """The rows ``x [M, K]`` in 8 bits, except the columns that reach the threshold, and ``drop(x) Aᵀ``."""
+    found = None if threshold is None else outliers_of(x, threshold)
+    skip = None if found is None else found.skip
+    return Quantized(x, *quantize(x, A, p=p, seed=seed, skip=skip), found, threshold)
+
+
 def linear(
-    x: Tensor,
+    quantized: Quantized,
     weight: Int8ComputeWeight,
-    s: Tensor | None,
-    B: Tensor | None,
-    scale: float,
+    s: Tensor | None = None,
+    B: Tensor | None = None,
+    scale: float = 1.0,
     *,
     bias: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``x Wᵀ + scale · s Bᵀ + bias``, ``[M, N]``, with the rows of ``x`` in 8 bits; arguments as ``product``."""
-    found = None if weight.threshold is None else outliers_of(x, weight.threshold)
-    codes, step, _ = quantize(x, None, skip=None if found is None else found.skip)
-    tensors = codes, weight.codes, step, weight.row_scale()
-    if s is None or B is None or s.shape[1] <= RANK_TILE:
-        return product(*tensors, s, B, scale, x.dtype, bias=bias, outliers=found, out=out)
-    y = product(*tensors, None, None, 1.0, x.dtype, bias=bias, outliers=found, out=out)
+    """``x Wᵀ + scale · s Bᵀ + bias``, ``[M, N]``; arguments as ``product``."""
+    dtype = quantized.x.dtype
+    tensors = quantized.codes, weight.codes, quantized.step, weight.row_scale()
+    rest: Any = {"bias": None if bias is None else bias.to(dtype), "outliers": quantized.outliers}
+    if s is None or s.shape[1] <= RANK_TILE:
+        return product(*tensors, s, B, scale, dtype, out=out, **rest)
+    y = product(*tensors, None, None, 1.0, dtype, out=out, **rest)
+    assert B is not None, "s and B belong together"
     return passes.expand(s, B, scale, out=y, add=True)
+
+
+def input_grad(
+    dy: Tensor,
+    weight: Int8ComputeWeight,
+    ds: Tensor | None = None,
+    A: Tensor | None = None,
+    *,
+    p: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """``dy W + mask ∘ (ds A)``, ``[M, K]``, with the rows of ``dy ∘ sw`` in 8 bits; ``A`` is transposed, ``[K, R]``."""
+    codes, step, _ = quantize(dy, None, column_scale=weight.row_scale())
+    tensors = codes, weight.codes.t(), step, None
+    if ds is None or A is None:
+        return product(*tensors, None, None, 1.0, dy.dtype)
+    if ds.shape[1] <= RANK_TILE:
+        return product(*tensors, ds, A, 1.0, dy.dtype, p=p, seed=seed)
+    dx = product(*tensors, None, None, 1.0, dy.dtype)
+    return passes.expand(ds, A, 1.0, p=p, seed=seed, out=dx, add=True)

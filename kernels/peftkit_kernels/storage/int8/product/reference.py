@@ -15,8 +15,8 @@ from peftkit_kernels.storage.int8.weight import Int8ComputeWeight, Int8Weight
 
 
 def product_reference(x: Tensor, q: Int8ComputeWeight) -> Tensor:
-    """``x Wᵀ`` for rows ``x [M, K]`` in 8 bits; its gradient is that of the product with the decoded weight."""
-    return _ForwardIn8Bits.apply(x, q)
+    """``x Wᵀ`` for rows ``x [M, K]`` in 8 bits, with the gradient that ``q`` defines; float32 for a 16-bit ``x``."""
+    return _Product.apply(x, q)
 
 
 def outlier_columns(x: Tensor, threshold: float | None) -> Tensor | None:
@@ -24,31 +24,22 @@ def outlier_columns(x: Tensor, threshold: float | None) -> Tensor | None:
     return None if threshold is None else (x.abs() >= threshold).any(0)
 
 
-class Int8Product(torch.autograd.Function):
-    """``x Wᵀ`` with both operands in 8 bits. Its gradient is defined as ``(dy ∘ sw) W8`` with ``dy ∘ sw`` in 8 bits.
+class _Product(torch.autograd.Function):
+    """Sums of codes are exact in float64."""
 
-    Sums of codes are exact in float64. The result is float32 for a 16-bit ``x``.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, q: Int8Weight, threshold: float | None) -> Tensor:
-        ctx.q = q
-        return _in_8_bits(x, q, threshold)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _product(dy * ctx.q.row_scale().to(dy.dtype), ctx.q.codes), None, None
-
-
-class _ForwardIn8Bits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, q: Int8ComputeWeight) -> Tensor:
-        ctx.q = q
-        return _in_8_bits(x, q, q.threshold).to(x.dtype)
+        ctx.q, ctx.dtype = q, x.dtype
+        return _in_8_bits(x, q, q.threshold)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy @ dequantize_int8_reference(ctx.q, dy.dtype), None
+        if ctx.q.backward_in_8_bits:
+            dx = _product(dy * ctx.q.row_scale().to(dy.dtype), ctx.q.codes)
+        else:
+            dy = dy.to(ctx.dtype)
+            dx = dy @ dequantize_int8_reference(ctx.q, dy.dtype)
+        return dx.to(ctx.dtype), None
 
 
 def _in_8_bits(x: Tensor, q: Int8Weight, threshold: float | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,25 +85,51 @@ def epilogue(
     return cast(y, dtype)
 
 
-def frozen_product(
-    x: Tensor,
-    q: Int8Weight,
-    bias: Tensor | None,
-    s: Tensor | None,
-    t: Tensor | None,
-    threshold: float | None,
-) -> Tensor:
-    """``x Wᵀ + bias + s t`` for rows ``x [M, K]``, which are quantised, except the columns that reach the threshold."""
+class Quantized(NamedTuple):
+    """An input in 8 bits.
+
+    Attributes:
+        x: ``[M, K]``, the input itself.
+        codes: ``Int8[M, K]``, in the workspace; 0 in the outlier columns.
+        step: ``Float32[M]``.
+        outliers: The columns that reach the threshold, or ``None`` if there are none.
+        threshold: That.
+    """
+
+    x: Tensor
+    codes: Tensor
+    step: Tensor
+    outliers: Tensor | None
+    threshold: float | None
+
+
+def quantize_input(x: Tensor, threshold: float | None) -> Quantized:
+    """The rows ``x [M, K]`` in 8 bits, except the columns that reach the threshold."""
     found, inner = outlier_columns(x, threshold), x
     outliers = None if found is None else found.nonzero().view(-1)
     if outliers is not None and outliers.numel():
         inner = x.index_fill(1, outliers, 0.0)
+    else:
+        outliers = None
+    return Quantized(x, *quantize(inner.contiguous(), None), outliers, threshold)
+
+
+def linear(
+    quantized: Quantized, q: Int8Weight, bias: Tensor | None, s: Tensor | None, t: Tensor | None
+) -> Tensor:
+    """``x Wᵀ + bias + s t``, ``[M, N]`` in the dtype of ``x``."""
+    x, codes, step, outliers, _ = quantized
     bias = None if bias is None else cast(bias, x.dtype)
-    codes, step = quantize(inner.contiguous(), None)
     y = epilogue(product(codes, q.codes.t()), step, q.row_scale(), bias, s, t, x.dtype)
     # outlier columns are multiplied with the decoded weight, in the dtype of x
-    if outliers is not None and outliers.numel():
+    if outliers is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = q.codes[:, outliers] * q.row_scale().to(wide)[:, None]
         y.addmm_(x[:, outliers], cast(weight, x.dtype).t())
     return y
+
+
+def input_grad(dy: Tensor, q: Int8Weight, s: Tensor | None, t: Tensor | None) -> Tensor:
+    """``dy W + s t``, ``[M, K]`` in the dtype of ``dy``, with the rows of ``dy ∘ sw`` in 8 bits."""
+    codes, step = quantize(dy.contiguous(), q.row_scale())
+    return epilogue(product(codes, q.codes), step, None, None, s, t, dy.dtype)

@@ -11,16 +11,16 @@ from torch import Tensor
 from peftkit_kernels.core.launch import cdiv, dot_precision, launch, target_of
 from peftkit_kernels.low_rank import passes
 from peftkit_kernels.low_rank.config import block_r
-from peftkit_kernels.ops.quantized_linear.config import SmallConfig, nf4_step, small_rows
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.nf4.triton_impl import absmax_arguments, absmax_constants, words_of
+from peftkit_kernels.storage.product.config import SmallConfig, nf4_step, small_rows
 from peftkit_kernels.storage.quantized import QuantizedWeight
 
 
 @functools.cache
 def _kernels() -> Any:
-    from peftkit_kernels.ops.quantized_linear import kernels
+    from peftkit_kernels.storage.product import kernels
 
     return kernels
 
