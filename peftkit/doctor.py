@@ -82,13 +82,21 @@ def _version(package: str) -> str | None:
 
 def _cpu_paths() -> dict[str, str]:
     from peftkit_kernels import gemm, native
-    from peftkit_kernels.storage.int8.product.torch_impl import multiplies_int8
 
     return {
         "element-wise passes, attention": native.obstacle() or f"native, {native.description()}",
         "float32 products": _products(gemm.onednn_obstacle()),
-        "int8 products": "8-bit instructions" if multiplies_int8() else "as float32",
+        "int8 products": _int8_products(),
     }
+
+
+def _int8_products() -> str:
+    from peftkit_kernels import native
+    from peftkit_kernels.storage.int8.product.torch_impl import multiplies_int8
+
+    if multiplies_int8():
+        return "8-bit instructions"
+    return "native, with 16-bit instructions" if native.has_int8_products() else "as float32"
 
 
 def _products(onednn_obstacle: str | None) -> str:

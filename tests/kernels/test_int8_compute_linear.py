@@ -135,12 +135,14 @@ def test_keeps_what_the_readme_says(trained):
     assert kept.total_bytes == 4 * 17 * (33 * ("A" in trained) + 4 * ("B" in trained))
 
 
-@pytest.mark.parametrize("switch", ["native", "int8"])
+@pytest.mark.parametrize("switch", ["no native code", "AVX2", "neither"])
 def test_machines_without_native_passes_or_8_bit_products(switch, monkeypatch):
-    if switch == "native":
+    if switch == "no native code":
         monkeypatch.setattr(library, "loaded", lambda: None)
     else:
         monkeypatch.setattr(implementation, "multiplies_int8", lambda: False)
+    if switch != "AVX2":
+        monkeypatch.setattr(native, "has_int8_products", lambda: False)
     for dtype in DTYPES:
         assert len(check(make(x=(17, 301), dtype=dtype))) == 5
 
@@ -287,7 +289,8 @@ def test_the_weight_is_never_decoded():
         int8_compute_linear(x, q, part.bias, part.lora).sum().backward()
     decoded_bytes = 4 * N * 2048
     # a processor without 8-bit products multiplies the codes as float32
-    assert made.largest_bytes <= decoded_bytes - implementation.multiplies_int8()
+    has_products = implementation.multiplies_int8() or native.has_int8_products()
+    assert made.largest_bytes <= decoded_bytes - has_products
 
 
 @pytest.mark.parametrize("layout", ["wide_rows", "transposed"])

@@ -11,6 +11,7 @@ from lab.testing import Bound, assert_no_worse_than
 from peftkit_kernels import native
 from peftkit_kernels.native import build, library
 from peftkit_kernels.ops.frozen_norm import layer_norm_reference, rms_norm_reference
+from peftkit_kernels.storage.int8.weight import MAX_WIDTH
 
 SHAPES = [(1, 1), (1, 7), (3, 64), (17, 1001), (65, 33)]
 
@@ -214,3 +215,49 @@ def test_scaled_gate_and_its_gradient(shape, act):
         bound.sum(0).check(actual, name)
     (dh * ge).check(scaled, "scaled")
     (dh * ze).sum(0).check(total, "total")
+
+
+@needs_native
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("M", "K", "N", "R"),
+    [(1, 1, 1, 0), (7, 3, 17, 2), (13, 515, 33, 4), (64, 1024, 129, 16), (100, 1537, 300, 1)],
+)
+def test_int8_linear(M, K, N, R, transposed):
+    generator = torch.Generator().manual_seed(0)
+    codes, stored = (
+        torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+        for shape in ((M, K), (N, K) if transposed else (K, N))
+    )
+    weight = stored.t() if transposed else stored
+    rows, columns, bias = (torch.randn(size, generator=generator) for size in (M, N, N))
+    s, t = torch.randn(M, R, generator=generator), torch.randn(R, N, generator=generator)
+    update = (s, t) if R else (None, None)
+    product = Bound.of(codes.int() @ weight.int()).round(torch.float32)
+    scales = Bound.of(rows[:, None]) * Bound.of(columns)
+    expected = product * scales + (Bound.of(s) @ Bound.of(t) + Bound.of(bias))
+    y = native.int8_linear(codes, weight, rows, columns, bias, *update)
+    expected.check(y)
+    more = native.int8_linear(codes, weight, rows, None, None, None, None, y.clone())
+    (Bound.of(y) + product * Bound.of(rows[:, None])).check(more)
+
+
+@needs_native
+def test_sums_of_the_largest_codes_do_not_overflow():
+    K = MAX_WIDTH
+    codes = torch.full((2, K), 127, dtype=torch.int8)
+    codes[1] = -127
+    y = native.int8_linear(codes, codes[:1].t(), torch.ones(2), None, None, None, None)
+    assert y[:, 0].tolist() == pytest.approx([127**2 * K, -(127**2) * K], rel=2**-23)
+
+
+@needs_native
+def test_int8_products_do_not_depend_on_the_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (65, 700), dtype=torch.int8, generator=generator)
+    weight = torch.randint(-127, 128, (700, 333), dtype=torch.int8, generator=generator)
+    arguments = codes, weight, torch.rand(65), torch.rand(333), None, None, None
+    one = native.int8_linear(*arguments)
+    torch.set_num_threads(3)
+    assert torch.equal(native.int8_linear(*arguments), one)
+    torch.set_num_threads(1)

@@ -1,13 +1,14 @@
-"""Element-wise operations, norms, row passes and decoding in C. Every function expects tensors that ``supports`` accepts."""
+"""Element-wise operations, norms, row passes, decoding and 8-bit products in C. Every function expects tensors that ``supports`` accepts."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from peftkit_kernels.native.library import call
+from peftkit_kernels.native.library import address, call, loaded, run
 
 GATES = ("silu", "gelu_tanh")
 """The activations that have native passes, in the order of the C source. The exact GELU has none: its erf has no vector form
@@ -193,4 +194,47 @@ def int8_epilogue(
     rank = 0 if s is None else s.shape[1]
     tensors = acc, row_scale, column_scale, bias, s, t, y
     call("pk_int8_epilogue", tensors, *acc.shape, rank)
+    return y
+
+
+@functools.cache
+def has_int8_products() -> bool:
+    """Whether ``int8_linear`` uses this processor's vector registers (x86 with AVX2), not plain C."""
+    library = loaded()
+    return library is not None and library.pk_int8_register_bytes() > 0
+
+
+def int8_linear(
+    codes: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    s: Tensor | None,
+    t: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``(codes weight) ∘ row_scale columnwise ∘ column_scale rowwise + bias + s t``, added to ``out`` if given.
+
+    The sums of the codes are exact and are never stored.
+
+    Args:
+        codes: ``Int8[M, K]``, contiguous.
+        weight: ``Int8[K, N]``, any strides.
+        row_scale: ``Float32[M]``.
+        column_scale: ``Float32[N]`` or ``None``.
+        bias: ``Float32[N]`` or ``None``.
+        s: ``Float32[M, R]``, contiguous, or ``None``.
+        t: ``Float32[R, N]``, contiguous, or ``None``.
+        out: ``Float32[M, N]``, contiguous, or ``None``.
+
+    Raises:
+        MemoryError: There is no memory for the work space.
+    """
+    (M, K), N = codes.shape, weight.shape[1]
+    y = row_scale.new_empty(M, N) if out is None else out
+    tensors = codes, weight, row_scale, column_scale, bias, s, t, y
+    pointers = [None if tensor is None else address(tensor) for tensor in tensors]
+    sizes = M, N, K, 0 if s is None else s.shape[1], *weight.stride()
+    run("pk_int8_linear", *pointers, *sizes, out is not None, torch.get_num_threads())
     return y

@@ -32,13 +32,15 @@ _SIGNATURES = {
     "pk_dropout": (*[POINTER] * 2, INT64, INT64, INT64, FLOAT, INT64, INT),
     "pk_quantize_rows": (*[POINTER] * 4, INT64, INT64, INT),
     "pk_int8_epilogue": (*[POINTER] * 7, *[INT64] * 3, INT),
+    "pk_int8_linear": (*[POINTER] * 8, *[INT64] * 6, INT, INT),
+    "pk_int8_register_bytes": (),
     "pk_nf4": (*[POINTER] * 4, *[INT64] * 5, INT),
 }
 SYMBOLS = tuple(_SIGNATURES)
 """The functions that a library must have."""
 
-_FALLIBLE = ("pk_attention", "pk_attention_backward")
-"""The functions that return a status: 0, or 1 if they found no memory."""
+_RETURNING = ("pk_attention", "pk_attention_backward", "pk_int8_linear", "pk_int8_register_bytes")
+"""The functions that return a number. For all but the last it is 0, or 1 if they found no memory."""
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -117,5 +119,5 @@ def loaded() -> ctypes.CDLL | None:
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = arguments
-        function.restype = INT if name in _FALLIBLE else None
+        function.restype = INT if name in _RETURNING else None
     return library

@@ -112,8 +112,7 @@ class TorchPasses:
                 if len(weights) == 1 and len(ds) == 1 and _lora(loras, 0).p == 0.0:
                     # one adapter, whose update the pass that scales the product also adds
                     update, ds = (ds[0].ds, _lora(loras, 0).A), []
-                part = int8.input_grad(dy, weight, *update)
-                dx = part if dx is None else dx.add_(part)
+                dx = int8.input_grad(dy, weight, *update, dx)
             else:
                 W = dense(weight, dy.dtype)
                 dx = matmul_nn(dy, W) if dx is None else addmm_nn(dx, dy, W)

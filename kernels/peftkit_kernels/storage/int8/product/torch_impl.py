@@ -1,4 +1,7 @@
-"""8-bit products from torch ops: one pass quantises, a product multiplies the codes, one pass scales and adds the rest."""
+"""8-bit products from torch ops: one pass quantises, a product multiplies the codes, one pass scales and adds the rest.
+
+On a processor with AVX2 but without 8-bit dot products, native code multiplies, scales and adds in one pass.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ from peftkit_kernels.storage.int8.weight import Int8Weight
 def multiplies_int8() -> bool:
     """Whether this processor has 8-bit products (AVX-512 VNNI or AMX) that ``torch._int_mm`` can use.
 
-    Without them ``torch._int_mm`` multiplies one element at a time, so the codes are multiplied as float32 instead.
+    Without them ``torch._int_mm`` multiplies one element at a time. Then native code multiplies the codes if it can
+    (``native.has_int8_products``), otherwise they are multiplied as float32.
     """
     return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -120,7 +124,7 @@ def linear(
     """``x Wᵀ + bias + s t``, ``[M, N]`` in the dtype of ``x``."""
     x, codes, step, outliers, _ = quantized
     bias = None if bias is None else cast(bias, x.dtype)
-    y = epilogue(product(codes, q.codes.t()), step, q.row_scale(), bias, s, t, x.dtype)
+    y = scaled_product(codes, q.codes.t(), step, q.row_scale(), bias, s, t, x.dtype)
     # outlier columns are multiplied with the decoded weight, in the dtype of x
     if outliers is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -129,7 +133,32 @@ def linear(
     return y
 
 
-def input_grad(dy: Tensor, q: Int8Weight, s: Tensor | None, t: Tensor | None) -> Tensor:
-    """``dy W + s t``, ``[M, K]`` in the dtype of ``dy``, with the rows of ``dy ∘ sw`` in 8 bits."""
+def input_grad(
+    dy: Tensor, q: Int8Weight, s: Tensor | None, t: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """``dy W + s t``, ``[M, K]`` in the dtype of ``dy``, with the rows of ``dy ∘ sw`` in 8 bits; added to ``out`` if given."""
     codes, step = quantize(dy.contiguous(), q.row_scale())
-    return epilogue(product(codes, q.codes), step, None, None, s, t, dy.dtype)
+    return scaled_product(codes, q.codes, step, None, None, s, t, dy.dtype, out)
+
+
+def scaled_product(
+    codes: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    s: Tensor | None,
+    t: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``(codes weight) · row_scale · column_scale + bias + s t``, ``[M, N]`` in ``dtype``, rounded once; added to ``out`` if given."""
+    in_c = codes.is_cpu and not multiplies_int8() and native.has_int8_products()
+    if in_c and dtype is torch.float32 and native.supports(row_scale):
+        parts = [
+            None if part is None else cast(part, dtype).contiguous()
+            for part in (column_scale, bias, s, t)
+        ]
+        return native.int8_linear(codes, weight, row_scale, *parts, out)
+    y = epilogue(product(codes, weight), row_scale, column_scale, bias, s, t, dtype)
+    return y if out is None else out.add_(y)
