@@ -11,6 +11,7 @@ from peftkit.bridge import prepare
 from peftkit.errors import ContractError, listing
 from peftkit.fuse.attention import fuse_attention
 from peftkit.fuse.convolution import ShowsSizes
+from peftkit.fuse.int8_mode import Int8Mode, forget_int8_mode, set_int8_mode
 from peftkit.fuse.layer import fuse_layers
 from peftkit.fuse.linear import fuse_layer
 from peftkit.fuse.loss import install_logit_free, remove_logit_free
@@ -35,6 +36,7 @@ def wrap(
     adapter_name: str = "default",
     strict: bool = False,
     logit_free: bool = True,
+    int8_mode: Int8Mode | None = None,
 ) -> PeftModel:
     """Put an adapter on a pretrained model and fuse what can be fused.
 
@@ -46,13 +48,16 @@ def wrap(
         adapter_name: Name of the adapter.
         strict: Raise an error if a layer cannot be fused, instead of running PEFT's own forward in this layer.
         logit_free: Compute the training loss of a causal language model without computing its logits.
+        int8_mode: How bitsandbytes' 8-bit linears are multiplied, in training and evaluation: ``"compute"`` quantises the rows of the
+            input and, in the backward, of the gradient, and multiplies in 8 bits; ``"weight-only"`` decodes the weight. ``None``
+            does what bitsandbytes does on the device, or keeps what was chosen before.
 
     Returns:
         A genuine ``peft.PeftModel``.
 
     Raises:
-        ContractError: An entry of ``target_modules`` matches nothing, or ``strict`` is set and a layer is not fused. The model
-            is left unchanged.
+        ContractError: An entry of ``target_modules`` matches nothing, ``strict`` is set and a layer is not fused, or
+            ``int8_mode`` is unknown or the model has no 8-bit linear. The model is left unchanged.
         ValueError: The configs cannot be mixed or do not fit the model, or the model is wrapped already.
     """
     from peft import PeftModel, get_peft_model
@@ -64,11 +69,16 @@ def wrap(
     config = prepare(model, configs, adapter_name)
     with restoring(model, copy_values=writes_base_weights(config)):
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)
-        fuse_model(wrapped, strict, logit_free)
+        fuse_model(wrapped, strict, logit_free, int8_mode)
     return wrapped
 
 
-def accelerate(model: Model, strict: bool = False, logit_free: bool = True) -> Model:
+def accelerate(
+    model: Model,
+    strict: bool = False,
+    logit_free: bool = True,
+    int8_mode: Int8Mode | None = None,
+) -> Model:
     """Fuse the LoRA layers, gated MLPs and frozen norms of a model, and the layers of adapters that are added later.
 
     A second call is harmless and fuses what is new. ``restore`` undoes ``accelerate``. So do ``merge_and_unload`` and ``unload`` for
@@ -80,21 +90,29 @@ def accelerate(model: Model, strict: bool = False, logit_free: bool = True) -> M
         strict: Raise an error if something that peftkit can fuse would run its own code in training: an adapter layer, a gated
             MLP, siblings, a norm or an attention. Modules with an unknown formula do not count; ``explain`` lists them.
         logit_free: Compute the training loss of a causal language model without computing its logits.
+        int8_mode: As in ``wrap``.
 
     Returns:
         ``model``.
 
     Raises:
-        ContractError: ``strict`` is set and something is not fused. The model is left unchanged.
+        ContractError: ``strict`` is set and something is not fused, or ``int8_mode`` is unknown or the model has no 8-bit
+            linear. The model is left unchanged.
     """
     with restoring(model):
-        fuse_model(model, strict, logit_free)
+        fuse_model(model, strict, logit_free, int8_mode)
     return model
 
 
-def fuse_model(model: nn.Module, strict: bool = False, logit_free: bool = True) -> None:
+def fuse_model(
+    model: nn.Module,
+    strict: bool = False,
+    logit_free: bool = True,
+    int8_mode: Int8Mode | None = None,
+) -> None:
     """As ``accelerate``, but after an error the model may be partly fused, so the caller must restore it."""
     warn_if_newer_than_tested()
+    set_int8_mode(model, int8_mode)
     _fuse(model)
     for owner, method, replacement in _replacements(model):
         owner.__dict__.setdefault(method, replacement)
@@ -123,6 +141,7 @@ def restore(model: Model) -> Model:
             if issubclass(mixin, (Fused, ShowsSizes)):
                 swap_out(module, mixin)
         forget_declined(module)
+        forget_int8_mode(module)
     return model
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftkit.fuse.adapter import is_own_function, weight_reason
 from peftkit.fuse.compute import LinearParts, backend_of, linear, linear_in
+from peftkit.fuse.int8_mode import int8_mode_of
 from peftkit.fuse.linear import FusedLoRA
 from peftkit.fuse.plan import Reason
 from peftkit.fuse.storage import (
@@ -68,14 +69,22 @@ class FusedLinear4bit(FusedLoRA):
 
 
 class FusedLinear8bitLt(FusedLoRA):
-    """PEFT's ``Linear8bitLt`` whose forward is one ``int8_linear``: on the CPU in training, on a GPU with 8-bit products."""
+    """PEFT's ``Linear8bitLt`` whose forward is one ``int8_linear``: on the CPU in training, on a GPU with 8-bit products.
+
+    DoRA scales a decoded weight. It runs PEFT's forward if only bitsandbytes would multiply in 8 bits, and with a decoded weight
+    if the user has chosen the products.
+    """
 
     def peftkit_plan(self: Any, x: Tensor) -> LinearParts | Reason:
         """As ``FusedLoRA.peftkit_plan``."""
         parts = super().peftkit_plan(x)
         if isinstance(parts, Reason) or parts.magnitude is None:
             return parts
-        return _IN_8_BITS if isinstance(parts.weight, Int8ComputeWeight) else parts
+        if not isinstance(parts.weight, Int8ComputeWeight):
+            return parts
+        if int8_mode_of(self._modules["base_layer"]) is None:
+            return _IN_8_BITS
+        return parts._replace(weight=Int8Weight(*parts.weight.tensors()))
 
     def _weight(self, base: Any, x: Tensor) -> Int8Weight | Reason:
         return _eight_bit(base, x)
@@ -116,7 +125,8 @@ def _eight_bit(base: Any, x: Tensor) -> Int8Weight | Reason:
     if reason is not None:
         return reason
     weight = int8_weight(base)
-    if isinstance(weight, Int8ComputeWeight) and (autocast_dtype(x) or x.dtype) is not x.dtype:
+    in_8_bits = isinstance(weight, Int8ComputeWeight) and int8_mode_of(base) is None
+    if in_8_bits and (autocast_dtype(x) or x.dtype) is not x.dtype:
         return Reason(f"under autocast its input is {x.dtype}, which its base layer keeps")
     return weight
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from peftkit.fuse.int8_mode import int8_mode_of
 from peftkit.fuse.plan import Reason
 from peftkit_kernels.storage.int8 import Int8ComputeWeight, Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
@@ -84,9 +85,9 @@ def int8_obstacle(base: Any) -> Reason | None:
     kind = base.weight.device.type
     if kind not in ("cpu", "cuda"):
         return Reason(f"8-bit weights were not tried on {kind}")
-    if kind == "cpu" and not base.training:
+    if kind == "cpu" and not base.training and int8_mode_of(base) is None:
         return Reason(
-            "bitsandbytes also quantises the activations in evaluation; it is fused in training"
+            "bitsandbytes also quantises the activations in evaluation; it is fused in training, and with int8_mode also here"
         )
     return None
 
@@ -94,12 +95,15 @@ def int8_obstacle(base: Any) -> Reason | None:
 def int8_weight(base: Any) -> Int8Weight:
     """The weight of a ``Linear8bitLt`` without an ``int8_obstacle``; shares its memory.
 
-    On a GPU bitsandbytes multiplies in 8 bits, on the CPU (in training) it decodes the weight.
+    By default it is as bitsandbytes multiplies it: on a GPU in 8 bits, with a backward in 16 bits; on the CPU (in training) decoded.
     """
-    codes, absmax = _codes(base)
-    if codes.device.type == "cpu":
+    (codes, absmax), mode = _codes(base), int8_mode_of(base)
+    threshold = base.state.threshold or None
+    if mode == "compute":
+        return Int8ComputeWeight(codes, absmax, threshold, backward_in_8_bits=True)
+    if mode == "weight-only" or codes.device.type == "cpu":
         return Int8Weight(codes, absmax)
-    return Int8ComputeWeight(codes, absmax, base.state.threshold or None)
+    return Int8ComputeWeight(codes, absmax, threshold)
 
 
 def _codes(base: Any) -> Any:

@@ -19,9 +19,9 @@ def product_reference(x: Tensor, q: Int8ComputeWeight) -> Tensor:
     return _Product.apply(x, q)
 
 
-def outlier_columns(x: Tensor, threshold: float | None) -> Tensor | None:
-    """``Bool[K]``: the columns of ``x [M, K]`` in which some magnitude reaches ``threshold``; ``None`` if there is no threshold."""
-    return None if threshold is None else (x.abs() >= threshold).any(0)
+def outlier_columns(x: Tensor, threshold: float) -> Tensor:
+    """``Bool[K]``: the columns of ``x [M, K]`` in which some magnitude reaches ``threshold``."""
+    return (x.abs() >= threshold).any(0)
 
 
 class _Product(torch.autograd.Function):
@@ -45,7 +45,7 @@ class _Product(torch.autograd.Function):
 def _in_8_bits(x: Tensor, q: Int8Weight, threshold: float | None) -> Tensor:
     """``x Wᵀ`` with both operands in 8 bits, except outlier columns; float32 for a 16-bit ``x``."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    outliers = outlier_columns(x, threshold)
+    outliers = None if threshold is None else outlier_columns(x, threshold)
     inner = wide if outliers is None else wide.masked_fill(outliers, 0.0)
     y = _product(inner, q.codes.t()) * q.row_scale().to(wide.dtype)
     if outliers is not None:

@@ -32,6 +32,11 @@ def multiplies_int8() -> bool:
 
 def quantize(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """The codes of ``x ∘ column_scale`` by rows, in the workspace, and the step of each row, ``Float32[M]``."""
+    codes, absmax = _codes_and_absmax(x, column_scale)
+    return codes, absmax.div_(127)
+
+
+def _codes_and_absmax(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     if native.supports(x):
         codes = workspace.take(x.shape, torch.int8, x.device)
         absmax = native.quantize_rows(x, column_scale, codes)
@@ -40,7 +45,7 @@ def quantize(x: Tensor, column_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         if column_scale is not None:
             wide = wide * column_scale
         codes, absmax = quantize_rows_reference(wide)
-    return codes, absmax.div_(127)
+    return codes, absmax
 
 
 def product(codes: Tensor, weight: Tensor) -> Tensor:
@@ -109,13 +114,13 @@ class Quantized(NamedTuple):
 
 def quantize_input(x: Tensor, threshold: float | None) -> Quantized:
     """The rows ``x [M, K]`` in 8 bits, except the columns that reach the threshold."""
-    found, inner = outlier_columns(x, threshold), x
-    outliers = None if found is None else found.nonzero().view(-1)
-    if outliers is not None and outliers.numel():
-        inner = x.index_fill(1, outliers, 0.0)
-    else:
-        outliers = None
-    return Quantized(x, *quantize(inner.contiguous(), None), outliers, threshold)
+    codes, absmax = _codes_and_absmax(x.contiguous(), None)
+    outliers = None
+    # the largest magnitudes of the rows tell whether there is such a column; usually there is none
+    if threshold is not None and bool((absmax >= threshold).any()):
+        outliers = outlier_columns(x, threshold).nonzero().view(-1)
+        codes, absmax = _codes_and_absmax(x.index_fill(1, outliers, 0.0).contiguous(), None)
+    return Quantized(x, codes, absmax.div_(127), outliers, threshold)
 
 
 def linear(

@@ -1,0 +1,49 @@
+"""How bitsandbytes' 8-bit linears are multiplied: as bitsandbytes does on the device, or as the user has chosen."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from peftkit.errors import ContractError
+
+Int8Mode = Literal["compute", "weight-only"]
+_ATTRIBUTE = "_peftkit_int8_mode"
+
+
+def set_int8_mode(model: nn.Module, mode: Int8Mode | None) -> None:
+    """Choose the mode of every 8-bit linear of the model; ``None`` changes nothing.
+
+    Raises:
+        ContractError: The mode is unknown, or the model has no 8-bit linear.
+    """
+    if mode is None:
+        return
+    if mode not in get_args(Int8Mode):
+        known = ", ".join(map(repr, get_args(Int8Mode)))
+        raise ContractError(f"int8_mode={mode!r} is unknown; use one of {known}, or None")
+    layers = [module for module in model.modules() if _is_8_bit(module)]
+    if not layers:
+        raise ContractError(
+            f"int8_mode={mode!r}, but the model has no 8-bit linear of bitsandbytes; load it in 8 bits, or leave int8_mode out"
+        )
+    for layer in layers:
+        layer.__dict__[_ATTRIBUTE] = mode
+
+
+def int8_mode_of(base: Any) -> Int8Mode | None:
+    """The mode that was chosen for an 8-bit linear, or ``None``."""
+    return base.__dict__.get(_ATTRIBUTE)
+
+
+def forget_int8_mode(module: nn.Module) -> None:
+    """Remove the choice from a module."""
+    module.__dict__.pop(_ATTRIBUTE, None)
+
+
+def _is_8_bit(module: nn.Module) -> bool:
+    # a model with such layers has imported the library
+    library = sys.modules.get("bitsandbytes")
+    return library is not None and isinstance(module, library.nn.Linear8bitLt)
