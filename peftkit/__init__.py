@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peftkit.loading import load_adapter
     from peftkit.lora_plus import lora_plus_groups
     from peftkit.report import Report, explain
+    from peftkit.serving import ServingReport, convert_adapter, serving_report
     from peftkit.wrapping import accelerate, restore, wrap
 
 __version__ = "0.1.0"
@@ -26,14 +27,17 @@ __all__ = [
     "LoraConfig",
     "PrefixConfig",
     "Report",
+    "ServingReport",
     "__version__",
     "accelerate",
     "check",
+    "convert_adapter",
     "explain",
     "import_adapter",
     "load_adapter",
     "lora_plus_groups",
     "restore",
+    "serving_report",
     "wrap",
 ]
 
@@ -43,13 +47,16 @@ _HOME_OF = {
     "LoraConfig": "peft",
     "PrefixConfig": "peftkit.bridge",
     "Report": "peftkit.report",
+    "ServingReport": "peftkit.serving",
     "accelerate": "peftkit.wrapping",
     "check": "peftkit.checks",
+    "convert_adapter": "peftkit.serving",
     "explain": "peftkit.report",
     "import_adapter": "peftkit.interop",
     "load_adapter": "peftkit.loading",
     "lora_plus_groups": "peftkit.lora_plus",
     "restore": "peftkit.wrapping",
+    "serving_report": "peftkit.serving",
     "wrap": "peftkit.wrapping",
 }
 

@@ -47,6 +47,7 @@ def test_public_names_resolve():
     assert set(values) == {
         *("ContractError", "LoraConfig", "Report", "__version__", "accelerate", "check"),
         *("explain", "load_adapter", "restore", "wrap", "BottleneckConfig", "PrefixConfig"),
+        *("ServingReport", "convert_adapter", "serving_report"),
         "import_adapter",
         "lora_plus_groups",
     }

@@ -1,4 +1,4 @@
-"""``peftkit check``: show what an adapter contains and whether it loads, or what works on an architecture."""
+"""``peftkit check``: show what an adapter contains and whether it serves as trained, or what works on an architecture."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,16 @@ def check(
     ] = None,
     target: Annotated[
         str,
-        typer.Option("--target", metavar="peft|vllm", help="The library that is to load it."),
+        typer.Option(
+            "--target",
+            metavar="peft|vllm|sglang|gguf",
+            help="The library or server that is to load it; gguf is llama.cpp.",
+        ),
     ] = "peft",
+    max_rank: Annotated[
+        int | None,
+        typer.Option("--max-rank", help="The server's --max-lora-rank."),
+    ] = None,
     family: Annotated[
         str | None,
         typer.Option(
@@ -40,29 +48,28 @@ def check(
         bool, typer.Option("--json", help="Print one JSON document instead of tables.")
     ] = False,
 ) -> None:
-    """Check whether an adapter loads in PEFT or vLLM, or which methods work on an architecture.
+    """Check whether an adapter serves as trained, tensor by tensor, or which methods work on an architecture.
 
-    Exits with status 1 if the adapter does not load or a method fails.
+    Exits with status 0 if it does, and with 1 if not, if that depends on a base model that was not given, or if a method fails.
     """
     if (adapter is None) == (family is None):
         raise typer.BadParameter("give either the folder of an adapter or --family NAME_OR_CONFIG")
     if family is not None:
         raise typer.Exit(_family(family, method, as_json))
-    raise typer.Exit(_adapter(adapter, target, base, as_json))
+    raise typer.Exit(_adapter(adapter, target, base, max_rank, as_json))
 
 
-def _adapter(adapter: Any, target: Any, base: str | None, as_json: bool) -> int:
-    from peftkit.portability import fit, inspect_adapter
+def _adapter(
+    adapter: Any, target: Any, base: str | None, max_rank: int | None, as_json: bool
+) -> int:
+    from peftkit.serving import serving_report
 
-    facts = inspect_adapter(adapter)
-    found = fit(facts, target, base)
+    found = serving_report(adapter, target, base=base, max_rank=max_rank)
     if as_json:
-        verdict = {"target": found.target, "base": base, "fits": not found.problems}
-        verdict |= {"problems": found.problems, "notes": found.notes}
-        typer.echo(json.dumps({**facts.to_dict(), **verdict}, indent=1))
+        typer.echo(json.dumps({**found.to_dict(), "base": base}, indent=1))
     else:
-        _print_adapter(facts, found)
-    return 1 if found.problems else 0
+        _print_adapter(found.facts, found)
+    return 0 if found.serves == "as trained" else 1
 
 
 def _print_adapter(facts: Any, found: Any) -> None:
@@ -85,12 +92,35 @@ def _print_adapter(facts: Any, found: Any) -> None:
         table.add_row(name, Text(value))
     console = Console()
     console.print(table)
+    console.print(_fates(found))
     for problem in found.problems:
         console.print(Text(f"does not fit: {problem}", style="red"))
     for note in found.notes:
         console.print(Text(f"note: {note}", style="yellow"))
-    if not found.problems:
-        console.print(Text(f"loads in {found.target}", style="green"))
+    good = found.serves == "as trained"
+    verdict = {
+        "as trained": f"loads in {found.target}; serves as trained",
+        "not at all": "does not load",
+        "unknown": "pass --base to know whether it serves as trained",
+    }.get(found.serves, f"serves {found.serves}")
+    console.print(Text(f"{found.server}: {verdict}", style="green" if good else "red"))
+
+
+def _fates(found: Any) -> Any:
+    """A table of what happens to the tensors: one row for all tensors of the same kind with the same fate."""
+    from rich.table import Table
+    from rich.text import Text
+
+    kinds: dict[tuple[str, str, str], int] = {}
+    for row in found.rows:
+        parts = [part for part in row.subject.split(".") if part not in ("weight", "base_layer")]
+        what = ".".join(parts[-2:]) if row.subject in found.facts.shapes else row.subject
+        kinds[what, row.verdict, row.why] = kinds.get((what, row.verdict, row.why), 0) + 1
+    table = Table("tensor or field", "count", found.target, "why")
+    for (what, verdict, why), count in kinds.items():
+        style = {"loads": "green", "no effect": "yellow"}.get(verdict, "red")
+        table.add_row(Text(what), str(count), Text(verdict, style=style), Text(why))
+    return table
 
 
 def _examples(shapes: dict[str, tuple[int, ...]], shown: int = 4) -> list[str]:
