@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peftkit.bridge import BottleneckConfig, PrefixConfig
     from peftkit.checks import check
     from peftkit.errors import ContractError
+    from peftkit.export import ExportReport, export_adapter_gguf, export_gguf
     from peftkit.interop import import_adapter
     from peftkit.loading import load_adapter
     from peftkit.lora_plus import lora_plus_groups
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BottleneckConfig",
     "ContractError",
+    "ExportReport",
     "LoraConfig",
     "PrefixConfig",
     "Report",
@@ -33,6 +35,8 @@ __all__ = [
     "check",
     "convert_adapter",
     "explain",
+    "export_adapter_gguf",
+    "export_gguf",
     "import_adapter",
     "load_adapter",
     "lora_plus_groups",
@@ -44,6 +48,7 @@ __all__ = [
 _HOME_OF = {
     "BottleneckConfig": "peftkit.bridge",
     "ContractError": "peftkit.errors",
+    "ExportReport": "peftkit.export",
     "LoraConfig": "peft",
     "PrefixConfig": "peftkit.bridge",
     "Report": "peftkit.report",
@@ -52,6 +57,8 @@ _HOME_OF = {
     "check": "peftkit.checks",
     "convert_adapter": "peftkit.serving",
     "explain": "peftkit.report",
+    "export_adapter_gguf": "peftkit.export",
+    "export_gguf": "peftkit.export",
     "import_adapter": "peftkit.interop",
     "load_adapter": "peftkit.loading",
     "lora_plus_groups": "peftkit.lora_plus",

@@ -48,6 +48,7 @@ def test_public_names_resolve():
         *("ContractError", "LoraConfig", "Report", "__version__", "accelerate", "check"),
         *("explain", "load_adapter", "restore", "wrap", "BottleneckConfig", "PrefixConfig"),
         *("ServingReport", "convert_adapter", "serving_report"),
+        *("ExportReport", "export_adapter_gguf", "export_gguf"),
         "import_adapter",
         "lora_plus_groups",
     }

@@ -12,6 +12,7 @@ from peftkit.cli.check import check
 from peftkit.cli.convert import convert
 from peftkit.cli.doctor import doctor
 from peftkit.cli.errors import OneLineErrors
+from peftkit.cli.export import export
 
 app = typer.Typer(
     name="peftkit",
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command("check")(check)
 app.command("convert")(convert)
 app.command("doctor")(doctor)
+app.command("export")(export)
 
 
 def _print_version(wanted: bool) -> None:
