@@ -45,7 +45,7 @@ def merged_weights(model: nn.Module) -> list[Weight]:
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:
             raise ContractError(
-                f"peft_type={str(model.active_peft_config.peft_type)}: a prompt is not part of the weights and cannot be "
+                f"peft_type={model.active_peft_config.peft_type!s}: a prompt is not part of the weights and cannot be "
                 "exported"
             )
         model = model.get_base_model()
