@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from peftkit.base import BaseReport, base_report, load_base
     from peftkit.bridge import BottleneckConfig, PrefixConfig
     from peftkit.checks import check
     from peftkit.errors import ContractError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseReport",
     "BottleneckConfig",
     "ContractError",
     "ExportReport",
@@ -32,6 +34,7 @@ __all__ = [
     "ServingReport",
     "__version__",
     "accelerate",
+    "base_report",
     "check",
     "convert_adapter",
     "explain",
@@ -39,6 +42,7 @@ __all__ = [
     "export_gguf",
     "import_adapter",
     "load_adapter",
+    "load_base",
     "lora_plus_groups",
     "restore",
     "serving_report",
@@ -46,6 +50,7 @@ __all__ = [
 ]
 
 _HOME_OF = {
+    "BaseReport": "peftkit.base",
     "BottleneckConfig": "peftkit.bridge",
     "ContractError": "peftkit.errors",
     "ExportReport": "peftkit.export",
@@ -54,6 +59,7 @@ _HOME_OF = {
     "Report": "peftkit.report",
     "ServingReport": "peftkit.serving",
     "accelerate": "peftkit.wrapping",
+    "base_report": "peftkit.base",
     "check": "peftkit.checks",
     "convert_adapter": "peftkit.serving",
     "explain": "peftkit.report",
@@ -61,6 +67,7 @@ _HOME_OF = {
     "export_gguf": "peftkit.export",
     "import_adapter": "peftkit.interop",
     "load_adapter": "peftkit.loading",
+    "load_base": "peftkit.base",
     "lora_plus_groups": "peftkit.lora_plus",
     "restore": "peftkit.wrapping",
     "serving_report": "peftkit.serving",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from peftkit.base.summary import logical_size, stored_as
 from peftkit.find.targets import (
     REWRITTEN,
     STACKED,
@@ -273,7 +273,7 @@ def _count_parameters(model: nn.Module) -> tuple[int, int]:
     """The numbers of trainable parameters and of all parameters. ``model.parameters()`` yields tied parameters once."""
     trainable = total = 0
     for parameter in model.parameters():
-        count = _logical_size(parameter)
+        count = logical_size(parameter)
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
@@ -297,7 +297,7 @@ def _trained_in_full(model: nn.Module) -> dict[str, int]:
         seen.update(trained)
         if trained and not in_adapter:
             short = name.removeprefix("base_model.model.") or type(model).__name__
-            found[short] = sum(map(_logical_size, trained.values()))
+            found[short] = sum(map(logical_size, trained.values()))
         for child_name, child in module.named_children():
             if child_name != "prompt_encoder":
                 walk(f"{name}.{child_name}" if name else child_name, child, in_adapter)
@@ -316,21 +316,5 @@ def _storage(modules: dict[str, nn.Module]) -> dict[str, int]:
     }
     counts: Counter[str] = Counter()
     for parameter in parameters.values():
-        counts[_stored_as(parameter)] += _logical_size(parameter)
+        counts[stored_as(parameter)] += logical_size(parameter)
     return dict(counts)
-
-
-def _stored_as(parameter: nn.Parameter) -> str:
-    """``"nf4"`` or ``"fp4"`` for bitsandbytes' 4-bit weights, otherwise the dtype."""
-    state = getattr(parameter, "quant_state", None)
-    if type(parameter).__name__ == "Params4bit" and state is not None:
-        return state.quant_type
-    return str(parameter.dtype).removeprefix("torch.")
-
-
-def _logical_size(parameter: nn.Parameter) -> int:
-    """The number of values of a parameter. bitsandbytes packs two 4-bit values into each byte."""
-    if type(parameter).__name__ != "Params4bit":
-        return parameter.numel()
-    state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else parameter.numel()

@@ -1,0 +1,184 @@
+"""Decide which linear layers are quantised, and which stay in 16 or 32 bits and why."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from peftkit.errors import ContractError, listing, short
+from peftkit.find.experts import ROUTER, experts_and_routers
+from peftkit.find.heads import find_heads, output_embeddings
+from peftkit.find.modules import ancestors, base_modules, suffixes
+from peftkit.find.suggestions import close_matches
+
+EXPERTS = "experts stacked in one parameter; bitsandbytes quantises linear layers only"
+HEAD = "output head"
+TASK_HEAD = "task head, which is trained in full"
+TIED = "its weight is tied to another module"
+BY_TRANSFORMERS = "transformers keeps it for this architecture"
+BY_KEEP = "named in keep"
+SUBCLASS = "a subclass of nn.Linear, which bitsandbytes' layers cannot replace"
+
+
+class Choice(NamedTuple):
+    """Which layers of a model are quantised.
+
+    Attributes:
+        layers: Their names, in the model's order.
+        skipped: The value of ``llm_int8_skip_modules``; ``None`` if transformers chooses the same layers by itself.
+    """
+
+    layers: list[str]
+    skipped: list[str] | None
+
+
+def choose(model: nn.Module, keep: Sequence[str]) -> Choice:
+    """Choose the layers to quantise.
+
+    Args:
+        model: As for ``kept_modules``.
+        keep: As for ``kept_modules``.
+
+    Raises:
+        ContractError: An entry of ``keep`` matches nothing, or no layer is left.
+    """
+    own = skipped_by_transformers(model)
+    kept = kept_modules(model, keep, own)
+    layers = [name for name, module in model.named_modules() if may_be_quantised(module)]
+    chosen = [name for name in layers if name not in kept]
+    beyond = [name for name in layers if name in kept and _converted(name, own)]
+    skipped = sorted({*own, *beyond}) if beyond else None
+    # An entry of the list also stands for names that end with it; a checkpoint that is saved and loaded must choose the same.
+    chosen = [name for name in chosen if _converted(name, skipped or own)]
+    if not chosen:
+        raise ContractError(
+            f"{type(model).__name__} has no linear layer to quantise ({len(kept)} stay as they are); use base='bf16'"
+        )
+    return Choice(chosen, skipped)
+
+
+def skipped_by_transformers(model: Any) -> list[str]:
+    """The entries of ``llm_int8_skip_modules`` that transformers uses if there are none; empty for models of other libraries."""
+    from transformers import PreTrainedModel
+    from transformers.quantizers.base import HfQuantizer
+
+    if not isinstance(model, PreTrainedModel):
+        return []
+    return HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+
+
+def kept_modules(
+    model: Any, keep: Sequence[str] = (), skipped: Iterable[str] = ()
+) -> dict[str, str]:
+    """The linear layers of a model that stay as they are, with the reason, in the model's order.
+
+    Args:
+        model: The model before any of its layers is quantised; it may be on the device ``meta``.
+        keep: What the user wants to keep: names of modules, ends of names, or patterns with ``*``. A module that contains others
+            stands for all of them.
+        skipped: Entries of ``llm_int8_skip_modules`` that transformers itself would use.
+
+    Raises:
+        ContractError: An entry of ``keep`` matches nothing.
+    """
+    modules = dict(base_modules(model))
+    reasons = _named(modules, keep)
+    routers = experts_and_routers(modules)[0]
+    outputs = output_embeddings(modules)
+    heads = find_heads(model)
+    heads = {*heads.names, *heads.out_of_reach}
+    tied = _tied(model)
+    kept = {}
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+            continue
+        inside = {name, *ancestors(name)}
+        if name in reasons:
+            kept[name] = reasons[name]
+        elif name in outputs:
+            kept[name] = HEAD
+        elif routers.get(name) == ROUTER:
+            kept[name] = ROUTER
+        elif inside & heads:
+            kept[name] = TASK_HEAD
+        elif f"{name}.weight" in tied:
+            kept[name] = TIED
+        elif not may_be_quantised(module):
+            kept[name] = SUBCLASS
+        elif not _converted(name, skipped):
+            kept[name] = BY_TRANSFORMERS
+    return kept
+
+
+def may_be_quantised(module: nn.Module) -> bool:
+    """Whether transformers replaces a module of this class by one of bitsandbytes."""
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def require_keep(keep: Any) -> tuple[str, ...]:
+    """The entries of ``keep``.
+
+    Raises:
+        ContractError: It is not a list of non-empty strings.
+    """
+    if isinstance(keep, str):
+        raise ContractError(f"keep={keep!r} is one string; pass a list: keep=[{keep!r}]")
+    entries = tuple(keep) if isinstance(keep, Iterable) else (keep,)
+    for entry in entries:
+        if not isinstance(entry, str) or not entry:
+            raise ContractError(
+                f"keep has {short(entry)}; its entries are names of modules or patterns, such as 'down_proj' or 'model.layers.0.*'"
+            )
+    return entries
+
+
+def stacked_parameters(model: nn.Module) -> list[str]:
+    """The names of the parameters that hold the weights of several experts."""
+    return experts_and_routers(dict(base_modules(model)))[1]
+
+
+def _named(modules: dict[str, nn.Module], keep: Sequence[str]) -> dict[str, str]:
+    """The modules that ``keep`` names, directly or by a module around them."""
+    found: dict[str, str] = {}
+    unmatched = []
+    for entry in keep:
+        hit = {name for name in modules if name and _matches(entry, name)}
+        inside = [name for name in modules if hit & {name, *ancestors(name)}]
+        if not hit:
+            unmatched.append(f"{entry!r} matches nothing{close_matches(entry, modules)}")
+        elif not any(may_be_quantised(modules[name]) for name in inside):
+            unmatched.append(
+                f"{entry!r} matches {min(hit, key=len)!r}, in which no layer would be quantised; remove the entry"
+            )
+        found |= dict.fromkeys(inside, BY_KEEP)
+    if unmatched:
+        raise ContractError("entries of keep have no effect:\n" + listing(unmatched, shown=8))
+    return found
+
+
+def _matches(entry: str, name: str) -> bool:
+    return entry in suffixes(name) or ("*" in entry and fnmatch.fnmatchcase(name, entry))
+
+
+def _tied(model: Any) -> set[str]:
+    """The names of tied parameters, of both sides."""
+    ties = getattr(model, "all_tied_weights_keys", None)
+    if ties is not None:
+        return {*ties, *ties.values()}
+    first: dict[int, str] = {}
+    tied = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        tied |= {name, other} if other != name else set()
+    return tied
+
+
+def _converted(name: str, skipped: Iterable[str]) -> bool:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return should_convert_module(name, list(skipped))

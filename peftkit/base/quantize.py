@@ -1,0 +1,109 @@
+"""Quantise one weight into bitsandbytes' storage, a few rows at a time.
+
+bitsandbytes quantises a whole tensor at once, and its code for the CPU makes several float32 copies of it. Its results for one row (8 bits)
+or one block of 64 values (4 bits) do not depend on the others, so the result here is equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn.modules import Int8Params, Params4bit
+from torch import Tensor
+
+from peftkit.errors import ContractError
+
+BLOCKSIZE = 64
+"""Values that share one maximum in 4-bit storage."""
+
+_NESTED_BLOCKSIZE = 256
+_CHUNK = 2**19
+"""Values that are quantised together. 2**20 is as fast as a whole tensor of 2**24, 2**18 takes 1.8 times as long (2 cores, AVX2)."""
+
+
+def quantize_nf4(weight: Tensor, name: str, module: Any) -> Any:
+    """The weight as ``Params4bit`` in NF4, blocks of 64, their maxima in 8 bits (double quantisation).
+
+    Args:
+        weight: ``Float[N, K]``, on the device where the result should be.
+        name: Its name, for the message.
+        module: The ``Linear4bit`` that gets the weight.
+
+    Raises:
+        ContractError: The weight has values that are not finite.
+    """
+    packed = torch.empty(math.ceil(weight.numel() / 2), 1, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(
+        math.ceil(weight.numel() / BLOCKSIZE), dtype=torch.float32, device=weight.device
+    )
+    for start, rows in _chunks(weight):
+        _require_finite(rows, name)
+        part, state = functional.quantize_4bit(
+            rows, blocksize=BLOCKSIZE, compress_statistics=False, quant_type="nf4"
+        )
+        packed[start // 2 : start // 2 + len(part)] = part
+        absmax[start // BLOCKSIZE :][: len(state.absmax)] = state.absmax
+    offset = absmax.mean()
+    codes, outer = functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCKSIZE)
+    state = functional.QuantState(
+        absmax=codes,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=BLOCKSIZE,
+        code=functional.get_4bit_type("nf4", device=weight.device),
+        quant_type="nf4",
+        offset=offset,
+        state2=outer,
+    )
+    module.quant_state = state
+    return Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=BLOCKSIZE,
+        compress_statistics=True,
+        quant_type="nf4",
+        module=module,
+        bnb_quantized=True,
+    )
+
+
+def quantize_int8(weight: Tensor, name: str) -> Any:
+    """The weight as ``Int8Params``: 8-bit codes and the maximum of each row. It is rounded to float16 before.
+
+    Args:
+        weight: ``Float[N, K]``, on the device where the result should be.
+        name: Its name, for the message.
+
+    Raises:
+        ContractError: The weight has values that are not finite in float16.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for start, rows in _chunks(weight):
+        first = start // weight.shape[1]
+        part = slice(first, first + len(rows))
+        narrow = rows.to(torch.float16)
+        _require_finite(narrow, name)
+        codes[part], absmax[part], _ = functional.int8_vectorwise_quant(narrow)
+    return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
+
+
+def _chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield contiguous rows, and the number of values before them: a multiple of the block size, and even."""
+    width = max(1, weight.shape[1])
+    step = max(1, _CHUNK // width // BLOCKSIZE) * BLOCKSIZE
+    for first in range(0, weight.shape[0], step):
+        yield first * width, weight[first : first + step].contiguous()
+
+
+def _require_finite(rows: Tensor, name: str) -> None:
+    if not bool(rows.isfinite().all()):
+        raise ContractError(
+            f"{name} has values that are NaN or infinite in {rows.dtype}, so it cannot be quantised; repair it, or do not quantise its "
+            f"module: keep=[{name.removesuffix('.weight')!r}]"
+        )
