@@ -99,7 +99,7 @@ def load_checkpoint(
     _require_complete(model, info, config, tensors, path, strict)
     if stored is not None and compute_dtype is not None:
         _set_compute_dtype(model, compute_dtype)
-    _finish(model, path, config, hub, trust)
+    _finish(model, path, hub, trust)
     return model
 
 
@@ -248,7 +248,7 @@ def _set_compute_dtype(model: Any, compute_dtype: torch.dtype) -> None:
     model.config.quantization_config.bnb_4bit_compute_dtype = compute_dtype
 
 
-def _finish(model: Any, path: str, config: Any, hub: Mapping[str, Any], trust: Any) -> None:
+def _finish(model: Any, path: str, hub: Mapping[str, Any], trust: Any) -> None:
     """What ``from_pretrained`` does with the path: its name, which PEFT saves, and the settings for generation."""
     model.name_or_path = model.config.name_or_path = path
     if not model.can_generate() or not hasattr(model, "generation_config"):
@@ -258,7 +258,9 @@ def _finish(model: Any, path: str, config: Any, hub: Mapping[str, Any], trust: A
     try:
         model.generation_config = GenerationConfig.from_pretrained(path, **hub)
     except OSError:
-        model.generation_config = GenerationConfig.from_model_config(config)
+        model.generation_config = GenerationConfig.from_pretrained(
+            path, config_file_name="config.json", _from_model_config=True, **hub
+        )
     if trust and hasattr(model, "load_custom_generate"):
         _load_custom_generate(model, path, hub)
 

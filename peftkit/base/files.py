@@ -47,7 +47,7 @@ def open_checkpoint(
             break
     else:
         raise ContractError(_nothing_found(path, hub, variant))
-    if not found.name.endswith(".index.json"):
+    if found.name.endswith(".safetensors"):
         return read_headers([found])
     places = _weight_map(found)
     tensors = read_headers(_shards(path, found, sorted(set(places.values())), hub))
@@ -61,11 +61,9 @@ def open_checkpoint(
 
 
 def _with(name: str, variant: str | None) -> str:
-    """Insert a variant as transformers does: ``model.fp16.safetensors``, ``model.safetensors.fp16.index.json``."""
-    if variant is None:
-        return name
-    end = ".index.json" if name.endswith(".index.json") else ".safetensors"
-    return f"{name.removesuffix(end)}.{variant}{end}"
+    """Insert a variant as transformers does: ``model.fp16.safetensors``, ``model.safetensors.index.fp16.json``."""
+    before, _, end = name.rpartition(".")
+    return name if variant is None else f"{before}.{variant}.{end}"
 
 
 def _find(path: str, name: str, hub: Mapping[str, Any]) -> Path | None:

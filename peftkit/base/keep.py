@@ -172,9 +172,11 @@ def _tied(model: Any) -> set[str]:
         return {*ties, *ties.values()}
     first: dict[int, str] = {}
     tied = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = first.setdefault(id(parameter), name)
-        tied |= {name, other} if other != name else set()
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                other = first.setdefault(id(parameter), f"{name}.{own}")
+                tied |= {f"{name}.{own}", other} if other != f"{name}.{own}" else set()
     return tied
 
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from peftkit.base.keep import BY_KEEP, EXPERTS, kept_modules, skipped_by_transformers
 from peftkit.base.kinds import QUANTISED, quantization_settings, stored_kind
 from peftkit.errors import ContractError, short
-from peftkit.find.experts import experts_and_routers
+from peftkit.find.experts import ROUTER, experts_and_routers
 from peftkit.find.modules import base_modules, storage_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+BUFFER = "buffers"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class StoredPart:
 
     Attributes:
         name: Its name in the model without adapters.
-        storage: ``"nf4"``, ``"fp4"``, ``"int8"`` or a dtype.
+        storage: ``"nf4"``, ``"fp4"``, ``"int8"``, a dtype, or ``"buffers"``.
         parameters: Number of values; 0 for a buffer.
         nbytes: Bytes of the values and of the block or row maxima that belong to them.
         reason: Why it is not quantised; empty if it is, or if the model is not quantised.
@@ -176,13 +178,13 @@ def _parts(base: nn.Module, modules: dict[str, nn.Module]) -> Iterator[StoredPar
             full = f"{before}{own}"
             reason = ""
             if quantised and not statistics:
-                reason = EXPERTS if full in stacks else reasons.get(name) or _kind_of(module, own)
+                reason = EXPERTS if full in stacks else _reason(module, own, reasons.get(name))
             nbytes = parameter.nbytes + sum(part.nbytes for part in statistics)
             yield StoredPart(full, stored_as(parameter), logical_size(parameter), nbytes, reason)
         for own, buffer in module._buffers.items():
             if buffer is not None and storage_of(buffer) not in seen:
                 seen.add(storage_of(buffer))
-                yield StoredPart(f"{before}{own}", stored_as(buffer), 0, buffer.nbytes, "")
+                yield StoredPart(f"{before}{own}", BUFFER, 0, buffer.nbytes, "")
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
@@ -204,15 +206,18 @@ def _reasons(base: nn.Module) -> dict[str, str]:
     named = (quantization_settings(getattr(base, "config", None)) or {}).get(
         "llm_int8_skip_modules"
     )
+    left_out = experts_and_routers(dict(base_modules(base)))[0]
+    routers = {name: reason for name, reason in left_out.items() if reason == ROUTER}
     reasons = kept_modules(base, (), skipped_by_transformers(base))
-    return dict.fromkeys(named or (), BY_KEEP) | reasons
+    return dict.fromkeys(named or (), BY_KEEP) | routers | reasons
 
 
-def _kind_of(module: nn.Module, own: str) -> str:
-    if isinstance(module, nn.Embedding):
-        return "embedding"
+def _reason(module: nn.Module, own: str, reason: str | None) -> str:
+    """Why one parameter of a quantised model is not quantised. ``reason`` is that of a linear layer or router."""
     if own.endswith("bias"):
         return "bias"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
     if "norm" in type(module).__name__.lower():
         return "norm"
-    return "no linear layer" if not isinstance(module, nn.Linear) else BY_KEEP
+    return reason or "no weight of a linear layer"
