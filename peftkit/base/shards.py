@@ -136,7 +136,7 @@ class StoredTensor:
             )
 
 
-def count_not_finite(values: Tensor, chunk: int = 2**20) -> int:
+def count_not_finite(values: Tensor, chunk: int = 2**17) -> int:
     """Return how many values are NaN or infinite. At most ``chunk`` values are looked at together, to save memory."""
     flat = values.reshape(-1)
     return sum(
