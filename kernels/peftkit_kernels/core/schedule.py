@@ -53,7 +53,8 @@ class Schedule:
         keep: ``keep(call, result, made, needs)`` selects what the backward needs. It looks neither into tensors nor into stored
             weights.
         backward: ``backward(P, kept, grads, needs)`` returns the gradients in the form of ``trained``, ``None`` for those that are
-            not needed. ``grads`` is that of the result, or a tuple with ``None`` for a result that was not used.
+            not needed. ``grads`` is that of the result, or a tuple with ``None`` for a result that was not used. A gradient may be
+            one of ``grads`` itself.
         trained: ``trained(call)`` is a named tuple of the tensors that may need a gradient, with ``None`` for those that are absent.
         like: ``like(call)`` is the result of ``forward`` with Triton passes, uninitialised. It serves tracers, and calls without rows.
         like_grads: ``like_grads(kept, grads, needs)`` is the result of ``backward``, uninitialised.
@@ -83,8 +84,9 @@ class Schedule:
         self._trained, self._like, self._like_grads = trained, like, like_grads
         self._outputs = outputs
         register_tuples(*tuples)
-        self._structures: dict[str, Structure] = {}
-        """The structure of the results of a torch.library op, by the text of the structure of its arguments."""
+        self._structures: dict[str, tuple[Structure, tuple[int | None, ...]]] = {}
+        """Of the results of a torch.library op, by the text of the structure of its arguments: their structure, and for each of
+        them its place among the arguments if it is one of them. torch.library lets no op return an argument."""
         self.library = self._library_op(self.run, like, "")
         self.library_backward = self._library_op(self.run_backward, like_grads, "_backward")
         self._register_autograd()
@@ -257,17 +259,16 @@ class Schedule:
         ) -> list[Tensor]:
             arguments = tensors, seeds, decode(structure, numbers)
             results, made = run(self._triton_passes, *arguments)
-            self._structures[structure] = made.value
             seen: set[int] = set()
-            return [_own(t, seen) for t in results]
+            return [_own(t, seen) for t in self._new(structure, tensors, results, made.value)]
 
         def fake(
             tensors: list[Tensor], structure: str, numbers: list[float], seeds: list[int]
         ) -> list[Tensor]:
             arguments = build(decode(structure, numbers), tensors, seeds)
             found = like(*arguments) if type(arguments) is Backward else like(arguments)
-            results, _, self._structures[structure] = flatten(found)
-            return results
+            results, _, made = flatten(found)
+            return self._new(structure, tensors, results, made)
 
         schema = "(Tensor[] tensors, str structure, float[] numbers, int[] seeds) -> Tensor[]"
         name = f"peftkit::{self.name}{suffix}"
@@ -275,12 +276,23 @@ class Schedule:
         op.register_fake(fake)
         return op
 
+    def _new(
+        self, text: str, tensors: Sequence[Tensor], results: Sequence[Tensor], made: Structure
+    ) -> list[Tensor]:
+        """Those results of a torch.library op that are not among its arguments ``tensors``; notes where the others are."""
+        places = tuple(next((i for i, t in enumerate(tensors) if t is y), None) for y in results)
+        self._structures[text] = made, places
+        return [y for y, place in zip(results, places, strict=True) if place is None]
+
     def _by_library(
         self, op: Any, tensors: list, seeds: list, structure: Structure
     ) -> tuple[list[Tensor], Constant]:
         """As ``run`` or ``run_backward``, by the torch.library op."""
         arguments = encode(build(structure, tensors, seeds))
-        return op(*arguments), Constant(self._structures[arguments[1]])
+        new = iter(op(*arguments))
+        made, places = self._structures[arguments[1]]
+        found = [next(new) if place is None else arguments[0][place] for place in places]
+        return found, Constant(made)
 
     def _register_autograd(self) -> None:
         """Give the torch.library op its gradient."""
@@ -288,7 +300,7 @@ class Schedule:
 
         def setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
             tensors, text, numbers, seeds = inputs
-            made = self._structures[text]
+            made, _ = self._structures[text]
             self.save(ctx, Flat(tensors, seeds, decode(text, numbers)), output, made)
             ctx.mark_non_differentiable(*output[_count(made) or 1 :])
             ctx.lengths = len(tensors), len(numbers), len(seeds)
@@ -390,7 +402,8 @@ def _outputs(results: Sequence[Tensor], made: Structure) -> Any:
 
 def _zeros(like: Any) -> tuple[list[Tensor], Constant]:
     found = flatten(like)
-    return [t.zero_() for t in found.tensors], Constant(found.structure)
+    # an empty gradient may be the incoming one, which must not be changed
+    return [t.zero_() if t.numel() else t for t in found.tensors], Constant(found.structure)
 
 
 def _replace(value: Any, by_slot: dict[int, bool]) -> Any:

@@ -1,8 +1,8 @@
 """Arguments and results of schedules as flat lists of tensors, and back.
 
-A schedule takes and returns named tuples of tensors, adapters, stored weights and numbers. Autograd, launch plans and torch.library
-take lists of tensors. ``flatten`` parts a value into its tensors, its seeds, and a structure: everything else about it.
-``build`` puts a value of that structure together again.
+A schedule takes and returns named tuples of tensors, adapters, stored weights, dtypes and numbers. Autograd, launch plans and
+torch.library take lists of tensors. ``flatten`` parts a value into its tensors, its seeds, and a structure: everything else about
+it. ``build`` puts a value of that structure together again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -91,7 +92,7 @@ _codecs: dict[type, Codec] = {}
 _classes: dict[str, type] = {"builtins.list": list, "builtins.tuple": tuple}
 _TENSOR = ...
 """Stands for a tensor in a structure."""
-_NUMBERS = frozenset((type(None), bool, int, float, str))
+_NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
 
 
 def register(kind: type, codec: Codec) -> None:
@@ -185,6 +186,8 @@ def _encode(structure: Any, words: list[str], floats: list[float]) -> None:
         words.append(f"i{structure}")
     elif kind is str:
         words.append(f"s{structure}")
+    elif kind is torch.dtype:
+        words.append(f"d{str(structure).removeprefix('torch.')}")
     elif kind is tuple:
         first = structure[0] if structure else None
         if isinstance(first, type):
@@ -215,4 +218,9 @@ def _decode(words: Iterator[str], floats: Iterator[float]) -> Any:
     return {"T": _TENSOR, "N": None}[kind] if not rest and kind != "s" else _VALUES[kind](rest)
 
 
-_VALUES: dict[str, Callable[[str], Any]] = {"b": lambda w: w == "1", "i": int, "s": str}
+_VALUES: dict[str, Callable[[str], Any]] = {
+    "b": lambda w: w == "1",
+    "i": int,
+    "s": str,
+    "d": lambda w: getattr(torch, w),
+}
