@@ -13,12 +13,20 @@ from bottleneck_cases import (
     run,
 )
 from lora_cases import LAYOUTS, MIXED, draw, subsets
-from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, scaled, watched
+from triton_cases import (
+    DTYPES,
+    INT32_LIMIT,
+    assert_same_bits_in_any_order,
+    opcheck,
+    scaled,
+    watched,
+)
 
 from lab.eager import EagerTraffic
+from lab.steps import step
 from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.core.launch import Target
-from peftkit_kernels.ops.bottleneck import ACTIVATIONS, triton_impl
+from peftkit_kernels.ops.bottleneck import ACTIVATIONS, schedule
 from peftkit_kernels.ops.bottleneck.config import MAX_BOTTLENECK, BottleneckConfig
 
 
@@ -152,12 +160,10 @@ def test_bytes_are_those_of_the_formula(rank, has_base):
     leaves = make(False, has_base, x=(M, D), rank=rank, dtype=torch.bfloat16)
     h, down, _, up, _, *base = (None if t is None else t.detach() for t in leaves.values())
     (base,) = base or (None,)
-    dy = draw((M, D), h.dtype, torch.Generator().manual_seed(1))
+    call = schedule.Adapter(h, down, None, up, None, base, SCALE, "gelu")
     torch.use_deterministic_algorithms(False)  # filling new memory with NaN is traffic of its own
     with watched() as traffic, EagerTraffic() as torch_ops:
-        _, z = triton_impl.forward(h, down, None, up, None, base, SCALE, "gelu")
-        needs = [True, True, False, True]
-        triton_impl.backward(dy, h, z, down, up, SCALE, "gelu", has_base, needs)
+        z = step(schedule, call).made
     forward, backward = traffic.launches[:2]
     factors = down.nbytes + up.nbytes
     assert forward.total() == (2 + has_base) * h.nbytes + z.nbytes + factors
@@ -193,11 +199,6 @@ def test_few_rows_make_smaller_blocks(M):
 
 def test_opcheck():
     leaves = make(x=(3, 33), dtype=torch.bfloat16, factors=torch.float32)
-    op = torch.ops.peftkit.bottleneck.default
+    tensors = [leaves[name] for name in TRAINED]
     for base in (None, leaves["x"].detach().clone().requires_grad_()):
-        torch.library.opcheck(op, (*(leaves[name] for name in TRAINED), base, SCALE, "gelu"))
-    h, down, _, up, _ = (leaves[name].detach() for name in TRAINED)
-    _, z = triton_impl.forward(h, down, None, up, None, None, SCALE, "silu")
-    for needs in ([True] * 4, [False, True, False, False], [False, False, False, True]):
-        arguments = h, h, z, down, up, SCALE, "silu", False, needs
-        torch.library.opcheck(torch.ops.peftkit.bottleneck_backward.default, arguments)
+        opcheck(schedule, schedule.Adapter(*tensors, base, SCALE, "gelu"))

@@ -164,8 +164,8 @@ def _lora_swiglu_mlp(
 
 
 def _bottleneck(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
+    from peftkit_kernels.ops.bottleneck import schedule
     from peftkit_kernels.ops.bottleneck.config import MAX_BOTTLENECK
-    from peftkit_kernels.ops.bottleneck.triton_impl import backward, forward
 
     (D,), act = sizes.widths(4096), "gelu"
     for R in sorted({rank, min(4 * rank, MAX_BOTTLENECK)}):  # a bottleneck may be wider than a rank
@@ -174,8 +174,7 @@ def _bottleneck(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
         for M in (8192, 1024):
             h = _meta(sizes.rows(M), D, dtype=dtype)
             for base in (None, h):
-                y, z = forward(h, down, bias, up, wide, base, 1.0, act)
-                backward(y, h, z, down, up, 1.0, act, base is not None, [True] * 4)
+                step(schedule, schedule.Adapter(h, down, bias, up, wide, base, 1.0, act))
 
 
 def _frozen_norm(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from peftkit_kernels.core.checks import autocast_dtype
 from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.ops.bottleneck import schedule
 from peftkit_kernels.ops.bottleneck.config import obstacle
 from peftkit_kernels.ops.bottleneck.reference import ACTIVATIONS, bottleneck_reference
-from peftkit_kernels.ops.bottleneck.torch_impl import Bottleneck
-from peftkit_kernels.ops.bottleneck.triton_impl import bottleneck_triton
 
 
 def bottleneck(
@@ -61,9 +60,7 @@ def bottleneck(
     chosen = choose_backend("bottleneck", backend, *tensors, own_obstacle=own)
     if chosen == "reference":
         return bottleneck_reference(h, down, down_bias, up, up_bias, scale, act, base)
-    if chosen == "triton":
-        return bottleneck_triton(*tensors, scale, act)
-    return Bottleneck.apply(*tensors, (scale, act))
+    return schedule.bottleneck(chosen, schedule.Adapter(*tensors, float(scale), act))
 
 
 def _check(
