@@ -8,6 +8,7 @@ from lora_cases import DTYPES, LAYOUTS, MIXED, gradients, subsets
 from lab.testing import Made, kept_for_backward
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.grouped_lora import grouped_lora, plan_groups
+from peftkit_kernels.ops.grouped_lora.torch_passes import tiles_of
 from peftkit_kernels.ops.lora_linear import lora_linear
 
 
@@ -66,12 +67,10 @@ def test_each_subset_of_trained_tensors(trained):
         assert torch.equal(value, every[name]), name
     leaves = make(trained=trained)
     plan = plan_groups(ids, E)
-    with kept_for_backward(*leaves.values()) as kept:
+    with kept_for_backward(*leaves.values(), SCALE, *tiles_of(plan)) as kept:
         out = grouped_lora(leaves["y"], leaves["x"] * 1, leaves["A"], leaves["B"], SCALE, plan)
     assert out.requires_grad
-    tiles = plan.tiles.shape[0]
-    # besides: the scale of every tile
-    expected = 37 * K * ("A" in trained) + tiles * 16 * 4 * ("B" in trained) + tiles
+    expected = 37 * K * ("A" in trained) + plan.tiles.shape[0] * 16 * 4 * ("B" in trained)
     assert kept.total_bytes == 4 * expected
 
 
@@ -164,7 +163,7 @@ def test_modes_repetition_and_refusals():
         assert torch.equal(run(leaves, ids)["out"], first["out"])
     out = grouped_lora(*leaves.values(), SCALE, plan_groups(ids, E))
     (dx,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="GroupedLoRA is once_differentiable"):
+    with pytest.raises(RuntimeError, match="grouped_lora is once_differentiable"):
         dx.sum().backward()
 
 

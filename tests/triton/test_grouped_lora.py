@@ -6,14 +6,16 @@ from grouped_cases import IDS, NAMES, SCALE, E, K, N, bounds, make, output_grad
 from lora_cases import LAYOUTS, MIXED, gradients, subsets
 from lora_cases import draw as draw_like
 from torch.utils.checkpoint import checkpoint
-from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, watched
+from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, opcheck, watched
 
+from lab.steps import step
 from lab.testing import kept_for_backward
 from peftkit_kernels.core.launch import INTERPRETED, recording
-from peftkit_kernels.ops.grouped_lora import grouped_lora, plan_groups, triton_impl
+from peftkit_kernels.core.structure import build, flatten
+from peftkit_kernels.ops.grouped_lora import grouped_lora, passes, plan_groups, schedule
 from peftkit_kernels.ops.grouped_lora import plan as plan_module
 from peftkit_kernels.ops.grouped_lora.config import GroupedShrinkConfig
-from peftkit_kernels.ops.grouped_lora.triton_impl import table_of
+from peftkit_kernels.ops.grouped_lora.passes import table_of
 
 
 def make16(M=37, dtype=torch.bfloat16, **options):
@@ -73,7 +75,7 @@ def test_partial_sums_of_every_pass(monkeypatch):
     """Several segments an adapter, and shares of K."""
     monkeypatch.setattr(plan_module, "segment_rows", lambda M: 16)
     monkeypatch.setattr(
-        triton_impl.GroupedShrinkConfig, "choose", lambda *a, **k: GroupedShrinkConfig(16, 3)
+        passes.GroupedShrinkConfig, "choose", lambda *a, **k: GroupedShrinkConfig(16, 3)
     )
     _, traffic = check(make16(90), IDS["in runs"](90))
     partial = traffic.launches[0].arguments["s_ptr"].store
@@ -135,8 +137,9 @@ def test_bytes_are_those_of_the_formula(M, adapters):
     y, x = draw_like((M, N), dtype, generator), draw_like((M, K), dtype, generator)
     A = draw_like((adapters, R, K), dtype, generator)
     B = draw_like((adapters, N, R), dtype, generator)
+    call = schedule.Grouped(x, y, A, B, torch.ones(adapters), table_of(plan))
     with watched() as traffic, torch.no_grad():
-        triton_impl.forward(y, x, A, B, torch.ones(adapters), *table_of(plan))
+        schedule.forward(schedule.TritonPasses(), call)
     shrink, expand = traffic.launches
     streams = (own * K + 2 * own * R + 3 * R * (K + N) + 2 * M * N) * size
     # rows in their order, read by both passes, by the second those without an adapter too; tiles looked at by both; scales
@@ -149,31 +152,27 @@ def test_bytes_are_those_of_the_formula(M, adapters):
 
 
 def arguments(trained=()):
-    """Of the op, flat; every row has an adapter, since ``s`` of others is memory as it was found."""
+    """Of the schedule; every row has an adapter, since ``s`` of others is memory as it was found."""
     plan = plan_groups(IDS["every row another"](9), E)
-    return (*make16(9, trained=trained).values(), SCALE, *table_of(plan))
+    y, x, A, B = make16(9, trained=trained).values()
+    return schedule.Grouped(x, y, A, B, SCALE, table_of(plan))
 
 
 def test_nothing_waits_for_the_device_and_nothing_grows_with_the_adapters():
     """On meta tensors there is nothing to wait for: reading a number raises."""
     counts = []
     for adapters in (2, 400):
-        values = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments()]
-        values[2], values[3] = (t[:1].expand(adapters, -1, -1) for t in values[2:4])
+        values = flatten(arguments())
+        call = build(values.structure, [t.to("meta") for t in values.tensors])
+        A, B = (t[:1].expand(adapters, -1, -1) for t in (call.A, call.B))
         with recording(INTERPRETED) as launches:
-            out, s = triton_impl.forward(*values)
-            triton_impl.backward(out, values[1], *values[2:4], s, *values[4:], [True] * 3)
+            step(schedule, call._replace(A=A, B=B))
         counts.append(len(launches))
     assert counts[0] == counts[1] == 8
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.peftkit.grouped_lora.default, arguments(trained=NAMES))
-    y, x, A, B, scale, *tables = arguments()
-    dy, s = torch.randn_like(y), torch.randn(9, 4, dtype=x.dtype)
-    op = torch.ops.peftkit.grouped_lora_backward.default
-    for needs in ([True, True, True], [False, True, False], [False, False, True]):
-        torch.library.opcheck(op, (dy, x, A, B, s, scale, *tables, needs))
+    opcheck(schedule, arguments(trained=NAMES))
 
 
 def test_compiled_without_graph_break():

@@ -292,9 +292,10 @@ def _quantized_linear(
 def _grouped_lora(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
+    from peftkit_kernels.ops.grouped_lora import schedule
     from peftkit_kernels.ops.grouped_lora.config import obstacle
+    from peftkit_kernels.ops.grouped_lora.passes import table_of
     from peftkit_kernels.ops.grouped_lora.plan import plan_groups
-    from peftkit_kernels.ops.grouped_lora.triton_impl import backward, forward, table_of
 
     own = factor_dtype or dtype
     E, (N, K) = 32, sizes.widths(4096, 4096)
@@ -305,9 +306,8 @@ def _grouped_lora(
         M = sizes.rows(rows)
         plan = plan_groups(_meta(M, dtype=torch.int64), E, block=block)
         y, x = _meta(M, N, dtype=dtype), _meta(M, K, dtype=dtype)
-        scale, tables = _meta(E, dtype=torch.float32), table_of(plan)
-        out, s = forward(y, x, *factors, scale, *tables)
-        backward(out, x, *factors, s, scale, *tables, [True] * 3)
+        scale = _meta(E, dtype=torch.float32)
+        step(schedule, schedule.Grouped(x, y, *factors, scale, table_of(plan)))
 
 
 def _prefix_attention(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:

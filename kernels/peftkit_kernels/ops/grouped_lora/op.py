@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from peftkit_kernels.core.dispatch import Backend, choose_backend, is_transformed
+from peftkit_kernels.ops.grouped_lora import schedule
 from peftkit_kernels.ops.grouped_lora.config import obstacle
+from peftkit_kernels.ops.grouped_lora.passes import table_of
 from peftkit_kernels.ops.grouped_lora.plan import GroupPlan
 from peftkit_kernels.ops.grouped_lora.reference import grouped_lora_reference
-from peftkit_kernels.ops.grouped_lora.torch_impl import GroupedLoRA
-from peftkit_kernels.ops.grouped_lora.triton_impl import grouped_lora_triton
+from peftkit_kernels.ops.grouped_lora.torch_passes import tiles_of
 
 
 def grouped_lora(
@@ -57,9 +58,8 @@ def grouped_lora(
     empty = plan.ids.numel() == 0
     if chosen == "reference" or empty:
         return grouped_lora_reference(y, x, A, B, scale, plan.ids)
-    if chosen == "triton":
-        return grouped_lora_triton(y, x, A, B, scale, plan)
-    return GroupedLoRA.apply(y, x, A, B, scale, plan)
+    table = table_of(plan) if chosen == "triton" else tiles_of(plan)
+    return schedule.grouped_lora(chosen, schedule.Grouped(x, y, A, B, scale, table))
 
 
 def _check(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, plan: GroupPlan) -> None:

@@ -1,20 +1,15 @@
-"""``grouped_lora`` by Triton kernels, as torch.library ops. The number of launches does not depend on the number of adapters.
-
-The tables of the plan are arguments of the ops; ``Table`` groups them for the functions here.
-"""
+"""The passes over tiles of rows by Triton kernels. The number of launches does not depend on the number of adapters."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peftkit_kernels.core.launch import aligned, cdiv, dot_precision, launch, step_of, target_of
-from peftkit_kernels.core.op import Differentiable, Op
-from peftkit_kernels.low_rank import adapter_dtype, rows, unflatten
+from peftkit_kernels.low_rank import adapter_dtype
 from peftkit_kernels.low_rank.config import block_r
 from peftkit_kernels.low_rank.passes import add_up, readable, sum_tile
 from peftkit_kernels.ops.grouped_lora.config import (
@@ -173,99 +168,3 @@ def grouped_tall(
         num_warps=4,
         num_stages=1,
     )
-
-
-def forward(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *tables: Any
-) -> tuple[Tensor, Tensor]:
-    """The output of ``grouped_lora``, ``[..., N]``, and ``s = A[e] x[m]``, ``[M, R]``; ``tables`` are those of ``Table``."""
-    table = Table(*tables)
-    s = grouped_shrink(rows(x), A, None, table)
-    return unflatten(grouped_expand(s, B, scale, rows(y), table, y.dtype), y.shape), s
-
-
-def _empty_outputs(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *tables: Any
-) -> tuple[Tensor, Tensor]:
-    s = x.new_empty(x.shape[:-1].numel(), A.shape[1], dtype=adapter_dtype(x, A))
-    return y.new_empty(y.shape), s
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    s: Tensor | None,
-    scale: Tensor,
-    *tables_and_needs: Any,
-) -> list[Tensor]:
-    """Those of ``dx``, ``dA`` and ``dB`` that are needed. dA needs ``x``, and dB needs ``s``."""
-    *tables, needs = tables_and_needs
-    table, flat = Table(*tables), rows(dy)
-    needs_x, needs_A, needs_B = needs
-    dx = dA = dB = None
-    if needs_x or needs_A:
-        ds = grouped_shrink(flat, B.transpose(1, 2), scale, table)
-        if needs_x:
-            dx = grouped_expand(ds, A.transpose(1, 2), None, None, table, dy.dtype)
-            dx = unflatten(dx, dy.shape)
-        if needs_A and x is not None:
-            dA = A.new_empty(A.shape)
-            grouped_tall(rows(x), ds, None, dA, table)
-    if needs_B and s is not None:
-        dB = B.new_empty(B.shape)
-        grouped_tall(flat, s, scale, dB.transpose(1, 2), table)
-    return [grad for grad in (dx, dA, dB) if grad is not None]
-
-
-def _like_grads(
-    dy: Tensor, x: Tensor | None, A: Tensor, B: Tensor, s: Tensor | None, *rest: Any
-) -> list[Tensor]:
-    needs: Sequence[bool] = rest[-1]
-    dx = dy.new_empty(*dy.shape[:-1], A.shape[2])
-    grads = dx, A.new_empty(A.shape), B.new_empty(B.shape)
-    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
-
-
-_TABLES = (
-    "Tensor order, Tensor tiles, Tensor adapted, Tensor segments, Tensor first_segment, int block"
-)
-
-
-def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _, x, A, B, scale, *tables, block = inputs
-    kept = x if A.requires_grad else None, A, B, output[1] if B.requires_grad else None
-    ctx.save_for_backward(*kept, scale, *tables)
-    ctx.block = block
-
-
-def _backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
-    needs_y, *wanted = needs
-    found = iter(())
-    if any(wanted):
-        found = iter(_backward_op(dy, *ctx.saved_tensors, ctx.block, wanted))
-    dx, dA, dB = (next(found) if needed else None for needed in wanted)
-    return dy if needs_y else None, dx, dA, dB
-
-
-_forward_op = Op(
-    "grouped_lora",
-    f"(Tensor y, Tensor x, Tensor A, Tensor B, Tensor scale, {_TABLES}) -> (Tensor, Tensor)",
-    forward,
-    _empty_outputs,
-)
-_op = Differentiable(_forward_op, ("y", "x", "A", "B"), _keep, _backward)
-_backward_op = Op(
-    "grouped_lora_backward",
-    f"(Tensor dy, Tensor? x, Tensor A, Tensor B, Tensor? s, Tensor scale, {_TABLES}, bool[] needs) -> Tensor[]",
-    backward,
-    _like_grads,
-)
-
-
-def grouped_lora_triton(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Tensor, plan: GroupPlan
-) -> Tensor:
-    """As ``grouped_lora_reference``, for a plan with rows."""
-    return _op(y, x, A, B, scale, *table_of(plan))
