@@ -182,7 +182,7 @@ def test_second_derivative_raises():
     leaves, _ = make(SHAPES["native"])
     out = prefix_attention(*(leaves[name] for name in NAMES), 0.3)
     (dq,) = torch.autograd.grad(out.square().sum(), leaves["q"], create_graph=True)
-    with pytest.raises(RuntimeError, match="PrefixAttention is once_differentiable"):
+    with pytest.raises(RuntimeError, match="prefix_attention is once_differentiable"):
         dq.sum().backward()
 
 

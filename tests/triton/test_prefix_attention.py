@@ -9,13 +9,22 @@ from attention_bounds import exact
 from lora_cases import subsets
 from prefix_cases import MASKS, NAMES, SHAPES, check, make, masking, run
 from torch.utils.checkpoint import checkpoint
-from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, draw, watched
+from triton_cases import (
+    DTYPES,
+    INT32_LIMIT,
+    assert_same_bits_in_any_order,
+    draw,
+    opcheck,
+    watched,
+)
 
+from lab.steps import step
 from lab.testing import Bound, Made, kept_for_backward
 from peftkit_kernels.core.launch import INTERPRETED, recording
-from peftkit_kernels.ops.prefix_attention import prefix_attention, triton_impl
+from peftkit_kernels.ops.prefix_attention import prefix_attention, schedule
 from peftkit_kernels.ops.prefix_attention.config import MergeConfig
-from peftkit_kernels.ops.prefix_attention.triton_impl import add_gated, gate_grad, merge
+from peftkit_kernels.ops.prefix_attention.flash import Pass
+from peftkit_kernels.ops.prefix_attention.passes import add_gated, gate_grad, merge
 
 B, S, H, D = 2, 21, 3, 20
 EXP2_ULPS, LOG2_ULPS, DIVIDE_ULPS = 2.0, 2.0, 2.0
@@ -168,8 +177,9 @@ def test_the_cache_is_not_copied():
     shape = (1, 4, 2, 1, 512, 16, 32)
     leaves, _ = make(shape, trained=())
     torch.use_deterministic_algorithms(False)  # filling new memory with NaN returns it once more
+    call = schedule.Prefixed(*(leaves[name] for name in NAMES), None, None, 0.3, False)
     with Made(*leaves.values()) as made:
-        triton_impl.forward(*(leaves[name] for name in NAMES), None, None, 0.3, False)
+        schedule.forward(schedule.TritonPasses(), call)
     # the output is the largest
     assert made.largest_bytes == 4 * 4 * 32
 
@@ -185,30 +195,21 @@ def test_the_passes_of_a_gpu_take_the_tensors_as_they_are(S, gated):
 
     cache = [meta(B, G, 4 * T, D)[:, :, :T] for _ in range(2)]
     q, prefix, gate = meta(B, S, H, D).transpose(1, 2), [meta(G, P, D) for _ in range(2)], meta(H)
-    tensors = (q, *cache, *prefix, gate if gated else None, None)
+    tensors = (q, *cache, *prefix, gate if gated else None)
     with recording(INTERPRETED) as launches, Made(*cache) as made:
-        out, kept = triton_impl.forward(*tensors, 0.3, S > 1)
-        grads = triton_impl.backward(out, *tensors, kept if gated else [out, *kept], 0.3, S > 1)
+        out, _, grads = step(schedule, schedule.Prefixed(*tensors, None, 0.3, S > 1))
     assert out.shape == (B, S, H, D)
-    assert [grad.shape for grad in grads] == [t.shape for t in tensors if t is not None]
+    for grad, t in zip(grads, tensors, strict=True):
+        assert grad is t is None or grad.shape == t.shape
     assert len(launches) == 1 + gated
     assert made.calls
 
 
-def op_arguments(gated, trained=()):
-    leaves, dout = make((2, 4, 2, 3, 3, 2, 4), torch.bfloat16, gated, torch.float32, trained)
-    tensors = [leaves[name] for name in NAMES]
-    return (*tensors, leaves.get("gate"), None), dout
-
-
 @gating
 def test_opcheck(gated):
-    tensors, dout = op_arguments(gated, (*NAMES, "gate"))
-    torch.library.opcheck(torch.ops.peftkit.prefix_attention.default, (*tensors, 0.5, True))
-    tensors, dout = op_arguments(gated)
-    out, kept = triton_impl.forward(*tensors, 0.5, True)
-    arguments = (dout, *tensors, kept if gated else [out, *kept], 0.5, True)
-    torch.library.opcheck(torch.ops.peftkit.prefix_attention_backward.default, arguments)
+    leaves, _ = make((2, 4, 2, 3, 3, 2, 4), torch.bfloat16, gated, torch.float32)
+    tensors = [leaves[name] for name in NAMES]
+    opcheck(schedule, schedule.Prefixed(*tensors, leaves.get("gate"), None, 0.5, True))
 
 
 @gating
@@ -271,5 +272,5 @@ def test_what_triton_cannot_compute_is_refused_by_name():
 )
 def test_obstacles_on_a_gpu_are_sentences(dtype, D, mask, sentence):
     q = torch.empty(1, 2, 3, D, dtype=dtype, device="meta")
-    found = triton_impl.Pass(0.3, False, None if mask is None else torch.ones(1)).obstacle(q)
+    found = Pass(0.3, False, None if mask is None else torch.ones(1)).obstacle(q)
     assert found is None if sentence is None else re.search(sentence, found)

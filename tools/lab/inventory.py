@@ -311,7 +311,7 @@ def _grouped_lora(
 
 
 def _prefix_attention(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
-    from peftkit_kernels.ops.prefix_attention.triton_impl import add_gated, gate_grad, merge
+    from peftkit_kernels.ops.prefix_attention.passes import add_gated, gate_grad, merge
 
     del rank
     H = 32

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from peftkit_kernels.core.checks import autocast_dtype, without_autocast
 from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.ops.prefix_attention import schedule
 from peftkit_kernels.ops.prefix_attention.flash import Pass
 from peftkit_kernels.ops.prefix_attention.reference import prefix_attention_reference
-from peftkit_kernels.ops.prefix_attention.torch_impl import PrefixAttention
-from peftkit_kernels.ops.prefix_attention.triton_impl import prefix_attention_triton
 
 
 def prefix_attention(
@@ -71,9 +70,8 @@ def prefix_attention(
         return prefix_attention_reference(
             q, k, v, prefix_k, prefix_v, scale, causal=causal, mask=mask, gate=gate
         )
-    if chosen == "triton":
-        return prefix_attention_triton(*tensors, scale, causal)
-    return PrefixAttention.apply(*tensors, scale, causal)
+    call = schedule.Prefixed(*tensors, float(scale), bool(causal))
+    return schedule.prefix_attention(chosen, call)
 
 
 def _obstacle(chosen: str, q: Tensor, k: Tensor, prefix_k: Tensor) -> str | None:
