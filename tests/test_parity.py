@@ -14,16 +14,16 @@ from peftkit_kernels.ops.attention.torch_impl import Attention
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CALLS = {
-    "llama": {"lora_qkv": 2, "lora_linear": 2, "lora_swiglu_mlp": 2, "FrozenRMSNorm": 5},
-    "qwen3": {"lora_qkv": 2, "lora_linear": 2, "lora_swiglu_mlp": 2, "FrozenRMSNorm": 9},
-    "gemma3": {"lora_qkv": 2, "lora_linear": 2, "lora_swiglu_mlp": 2, "FrozenRMSNorm": 13},
-    "mistral": {"lora_qkv": 2, "lora_linear": 2, "lora_swiglu_mlp": 2, "FrozenRMSNorm": 5},
-    "gpt2": {"lora_linear": 8, "FrozenLayerNorm": 5},
-    "opt": {"lora_qkv": 2, "lora_linear": 6, "FrozenLayerNorm": 5},
-    "phi3": {"lora_linear": 4, "lora_swiglu_mlp": 2, "FrozenRMSNorm": 5},
-    "bert": {"lora_qkv": 2, "lora_linear": 7, "FrozenLayerNorm": 5},
-    "t5": {"lora_qkv": 6, "lora_linear": 20, "FrozenRMSNorm": 12},
-    "vit": {"lora_qkv": 2, "lora_linear": 6, "FrozenLayerNorm": 5},
+    "llama": {"lora_qkv": 2, "lora_linear": 2, "lora_swiglu_mlp": 2, "frozen_rms_norm": 5},
+    "qwen3": {"lora_qkv": 2, "lora_linear": 2, "lora_swiglu_mlp": 2, "frozen_rms_norm": 9},
+    "gemma3": {"lora_qkv": 2, "lora_linear": 2, "lora_swiglu_mlp": 2, "frozen_rms_norm": 13},
+    "mistral": {"lora_qkv": 2, "lora_linear": 2, "lora_swiglu_mlp": 2, "frozen_rms_norm": 5},
+    "gpt2": {"lora_linear": 8, "frozen_layer_norm": 5},
+    "opt": {"lora_qkv": 2, "lora_linear": 6, "frozen_layer_norm": 5},
+    "phi3": {"lora_linear": 4, "lora_swiglu_mlp": 2, "frozen_rms_norm": 5},
+    "bert": {"lora_qkv": 2, "lora_linear": 7, "frozen_layer_norm": 5},
+    "t5": {"lora_qkv": 6, "lora_linear": 20, "frozen_rms_norm": 12},
+    "vit": {"lora_qkv": 2, "lora_linear": 6, "frozen_layer_norm": 5},
 }
 """Calls of each op in one forward: none of these models may run PEFT's own forward anywhere."""
 

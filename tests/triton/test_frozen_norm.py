@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from lora_cases import LAYOUTS, draw
 from norm_cases import EPS, KINDS, RMS, apply, bounds, make
-from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, watched
+from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, opcheck, watched
 
 from lab.eager import EagerTraffic
 from lab.testing import kept_for_backward
@@ -13,9 +13,10 @@ from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.frozen_norm import (
     frozen_layer_norm,
     frozen_rms_norm,
+    passes,
     rms_norm_reference,
-    triton_impl,
 )
+from peftkit_kernels.ops.frozen_norm import schedule as steps
 from peftkit_kernels.ops.frozen_norm.config import MAX_WIDTH, NormConfig
 from peftkit_kernels.ops.lora_linear import lora_linear
 
@@ -95,14 +96,12 @@ def test_residuals_are_added_in_the_same_pass(dtype, width):
     residual = wide.copy_(draw((2, 17, width), dtype, generator))
     total = x.detach().clone()
     with watched(int32_limit=INT32_LIMIT) as traffic:
-        y, rstd = triton_impl.rms_forward_of_sum(total, residual, weight, EPS, 0.5, True)
-        dx = triton_impl.backward(dy, total, weight, None, rstd, 0.5, residual=residual)
+        y, rstd = passes.rms_forward_of_sum(total, residual, weight, EPS, 0.5, True)
+        dx = passes.backward(dy, total, weight, None, rstd, 0.5, residual=residual)
     assert torch.equal(total, x.detach() + residual)
-    plain, rstd = triton_impl.rms_forward(total, weight, EPS, 0.5, True)
+    plain, rstd = passes.rms_forward(total, weight, EPS, 0.5, True)
     assert torch.equal(y, plain)
-    exact = triton_impl.backward(
-        *(dy.double().float(), total.float(), weight.float(), None, rstd, 0.5)
-    )
+    exact = passes.backward(*(dy.double().float(), total.float(), weight.float(), None, rstd, 0.5))
     expected = exact.double() + residual.double()
     eps = torch.finfo(dtype).eps
     assert ((dx.double() - expected).abs() <= 0.51 * eps * expected.abs() + 1e-5).all()
@@ -208,12 +207,9 @@ def test_agrees_with_torchs_own(kind):
 
 
 def test_opcheck():
-    x, weight, bias, dy = make((3, 33), torch.bfloat16)
-    ops = torch.ops.peftkit
-    torch.library.opcheck(ops.frozen_rms_norm.default, (x, weight, EPS, 1.0, False))
-    torch.library.opcheck(ops.frozen_rms_norm.default, (x, weight.float(), EPS, 0.0, True))
-    torch.library.opcheck(ops.frozen_layer_norm.default, (x, weight, bias, EPS))
-    x, (_, mean, rstd) = x.detach(), triton_impl.layer_forward(x, weight, bias, EPS)
-    for kept in (None, mean):
-        arguments = dy, x, weight, kept, rstd, 0.0
-        torch.library.opcheck(ops.frozen_norm_backward.default, arguments)
+    x, weight, bias, _ = make((3, 33), torch.bfloat16)
+    for parameter, *numbers in ((weight, 1.0, False), (weight.float(), 0.0, True)):
+        call = steps.RMSNorm(x, parameter, EPS, *numbers)
+        opcheck(steps, call, steps.frozen_rms_norm)
+    for own in (bias, None):
+        opcheck(steps, steps.LayerNorm(x, weight, own, EPS), steps.frozen_layer_norm)

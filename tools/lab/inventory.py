@@ -179,7 +179,7 @@ def _bottleneck(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 
 def _frozen_norm(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.ops.frozen_norm.config import MAX_WIDTH, obstacle
-    from peftkit_kernels.ops.frozen_norm.triton_impl import (
+    from peftkit_kernels.ops.frozen_norm.passes import (
         backward,
         layer_forward,
         rms_forward,

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 from torch import Tensor
 
 from peftkit_kernels.core import recompute
-from peftkit_kernels.core.autograd import run
 from peftkit_kernels.core.dispatch import Backend, choose_backend, is_transformed
+from peftkit_kernels.core.schedule import Schedule
+from peftkit_kernels.ops.frozen_norm import schedule
 from peftkit_kernels.ops.frozen_norm.config import obstacle
 from peftkit_kernels.ops.frozen_norm.reference import layer_norm_reference, rms_norm_reference
-from peftkit_kernels.ops.frozen_norm.torch_impl import (
-    FrozenLayerNorm,
-    FrozenRMSNorm,
-    layer_norm_forward,
-    rms_norm_forward,
-)
-from peftkit_kernels.ops.frozen_norm.triton_impl import (
-    frozen_layer_norm_triton,
-    frozen_rms_norm_triton,
-    layer_norm_op,
-    rms_norm_op,
-)
+from peftkit_kernels.ops.frozen_norm.schedule import LayerNorm, RMSNorm
 
 
 def frozen_rms_norm(
@@ -52,18 +45,8 @@ def frozen_rms_norm(
     chosen = _choose("frozen_rms_norm", backend, x, weight)
     if chosen == "reference":
         return rms_norm_reference(x, weight, eps, offset=offset, round_first=round_first)
-    numbers = eps, offset, round_first
-    if chosen == "triton":
-        forward, y = rms_norm_op, frozen_rms_norm_triton(x, weight, *numbers)
-    else:
-        forward, y = rms_norm_forward, run(FrozenRMSNorm, x, weight, *numbers)
-    if is_transformed():
-        return y
-
-    def make(x: Tensor, weight: Tensor) -> Tensor:
-        return forward(x, weight, *numbers)[0]
-
-    return recompute.tag(y, make, x, weight)
+    tensors = x, weight
+    return _run(schedule.frozen_rms_norm, chosen, RMSNorm, tensors, eps, offset, round_first)
 
 
 def frozen_layer_norm(
@@ -89,22 +72,30 @@ def frozen_layer_norm(
     chosen = _choose("frozen_layer_norm", backend, x, weight, bias)
     if chosen == "reference":
         return layer_norm_reference(x, weight, bias, eps)
-    if chosen == "triton":
-        forward, y = layer_norm_op, frozen_layer_norm_triton(x, weight, bias, eps)
-    else:
-        forward, y = layer_norm_forward, run(FrozenLayerNorm, x, weight, bias, eps)
-    if is_transformed():
-        return y
-
-    def make(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return forward(x, weight, bias, eps)[0]
-
-    return recompute.tag(y, make, x, weight, bias)
+    return _run(schedule.frozen_layer_norm, chosen, LayerNorm, (x, weight, bias), eps)
 
 
-def _choose(op: str, backend: Backend, x: Tensor, *parameters: Tensor | None) -> str:
+def _choose(
+    op: str, backend: Backend, x: Tensor, *parameters: Tensor | None
+) -> Literal["reference", "torch", "triton"]:
     own = obstacle(op, x.shape[-1])
     return choose_backend(op, backend, x, *parameters, has_dot=False, own_obstacle=own)
+
+
+def _run(
+    op: Schedule,
+    chosen: Literal["torch", "triton"],
+    kind: type[RMSNorm | LayerNorm],
+    tensors: Sequence[Tensor | None],
+    *numbers: float,
+) -> Tensor:
+    """The normalised rows, tagged with the function that computes them."""
+
+    def compute(*tensors: Tensor | None) -> Tensor:
+        return op(chosen, kind(*tensors, *numbers))  # pyright: ignore[reportArgumentType]
+
+    y = compute(*tensors)
+    return y if is_transformed() else recompute.tag(y, compute, *tensors)  # pyright: ignore[reportArgumentType]
 
 
 def _check(x: Tensor, parameter: Tensor, name: str = "weight") -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftkit_kernels.core.schedule import Schedule
 from peftkit_kernels.ops.attention import causal
-from peftkit_kernels.ops.frozen_norm import triton_impl as norm
+from peftkit_kernels.ops.frozen_norm import passes as norm
 from peftkit_kernels.ops.lora_decoder_layer.passes import HeadNorms, rotate, rotate_back_
 from peftkit_kernels.ops.lora_decoder_layer.reference import Norm
 from peftkit_kernels.ops.lora_linear import schedule as linear

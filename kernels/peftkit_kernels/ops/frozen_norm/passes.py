@@ -1,16 +1,14 @@
-"""The frozen norms by one Triton kernel each way, as torch.library ops: traceable, and differentiable once."""
+"""Launches of the norms' kernels, one each way."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftkit_kernels.core.launch import aligned, cdiv, launch
-from peftkit_kernels.core.op import Differentiable, Op
 from peftkit_kernels.low_rank import rows
 from peftkit_kernels.low_rank.passes import readable
 from peftkit_kernels.ops.frozen_norm.config import NormConfig
@@ -27,7 +25,7 @@ def rms_forward(
     x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor]:
     """``y`` as ``rms_norm_reference`` defines it and ``rstd = rsqrt(mean(x²) + eps)``, ``Float32[M]``."""
-    y, rstd = x.new_empty(x.shape, dtype=_rms_dtype(x, weight, round_first)), _numbers(x)
+    y, rstd = rms_like(x, weight, round_first)
     _launch_forward(x, weight, None, y, None, rstd, eps, offset, round_first)
     return y, rstd
 
@@ -36,22 +34,29 @@ def rms_forward_of_sum(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
 ) -> tuple[Tensor, Tensor]:
     """``rms_forward`` of ``x + residual``, which is rounded and written over ``x``, contiguous."""
-    y, rstd = x.new_empty(x.shape, dtype=_rms_dtype(x, weight, round_first)), _numbers(x)
+    y, rstd = rms_like(x, weight, round_first)
     _launch_forward(x, weight, None, y, None, rstd, eps, offset, round_first, residual)
     return y, rstd
 
 
-def _rms_dtype(x: Tensor, weight: Tensor, round_first: bool) -> torch.dtype:
-    return torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
+def rms_like(x: Tensor, weight: Tensor, round_first: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised results of ``rms_forward``."""
+    dtype = torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
+    return x.new_empty(x.shape, dtype=dtype), _numbers(x)
 
 
 def layer_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y`` as ``layer_norm_reference`` defines it, mean and ``rstd = rsqrt(var + eps)``, ``Float32[M]`` each."""
-    y, mean, rstd = x.new_empty(x.shape), _numbers(x), _numbers(x)
+    y, mean, rstd = layer_like(x)
     _launch_forward(x, weight, bias, y, mean, rstd, eps, 0.0, False)
     return y, mean, rstd
+
+
+def layer_like(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised results of ``layer_forward``."""
+    return x.new_empty(x.shape), _numbers(x), _numbers(x)
 
 
 def _numbers(x: Tensor) -> Tensor:
@@ -129,60 +134,3 @@ def backward(
             num_stages=1,
         )
     return dx
-
-
-def _rms_like(
-    x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=_rms_dtype(x, weight, round_first)), _numbers(x)
-
-
-def _layer_like(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), _numbers(x), _numbers(x)
-
-
-def _grad_like(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _keep_rms(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, ctx.offset, _ = inputs
-    ctx.save_for_backward(x, weight, output[1])
-
-
-def _keep_layer(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, _, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, mean, rstd)
-
-
-def _rms_backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor]:
-    x, weight, rstd = ctx.saved_tensors
-    return (_backward_op(dy, x, weight, None, rstd, ctx.offset),)
-
-
-def _layer_backward(ctx: Any, needs: Sequence[bool], dy: Tensor) -> tuple[Tensor]:
-    x, weight, mean, rstd = ctx.saved_tensors
-    return (_backward_op(dy, x, weight, mean, rstd, 0.0),)
-
-
-rms_norm_op = Op(
-    "frozen_rms_norm",
-    "(Tensor x, Tensor weight, float eps, float offset, bool round_first) -> (Tensor, Tensor)",
-    rms_forward,
-    _rms_like,
-)
-frozen_rms_norm_triton = Differentiable(rms_norm_op, ("x",), _keep_rms, _rms_backward)
-layer_norm_op = Op(
-    "frozen_layer_norm",
-    "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
-    layer_forward,
-    _layer_like,
-)
-frozen_layer_norm_triton = Differentiable(layer_norm_op, ("x",), _keep_layer, _layer_backward)
-_backward_op = Op(
-    "frozen_norm_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor? mean, Tensor rstd, float offset) -> Tensor",
-    backward,
-    _grad_like,
-)
