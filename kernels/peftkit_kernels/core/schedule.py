@@ -259,7 +259,7 @@ class Schedule:
         ) -> list[Tensor]:
             arguments = tensors, seeds, decode(structure, numbers)
             results, made = run(self._triton_passes, *arguments)
-            seen: set[int] = set()
+            seen = {t.untyped_storage()._cdata for t in tensors}
             return [_own(t, seen) for t in self._new(structure, tensors, results, made.value)]
 
         def fake(
@@ -427,9 +427,11 @@ def _pairs(trained: Any, grads: Any) -> list[Any]:
 
 
 def _own(t: Tensor, seen: set[int]) -> Tensor:
-    """``t``, or a copy of it if it shares memory with an earlier result: torch.library demands results that share none."""
+    """``t``, or a copy: of what shares memory with an argument or an earlier result, which torch.library forbids; and of what does
+    not start where its storage starts, as the uninitialised results do.
+    """
     storage = t.untyped_storage()._cdata
-    if storage in seen:
+    if storage in seen or t.storage_offset():
         return t.clone()
     seen.add(storage)
     return t
