@@ -488,6 +488,7 @@ class Plans:
         kinds: The kind of each of its arguments.
         otherwise: Computes the same if a tensor is a subclass, which may need its own code: kernels read plain memory.
         looks_at_storage: Numbers of the arguments of which the schedule asks whether they are parts of one buffer.
+        buffers: If the first argument is the list of all tensors, their places in it, from the last argument.
     """
 
     def __init__(
@@ -497,9 +498,11 @@ class Plans:
         *,
         otherwise: Callable[..., Any] | None = None,
         looks_at_storage: Sequence[int] = (),
+        buffers: Callable[[Any], Sequence[int]] | None = None,
     ):
         self._otherwise = otherwise or schedule
         self._schedule, self._kinds, self._looks_at_storage = schedule, kinds, looks_at_storage
+        self._buffers = buffers
         self._plans: dict[tuple, Callable[..., Any]] = {}
         self.sources: dict[tuple, str] = {}
         """The source code of each plan, for people."""
@@ -525,9 +528,17 @@ class Plans:
 
     def _signature_of(self, args: Sequence[Any]) -> tuple:
         signature = self._signature(*args)
+        watched = self._watched(args)
+        return (*signature, _pattern(watched)) if len(watched) > 1 else signature
+
+    def _watched(self, args: Sequence[Any]) -> Sequence[Tensor]:
+        """The tensors of which the schedule asks whether they are parts of one buffer."""
+        if self._buffers is not None:
+            tensors = args[0]
+            return [tensors[i] for i in self._buffers(args[-1])]
         if not self._looks_at_storage:
-            return signature
-        return *signature, _pattern([args[i] for i in self._looks_at_storage])
+            return ()
+        return [t for i in self._looks_at_storage for t in tree_leaves(args[i]) if t is not None]
 
     def _record(self, signature: tuple, args: Sequence[Any]) -> Any:
         inputs: dict[str, Tensor] = {}
@@ -543,7 +554,7 @@ class Plans:
         tensors = list(inputs.values())
         if any(type(t) not in _PLAIN for t in tensors):
             return self._otherwise(*args)
-        watched = {id(t) for i in self._looks_at_storage for t in tree_leaves(args[i])}
+        watched = set(map(id, self._watched(args)))
         if any(not t.numel() for t in tensors) or _overlap(
             [t for t in tensors if id(t) not in watched]
         ):
@@ -623,14 +634,8 @@ def _signature_function(kinds: Sequence[Kind]) -> Callable[..., tuple]:
     )
 
 
-def _pattern(arguments: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+def _pattern(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
     """For each tensor the first one in the same storage, and its place in that if it is shared; empty if no storage is."""
-    tensors = [
-        t
-        for argument in arguments
-        for t in (argument if isinstance(argument, (list, tuple)) else (argument,))
-        if isinstance(t, Tensor)
-    ]
     storages = [_storage(t) for t in tensors]
     if len(set(storages)) == len(storages):
         return ()

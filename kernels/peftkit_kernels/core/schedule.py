@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -60,7 +61,8 @@ class Schedule:
         like_grads: ``like_grads(kept, grads, needs)`` is the result of ``backward``, uninitialised.
         tuples: The classes of the named tuples.
         outputs: ``outputs(call)`` is the number of results if the result is a tuple.
-        looks_at_storage: Whether the schedule asks whether tensors are parts of one buffer.
+        buffers: ``buffers(call)`` and ``buffers(kept)`` are the frozen tensors of which the schedule asks whether they are parts of one
+            buffer. It may also ask that of the gradients of several results.
     """
 
     def __init__(
@@ -77,12 +79,12 @@ class Schedule:
         like_grads: Callable[..., Any],
         tuples: Sequence[type],
         outputs: Callable[[Any], int] | None = None,
-        looks_at_storage: bool = False,
+        buffers: Callable[[Any], Sequence[Any]] | None = None,
     ):
         self.name = name
         self._forward, self._keep, self._backward = forward, keep, backward
         self._trained, self._like, self._like_grads = trained, like, like_grads
-        self._outputs = outputs
+        self._outputs, self._buffers = outputs, buffers
         register_tuples(*tuples)
         self._structures: dict[str, tuple[Structure, tuple[int | None, ...]]] = {}
         """Of the results of a torch.library op, by the text of the structure of its arguments: their structure, and for each of
@@ -96,7 +98,7 @@ class Schedule:
                 functools.partial(run, triton_passes),
                 _KINDS,
                 otherwise=functools.partial(self._by_library, op),
-                looks_at_storage=(0,) if looks_at_storage else (),
+                buffers=None if buffers is None else self._buffer_places,
             )
             for run, op in runs
         )
@@ -168,6 +170,16 @@ class Schedule:
             return _zeros(self._like_grads(kept, grads, needs))
         found = flatten(self._backward(passes(), kept, grads, needs))
         return found.tensors, Constant(found.structure)
+
+    @_cached
+    def _buffer_places(self, structure: Structure) -> tuple[int, ...]:
+        """The places of the tensors, among those of a forward's or a backward's arguments, that may be parts of one buffer."""
+        assert self._buffers is not None
+        arguments = build_slots(structure)
+        if type(arguments) is not Backward:
+            return tuple(map(int, flatten(list(self._buffers(arguments))).tensors))
+        grads = arguments.grads if isinstance(arguments.grads, tuple) else ()
+        return tuple(map(int, flatten([*self._buffers(arguments.kept), *grads]).tensors))
 
     @_cached
     def facts_of(self, structure: Structure) -> _Facts:
@@ -331,7 +343,8 @@ class Backward(NamedTuple):
 register_tuples(Backward)
 
 
-class _Facts(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Facts:
     """What is known of all calls of one structure.
 
     Attributes:
@@ -347,7 +360,8 @@ class _Facts(NamedTuple):
     x: int
 
 
-class _Kept(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Kept:
     """What is kept of a call for its backward.
 
     Attributes:

@@ -92,6 +92,7 @@ _codecs: dict[type, Codec] = {}
 _classes: dict[str, type] = {"builtins.list": list, "builtins.tuple": tuple}
 _TENSOR = ...
 """Stands for a tensor in a structure."""
+_TENSORS = frozenset((Tensor, torch.nn.Parameter, Slot))
 _NUMBERS = frozenset((type(None), bool, int, float, str, torch.dtype))
 
 
@@ -122,19 +123,30 @@ def _part(value: Any, tensors: list[Any], seeds: list[Any]) -> Any:
     kind = type(value)
     if kind in _NUMBERS:
         return value
-    if kind is _Unbuilt:
-        tensors += value.tensors
-        return value.kind, len(value.tensors), 0, value.rest
     codec = _codecs.get(kind)
     if codec is not None:
         own, own_seeds, rest = codec.part(value)
         tensors += own
         seeds += own_seeds
         return kind, len(own), len(own_seeds), rest
+    if kind is _Unbuilt:
+        tensors += value.tensors
+        return value.kind, len(value.tensors), 0, value.rest
     if isinstance(value, (Tensor, Slot)):
         tensors.append(value)
         return _TENSOR
-    return kind, *[_part(member, tensors, seeds) for member in value]
+    # members of the usual classes are handled here: a call for each of them would double the time
+    parts = [kind]
+    for member in value:
+        own_kind = type(member)
+        if own_kind in _TENSORS:
+            tensors.append(member)
+            parts.append(_TENSOR)
+        elif own_kind in _NUMBERS:
+            parts.append(member)
+        else:
+            parts.append(_part(member, tensors, seeds))
+    return tuple(parts)
 
 
 def build(structure: Structure, tensors: Sequence[Any], seeds: Sequence[Any] = ()) -> Any:

@@ -22,6 +22,7 @@ from peftkit_kernels.ops.lora_linear.schedule import Grads, Linear, Linears
 from peftkit_kernels.ops.lora_linear.triton_passes import joint_like
 from peftkit_kernels.ops.lora_swiglu_mlp import schedule as mlp
 from peftkit_kernels.ops.lora_swiglu_mlp.triton_passes import TritonPasses
+from peftkit_kernels.storage.quantized import Weight
 
 QKV, OUT, MLP = slice(0, 3), slice(3, 4), slice(4, 7)
 """The linears of each part: q, k, v; the output projection; gate, up, down."""
@@ -169,6 +170,12 @@ def backward(P: TritonPasses, kept: Kept, grads: Sequence[Tensor | None], needs:
     )
 
 
+def buffers(part: Layer | Kept) -> Sequence[Weight]:
+    """The weights, as in the schedules of the parts."""
+    linears = part.call.linears if isinstance(part, Kept) else part.linears
+    return [linear.weight for linear in linears]
+
+
 def like(call: Layer) -> tuple[tuple[Tensor, Tensor, Tensor], Made]:
     """Uninitialised results of ``forward``."""
     x, (B, S, _), D = call.x, call.x.shape, call.cos.shape[2]
@@ -235,5 +242,5 @@ lora_decoder_layer = Schedule(
     like_grads=like_grads,
     tuples=(Norm, Layer, Made, Kept),
     outputs=lambda call: 3,
-    looks_at_storage=True,
+    buffers=buffers,
 )

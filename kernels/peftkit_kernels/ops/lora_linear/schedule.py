@@ -119,6 +119,11 @@ def backward(P: Passes, kept: Kept, dys: Sequence[Tensor | None], needs: Grads) 
     return Grads(dx, dbias, dA, dB)
 
 
+def buffers(part: Linears | Kept) -> Sequence[Weight]:
+    """The weights: the backward multiplies those in one buffer as one."""
+    return part.weights if isinstance(part, Kept) else [linear.weight for linear in part.linears]
+
+
 def like(call: Linears) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Uninitialised results of ``forward``."""
     x, M = call.x, call.x.shape[:-1].numel()
@@ -161,5 +166,5 @@ linears = Schedule(
     like_grads=like_grads,
     tuples=(Linear, Linears, Kept, Grads),
     outputs=lambda call: len(call.linears),
-    looks_at_storage=True,
+    buffers=buffers,
 )

@@ -6,6 +6,7 @@ chain rule of ``ops.lora_linear.schedule`` for each of the three linears. ``h`` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from peftkit_kernels.ops.lora_linear.schedule import Grads, Linear, loras_of
 from peftkit_kernels.ops.lora_linear.triton_passes import joint_like
 from peftkit_kernels.ops.lora_swiglu_mlp.torch_passes import TorchPasses
 from peftkit_kernels.ops.lora_swiglu_mlp.triton_passes import TritonPasses, gate_up_like
+from peftkit_kernels.storage.quantized import Weight
 
 Passes = TorchPasses | TritonPasses
 DOWN = 2
@@ -119,6 +121,11 @@ def backward(P: Passes, kept: Kept, dy: Tensor, needs: Grads) -> Grads:
     return Grads(dx, [*outer.bias, dbias], [*outer.A, dA], [*outer.B, dB])
 
 
+def buffers(part: MLP | Kept) -> Sequence[Weight]:
+    """The weights of gate and up, which one product computes if they are in one buffer."""
+    return [linear.weight for linear in part.linears[:DOWN]]
+
+
 def like(call: MLP) -> tuple[Tensor, Made]:
     """Uninitialised results of ``forward``."""
     x, M, loras = call.x, call.x.shape[:-1].numel(), loras_of(call.linears)
@@ -168,5 +175,5 @@ lora_swiglu_mlp = Schedule(
     like=like,
     like_grads=like_grads,
     tuples=(MLP, Made, Kept),
-    looks_at_storage=True,
+    buffers=buffers,
 )
