@@ -22,7 +22,7 @@ from peftkit_kernels.low_rank import LoRA
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LLAMA = {"lora_qkv": 4, "lora_linear": 4, "DoRAScale": 10, "DoRAGate": 2}
+LLAMA = {"lora_qkv": 4, "lora_linear": 4, "dora_scale": 10, "dora_gate": 2}
 """Calls in one forward of two layers: one for q/k/v, one for gate/up, one each for o and down; seven magnitudes per layer."""
 
 
@@ -61,7 +61,7 @@ def test_a_step_equals_pefts(name, monkeypatch):
     with pairs.counted(monkeypatch) as calls:
         grads = compare(plain, fused, name)
     assert any("lora_magnitude_vector" in key for key in grads)
-    assert calls["DoRAScale"] + calls["DoRAGate"] > 0
+    assert calls["dora_scale"] + calls["dora_gate"] > 0
     layers = [m for m in fused.modules() if isinstance(m, FusedLinear)]
     assert calls["peft"] == len(layers), "only the stock model calls it, not the fused one"
     reports = [r for r in explain(fused).layers if r.is_adapter]
@@ -80,7 +80,7 @@ def test_dropout_applies_to_the_same_products_as_in_peft(name, monkeypatch):
     with pairs.counted(monkeypatch) as calls:
         fused(**pairs.inputs(name, torch.float64))
         assert calls["peft"] == 0
-        assert calls["lora_swiglu_mlp"] == calls["DoRAGate"] == 0
+        assert calls["lora_swiglu_mlp"] == calls["dora_gate"] == 0
     torch.testing.assert_close(
         logits(fused.eval(), name), logits(plain.eval(), name), rtol=1e-10, atol=1e-10
     )
@@ -107,7 +107,7 @@ def test_only_some_linears_adapted(targets):
 def test_a_joint_projection_is_split_with_its_magnitude(monkeypatch):
     plain, fused = pair("phi3")
     compare(plain, fused, "phi3")
-    assert counts(monkeypatch, fused, "phi3")["DoRAGate"] == 2
+    assert counts(monkeypatch, fused, "phi3")["dora_gate"] == 2
 
 
 def test_rank_stabilised_and_patterned_adapters():

@@ -14,7 +14,7 @@ from dora_scale_cases import (
     results,
 )
 from lora_cases import LAYOUTS, MIXED, draw, subsets
-from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, watched
+from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, opcheck, watched
 from triton_cases import draw as normal
 
 from lab.case import Sizes
@@ -29,7 +29,9 @@ from peftkit_kernels.ops.dora_scale import (
     Scale,
     dora_gate,
     dora_scale,
-    triton_impl,
+    gate_schedule,
+    passes,
+    schedule,
 )
 from peftkit_kernels.ops.dora_scale.config import BackwardConfig, ForwardConfig
 from peftkit_kernels.ops.lora_linear import lora_linear
@@ -186,7 +188,7 @@ def test_a_gate_adds_up_what_is_trained(trained):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_small_tiles(dtype, monkeypatch):
     """Every loop and every axis of the grid has several, and every sum several parts."""
-    monkeypatch.setattr(triton_impl, "ForwardConfig", lambda: ForwardConfig(8, 32))
+    monkeypatch.setattr(passes, "ForwardConfig", lambda: ForwardConfig(8, 32))
     small = BackwardConfig(8, 32, 32)
     monkeypatch.setattr(BackwardConfig, "choose", lambda *sizes, **options: small)
     launches = check(leaves(dtype, leading=(70,), N=88), int32_limit=INT32_LIMIT)
@@ -364,14 +366,13 @@ def test_a_float64_norm_is_refused_by_name():
 
 def test_opcheck():
     z, magnitude, norm, bias = leaves(torch.bfloat16, torch.float32, (3,)).values()
-    ops, g = torch.ops.peftkit, (magnitude / norm).detach().requires_grad_()
-    torch.library.opcheck(ops.dora_scale.default, (z, g, bias))
-    torch.library.opcheck(ops.dora_scale.default, (z, None, bias.detach()))
-    torch.library.opcheck(ops.dora_gate.default, (z, z, g, None, None, bias, "gelu"))
-    z, g, bias = (t.detach() for t in (z, g, bias))
-    torch.library.opcheck(ops.dora_scale_backward.default, (z, z, g, True))
-    torch.library.opcheck(ops.dora_scale_backward.default, (z, None, g, False))
-    needs = [True, False, True, True]
-    torch.library.opcheck(
-        ops.dora_gate_backward.default, (z, z, z, g, None, bias, bias, "silu", needs)
+    whole, frozen, plain = (
+        Scale(magnitude, norm, bias),
+        Scale(norm, norm, None),
+        Scale(None, None, bias),
     )
+    for scale in (whole, frozen, plain, Scale(None, None, bias.detach()), Scale(None, None, None)):
+        opcheck(schedule, schedule.Scaled(z, scale))
+    up = (z * 2).detach().requires_grad_()
+    for scales in ([whole, plain], [frozen, whole], [plain, Scale(None, None, None)]):
+        opcheck(gate_schedule, gate_schedule.Gate(z, up, scales, "gelu"))

@@ -369,20 +369,20 @@ def _dora(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 
 
 def _dora_scale(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
-    from peftkit_kernels.ops.dora_scale import triton_impl as impl
+    from peftkit_kernels.ops.dora_scale import passes
 
     del rank
     M, (N,) = sizes.rows(), sizes.widths(4096)
     z, bias, g = _meta(M, N, dtype=dtype), _meta(N, dtype=dtype), _meta(N, dtype=torch.float32)
     for added in (bias, None):
-        impl.scale_forward(z, g, added)
+        passes.scale_forward(z, g, added)
     for kept, needs_bias in ((z, True), (z, False), (None, False)):
-        impl.scale_backward(z, kept, g, needs_bias)
+        passes.scale_backward(z, kept, g, needs_bias)
     # trained biases need the most registers, and add the same code to every activation
     for act, added in (("silu", None), ("silu", bias), ("gelu", bias), ("gelu_tanh", bias)):
         tensors = z, z, g, g, added, added, act
-        impl.gate_forward(*tensors)
-        impl.gate_backward(z, *tensors, [True, True, *[added is not None] * 2])
+        passes.gate_forward(*tensors)
+        passes.gate_backward(z, *tensors, [True, True, *[added is not None] * 2])
 
 
 def _lora_decoder_layer(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:

@@ -13,7 +13,7 @@ from peftkit_kernels.core import recompute, workspace
 from peftkit_kernels.core.autograd import once_differentiable
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.low_rank import LoRA, cast, rows, unflatten
-from peftkit_kernels.ops.dora_scale.torch_impl import column_products, scaled
+from peftkit_kernels.ops.dora_scale.torch_passes import column_products, scaled
 from peftkit_kernels.storage.quantized import Weight, decode, dense
 
 _NORM_ROWS = 128

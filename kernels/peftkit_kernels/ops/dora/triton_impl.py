@@ -16,7 +16,7 @@ from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes, rows, un
 from peftkit_kernels.low_rank.config import block_r, looped_ranks
 from peftkit_kernels.ops.dora.config import MagnitudeConfig, NormConfig
 from peftkit_kernels.ops.dora.torch_impl import folds, scaled_weight
-from peftkit_kernels.ops.dora_scale.triton_impl import scale_forward
+from peftkit_kernels.ops.dora_scale.passes import scale_forward
 from peftkit_kernels.ops.lora_linear.triton_passes import project
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight

@@ -9,22 +9,15 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core import recompute
-from peftkit_kernels.core.autograd import run
 from peftkit_kernels.core.dispatch import Backend, choose_backend
-from peftkit_kernels.low_rank import unflatten
+from peftkit_kernels.ops.dora_scale import gate_schedule, schedule
 from peftkit_kernels.ops.dora_scale.reference import (
     Scale,
     dora_gate_reference,
     dora_scale_reference,
 )
-from peftkit_kernels.ops.dora_scale.torch_impl import DoRAGate, DoRAScale, factor, gate_of
-from peftkit_kernels.ops.dora_scale.triton_impl import (
-    dora_gate_triton,
-    dora_scale_triton,
-    gate_forward,
-    obstacle,
-    wide_factor,
-)
+from peftkit_kernels.ops.dora_scale.torch_passes import TorchPasses
+from peftkit_kernels.ops.dora_scale.triton_passes import TritonPasses
 from peftkit_kernels.ops.lora_swiglu_mlp.activation import ACTIVATIONS
 
 
@@ -51,9 +44,7 @@ def dora_scale(z: Tensor, scale: Scale, *, backend: Backend = "auto") -> Tensor:
     chosen = _choose("dora_scale", backend, (z,), (scale,))
     if chosen == "reference":
         return dora_scale_reference(z, scale)
-    if chosen == "triton":
-        return dora_scale_triton(z, wide_factor(scale), scale.bias)
-    return run(DoRAScale, z, *scale)
+    return schedule.dora_scale(chosen, schedule.Scaled(z, scale))
 
 
 def dora_gate(
@@ -92,33 +83,26 @@ def dora_gate(
     chosen = _choose("dora_gate", backend, zs, scales)
     if chosen == "reference":
         return dora_gate_reference(zs, scales, act)
-    magnitudes, norms, biases = zip(*scales, strict=True)
-    if chosen == "triton":
-        gs = [wide_factor(scale) for scale in scales]
-        h = dora_gate_triton(*zs, *gs, *biases, act)
-    else:
-        # a generator, so that the factors are computed only if h is tagged
-        gs = (factor(*pair) for pair in zip(magnitudes, norms, strict=True))
-        h = run(DoRAGate, act, *zs, *magnitudes, *norms, *biases)
+    call = gate_schedule.Gate(*zs, list(scales), act)
+    h, *factors = gate_schedule.dora_gate(chosen, call)
     if not h.requires_grad or torch.compiler.is_compiling():
         return h
-    shape = h.shape
+    # detached, because they are constants for whoever makes h again
+    gs = gate_schedule.factors_of(scales, [g.detach() for g in factors])
+    passes = TritonPasses() if chosen == "triton" else TorchPasses()
 
     def make(*tensors: Tensor | None) -> Tensor:
-        if chosen == "triton":
-            return gate_forward(*tensors, act)
-        return unflatten(gate_of(tensors[:2], tensors[2:4], tensors[4:], act), shape)
+        return passes.gate(tensors[:2], tensors[2:4], tensors[4:], act)  # pyright: ignore[reportArgumentType]
 
-    # detached copies of this forward's factors: an optimiser step changes the magnitudes, but not these
-    return recompute.tag(h, make, *zs, *(None if g is None else g.detach() for g in gs), *biases)
+    # the factors of this forward: an optimiser step changes the magnitudes, but not these
+    return recompute.tag(h, make, *zs, *gs, *(scale.bias for scale in scales))
 
 
 def _choose(
     op: str, backend: Backend, zs: Sequence[Tensor], scales: Sequence[Scale]
 ) -> Literal["reference", "torch", "triton"]:
     tensors = *zs, *(part for scale in scales for part in scale)
-    own = obstacle(scales)
-    return choose_backend(op, backend, *tensors, has_dot=False, own_obstacle=own)
+    return choose_backend(op, backend, *tensors, has_dot=False)
 
 
 def _check(z: Tensor, scale: Scale, name: str) -> None:
