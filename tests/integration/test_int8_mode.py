@@ -23,13 +23,16 @@ def adapters(model):
 def counted(monkeypatch):
     """How often inputs and gradients were quantised."""
     calls = {"quantize_input": 0, "input_grad": 0}
-    for name in calls:
 
-        def count(*args, name=name, run=getattr(products, name)):
+    def counting(name, run):
+        def count(*args):
             calls[name] += 1
             return run(*args)
 
-        monkeypatch.setattr(products, name, count)
+        return count
+
+    for name in calls:
+        monkeypatch.setattr(products, name, counting(name, getattr(products, name)))
     return calls
 
 

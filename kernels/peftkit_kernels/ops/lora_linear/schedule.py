@@ -64,18 +64,19 @@ def loras_of(linears: Sequence[Linear]) -> list[LoRA | None]:
 
 def forward(P: Passes, call: Linears) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """``x Wᵀ + bias + scale · s Bᵀ`` of each linear, and ``s`` of each group of adapters."""
-    weights = [linear.weight for linear in call.linears]
-    s = P.shrinks(rows(call.x), weights, loras_of(call.linears))
-    return outputs(P, call, s), s
+    flat, weights = rows(call.x), [linear.weight for linear in call.linears]
+    s = P.shrinks(flat, weights, loras_of(call.linears))
+    return _outputs(P, call, flat, s), s
 
 
 def outputs(P: Passes, call: Linears, s: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The first result of ``forward``, from the second."""
-    flat, loras = rows(call.x), loras_of(call.linears)
-    ys = [
-        P.project(flat, linear.weight, linear.bias, own, linear.lora)
-        for linear, own in zip(call.linears, P.s_of(s, loras), strict=True)
-    ]
+    return _outputs(P, call, rows(call.x), s)
+
+
+def _outputs(P: Passes, call: Linears, flat: Tensor, s: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    parts = zip(call.linears, P.s_of(s, loras_of(call.linears)), strict=True)
+    ys = [P.project(flat, linear.weight, linear.bias, own, linear.lora) for linear, own in parts]
     return tuple(unflatten(y, call.x.shape) for y in ys)
 
 
