@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peftkit.interop import import_adapter
     from peftkit.loading import load_adapter
     from peftkit.lora_plus import lora_plus_groups
+    from peftkit.merging import merge
     from peftkit.report import Report, explain
     from peftkit.serving import ServingReport, convert_adapter, serving_report
     from peftkit.wrapping import accelerate, restore, wrap
@@ -44,6 +45,7 @@ __all__ = [
     "load_adapter",
     "load_base",
     "lora_plus_groups",
+    "merge",
     "restore",
     "serving_report",
     "wrap",
@@ -69,6 +71,7 @@ _HOME_OF = {
     "load_adapter": "peftkit.loading",
     "load_base": "peftkit.base",
     "lora_plus_groups": "peftkit.lora_plus",
+    "merge": "peftkit.merging",
     "restore": "peftkit.wrapping",
     "serving_report": "peftkit.serving",
     "wrap": "peftkit.wrapping",

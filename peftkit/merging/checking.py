@@ -1,0 +1,64 @@
+"""Run the four models that the certificate compares: base, tuned, the written files, and the rounded base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peftkit.errors import ContractError, listing
+from peftkit.merging.arithmetic import Change, float32_copy
+from peftkit.merging.certificate import Outputs
+from peftkit.merging.probe import Batch, outputs_of
+from peftkit.merging.units import set_enabled
+
+
+def base_outputs(base: Any, batch: Batch, change: Change | None = None) -> Outputs:
+    """Return the outputs of a model without its adapters, with changed weights if ``change`` is given."""
+    copied = float32_copy(base, change)
+    set_enabled(copied, False)
+    return batch.measured(outputs_of(copied, batch))
+
+
+def written_outputs(folder: Path, base: Any, architecture: Any, batch: Batch) -> Outputs:
+    """Load the files that were written, as a user would, and return the outputs.
+
+    Raises:
+        ContractError: transformers misses tensors in the files, or does not use some of them.
+    """
+    with _quiet():
+        loaded, info = architecture.from_pretrained(
+            folder,
+            dtype="auto",
+            device_map=None if base.device.type == "cpu" else {"": base.device},
+            attn_implementation=base.config._attn_implementation,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    problems = {
+        "missing": info.get("missing_keys"),
+        "unexpected": info.get("unexpected_keys"),
+        "of another shape": [key[0] for key in info.get("mismatched_keys") or []],
+    }
+    for problem, keys in problems.items():
+        if keys:
+            raise ContractError(
+                f"transformers cannot load the merged files: {len(keys)} tensors are {problem}:\n{listing(sorted(keys))}\n"
+                "The model in memory differs from what its config describes; correct model.config first."
+            )
+    return batch.measured(outputs_of(float32_copy(loaded), batch))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide transformers' progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
