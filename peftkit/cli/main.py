@@ -13,6 +13,7 @@ from peftkit.cli.convert import convert
 from peftkit.cli.doctor import doctor
 from peftkit.cli.errors import OneLineErrors
 from peftkit.cli.export import export
+from peftkit.cli.merging import merge
 
 app = typer.Typer(
     name="peftkit",
@@ -25,6 +26,7 @@ app.command("check")(check)
 app.command("convert")(convert)
 app.command("doctor")(doctor)
 app.command("export")(export)
+app.command("merge")(merge)
 
 
 def _print_version(wanted: bool) -> None:

@@ -95,7 +95,7 @@ def write_tokenizer(folder: Path, base: Any, tokenizer: Any) -> str:
         raise ValueError(
             f"tokenizer is a {type(tokenizer).__name__}; pass a tokenizer, a processor, or a folder with their files"
         )
-    source = Path(tokenizer) if tokenizer is not None else _folder_of(base)
+    source = Path(tokenizer) if tokenizer is not None else folder_of(base)
     if source is None or not has_tokenizer(source):
         if tokenizer is not None:
             raise ValueError(
@@ -116,7 +116,7 @@ def has_tokenizer(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in _MAIN_FILES)
 
 
-def _folder_of(base: Any) -> Path | None:
+def folder_of(base: Any) -> Path | None:
     """The local folder from which the base model was loaded: a path, or the hub's cache."""
     name = getattr(base.config, "_name_or_path", "") or ""
     if name and Path(name).is_dir():

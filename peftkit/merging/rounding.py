@@ -24,10 +24,10 @@ from peftkit_kernels.storage.nf4.weight import midpoints
 Rounding = Literal["outputs", "nearest"]
 ROUNDINGS: tuple[Rounding, ...] = ("outputs", "nearest")
 
-SWEEPS = 3
+SWEEPS = 2
 """Passes over the columns. Later passes change few values."""
 
-DAMPING = 0.01
+DAMPING = 0.1
 """The factor of ``‖Q - T‖²``, in units of the mean square of the inputs."""
 
 _PANEL = 128
