@@ -125,7 +125,12 @@ def _shared_copy(model: nn.Module) -> nn.Module:
                 raise ContractError(
                     f"the weights of {name} are offloaded or were never loaded; load the whole model on one device to merge it"
                 )
-            memo[id(tensor)] = tensor
+            # another object on the same memory: PEFT's forwards change attributes and versions of parameters
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(tensor.data, False) if is_parameter else tensor.data
+        for tensor in _tensors_in(module.__dict__):
+            # PEFT keeps views of tied factors, which belong to a graph and cannot be copied
+            memo.setdefault(id(tensor), tensor.detach())
         try:
             storage = storage_of(module)
         except ValueError as error:
@@ -133,6 +138,18 @@ def _shared_copy(model: nn.Module) -> nn.Module:
         if storage is not None:
             memo[id(module)] = DecodedLinear(module, storage)
     return copy.deepcopy(model, memo)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested dictionaries and sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) is dict:
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif type(value) in (list, tuple):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 def _use_plain_class(module: nn.Module) -> None:

@@ -181,7 +181,7 @@ class _Job:
         names = sum(1 for _ in self.base.state_dict()) * (2 if self.quantized else 1)
         writer = ShardWriter(folder, limit, names)
         self.state = state = StateWriter(self.base, self.dtype, writer)
-        merger = LayerMerger(state.cast, self.rounding, self.quantized, self.original)
+        merger = LayerMerger(state, self.rounding, self.quantized, self.original)
         waiting = dict(units)
 
         def finish(name: str, call: Call | None) -> None:

@@ -13,7 +13,7 @@ from peftkit.merging.arithmetic import DecodedLinear
 from peftkit.merging.certificate import LayerDifference, recovery_of, relative_error
 from peftkit.merging.probe import Batch
 from peftkit.merging.rounding import Rounding, cast_to_outputs, quantize_to_outputs
-from peftkit.merging.state import require_in_range
+from peftkit.merging.state import StateWriter, require_in_range
 from peftkit.merging.storage import Storage
 from peftkit.merging.units import kind_of, merged_module, plain_copy
 
@@ -47,7 +47,7 @@ class LayerMerger:
 
     def __init__(
         self,
-        cast: Callable[[str, Tensor, bool], Tensor],
+        state: StateWriter,
         rounding: Rounding,
         keep_storage: bool,
         original: WeightOf | None,
@@ -55,12 +55,12 @@ class LayerMerger:
         """Create a merger.
 
         Args:
-            cast: Returns a float32 tensor in the dtype in which it is stored, given its name, and whether it is a parameter.
+            state: Knows the dtype in which each tensor is stored, and which tensors are tied.
             rounding: How quantised weights are rounded.
             keep_storage: Store weights of quantised layers in the storage that the base has.
             original: Returns the original weight of a quantised layer by name, to merge into it instead of the decoded one.
         """
-        self._cast, self._rounding = cast, rounding
+        self._state, self._rounding = state, rounding
         self._keep_storage, self._original = keep_storage, original
 
     def merge(self, name: str, unit: Any, call: Call | None, batch: Batch | None) -> MergedLayer:
@@ -104,8 +104,9 @@ class LayerMerger:
                     value = stored.dense()
                     kinds.append(storage.name)
                 else:
-                    kept = self._cast(full, exact, key in part._parameters)
-                    if key == "weight" and not path:
+                    kept = self._state.cast(full, exact, key in part._parameters)
+                    # tied tensors have to be rounded alike
+                    if key == "weight" and not path and not self._state.is_tied(full):
                         kept = self._round(part, exact, kept, calibration)
                     require_in_range(full, exact, kept)
                     entries[prefix + key] = kept

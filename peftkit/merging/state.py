@@ -59,6 +59,10 @@ class StateWriter:
             target = self._dtype
         return tensor.to(target)
 
+    def is_tied(self, name: str) -> bool:
+        """Whether a tensor of the base model has a second name."""
+        return name in self._tied
+
     def write_layer(self, name: str, entries: dict[str, Tensor]) -> None:
         """Write the tensors of one merged layer. The names of ``entries`` are within the layer."""
         self._write({f"{name}.{key}" if name else key: value for key, value in entries.items()})
