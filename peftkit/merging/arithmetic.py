@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import ContractError
 from peftkit.merging.storage import Storage, storage_of
-from peftkit.merging.units import is_unit, walk
+from peftkit.merging.units import base_module, is_unit, walk
 from peftkit.wrapping import restore
 
 
@@ -78,13 +78,13 @@ def float32_copy(model: nn.Module, change: Change | None = None) -> Any:
         if id(module) in seen:
             continue
         seen.add(id(module))
+        names = _base_names(name, module)
         for part in module.modules() if is_unit(module) else [module]:
             _use_plain_class(part)
-            if change is not None and isinstance(part, DecodedLinear):
-                part.__dict__["decode"] = _Changed(
-                    part.__dict__["decode"], change, f"{name}.weight"
-                )
-        cast = _Cast(name, change)
+            if change is not None and isinstance(part, DecodedLinear) and id(part) in names:
+                decode, full = part.__dict__["decode"], f"{names[id(part)]}.weight"
+                part.__dict__["decode"] = _Changed(decode, change, full)
+        cast = _Cast(names, change)
         if is_unit(module) or _has_large_weights(module):
             module.register_forward_pre_hook(cast.before, with_kwargs=True)
             module.register_forward_hook(cast.after, always_call=True)
@@ -93,9 +93,17 @@ def float32_copy(model: nn.Module, change: Change | None = None) -> Any:
     return copied
 
 
+def _base_names(name: str, module: nn.Module) -> dict[int, str]:
+    """The names of the modules of the base model in a layer, by id."""
+    if not is_unit(module):
+        return {id(module): name}
+    inner = base_module(module).named_modules()
+    return {id(part): f"{name}.{path}" if path else name for path, part in inner}
+
+
 def with_float32_tensors(unit: nn.Module) -> AbstractContextManager[None]:
     """Cast the tensors of one layer to float32 during a block, as a call of the layer does."""
-    return _Cast("", None).during(unit)
+    return _Cast({}, None).during(unit)
 
 
 @contextmanager
@@ -188,8 +196,9 @@ class _Changed:
 class _Cast:
     """Casts the 16-bit tensors of a layer to float32 before a call, and puts the stored ones back after it."""
 
-    def __init__(self, name: str, change: Change | None):
-        self.name, self.change = name, change
+    def __init__(self, names: dict[int, str], change: Change | None):
+        # the names of the modules whose parameters are changed, by id
+        self.names, self.change = names, change
         self.replaced: list[list[tuple[dict[str, Any], str, Tensor]]] = []
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -200,7 +209,8 @@ class _Cast:
         )
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        for tensors, name, tensor in self.replaced.pop():
+        # empty if an error happened before the tensors were replaced
+        for tensors, name, tensor in self.replaced.pop() if self.replaced else []:
             tensors[name] = tensor
 
     @contextmanager
@@ -221,9 +231,9 @@ class _Cast:
                     if tensor is None or not tensor.is_floating_point():
                         continue
                     cast = tensor.detach().float()
-                    if self.change is not None and is_parameter:
-                        name = f"{self.name}.{key}" if self.name else key
-                        cast = self.change(name, cast)
+                    if self.change is not None and is_parameter and id(part) in self.names:
+                        name = self.names[id(part)]
+                        cast = self.change(f"{name}.{key}" if name else key, cast)
                     if cast.data_ptr() == tensor.data_ptr() and cast.dtype == tensor.dtype:
                         continue
                     replaced.append((tensors, key, tensor))

@@ -27,9 +27,6 @@ ROUNDINGS: tuple[Rounding, ...] = ("outputs", "nearest")
 SWEEPS = 2
 """Passes over the columns. Later passes change few values."""
 
-DAMPING = 0.1
-"""The factor of ``‖Q - T‖²``, in units of the mean square of the inputs."""
-
 _PANEL = 128
 """Columns whose changes are propagated to the others in one product."""
 
@@ -42,16 +39,14 @@ def quantize_to_outputs(
     target: Tensor,
     inputs: Tensor,
     *,
-    damping: float = DAMPING,
     sweeps: int = SWEEPS,
 ) -> Storage:
-    """``round_to_outputs`` for a quantised storage. It starts at the weight of the base and keeps its scales.
+    """``round_to_outputs`` for a quantised storage. It keeps the scales of the base and starts at the nearest levels.
 
     Args:
         base: The storage of the layer before merging.
         target: ``Float32[N, K]``, the merged weight.
         inputs: ``[..., K]``, inputs of the layer.
-        damping: See ``DAMPING``.
         sweeps: Passes over all columns.
 
     Returns:
@@ -64,7 +59,8 @@ def quantize_to_outputs(
         s = scale[:, column]
         return levels[torch.bucketize(values / s, bounds)] * s
 
-    found = round_to_outputs(base.dense(), target, inputs, nearest, damping=damping, sweeps=sweeps)
+    start = levels[torch.bucketize(target / scale, bounds)] * scale
+    found = round_to_outputs(start, target, inputs, nearest, sweeps=sweeps)
     return base.with_indices(torch.bucketize(found / scale, bounds))
 
 
@@ -73,7 +69,6 @@ def cast_to_outputs(
     target: Tensor,
     inputs: Tensor,
     *,
-    damping: float = DAMPING,
     sweeps: int = SWEEPS,
 ) -> Tensor:
     """``round_to_outputs`` for a 16-bit dtype. It starts at the nearest values. Arguments as for ``quantize_to_outputs``."""
@@ -82,9 +77,7 @@ def cast_to_outputs(
         return values.to(dtype).float()
 
     start = target.to(dtype).float()
-    return round_to_outputs(start, target, inputs, nearest, damping=damping, sweeps=sweeps).to(
-        dtype
-    )
+    return round_to_outputs(start, target, inputs, nearest, sweeps=sweeps).to(dtype)
 
 
 def round_to_outputs(
@@ -93,23 +86,27 @@ def round_to_outputs(
     inputs: Tensor,
     nearest: Nearest,
     *,
-    damping: float = DAMPING,
     sweeps: int = SWEEPS,
 ) -> Tensor:
-    """Minimise ``‖X (Q - T)ᵀ‖² / M + damping · mean(X²) · ‖Q - T‖²`` over the stored values Q, column by column.
+    """Minimise ``‖X (Q - T)ᵀ‖² / M + ridge · ‖Q - T‖²`` over the stored values Q, column by column.
+
+    Rows of X are scaled to length one, so that a token with huge activations counts as much as any other. The ridge follows from the number of
+    rows and how alike they are (``_factor``). If they are too few to tell directions apart, ``start`` is returned.
 
     Args:
         start: ``Float32[N, K]``, stored values to begin with.
         target: ``Float32[N, K]``, T.
         inputs: ``[..., K]``, X with M rows.
         nearest: Rounds a column to stored values.
-        damping: See ``DAMPING``.
         sweeps: Passes over all columns.
 
     Returns:
         ``Float32[N, K]``, Q.
     """
-    factor, ridge = _factor(inputs, damping)
+    found = _factor(inputs)
+    if found is None:
+        return start
+    factor, ridge = found
     weight = start.clone()
     error = weight - target
     at_outputs = error @ factor
@@ -142,13 +139,32 @@ def _descend(weight: Tensor, gradient: Tensor, H: Tensor, nearest: Nearest, firs
     return weight - before
 
 
-def _factor(inputs: Tensor, damping: float) -> tuple[Tensor, float]:
-    """F ``[K, m]`` with ``F Fᵀ = Xᵀ X / M`` and m at most K, and the factor of ``‖Q - T‖²``."""
+def _factor(inputs: Tensor) -> tuple[Tensor, float] | None:
+    """F ``[K, m]`` with ``F Fᵀ = Xᵀ X / M`` and m at most K, and the factor of ``‖Q - T‖²``.
+
+    The rows of X have length one. Their covariance S is an estimate from few tokens. The estimate with the smallest expected error is
+    ``(1 - shrinkage) S + shrinkage · mean(eigenvalues) · I``. Source: Ledoit and Wolf, 2004, "A well-conditioned estimator for
+    large-dimensional covariance matrices".
+
+    Returns:
+        ``None`` if the inputs say nothing about the directions in which errors matter.
+    """
     x = inputs.reshape(-1, inputs.shape[-1]).float()
+    norms = x.norm(dim=1)
+    x = x[norms > 0] / norms[norms > 0, None]
     M, K = x.shape
-    mean = (x * x).mean().item()
-    # a layer whose inputs are all zero is rounded to the nearest values
-    ridge = max(damping * mean, torch.finfo(torch.float32).tiny ** 0.5)
+    if M == 0:
+        return None
+    S2 = (x.T @ x if K < M else x @ x.T).square().sum().item() / M**2
+    spread = S2 - 1 / K
+    noise = (1 - S2) / M
+    # a single token is known exactly, but it is one of many
+    shrinkage = min(1.0, max(noise, 1e-3 / M) / spread) if spread > 0 and M > 1 else 1.0
+    if M == 1:
+        shrinkage = 0.5
+    if shrinkage >= 1 - 1e-6:
+        return None
+    ridge = shrinkage / (1 - shrinkage) / K
     if M <= K:
         return x.T / M**0.5, ridge
     values, vectors = torch.linalg.eigh(x.T @ x / M)

@@ -189,7 +189,8 @@ def storage_of(linear: Any) -> Storage | None:
     Raises:
         ValueError: The weight is FP4, not quantised yet, or repacked for inference, so that it cannot be read.
     """
-    kind = type(linear.weight).__name__ if hasattr(linear, "weight") else ""
+    # PEFT's layers have the weight of their base layer as a property
+    kind = type(linear._parameters.get("weight")).__name__
     if kind == "Params4bit":
         state = linear.weight.quant_state or getattr(linear, "quant_state", None)
         if state is None:

@@ -74,7 +74,9 @@ def require_mergeable(model: Any, units: dict[str, Any]) -> list[str]:
         try:
             with warnings.catch_warnings():
                 # PEFT warns about adapters on tied embeddings; the files get separate ones
-                warnings.filterwarnings("ignore", message=".*tied_target_modules", category=UserWarning)
+                warnings.filterwarnings(
+                    "ignore", message=".*tied_target_modules", category=UserWarning
+                )
                 tuner._check_merge_allowed()
         except (ValueError, NotImplementedError) as error:
             methods = ", ".join(sorted({_method(configs[name]) for name in active}))

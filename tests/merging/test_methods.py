@@ -86,7 +86,10 @@ def test_several_active_adapters(tmp_path):
     for name, tensor in reference.items():
         assert torch.equal(written[name], tensor), name
     base = models.tiny("llama").state_dict()
-    assert torch.equal(written["model.layers.0.self_attn.k_proj.weight"], base["model.layers.0.self_attn.k_proj.weight"])
+    assert torch.equal(
+        written["model.layers.0.self_attn.k_proj.weight"],
+        base["model.layers.0.self_attn.k_proj.weight"],
+    )
 
 
 def test_a_transformers_model_with_an_adapter(tmp_path):
@@ -114,7 +117,9 @@ def test_mixed_adapters(tmp_path):
 
 
 def test_convolutions_and_embeddings_of_images(tmp_path):
-    config = LoraConfig(r=4, target_modules=["projection", "q_proj"], modules_to_save=["classifier"])
+    config = LoraConfig(
+        r=4, target_modules=["projection", "q_proj"], modules_to_save=["classifier"]
+    )
     model = cases.trained(get_peft_model(models.tiny("vit"), config))
     found = merge(model, tmp_path / "merged", "fp32", probe=cases.inputs("vit"))
     assert {layer.method for layer in found.layers} == {
@@ -137,7 +142,9 @@ def test_a_bias_that_the_base_cannot_hold_is_an_error_with_the_layer(tmp_path):
     with pytest.warns(PeftWarning, match="merging LoRA weights won't be possible"):
         model = cases.trained(get_peft_model(models.tiny("llama"), config))
     before = snapshot(model)
-    with pytest.raises(ContractError, match=r"PEFT cannot merge the adapter of model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(
+        ContractError, match=r"PEFT cannot merge the adapter of model\.layers\.0\.self_attn\.q_proj"
+    ):
         merge(model, tmp_path / "merged", probe=cases.inputs())
     assert_unchanged(model, before)
     assert list(tmp_path.iterdir()) == []

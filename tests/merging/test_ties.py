@@ -75,7 +75,10 @@ def test_an_adapter_on_one_of_them_unties(target, tmp_path):
             r=4, target_modules=["q_proj"], trainable_token_indices=[3, 5], ensure_weight_tying=True
         ),
         lambda: LoraConfig(
-            r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+            r=4,
+            target_modules=["q_proj"],
+            modules_to_save=["embed_tokens"],
+            ensure_weight_tying=True,
         ),
     ],
     ids=["LoRA", "tokens", "whole"],
@@ -118,4 +121,6 @@ def test_t5_shares_three_embeddings(tmp_path):
     config = LoraConfig(r=4, target_modules=["q", "v"])
     model = cases.trained(get_peft_model(models.tiny("t5"), config))
     merge(model, tmp_path / "merged", "fp32", probe=cases.inputs("t5"))
-    assert cases.tensors(tmp_path / "merged").keys() == cases.by_peft(model, tmp_path / "peft").keys()
+    assert (
+        cases.tensors(tmp_path / "merged").keys() == cases.by_peft(model, tmp_path / "peft").keys()
+    )
