@@ -52,6 +52,7 @@ def test_public_names_resolve():
         "import_adapter",
         "lora_plus_groups",
         *("BaseReport", "base_report", "load_base"),
+        "merge",
     }
     assert all(callable(value) for name, value in values.items() if name != "__version__")
     assert dir(peftkit) == sorted(peftkit.__all__)

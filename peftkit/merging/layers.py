@@ -15,7 +15,7 @@ from peftkit.merging.probe import Batch
 from peftkit.merging.rounding import Rounding, cast_to_outputs, quantize_to_outputs
 from peftkit.merging.state import StateWriter, require_in_range
 from peftkit.merging.storage import Storage
-from peftkit.merging.units import kind_of, merged_module, plain_copy
+from peftkit.merging.units import base_module, kind_of, merged_module, plain_copy
 
 WeightOf = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -82,13 +82,15 @@ class LayerMerger:
             dense[id(part)] = linear = self._dense(name, part)
             storages[id(linear)] = part.__dict__["storage"]
         merged = merged_module(unit, dense, name)
-        before = plain_copy(unit, {id(part): self._dense(name, part) for part in decoded})
+        before = base_module(unit)
+        if self._original is not None:
+            before = plain_copy(unit, {id(part): self._dense(name, part) for part in decoded})
 
         calibration = _inputs(call, batch)
         entries: dict[str, Tensor] = {}
         kinds: list[str] = []
         exact2 = error2 = change2 = 0.0
-        base_tensors = before.state_dict()
+        base_tensors = _tensors(before)
         for path, part in merged.named_modules():
             storage = storages.get(id(part)) if self._keep_storage else None
             prefix = f"{path}." if path else ""
@@ -113,7 +115,7 @@ class LayerMerger:
                     value = kept.float() if kept.is_floating_point() else kept
                     kinds.append(str(kept.dtype).removeprefix("torch."))
                 if exact.is_floating_point():
-                    base = base_tensors.get(prefix + key)
+                    base = base_tensors.pop(prefix + key, None)
                     exact2 += _norm2(exact)
                     error2 += _norm2(value - exact)
                     if base is not None and base.shape == exact.shape:
@@ -198,5 +200,15 @@ def _require_finite(name: str, tensor: Tensor) -> None:
         )
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a plain layer by name, with decoded weights."""
+    found = dict(module.state_dict())
+    for path, part in module.named_modules():
+        if isinstance(part, DecodedLinear):
+            found[f"{path}.weight" if path else "weight"] = part.weight
+    return found
+
+
 def _norm2(tensor: Tensor) -> float:
-    return torch.sum(tensor * tensor, dtype=torch.float64).item()
+    # without a temporary tensor in float64
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2
