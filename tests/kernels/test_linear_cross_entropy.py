@@ -11,9 +11,9 @@ from peftkit_kernels.ops.linear_cross_entropy import (
     RowLoss,
     linear_cross_entropy,
     linear_cross_entropy_reference,
-    torch_impl,
+    torch_passes,
 )
-from peftkit_kernels.ops.linear_cross_entropy.torch_impl import xent_rows_
+from peftkit_kernels.ops.linear_cross_entropy.torch_passes import xent_rows_
 
 OPTIONS = {
     "plain": {},
@@ -115,7 +115,7 @@ def test_matches_the_definition(option, reduction, dtype):
 
 
 def test_casts_in_many_tiles(monkeypatch):
-    monkeypatch.setattr(torch_impl, "_TILE_BYTES", 2**10)
+    monkeypatch.setattr(torch_passes, "_TILE_BYTES", 2**10)
     assert_matches(*inputs(torch.bfloat16), **OPTIONS["everything"])
 
 
@@ -272,7 +272,7 @@ def test_masked_rows_of_a_chunk(dtype):
 @pytest.mark.parametrize("tile_bytes", [2**24, 2**10], ids=["one tile", "many tiles"])
 def test_float32_products_for_a_16_bit_head(tile_bytes, monkeypatch):
     """Logits that are never rounded to 16 bits give the loss to float32 accuracy."""
-    monkeypatch.setattr(torch_impl, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(torch_passes, "_TILE_BYTES", tile_bytes)
     tensors, target = inputs(torch.bfloat16)
     truth = loss_and_grads(tensors, target, dtype=torch.float64, backend="reference", lora=True)
     options = {"compute_dtype": torch.float32, "lora": True}
@@ -328,7 +328,7 @@ def test_second_derivative_raises(weight_of_loss):
     if weight_of_loss == "trained":
         loss = loss * torch.tensor(2.0, requires_grad=True)
     (grad,) = torch.autograd.grad(loss, tensors["hidden"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"LinearCrossEntropy .* no second derivative"):
+    with pytest.raises(RuntimeError, match=r"linear_cross_entropy .* no second derivative"):
         grad.sum().backward()
 
 

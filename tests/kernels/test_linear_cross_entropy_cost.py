@@ -6,7 +6,7 @@ from cross_entropy_cases import DTYPES, IGNORE, LargestResult, inputs, loss_and_
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftkit_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from peftkit_kernels.ops.linear_cross_entropy.torch_impl import choose_chunk
+from peftkit_kernels.ops.linear_cross_entropy.config import choose_chunk
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

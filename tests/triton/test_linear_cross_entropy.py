@@ -6,16 +6,19 @@ import torch
 from cross_entropy_bounds import LinearCrossEntropy, row_bounds
 from lora_cases import subsets
 from torch.utils.checkpoint import checkpoint
-from triton_cases import INT32_LIMIT, assert_same_bits_in_any_order, draw, watched
+from triton_cases import INT32_LIMIT, assert_same_bits_in_any_order, draw, opcheck, watched
 
 from lab.eager import EagerTraffic
 from lab.interp import faithful
+from lab.steps import step
 from lab.testing import Bound, kept_for_backward
 from peftkit_kernels.core.launch import INTERPRETED, recording
-from peftkit_kernels.ops.linear_cross_entropy import RowLoss, linear_cross_entropy, triton_impl
+from peftkit_kernels.core.schedule import Backward
+from peftkit_kernels.core.structure import build, encode, flatten
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.linear_cross_entropy import RowLoss, linear_cross_entropy, schedule
 from peftkit_kernels.ops.linear_cross_entropy.config import RowConfig
 from peftkit_kernels.ops.linear_cross_entropy.passes import xent_rows_triton_
-from peftkit_kernels.ops.linear_cross_entropy.triton_impl import sweep
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = {
@@ -197,14 +200,19 @@ def test_bytes_are_those_of_the_formula(lora):
     M, D, V, R, chunk, dtype = 48, 32, 1024, 16, 16, torch.bfloat16
     hidden, weight, target = draw(M, D, dtype=dtype), draw(V, D, dtype=dtype), torch.arange(M)
     A, B = draw(R, D, dtype=dtype), draw(V, R, dtype=dtype)
-    arguments = (hidden, weight, None, *((A, B) if lora else (None, None)), target)
+    adapter = LoRA(A, B, 0.5) if lora else None
+    wanted = schedule.Grads(dtype, None, None, *([dtype if lora else None] * 2))
+    call = schedule.Head(
+        *(hidden, weight, None, adapter, target, RowLoss(), -100, False, chunk, dtype, wanted)
+    )
     torch.use_deterministic_algorithms(False)  # filling new memory with NaN is traffic of its own
     with watched() as traffic, EagerTraffic() as torch_ops, torch.no_grad():
-        sweep(*arguments, 0.5, RowLoss(), chunk, dtype, [True, False, False, lora, lora])
+        schedule.sweep(schedule.TritonPasses(), call, wanted)
     chunks, logits = M // chunk, M * V * 2
     products = chunks * 2 * weight.nbytes + 2 * hidden.nbytes + 2 * logits
-    # targets; losses written, copied to their place; log-sum-exps
-    rows = M * (8 + 3 * 4 + 4)
+    # targets compared with that of ignored rows, and copied with the latter masked; then as the kernel reads them; losses written,
+    # copied to their place; log-sum-exps
+    rows = M * ((8 + 1) + (8 + 1 + 8) + 8 + 3 * 4 + 4)
     row_pass = 2 * logits
     adapter = 0
     if lora:
@@ -238,54 +246,40 @@ def test_offsets_of_rows_do_not_overflow():
         check(tensors, target, "plain", "mean")
 
 
-def meta(t):
-    return t.to("meta") if isinstance(t, torch.Tensor) else t
-
-
-def arguments(per_row, needs):
-    tensors, target = cases.inputs(torch.bfloat16, (3,), V=11, factors=torch.float32, grad=())
-    return (
-        *tensors.values(),
-        target,
-        0.5,
-        1.0,
-        None,
-        0.1,
-        1e-4,
-        -100,
-        2,
-        torch.bfloat16,
-        per_row,
-        needs,
+def arguments(per_row, grad=cases.NAMES):
+    """Of the schedule."""
+    tensors, target = cases.inputs(torch.bfloat16, (3,), V=11, factors=torch.float32, grad=grad)
+    wanted = schedule.Grads(*(t.dtype if t.requires_grad else None for t in tensors.values()))
+    hidden, weight, bias, A, B = tensors.values()
+    return schedule.Head(
+        *(hidden, weight, bias, LoRA(A, B, 0.5), target, RowLoss(1.0, None, 0.1, 1e-4)),
+        *(-100, per_row, 2, torch.bfloat16, wanted),
     )
 
 
 def test_nothing_waits_for_the_device():
     """On meta tensors there is nothing to wait for: reading a number raises."""
     for per_row in (False, True):
-        values = [meta(t) for t in arguments(per_row, [True] * 5)]
+        values = flatten(arguments(per_row))
+        call = build(
+            values.structure, [t.detach().to("meta") for t in values.tensors], values.seeds
+        )
         with recording(INTERPRETED) as launches:
-            triton_impl.forward(*values)
-            dloss = torch.empty(3, device="meta")
-            triton_impl.deferred(dloss, *values[:-2], [True] * 5)
+            step(schedule, call)
         assert {launch.kernel.__name__ for launch in launches} >= {"xent_kernel", "tall_kernel"}
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["sum", "none"])
 def test_opcheck(per_row):
-    op = torch.ops.peftkit.linear_cross_entropy.default
-    for needs in ([True] * 5, [True, *[False] * 4]):
-        values = arguments(per_row, needs)
-        tensors = [t.requires_grad_(needed) for t, needed in zip(values[:5], needs, strict=True)]
-        torch.library.opcheck(op, (*tensors, *values[5:]))
-
-
-def test_opcheck_of_the_backward():
-    values = arguments(True, [True] * 5)
-    dloss = torch.linspace(0.0, 1.0, 3)
-    op = torch.ops.peftkit.linear_cross_entropy_deferred.default
-    torch.library.opcheck(op, (dloss, *values[:-2], [True, False, True, False, True]))
-    torch.library.opcheck(torch.ops.peftkit.scale_rows.default, (values[0], dloss))
+    opcheck(schedule, arguments(per_row))
+    # a frozen head, whose gradient is made in the forward also for one loss for each row
+    op, call = schedule.linear_cross_entropy, arguments(per_row, ("hidden",))
+    torch.library.opcheck(op.library, encode(call))
+    call = call._replace(hidden=call.hidden.detach())
+    loss, made = schedule.forward(schedule.TritonPasses(), call)
+    needs = schedule.Grads(True, False, False, False, False)
+    kept = schedule.keep(call, loss, made, needs)
+    torch.library.opcheck(op.library_backward, encode(Backward(kept, loss.clone(), needs)))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

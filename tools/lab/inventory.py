@@ -204,26 +204,24 @@ def _frozen_norm(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
 def _linear_cross_entropy(
     rank: int, dtype: torch.dtype, sizes: Sizes, factor_dtype: torch.dtype | None = None
 ) -> None:
-    from peftkit_kernels.ops.linear_cross_entropy.triton_impl import deferred, forward
+    from peftkit_kernels.low_rank import LoRA
+    from peftkit_kernels.ops.linear_cross_entropy import RowLoss, schedule
 
     own = factor_dtype or dtype
     M, (D, V) = sizes.rows(1024), sizes.widths(4096, 128256)
     hidden, weight = _meta(M, D, dtype=dtype), _meta(V, D, dtype=dtype)
     target = _meta(M, dtype=torch.int64)
-    factors = _meta(rank, D, dtype=own), _meta(V, rank, dtype=own)
-    frozen, adapted = [True, *[False] * 4], [True, False, False, True, True]
-    ignored = -100, M, dtype
-    for row_loss in ((1.0, None, 0.0, 0.0), (1.0, None, 0.1, 1e-4), (0.5, 30.0, 0.1, 1e-4)):
-        for needs in (frozen, [False] * 5):
-            forward(
-                *(hidden, weight, None, None, None, target),
-                *(1.0, *row_loss, *ignored, False, needs),
-            )
-        dloss = _meta(M, dtype=torch.float32)
-        deferred(
-            *(dloss, hidden, weight, _meta(V, dtype=dtype), *factors, target),
-            *(2.0, *row_loss, *ignored, adapted),
-        )
+    lora = LoRA(_meta(rank, D, dtype=own), _meta(V, rank, dtype=own), 2.0)
+    frozen, adapted = [dtype, *[None] * 4], [dtype, None, None, own, own]
+    for numbers in ((1.0, None, 0.0, 0.0), (1.0, None, 0.1, 1e-4), (0.5, 30.0, 0.1, 1e-4)):
+        P, options = schedule.TritonPasses(), (RowLoss(*numbers), -100)
+        for wanted in (frozen, [None] * 5):
+            parts = hidden, weight, None, None, target, *options
+            schedule.forward(P, schedule.Head(*parts, False, M, dtype, schedule.Grads(*wanted)))
+        parts = hidden, weight, _meta(V, dtype=dtype), lora, target, *options
+        wanted = schedule.Grads(*adapted)
+        call = schedule.Head(*parts, True, M, dtype, wanted)
+        schedule.sweep(P, call, wanted, _meta(M, dtype=torch.float32))
 
 
 def _nf4_weights(N: int, K: int) -> list[Any]:

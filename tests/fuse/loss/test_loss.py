@@ -11,7 +11,7 @@ from cross_entropy_cases import LargestResult
 from peft import LoraConfig, get_peft_model
 
 from peftkit.fuse.loss import LazyLogits, install_logit_free, logit_free_status, remove_logit_free
-from peftkit_kernels.ops.linear_cross_entropy import torch_impl
+from peftkit_kernels.ops.linear_cross_entropy import config as sizes
 
 
 def grads_of(model, loss):
@@ -261,7 +261,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["frozen", "adapter"])
 def test_never_forms_the_logits(targets, monkeypatch):
-    monkeypatch.setattr(torch_impl, "_CPU_CHUNK_BYTES", 1)
+    monkeypatch.setattr(sizes, "_CPU_CHUNK_BYTES", 1)
     config = hf.LlamaConfig(**{**DECODER, "vocab_size": 2048})
     lora = LoraConfig(**{**LORA, "target_modules": targets})
     model = get_peft_model(hf.LlamaForCausalLM(config), lora)

@@ -10,13 +10,13 @@ from torch import Tensor
 from peftkit_kernels.core.checks import autocast_dtype, check_lora, without_autocast
 from peftkit_kernels.core.dispatch import Backend, choose_backend, is_transformed
 from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.linear_cross_entropy import schedule
+from peftkit_kernels.ops.linear_cross_entropy.config import choose_chunk
 from peftkit_kernels.ops.linear_cross_entropy.reference import (
     RowLoss,
     linear_cross_entropy_reference,
     mean_divisor,
 )
-from peftkit_kernels.ops.linear_cross_entropy.torch_impl import linear_cross_entropy_torch
-from peftkit_kernels.ops.linear_cross_entropy.triton_impl import linear_cross_entropy_triton
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -81,7 +81,8 @@ def linear_cross_entropy(
         target = torch.nn.functional.pad(target[..., 1:], (0, 1), value=ignore_index)
     if not is_transformed():
         check_target(target, weight.shape[0], ignore_index)
-    row_loss = RowLoss(logit_scale, softcap, label_smoothing, z_loss)
+    cap = None if softcap is None else float(softcap)
+    row_loss = RowLoss(float(logit_scale), cap, float(label_smoothing), float(z_loss))
     with without_autocast(hidden):
         # choose_backend checks the dtype of its first tensor, which must be that of the products
         first = hidden if dtype is hidden.dtype else hidden.new_empty(0, dtype=dtype)
@@ -91,7 +92,8 @@ def linear_cross_entropy(
         chosen = choose_backend(
             "linear_cross_entropy", backend, *tensors, rank=rank, has_dot=lora is not None
         )
-        if chosen == "reference":
+        # a head without inputs has logits, but a schedule without elements in its input computes nothing
+        if chosen == "reference" or not hidden.shape[-1]:
             return linear_cross_entropy_reference(
                 hidden,
                 weight,
@@ -104,19 +106,17 @@ def linear_cross_entropy(
                 num_items=num_items,
                 compute_dtype=dtype,
             )
-        run = linear_cross_entropy_triton if chosen == "triton" else linear_cross_entropy_torch
-        losses = run(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            target.reshape(-1),
-            bias=bias,
-            lora=lora,
-            row_loss=row_loss,
-            ignore_index=ignore_index,
-            reduction="none" if reduction == "none" else "sum",
-            chunk=chunk,
-            compute_dtype=dtype,
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if chunk is None:
+            cpu = chosen == "torch" and hidden.device.type == "cpu"
+            sizes = rows.shape[0], weight.shape[0]
+            chunk = choose_chunk(*sizes, itemsize=dtype.itemsize, cpu=cpu)
+        parts = rows, weight, bias, *((None, None) if lora is None else (lora.A, lora.B))
+        call = schedule.Head(
+            *(rows, weight, bias, lora, target.reshape(-1), row_loss, ignore_index),
+            *(reduction == "none", chunk, dtype, schedule.Grads(*map(_wanted, parts))),
         )
+        losses = schedule.linear_cross_entropy(chosen, call)
     counted = target != ignore_index
     if reduction == "none":
         return with_gradient_where(counted, losses.reshape(target.shape))
@@ -124,6 +124,11 @@ def linear_cross_entropy(
     if reduction == "sum":
         return loss
     return loss / mean_divisor(counted.sum() if num_items is None else num_items, loss)
+
+
+def _wanted(t: Tensor | None) -> torch.dtype | None:
+    """The dtype of the gradient of ``t``, or ``None`` if no gradient will be needed."""
+    return t.dtype if t is not None and t.requires_grad and torch.is_grad_enabled() else None
 
 
 def with_gradient_where(counted: Tensor, loss: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ from torch import Tensor
 from peftkit_kernels.low_rank import LoRA, adapter_dtype
 
 
-@dataclass(frozen=True, slots=True)
-class RowLoss:
+class RowLoss(NamedTuple):
     """The loss of one row of raw logits ``z [V]`` and its target.
 
     With ``y = softcap · tanh(logit_scale · z / softcap)`` (without softcap ``y = logit_scale · z``) and
