@@ -32,6 +32,7 @@ from peftkit_kernels.native.elementwise import (
     updated_norm,
 )
 from peftkit_kernels.native.library import SYMBOLS, description, obstacle, supports
+from peftkit_kernels.native.merge_calls import merge, round_nf4
 
 __all__ = [
     "GATES",
@@ -50,10 +51,12 @@ __all__ = [
     "int8_linear",
     "layer_norm",
     "layer_norm_backward",
+    "merge",
     "obstacle",
     "quantize_rows",
     "rms_norm",
     "rms_norm_backward",
+    "round_nf4",
     "scale_backward",
     "scaled_gate",
     "scaled_gate_backward",

@@ -35,6 +35,8 @@ _SIGNATURES = {
     "pk_int8_linear": (*[POINTER] * 8, *[INT64] * 6, INT, INT),
     "pk_int8_register_bytes": (),
     "pk_nf4": (*[POINTER] * 4, *[INT64] * 5, INT),
+    "pk_merge": (*[POINTER] * 6, *[INT64] * 4, FLOAT, INT, INT),
+    "pk_round_nf4": (*[POINTER] * 3, INT64, INT64, INT),
 }
 SYMBOLS = tuple(_SIGNATURES)
 """The functions that a library must have."""

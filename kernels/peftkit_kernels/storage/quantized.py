@@ -16,10 +16,12 @@ from peftkit_kernels.storage.int8.kind import INT8, INT8_COMPUTE
 from peftkit_kernels.storage.kind import Kind
 from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.nf4.kind import NF4
+from peftkit_kernels.storage.requantized import RequantizedWeight
+from peftkit_kernels.storage.requantized.kind import REQUANTIZED
 
-QuantizedWeight = NF4Weight | Int8Weight
+QuantizedWeight = NF4Weight | Int8Weight | RequantizedWeight
 Weight = Tensor | QuantizedWeight
-KINDS = (NF4, INT8, INT8_COMPUTE)
+KINDS = (NF4, INT8, INT8_COMPUTE, REQUANTIZED)
 """All kinds. Their numbers are part of what ``layout_of`` returns."""
 
 
@@ -36,6 +38,11 @@ def kind_of(q: Any) -> Kind:
     raise TypeError(
         f"q is a {type(q).__name__}; the kinds of storage that the ops decode are {known}"
     )
+
+
+def contains_update(weight: Weight) -> bool:
+    """Whether a weight contains the update of its adapter, so that an op adds none."""
+    return isinstance(weight, RequantizedWeight)
 
 
 def dequantize_reference(

@@ -9,7 +9,7 @@ from peftkit_kernels.core.dropout import apply_dropout
 from peftkit_kernels.low_rank import LoRA, adapter_dtype
 from peftkit_kernels.storage.int8 import Int8ComputeWeight
 from peftkit_kernels.storage.int8.product.reference import product_reference
-from peftkit_kernels.storage.quantized import Weight, dense_reference
+from peftkit_kernels.storage.quantized import Weight, contains_update, dense_reference
 
 
 def lora_linear_reference(
@@ -42,6 +42,8 @@ def lora_linear_reference(
         y = y if bias is None else y + bias.to(dtype).to(y.dtype)
     else:
         W = dense_reference(weight, dtype)
+        if contains_update(weight) and lora is not None:
+            W, lora = _straight_through(W, lora), None
         y = torch.nn.functional.linear(rows, W, None if bias is None else bias.to(dtype))
     if lora is not None:
         wide = compute_dtype or adapter_dtype(x, lora.A)
@@ -50,3 +52,9 @@ def lora_linear_reference(
             s = s.to(torch.promote_types(wide, y.dtype))
         y = y + s @ lora.B.to(wide).to(s.dtype).t() * lora.scale
     return y.to(dtype).reshape(*x.shape[:-1], y.shape[1])
+
+
+def _straight_through(W: Tensor, lora: LoRA) -> Tensor:
+    """``W``, with the gradients by the factors that ``W = constant + scale · B A`` has."""
+    update = lora.B.to(W.dtype) @ lora.A.to(W.dtype) * lora.scale
+    return W + (update - update.detach())

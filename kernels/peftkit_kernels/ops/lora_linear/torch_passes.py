@@ -16,7 +16,7 @@ from peftkit_kernels.gemm import addmm_nn, matmul_nn, matmul_nt
 from peftkit_kernels.low_rank import LoRA, cast
 from peftkit_kernels.storage.int8 import Int8ComputeWeight
 from peftkit_kernels.storage.int8.product import torch_impl as int8
-from peftkit_kernels.storage.quantized import Weight, dense
+from peftkit_kernels.storage.quantized import Weight, contains_update, dense
 
 Loras = Sequence[LoRA | None]
 
@@ -56,7 +56,9 @@ class TorchPasses:
     def project(
         self, x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, lora: LoRA | None
     ) -> Tensor:
-        """``x Wᵀ + bias + scale · s Bᵀ`` for rows ``x [M, K]`` and ``s [M, R]``."""
+        """``x Wᵀ + bias + scale · s Bᵀ`` for rows ``x [M, K]`` and ``s [M, R]``; no update if the weight contains it."""
+        if contains_update(weight):
+            return project(x, weight, bias, None, None)
         if not isinstance(weight, Int8ComputeWeight):
             return project(x, weight, bias, s, lora)
         t = None
@@ -102,8 +104,8 @@ class TorchPasses:
         ds: Sequence[Joint],
         loras: Loras,
     ) -> Tensor:
-        """``Σ dy W + mask ∘ (ds A)``, ``[M, K]``."""
-        dx = None
+        """``Σ dy W + mask ∘ (ds A)``, ``[M, K]``; without the updates that the weights contain."""
+        dx, ds = None, _outside(ds, weights, loras)
         for dy, weight in zip(dys, weights, strict=True):
             if dy is None:
                 continue
@@ -163,6 +165,20 @@ def _groups(rows: int, loras: Loras) -> list[list[int]]:
     if not joins_shrinks(rows, [_lora(loras, i).A.shape[0] for i in shared]):
         shared = []
     return ([shared] if shared else []) + [[i] for i in present if i not in shared]
+
+
+def _outside(ds: Sequence[Joint], weights: Sequence[Weight], loras: Loras) -> Sequence[Joint]:
+    """``ds`` without the adapters whose weights contain their updates."""
+    if not any(map(contains_update, weights)):
+        return ds
+    left = []
+    for members, joint in ds:
+        parts = joint.split([_lora(loras, i).A.shape[0] for i in members], 1)
+        rest = [i for i in members if not contains_update(weights[i])]
+        if rest:
+            kept = [part for i, part in zip(members, parts, strict=True) if i in rest]
+            left.append(Joint(rest, _side_by_side(kept)))
+    return left
 
 
 def _stacked(loras: Loras, members: Sequence[int]) -> Tensor:

@@ -17,6 +17,7 @@ from peftkit_kernels.core.views import as_one_view
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes
 from peftkit_kernels.low_rank.config import RANK_TILE, fuses_gemm
 from peftkit_kernels.low_rank.groups import (
+    Groups,
     add_updates,
     grads_of_a,
     group,
@@ -28,7 +29,12 @@ from peftkit_kernels.low_rank.groups import (
 from peftkit_kernels.storage.int8 import Int8ComputeWeight
 from peftkit_kernels.storage.int8.product import passes as int8
 from peftkit_kernels.storage.product.passes import decodes_in_product, small_m
-from peftkit_kernels.storage.quantized import Weight, dense_triton, stacked_triton
+from peftkit_kernels.storage.quantized import (
+    Weight,
+    contains_update,
+    dense_triton,
+    stacked_triton,
+)
 
 Loras = Sequence[LoRA | None]
 
@@ -72,7 +78,11 @@ class TritonPasses:
         *,
         out: Tensor | None = None,
     ) -> Tensor:
-        """``x Wᵀ + bias + scale · s Bᵀ`` for rows ``x [M, K]`` and ``s [M, R]``, into ``out`` if given."""
+        """``x Wᵀ + bias + scale · s Bᵀ`` for rows ``x [M, K]`` and ``s [M, R]``, into ``out`` if given.
+
+        There is no update if the weight contains it.
+        """
+        lora = None if contains_update(weight) else lora
         update: Any = () if lora is None or s is None else (s, cast(lora.B, s.dtype), lora.scale)
         if isinstance(weight, Int8ComputeWeight):
             return int8.linear(self._in_8_bits(x, weight), weight, *update, bias=bias, out=out)
@@ -123,8 +133,9 @@ class TritonPasses:
         ds: Sequence[Tensor],
         loras: Loras,
     ) -> Tensor:
-        """``Σ dy W + mask ∘ (ds A)``, ``[M, K]``."""
-        dtype, groups = next(dy for dy in dys if dy is not None).dtype, group(loras)
+        """``Σ dy W + mask ∘ (ds A)``, ``[M, K]``; without the updates that the weights contain."""
+        dtype = next(dy for dy in dys if dy is not None).dtype
+        ds, loras, groups = _outside(ds, weights, loras)
         if len(weights) == 1 and dys[0] is not None:
             return self._grad_x_of_one(dys[0], weights[0], ds, loras[0])
         # the updates before the products: the GEMMs then add to dx in place
@@ -198,6 +209,22 @@ def project(
     # the update before the product: the GEMM reads it back while its main loop runs
     update = passes.expand(s, B, scale, bias=bias, p=p, seed=seed, out=out, dtype=x.dtype)
     return update.addmm_(x, weight.t())
+
+
+def _outside(
+    ds: Sequence[Tensor], weights: Sequence[Weight], loras: Loras
+) -> tuple[Sequence[Tensor], Loras, Groups]:
+    """``ds``, the adapters and their groups, without the adapters whose weights contain their updates."""
+    groups = group(loras)
+    if not any(map(contains_update, weights)):
+        return ds, loras, groups
+    parts = members_of(ds, loras, groups, 1)
+    left = [
+        None if contains_update(weight) else lora
+        for weight, lora in zip(weights, loras, strict=True)
+    ]
+    alone = [[i] for i, lora in enumerate(left) if lora is not None]
+    return [part for (i,) in alone if (part := parts[i]) is not None], left, alone
 
 
 def _is_in_8_bits(weight: Weight) -> bool:

@@ -19,7 +19,7 @@ from peftkit_kernels.ops.lora_linear.triton_passes import project
 from peftkit_kernels.ops.lora_swiglu_mlp.config import holds
 from peftkit_kernels.ops.lora_swiglu_mlp.passes import gate_backward, gate_forward
 from peftkit_kernels.storage.int8 import Int8ComputeWeight
-from peftkit_kernels.storage.quantized import stacked_triton
+from peftkit_kernels.storage.quantized import contains_update, stacked_triton
 
 _NO_UPDATE: Any = [(None, None)]
 _NOTHING: Any = [None] * 2, [None] * 3
@@ -121,7 +121,9 @@ def gate_up_like(x: Tensor, M: int, F: int) -> list[Tensor]:
 
 
 def _holds(x: Tensor, linears: Sequence[Linear]) -> bool:
-    """Whether the gate's kernels compute the updates of gate and up and the shrink of down."""
+    """Whether the gate's kernels compute the updates of gate and up and the shrink of down. They do not if a weight contains an update."""
+    if any(contains_update(part.weight) for part in linears):
+        return False
     ranks = [part.lora.A.shape[0] for part in linears if part.lora is not None]
     return holds(max([0, *ranks]), x.element_size())
 

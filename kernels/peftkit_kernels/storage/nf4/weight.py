@@ -40,6 +40,11 @@ class NestedAbsmax:
     offset: Tensor
     blocksize: int = 256
 
+    def decode(self, codes: Tensor) -> Tensor:
+        """``Float32[blocks]``: the block maxima with these ``codes``, ``UInt8[blocks]`` (product and sum each rounded)."""
+        absmax = self.absmax.repeat_interleave(self.blocksize)[: codes.numel()]
+        return self.code[codes.int()] * absmax + self.offset
+
 
 @dataclass(frozen=True, slots=True)
 class NF4Weight:
@@ -106,12 +111,9 @@ class NF4Weight:
         return cls(packed, absmax, tuple(shape), blocksize, nested)
 
     def block_absmax(self) -> Tensor:
-        """``Float32[blocks]``: the block maxima, decoded if they are nested (product and sum each rounded)."""
-        if self.nested is None:
-            return self.absmax.reshape(-1)
-        nested, codes = self.nested, self.absmax.reshape(-1)
-        absmax = nested.absmax.repeat_interleave(nested.blocksize)[: codes.numel()]
-        return nested.code[codes.int()] * absmax + nested.offset
+        """``Float32[blocks]``: the block maxima, decoded if they are nested."""
+        absmax = self.absmax.reshape(-1)
+        return absmax if self.nested is None else self.nested.decode(absmax)
 
 
 def check_blocksize(blocksize: int) -> None:

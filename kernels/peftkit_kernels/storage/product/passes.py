@@ -28,6 +28,8 @@ def _kernels() -> Any:
 def decodes_in_product(M: int, q: QuantizedWeight, target: Any) -> bool:
     """Whether ``small_m`` runs: ``M`` rows are few enough, and the kernel can read ``q``."""
     N, K = q.shape
+    if not isinstance(q, (NF4Weight, Int8Weight)):
+        return False
     if isinstance(q, NF4Weight) and not (nf4_step(K, q.blocksize) and words_of(q.packed)[1]):
         return False
     return small_rows(N, target=target) >= M
