@@ -15,6 +15,7 @@ from peftkit.fuse.int8_mode import Int8Mode, forget_int8_mode, set_int8_mode
 from peftkit.fuse.layer import fuse_layers
 from peftkit.fuse.linear import fuse_layer
 from peftkit.fuse.loss import install_logit_free, remove_logit_free
+from peftkit.fuse.merge_into import MergeInto, forget_merge_into, set_merge_into
 from peftkit.fuse.mlp import fuse_gated_mlps
 from peftkit.fuse.norm import fuse_norms
 from peftkit.fuse.plan import Fused, NotReached, forget_declined
@@ -37,6 +38,7 @@ def wrap(
     strict: bool = False,
     logit_free: bool = True,
     int8_mode: Int8Mode | None = None,
+    merge_into: MergeInto | None = None,
 ) -> PeftModel:
     """Put an adapter on a pretrained model and fuse what can be fused.
 
@@ -51,13 +53,18 @@ def wrap(
         int8_mode: How bitsandbytes' 8-bit linears are multiplied, in training and evaluation: ``"compute"`` quantises the rows of the
             input and, in the backward, of the gradient, and multiplies in 8 bits; ``"weight-only"`` decodes the weight. ``None``
             does what bitsandbytes does on the device, or keeps what was chosen before.
+        merge_into: Train for a merge into ``"nf4"`` or ``"int8"``: in training and evaluation every LoRA layer multiplies by the
+            weight that bitsandbytes stores after the merge, ``Q(W + scaling · B A)``, and the gradients pass through Q unchanged.
+            So a merge that rounds to the nearest values changes nothing. A quantised base keeps its storage; a dense one gets
+            bitsandbytes' default (blocks of 64). ``None`` keeps what was chosen before.
 
     Returns:
         A genuine ``peft.PeftModel``.
 
     Raises:
         ContractError: An entry of ``target_modules`` matches nothing, ``strict`` is set and a layer is not fused, or
-            ``int8_mode`` is unknown or the model has no 8-bit linear. The model is left unchanged.
+            ``int8_mode`` is unknown or the model has no 8-bit linear. ``merge_into`` is unknown, or an adapter does not fit it
+            (dropout, DoRA, a bias of its own, another method, a base in another storage). The model is left unchanged.
         ValueError: The configs cannot be mixed or do not fit the model, or the model is wrapped already.
     """
     from peft import PeftModel, get_peft_model
@@ -69,7 +76,7 @@ def wrap(
     config = prepare(model, configs, adapter_name)
     with restoring(model, copy_values=writes_base_weights(config)):
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)
-        fuse_model(wrapped, strict, logit_free, int8_mode)
+        fuse_model(wrapped, strict, logit_free, int8_mode, merge_into)
     return wrapped
 
 
@@ -78,6 +85,7 @@ def accelerate(
     strict: bool = False,
     logit_free: bool = True,
     int8_mode: Int8Mode | None = None,
+    merge_into: MergeInto | None = None,
 ) -> Model:
     """Fuse the LoRA layers, gated MLPs and frozen norms of a model, and the layers of adapters that are added later.
 
@@ -91,16 +99,17 @@ def accelerate(
             MLP, siblings, a norm or an attention. Modules with an unknown formula do not count; ``explain`` lists them.
         logit_free: Compute the training loss of a causal language model without computing its logits.
         int8_mode: As in ``wrap``.
+        merge_into: As in ``wrap``.
 
     Returns:
         ``model``.
 
     Raises:
         ContractError: ``strict`` is set and something is not fused, or ``int8_mode`` is unknown or the model has no 8-bit
-            linear. The model is left unchanged.
+            linear, or ``merge_into`` is unknown or an adapter does not fit it. The model is left unchanged.
     """
     with restoring(model):
-        fuse_model(model, strict, logit_free, int8_mode)
+        fuse_model(model, strict, logit_free, int8_mode, merge_into)
     return model
 
 
@@ -109,11 +118,13 @@ def fuse_model(
     strict: bool = False,
     logit_free: bool = True,
     int8_mode: Int8Mode | None = None,
+    merge_into: MergeInto | None = None,
 ) -> None:
     """As ``accelerate``, but after an error the model may be partly fused, so the caller must restore it."""
     warn_if_newer_than_tested()
     set_int8_mode(model, int8_mode)
     _fuse(model)
+    set_merge_into(model, merge_into)
     for owner, method, replacement in _replacements(model):
         owner.__dict__.setdefault(method, replacement)
     if logit_free:
@@ -142,6 +153,7 @@ def restore(model: Model) -> Model:
                 swap_out(module, mixin)
         forget_declined(module)
         forget_int8_mode(module)
+        forget_merge_into(module)
     return model
 
 
@@ -165,6 +177,7 @@ class _FuseAgain:
 
     def __call__(self, injected: Any) -> None:
         _fuse(self.model)
+        set_merge_into(self.model, None)
 
 
 def _restore_unloaded(base: Any) -> None:

@@ -22,7 +22,7 @@ from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
 from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
-from peftkit_kernels.storage.quantized import QuantizedWeight
+from peftkit_kernels.storage.quantized import QuantizedWeight, contains_update
 
 
 class LinearParts(NamedTuple):
@@ -167,6 +167,8 @@ def _product(
             return nf4_linear(x, weight, bias, lora)
         if isinstance(weight, Int8Weight):
             return int8_linear(x, weight, bias, lora)
+        if contains_update(weight):
+            return lora_qkv(x, [weight], [bias], [lora])[0]
         raise TypeError(f"there is no linear on a {type(weight).__name__}")
     if lora is None:
         return lora_qkv(x, [weight], [bias], [None])[0]

@@ -30,7 +30,12 @@ def set_int8_mode(model: nn.Module, mode: Int8Mode | None) -> None:
             f"int8_mode={mode!r}, but the model has no 8-bit linear of bitsandbytes; load it in 8 bits, or leave int8_mode out"
         )
     for layer in layers:
-        layer.__dict__[_ATTRIBUTE] = mode
+        set_int8_mode_of(layer, mode)
+
+
+def set_int8_mode_of(base: nn.Module, mode: Int8Mode) -> None:
+    """Choose the mode of one 8-bit linear."""
+    base.__dict__[_ATTRIBUTE] = mode
 
 
 def int8_mode_of(base: Any) -> Int8Mode | None:

@@ -22,6 +22,7 @@ from peftkit.fuse.adapter import (
     weight_reason,
 )
 from peftkit.fuse.compute import LinearParts, backend_of, draw_seeds, linear
+from peftkit.fuse.merge_into import merge_into_of, merged_weight, require_merged
 from peftkit.fuse.plan import Fused, Reason
 from peftkit.swap import swap_in
 from peftkit_kernels.core.checks import is_autocast_enabled
@@ -37,6 +38,8 @@ _DIFFERENT_DTYPES = Reason("its linears compute in different dtypes, so each run
 _SEED = Reason(
     "dropout under torch.compile or torch.func: the seed is a Python int and would break the graph"
 )
+
+_ARGUMENTS = Reason("it was called with further arguments, such as adapter_names")
 
 
 class FusedLoRA(Fused):
@@ -54,6 +57,7 @@ class FusedLoRA(Fused):
             kwargs: As for PEFT's own forward, which runs if there are any.
         """
         if args or kwargs:
+            require_merged(self, _ARGUMENTS)
             return super().forward(x, *args, **kwargs)
         siblings = self.__dict__.get("_peftkit_siblings")
         if siblings is not None:
@@ -62,6 +66,7 @@ class FusedLoRA(Fused):
                 return y
         parts = self.peftkit_plan(x)
         if isinstance(parts, Reason):
+            require_merged(self, parts)
             return super().forward(x)
         if parts.lora.p and parts.magnitude is not None:
             return self._dora_with_dropout(x, parts)
@@ -98,6 +103,11 @@ class FusedLoRA(Fused):
             found.magnitude._cache_clear()  # as PEFT's forward does unless it caches
             magnitude = found.magnitude._parameters["weight"]
         lora = LoRA(A, B, self.scaling[found.name], p, 0)
+        into = merge_into_of(self)
+        if into is not None:
+            weight = merged_weight(into, found, weight, lora)
+            if isinstance(weight, Reason):
+                return weight
         return LinearParts(weight, found.base._parameters["bias"], lora, magnitude)
 
     def peftkit_joined(self, x: Tensor) -> LinearParts | Reason:
@@ -116,8 +126,9 @@ class FusedLoRA(Fused):
 
     @property
     def peftkit_method(self) -> str:
-        """``"LoRA"`` or ``"DoRA"``."""
-        return method(self)
+        """``"LoRA"`` or ``"DoRA"``, and the format of its merged weight if one was chosen (``"LoRA merged into nf4"``)."""
+        into = merge_into_of(self)
+        return method(self) if into is None else f"{method(self)} merged into {into}"
 
     def _activation_dtype(self: Any) -> torch.dtype:
         """The dtype of the input of a base layer whose weight has an integer dtype."""

@@ -27,6 +27,7 @@ from peftkit_kernels.core.checks import autocast_dtype, is_autocast_enabled, wit
 from peftkit_kernels.core.dispatch import is_transformed
 from peftkit_kernels.storage.int8 import Int8ComputeWeight, Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
+from peftkit_kernels.storage.quantized import contains_update
 
 _seen: WeakKeyDictionary[Any, StorageSeen] = WeakKeyDictionary()
 """The storage of each 4-bit base layer that has no ``nf4_obstacle``."""
@@ -55,11 +56,14 @@ class FusedLinear4bit(FusedLoRA):
         if isinstance(parts, Reason):
             return parts
         base = self._modules["base_layer"]
-        return _narrowing_reason(base, x) or parts._replace(dtype=_own_dtype(base, x))
+        reason = None if contains_update(parts.weight) else _narrowing_reason(base, x)
+        return reason or parts._replace(dtype=_own_dtype(base, x))
 
     def _run(self: Any, x: Tensor, parts: LinearParts) -> Tensor:
         """Compute like the base layer: in its ``compute_dtype`` even under autocast, with the result in the dtype of ``x``."""
-        if _narrowing_reason(self.base_layer, x) is not None:
+        # a merged layer has no adapter that could get the input unrounded
+        alone = not contains_update(parts.weight)
+        if alone and _narrowing_reason(self.base_layer, x) is not None:
             return linear_in(self.base_layer.compute_dtype, x, parts)
         with without_autocast(x):
             return linear(self._compute_input(x), parts).to(x.dtype)
