@@ -16,7 +16,8 @@ from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
-from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
+from peftkit_kernels.ops.quantized_linear import fp8_linear, int8_linear, nf4_linear
+from peftkit_kernels.storage.fp8 import quantize_fp8
 from peftkit_kernels.storage.int8 import quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 
@@ -229,6 +230,7 @@ _BUILDERS = {
     "lora_qkv": lambda shape: _case(shape, _QKV, lora_qkv),
     "lora_swiglu_mlp": lambda shape: _case(shape, _MLP, lora_swiglu_mlp),
     "nf4_linear": lambda shape: _quantized(shape, nf4_linear, quantize_nf4),
+    "fp8_linear": lambda shape: _quantized(shape, fp8_linear, quantize_fp8),
     "int8_linear": lambda shape: _quantized(shape, int8_linear, quantize_int8),
     "int8_compute_linear": lambda shape: _quantized(shape, int8_compute_linear, quantize_int8),
     "bottleneck": _bottleneck,

@@ -19,7 +19,8 @@ from peftkit_kernels.ops.dora_scale import Scale, dora_gate, dora_scale
 from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
-from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
+from peftkit_kernels.ops.quantized_linear import fp8_linear, int8_linear, nf4_linear
+from peftkit_kernels.storage.fp8 import Float8Weight
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.quantized import QuantizedWeight, contains_update
@@ -167,6 +168,8 @@ def _product(
             return nf4_linear(x, weight, bias, lora)
         if isinstance(weight, Int8Weight):
             return int8_linear(x, weight, bias, lora)
+        if isinstance(weight, Float8Weight):
+            return fp8_linear(x, weight, bias, lora)
         if contains_update(weight):
             return lora_qkv(x, [weight], [bias], [lora])[0]
         raise TypeError(f"there is no linear on a {type(weight).__name__}")

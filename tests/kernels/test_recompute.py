@@ -11,7 +11,8 @@ from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
-from peftkit_kernels.ops.quantized_linear import nf4_linear
+from peftkit_kernels.ops.quantized_linear import fp8_linear, nf4_linear
+from peftkit_kernels.storage.fp8 import quantize_fp8
 from peftkit_kernels.storage.int8 import quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 
@@ -27,6 +28,7 @@ OPS = {
     "lora_qkv": lambda x, w, lora: sum(lora_qkv(x, (w, w), (None, None), (lora, lora))),
     "lora_swiglu_mlp": lambda x, w, lora: lora_swiglu_mlp(x, (w,) * 3, (None,) * 3, (lora,) * 3),
     "nf4_linear": lambda x, w, lora: nf4_linear(x, quantize_nf4(w), None, lora),
+    "fp8_linear": lambda x, w, lora: fp8_linear(x, quantize_fp8(w), None, lora),
     "int8_compute_linear": lambda x, w, lora: int8_compute_linear(x, quantize_int8(w), None, lora),
     "bottleneck": lambda x, w, lora: bottleneck(x, lora.A, None, lora.B, None),
 }

@@ -8,6 +8,7 @@ from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
+from peftkit_kernels.storage.fp8 import quantize_fp8
 from peftkit_kernels.storage.int8 import Int8ComputeWeight, quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 from peftkit_kernels.storage.quantized import (
@@ -30,6 +31,7 @@ QUANTIZE = {
     "int8": quantize_int8,
     "int8 compute": lambda weight: _in_8_bits(weight, None),
     "int8 compute, outliers": lambda weight: _in_8_bits(weight, 2.5),
+    "fp8": quantize_fp8,
 }
 
 
@@ -165,7 +167,9 @@ def test_a_weight_of_no_known_kind_is_never_decoded_as_another(use):
 def test_every_kind_has_a_linear_and_an_unknown_one_has_none(name):
     x, q = torch.randn(3, 64), QUANTIZE[name](torch.randn(6, 64))
     y = linear(x, LinearParts(q, None, None))
-    loose = {"rtol": 0.0, "atol": 0.3} if "compute" in name else {}
+    # rounding a row to the codes of a product costs more in float8
+    loose = {"int8 compute": 0.3, "fp8": 2.0}.get(name.split(",")[0])
+    loose = {} if loose is None else {"rtol": 0.0, "atol": loose}
     torch.testing.assert_close(y, x @ dequantize_reference(q, torch.float32).t(), **loose)
     assert type(q) in {kind.weight for kind in KINDS}
     with pytest.raises(TypeError, match="no linear on a _Unknown"):

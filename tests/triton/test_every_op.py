@@ -18,6 +18,7 @@ NAMES = (
     "frozen_layer_norm",
     "nf4_linear",
     "int8_linear",
+    "fp8_linear",
     "int8_compute_linear",
     "dora_linear",
     "dora_scale",
@@ -110,7 +111,7 @@ def test_second_derivative_raises(name):
     case = build(name)
     loss = sum(y.square().sum() for y in case.outputs())
     (dx,) = torch.autograd.grad(loss, case.leaves["x"], create_graph=True)
-    linear = ("lora_qkv", "nf4_linear", "int8_linear", "int8_compute_linear")
+    linear = ("lora_qkv", "nf4_linear", "int8_linear", "fp8_linear", "int8_compute_linear")
     schedule = "lora_linear" if name in linear else name
     with pytest.raises(RuntimeError, match=f"^{schedule} is once_differentiable"):
         dx.sum().backward()

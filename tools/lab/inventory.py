@@ -241,6 +241,22 @@ def _int8_weight(N: int, K: int) -> Any:
     return Int8Weight(_meta(N, K, dtype=torch.int8), _meta(N, dtype=torch.float32))
 
 
+def _fp8(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
+    from peftkit_kernels.storage.fp8 import Float8Weight
+    from peftkit_kernels.storage.fp8.product.passes import quantize, transposed
+    from peftkit_kernels.storage.fp8.triton_impl import dequantize_into
+
+    del rank
+    N, K = sizes.widths(4096, 4096)
+    q = Float8Weight(_meta(N, K, dtype=torch.float8_e4m3fn), _meta(N, dtype=torch.float32))
+    x, scale = _meta(sizes.rows(), K, dtype=dtype), _meta(K, dtype=torch.float32)
+    for row_scale in (None, _meta(N, dtype=torch.float32)):
+        dequantize_into(q, _meta(N, K, dtype=dtype), row_scale)
+    for column_scale in (None, scale):
+        quantize(x, column_scale)
+    transposed(q)
+
+
 def _nf4(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
     from peftkit_kernels.storage.nf4.triton_impl import dequantize_into, quantize
     from peftkit_kernels.storage.nf4.weight import BLOCKSIZES
@@ -410,6 +426,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "nf4": _nf4,
     "int8": _int8,
+    "fp8": _fp8,
     "quantized_linear": _quantized_linear,
     "grouped_lora": _grouped_lora,
     "prefix_attention": _prefix_attention,

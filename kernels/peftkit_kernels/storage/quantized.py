@@ -11,6 +11,8 @@ from torch import Tensor
 from peftkit_kernels.core import structure, workspace
 from peftkit_kernels.core.views import as_one_view
 from peftkit_kernels.low_rank import cast
+from peftkit_kernels.storage.fp8 import Float8Weight
+from peftkit_kernels.storage.fp8.kind import FP8
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.int8.kind import INT8, INT8_COMPUTE
 from peftkit_kernels.storage.kind import Kind
@@ -19,9 +21,9 @@ from peftkit_kernels.storage.nf4.kind import NF4
 from peftkit_kernels.storage.requantized import RequantizedWeight
 from peftkit_kernels.storage.requantized.kind import REQUANTIZED
 
-QuantizedWeight = NF4Weight | Int8Weight | RequantizedWeight
+QuantizedWeight = NF4Weight | Int8Weight | Float8Weight | RequantizedWeight
 Weight = Tensor | QuantizedWeight
-KINDS = (NF4, INT8, INT8_COMPUTE, REQUANTIZED)
+KINDS = (NF4, INT8, INT8_COMPUTE, FP8, REQUANTIZED)
 """All kinds. Their numbers are part of what ``layout_of`` returns."""
 
 

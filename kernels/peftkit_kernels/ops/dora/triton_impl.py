@@ -45,13 +45,14 @@ def weight_norm(
     """``|W + scale · B A|`` of every row, ``Float32[N]``, with one read of the stored weight for each tile of ranks.
 
     The product with A is 16-bit if A is 16-bit and a dense weight is too; sums are float32. A 4-bit weight whose rows are not
-    whole words is decoded first.
+    whole words, and a float8 weight, are decoded first.
     """
     N, K = weight.shape
     norm = A.new_empty(N, dtype=torch.float32)
     if not N or not K:
         return norm.zero_()
-    if isinstance(weight, NF4Weight) and (K % 8 or not words_of(weight.packed)[1]):
+    has_words = isinstance(weight, NF4Weight) and not K % 8 and words_of(weight.packed)[1]
+    if not (isinstance(weight, (Tensor, Int8Weight)) or has_words):
         weight = decode_triton(weight, torch.float32)
     dtype = A.dtype
     if isinstance(weight, Tensor):

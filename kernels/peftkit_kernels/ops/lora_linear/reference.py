@@ -7,8 +7,10 @@ from torch import Tensor
 
 from peftkit_kernels.core.dropout import apply_dropout
 from peftkit_kernels.low_rank import LoRA, adapter_dtype
+from peftkit_kernels.storage.fp8 import Float8Weight
+from peftkit_kernels.storage.fp8.product import reference as fp8
 from peftkit_kernels.storage.int8 import Int8ComputeWeight
-from peftkit_kernels.storage.int8.product.reference import product_reference
+from peftkit_kernels.storage.int8.product import reference as int8
 from peftkit_kernels.storage.quantized import Weight, contains_update, dense_reference
 
 
@@ -24,7 +26,7 @@ def lora_linear_reference(
 
     Args:
         x: ``[..., K]``.
-        weight: ``[N, K]``; a quantised one is decoded and rounded to the dtype of the products.
+        weight: ``[N, K]``; a quantised one is decoded and rounded to the dtype of the products, or multiplied as it is stored.
         bias: ``[N]`` or ``None``.
         lora: The adapter, or ``None`` for the frozen linear alone.
         compute_dtype: Dtype of every product. The default is that of ``x`` for the frozen linear and
@@ -36,9 +38,11 @@ def lora_linear_reference(
     dtype = compute_dtype or x.dtype
     x = x.to(dtype)
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(weight, Int8ComputeWeight):
+    is_multiplied_as_stored = isinstance(weight, (Int8ComputeWeight, Float8Weight))
+    if is_multiplied_as_stored:
+        product = int8 if isinstance(weight, Int8ComputeWeight) else fp8
         # its sums are rounded once, after bias and update
-        y = product_reference(rows, weight)
+        y = product.product_reference(rows, weight)
         y = y if bias is None else y + bias.to(dtype).to(y.dtype)
     else:
         W = dense_reference(weight, dtype)
@@ -48,7 +52,7 @@ def lora_linear_reference(
     if lora is not None:
         wide = compute_dtype or adapter_dtype(x, lora.A)
         s = apply_dropout(rows.to(wide), lora.p, lora.seed) @ lora.A.to(wide).t()
-        if isinstance(weight, Int8ComputeWeight):
+        if is_multiplied_as_stored:
             s = s.to(torch.promote_types(wide, y.dtype))
         y = y + s @ lora.B.to(wide).to(s.dtype).t() * lora.scale
     return y.to(dtype).reshape(*x.shape[:-1], y.shape[1])

@@ -1,6 +1,6 @@
 """The steps of linears with adapters by torch operations: the BLAS computes the large products, rank-r passes add the updates.
 
-A quantised weight is decoded into the workspace before each product.
+A quantised weight is decoded into the workspace before each product, unless its kind is multiplied as it is stored.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 from peftkit_kernels import low_rank
 from peftkit_kernels.gemm import addmm_nn, matmul_nn, matmul_nt
 from peftkit_kernels.low_rank import LoRA, cast
+from peftkit_kernels.storage.fp8 import Float8Weight
+from peftkit_kernels.storage.fp8.product import torch_impl as fp8
 from peftkit_kernels.storage.int8 import Int8ComputeWeight
 from peftkit_kernels.storage.int8.product import torch_impl as int8
 from peftkit_kernels.storage.quantized import Weight, contains_update, dense
@@ -34,6 +36,8 @@ class TorchPasses:
     def __init__(self) -> None:
         self._quantized: int8.Quantized | None = None
         """The input in 8 bits that was needed last."""
+        self._float8: fp8.Quantized | None = None
+        """The input in float8 that was needed last."""
 
     def shrinks(self, x: Tensor, weights: Sequence[Weight], loras: Loras) -> list[Tensor]:
         """``drop(x) Aᵀ``, ``[M, ΣR]`` for each group of adapters; ``s_of`` has those of each adapter."""
@@ -59,6 +63,9 @@ class TorchPasses:
         """``x Wᵀ + bias + scale · s Bᵀ`` for rows ``x [M, K]`` and ``s [M, R]``; no update if the weight contains it."""
         if contains_update(weight):
             return project(x, weight, bias, None, None)
+        if isinstance(weight, Float8Weight):
+            y = fp8.linear(self._in_float8(x), weight, bias)
+            return y if lora is None or s is None else low_rank.expand_(y, s, lora.B, lora.scale)
         if not isinstance(weight, Int8ComputeWeight):
             return project(x, weight, bias, s, lora)
         t = None
@@ -72,6 +79,12 @@ class TorchPasses:
         if known is None or known.x is not x or known.threshold != weight.threshold:
             known = self._quantized = int8.quantize_input(x, weight.threshold)
         return known
+
+    def _in_float8(self, x: Tensor) -> fp8.Quantized:
+        """``x`` in float8, computed once for linears of one input, which are multiplied one after the other."""
+        if self._float8 is None or self._float8.x is not x:
+            self._float8 = fp8.quantize_input(x)
+        return self._float8
 
     def grads_at_output(
         self,
@@ -115,6 +128,9 @@ class TorchPasses:
                     # one adapter, whose update the pass that scales the product also adds
                     update, ds = (ds[0].ds, _lora(loras, 0).A), []
                 dx = int8.input_grad(dy, weight, *update, dx)
+            elif isinstance(weight, Float8Weight):
+                part = fp8.input_grad(dy, weight)
+                dx = part if dx is None else dx.add_(part)
             else:
                 W = dense(weight, dy.dtype)
                 dx = matmul_nn(dy, W) if dx is None else addmm_nn(dx, dy, W)

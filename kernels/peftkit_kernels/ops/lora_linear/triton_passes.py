@@ -26,6 +26,9 @@ from peftkit_kernels.low_rank.groups import (
     shrink_groups,
     stacked_factor,
 )
+from peftkit_kernels.storage.fp8 import Float8Weight
+from peftkit_kernels.storage.fp8.product import passes as fp8
+from peftkit_kernels.storage.fp8.product import torch_impl as fp8_products
 from peftkit_kernels.storage.int8 import Int8ComputeWeight
 from peftkit_kernels.storage.int8.product import passes as int8
 from peftkit_kernels.storage.product.passes import decodes_in_product, small_m
@@ -50,6 +53,8 @@ class TritonPasses:
         self.sums = passes.Sums()
         self._quantized: int8.Quantized | None = None
         """The input in 8 bits that was needed last."""
+        self._float8: fp8_products.Quantized | None = None
+        """The input in float8 that was needed last."""
 
     def shrinks(self, x: Tensor, weights: Sequence[Weight], loras: Loras) -> list[Tensor]:
         """``drop(x) Aᵀ``, ``[M, ΣR]`` for each group of adapters; ``s_of`` has those of each adapter."""
@@ -86,6 +91,11 @@ class TritonPasses:
         update: Any = () if lora is None or s is None else (s, cast(lora.B, s.dtype), lora.scale)
         if isinstance(weight, Int8ComputeWeight):
             return int8.linear(self._in_8_bits(x, weight), weight, *update, bias=bias, out=out)
+        if isinstance(weight, Float8Weight):
+            y = fp8_products.linear(self._in_float8(x), weight, bias)
+            # torch._scaled_mm writes whole tensors only
+            y = y if out is None else out.copy_(y)
+            return passes.expand(*update, out=y, add=True) if update else y
         return project(x, weight, *update, bias=bias, out=out)
 
     def _in_8_bits(self, x: Tensor, weight: Int8ComputeWeight) -> int8.Quantized:
@@ -94,6 +104,12 @@ class TritonPasses:
         if known is None or known.x is not x or known.threshold != weight.threshold:
             known = self._quantized = int8.quantize_input(x, weight.threshold)
         return known
+
+    def _in_float8(self, x: Tensor) -> fp8_products.Quantized:
+        """``x`` in float8, computed once for linears of one input, which are multiplied one after the other."""
+        if self._float8 is None or self._float8.x is not x:
+            self._float8 = fp8.quantize_input(x)
+        return self._float8
 
     def grads_at_output(
         self,
@@ -160,6 +176,9 @@ class TritonPasses:
             update, mask = (ds[0], cast(lora.A, ds[0].dtype).t()), {"p": lora.p, "seed": lora.seed}
         if isinstance(weight, Int8ComputeWeight) and weight.backward_in_8_bits:
             return int8.input_grad(dy, weight, *update, **mask)
+        if isinstance(weight, Float8Weight):
+            dx = fp8.input_grad(dy, weight)
+            return passes.expand(*update, 1.0, **mask, out=dx, add=True) if update else dx
         return project(dy, dense_triton(weight, dy.dtype).t(), *update, **mask)
 
     def grads_of_a(
@@ -228,7 +247,9 @@ def _outside(
 
 
 def _is_in_8_bits(weight: Weight) -> bool:
-    return isinstance(weight, Int8ComputeWeight) and weight.backward_in_8_bits
+    if isinstance(weight, Int8ComputeWeight):
+        return weight.backward_in_8_bits
+    return isinstance(weight, Float8Weight)
 
 
 def joint_like(x: Tensor, M: int, loras: Loras) -> list[Tensor]:

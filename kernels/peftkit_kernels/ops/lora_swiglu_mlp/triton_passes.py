@@ -18,6 +18,7 @@ from peftkit_kernels.ops.lora_linear.schedule import Linear, loras_of
 from peftkit_kernels.ops.lora_linear.triton_passes import project
 from peftkit_kernels.ops.lora_swiglu_mlp.config import holds
 from peftkit_kernels.ops.lora_swiglu_mlp.passes import gate_backward, gate_forward
+from peftkit_kernels.storage.fp8 import Float8Weight
 from peftkit_kernels.storage.int8 import Int8ComputeWeight
 from peftkit_kernels.storage.quantized import contains_update, stacked_triton
 
@@ -44,7 +45,9 @@ class TritonPasses(triton_passes.TritonPasses):
             return [self.project(x, part.weight, part.bias, *update) for part, update in parts]
         both = x.new_empty(x.shape[0], sum(part.weight.shape[0] for part in outer))
         biases = [cast(part.bias, x.dtype) for part in outer if part.bias is not None]
-        in_8_bits = isinstance(outer[0].weight, Int8ComputeWeight)
+        in_8_bits = any(
+            isinstance(part.weight, (Int8ComputeWeight, Float8Weight)) for part in outer
+        )
         if len(biases) != 1 and updates == _NO_UPDATE * 2 and not in_8_bits:
             W = stacked_triton([part.weight for part in outer], x.dtype)
             if W is not None:

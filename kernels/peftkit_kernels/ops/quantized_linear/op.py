@@ -10,6 +10,7 @@ from peftkit_kernels.core.dispatch import Backend, choose_backend
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_linear.reference import lora_linear_reference
 from peftkit_kernels.ops.lora_linear.schedule import Linear, Linears, linears
+from peftkit_kernels.storage.fp8 import Float8Weight
 from peftkit_kernels.storage.int8 import Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.quantized import QuantizedWeight, check_quantized
@@ -71,6 +72,40 @@ def int8_linear(
         ValueError: Shapes or dtypes do not fit, or the backend cannot run.
     """
     return _linear("int8_linear", Int8Weight, x, q, bias, lora, backend)
+
+
+def fp8_linear(
+    x: Tensor,
+    q: Float8Weight,
+    bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """A linear that multiplies in float8 (e4m3), with a low-rank update in full precision.
+
+    ``y = x8 W8ᵀ · sx · sw + bias + scale · drop(x) Aᵀ Bᵀ``; the rows of ``x`` are quantised in the call: ``x8 = x / sx``,
+    ``sx = absmax / 448``. The gradient of ``x`` is computed in the same way from ``dy ∘ sw``; those of the adapter and the bias
+    are exact. GPUs from compute capability 8.9 on multiply in float8; other processors multiply the same codes in a wider dtype.
+    Kept for backward: the tensors that ``lora_linear`` keeps, except the weight.
+
+    Args:
+        x: ``[..., K]``. A row with a value that is not finite spoils its own result only.
+        q: The weight ``(N, K)``; it has no gradient.
+        bias: ``[N]`` or ``None``.
+        lora: The adapter or ``None``. It is computed in ``low_rank.adapter_dtype``: in float32 for float32 factors on a 16-bit
+            ``x``.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``, or of autocast if it is on.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, or the backend cannot run.
+
+    Source: Micikevicius et al., 2022, arXiv:2209.05433.
+    """
+    return _linear("fp8_linear", Float8Weight, x, q, bias, lora, backend)
 
 
 def _linear(

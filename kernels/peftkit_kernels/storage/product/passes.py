@@ -58,6 +58,7 @@ def small_m(
     """
     (M, K), N, x = x.shape, q.shape[0], passes.readable(x)
     four_bit = isinstance(q, NF4Weight)
+    assert isinstance(q, (NF4Weight, Int8Weight)), "decodes_in_product says which weights"
     c = config or SmallConfig.choose(
         *(M, N, K),
         block_k=nf4_step(K, q.blocksize) if four_bit else 64,

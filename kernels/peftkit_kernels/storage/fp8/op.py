@@ -1,0 +1,77 @@
+"""The public functions: checks and choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.storage.fp8.reference import dequantize_fp8_reference, quantize_rows_reference
+from peftkit_kernels.storage.fp8.torch_impl import dequantize_into
+from peftkit_kernels.storage.fp8.triton_impl import dequantize_triton
+from peftkit_kernels.storage.fp8.weight import Float8Weight
+
+
+def quantize_fp8(weight: Tensor) -> Float8Weight:
+    """Store a linear's weight in float8 (e4m3) with one scale for each output row: its largest magnitude divided by 448.
+
+    Args:
+        weight: ``[N, K]``, float32 or a 16-bit dtype, on any device.
+
+    Raises:
+        ValueError: The weight is not a matrix of float32 or a wider or 16-bit dtype.
+
+    Source: Micikevicius et al., 2022, arXiv:2209.05433.
+    """
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2 or weight.dim() != 2:
+        raise ValueError(
+            f"weight is {weight.dtype} {tuple(weight.shape)}; pass [N, K] in float32 or a 16-bit dtype"
+        )
+    return Float8Weight(*quantize_rows_reference(weight.detach().float()))
+
+
+def dequantize_fp8(
+    q: Float8Weight,
+    dtype: torch.dtype = torch.float32,
+    *,
+    out: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The weight stored by ``quantize_fp8``: ``codes · (q.row_scale (· row_scale))`` in float32, rounded once.
+
+    Args:
+        q: The weight.
+        dtype: The dtype of the result if ``out`` is ``None``.
+        out: ``[N, K]`` to write to, in any floating-point dtype.
+        row_scale: ``Float32[N]``, another factor on each row.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``out``, or a new ``[N, K]`` of ``dtype``. All backends give the same bits.
+
+    Raises:
+        ValueError: ``out`` or ``row_scale`` do not fit, the dtype is not floating point, or the backend cannot run.
+    """
+    if out is not None and (tuple(out.shape) != q.shape or out.device != q.device):
+        raise ValueError(
+            f"out is {tuple(out.shape)} on {out.device}; it must be {q.shape} on {q.device}"
+        )
+    dtype = dtype if out is None else out.dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; pass a floating-point dtype")
+    if row_scale is not None and (
+        row_scale.dtype is not torch.float32 or row_scale.shape != q.shape[:1]
+    ):
+        raise ValueError(
+            f"row_scale is {row_scale.dtype} {tuple(row_scale.shape)}; it must be float32 {q.shape[:1]}"
+        )
+    result = torch.empty(q.shape, dtype=dtype, device=q.device) if out is None else out
+    chosen = choose_backend("dequantize_fp8", backend, result, *q.tensors(), has_dot=False)
+    if chosen == "reference":
+        values = dequantize_fp8_reference(q, dtype, row_scale)
+        return values if out is None else out.copy_(values)
+    if chosen == "triton":
+        dequantize_triton(*q.tensors(), None if row_scale is None else row_scale.detach(), result)
+        return result
+    return dequantize_into(q, result, row_scale)

@@ -1,0 +1,64 @@
+"""Float8 storage by a Triton kernel, as a torch.library op: traceable, and bit for bit the definition."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit_kernels.core.launch import cdiv, launch
+from peftkit_kernels.storage.fp8.config import DequantizeConfig
+from peftkit_kernels.storage.fp8.weight import Float8Weight
+
+
+@functools.cache
+def _kernels() -> Any:
+    from peftkit_kernels.storage.fp8 import kernels
+
+    return kernels
+
+
+def dequantize_into(
+    q: Float8Weight,
+    out: Tensor,
+    row_scale: Tensor | None,
+    *,
+    config: DequantizeConfig | None = None,
+) -> Tensor:
+    """``dequantize_fp8_reference``, bit for bit, written to ``out [N, K]`` of any strides; ``config`` replaces the default."""
+    N, K = q.shape
+    if not out.numel():
+        return out
+    c = config or DequantizeConfig()
+    launch(
+        _kernels().dequantize_kernel,
+        (cdiv(N, c.block_n), cdiv(K, c.block_k)),
+        *(q.codes.view(torch.uint8), q.row_scale.contiguous()),
+        *(None if row_scale is None else row_scale.contiguous(), out),
+        *(N, K, *q.codes.stride(), *out.stride()),
+        HAS_SCALE=row_scale is not None,
+        BLOCK_N=c.block_n,
+        BLOCK_K=c.block_k,
+        num_warps=c.num_warps,
+        num_stages=1,
+    )
+    return out
+
+
+def _dequantize_op(codes: Tensor, scale: Tensor, row_scale: Tensor | None, out: Tensor) -> None:
+    dequantize_into(Float8Weight(codes, scale), out, row_scale)
+
+
+dequantize_triton = torch.library.custom_op(
+    "peftkit::dequantize_fp8",
+    _dequantize_op,
+    mutates_args=("out",),
+    schema="(Tensor codes, Tensor scale, Tensor? row_scale, Tensor(a!) out) -> ()",
+)
+
+
+@dequantize_triton.register_fake
+def _(codes: Tensor, scale: Tensor, row_scale: Tensor | None, out: Tensor) -> None:
+    """Nothing to compute: the op returns no tensor, it writes into ``out``."""
