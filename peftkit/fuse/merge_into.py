@@ -12,7 +12,7 @@ from peftkit.fuse.int8_mode import int8_mode_of, set_int8_mode_of
 from peftkit.fuse.plan import NotReached, Reason
 from peftkit_kernels.core.dispatch import is_transformed
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.storage.int8 import Int8ComputeWeight, Int8Weight
+from peftkit_kernels.storage.int8 import Int8ComputeWeight
 from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.requantized import RequantizedWeight
 from peftkit_kernels.storage.requantized.weight import Into
@@ -83,7 +83,9 @@ def merged_weight(
     if is_transformed():
         return Reason("torch.compile and torch.func cannot trace a merged weight")
     if found.magnitude is not None:
-        return Reason("DoRA scales rows of the weight; merge_into computes LoRA only (use_dora=False)")
+        return Reason(
+            "DoRA scales rows of the weight; merge_into computes LoRA only (use_dora=False)"
+        )
     if getattr(found.dropout, "p", 0.0):
         return Reason(
             f"lora_dropout={found.dropout.p} drops inputs of the adapter only, which a merged weight cannot do; use lora_dropout=0"

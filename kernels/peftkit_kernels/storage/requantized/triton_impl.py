@@ -36,9 +36,7 @@ def requantize_into(q: RequantizedWeight, out: Tensor, row_scale: Tensor | None)
 def _merged(q: RequantizedWeight) -> Tensor:
     """``W + scale · (B A)``, ``Float32[N, K]``, as ``merged_reference``; the update in float32 whatever precision torch may use."""
     if isinstance(q.base, NF4Weight):
-        merged = nf4.dequantize_into(
-            q.base, q.A.new_empty(q.shape, dtype=torch.float32), None
-        )
+        merged = nf4.dequantize_into(q.base, q.A.new_empty(q.shape, dtype=torch.float32), None)
     else:
         merged = base_reference(q)
     A, B = (factor.to(torch.float32) for factor in (q.A, q.B))

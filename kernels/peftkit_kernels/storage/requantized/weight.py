@@ -54,7 +54,7 @@ class RequantizedWeight:
         if self.into not in INTO:
             raise ValueError(f"into={self.into!r} is unknown; use one of {', '.join(INTO)}")
         (N, K), (R, width), (height, rank) = self.shape, self.A.shape, self.B.shape
-        if (N, K, R) != (height, width, rank):
+        if (height, width, rank) != (N, K, R):
             raise ValueError(
                 f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} do not fit a base {(N, K)}; they must be [R, {K}] and [{N}, R]"
             )
