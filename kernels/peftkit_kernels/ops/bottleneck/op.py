@@ -7,6 +7,7 @@ from torch import Tensor
 
 from peftkit_kernels.core.checks import autocast_dtype
 from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.core.op import replays
 from peftkit_kernels.ops.bottleneck import schedule
 from peftkit_kernels.ops.bottleneck.config import obstacle
 from peftkit_kernels.ops.bottleneck.reference import ACTIVATIONS, bottleneck_reference
@@ -48,6 +49,12 @@ def bottleneck(
 
     Source: Houlsby et al., 2019, arXiv:1902.00751; with a base: He et al., 2022, arXiv:2110.04366 (parallel adapters).
     """
+    tensors = h, down, down_bias, up, up_bias, base
+    call = schedule.Adapter(*tensors, float(scale), act)
+    if backend == "auto" and replays(h):
+        y = schedule.bottleneck.again(call)
+        if y is not None:
+            return y
     dtype = autocast_dtype(h)
     if dtype is not None:
         with torch.autocast(h.device.type, enabled=False):
@@ -56,11 +63,11 @@ def bottleneck(
                 h.to(dtype), down, down_bias, up, up_bias, scale, act, base, backend=backend
             )
     _check(h, down, down_bias, up, up_bias, base, act)
-    tensors, own = (h, down, down_bias, up, up_bias, base), obstacle(down.shape[0])
+    own = obstacle(down.shape[0])
     chosen = choose_backend("bottleneck", backend, *tensors, own_obstacle=own)
     if chosen == "reference":
         return bottleneck_reference(h, down, down_bias, up, up_bias, scale, act, base)
-    return schedule.bottleneck(chosen, schedule.Adapter(*tensors, float(scale), act))
+    return schedule.bottleneck(chosen, call)
 
 
 def _check(

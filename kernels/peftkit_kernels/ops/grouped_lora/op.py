@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from peftkit_kernels.core.dispatch import Backend, choose_backend, is_transformed
+from peftkit_kernels.core.op import replays
 from peftkit_kernels.ops.grouped_lora import schedule
 from peftkit_kernels.ops.grouped_lora.config import obstacle
 from peftkit_kernels.ops.grouped_lora.passes import table_of
@@ -46,6 +47,11 @@ def grouped_lora(
 
     Source: Chen et al., 2023, arXiv:2310.18547 (many adapters in one batch).
     """
+    if backend == "auto" and replays(x):
+        call = schedule.Grouped(x, y, A, B, scale, table_of(plan))
+        out = schedule.grouped_lora.again(call)
+        if out is not None:
+            return out
     _check(y, x, A, B, scale, plan)
     rank = A.shape[1]
     chosen = choose_backend("grouped_lora", backend, x, y, A, B, scale, plan.ids, rank=rank)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from peftkit_kernels.core.checks import autocast_dtype, without_autocast
 from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.core.op import replays
 from peftkit_kernels.ops.prefix_attention import schedule
 from peftkit_kernels.ops.prefix_attention.flash import Pass
 from peftkit_kernels.ops.prefix_attention.reference import prefix_attention_reference
@@ -53,6 +54,12 @@ def prefix_attention(
 
     Source: Li and Liang, 2021, arXiv:2101.00190; gate: Zhang et al., 2023, arXiv:2303.16199, section 3.2.
     """
+    tensors = q, k, v, prefix_k, prefix_v, gate, mask
+    call = schedule.Prefixed(*tensors, float(scale), bool(causal))
+    if backend == "auto" and replays(q):
+        out = schedule.prefix_attention.again(call)
+        if out is not None:
+            return out
     dtype = autocast_dtype(q)
     if dtype is not None:
         with without_autocast(q):
@@ -61,7 +68,6 @@ def prefix_attention(
                 **{"causal": causal, "mask": mask, "gate": gate, "backend": backend},
             )
     _check(q, k, v, prefix_k, prefix_v, causal, mask, gate)
-    tensors = q, k, v, prefix_k, prefix_v, gate, mask
     chosen = choose_backend("prefix_attention", backend, *tensors, has_dot=False)
     obstacle = _obstacle(chosen, q, k, prefix_k) or Pass(scale, causal, mask).obstacle(q)
     if obstacle and backend == chosen != "reference":
@@ -70,7 +76,6 @@ def prefix_attention(
         return prefix_attention_reference(
             q, k, v, prefix_k, prefix_v, scale, causal=causal, mask=mask, gate=gate
         )
-    call = schedule.Prefixed(*tensors, float(scale), bool(causal))
     return schedule.prefix_attention(chosen, call)
 
 
