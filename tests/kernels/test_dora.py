@@ -16,13 +16,12 @@ from lora_cases import (
 
 from lab.testing import Bound, Made, kept_for_backward
 from peftkit_kernels.low_rank import LoRA
-from peftkit_kernels.ops.dora import dora_linear, dora_linear_reference, dora_norm
-from peftkit_kernels.ops.dora import torch_impl as implementation
-from peftkit_kernels.ops.dora.torch_impl import folds
+from peftkit_kernels.ops.dora import dora_linear, dora_linear_reference, dora_norm, torch_passes
+from peftkit_kernels.ops.dora.schedule import folds
 from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.storage.int8 import quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
-from peftkit_kernels.storage.quantized import dequantize_reference
+from peftkit_kernels.storage.quantized import dequantize_reference, tensors_of
 
 N = 29
 TRAINED = ("x", "bias", "A", "B", "magnitude")
@@ -192,8 +191,7 @@ def test_each_subset_of_trained_tensors(storage, trained):
     for name, value in actual.items():
         assert torch.equal(value, every[name]), name
     weight, leaves, numbers = case
-    dense = [weight] if isinstance(weight, torch.Tensor) else []
-    with kept_for_backward(*leaves.values(), *dense) as kept:
+    with kept_for_backward(*leaves.values(), *tensors_of([weight])) as kept:
         y = apply(weight, leaves | {"x": leaves["x"] * 1}, numbers)
     assert y.requires_grad
     sizes = {"A": 17 * 33, "B": 17 * 4, "magnitude": 17 * N}
@@ -277,7 +275,7 @@ def test_modes_repetition_and_refusals(storage):
     cast = leaves | {"x": leaves["x"].bfloat16(), "bias": leaves["bias"].bfloat16()}
     assert torch.equal(half, apply(weight, cast, numbers))
     (dx,) = torch.autograd.grad(apply(*case).square().sum(), leaves["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="DoRALinear is once_differentiable"):
+    with pytest.raises(RuntimeError, match="dora_linear is once_differentiable"):
         dx.sum().backward()
     y = apply(*case)
     y.mul_(2.0)
@@ -298,7 +296,7 @@ def test_compiled_without_graph_break(storage):
 
 
 def test_nothing_of_the_size_of_the_weight_is_made(monkeypatch):
-    monkeypatch.setattr(implementation, "_NORM_ROWS", 8)
+    monkeypatch.setattr(torch_passes, "_NORM_ROWS", 8)
     K = 2048
     weight, leaves, numbers = make("nf4", x=(3, K), rank=2, trained=("A", "B", "magnitude"))
     apply(weight, leaves, numbers)  # the workspace is there now

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from lora_cases import LAYOUTS, MIXED, Projection, Shape, draw, gradients, subsets
-from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, scaled, watched
+from triton_cases import (
+    DTYPES,
+    INT32_LIMIT,
+    assert_same_bits_in_any_order,
+    opcheck,
+    scaled,
+    watched,
+)
 from triton_cases import draw as normal
 from triton_linear import Linear, output_grad
 
@@ -11,13 +18,13 @@ from lab.testing import UNIT_ROUNDOFF, Bound, kept_for_backward
 from peftkit_kernels.core.launch import INTERPRETED
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.low_rank.config import fuses_gemm
-from peftkit_kernels.ops.dora import dora_linear, dora_norm
+from peftkit_kernels.ops.dora import dora_linear, dora_norm, norm_schedule, schedule
 from peftkit_kernels.ops.dora.config import MagnitudeConfig, NormConfig
-from peftkit_kernels.ops.dora.torch_impl import folds
-from peftkit_kernels.ops.dora.triton_impl import magnitude_grad, weight_norm
+from peftkit_kernels.ops.dora.passes import magnitude_grad, weight_norm
+from peftkit_kernels.ops.dora.schedule import folds
 from peftkit_kernels.storage.int8 import Int8Weight, quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
-from peftkit_kernels.storage.quantized import arguments_of, dequantize_reference, tensors_of
+from peftkit_kernels.storage.quantized import dequantize_reference, tensors_of
 
 N = 29
 TRAINED = ("x", "bias", "A", "B", "magnitude")
@@ -323,13 +330,14 @@ def test_float64_weights_are_refused_by_name():
         dora_norm(normal(29, 33).double(), lora, backend="triton")
 
 
-def test_opcheck():
-    weight, leaves, _ = make("nf4", x=(3, 33), dtype=torch.bfloat16, factors=torch.float32)
-    stored, storage = arguments_of([weight])
-    A, B, magnitude = (leaves[name] for name in ("A", "B", "magnitude"))
-    ops = torch.ops.peftkit
-    torch.library.opcheck(ops.dora_norm.default, (stored, storage, A.detach(), B.detach(), 0.7))
-    norm = torch.ones(N)
-    tensors = leaves["x"], stored, storage, leaves["bias"], A, B, magnitude, norm
-    for keep_direction in (False, True):
-        torch.library.opcheck(ops.dora_linear.default, (*tensors, 0.7, 0.1, 5, keep_direction))
+@pytest.mark.parametrize("storage", ["dense", "nf4_nested"])
+def test_opcheck(storage):
+    weight, leaves, numbers = make(
+        storage, x=(3, 33), dtype=torch.bfloat16, factors=torch.float32, p=0.1
+    )
+    lora, norm = LoRA(leaves["A"], leaves["B"], *numbers), torch.ones(N)
+    factors = lora.A.detach(), lora.B.detach()
+    opcheck(norm_schedule, norm_schedule.UpdatedWeight(weight, *factors, lora.scale))
+    for bias, keep_direction in ((leaves["bias"], False), (leaves["bias"], True), (None, False)):
+        arguments = leaves["x"], weight, bias, lora, leaves["magnitude"], norm
+        opcheck(schedule, schedule.DoRA(*arguments, keep_direction))

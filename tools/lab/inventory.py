@@ -369,7 +369,7 @@ def _int8_compute_linear(
 
 
 def _dora(rank: int, dtype: torch.dtype, sizes: Sizes) -> None:
-    from peftkit_kernels.ops.dora.triton_impl import magnitude_grad, weight_norm
+    from peftkit_kernels.ops.dora.passes import magnitude_grad, weight_norm
 
     N, K = sizes.widths(4096, 4096)
     for weight in (_meta(N, K, dtype=dtype), *_nf4_weights(N, K), _int8_weight(N, K)):

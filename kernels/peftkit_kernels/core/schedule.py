@@ -155,7 +155,7 @@ class Schedule:
     ) -> tuple[list[Tensor], Constant]:
         """The forward, on the parts of its arguments."""
         call = build(structure, tensors, seeds)
-        if not call[0].numel():
+        if 0 in call[0].shape:
             return _zeros(self._like(call))
         found = flatten(self._forward(passes(), call))
         return found.tensors, Constant(found.structure)

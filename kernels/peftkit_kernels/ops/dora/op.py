@@ -8,10 +8,9 @@ from torch import Tensor
 from peftkit_kernels.core.checks import autocast_dtype, check_bias, check_lora, check_weight
 from peftkit_kernels.core.dispatch import Backend, choose_backend
 from peftkit_kernels.low_rank import LoRA, adapter_dtype
+from peftkit_kernels.ops.dora import norm_schedule, schedule
 from peftkit_kernels.ops.dora.reference import dora_linear_reference, dora_norm_reference
-from peftkit_kernels.ops.dora.torch_impl import Call, DoRALinear, weight_norm
-from peftkit_kernels.ops.dora.triton_impl import dora_norm_triton, run_triton
-from peftkit_kernels.storage.quantized import Weight, arguments_of, check_quantized, tensors_of
+from peftkit_kernels.storage.quantized import Weight, check_quantized, tensors_of
 
 
 @torch.no_grad()
@@ -34,16 +33,15 @@ def dora_norm(weight: Weight, lora: LoRA, *, backend: Backend = "auto") -> Tenso
     if len(weight.shape) != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [N, K]")
     check_lora(lora, weight, "lora")
-    stored, storage = arguments_of([weight])
-    chosen = choose_backend("dora_norm", backend, lora.A, lora.B, *stored, rank=lora.A.shape[0])
-    if chosen == "triton":
-        return dora_norm_triton(stored, storage, lora.A, lora.B, lora.scale)
+    tensors = lora.A, lora.B, *tensors_of([weight])
+    chosen = choose_backend("dora_norm", backend, *tensors, rank=lora.A.shape[0])
     if chosen == "reference":
         dtype = torch.promote_types(lora.A.dtype, torch.float32)
         if isinstance(weight, Tensor):
             dtype = torch.promote_types(dtype, weight.dtype)
         return dora_norm_reference(weight, lora, compute_dtype=dtype)
-    return weight_norm(weight, lora)
+    call = norm_schedule.UpdatedWeight(weight, lora.A, lora.B, lora.scale)
+    return norm_schedule.dora_norm(chosen, call)
 
 
 def dora_linear(
@@ -108,7 +106,5 @@ def dora_linear(
     chosen = choose_backend("dora_linear", backend, *tensors, rank=lora.A.shape[0])
     if chosen == "reference":
         return dora_linear_reference(x, weight, bias, lora, magnitude, norm)
-    if chosen == "triton":
-        return run_triton(x, weight, bias, lora, magnitude, norm, keep_direction)
-    call = Call(weight, lora.numbers(), keep_direction)
-    return DoRALinear.apply(x, call, bias, lora.A, lora.B, magnitude, norm)
+    call = schedule.DoRA(x, weight, bias, lora, magnitude, norm, keep_direction)
+    return schedule.dora_linear(chosen, call)
