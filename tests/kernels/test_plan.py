@@ -212,7 +212,7 @@ def test_which_tensors_share_a_buffer_is_in_the_signature_if_asked():
         shared = weights[0].untyped_storage()._cdata == weights[1].untyped_storage()._cdata
         return x * (2 if shared else 3)
 
-    plans = _plans(schedule, [TENSOR, TENSORS], looks_at_storage=[1])
+    plans = _plans(schedule, [TENSOR, TENSORS], buffers=lambda x, weights: weights)
     x, both = torch.ones(2), torch.ones(2, 4)
     for _ in range(2):
         assert torch.equal(plans(x, [both[0], both[1]]), x * 2)

@@ -487,8 +487,7 @@ class Plans:
         schedule: The function. It does not change its arguments.
         kinds: The kind of each of its arguments.
         otherwise: Computes the same if a tensor is a subclass, which may need its own code: kernels read plain memory.
-        looks_at_storage: Numbers of the arguments of which the schedule asks whether they are parts of one buffer.
-        buffers: If the first argument is the list of all tensors, their places in it, from the last argument.
+        buffers: The tensors, of the same arguments, of which the schedule asks whether they are parts of one buffer.
     """
 
     def __init__(
@@ -497,12 +496,10 @@ class Plans:
         kinds: Sequence[Kind],
         *,
         otherwise: Callable[..., Any] | None = None,
-        looks_at_storage: Sequence[int] = (),
-        buffers: Callable[[Any], Sequence[int]] | None = None,
+        buffers: Callable[..., Sequence[Tensor]] | None = None,
     ):
         self._otherwise = otherwise or schedule
-        self._schedule, self._kinds, self._looks_at_storage = schedule, kinds, looks_at_storage
-        self._buffers = buffers
+        self._schedule, self._kinds, self._buffers = schedule, kinds, buffers
         self._plans: dict[tuple, Callable[..., Any]] = {}
         self.sources: dict[tuple, str] = {}
         """The source code of each plan, for people."""
@@ -528,17 +525,10 @@ class Plans:
 
     def _signature_of(self, args: Sequence[Any]) -> tuple:
         signature = self._signature(*args)
-        watched = self._watched(args)
-        return (*signature, _pattern(watched)) if len(watched) > 1 else signature
-
-    def _watched(self, args: Sequence[Any]) -> Sequence[Tensor]:
-        """The tensors of which the schedule asks whether they are parts of one buffer."""
-        if self._buffers is not None:
-            tensors = args[0]
-            return [tensors[i] for i in self._buffers(args[-1])]
-        if not self._looks_at_storage:
-            return ()
-        return [t for i in self._looks_at_storage for t in tree_leaves(args[i]) if t is not None]
+        if self._buffers is None:
+            return signature
+        tensors = self._buffers(*args)
+        return (*signature, _pattern(tensors)) if len(tensors) > 1 else signature
 
     def _record(self, signature: tuple, args: Sequence[Any]) -> Any:
         inputs: dict[str, Tensor] = {}
@@ -554,7 +544,7 @@ class Plans:
         tensors = list(inputs.values())
         if any(type(t) not in _PLAIN for t in tensors):
             return self._otherwise(*args)
-        watched = set(map(id, self._watched(args)))
+        watched = set(map(id, self._buffers(*args))) if self._buffers is not None else ()
         if any(not t.numel() for t in tensors) or _overlap(
             [t for t in tensors if id(t) not in watched]
         ):

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from peftkit_kernels.core import recompute
 from peftkit_kernels.core.autograd import once_differentiable
-from peftkit_kernels.core.launch import is_recording
+from peftkit_kernels.core.checks import is_autocast_enabled
+from peftkit_kernels.core.launch import is_counting, is_recording
 from peftkit_kernels.core.modes import is_transformed
 from peftkit_kernels.core.plan import Constant, Kind, Plans
 from peftkit_kernels.core.structure import (
@@ -40,6 +41,15 @@ _cached = functools.lru_cache(MAX_STRUCTURES)
 
 Compute = Callable[[list, list, Structure], tuple[list[Tensor], Constant]]
 """Runs a schedule on the parts of its arguments; returns the tensors of its results and their structure."""
+
+
+def replays(x: Tensor) -> bool:
+    """Whether ops with the input ``x`` run by launch plans, on arguments as they are: eagerly, on a GPU, without autocast."""
+    return (
+        not is_transformed()
+        and (x.is_cuda or is_counting())
+        and not is_autocast_enabled(x.device.type)
+    )
 
 
 class Schedule:
@@ -98,7 +108,7 @@ class Schedule:
                 functools.partial(run, triton_passes),
                 _KINDS,
                 otherwise=functools.partial(self._by_library, op),
-                buffers=None if buffers is None else self._buffer_places,
+                buffers=None if buffers is None else self._buffers_among,
             )
             for run, op in runs
         )
@@ -171,9 +181,13 @@ class Schedule:
         found = flatten(self._backward(passes(), kept, grads, needs))
         return found.tensors, Constant(found.structure)
 
+    def _buffers_among(self, tensors: list, seeds: list, structure: Structure) -> list[Tensor]:
+        """Those tensors, of a forward's or a backward's arguments, that may be parts of one buffer."""
+        return [tensors[i] for i in self._buffer_places(structure)]
+
     @_cached
     def _buffer_places(self, structure: Structure) -> tuple[int, ...]:
-        """The places of the tensors, among those of a forward's or a backward's arguments, that may be parts of one buffer."""
+        """The places of what ``_buffers_among`` returns."""
         assert self._buffers is not None
         arguments = build_slots(structure)
         if type(arguments) is not Backward:

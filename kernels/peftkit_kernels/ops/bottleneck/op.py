@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peftkit_kernels.core.checks import autocast_dtype
 from peftkit_kernels.core.dispatch import Backend, choose_backend
-from peftkit_kernels.core.op import replays
+from peftkit_kernels.core.schedule import replays
 from peftkit_kernels.ops.bottleneck import schedule
 from peftkit_kernels.ops.bottleneck.config import obstacle
 from peftkit_kernels.ops.bottleneck.reference import ACTIVATIONS, bottleneck_reference

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from peftkit_kernels.core.dispatch import Backend, choose_backend, is_transformed
-from peftkit_kernels.core.op import replays
+from peftkit_kernels.core.schedule import replays
 from peftkit_kernels.ops.grouped_lora import schedule
 from peftkit_kernels.ops.grouped_lora.config import obstacle
 from peftkit_kernels.ops.grouped_lora.passes import table_of

@@ -17,7 +17,7 @@ from peftkit_kernels.core.checks import (
     is_autocast_enabled,
 )
 from peftkit_kernels.core.dispatch import Backend, choose_backend, triton_obstacle
-from peftkit_kernels.core.op import replays
+from peftkit_kernels.core.schedule import replays
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.attention import causal
 from peftkit_kernels.ops.frozen_norm.config import obstacle as norm_obstacle

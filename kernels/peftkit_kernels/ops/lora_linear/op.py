@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peftkit_kernels.core.checks import autocast_dtype, check_bias, check_lora, check_weight
 from peftkit_kernels.core.dispatch import Backend, choose_backend
-from peftkit_kernels.core.op import replays
+from peftkit_kernels.core.schedule import replays
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_linear.reference import lora_linear_reference
 from peftkit_kernels.ops.lora_linear.schedule import Linear, Linears, linears

@@ -16,7 +16,7 @@ from peftkit_kernels.core.checks import (
     check_weight,
 )
 from peftkit_kernels.core.dispatch import Backend, choose_backend
-from peftkit_kernels.core.op import replays
+from peftkit_kernels.core.schedule import replays
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_linear.schedule import Linear
 from peftkit_kernels.ops.lora_swiglu_mlp import schedule

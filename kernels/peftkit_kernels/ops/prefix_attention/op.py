@@ -7,7 +7,7 @@ from torch import Tensor
 
 from peftkit_kernels.core.checks import autocast_dtype, without_autocast
 from peftkit_kernels.core.dispatch import Backend, choose_backend
-from peftkit_kernels.core.op import replays
+from peftkit_kernels.core.schedule import replays
 from peftkit_kernels.ops.prefix_attention import schedule
 from peftkit_kernels.ops.prefix_attention.flash import Pass
 from peftkit_kernels.ops.prefix_attention.reference import prefix_attention_reference
