@@ -159,6 +159,26 @@ def peftkit_prefix(model: nn.Module) -> nn.Module:
     return wrap(model, PrefixConfig(num_virtual_tokens=16, gate=True, task_type="CAUSAL_LM"))
 
 
+def on_base(
+    provider: Callable[[nn.Module], nn.Module], base: str
+) -> Callable[[nn.Module], nn.Module]:
+    """``provider`` on the model quantised in place, as ``load_base`` does."""
+
+    def build(model: nn.Module) -> nn.Module:
+        from peftkit import load_base
+
+        return provider(load_base(model, base, compute_dtype=torch.float32))
+
+    return build
+
+
+def in_8_bits(model: nn.Module) -> nn.Module:
+    """``peftkit`` with products in 8 bits, forward and for the gradient of the input."""
+    from peftkit import wrap
+
+    return wrap(model, int8_mode="compute")
+
+
 def checkpointed(provider: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
     """``provider`` with gradient checkpointing of every layer."""
 
@@ -237,5 +257,10 @@ PROVIDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "peft-compiled": compiled(peft),
     "peftkit-dora": partial(peftkit, use_dora=True),
     "peft-dora": partial(peft, use_dora=True),
+    "peftkit-nf4": on_base(peftkit, "nf4"),
+    "peft-nf4": on_base(peft, "nf4"),
+    "peftkit-int8": on_base(peftkit, "int8"),
+    "peftkit-int8-compute": on_base(in_8_bits, "int8"),
+    "peft-int8": on_base(peft, "int8"),
     **{f"parts-{count}": first_parts(count) for count in range(1, len(PARTS) + 1)},
 }

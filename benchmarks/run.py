@@ -4,6 +4,7 @@
     python benchmarks/run.py training --case smollm2 --providers peftkit peft full floor --rounds 3
     python benchmarks/run.py parts                         # the gain of each part of peftkit
     python benchmarks/run.py methods                       # a step of DoRA, bottlenecks and prefixes, against LoRA
+    python benchmarks/run.py quantised                     # a step on NF4 and 8-bit bases, against PEFT with bitsandbytes
     python benchmarks/run.py learning                      # the accuracy that each method reaches on two real models
     python benchmarks/run.py prefix                        # attention time with a prefix
     python benchmarks/run.py kernels                       # each operation against eager torch and torch.compile
@@ -28,12 +29,14 @@ import learning
 import operations
 import overhead
 import prefix
+import quantised
 import steps
 
 BENCHMARKS = {
     "training": steps.Training,
     "parts": steps.Parts,
     "methods": steps.Methods,
+    "quantised": quantised,
     "learning": learning,
     "prefix": prefix,
     "kernels": operations,

@@ -1,0 +1,90 @@
+"""A step of LoRA on quantised bases: NF4, and 8 bits decoded or multiplied in 8 bits, in peftkit and in stock PEFT with bitsandbytes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import steps
+from report import environment, machine, run_script, save
+
+HELP = "a step on quantised bases, against PEFT with bitsandbytes"
+CASES = ("smollm2", "llama-1b-cut")
+STOCK = {
+    "peftkit": "peft",
+    "peftkit-nf4": "peft-nf4",
+    "peftkit-int8": "peft-int8",
+    "peftkit-int8-compute": "peft-int8",
+}
+"""Each provider of peftkit and stock PEFT on the same base."""
+PROVIDERS = (*STOCK, *dict.fromkeys(STOCK.values()))
+
+ROUNDED_TOLERANCE = 0.01
+"""Largest relative difference of losses if the inputs of the products are rounded to 8 bits, which stock PEFT does not do in training."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each provider, in turn")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per run")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure every case, save the results and print the tables."""
+    for case in arguments.case or CASES:
+        result = measure(case, arguments)
+        save(result, f"quantised-{case}")
+        print(table(result), flush=True)
+
+
+def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run every provider ``rounds`` times, in turn."""
+    runs: dict[str, list[dict[str, Any]]] = {provider: [] for provider in arguments.providers}
+    for number in range(arguments.rounds):
+        for provider in runs:
+            where = f"{case}: round {number + 1} of {arguments.rounds}, {provider}"
+            print(where, file=sys.stderr, flush=True)
+            options = ["--case", case, "--provider", provider, "--steps", str(arguments.steps)]
+            runs[provider].append(run_script("training.py", *options))
+    check_losses(runs)
+    return {"case": case, "environment": environment(), "runs": runs}
+
+
+def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise ``SystemExit`` if a loss differs from that of stock PEFT on the same base."""
+    for provider, results in runs.items():
+        stock = STOCK.get(provider, provider)
+        if stock not in runs:
+            raise SystemExit(f"providers must contain {stock}: {provider} is checked against it")
+        tolerance = ROUNDED_TOLERANCE if provider.endswith("compute") else steps.LOSS_TOLERANCE
+        for result in results:
+            pairs = zip(result["losses"], runs[stock][0]["losses"], strict=True)
+            for step, (loss, wanted) in enumerate(pairs):
+                if not abs(loss - wanted) <= tolerance * abs(wanted):
+                    raise SystemExit(
+                        f"{provider}: loss {loss} at step {step}, {stock} has {wanted}; no speed printed"
+                    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results of a case as a Markdown table, next to float32 and to stock PEFT on the same base."""
+    best = {provider: steps.best_run(runs) for provider, runs in result["runs"].items()}
+    plain = best.get("peftkit")
+    lines = [
+        f"**{result['case']}** ({machine(result['environment'])})",
+        "",
+        "| method | step (s) | / peftkit in float32 | / PEFT on the same base | peak growth (MiB) | / PEFT on the same base |",
+        "|---|---|---|---|---|---|",
+    ]
+    for provider, run in best.items():
+        stock = best[STOCK.get(provider, provider)]
+        step, peak = run["step_seconds"], run["peak_bytes"]
+        over_plain = f"{step / plain['step_seconds']:.2f}" if plain else ""
+        lines.append(
+            f"| {provider} | {step:.2f} | {over_plain} | {step / stock['step_seconds']:.2f} | "
+            f"{peak / 2**20:.0f} | {peak / stock['peak_bytes']:.2f} |"
+        )
+    return "\n".join(lines)
