@@ -8,6 +8,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from peftkit.errors import ContractError, listing
+from peftkit.find.modules import is_own_adapter
 from peftkit.fuse.int8_mode import int8_mode_of, set_int8_mode_of
 from peftkit.fuse.plan import NotReached, Reason
 from peftkit_kernels.core.dispatch import is_transformed
@@ -150,5 +151,5 @@ def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) or getattr(module, "peftkit_adapter", False):
+        if isinstance(module, BaseTunerLayer) or is_own_adapter(module):
             yield name, module

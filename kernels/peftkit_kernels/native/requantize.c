@@ -79,19 +79,14 @@ static APART void round_block(float *restrict t, float maximum, float absmax, in
 static APART void round_to_half(float *restrict t, int64_t count) {
 #pragma omp simd
   for (int64_t k = 0; k < count; k++) {
-    uint32_t bits, magnitude;
-    memcpy(&bits, t + k, 4);
-    magnitude = bits & 0x7fffffffu;
-    uint32_t wide = (magnitude + 0xfffu + ((magnitude >> 13) & 1u)) & ~0x1fffu;
-    wide = wide >= 0x47800000u ? 0x7f800000u : wide; /* 65536 and more: infinite */
-    float size;
-    memcpy(&size, &magnitude, 4);
-    float small = (size + 0.5f) - 0.5f;
-    uint32_t narrow;
-    memcpy(&narrow, &small, 4);
-    uint32_t found = magnitude > 0x7f800000u ? magnitude : (magnitude < 0x38800000u ? narrow : wide);
-    found |= bits & 0x80000000u;
-    memcpy(t + k, &found, 4);
+    float size = fabsf(t[k]), wide, small = (size + 0.5f) - 0.5f;
+    int32_t bits;
+    memcpy(&bits, &size, 4);
+    bits = (bits + 0xfff + ((bits >> 13) & 1)) & ~0x1fff;
+    memcpy(&wide, &bits, 4);
+    wide = size < 0x1p-14f ? small : wide;
+    wide = size >= 65520.0f ? INFINITY : wide;
+    t[k] = copysignf(size == size ? wide : size, t[k]);
   }
 }
 

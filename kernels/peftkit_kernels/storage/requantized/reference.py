@@ -44,7 +44,7 @@ def requantize(q: RequantizedWeight) -> NF4Weight | Int8Weight:
     found = nested_code(q)
     if found is None:
         return plain
-    codes, nested = nest(plain.absmax, *found)
+    codes, nested = nest(plain.absmax, *found, by_table=plain.absmax.is_cpu)
     return NF4Weight(plain.packed, codes, q.shape, q.blocksize, nested)
 
 
@@ -76,15 +76,16 @@ def nested_code(q: RequantizedWeight) -> tuple[Tensor, int] | None:
     return q.base.nested.code, q.base.nested.blocksize
 
 
-def nest(maxima: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, NestedAbsmax]:
+def nest(
+    maxima: Tensor, code: Tensor, blocksize: int, *, by_table: bool
+) -> tuple[Tensor, NestedAbsmax]:
     """Block maxima in 8 bits.
-
-    A GPU finds the nearest code. On the CPU bitsandbytes first rounds a value to one of 65,536, and so do we.
 
     Args:
         maxima: ``Float32[blocks]``.
         code: ``Float32[256]``, ascending.
         blocksize: Maxima that share one ``absmax``.
+        by_table: Round a value to one of 65,536 before its nearest code is found, as bitsandbytes does on the CPU.
 
     Returns:
         ``UInt8[blocks]``, and what decodes them.
@@ -97,7 +98,7 @@ def nest(maxima: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, NestedAb
     # a block of equal maxima has no reciprocal; all its codes stand for 0
     inverse = torch.where(absmax == 0, absmax, absmax.reciprocal())
     scaled = (rows * inverse[:, None]).clamp(-1, 1).view(-1)[: values.numel()]
-    if maxima.is_cpu:
+    if by_table:
         index = ((scaled + 1) * 0.5 * _TABLE + 0.5).int()
         codes = _codes_of_table(code)[index]
     else:

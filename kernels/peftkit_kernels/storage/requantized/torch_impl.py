@@ -61,7 +61,7 @@ def _quantize_(q: RequantizedWeight, update: Tensor) -> None:
     rounds = None if nested is not None else q.into
     native.merge(*stored, update, maxima, q.blocksize, scale, rounds)
     if maxima is not None and nested is not None:
-        codes, inner = nest(maxima, *nested)
+        codes, inner = nest(maxima, *nested, by_table=True)
         # only the decoded maxima are needed, not the codes of the weight
         absmax = inner.decode(codes)
         native.round_nf4(update, maxima, absmax, q.blocksize)

@@ -27,7 +27,7 @@ def requantize_into(q: RequantizedWeight, out: Tensor, row_scale: Tensor | None)
     packed, absmax = nf4.quantize(merged, q.blocksize)
     found, nested = nested_code(q), None
     if found is not None:
-        absmax, nested = nest(absmax, *found)
+        absmax, nested = nest(absmax, *found, by_table=False)
     return nf4.dequantize_into(
         NF4Weight(packed, absmax, q.shape, q.blocksize, nested), out, row_scale
     )
