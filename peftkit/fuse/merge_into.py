@@ -35,8 +35,10 @@ def set_merge_into(model: nn.Module, into: MergeInto | None) -> None:
         ContractError: ``into`` is unknown, the model has no LoRA layer, or an adapter cannot be merged in this way.
     """
     if into is None:
-        chosen = (merge_into_of(module) for module in model.modules())
-        into = next((one for one in chosen if one is not None), None)
+        chosen: list[MergeInto] = [
+            found for module in model.modules() if (found := merge_into_of(module)) is not None
+        ]
+        into = chosen[0] if chosen else None
         if into is None:
             return
     if into not in get_args(Into):
@@ -150,6 +152,7 @@ def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers with adapters, of any method, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    module: Any
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) or is_own_adapter(module):
             yield name, module

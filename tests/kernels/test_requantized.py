@@ -107,11 +107,11 @@ def test_native_code_gives_the_bits_of_the_definition(name, size, dtype, monkeyp
     for N, K, R in ((13, 64, 1), (3, 4096 + 128, 7)):
         q, _ = case(name, size, N, K, R)
         expected = dequantize_reference(q, dtype)
-        calls = []
-        monkeypatch.setattr(native, "merge", lambda *a, run=native.merge: calls.append(run(*a)))
-        assert torch.equal(decode(q, dtype), expected)
-        assert calls == [None]
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            calls, run = [], native.merge
+            patch.setattr(native, "merge", lambda *a, calls=calls, run=run: calls.append(run(*a)))
+            assert torch.equal(decode(q, dtype), expected)
+            assert calls == [None]
         with monkeypatch.context() as patch:
             patch.setattr(native, "supports", lambda *tensors: False)
             assert torch.equal(decode(q, dtype), expected)

@@ -57,6 +57,7 @@ def small_m(
         config: Replaces the configuration that would be chosen.
     """
     (M, K), N, x = x.shape, q.shape[0], passes.readable(x)
+    assert isinstance(q, (NF4Weight, Int8Weight)), "as decodes_in_product says"
     four_bit = isinstance(q, NF4Weight)
     assert isinstance(q, (NF4Weight, Int8Weight)), "decodes_in_product says which weights"
     c = config or SmallConfig.choose(
