@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from peftkit.checks import check
     from peftkit.errors import ContractError
     from peftkit.export import ExportReport, export_adapter_gguf, export_gguf
+    from peftkit.fp8 import Float8Linear, from_fp8, to_fp8
     from peftkit.interop import import_adapter
     from peftkit.loading import load_adapter
     from peftkit.lora_plus import lora_plus_groups
@@ -29,6 +30,7 @@ __all__ = [
     "BottleneckConfig",
     "ContractError",
     "ExportReport",
+    "Float8Linear",
     "LoraConfig",
     "PrefixConfig",
     "Report",
@@ -41,6 +43,7 @@ __all__ = [
     "explain",
     "export_adapter_gguf",
     "export_gguf",
+    "from_fp8",
     "import_adapter",
     "load_adapter",
     "load_base",
@@ -48,6 +51,7 @@ __all__ = [
     "merge",
     "restore",
     "serving_report",
+    "to_fp8",
     "wrap",
 ]
 
@@ -56,6 +60,7 @@ _HOME_OF = {
     "BottleneckConfig": "peftkit.bridge",
     "ContractError": "peftkit.errors",
     "ExportReport": "peftkit.export",
+    "Float8Linear": "peftkit.fp8",
     "LoraConfig": "peft",
     "PrefixConfig": "peftkit.bridge",
     "Report": "peftkit.report",
@@ -67,6 +72,7 @@ _HOME_OF = {
     "explain": "peftkit.report",
     "export_adapter_gguf": "peftkit.export",
     "export_gguf": "peftkit.export",
+    "from_fp8": "peftkit.fp8",
     "import_adapter": "peftkit.interop",
     "load_adapter": "peftkit.loading",
     "load_base": "peftkit.base",
@@ -74,6 +80,7 @@ _HOME_OF = {
     "merge": "peftkit.merging",
     "restore": "peftkit.wrapping",
     "serving_report": "peftkit.serving",
+    "to_fp8": "peftkit.fp8",
     "wrap": "peftkit.wrapping",
 }
 

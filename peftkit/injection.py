@@ -17,7 +17,8 @@ def device_and_dtype(module: nn.Module, model: Any) -> tuple[torch.device, torch
     tensors = list(itertools.chain(module.parameters(), module.buffers(), model.parameters()))
     dtype = getattr(model, "dtype", None)
     if dtype is None or not dtype.is_floating_point:
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        floating = (t.dtype for t in tensors if t.is_floating_point() and t.dtype.itemsize > 1)
+        dtype = next(floating, torch.float32)
     return tensors[0].device, dtype
 
 

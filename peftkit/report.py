@@ -62,7 +62,7 @@ class Report:
         total: Number of parameters. Tied parameters count once; each 4-bit value counts as one parameter.
         trained_in_full: Number of trained parameters by module, for modules that are trained without an adapter, such as a
             classifier.
-        storage: Number of parameters of the base model by their storage: ``"bfloat16"``, ``"nf4"``, ``"int8"`` ...
+        storage: Number of parameters of the base model by their storage: ``"bfloat16"``, ``"nf4"``, ``"int8"``, ``"fp8"`` ...
         logit_free: Whether the training loss is computed without the logits.
         logit_free_reason: The reason for ``logit_free``.
     """

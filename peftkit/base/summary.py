@@ -148,11 +148,12 @@ def base_report(model: nn.Module) -> BaseReport:
 
 
 def stored_as(tensor: Tensor) -> str:
-    """``"nf4"`` or ``"fp4"`` for bitsandbytes' 4-bit weights, otherwise the dtype."""
+    """``"nf4"`` or ``"fp4"`` for bitsandbytes' 4-bit weights, ``"fp8"`` for float8 (e4m3), otherwise the dtype."""
     state = getattr(tensor, "quant_state", None)
     if type(tensor).__name__ == "Params4bit" and state is not None:
         return state.quant_type
-    return str(tensor.dtype).removeprefix("torch.")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return "fp8" if dtype == "float8_e4m3fn" else dtype
 
 
 def logical_size(tensor: Tensor) -> int:

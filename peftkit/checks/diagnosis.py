@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.checks.adapters import AdapterTensor, tuner_layers
+from peftkit.find.modules import is_quantised
 
 _LAYER_DROP = (
     "layerdrop",
@@ -60,7 +61,7 @@ def first_non_finite_module(model: nn.Module, forward: Callable[[], Any]) -> str
     broken = [
         n
         for n, p in culprit.named_parameters()
-        if p.is_floating_point() and not bool(p.isfinite().all())
+        if not is_quantised(p) and not bool(p.isfinite().all())
     ]
     if broken:
         return f"{name}.{broken[0]} has NaN or infinite values; load the model or the adapter again"

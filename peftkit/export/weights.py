@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.errors import ContractError
+from peftkit.find.modules import is_quantised
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _weight(name: str, module: nn.Module, own: str, parameter: Tensor) -> Weight
 
 
 def _is_quantized(module: nn.Module, own: str) -> bool:
-    return own == "weight" and not module._parameters[own].is_floating_point()
+    return own == "weight" and is_quantised(module._parameters[own])
 
 
 def _shape(module: Any, own: str, parameter: Tensor) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from peftkit.find.modules import is_linear_like
+from peftkit.find.modules import is_linear_like, is_quantised
 
 ROUTER = "router or gate of a mixture of experts"
 STACKED = (
@@ -63,7 +63,7 @@ def _stacked_weights(name: str, module: nn.Module) -> tuple[dict[str, str], list
     for own, weight in module._parameters.items():
         if weight is None or weight.ndim < 2 or own.endswith("bias"):
             continue
-        if not weight.is_floating_point():
+        if is_quantised(weight):
             dtype = str(weight.dtype).removeprefix("torch.")
             reasons[f"{name}.{own}"] = PACKED.format(dtype=dtype)
         elif weight.ndim == 3:

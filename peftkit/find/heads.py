@@ -23,6 +23,7 @@ from torch import nn
 from peftkit.find.modules import (
     ancestors,
     base_modules,
+    is_quantised,
     storage_of,
     without_adapters,
     wrapped_modules,
@@ -181,7 +182,7 @@ def _is_loaded(parameter: Any) -> bool:
 def _is_quantised(module: nn.Module) -> bool:
     """Whether a weight is quantised, or belongs to a quantised linear layer but is still a plain tensor because it is new."""
     foreign = any(type(m).__module__.startswith("bitsandbytes.") for m in module.modules())
-    return foreign or not all(p.is_floating_point() for p in module.parameters())
+    return foreign or any(is_quantised(p) for p in module.parameters())
 
 
 def _has_loaded(module: nn.Module) -> bool:

@@ -82,6 +82,11 @@ def is_linear_like(module: nn.Module) -> bool:
     return getattr(weight, "ndim", 0) <= 2
 
 
+def is_quantised(weight: Tensor) -> bool:
+    """Whether the elements of a weight are codes: integers, or floating-point numbers of 8 bits, which need a scale."""
+    return not weight.is_floating_point() or weight.dtype.itemsize == 1
+
+
 def storage_of(weight: Tensor) -> Any:
     """Return a key for the memory of a weight. Tied weights have equal keys, even as different ``Parameter`` objects."""
     if weight.is_meta:

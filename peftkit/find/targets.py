@@ -19,7 +19,13 @@ from peftkit.find.experts import ROUTER as ROUTER
 from peftkit.find.experts import STACKED, experts_and_routers, names_peft_rewrites
 from peftkit.find.heads import heads_among, output_embeddings, outside_backbone
 from peftkit.find.layers import check_layers, wanted_layers
-from peftkit.find.modules import ancestors, base_modules, is_linear_like, suffixes
+from peftkit.find.modules import (
+    ancestors,
+    base_modules,
+    is_linear_like,
+    is_quantised,
+    suffixes,
+)
 from peftkit.find.modules import is_own_adapter as is_own_adapter
 from peftkit.find.modules import wrapped_modules as wrapped_modules
 
@@ -106,7 +112,7 @@ def all_linear(model: nn.Module, config: Any = None) -> Selection:
         if name in direct:
             continue
         weight = modules[name]._parameters.get("weight")
-        if weight is not None and weight.is_floating_point():
+        if weight is not None and not is_quantised(weight):
             indirect.add(f"{name}.weight")
         else:
             left_out[name] = REWRITTEN

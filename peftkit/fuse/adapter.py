@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import nn
 
+from peftkit.fp8 import Float8Linear
 from peftkit.fuse.plan import NotReached, Reason
 from peftkit.fuse.storage import nf4_obstacle
 from peftkit.swap import own_class
@@ -88,7 +89,7 @@ def class_reason(layer: Any) -> Reason | None:
         return Reason(f"its base layer is itself a tuner layer ({type(base).__name__})")
     if kind == _LINEAR_4BIT:
         return nf4_obstacle(base)
-    if not stored and type(base) not in (nn.Linear, Conv1D):
+    if not stored and type(base) not in (nn.Linear, Conv1D, Float8Linear):
         return Reason(f"its base layer is a {type(base).__name__}, not a plain Linear or Conv1D")
     return None
 

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftkit.attention_dispatch import NATIVE, OwnAttention
+from peftkit.find.modules import is_quantised
+from peftkit.fp8 import Float8Linear
 from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
 from peftkit.swap import own_class, swap_in
 from peftkit_kernels import native
@@ -191,11 +193,12 @@ def call_dropout_reason(module: nn.Module) -> Reason | None:
 def _support_reason(module: nn.Module) -> Reason | None:
     """The reason if our function does not run on the module's device or in the dtype of its queries and keys, or ``None``.
 
-    Their dtype is that of the frozen weights.
+    Their dtype is that of the frozen weights, or that in which a float8 weight was loaded.
     """
-    weights = [p.dtype for p in module.parameters() if p.is_floating_point()]
-    frozen = [p.dtype for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
-    dtype = next(iter(frozen or weights), torch.float32)
+    plain = [p for p in module.parameters() if not is_quantised(p)]
+    frozen = [p.dtype for p in plain if not p.requires_grad]
+    frozen += [part.compute_dtype for part in module.modules() if isinstance(part, Float8Linear)]
+    dtype = next(iter(frozen or [p.dtype for p in plain]), torch.float32)
     device = _device(module)
     if device.type != "cpu":
         found = switched_off() or device_obstacle(device)

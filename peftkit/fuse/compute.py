@@ -149,6 +149,9 @@ def _is_mixed(x: Tensor, part: LinearParts) -> bool:
     """
     if part.magnitude is None or part.lora is None or is_autocast_enabled(x.device.type):
         return False
+    if isinstance(part.weight, Float8Weight):
+        # that op decodes the weight; and rounding to float8 costs more than rounding to 16 bits
+        return False
     return adapter_dtype(x, part.lora.A) is not x.dtype
 
 

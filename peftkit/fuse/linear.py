@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkit.find.modules import is_quantised
+from peftkit.fp8 import Float8Linear
 from peftkit.fuse import convolution
 from peftkit.fuse.adapter import (
     changed_reason,
@@ -117,7 +119,7 @@ class FusedLoRA(Fused):
     def peftkit_example(self: Any) -> Tensor:
         """One row of input with the dtype and device of the base weight."""
         weight = self.get_base_layer().weight
-        dtype = weight.dtype if weight.is_floating_point() else self._activation_dtype()
+        dtype = self._activation_dtype() if is_quantised(weight) else weight.dtype
         return torch.empty(1, self.in_features, dtype=dtype, device=weight.device)
 
     def peftkit_backend(self, x: Tensor, parts: LinearParts) -> str:
@@ -131,7 +133,7 @@ class FusedLoRA(Fused):
         return method(self) if into is None else f"{method(self)} merged into {into}"
 
     def _activation_dtype(self: Any) -> torch.dtype:
-        """The dtype of the input of a base layer whose weight has an integer dtype."""
+        """The dtype of the input of a base layer whose weight is quantised."""
         floating = (p.dtype for p in self.parameters() if p.is_floating_point())
         return next(floating, torch.float32)
 
@@ -186,8 +188,10 @@ def input_reason(x: Tensor, weight: Tensor) -> Reason | None:
 
 
 def is_quantized(module: Any) -> bool:
-    """Whether this is a linear of bitsandbytes without an adapter."""
+    """Whether this is a quantised linear, of bitsandbytes or in float8, without an adapter."""
     kind = type(module)
+    if kind is Float8Linear:
+        return True
     return kind.__module__ == "bitsandbytes.nn.modules" and kind.__name__ in _QUANTIZED
 
 
@@ -201,6 +205,10 @@ def plan_linear(module: Any, x: Tensor) -> LinearParts | Reason:
         )
         if isinstance(parts, (Reason, LinearParts)):
             return parts
+    if type(module) is Float8Linear:
+        from peftkit.fuse import float8
+
+        return float8.plan_frozen(module, x)
     if is_quantized(module):
         # This imports bitsandbytes, but the existence of such a layer means that it is imported already.
         from peftkit.fuse import quantized
@@ -223,7 +231,7 @@ def fuse_layer(module: nn.Module) -> bool:
     if stock in convolution.CLASSES:
         swap_in(module, convolution.ShowsSizes)
         return False
-    mixin = _mixin(stock)
+    mixin = _mixin(stock, module)
     if mixin is None or class_reason(module) is not None:
         return False
     swap_in(module, mixin)
@@ -233,10 +241,14 @@ def fuse_layer(module: nn.Module) -> bool:
     return True
 
 
-def _mixin(stock: type) -> Any:
-    """The mixin that fuses exactly this class of PEFT's, or ``None``."""
+def _mixin(stock: type, layer: Any) -> Any:
+    """The mixin that fuses exactly this class of PEFT's on the base layer of ``layer``, or ``None``."""
     from peft.tuners.lora.layer import Linear, ParamWrapper
 
+    if stock is Linear and type(layer.base_layer) is Float8Linear:
+        from peftkit.fuse.float8 import FusedFloat8Linear
+
+        return FusedFloat8Linear
     if stock is Linear:
         return FusedLinear
     if stock is ParamWrapper:

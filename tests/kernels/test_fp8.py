@@ -24,6 +24,7 @@ from peftkit_kernels.storage.fp8 import (
     Float8Weight,
     dequantize_fp8,
     dequantize_fp8_reference,
+    op,
     quantize_fp8,
 )
 from peftkit_kernels.storage.fp8.product import torch_impl
@@ -140,11 +141,15 @@ def test_rows_of_any_size(largest):
     assert (error <= torch.maximum(weight.abs() / 16, unit / 1024).double() * (1 + 1e-6)).all()
 
 
-def test_slices_may_be_quantised_one_by_one():
+def test_slices_may_be_quantised_one_by_one(monkeypatch):
     weight = draw((12, 40), torch.bfloat16, torch.Generator().manual_seed(0))
     whole, parts = quantize_fp8(weight), [quantize_fp8(part) for part in weight.split(5)]
     assert torch.equal(whole.codes.float(), torch.cat([part.codes.float() for part in parts]))
     assert torch.equal(whole.row_scale, torch.cat([part.row_scale for part in parts]))
+    monkeypatch.setattr(op, "_CHUNK", 100)
+    again = quantize_fp8(weight)
+    assert torch.equal(again.codes.float(), whole.codes.float())
+    assert torch.equal(again.row_scale, whole.row_scale)
 
 
 @pytest.mark.parametrize(
@@ -304,14 +309,18 @@ def test_codes_may_have_any_strides(layout):
     [
         ({"q": torch.ones(N, 33)}, r"q is a Tensor; it must be of type Float8Weight"),
         ({"q": quantize_fp8(torch.ones(N, 32))}, r"q has shape \(29, 32\) and x \(3, 33\)"),
+        (
+            {"x": torch.zeros(3, 33).to(CODES.dtype)},
+            r"x is torch.float8_e4m3fn; .* keep this layer",
+        ),
         ({"bias": torch.zeros(28)}, r"bias has shape \(28,\)"),
         ({"lora": LoRA(torch.ones(4, 32), torch.ones(N, 4), 1.0)}, r"lora: A \(4, 32\)"),
     ],
 )
 def test_errors_name_the_argument(options, message):
-    arguments = {"q": quantize_fp8(torch.ones(N, 33))} | options
+    arguments = {"x": torch.zeros(3, 33), "q": quantize_fp8(torch.ones(N, 33))} | options
     with pytest.raises(ValueError, match=message):
-        fp8_linear(torch.zeros(3, 33), **arguments)
+        fp8_linear(**arguments)
 
 
 # several linears

@@ -101,10 +101,15 @@ def fp8_linear(
         ``[..., N]`` in the dtype of ``x``, or of autocast if it is on.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit, or the backend cannot run.
+        ValueError: Shapes or dtypes do not fit, ``x`` is float8 itself, or the backend cannot run.
 
     Source: Micikevicius et al., 2022, arXiv:2209.05433.
     """
+    if x.dtype.itemsize < 2:
+        # some models cast an input to the dtype of the next weight, which rounds it without a scale
+        raise ValueError(
+            f"x is {x.dtype}; pass float32 or a 16-bit dtype. If the model casts inputs to the dtype of the weight, keep this layer as it is"
+        )
     return _linear("fp8_linear", Float8Weight, x, q, bias, lora, backend)
 
 

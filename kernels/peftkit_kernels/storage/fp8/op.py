@@ -9,7 +9,10 @@ from peftkit_kernels.core.dispatch import Backend, choose_backend
 from peftkit_kernels.storage.fp8.reference import dequantize_fp8_reference, quantize_rows_reference
 from peftkit_kernels.storage.fp8.torch_impl import dequantize_into
 from peftkit_kernels.storage.fp8.triton_impl import dequantize_triton
-from peftkit_kernels.storage.fp8.weight import Float8Weight
+from peftkit_kernels.storage.fp8.weight import DTYPE, Float8Weight
+
+_CHUNK = 2**20
+"""Values that are quantised together, so that the float32 copies are small next to a weight: 12 MiB."""
 
 
 def quantize_fp8(weight: Tensor) -> Float8Weight:
@@ -27,7 +30,14 @@ def quantize_fp8(weight: Tensor) -> Float8Weight:
         raise ValueError(
             f"weight is {weight.dtype} {tuple(weight.shape)}; pass [N, K] in float32 or a 16-bit dtype"
         )
-    return Float8Weight(*quantize_rows_reference(weight.detach().float()))
+    N, K = weight.shape
+    codes = weight.new_empty(N, K, dtype=DTYPE, requires_grad=False)
+    row_scale = weight.new_empty(N, dtype=torch.float32, requires_grad=False)
+    step = max(1, _CHUNK // max(1, K))
+    for first in range(0, N, step):
+        part = slice(first, first + step)
+        codes[part], row_scale[part] = quantize_rows_reference(weight.detach()[part].float())
+    return Float8Weight(codes, row_scale)
 
 
 def dequantize_fp8(
