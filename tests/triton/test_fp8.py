@@ -6,6 +6,9 @@ import pytest
 import torch
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, draw, watched
 
+from peftkit_kernels.low_rank import LoRA
+from peftkit_kernels.ops.lora_qkv import lora_qkv
+from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
 from peftkit_kernels.storage.fp8 import (
     Float8Weight,
     dequantize_fp8,
@@ -145,6 +148,34 @@ def test_transposed_codes(shape):
     assert torch.equal(bits(codes), bits(q.codes))
     assert codes.t().is_contiguous()
     assert traffic.unique_bytes == 2 * q.codes.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", [lora_qkv, lora_swiglu_mlp], ids=lambda f: f.__name__)
+def test_several_linears(op, dtype):
+    """The passes of a GPU without float8: codes by Triton, products of torch."""
+    shapes = [(48, 64)] * 3 if op is lora_qkv else [(48, 64), (48, 64), (64, 48)]
+    weights = [quantize_fp8(draw(*shape) / 8) for shape in shapes]
+    biases = [draw(N, dtype=dtype) for N, _ in shapes]
+    loras = [
+        LoRA(draw(4, K).requires_grad_(), draw(N, 4).requires_grad_(), 0.1, 0.2, 3)
+        for N, K in shapes
+    ]
+    x = draw(2, 7, 64, dtype=dtype).requires_grad_()
+    leaves = [x, *(t for lora in loras for t in (lora.A, lora.B))]
+    options = ("silu",) if op is lora_swiglu_mlp else ()
+
+    def run(backend):
+        ys = op(x, weights, biases, loras, *options, backend=backend)
+        ys = ys if isinstance(ys, tuple) else (ys,)
+        return [*ys, *torch.autograd.grad(sum(y.float().square().sum() for y in ys), leaves)]
+
+    with watched() as traffic:
+        found = run("triton")
+    names = [launch.kernel for launch in traffic.launches]
+    assert names.count("quantize_kernel") == (1 + 3 if op is lora_qkv else 2 + 3)
+    for ours, theirs in zip(found, run("reference"), strict=True):
+        assert torch.cosine_similarity(ours.flatten().float(), theirs.flatten().float(), 0) > 0.999
 
 
 def test_bits_do_not_depend_on_the_order_of_programs():

@@ -16,6 +16,7 @@ from peftkit_kernels.ops.lora_decoder_layer import schedule as steps
 from peftkit_kernels.ops.lora_decoder_layer.reference import rotated
 from peftkit_kernels.ops.lora_linear import triton_passes
 from peftkit_kernels.ops.lora_linear.schedule import Linear
+from peftkit_kernels.storage.fp8 import quantize_fp8
 from peftkit_kernels.storage.int8 import Int8ComputeWeight, quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 from peftkit_kernels.storage.quantized import dense_reference
@@ -228,6 +229,22 @@ def test_products_in_8_bits(threshold):
     exact = [t.double() for t in run(arguments, "reference")]
     for ours, theirs in zip(distances(own, exact), plain, strict=True):
         assert ours <= FACTOR * theirs + 0.02
+
+
+def test_products_in_float8():
+    """Both directions in float8, as the torch backend, up to codes that differ by one step."""
+    arguments = make(torch.bfloat16)
+    arguments["weights"] = [quantize_fp8(w) for w in arguments["weights"]]
+    with watched() as traffic:
+        own = run(arguments, "triton")
+    names = [launch.kernel for launch in traffic.launches]
+    # the inputs of q, k and v; of o; of gate and up; of down; and seven gradients
+    assert names.count("quantize_kernel") == 4 + 7
+    assert "dequantize_kernel" not in names
+    exact = [t.double() for t in run(arguments, "reference")]
+    plain = distances(run(arguments, "torch"), exact)
+    for ours, theirs in zip(distances(own, exact), plain, strict=True):
+        assert ours <= FACTOR * theirs + 0.05
 
 
 def test_quantised_weights_are_decoded_once_each_way():
