@@ -148,7 +148,7 @@ def _obstacle(layer: Any, into: MergeInto) -> str | None:
     return None if state.disable_adapters else plan
 
 
-def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers with adapters, of any method, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
