@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from peftkit.errors import ContractError, short
 
-Base = Literal["auto", "bf16", "fp16", "fp32", "int8", "nf4"]
+Base = Literal["auto", "bf16", "fp16", "fp32", "int8", "nf4", "fp8"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 QUANTISED = ("int8", "nf4")
@@ -21,13 +21,10 @@ def require_base(base: Any) -> None:
     Raises:
         ContractError: It is none of them.
     """
-    if base == "fp8":
+    known = get_args(Base)
+    if base not in known:
         raise ContractError(
-            "base='fp8': peftkit has no FP8 storage yet; use base='int8' for the same size, or base='nf4' for half of it"
-        )
-    if base not in ("auto", *DTYPES, *QUANTISED):
-        raise ContractError(
-            f"base={short(base)} is no kind of base; use one of {', '.join(map(repr, ('auto', *DTYPES, *QUANTISED)))}"
+            f"base={short(base)} is no kind of base; use one of {', '.join(map(repr, known))}"
         )
 
 

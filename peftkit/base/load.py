@@ -17,6 +17,7 @@ from peftkit.base.kinds import Base, require_base, require_bitsandbytes
 from peftkit.base.memory import give_back
 from peftkit.base.summary import base_report
 from peftkit.errors import ContractError, short
+from peftkit.fp8 import to_fp8
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ def load_base(
         model_or_path: The id of a model on the Hub, a folder with safetensors files, or a model, whose linear layers are then replaced
             one after the other, in place.
         base: ``"auto"`` loads the checkpoint as it is: quantised if it was saved so, otherwise in the dtype of its config. ``"bf16"``,
-            ``"fp16"`` and ``"fp32"`` choose the dtype; ``"int8"`` and ``"nf4"`` quantise the linear layers.
+            ``"fp16"`` and ``"fp32"`` choose the dtype; ``"int8"`` and ``"nf4"`` quantise the linear layers. ``"fp8"`` loads the model
+            unquantised and then calls ``to_fp8``, so it needs the memory of the unquantised model.
         keep: Linear layers that should not be quantised: names, ends of names (``"down_proj"``), patterns (``"model.layers.0.*"``), or
             modules that contain them.
         auto_class: The class of the model, or an Auto class of transformers, or the name of one. Default: the class that the config
@@ -70,6 +72,14 @@ def load_base(
             missing, of another shape, NaN or infinite. The message names the file and the tensor. Nothing half loaded is returned.
     """
     require_base(base)
+    if base == "fp8":
+        model = model_or_path
+        if not isinstance(model, nn.Module):
+            options = {"auto_class": auto_class, "dtype": dtype, "device": device, "strict": strict}
+            model = load_base(model, **options, **kwargs)
+        to_fp8(model, keep)
+        give_back()
+        return model
     require_bitsandbytes(base)
     entries = require_keep(keep)
     if isinstance(model_or_path, nn.Module):

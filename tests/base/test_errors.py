@@ -203,7 +203,7 @@ def test_an_unknown_architecture(saved):
     ("options", "part"),
     [
         ({"base": "int4"}, "'nf4'"),
-        ({"base": "fp8"}, "no FP8 storage yet"),
+        ({"base": "fp8", "keep": ["dwn_proj"]}, "dwn_proj"),
         ({"base": "bf16", "dtype": "float32"}, "contradict"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"keep": "lm_head"}, "keep=['lm_head']"),
