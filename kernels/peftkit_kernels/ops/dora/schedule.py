@@ -48,24 +48,24 @@ class Kept(NamedTuple):
         x: For dA.
         weight: For dx.
         lora: For dx, dA and dB.
-        bias: For the gradient of the magnitude, as all that follow but ``g`` and ``s``.
-        magnitude: As in the arguments.
-        norm: ``None`` if the direction is not kept.
-        y: The direction if it is kept, else the output.
+        magnitude: For its gradient. It is kept in any case, so that autograd notices if it changes before the backward.
         g: For all but the gradients of magnitude and bias.
         s: For dB.
+        bias: For the gradient of the magnitude, if the direction is not kept.
+        norm: For the gradient of the magnitude, if the direction is kept.
+        y: For the gradient of the magnitude: the direction if it is kept, else the output.
         keep_direction: As in the arguments.
     """
 
     x: Tensor | None
     weight: Weight
     lora: LoRA
-    bias: Tensor | None
-    magnitude: Tensor | None
-    norm: Tensor | None
-    y: Tensor | None
+    magnitude: Tensor
     g: Tensor
     s: Tensor | None
+    bias: Tensor | None
+    norm: Tensor | None
+    y: Tensor | None
     keep_direction: bool
 
 
@@ -113,18 +113,18 @@ def trained(call: DoRA) -> Grads:
 
 def keep(call: DoRA, y: Tensor, made: Made, needs: Grads) -> Kept:
     """What the backward needs."""
-    of_magnitude: tuple[Tensor | None, ...] = None, None, None, None
-    if needs.magnitude and call.keep_direction:
-        of_magnitude = None, call.magnitude, call.norm, made.z
-    elif needs.magnitude:
-        of_magnitude = call.bias, call.magnitude, None, y
+    of_magnitude: tuple[Tensor | None, ...] = None, None, None
+    if needs.magnitude:
+        of_direction, of_output = (None, call.norm, made.z), (call.bias, None, y)
+        of_magnitude = of_direction if call.keep_direction else of_output
     return Kept(
         call.x if needs.A else None,
         call.weight,
         call.lora,
-        *of_magnitude,
+        call.magnitude,
         made.g,
         made.s if needs.B else None,
+        *of_magnitude,
         call.keep_direction,
     )
 
@@ -133,7 +133,7 @@ def backward(P: Passes, kept: Kept, dy: Tensor, needs: Grads) -> Grads:
     """The gradients that are needed, by the formulas of this module."""
     flat, weight, lora, g = rows(dy), kept.weight, kept.lora, kept.g
     dx = dA = dB = ds = dmagnitude = None
-    if kept.y is not None and kept.magnitude is not None:
+    if needs.magnitude and kept.y is not None:
         if kept.norm is not None:
             direction = kept.y, kept.norm, kept.magnitude
             dmagnitude = P.grad_magnitude_of_direction(flat, *direction)
@@ -141,8 +141,8 @@ def backward(P: Passes, kept: Kept, dy: Tensor, needs: Grads) -> Grads:
             dmagnitude = P.grad_magnitude(flat, rows(kept.y), kept.bias, kept.magnitude)
     needs_ds = needs.x or needs.A
     if needs_ds or needs.B:
-        dB, ds = P.grads_at_output(flat, kept.s, lora, g, needs_ds)
-    if kept.x is not None and ds is not None:
+        dB, ds = P.grads_at_output(flat, kept.s if needs.B else None, lora, g, needs_ds)
+    if needs.A and kept.x is not None and ds is not None:
         dA = P.grad_a(rows(kept.x), ds, lora)
     if needs.x and ds is not None:
         folded = folds(flat.shape[0], weight) and not kept.keep_direction
@@ -169,7 +169,7 @@ def like_grads(kept: Kept, dy: Tensor, needs: Grads) -> Grads:
         dy.new_empty(dy.shape[-1]) if needs.bias else None,
         lora.A.new_empty(lora.A.shape) if needs.A else None,
         lora.B.new_empty(lora.B.shape) if needs.B else None,
-        None if magnitude is None else magnitude.new_empty(magnitude.shape),
+        magnitude.new_empty(magnitude.shape) if needs.magnitude else None,
     )
 
 

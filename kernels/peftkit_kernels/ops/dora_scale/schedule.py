@@ -63,8 +63,8 @@ def keep(call: Scaled, y: Tensor, g: Tensor | None, needs: Grads) -> Kept:
 
 def backward(P: Passes, kept: Kept, dy: Tensor, needs: Grads) -> Grads:
     """The gradients that are needed, by the formulas of this module."""
-    wanted = {"needs_z": needs.z, "needs_bias": needs.bias}
-    dz, total, dbias = P.scale_grads(dy, kept.z, kept.g, **wanted)
+    z = kept.z if needs.magnitude else None
+    dz, total, dbias = P.scale_grads(dy, z, kept.g, needs_z=needs.z, needs_bias=needs.bias)
     return Grads(dz, None if total is None or kept.norm is None else total / kept.norm, dbias)
 
 
