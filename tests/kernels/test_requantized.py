@@ -7,10 +7,11 @@ from requantized_cases import BASES, case, draw, joined, straight_through
 from torch.nn import functional as F
 
 from peftkit_kernels import native
+from peftkit_kernels.core.structure import build, flatten
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.storage.nf4 import NestedAbsmax, NF4Weight, quantize_nf4
-from peftkit_kernels.storage.quantized import decode, dequantize_reference, layout_of, rebuild
+from peftkit_kernels.storage.quantized import decode, dequantize_reference
 from peftkit_kernels.storage.requantized import RequantizedWeight, requantize
 from peftkit_kernels.storage.requantized.reference import nest
 
@@ -150,9 +151,8 @@ def test_rounds_to_float16_like_torch():
 @every_base
 def test_a_weight_is_rebuilt_from_what_an_op_takes(name):
     q, _ = case(name)
-    layout = layout_of(q)
-    assert layout[-2:] == [24, 256]
-    again = rebuild(q.tensors(), layout)
+    tensors, _, structure = flatten([q])
+    (again,) = build(structure, tensors)
     assert type(again.base) is type(q.base)
     assert (again.scale, again.into, again.blocksize) == (q.scale, q.into, q.blocksize)
     assert torch.equal(decode(again, torch.float32), dequantize_reference(q, torch.float32))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from peftkit.fuse.compute import LinearParts, linear
+from peftkit_kernels.core.structure import build, flatten
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.int8_compute_linear import int8_compute_linear
 from peftkit_kernels.ops.lora_qkv import lora_qkv
@@ -13,16 +14,11 @@ from peftkit_kernels.storage.int8 import Int8ComputeWeight, quantize_int8
 from peftkit_kernels.storage.nf4 import quantize_nf4
 from peftkit_kernels.storage.quantized import (
     KINDS,
-    arguments_of,
     decode,
     decode_triton,
-    dense,
     dense_reference,
     dequantize_reference,
     kind_of,
-    layout_of,
-    rebuild,
-    weights_of,
 )
 
 QUANTIZE = {
@@ -52,27 +48,13 @@ class _Unknown:
 def test_a_weight_is_rebuilt_from_what_an_op_takes(name):
     q = QUANTIZE[name](torch.randn(6, 64))
     assert kind_of(q).name == name.split(",")[0]
-    layout = layout_of(q)
-    assert layout[-2:] == [6, 64]
-    again = rebuild(q.tensors(), layout)
+    tensors, _, structure = flatten([q, torch.ones(1)])
+    again, other = build(structure, tensors)
     assert type(again) is type(q)
+    assert torch.equal(other, torch.ones(1))
     expected = dequantize_reference(q, torch.float32)
     assert torch.equal(dequantize_reference(again, torch.float32), expected)
     assert torch.equal(decode(again, torch.float32), expected)
-
-
-@pytest.mark.parametrize(
-    "names", [["nf4"] * 3, ["int8"] * 3, ["nf4, nested", None, "int8"]], ids=str
-)
-def test_weights_are_made_again_from_two_arguments_of_an_op(names):
-    weights = [torch.randn(6, 64) for _ in names]
-    weights = [w if n is None else QUANTIZE[n](w) for n, w in zip(names, weights, strict=True)]
-    tensors, numbers = arguments_of(weights)
-    again = weights_of(tensors, numbers)
-    assert [type(w) for w in again] == [type(w) for w in weights]
-    for ours, theirs in zip(again, weights, strict=True):
-        assert torch.equal(dense(ours, torch.float32).clone(), dense(theirs, torch.float32))
-    assert arguments_of([w for w in weights if isinstance(w, torch.Tensor)])[1] == []
 
 
 @pytest.mark.parametrize(
@@ -155,12 +137,17 @@ def test_weights_that_cannot_be_multiplied_in_8_bits(threshold, width, message):
         lambda q: decode(q, torch.float32),
         lambda q: decode_triton(q, torch.float32),
         lambda q: dequantize_reference(q, torch.float32),
-        layout_of,
+        kind_of,
     ],
 )
 def test_a_weight_of_no_known_kind_is_never_decoded_as_another(use):
     with pytest.raises(TypeError, match=r"q is a _Unknown; .* are NF4Weight, Int8Weight, Int8"):
         use(_Unknown())
+
+
+def test_an_op_takes_no_weight_of_an_unknown_kind():
+    with pytest.raises(TypeError, match="an operation takes no _Unknown"):
+        lora_qkv(torch.zeros(2, 8), [_Unknown()], [None], [None])
 
 
 @pytest.mark.parametrize("name", QUANTIZE)

@@ -135,6 +135,8 @@ def _part(value: Any, tensors: list[Any], seeds: list[Any]) -> Any:
     if isinstance(value, (Tensor, Slot)):
         tensors.append(value)
         return _TENSOR
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"an operation takes no {kind.__name__}")
     # members of the usual classes are handled here: a call for each of them would double the time
     parts = [kind]
     for member in value:

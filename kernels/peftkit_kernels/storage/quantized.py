@@ -1,4 +1,4 @@
-"""Frozen weights of any storage: which kind a quantised weight is, its decoded values, and weights as arguments of an op."""
+"""Frozen weights of any storage: which kind a quantised weight is, and its decoded values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from peftkit_kernels.storage.requantized.kind import REQUANTIZED
 QuantizedWeight = NF4Weight | Int8Weight | Float8Weight | RequantizedWeight
 Weight = Tensor | QuantizedWeight
 KINDS = (NF4, INT8, INT8_COMPUTE, FP8, REQUANTIZED)
-"""All kinds. Their numbers are part of what ``layout_of`` returns."""
+"""All kinds."""
 
 
 def kind_of(q: Any) -> Kind:
@@ -68,18 +68,6 @@ def decode_triton(
     return kind.decode_triton(q, workspace.take(q.shape, dtype, q.device), row_scale)
 
 
-def layout_of(q: QuantizedWeight) -> list[int]:
-    """The numbers that an op takes besides ``q.tensors()``: that of its kind, and its layout. The last two are ``N`` and ``K``."""
-    kind = kind_of(q)
-    return [KINDS.index(kind), *kind.layout(q)]
-
-
-def rebuild(tensors: Sequence[Tensor], layout: Sequence[int]) -> QuantizedWeight:
-    """The weight, from its ``tensors()`` and ``layout_of``."""
-    number, *own = layout
-    return KINDS[number].rebuild(tensors, own)
-
-
 def _register(kind: Kind) -> None:
     structure.register(
         kind.weight,
@@ -95,38 +83,9 @@ for _kind in KINDS:
     _register(_kind)
 
 
-def arguments_of(weights: Sequence[Weight]) -> tuple[list[Tensor], list[int]]:
-    """Weights as two arguments of an op: their tensors, and the numbers that ``weights_of`` needs (none if all are dense)."""
-    if all(isinstance(weight, Tensor) for weight in weights):
-        return list(weights), []  # pyright: ignore[reportReturnType]
-    tensors: list[Tensor] = []
-    numbers: list[int] = []
-    for weight in weights:
-        own, layout = (
-            ([weight], []) if isinstance(weight, Tensor) else (weight.tensors(), layout_of(weight))
-        )
-        tensors += own
-        numbers += [len(own), len(layout), *layout]
-    return tensors, numbers
-
-
-def weights_of(tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Weight]:
-    """The weights from which ``arguments_of`` has made the arguments."""
-    if not numbers:
-        return list(tensors)
-    weights: list[Weight] = []
-    left, rest = list(tensors), list(numbers)
-    while rest:
-        count, size = rest[:2]
-        own, layout, rest = left[:count], rest[2 : 2 + size], rest[2 + size :]
-        left = left[count:]
-        weights.append(rebuild(own, layout) if layout else own[0])
-    return weights
-
-
 def tensors_of(weights: Sequence[Weight]) -> list[Tensor]:
     """All tensors of which the weights consist."""
-    return arguments_of(weights)[0]
+    return structure.flatten(list(weights)).tensors
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
