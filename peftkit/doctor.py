@@ -59,7 +59,7 @@ def diagnose() -> dict[str, Any]:
 def operations() -> dict[str, bool]:
     """Return whether each operation of ``peftkit_kernels`` has Triton kernels, by name.
 
-    The operations are the folders of its ops and kinds of storage. Those with Triton kernels have a file ``triton_impl.py``.
+    The operations are the folders of its ops and kinds of storage. Those that run on torch alone have a ``torch_impl.py`` and no kernels.
     """
     from peftkit_kernels import ops, storage
 
@@ -69,8 +69,12 @@ def operations() -> dict[str, bool]:
         for module in pkgutil.iter_modules([parent])
         if module.ispkg
     ]
+    folders = [f for f in folders if (f / "op.py").is_file() or (f / "kind.py").is_file()]
     folders.sort(key=lambda folder: folder.name)
-    return {folder.name: (folder / "triton_impl.py").is_file() for folder in folders}
+    return {
+        folder.name: (folder / "kernels.py").is_file() or not (folder / "torch_impl.py").is_file()
+        for folder in folders
+    }
 
 
 def _version(package: str) -> str | None:

@@ -242,8 +242,8 @@ _BUILDERS = {
     "frozen_layer_norm": lambda shape: _norm(shape, frozen_layer_norm, ["weight", "bias"]),
 }
 NAMES = tuple(_BUILDERS)
-LORA_NAMES = NAMES[:6]
-LINEAR_NAMES = (*NAMES[:2], *NAMES[3:6], "dora_linear", "dora_scale", "grouped_lora")
+LORA_NAMES = NAMES[:7]
+LINEAR_NAMES = (*NAMES[:2], *NAMES[3:7], "dora_linear", "dora_scale", "grouped_lora")
 """Ops whose input gradient does not depend on their input."""
 
 

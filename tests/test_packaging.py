@@ -51,7 +51,7 @@ def test_public_names_resolve():
         *("ExportReport", "export_adapter_gguf", "export_gguf"),
         "import_adapter",
         "lora_plus_groups",
-        *("BaseReport", "base_report", "load_base"),
+        *("BaseReport", "base_report", "load_base", "Float8Linear", "from_fp8", "to_fp8"),
         "merge",
     }
     assert all(callable(value) for name, value in values.items() if name != "__version__")

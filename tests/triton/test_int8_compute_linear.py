@@ -59,7 +59,7 @@ def bounds(x, q, part, dy, threshold=None):
     """The bound of every result, where the kernels round."""
     dtype, lora = x.dtype, part.lora
     rows, grads = x.detach().reshape(-1, x.shape[-1]), dy.reshape(-1, q.shape[0])
-    skip = outlier_columns(rows, threshold)
+    skip = None if threshold is None else outlier_columns(rows, threshold)
     inner = rows.float() if skip is None else rows.float().masked_fill(skip, 0.0)
     y = integer_product(inner, q.codes.t())
     if skip is not None and skip.any():

@@ -228,7 +228,7 @@ def test_products_in_8_bits(threshold):
     plain = distances(run(arguments, "torch"), [t.double() for t in run(arguments, "reference")])
     exact = [t.double() for t in run(arguments, "reference")]
     for ours, theirs in zip(distances(own, exact), plain, strict=True):
-        assert ours <= FACTOR * theirs + 0.02
+        assert ours <= FACTOR * theirs + 0.03
 
 
 def test_products_in_float8():

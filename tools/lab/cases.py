@@ -29,9 +29,11 @@ from peftkit_kernels.ops.lora_linear import lora_linear
 from peftkit_kernels.ops.lora_qkv import lora_qkv
 from peftkit_kernels.ops.lora_swiglu_mlp import lora_swiglu_mlp
 from peftkit_kernels.ops.prefix_attention import prefix_attention
-from peftkit_kernels.ops.quantized_linear import int8_linear, nf4_linear
+from peftkit_kernels.ops.quantized_linear import fp8_linear, int8_linear, nf4_linear
+from peftkit_kernels.storage.fp8 import dequantize_fp8, quantize_fp8
 from peftkit_kernels.storage.int8 import dequantize_int8, quantize_int8
 from peftkit_kernels.storage.nf4 import dequantize_nf4, quantize_nf4
+from peftkit_kernels.storage.requantized import RequantizedWeight
 
 FACTOR = 4.0
 """A result is wrong if its error is more than this many times that of plain torch. The backward of flash attention recomputes
@@ -238,6 +240,17 @@ def _quantized(sizes: Sizes, draw: Draw, op: Any, quantize: Any) -> Case:
     )
 
 
+def _requantized(sizes: Sizes, draw: Draw) -> Case:
+    leaves = {"x": draw(sizes.M, sizes.K, trained=True), "weight": draw.weight(sizes.N, sizes.K)}
+
+    def run(t: Tensors, backend: Any) -> Any:
+        lora = _lora(t, sizes)
+        weight = RequantizedWeight.merging(t["weight"], lora, "nf4")
+        return lora_qkv(t["x"], [weight], [None], [lora], backend=backend)
+
+    return Case(leaves | draw.adapter(sizes.N, sizes.K, sizes.R), run)
+
+
 def _dequantized(sizes: Sizes, draw: Draw, quantize: Any, dequantize: Any) -> Case:
     stored = quantize(draw(sizes.N, sizes.K, dtype=torch.float32))
     like = draw(1)  # has the dtype to decode to
@@ -365,11 +378,17 @@ OPERATIONS: dict[str, Operation] = {
         "",
         {"dequantize_int8": lambda s, d: _dequantized(s, d, quantize_int8, dequantize_int8)},
     ),
+    "fp8": Operation(
+        "",
+        {"dequantize_fp8": lambda s, d: _dequantized(s, d, quantize_fp8, dequantize_fp8)},
+    ),
+    "requantized": Operation("as `lora_linear`", {"into nf4": _requantized}),
     "quantized_linear": Operation(
         "as `lora_linear`; never the decoded weight",
         {
             "nf4_linear": lambda s, d: _quantized(s, d, nf4_linear, quantize_nf4),
             "int8_linear": lambda s, d: _quantized(s, d, int8_linear, quantize_int8),
+            "fp8_linear": lambda s, d: _quantized(s, d, fp8_linear, quantize_fp8),
         },
     ),
     "int8_compute_linear": Operation(

@@ -80,7 +80,10 @@ def factor_like(scale: Scale) -> Tensor | None:
 
 def like_grads(kept: Kept, dy: Tensor, needs: Grads) -> Grads:
     """Uninitialised results of ``backward``."""
-    dz = dy.new_empty(dy.shape) if needs.z else None
+    dz = None
+    if needs.z:
+        # without a factor the gradient is the incoming one
+        dz = dy if kept.g is None else dy.new_empty(dy.shape)
     return Grads(dz, *(sum_like(dy) if needed else None for needed in needs[1:]))
 
 
