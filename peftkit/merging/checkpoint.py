@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import ContractError, listing, short
 from peftkit.merging.arithmetic import exact_float32, float32_copy, with_float32_tensors
+from peftkit.merging.aware import compute_as_stored
 from peftkit.merging.certificate import Certificate, LayerDifference, Outputs, compare
 from peftkit.merging.checking import base_outputs, written_outputs
 from peftkit.merging.extras import write_config, write_generation_config, write_tokenizer
@@ -178,6 +179,7 @@ class _Job:
         """Write config and weights. Returns the outputs of the adapted model if there is a batch."""
         copied = float32_copy(self.base)
         units = units_of(copied)
+        compute_as_stored(self.base, units)
         names = sum(1 for _ in self.base.state_dict()) * (2 if self.quantized else 1)
         writer = ShardWriter(folder, limit, names)
         self.state = state = StateWriter(self.base, self.dtype, writer)

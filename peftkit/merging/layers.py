@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import ContractError
 from peftkit.merging.arithmetic import DecodedLinear
+from peftkit.merging.aware import is_tuned_as_stored
 from peftkit.merging.certificate import LayerDifference, recovery_of, relative_error
 from peftkit.merging.probe import Batch
 from peftkit.merging.rounding import Rounding, cast_to_outputs, quantize_to_outputs
@@ -82,6 +83,7 @@ class LayerMerger:
             dense[id(part)] = linear = self._dense(name, part)
             storages[id(linear)] = part.__dict__["storage"]
         merged = merged_module(unit, dense, name)
+        as_tuned = is_tuned_as_stored(unit)
         before = base_module(unit)
         if self._original is not None:
             before = plain_copy(unit, {id(part): self._dense(name, part) for part in decoded})
@@ -100,8 +102,16 @@ class LayerMerger:
                 exact = tensor.detach()
                 full = f"{name}.{prefix}{key}"
                 _require_finite(full, exact)
+                if as_tuned and key == "weight" and id(part) in storages:
+                    # the tuned weight is the rounded one, whatever the dtype of the files is
+                    rounded = storages[id(part)].quantized(exact)
+                    exact.copy_(rounded.dense())
+                else:
+                    rounded = None
                 if storage is not None and key == "weight":
-                    stored = self._quantize(storage, exact, calibration if not path else None)
+                    stored = rounded or self._quantize(
+                        storage, exact, calibration if not path else None
+                    )
                     entries |= {prefix + end: value for end, value in stored.entries().items()}
                     value = stored.dense()
                     kinds.append(storage.name)
