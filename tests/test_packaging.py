@@ -49,6 +49,7 @@ def test_public_names_resolve():
         *("explain", "load_adapter", "restore", "wrap", "BottleneckConfig", "PrefixConfig"),
         *("ServingReport", "convert_adapter", "serving_report"),
         *("ExportReport", "export_adapter_gguf", "export_gguf"),
+        *("Float8Linear", "from_fp8", "to_fp8"),
         "import_adapter",
         "lora_plus_groups",
         *("BaseReport", "base_report", "load_base", "Float8Linear", "from_fp8", "to_fp8"),

@@ -109,6 +109,7 @@ def test_a_bad_value_spoils_its_row_only(bad):
     others = [0, 1, 3, 4]
     assert torch.equal(bits(codes)[others], bits(expected)[others])
     assert not (codes[2].float() * scale[2]).isfinite().any()
+    assert torch.equal(codes.float().isnan(), quantize_rows_reference(x)[0].float().isnan())
 
 
 @pytest.mark.parametrize("largest", [1e-45, 1e-38, 1e-30, 3e38])
