@@ -98,6 +98,19 @@ def test_the_inputs_are_quantised_once(monkeypatch):
     assert calls == {"quantize_input": LAYERS * 4, "input_grad": LINEARS - 3}
 
 
+def test_dora_with_float32_factors_on_16_bit_activations_multiplies_in_float8(monkeypatch):
+    model = accelerate(stock(dtype=torch.bfloat16, use_dora=True))
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    assert layer.lora_A["default"].weight.dtype is torch.float32
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    calls = []
+    run = torch_impl.quantize_input
+    monkeypatch.setattr(torch_impl, "quantize_input", lambda x: calls.append(x) or run(x))
+    found = layer(x)
+    assert len(calls) == 1
+    assert cosine(found, restore(layer)(x)) > 0.9999
+
+
 @pytest.mark.parametrize("trained", subsets(("x", "A", "B", "bias")), ids="-".join)
 def test_each_subset_of_trained_tensors(trained):
     model = stock("bert")
