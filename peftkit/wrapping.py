@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from peftkit.base.gguf import forget_gguf
 from peftkit.bridge import prepare
 from peftkit.errors import ContractError, listing
 from peftkit.fuse.attention import fuse_attention
@@ -77,6 +78,7 @@ def wrap(
     with restoring(model, copy_values=writes_base_weights(config)):
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         fuse_model(wrapped, strict, logit_free, int8_mode, merge_into)
+    forget_gguf(model)
     return wrapped
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkit.base.gguf import forget_gguf
 from peftkit.base.keep import choose
 from peftkit.base.kinds import (
     DTYPES,
@@ -36,6 +37,7 @@ def convert(
         ContractError: The model has adapters or no memory, is already quantised, or has weights that are not finite.
     """
     _require_whole(model)
+    forget_gguf(model)
     stored = stored_kind(getattr(model, "config", None)) or _layers_kind(model)
     require_compatible(base, stored, keep, f"this {type(model).__name__}")
     if stored is None and base in QUANTISED:
