@@ -48,6 +48,20 @@ def adapters(model):
     return [row for row in explain(model).layers if row.is_adapter]
 
 
+def distance(one, other):
+    return (one.double() - other.double()).norm()
+
+
+def assert_nearer(found, expected, decoded):
+    """``found`` is nearer to ``expected`` than half of what float8 changes: only single codes may differ, by one step.
+
+    A code of the next layer differs where its input, a sum in another order, lies at the border of two codes.
+    """
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert distance(found[name], value) <= 0.5 * distance(value, decoded[name]), name
+
+
 def cosine(one, other):
     return torch.cosine_similarity(one.double().flatten(), other.double().flatten(), 0)
 
@@ -74,12 +88,10 @@ def test_fused_layers_equal_those_of_peft(name, use_dora):
     fused = accelerate(copy.deepcopy(plain))
     assert all(row.path == "fused:torch" for row in adapters(fused))
     batch = pairs.inputs(name)
-    expected, found = pairs.step(plain, batch), pairs.step(fused, batch)
-    assert expected.keys() == found.keys()
-    for key, value in expected.items():
-        # a code of the next layer may differ where its input differs in the last bits
-        torch.testing.assert_close(found[key], value, rtol=5e-2, atol=5e-2 * value.abs().max())
-        assert key == "loss" or cosine(found[key], value) > 0.999, key
+    expected = pairs.step(plain, batch)
+    assert_nearer(
+        pairs.step(fused, batch), expected, pairs.step(from_fp8(copy.deepcopy(plain)), batch)
+    )
     assert restore(fused) is fused
     pairs.assert_equal(pairs.step(fused, batch), expected)
 
@@ -160,10 +172,9 @@ def test_under_torch_compile():
     model.zero_grad()
     loss = compiled(**batch).loss
     loss.backward()
-    torch.testing.assert_close(loss, expected["loss"], rtol=1e-3, atol=1e-3)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert cosine(parameter.grad, expected[name]) > 0.99, name
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    decoded = pairs.step(from_fp8(copy.deepcopy(model)), batch)
+    assert_nearer({"loss": loss.detach(), **trained}, expected, decoded)
 
 
 def test_under_autocast():
@@ -172,8 +183,12 @@ def test_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert all(row.path == "fused:torch" for row in adapters(model))
         found = pairs.step(model, batch)
+        decoded_in_16_bits = pairs.step(from_fp8(copy.deepcopy(model)), batch)
+    decoded = pairs.step(from_fp8(copy.deepcopy(model)), batch)
     for name, value in pairs.step(model, batch).items():
-        assert name == "loss" or cosine(found[name], value) > 0.97, name
+        # float8 changes as much as without autocast; twice, because 16-bit inputs have other codes
+        changed = distance(value, decoded[name])
+        assert distance(found[name], decoded_in_16_bits[name]) <= 2 * changed, name
 
 
 def test_adapters_have_the_dtype_of_the_weight_before_it_was_quantised():
@@ -250,11 +265,15 @@ def test_disabled_adapters_leave_the_base_model():
     base = to_fp8(models.tiny("llama"))
     ids = models.batch("llama")["input_ids"]
     expected = base(ids).logits
+    decoded = from_fp8(copy.deepcopy(base))(ids).logits
     model = wrap(base, LoraConfig(r=4))
-    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-2, atol=1e-2)
+    assert distance(model(ids).logits, expected) <= 0.5 * distance(expected, decoded)
     pairs.fill_factors(model)
     with model.disable_adapter():
-        assert torch.equal(model(ids).logits, expected)
+        found = model(ids).logits
+    # the fused norms sum in another order
+    assert distance(found, expected) <= 0.5 * distance(expected, decoded)
+    assert distance(model(ids).logits, expected) > 2 * distance(expected, decoded)
 
 
 def test_adapters_are_saved_and_loaded_by_peft(tmp_path):
