@@ -85,7 +85,7 @@ def test_slices_may_be_quantised_one_by_one(monkeypatch):
         ),
         (
             lambda: dequantize_fp8(quantize_fp8(torch.ones(2, 3)), torch.int8),
-            "dtype is torch.int8; pass a floating",
+            "dtype is torch.int8; use one of",
         ),
         (
             lambda: dequantize_fp8(quantize_fp8(torch.ones(2, 3)), out=torch.empty(3, 2)),

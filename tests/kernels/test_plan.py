@@ -8,8 +8,9 @@ import threading
 import pytest
 import torch
 
-from peftkit_kernels.core import plan
-from peftkit_kernels.core.plan import Kind, Plans, Seed
+from peftkit_kernels.core import plan, recorder
+from peftkit_kernels.core.plan import Kind, Plans
+from peftkit_kernels.core.recorder import Seed
 
 TENSOR, TENSORS = Kind("tensor", False), Kind("tensor", True)
 VALUE, SEED, SEEDS = Kind("value", False), Kind("seed", False), Kind("seed", True)
@@ -142,7 +143,7 @@ def test_equal_seeds_are_equal():
     assert Seed("a", 3) == Seed("b", 3)
     assert Seed("a", 3) != Seed("a", 4)
     assert len({Seed("a", 3), Seed("b", 3)}) == 1
-    assert plan.number(Seed("a", 3)) == 3
+    assert recorder.number(Seed("a", 3)) == 3
 
 
 @pytest.mark.parametrize(
@@ -292,11 +293,11 @@ class _Add:
     function = packed_metadata = None
 
     def launch(self, a, b, out, n, factor):
-        recorder = plan.recorder()
-        with recorder.pause() if recorder else contextlib.nullcontext():
+        planner = recorder.current()
+        with planner.pause() if planner else contextlib.nullcontext():
             out.view(-1)[:n] = a.view(-1)[:n] + factor * b.view(-1)[:n]
-        if recorder:
-            recorder.launched(self, self, (1,), (a, b, out, n), {"FACTOR": factor}, {})
+        if planner:
+            planner.launched(self, self, (1,), (a, b, out, n), {"FACTOR": factor}, {})
 
     def run(self, gx, gy, gz, stream, function, metadata, _, enter, leave, a, b, out, n, factor):
         a, b, out = ((ctypes.c_float * n).from_address(address) for address in (a, b, out))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from triton_cases import DTYPES, INT32_LIMIT, assert_same_bits_in_any_order, draw, watched
 
+from peftkit_kernels.storage.by_rows import DequantizeConfig
 from peftkit_kernels.storage.int8 import (
     Int8Weight,
     dequantize_int8,
     dequantize_int8_reference,
     quantize_int8,
 )
-from peftkit_kernels.storage.int8.config import DequantizeConfig
 from peftkit_kernels.storage.int8.triton_impl import dequantize_into
 
 SHAPES = [(1, 1), (3, 5), (17, 33), (9, 300), (0, 5), (5, 0)]

@@ -216,7 +216,9 @@ def assert_near_in_codes(found, arguments):
     A norm that sums in another order changes the codes at a border by a step; torch's norm is that of the definition.
     """
     exact = [t.double() for t in run(arguments, "reference")]
-    decoded = arguments | {"weights": [dense_reference(w, torch.float32) for w in arguments["weights"]]}
+    decoded = arguments | {
+        "weights": [dense_reference(w, torch.float32) for w in arguments["weights"]]
+    }
     rounding = distances(run(decoded, "reference"), exact)
     plain = distances(run(arguments, "torch"), exact)
     for ours, theirs, codes in zip(distances(found, exact), plain, rounding, strict=True):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftkit_kernels.core import plan
+from peftkit_kernels.core import plan, recorder
 from peftkit_kernels.core.calibration import Calibration, load
 
 
@@ -202,7 +202,7 @@ def launch(
         )
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
-    planner = plan.recorder()
+    planner = recorder.current()
     if dry is not None:
         dry.run()
         compiled = dry
@@ -210,7 +210,7 @@ def launch(
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         guard = planner.pause() if planner is not None else contextlib.nullcontext()
         with guard, _current(device):
-            values = [plan.number(a) for a in arguments]
+            values = [recorder.number(a) for a in arguments]
             compiled = kernel[grid](*values, **options, **constants)
     if planner is not None:
         planner.launched(kernel, compiled, grid, arguments, constants, options)

@@ -22,7 +22,8 @@ from peftkit_kernels.core.autograd import once_differentiable
 from peftkit_kernels.core.checks import is_autocast_enabled
 from peftkit_kernels.core.launch import is_counting, is_recording
 from peftkit_kernels.core.modes import is_transformed
-from peftkit_kernels.core.plan import Constant, Kind, Plans
+from peftkit_kernels.core.plan import Kind, Plans
+from peftkit_kernels.core.recorder import Constant
 from peftkit_kernels.core.structure import (
     MAX_STRUCTURES,
     Flat,

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftkit_kernels.core import plan
+from peftkit_kernels.core import recorder
 
 _OF_THREAD = threading.local()
 
 
 def take(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised contiguous tensor, valid until the next call with this dtype and device."""
-    planner = plan.recorder()
+    planner = recorder.current()
     if planner is not None:
         return planner.call(_take, shape, dtype, device)
     return _take(shape, dtype, device)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit_kernels.core.launch import cdiv, launch
-from peftkit_kernels.storage.fp8.config import DequantizeConfig
+from peftkit_kernels.storage.by_rows import DequantizeConfig, launch_dequantize
 from peftkit_kernels.storage.fp8.weight import Float8Weight
 
 
@@ -28,23 +27,8 @@ def dequantize_into(
     config: DequantizeConfig | None = None,
 ) -> Tensor:
     """``dequantize_fp8_reference``, bit for bit, written to ``out [N, K]`` of any strides; ``config`` replaces the default."""
-    N, K = q.shape
-    if not out.numel():
-        return out
-    c = config or DequantizeConfig()
-    launch(
-        _kernels().dequantize_kernel,
-        (cdiv(N, c.block_n), cdiv(K, c.block_k)),
-        *(q.codes.view(torch.uint8), q.row_scale.contiguous()),
-        *(None if row_scale is None else row_scale.contiguous(), out),
-        *(N, K, *q.codes.stride(), *out.stride()),
-        HAS_SCALE=row_scale is not None,
-        BLOCK_N=c.block_n,
-        BLOCK_K=c.block_k,
-        num_warps=c.num_warps,
-        num_stages=1,
-    )
-    return out
+    kernel = _kernels().dequantize_kernel
+    return launch_dequantize(kernel, q.codes.view(torch.uint8), q.row_scale, row_scale, out, config)
 
 
 def _dequantize_op(codes: Tensor, scale: Tensor, row_scale: Tensor | None, out: Tensor) -> None:

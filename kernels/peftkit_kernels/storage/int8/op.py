@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.core.dispatch import Backend
+from peftkit_kernels.storage.by_rows import dequantize
 from peftkit_kernels.storage.int8.reference import (
     dequantize_int8_reference,
     quantize_rows_reference,
@@ -57,25 +58,10 @@ def dequantize_int8(
     Raises:
         ValueError: ``out`` or ``row_scale`` do not fit, the dtype is not floating point, or the backend cannot run.
     """
-    if out is not None and (tuple(out.shape) != q.shape or out.device != q.device):
-        raise ValueError(
-            f"out is {tuple(out.shape)} on {out.device}; it must be {q.shape} on {q.device}"
-        )
-    dtype = dtype if out is None else out.dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; pass a floating-point dtype")
-    if row_scale is not None and (
-        row_scale.dtype is not torch.float32 or row_scale.shape != q.shape[:1]
-    ):
-        raise ValueError(
-            f"row_scale is {row_scale.dtype} {tuple(row_scale.shape)}; it must be float32 {q.shape[:1]}"
-        )
-    result = torch.empty(q.shape, dtype=dtype, device=q.device) if out is None else out
-    chosen = choose_backend("dequantize_int8", backend, result, *q.tensors(), has_dot=False)
-    if chosen == "reference":
-        values = dequantize_int8_reference(q, dtype, row_scale)
-        return values if out is None else out.copy_(values)
-    if chosen == "triton":
-        dequantize_triton(*q.tensors(), None if row_scale is None else row_scale.detach(), result)
-        return result
-    return dequantize_into(q, result, row_scale)
+    return dequantize(
+        "dequantize_int8",
+        *(q, dtype, out, row_scale, backend),
+        reference=dequantize_int8_reference,
+        by_torch=dequantize_into,
+        by_triton=dequantize_triton,
+    )

@@ -14,8 +14,7 @@ from peftkit_kernels.storage.nf4.reference import (
 from peftkit_kernels.storage.nf4.torch_impl import dequantize_into
 from peftkit_kernels.storage.nf4.triton_impl import dequantize_triton, quantize_triton
 from peftkit_kernels.storage.nf4.weight import NF4Weight, check_blocksize
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from peftkit_kernels.storage.target import decode_target
 
 
 def quantize_nf4(
@@ -68,24 +67,11 @@ def dequantize_nf4(
         ValueError: ``out`` or ``row_scale`` do not fit, the dtype is not floating point, or the backend cannot run.
     """
     shape = tuple(q.shape)
-    if out is not None and (tuple(out.shape) != shape or out.device != q.device):
-        raise ValueError(
-            f"out is {tuple(out.shape)} on {out.device}; it must be {shape} on {q.device}"
-        )
-    dtype = dtype if out is None else out.dtype
-    if dtype not in _DTYPES:
-        raise ValueError(f"{'dtype' if out is None else 'out'} is {dtype}; use one of {_DTYPES}")
-    if row_scale is not None and (
-        row_scale.shape != shape[:1] or row_scale.dtype is not torch.float32
-    ):
-        raise ValueError(
-            f"row_scale is {row_scale.dtype} {tuple(row_scale.shape)}; it must be float32 {shape[:1]}"
-        )
-    result = torch.empty(shape, dtype=dtype, device=q.device) if out is None else out
+    result = decode_target(shape, q.device, dtype, out, row_scale)
     stored = q.tensors()
     chosen = choose_backend("dequantize_nf4", backend, result, *stored, has_dot=False)
     if chosen == "reference":
-        values = dequantize_nf4_reference(q, dtype, row_scale)
+        values = dequantize_nf4_reference(q, result.dtype, row_scale)
         return values if out is None else out.copy_(values)
     matrix = result
     # the passes write matrices with contiguous rows; other layouts are filled by a copy
