@@ -107,8 +107,11 @@ def int8_weight(base: Any) -> Int8Weight:
 
 
 def _codes(base: Any) -> Any:
-    """Codes and row maxima. bitsandbytes keeps them on the weight before the first forward, and in the state after it."""
-    for holder in (base.state, base.weight):
+    """Codes and row maxima. bitsandbytes keeps them on the weight before the first forward, and in the state after it.
+
+    A weight that was replaced has its own, and the state still those of the old one.
+    """
+    for holder in (base.weight, base.state):
         if holder.CB is not None and holder.SCB is not None:
             return holder.CB, holder.SCB
     return None

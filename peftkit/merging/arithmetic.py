@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkit.base.storage import Storage, storage_of
 from peftkit.errors import ContractError
-from peftkit.merging.storage import Storage, storage_of
 from peftkit.merging.units import base_module, is_unit, walk
 from peftkit.wrapping import restore
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftkit.base.storage import Storage
 from peftkit.fuse.merge_into import merge_into_of
 from peftkit.merging.arithmetic import DecodedLinear
-from peftkit.merging.storage import Storage
 from peftkit.merging.units import merged_module, units_of
 
 _STORED = "_peftkit_tuned_as_stored"

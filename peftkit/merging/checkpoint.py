@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from peftkit.base.original import OriginalWeights
+from peftkit.base.storage import storage_of
 from peftkit.errors import ContractError, listing, short
 from peftkit.merging.arithmetic import exact_float32, float32_copy, with_float32_tensors
 from peftkit.merging.aware import compute_as_stored
@@ -24,11 +26,9 @@ from peftkit.merging.files import (
     write_json,
 )
 from peftkit.merging.layers import Call, LayerMerger
-from peftkit.merging.original import OriginalWeights
 from peftkit.merging.probe import Batch, Probe, make_batch, outputs_of
 from peftkit.merging.rounding import ROUNDINGS, Rounding
 from peftkit.merging.state import StateWriter, stored_bytes
-from peftkit.merging.storage import storage_of
 from peftkit.merging.units import require_mergeable, units_of
 
 Dtype = Literal["bf16", "fp16", "fp32", "base"]
@@ -135,7 +135,10 @@ class _Job:
                 else "the base model is not quantised"
             )
             raise ValueError(f"base_weights={short(str(base_weights))}, but {what}; leave it out")
-        self.original = None if base_weights is None else OriginalWeights(base_weights)
+        self.original = None
+        if base_weights is not None:
+            prefix = getattr(self.base, "base_model_prefix", "")
+            self.original = OriginalWeights(base_weights, "base_weights", prefix)
         self.rounding: Rounding = rounding  # pyright: ignore[reportAttributeAccessIssue]
         self.quantized = bool(kinds) and self.dtype is None
         self.rounds = rounding == "outputs" and (self.quantized or self._stores_16_bit())
@@ -157,7 +160,7 @@ class _Job:
             into = "the weights of the model"
         elif self.original is not None:
             into = (
-                f"the weights in {self.original.folder}; the adapter was trained on the quantised ones ({', '.join(kinds)}), whose "
+                f"the weights in {self.original.path}; the adapter was trained on the quantised ones ({', '.join(kinds)}), whose "
                 "error it may have learned to correct"
             )
         elif self.quantized:

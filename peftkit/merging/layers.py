@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftkit.base.storage import Storage
 from peftkit.errors import ContractError
 from peftkit.merging.arithmetic import DecodedLinear
 from peftkit.merging.aware import is_tuned_as_stored
@@ -15,7 +16,6 @@ from peftkit.merging.certificate import LayerDifference, recovery_of, relative_e
 from peftkit.merging.probe import Batch
 from peftkit.merging.rounding import Rounding, cast_to_outputs, quantize_to_outputs
 from peftkit.merging.state import StateWriter, require_in_range
-from peftkit.merging.storage import Storage
 from peftkit.merging.units import base_module, kind_of, merged_module, plain_copy
 
 WeightOf = Callable[[str, tuple[int, ...]], Tensor]

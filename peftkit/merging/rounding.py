@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from peftkit.merging.storage import Storage
+from peftkit.base.storage import Storage
 from peftkit_kernels.storage.nf4.weight import midpoints
 
 Rounding = Literal["outputs", "nearest"]

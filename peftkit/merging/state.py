@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkit.base.original import OriginalWeights
+from peftkit.base.storage import storage_of
 from peftkit.errors import ContractError
 from peftkit.merging.files import ShardWriter
-from peftkit.merging.original import OriginalWeights
-from peftkit.merging.storage import storage_of
 from peftkit.merging.units import base_module, is_unit, walk
 
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from peftkit.base.storage import quantize_int8, quantize_nf4
 from peftkit.merging.rounding import _factor, cast_to_outputs, quantize_to_outputs, round_to_outputs
-from peftkit.merging.storage import quantize_int8, quantize_nf4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

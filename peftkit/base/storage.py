@@ -205,7 +205,8 @@ def storage_of(linear: Any) -> Storage | None:
             )
         return NF4Storage(linear.weight.data, state)
     if kind == "Int8Params":
-        for holder in (linear.state, linear.weight):
+        # a new weight has its own codes until the next forward moves them into the state
+        for holder in (linear.weight, linear.state):
             if holder.CB is not None and holder.SCB is not None:
                 return Int8Storage(holder.CB, holder.SCB)
         raise ValueError("its weight is not quantised (has_fp16_weights, or not on its device yet)")
