@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftkit.errors import ContractError
     from peftkit.export import ExportReport, export_adapter_gguf, export_gguf
     from peftkit.fp8 import Float8Linear, from_fp8, to_fp8
+    from peftkit.inits import InitReport, initialise
     from peftkit.interop import import_adapter
     from peftkit.loading import load_adapter
     from peftkit.lora_plus import lora_plus_groups
@@ -31,6 +32,7 @@ __all__ = [
     "ContractError",
     "ExportReport",
     "Float8Linear",
+    "InitReport",
     "LoraConfig",
     "PrefixConfig",
     "Report",
@@ -45,6 +47,7 @@ __all__ = [
     "export_gguf",
     "from_fp8",
     "import_adapter",
+    "initialise",
     "load_adapter",
     "load_base",
     "lora_plus_groups",
@@ -61,6 +64,7 @@ _HOME_OF = {
     "ContractError": "peftkit.errors",
     "ExportReport": "peftkit.export",
     "Float8Linear": "peftkit.fp8",
+    "InitReport": "peftkit.inits",
     "LoraConfig": "peft",
     "PrefixConfig": "peftkit.bridge",
     "Report": "peftkit.report",
@@ -74,6 +78,7 @@ _HOME_OF = {
     "export_gguf": "peftkit.export",
     "from_fp8": "peftkit.fp8",
     "import_adapter": "peftkit.interop",
+    "initialise": "peftkit.inits",
     "load_adapter": "peftkit.loading",
     "load_base": "peftkit.base",
     "lora_plus_groups": "peftkit.lora_plus",

@@ -21,6 +21,7 @@ from peftkit.adapter_files import (
     weights_file,
 )
 from peftkit.errors import ContractError, count, listing
+from peftkit.inits.reload import restore_base, take_residual
 from peftkit.rollback import restoring, writes_base_weights
 from peftkit.wrapping import fuse_model
 
@@ -74,6 +75,7 @@ def load_adapter(
 
     config = checkpoint.config
     config.inference_mode = not is_trainable
+    residual = None if offloaded else take_residual(model, config, checkpoint.folder)
     with restoring(model, copy_values=writes_base_weights(config)):
         with checkpoint.applied_to(model):
             if offloaded:
@@ -84,6 +86,8 @@ def load_adapter(
             else:
                 loaded = _inject(model, config, adapter_name)
                 _compare(loaded, checkpoint, adapter_name)
+                if residual is not None:
+                    restore_base(loaded, adapter_name, residual)
                 loaded.load_adapter(
                     str(checkpoint.folder),
                     adapter_name,

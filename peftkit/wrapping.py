@@ -21,6 +21,7 @@ from peftkit.fuse.mlp import fuse_gated_mlps
 from peftkit.fuse.norm import fuse_norms
 from peftkit.fuse.plan import Fused, NotReached, forget_declined
 from peftkit.fuse.siblings import group_siblings
+from peftkit.inits.wrapped import take_init
 from peftkit.report import layer_reports
 from peftkit.rollback import restoring, writes_base_weights
 from peftkit.swap import swap_out, swapped_in
@@ -75,9 +76,13 @@ def wrap(
             "model is a PeftModel already; add an adapter with model.add_adapter, or call accelerate(model)"
         )
     config = prepare(model, configs, adapter_name)
+    later = take_init(model, config)
     with restoring(model, copy_values=writes_base_weights(config)):
         wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         fuse_model(wrapped, strict, logit_free, int8_mode, merge_into)
+    if later is not None:
+        # outside the block, which keeps the old weights until its end
+        later.apply(wrapped, adapter_name)
     forget_gguf(model)
     return wrapped
 

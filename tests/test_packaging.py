@@ -54,6 +54,7 @@ def test_public_names_resolve():
         "lora_plus_groups",
         *("BaseReport", "base_report", "load_base", "Float8Linear", "from_fp8", "to_fp8"),
         "merge",
+        *("InitReport", "initialise"),
     }
     assert all(callable(value) for name, value in values.items() if name != "__version__")
     assert dir(peftkit) == sorted(peftkit.__all__)
