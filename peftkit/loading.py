@@ -21,6 +21,7 @@ from peftkit.adapter_files import (
     weights_file,
 )
 from peftkit.errors import ContractError, count, listing
+from peftkit.find.stacks import as_plain_parameters
 from peftkit.inits.reload import restore_base, take_residual
 from peftkit.rollback import restoring, writes_base_weights
 from peftkit.wrapping import fuse_model
@@ -265,7 +266,7 @@ def _inject(
 
     # Methods other than LoRA compute values while they create their layers, which fails on the meta device.
     meta = empty and config.peft_type == PeftType.LORA
-    with torch.device("meta") if meta else nullcontext():
+    with as_plain_parameters(model), torch.device("meta") if meta else nullcontext():
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config, low_cpu_mem_usage=empty)
             return model

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from peftkit.base.summary import logical_size, stored_as
+from peftkit.find.stacks import PackedStack, packed_stack, packed_stacks
 from peftkit.find.targets import (
     REWRITTEN,
     STACKED,
@@ -245,7 +247,11 @@ def _left_out(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]
             adapted.add(id(wrapper.get_base_layer()))
             # PEFT has one wrapper for each expert parameter; each wraps the previous wrapper.
             own = getattr(wrapper, "parameter_name", None)
-            adapted.add(id(getattr(wrapper.get_base_layer(), own, None)) if own else 0)
+            packed = packed_stack(wrapper.get_base_layer(), own) if own else None
+            if packed is not None:
+                adapted.add(id(packed.packed))
+            elif own:
+                adapted.add(id(getattr(wrapper.get_base_layer(), own, None)))
         elif isinstance(wrapper, AuxiliaryTrainingWrapper):
             adapted.update(id(inner) for inner in wrapper.original_module.modules())
     selection = all_linear(model)
@@ -263,7 +269,8 @@ def _left_out(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]
             left_out[name] = reasons.get(name, NOT_TARGETED)
         elif name in reasons and id(module) not in adapted:
             left_out[name] = reasons[name]
-        for own, parameter in module._parameters.items():
+        packed = {own: stack.packed for own, stack in packed_stacks(module).items()}
+        for own, parameter in {**module._parameters, **packed}.items():
             if f"{name}.{own}" in reasons and id(parameter) not in adapted:
                 left_out[f"{name}.{own}"] = reasons[f"{name}.{own}"]
     return left_out
@@ -272,8 +279,9 @@ def _left_out(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]
 def _count_parameters(model: nn.Module) -> tuple[int, int]:
     """The numbers of trainable parameters and of all parameters. ``model.parameters()`` yields tied parameters once."""
     trainable = total = 0
+    packed = _packed(model.modules())
     for parameter in model.parameters():
-        count = logical_size(parameter)
+        count = packed[id(parameter)].numel if id(parameter) in packed else logical_size(parameter)
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
@@ -288,9 +296,9 @@ def _trained_in_full(model: nn.Module) -> dict[str, int]:
     seen: set[int] = set()
 
     def walk(name: str, module: nn.Module, in_adapter: bool) -> None:
-        in_adapter = (in_adapter or isinstance(module, BaseTunerLayer)) and not name.endswith(
-            (".base_layer", ".original_module")
-        )
+        inner = name.endswith((".base_layer", ".original_module"))
+        # PEFT has one wrapper for each expert parameter, and each is the base layer of the next
+        in_adapter = isinstance(module, BaseTunerLayer) or (in_adapter and not inner)
         whole = isinstance(module, AuxiliaryTrainingWrapper)
         own = module.parameters() if whole else module._parameters.values()
         trained = {id(p): p for p in own if p is not None and p.requires_grad and id(p) not in seen}
@@ -314,7 +322,16 @@ def _storage(modules: dict[str, nn.Module]) -> dict[str, int]:
         for p in module._parameters.values()
         if p is not None
     }
+    packed = _packed(modules.values())
     counts: Counter[str] = Counter()
-    for parameter in parameters.values():
-        counts[stored_as(parameter)] += logical_size(parameter)
+    for key, parameter in parameters.items():
+        if key in packed:
+            counts[packed[key].state.quant_type] += packed[key].numel
+        else:
+            counts[stored_as(parameter)] += logical_size(parameter)
     return dict(counts)
+
+
+def _packed(modules: Iterable[nn.Module]) -> dict[int, PackedStack]:
+    """The stacks of experts in 4 bits, by the ids of their parameters."""
+    return {id(s.packed): s for module in modules for s in packed_stacks(module).values()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from peftkit.base.gguf import forget_gguf
 from peftkit.bridge import prepare
 from peftkit.errors import ContractError, listing
+from peftkit.find.stacks import as_plain_parameters
 from peftkit.fuse.attention import fuse_attention
 from peftkit.fuse.convolution import ShowsSizes
 from peftkit.fuse.int8_mode import Int8Mode, forget_int8_mode, set_int8_mode
@@ -78,7 +80,8 @@ def wrap(
     config = prepare(model, configs, adapter_name)
     later = take_init(model, config)
     with restoring(model, copy_values=writes_base_weights(config)):
-        wrapped = get_peft_model(model, config, adapter_name=adapter_name)
+        with as_plain_parameters(model):
+            wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         fuse_model(wrapped, strict, logit_free, int8_mode, merge_into)
     if later is not None:
         # outside the block, which keeps the old weights until its end
@@ -167,13 +170,23 @@ def restore(model: Model) -> Model:
 class _Followed:
     """Replaces a method on one object. It runs the method and then an action with the result."""
 
+    injects = False
+    """Whether the method creates layers of adapters."""
+
     def __init__(self, owner: nn.Module, method: str, action: Callable[[Any], None]):
         self.owner, self.method, self.action = owner, method, action
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+        with as_plain_parameters(self.owner) if self.injects else nullcontext():
+            result = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
         self.action(result)
         return result
+
+
+class _Injecting(_Followed):
+    """``_Followed`` for a method that creates layers of adapters."""
+
+    injects = True
 
 
 class _FuseAgain:
@@ -220,14 +233,14 @@ def _replacements(model: nn.Module) -> list[tuple[nn.Module, str, Callable[..., 
         tuner: Any = model.base_model
         unload = "_unload_and_optionally_merge"
         found = [
-            (tuner, "inject_adapter", _Followed(tuner, "inject_adapter", _FuseAgain(model))),
+            (tuner, "inject_adapter", _Injecting(tuner, "inject_adapter", _FuseAgain(model))),
             (tuner, unload, _Followed(tuner, unload, _restore_unloaded)),
         ]
         if hasattr(tuner, "_replace_module"):
             found.append((tuner, "_replace_module", _ReplaceModule(tuner)))
         return found
     if isinstance(model, PreTrainedModel):
-        return [(model, "add_adapter", _Followed(model, "add_adapter", _FuseAgain(model)))]
+        return [(model, "add_adapter", _Injecting(model, "add_adapter", _FuseAgain(model)))]
     return []
 
 

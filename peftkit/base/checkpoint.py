@@ -15,6 +15,7 @@ from peftkit.base.kinds import (
     DTYPES,
     QUANTISED,
     bitsandbytes_settings,
+    quantization_settings,
     require_compatible,
     stored_kind,
 )
@@ -81,11 +82,18 @@ def load_checkpoint(
         settings["quantization_config"] = StreamedConfig(
             base, keep, bitsandbytes_settings(base, compute_dtype or dtype)
         )
+    read = dict(tensors)
+    if stored == "nf4":
+        from peftkit.base.stacks import take_saved
+
+        saved = take_saved(read)
+        if saved:
+            settings["quantization_config"] = _of_saved(config, saved)
     try:
         model, info = cls.from_pretrained(
             None,
             config=config,
-            state_dict=dict(tensors),
+            state_dict=read,
             dtype=dtype,
             device_map=device_map,
             output_loading_info=True,
@@ -99,8 +107,28 @@ def load_checkpoint(
     _require_complete(model, info, config, tensors, path, strict)
     if stored is not None and compute_dtype is not None:
         _set_compute_dtype(model, compute_dtype)
+    if stored is not None:
+        _let_it_be_saved(model)
     _finish(model, path, hub, trust)
     return model
+
+
+def _of_saved(config: Any, saved: dict[str, dict[str, StoredTensor]]) -> Any:
+    """Take the quantization config out of ``config``, and make from it the one whose quantizer can read stacks of experts."""
+    from transformers import BitsAndBytesConfig
+
+    from peftkit.base.streaming import StreamedConfig
+
+    written: Any = BitsAndBytesConfig.from_dict(quantization_settings(config) or {})
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    values = written.to_diff_dict()
+    kept = ("load_in_4bit", "bnb_4bit", "llm_int8")
+    settings = {name: value for name, value in values.items() if name.startswith(kept)}
+    found = StreamedConfig("nf4", (), settings | {"load_in_4bit": True}, saved)
+    found.llm_int8_skip_modules = written.llm_int8_skip_modules
+    return found
 
 
 def _require_arguments(base: str, dtype: Any, device: Any, kwargs: Mapping[str, Any]) -> None:
@@ -246,6 +274,19 @@ def _set_compute_dtype(model: Any, compute_dtype: torch.dtype) -> None:
         layer.compute_dtype = compute_dtype
         layer.compute_type_is_set = True
     model.config.quantization_config.bnb_4bit_compute_dtype = compute_dtype
+
+
+def _let_it_be_saved(model: Any) -> None:
+    """Remove the step that read bitsandbytes' storage. transformers would revert it in ``save_pretrained``, which it cannot."""
+    steps = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        step
+        for step in steps
+        if not any(
+            type(operation).__name__ in ("Bnb4bitDeserialize", "Bnb8bitDeserialize")
+            for operation in getattr(step, "operations", ())
+        )
+    ]
 
 
 def _finish(model: Any, path: str, hub: Mapping[str, Any], trust: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftkit.base.gguf import forget_gguf
 from peftkit.base.keep import choose
@@ -87,9 +87,12 @@ def _quantise(
 ) -> None:
     from transformers import PreTrainedModel
 
-    names, skipped = choose(model, keep)
+    names, stacks, skipped = choose(model, keep)
+    stacks = stacks if base == "nf4" else []
     layers = {name: model.get_submodule(name) for name in names}
     _require_quantisable(layers)
+    for name in stacks:
+        _require_values(name, model.get_parameter(name))
     places = _all_names(model)
     dtypes = [layer.weight.dtype for layer in layers.values()]
     settings = bitsandbytes_settings(base, compute_dtype or max(dtypes, key=dtypes.count))
@@ -103,6 +106,8 @@ def _quantise(
                 f"{name} could not be quantised: {error}. {count(done, 'layer')} of {len(names)} were quantised before; each layer of the "
                 "model is whole, quantised or not. To continue without quantisation, load the model again"
             ) from error
+    for name in stacks:
+        _pack(model, name)
     if isinstance(model, PreTrainedModel):
         from peftkit.base.streaming import mark_in_place
 
@@ -119,21 +124,39 @@ def _all_names(model: nn.Module) -> dict[int, list[str]]:
 
 def _require_quantisable(layers: dict[str, Any]) -> None:
     for name, layer in layers.items():
-        if layer.weight.dtype not in DTYPES.values():
-            raise ContractError(
-                f"{name}.weight is {layer.weight.dtype}; bitsandbytes quantises float32, float16 and bfloat16"
-            )
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if hasattr(layer, "_hf_hook") or any(getattr(layer, kind, None) for kind in hooks):
             raise ContractError(
                 f"{name} has hooks, which a quantised layer would not have; remove them, or load from the checkpoint"
             )
-        bad = count_not_finite(layer.weight.detach())
-        if bad:
-            raise ContractError(
-                f"{name}.weight has {count(bad, 'value')} that {'is' if bad == 1 else 'are'} NaN or infinite; repair it, or keep the "
-                f"module as it is with keep=[{name!r}]"
-            )
+        _require_values(f"{name}.weight", layer.weight)
+
+
+def _require_values(name: str, weight: Tensor) -> None:
+    if weight.dtype not in DTYPES.values():
+        raise ContractError(
+            f"{name} is {weight.dtype}; bitsandbytes quantises float32, float16 and bfloat16"
+        )
+    bad = count_not_finite(weight.detach())
+    if bad:
+        raise ContractError(
+            f"{name} has {count(bad, 'value')} that {'is' if bad == 1 else 'are'} NaN or infinite; repair it, or keep the "
+            f"module as it is with keep=[{name.removesuffix('.weight')!r}]"
+        )
+
+
+def _pack(model: Any, name: str) -> None:
+    """Store a stack of experts in 4 bits."""
+    from transformers import PreTrainedModel
+
+    from peftkit.base.stacks import attach, pack, save_under_own_names
+
+    parent, _, own = name.rpartition(".")
+    module = model.get_submodule(parent)
+    setattr(module, own, pack(getattr(module, own).detach(), name))
+    attach(model, name)
+    if isinstance(model, PreTrainedModel):
+        save_under_own_names(model)
 
 
 def _replacement(layer: Any, name: str, settings: dict[str, Any]) -> nn.Module:

@@ -14,7 +14,12 @@ from peftkit.find.heads import find_heads, output_embeddings
 from peftkit.find.modules import ancestors, base_modules, suffixes
 from peftkit.find.suggestions import close_matches
 
-EXPERTS = "experts stacked in one parameter; bitsandbytes quantises linear layers only"
+BLOCKSIZE = 64
+"""Values that share one maximum in 4-bit storage."""
+
+EXPERTS = "experts stacked in one parameter: named in keep, or loaded by transformers, which quantises linear layers only"
+EXPERTS_8_BIT = "experts stacked in one parameter, which bitsandbytes stores in 4 bits only"
+EXPERT_ROWS = "experts stacked in one parameter, whose rows are no whole blocks of 64"
 HEAD = "output head"
 TASK_HEAD = "task head, which is trained in full"
 TIED = "its weight is tied to another module"
@@ -28,10 +33,12 @@ class Choice(NamedTuple):
 
     Attributes:
         layers: Their names, in the model's order.
+        stacks: The names of the parameters with the weights of several experts that 4 bits can store and ``keep`` does not name.
         skipped: The value of ``llm_int8_skip_modules``; ``None`` if transformers chooses the same layers by itself.
     """
 
     layers: list[str]
+    stacks: list[str]
     skipped: list[str] | None
 
 
@@ -57,7 +64,19 @@ def choose(model: nn.Module, keep: Sequence[str]) -> Choice:
         raise ContractError(
             f"{type(model).__name__} has no linear layer to quantise ({len(kept)} stay as they are); use base='bf16'"
         )
-    return Choice(chosen, skipped)
+    return Choice(chosen, _chosen_stacks(model, keep), skipped)
+
+
+def _chosen_stacks(model: nn.Module, keep: Sequence[str]) -> list[str]:
+    modules = dict(base_modules(model))
+    kept = _named(modules, keep)
+    return [
+        name
+        for name in stacked_parameters(model)
+        if name not in kept
+        and name.rpartition(".")[0] not in kept
+        and not model.get_parameter(name).shape[-1] % BLOCKSIZE
+    ]
 
 
 def skipped_by_transformers(model: Any) -> list[str]:
@@ -143,15 +162,17 @@ def stacked_parameters(model: nn.Module) -> list[str]:
 
 
 def _named(modules: dict[str, nn.Module], keep: Sequence[str]) -> dict[str, str]:
-    """The modules that ``keep`` names, directly or by a module around them."""
+    """The modules and stacks of experts that ``keep`` names, directly or by a module around them."""
+    stacks = experts_and_routers(modules)[1]
+    names = [*modules, *stacks]
     found: dict[str, str] = {}
     unmatched = []
     for entry in keep:
-        hit = {name for name in modules if name and _matches(entry, name)}
-        inside = [name for name in modules if hit & {name, *ancestors(name)}]
+        hit = {name for name in names if name and _matches(entry, name)}
+        inside = [name for name in names if hit & {name, *ancestors(name)}]
         if not hit:
             unmatched.append(f"{entry!r} matches nothing{close_matches(entry, modules)}")
-        elif not any(may_be_quantised(modules[name]) for name in inside):
+        elif not any(name in stacks or may_be_quantised(modules[name]) for name in inside):
             unmatched.append(
                 f"{entry!r} matches {min(hit, key=len)!r}, in which no layer would be quantised; remove the entry"
             )

@@ -41,16 +41,17 @@ def load_base(
     quantisation, blocks of 64; or 8 bits), and so do the attributes by which transformers, PEFT, Trainer and TRL recognise a quantised model:
     ``save_pretrained``, ``prepare_model_for_kbit_training`` and ``peftkit.wrap`` work as on theirs.
 
-    Embeddings, norms, output and task heads, routers, experts that are stacked in one parameter, and what ``keep`` names are not quantised;
-    ``base_report(model)`` lists them with the reason.
+    Embeddings, norms, output and task heads, routers, and what ``keep`` names are not quantised; ``base_report(model)`` lists them with the
+    reason. Experts that are stacked in one parameter are quantised by ``"nf4"``, as bitsandbytes' ``replace_parameter_4bit`` does; transformers
+    alone leaves them in 16 bits, and only ``load_base`` reads a checkpoint that has them in 4 bits.
 
     Args:
         model_or_path: The id of a model on the Hub, a folder with safetensors files, or a model, whose linear layers are then replaced
             one after the other, in place.
         base: ``"auto"`` loads the checkpoint as it is: quantised if it was saved so, otherwise in the dtype of its config. ``"bf16"``,
-            ``"fp16"`` and ``"fp32"`` choose the dtype; ``"int8"`` and ``"nf4"`` quantise the linear layers. ``"fp8"`` loads the model
+            ``"fp16"`` and ``"fp32"`` choose the dtype; ``"int8"`` and ``"nf4"`` quantise the linear layers, ``"nf4"`` also stacked experts. ``"fp8"`` loads the model
             unquantised and then calls ``to_fp8``, so it needs the memory of the unquantised model.
-        keep: Linear layers that should not be quantised: names, ends of names (``"down_proj"``), patterns (``"model.layers.0.*"``), or
+        keep: Linear layers and stacks of experts that should not be quantised: names, ends of names (``"down_proj"``), patterns (``"model.layers.0.*"``), or
             modules that contain them.
         auto_class: The class of the model, or an Auto class of transformers, or the name of one. Default: the class that the config
             names in ``architectures``.

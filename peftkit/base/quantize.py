@@ -15,10 +15,8 @@ from bitsandbytes import functional
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 from torch import Tensor
 
+from peftkit.base.keep import BLOCKSIZE
 from peftkit.errors import ContractError
-
-BLOCKSIZE = 64
-"""Values that share one maximum in 4-bit storage."""
 
 _NESTED_BLOCKSIZE = 256
 _CHUNK = 2**18
@@ -36,29 +34,7 @@ def quantize_nf4(weight: Tensor, name: str, module: Any) -> Any:
     Raises:
         ContractError: The weight has values that are not finite.
     """
-    packed = torch.empty(math.ceil(weight.numel() / 2), 1, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(
-        math.ceil(weight.numel() / BLOCKSIZE), dtype=torch.float32, device=weight.device
-    )
-    for start, rows in _chunks(weight):
-        _require_finite(rows, name)
-        part, state = functional.quantize_4bit(
-            rows, blocksize=BLOCKSIZE, compress_statistics=False, quant_type="nf4"
-        )
-        packed[start // 2 : start // 2 + len(part)] = part
-        absmax[start // BLOCKSIZE :][: len(state.absmax)] = state.absmax
-    offset = absmax.mean()
-    codes, outer = functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCKSIZE)
-    state = functional.QuantState(
-        absmax=codes,
-        shape=weight.shape,
-        dtype=weight.dtype,
-        blocksize=BLOCKSIZE,
-        code=functional.get_4bit_type("nf4", device=weight.device),
-        quant_type="nf4",
-        offset=offset,
-        state2=outer,
-    )
+    packed, state = _pack_nf4(weight, weight.shape, name)
     module.quant_state = state
     return Params4bit(
         packed,
@@ -70,6 +46,22 @@ def quantize_nf4(weight: Tensor, name: str, module: Any) -> Any:
         module=module,
         bnb_quantized=True,
     )
+
+
+def quantize_stack_nf4(weight: Tensor, name: str) -> tuple[Tensor, Any]:
+    """Quantise a stack of weights as ``quantize_nf4`` does one weight.
+
+    Args:
+        weight: ``Float[E, N, K]``, on the device where the result should be.
+        name: Its name, for the message.
+
+    Returns:
+        ``UInt8[numel/2, 1]``, and bitsandbytes' ``QuantState``.
+
+    Raises:
+        ContractError: The weight has values that are not finite.
+    """
+    return _pack_nf4(weight.reshape(-1, weight.shape[-1]), weight.shape, name)
 
 
 def quantize_int8(weight: Tensor, name: str) -> Any:
@@ -91,6 +83,34 @@ def quantize_int8(weight: Tensor, name: str) -> Any:
         _require_finite(narrow, name)
         codes[part], absmax[part], _ = functional.int8_vectorwise_quant(narrow)
     return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
+
+
+def _pack_nf4(weight: Tensor, shape: torch.Size, name: str) -> tuple[Tensor, Any]:
+    """The packed codes of the rows of ``weight``, and the state of a weight of this shape."""
+    packed = torch.empty(math.ceil(weight.numel() / 2), 1, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(
+        math.ceil(weight.numel() / BLOCKSIZE), dtype=torch.float32, device=weight.device
+    )
+    for start, rows in _chunks(weight):
+        _require_finite(rows, name)
+        part, state = functional.quantize_4bit(
+            rows, blocksize=BLOCKSIZE, compress_statistics=False, quant_type="nf4"
+        )
+        packed[start // 2 : start // 2 + len(part)] = part
+        absmax[start // BLOCKSIZE :][: len(state.absmax)] = state.absmax
+    offset = absmax.mean()
+    codes, outer = functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCKSIZE)
+    state = functional.QuantState(
+        absmax=codes,
+        shape=shape,
+        dtype=weight.dtype,
+        blocksize=BLOCKSIZE,
+        code=functional.get_4bit_type("nf4", device=weight.device),
+        quant_type="nf4",
+        offset=offset,
+        state2=outer,
+    )
+    return packed, state
 
 
 def _chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:

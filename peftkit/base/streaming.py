@@ -19,7 +19,8 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from peftkit.base.keep import choose, skipped_by_transformers
 from peftkit.base.quantize import quantize_int8, quantize_nf4
-from peftkit.base.shards import Stop
+from peftkit.base.shards import Stop, StoredTensor
+from peftkit.base.stacks import attach, make_room, pack, save_under_own_names
 from peftkit.errors import ContractError
 
 _METHOD = "peftkit_streamed_{}"
@@ -32,32 +33,62 @@ class StreamedConfig(BitsAndBytesConfig):
         base: ``"nf4"`` or ``"int8"``.
         keep: As for ``kept_modules``.
         settings: The arguments of ``BitsAndBytesConfig``.
+        saved: For a checkpoint that is quantised already: its stacks of experts in 4 bits by their names there, and for each the
+            tensors beside the bytes by the ends of their names.
     """
 
-    def __init__(self, base: str, keep: tuple[str, ...], settings: dict[str, Any]):
+    def __init__(
+        self,
+        base: str,
+        keep: tuple[str, ...],
+        settings: dict[str, Any],
+        saved: dict[str, dict[str, StoredTensor]] | None = None,
+    ):
         super().__init__(**settings)
         for name, quantizer in (("nf4", _Streamed4bit), ("int8", _Streamed8bit)):
             if _METHOD.format(name) not in AUTO_QUANTIZER_MAPPING:
                 register_quantizer(_METHOD.format(name))(quantizer)
         self.quant_method: Any = _METHOD.format(base)
         self.keep = keep
-        self.settings = settings
+        self.settings = {
+            name: value for name, value in settings.items() if name != "llm_int8_skip_modules"
+        }
+        self.saved = saved
 
 
 class _Streamed:
     """What both quantizers change."""
 
-    plain: type
+    def __init__(self: Any, config: Any, **kwargs: Any):
+        super().__init__(config, **kwargs)
+        self.stacks: list[str] = []
+        self.saved: dict[str, dict[str, StoredTensor]] = {}
+        if config.saved is not None:
+            self.pre_quantized = True
 
     def _process_model_before_weight_loading(
         self: Any, model: Any, device_map: Any, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        config.llm_int8_skip_modules = choose(model, config.keep).skipped
+        if self.pre_quantized:
+            self.saved = make_room(model, config.saved)
+        else:
+            choice = choose(model, config.keep)
+            config.llm_int8_skip_modules = choice.skipped
+            self.stacks = choice.stacks if config.load_in_4bit else []
         super()._process_model_before_weight_loading(model, device_map, **kwargs)  # type: ignore[misc]
+
+    def param_needs_quantization(self: Any, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.stacks or super().param_needs_quantization(  # type: ignore[misc]
+            model, param_name, **kwargs
+        )
 
     def _process_model_after_weight_loading(self: Any, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
+        for name in (*self.stacks, *self.saved):
+            attach(model, name, self.saved.get(name))
+        if self.stacks or self.saved:
+            save_under_own_names(model)
         mark_quantised(model, config.settings, config.llm_int8_skip_modules)
         model.hf_quantizer.modules_to_not_convert = self.modules_to_not_convert
         return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
@@ -75,7 +106,7 @@ class _Streamed8bit(_Streamed, Bnb8BitHfQuantizer):
 
 
 class _QuantizeRows(ConversionOps):
-    """Quantises the weights of one layer when transformers has read them."""
+    """Quantises the weights of one layer, or one stack of experts, when transformers has read them."""
 
     def __init__(self, quantizer: Any):
         self.quantizer = quantizer
@@ -88,6 +119,9 @@ class _QuantizeRows(ConversionOps):
             weight = value[0] if isinstance(value, list) else value
             module = model.get_submodule(name.rpartition(".")[0])
             try:
+                if name in self.quantizer.stacks:
+                    done[name] = pack(weight, name)
+                    continue
                 done[name] = quantized_weight(weight, name, module)
             except ContractError as error:
                 raise Stop(error) from error

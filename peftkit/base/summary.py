@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from peftkit.base.keep import BY_KEEP, EXPERTS, kept_modules, skipped_by_transformers
+from peftkit.base.keep import (
+    BLOCKSIZE,
+    BY_KEEP,
+    EXPERT_ROWS,
+    EXPERTS,
+    EXPERTS_8_BIT,
+    kept_modules,
+    skipped_by_transformers,
+)
 from peftkit.base.kinds import QUANTISED, quantization_settings, stored_kind
 from peftkit.errors import ContractError, short
 from peftkit.find.experts import ROUTER, experts_and_routers
 from peftkit.find.modules import base_modules, storage_of
+from peftkit.find.stacks import packed_parameter
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -168,6 +177,7 @@ def _parts(base: nn.Module, modules: dict[str, nn.Module]) -> Iterator[StoredPar
     quantised = any(_statistics(p) for module in modules.values() for p in _own(module))
     reasons = _reasons(base) if quantised else {}
     stacks = set(experts_and_routers(modules)[1])
+    in_8_bits = any(hasattr(p, "SCB") for module in modules.values() for p in _own(module))
     seen: set[Any] = set()
     for name, module in modules.items():
         before = f"{name}." if name else ""
@@ -177,15 +187,27 @@ def _parts(base: nn.Module, modules: dict[str, nn.Module]) -> Iterator[StoredPar
             seen.add(storage_of(parameter))
             statistics = _statistics(parameter)
             full = f"{before}{own}"
+            packed = packed_parameter(module)
+            if packed is not None:
+                statistics = _of_state(packed.state)
+                full = before.replace(".parametrizations.", ".").removesuffix(".")
             reason = ""
             if quantised and not statistics:
-                reason = EXPERTS if full in stacks else _reason(module, own, reasons.get(name))
+                reason = _reason(module, own, reasons.get(name))
+                if full in stacks:
+                    reason = EXPERTS_8_BIT if in_8_bits else _stack_reason(parameter)
             nbytes = parameter.nbytes + sum(part.nbytes for part in statistics)
-            yield StoredPart(full, stored_as(parameter), logical_size(parameter), nbytes, reason)
+            storage = packed.state.quant_type if packed is not None else stored_as(parameter)
+            size = packed.numel if packed is not None else logical_size(parameter)
+            yield StoredPart(full, storage, size, nbytes, reason)
         for own, buffer in module._buffers.items():
             if buffer is not None and storage_of(buffer) not in seen:
                 seen.add(storage_of(buffer))
                 yield StoredPart(f"{before}{own}", BUFFER, 0, buffer.nbytes, "")
+
+
+def _stack_reason(weight: Tensor) -> str:
+    return EXPERT_ROWS if weight.shape[-1] % BLOCKSIZE else EXPERTS
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
@@ -196,10 +218,14 @@ def _statistics(parameter: Any) -> list[Tensor]:
     """The tensors that bitsandbytes keeps beside a quantised weight: maxima, tables and offset."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
-        inner = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-        return [state.absmax, state.code, *inner]
+        return _of_state(state)
     maxima = getattr(parameter, "SCB", None)
     return [] if maxima is None else [maxima]
+
+
+def _of_state(state: Any) -> list[Tensor]:
+    inner = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return [state.absmax, state.code, *inner]
 
 
 def _reasons(base: nn.Module) -> dict[str, str]:

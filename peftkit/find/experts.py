@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from peftkit.find.modules import is_linear_like, is_quantised
+from peftkit.find.stacks import packed_parameter, packed_stacks
 
 ROUTER = "router or gate of a mixture of experts"
 STACKED = (
@@ -59,7 +60,9 @@ def _below(names: list[str], places: dict[str, int], parent: str) -> Iterator[st
 
 def _stacked_weights(name: str, module: nn.Module) -> tuple[dict[str, str], list[str]]:
     """Return the expert weights of one module: the reasons for those that cannot be adapted, and the names of the others."""
-    reasons, stacks = {}, []
+    reasons, stacks = {}, [f"{name}.{own}" for own in packed_stacks(module)]
+    if packed_parameter(module) is not None:
+        return {}, []
     for own, weight in module._parameters.items():
         if weight is None or weight.ndim < 2 or own.endswith("bias"):
             continue

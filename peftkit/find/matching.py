@@ -15,6 +15,7 @@ from peftkit.find.conflicts import check_convolutions, check_ranks, check_shadow
 from peftkit.find.experts import peft_rewrite
 from peftkit.find.layers import check_layers, layer_number, wanted_layers
 from peftkit.find.modules import base_modules, suffixes
+from peftkit.find.stacks import packed_stacks
 from peftkit.find.suggestions import close_matches
 
 Matches = dict[tuple[str, str], list[str]]
@@ -105,7 +106,11 @@ class _Names:
 
     def parameters(self) -> list[str]:
         """Return the full names of all parameters."""
-        return [f"{name}.{own}" for name, m in self.modules.items() for own in m._parameters]
+        return [
+            f"{name}.{own}"
+            for name, m in self.modules.items()
+            for own in (*m._parameters, *packed_stacks(m))
+        ]
 
 
 def _grouped(names: Iterable[str]) -> dict[str, list[str]]:

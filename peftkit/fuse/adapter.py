@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import nn
 
+from peftkit.find.stacks import packed_stacks
 from peftkit.fp8 import Float8Linear
 from peftkit.fuse.plan import NotReached, Reason
 from peftkit.fuse.storage import nf4_obstacle
@@ -211,7 +212,7 @@ def changed_reason(layer: Any, found: Adapter) -> Reason | None:
     _, name, base, _, A, B, dropout, magnitude = found
     if state["lora_bias"].get(name):
         return Reason(f"adapter {name} has a bias of its own (lora_bias=True)")
-    if has_hooks(base) or has_hooks(A) or has_hooks(B) or has_hooks(dropout):
+    if has_foreign_hooks(base) or has_hooks(A) or has_hooks(B) or has_hooks(dropout):
         return _hooked(found)
     if magnitude is not None:
         if has_hooks(magnitude):
@@ -289,6 +290,22 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_hf_hook" in state
+    )
+
+
+def has_foreign_hooks(base: nn.Module) -> bool:
+    """``has_hooks``, without those by which bitsandbytes decodes the stacks of experts once in each forward."""
+    if not has_hooks(base) or not packed_stacks(base):
+        return has_hooks(base)
+    state = base.__dict__
+    own = "bitsandbytes.nn.parametrize"
+    hooks = [*state["_forward_pre_hooks"].values(), *state["_forward_hooks"].values()]
+    return bool(
+        any(getattr(hook, "__module__", None) != own for hook in hooks)
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state

@@ -10,12 +10,22 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from peftkit.fuse.adapter import Adapter, changed_reason, current_adapter, has_hooks, weight_reason
+from peftkit.errors import ContractError
+from peftkit.find.stacks import MERGE_DENSE, packed_stack, packed_stacks
+from peftkit.fuse.adapter import (
+    Adapter,
+    changed_reason,
+    current_adapter,
+    has_foreign_hooks,
+    has_hooks,
+    weight_reason,
+)
 from peftkit.fuse.compute import LinearParts, backend_of, linear
 from peftkit.fuse.linear import input_reason
-from peftkit.fuse.plan import Fused, Reason
+from peftkit.fuse.packed import packed_product, packed_reason
+from peftkit.fuse.plan import Fused, NotReached, Reason
 from peftkit_kernels.core.autograd import once_differentiable
-from peftkit_kernels.core.checks import is_autocast_enabled
+from peftkit_kernels.core.checks import autocast_dtype, is_autocast_enabled, without_autocast
 from peftkit_kernels.core.dispatch import choose_backend, is_transformed
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.low_rank import LoRA, cast
@@ -42,9 +52,15 @@ class FusedParamWrapper(Fused):
         """
         experts = self.get_base_layer()
         if kwargs or len(args) != (0 if type(experts) is nn.Linear else 2):
+            _require_fused(self, Reason("it was called with further arguments"))
             return super().forward(x, *args, **kwargs)
+        dtype = autocast_dtype(x)
+        if dtype not in (None, x.dtype) and packed_stacks(experts):
+            with without_autocast(x):
+                return self.forward(x.to(dtype), *args).to(x.dtype)
         plan = self.peftkit_plan(x)
         if isinstance(plan, Reason):
+            _require_fused(self, plan)
             return super().forward(x, *args)
         return linear(x, plan) if isinstance(plan, LinearParts) else routed(experts, plan, x, *args)
 
@@ -66,8 +82,25 @@ class FusedParamWrapper(Fused):
             updates[wrapper.parameter_name] = _update(wrapper, found, x.device)
         return updates
 
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        """PEFT's merge, which cannot write into a stack in four bits.
+
+        Raises:
+            ContractError: The stack is stored in four bits.
+        """
+        name = self.parameter_name
+        if packed_stack(self.get_base_layer(), name) is not None:
+            raise ContractError(
+                f"{name} is stored in 4 bits, and PEFT's merge would change a decoded copy that is thrown away. {MERGE_DENSE}"
+            )
+        stock: Any = super()
+        stock.merge(*args, **kwargs)
+
     def peftkit_example(self: Any) -> Tensor:
         """One row of input with the dtype and device of the weights."""
+        packed = packed_stack(self.get_base_layer(), self.parameter_name)
+        if packed is not None:
+            return packed.packed.new_empty(1, self.in_features, dtype=packed.state.dtype)
         parameter = self.get_param()
         return parameter.new_empty(1, self.in_features)
 
@@ -91,6 +124,24 @@ class FusedParamWrapper(Fused):
         return LinearParts(base.weight, base.bias, LoRA(A, B, self.scaling[found.name]))
 
 
+def _require_fused(wrapper: Any, reason: Reason) -> None:
+    """Raise an error if PEFT's forward would leave an adapter out.
+
+    PEFT reads each stack while the decoded stacks are cached, so that of two adapted stacks one is used without its adapter.
+
+    Raises:
+        ContractError: The experts have stacks in four bits, and an adapter is active.
+    """
+    experts = wrapper.get_base_layer()
+    plain = isinstance(reason, NotReached) or wrapper.disable_adapters
+    if plain or not packed_stacks(experts):
+        return
+    raise ContractError(
+        f"the experts ({type(experts).__name__}) are stored in 4 bits and cannot be fused: {reason}. PEFT's forward would ignore one of "
+        "their adapters. Remove the cause, or keep the experts unquantised: load_base(..., keep=['experts'])"
+    )
+
+
 def _chain(wrapper: Any) -> Iterator[Any]:
     """A wrapper and the wrappers inside it."""
     while isinstance(wrapper, ParamWrapper):
@@ -112,7 +163,8 @@ def _experts_reason(experts: Any, x: Tensor) -> Reason | None:
         return _TRANSFORMED
     if getattr(experts, "_is_expert_parallel", False):
         return Reason("the experts are distributed over processes")
-    if has_hooks(experts):
+    packed = packed_stacks(experts)
+    if has_foreign_hooks(experts):
         return Reason("its experts have hooks")
     name = experts.config._experts_implementation
     if name not in (None, "eager"):
@@ -123,10 +175,13 @@ def _experts_reason(experts: Any, x: Tensor) -> Reason | None:
             )
     # If an outer wrapper runs PEFT's forward, it has replaced its stack by the sum W + B A, which needs a gradient.
     for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
-        reason = _stack_reason(x, name, experts._parameters.get(name))
+        if name in packed:
+            reason = packed_reason(name, packed[name], x)
+        else:
+            reason = _stack_reason(x, name, experts._parameters.get(name))
         if reason is not None:
             return reason
-    return None
+    return _device_reason(x)
 
 
 def _stack_reason(x: Tensor, name: str, weight: Tensor | None) -> Reason | None:
@@ -139,6 +194,11 @@ def _stack_reason(x: Tensor, name: str, weight: Tensor | None) -> Reason | None:
         return Reason(
             f"its input is {x.dtype} on {x.device} and {name} {weight.dtype} on {weight.device}"
         )
+    return None
+
+
+def _device_reason(x: Tensor) -> Reason | None:
+    """Why the products cannot run on the device of ``x``, or ``None``."""
     kind = x.device.type
     if is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not x.dtype:
         return Reason(f"autocast to {torch.get_autocast_dtype(kind)} is on")
@@ -188,13 +248,16 @@ def routed(
     Returns:
         ``[tokens, hidden_size]``.
     """
-    choices = chosen.shape[-1]
+    choices, packed = chosen.shape[-1], packed_stacks(experts)
     ids, order = torch.sort(chosen.reshape(-1), stable=True)
     plan = plan_groups(ids, experts.num_experts)
     counts = torch.bincount(ids, minlength=experts.num_experts)
 
     def project(name: str, x: Tensor) -> Tensor:
-        y = grouped_product(x, getattr(experts, name), counts, experts.is_transposed)
+        if name in packed:
+            y = packed_product(x, packed[name], counts, experts.is_transposed)
+        else:
+            y = grouped_product(x, getattr(experts, name), counts, experts.is_transposed)
         if experts.has_bias:
             y = y + getattr(experts, f"{name}_bias")[ids]
         update = updates.get(name)

@@ -113,6 +113,10 @@ def _seal_or_reason(module: nn.Module, names: tuple[str, ...]) -> Seal | Reason:
 
 def _names(module: nn.Module) -> tuple[str, ...] | None:
     """The names of gate, up and down, or of a joint gate-and-up projection and down; ``None`` for any other module."""
+    if isinstance(
+        module, nn.ModuleDict
+    ):  # torch keeps the parametrisations of experts' stacks in one
+        return None
     for names in (_NAMES, _NAMES_JOINT):
         if all(names_ in module._modules for names_ in names):
             return names

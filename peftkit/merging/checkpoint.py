@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftkit.base.original import OriginalWeights
 from peftkit.base.storage import storage_of
 from peftkit.errors import ContractError, listing, short
+from peftkit.find.stacks import MERGE_DENSE, packed_stacks
 from peftkit.merging.arithmetic import exact_float32, float32_copy, with_float32_tensors
 from peftkit.merging.aware import compute_as_stored
 from peftkit.merging.certificate import Certificate, LayerDifference, Outputs, compare
@@ -281,6 +282,11 @@ def _base_of(model: Any) -> Any:
         raise ContractError(
             f"model is a {type(model).__name__} around a {type(base).__name__}; merge writes checkpoints of transformers models. "
             "Call model.merge_and_unload() for other models."
+        )
+    if any(packed_stacks(module) for module in base.modules()):
+        raise ContractError(
+            f"the experts of this {type(base).__name__} are stacked and stored in 4 bits, a layout that transformers cannot load. "
+            f"{MERGE_DENSE}"
         )
     config = getattr(base.config, "quantization_config", None)
     quantizer = getattr(getattr(base, "hf_quantizer", None), "quantization_config", config)

@@ -304,3 +304,11 @@ def test_float8(saved):
     base_cases.assert_same(model, expected)
     assert type(model.model.layers[0].mlp.up_proj) is peftkit.Float8Linear
     assert {"fp8", "float16"} <= {part.storage for part in base_report(model).parts}
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_a_quantised_checkpoint_is_saved_again(tmp_path, base):
+    """A second ``save_pretrained`` of transformers' own model raises ``NotImplementedError``."""
+    load_base(base_cases.save_llama(tmp_path / "base"), base).save_pretrained(tmp_path / "first")
+    load_base(tmp_path / "first").save_pretrained(tmp_path / "second")
+    base_cases.assert_same(load_base(tmp_path / "second"), load_base(tmp_path / "first"))

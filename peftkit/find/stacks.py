@@ -1,0 +1,88 @@
+"""Stacks of expert weights that bitsandbytes stores in four bits: a parametrised parameter, decoded whenever it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ORDER = "_parameter_order"
+"""The attribute of a module with the names of its parameters in their order before the first was packed."""
+
+MERGE_DENSE = "Load the original model unquantised (load_base(PATH, 'bf16')), load the adapter (load_adapter), and merge that"
+
+
+class PackedStack(NamedTuple):
+    """A stack of weights ``[E, N, K]`` in four bits.
+
+    Attributes:
+        packed: ``UInt8[numel/2, 1]``, the parameter.
+        state: bitsandbytes' ``QuantState``: shape, dtype and block maxima.
+    """
+
+    packed: Tensor
+    state: Any
+
+    @property
+    def numel(self) -> int:
+        """The number of values."""
+        return math.prod(self.state.shape)
+
+
+def packed_stack(module: nn.Module, name: str) -> PackedStack | None:
+    """The stack ``module.name`` if it is stored in four bits and nothing else changes it, such as an adapter of PEFT's forward."""
+    return packed_stacks(module).get(name)
+
+
+def packed_stacks(module: nn.Module) -> dict[str, PackedStack]:
+    """The parameters of one module that are stored in four bits, by their names in the module."""
+    lists = module._modules.get("parametrizations")
+    found = {}
+    for name, steps in lists.named_children() if lists is not None else ():
+        packed = packed_parameter(steps)
+        if packed is not None:
+            found[name] = packed
+    return found
+
+
+def packed_parameter(steps: Any) -> PackedStack | None:
+    """The stack in a torch ``ParametrizationList``, or ``None`` if this module is none, or has other steps."""
+    children = list(steps._modules.values())
+    if len(children) != 1 or type(children[0]).__name__ != "Bnb4bitParametrization":
+        return None
+    return PackedStack(steps._parameters["original"], children[0].quant_state)
+
+
+@contextmanager
+def as_plain_parameters(model: nn.Module) -> Iterator[None]:
+    """Show packed stacks as plain parameters, of the same shape and without memory, while PEFT creates its layers.
+
+    PEFT finds parametrised parameters by their full names only, and in another order than plain ones. The order decides the names of the
+    factors, so an adapter would not fit the same model in 16 bits.
+    """
+    hidden = []
+    for module in list(model.modules()):
+        stacks = packed_stacks(module)
+        if not stacks or len(stacks) != len(module.get_submodule("parametrizations")._modules):
+            continue
+        hidden.append((module, type(module), module._modules.pop("parametrizations"), stacks))
+        # torch makes a subclass whose properties decode the parameters
+        module.__class__ = type(module).__bases__[0]
+        for name, stack in stacks.items():
+            shape, dtype = tuple(stack.state.shape), stack.state.dtype
+            value = torch.empty(1, dtype=dtype, device=stack.packed.device).expand(shape)
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        order = module.__dict__.get(ORDER, list(module._parameters))
+        module._parameters = {n: module._parameters[n] for n in order}
+    try:
+        yield
+    finally:
+        for module, cls, lists, stacks in hidden:
+            for name in stacks:
+                del module._parameters[name]
+            module._modules["parametrizations"] = lists
+            module.__class__ = cls
