@@ -21,6 +21,7 @@ from peftkit.fuse.loss import install_logit_free, remove_logit_free
 from peftkit.fuse.merge_into import MergeInto, forget_merge_into, set_merge_into
 from peftkit.fuse.mlp import fuse_gated_mlps
 from peftkit.fuse.norm import fuse_norms
+from peftkit.fuse.packed_experts import fuse_packed_experts
 from peftkit.fuse.plan import Fused, NotReached, forget_declined
 from peftkit.fuse.siblings import group_siblings
 from peftkit.inits.wrapped import take_init
@@ -250,6 +251,7 @@ def _fuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             fuse_layer(module)
+    fuse_packed_experts(model)
     group_siblings(model)
     fuse_gated_mlps(model)
     fuse_norms(model)

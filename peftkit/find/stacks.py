@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftkit.swap import own_class
+
 ORDER = "_parameter_order"
 """The attribute of a module with the names of its parameters in their order before the first was packed."""
 
@@ -71,7 +73,7 @@ def as_plain_parameters(model: nn.Module) -> Iterator[None]:
             continue
         hidden.append((module, type(module), module._modules.pop("parametrizations"), stacks))
         # torch makes a subclass whose properties decode the parameters
-        module.__class__ = type(module).__bases__[0]
+        module.__class__ = own_class(module).__bases__[0]
         for name, stack in stacks.items():
             shape, dtype = tuple(stack.state.shape), stack.state.dtype
             value = torch.empty(1, dtype=dtype, device=stack.packed.device).expand(shape)

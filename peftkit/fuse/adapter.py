@@ -299,8 +299,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 def has_foreign_hooks(base: nn.Module) -> bool:
     """``has_hooks``, without those by which bitsandbytes decodes the stacks of experts once in each forward."""
-    if not has_hooks(base) or not packed_stacks(base):
-        return has_hooks(base)
+    if not has_hooks(base):
+        return False
+    if not packed_stacks(base):
+        return True
     state = base.__dict__
     own = "bitsandbytes.nn.parametrize"
     hooks = [*state["_forward_pre_hooks"].values(), *state["_forward_hooks"].values()]

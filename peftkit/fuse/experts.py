@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -54,10 +54,8 @@ class FusedParamWrapper(Fused):
         if kwargs or len(args) != (0 if type(experts) is nn.Linear else 2):
             _require_fused(self, Reason("it was called with further arguments"))
             return super().forward(x, *args, **kwargs)
-        dtype = autocast_dtype(x)
-        if dtype not in (None, x.dtype) and packed_stacks(experts):
-            with without_autocast(x):
-                return self.forward(x.to(dtype), *args).to(x.dtype)
+        if packed_stacks(experts) and autocast_dtype(x) not in (None, x.dtype):
+            return in_autocast_dtype(self.forward, x, *args)
         plan = self.peftkit_plan(x)
         if isinstance(plan, Reason):
             _require_fused(self, plan)
@@ -69,7 +67,7 @@ class FusedParamWrapper(Fused):
         base = self.get_base_layer()
         if type(base) is nn.Linear:
             return self._linear_plan(base, x)
-        reason = _experts_reason(base, x)
+        reason = experts_reason(base, x)
         if reason is not None:
             return reason
         updates = {}
@@ -124,6 +122,13 @@ class FusedParamWrapper(Fused):
         return LinearParts(base.weight, base.bias, LoRA(A, B, self.scaling[found.name]))
 
 
+def in_autocast_dtype(forward: Callable[..., Tensor], x: Tensor, *args: Tensor) -> Tensor:
+    """Call ``forward`` on ``x`` in the dtype of autocast, without autocast. The result has the dtype of ``x``."""
+    dtype = autocast_dtype(x)
+    with without_autocast(x):
+        return forward(x.to(dtype), *args).to(x.dtype)
+
+
 def _require_fused(wrapper: Any, reason: Reason) -> None:
     """Raise an error if PEFT's forward would leave an adapter out.
 
@@ -157,7 +162,7 @@ def _adapter_of(wrapper: Any) -> Adapter | Reason:
     return changed_reason(wrapper, found) or found
 
 
-def _experts_reason(experts: Any, x: Tensor) -> Reason | None:
+def experts_reason(experts: Any, x: Tensor) -> Reason | None:
     """Why ``routed`` cannot replace the forward of these experts on ``x``, or ``None``."""
     if is_transformed():
         return _TRANSFORMED

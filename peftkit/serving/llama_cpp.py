@@ -19,9 +19,7 @@ from peftkit.serving.rows import (
 )
 
 _EXPORT = "write the adapter with peftkit export ADAPTER OUT.gguf --adapter-only, which puts the scale into the factors"
-_SCALE_OF_INIT = (
-    "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-)
+_SCALE_OF_INIT = "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), or merge it"
 
 SERVER = Server(
     "llama.cpp",

@@ -35,7 +35,7 @@ SERVER = Server(
             (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga"),
             "wrong",
             "does not change the base model's weights as this init does",
-            "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+            "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), or merge it",
         ),
         FieldRule(
             "layer_replication",

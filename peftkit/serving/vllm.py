@@ -25,7 +25,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 DEFAULT_RANK = 16
 
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
-_INIT_WAY_OUT = "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which turns it into a plain LoRA"
+_INIT_WAY_OUT = "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which turns it into a plain LoRA, or merge it"
 
 SERVER = Server(
     "vLLM",

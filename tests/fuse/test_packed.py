@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from peftkit import ContractError, explain, load_adapter, load_base, merge, wrap
+from peftkit import ContractError, explain, load_adapter, load_base, merge, restore, wrap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,8 +66,36 @@ def test_a_step_equals_that_on_the_decoded_stacks(name, targets, tmp_path):
     assert any(".experts." in key for key in actual)
 
 
-def test_no_decoded_stack_is_kept_for_the_backward(tmp_path):
-    model = adapted(packed("mixtral", tmp_path))
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_experts_without_adapters_are_fused_too(name, tmp_path):
+    base = packed(name, tmp_path)
+    dense = cases.decoded(base, tmp_path)
+    classes = {n: type(m) for n, m in cases.experts_of(base).items()}
+    changes = {"target_modules": ["q_proj"]}
+    model, twin = adapted(base, **changes), restore(adapted(dense, **changes))
+    rows = {(r.method, r.path) for r in explain(model).layers if r.name.endswith("experts")}
+    assert rows == {("experts in 4 bits", "fused:torch")}
+    pairs.assert_close(step(model), step(twin), 1e-4)
+    restore(model)
+    assert {n: type(m) for n, m in cases.experts_of(model.get_base_model()).items()} == classes
+    pairs.assert_close(step(model), step(twin), 1e-4)
+
+
+def test_an_adapter_of_the_experts_is_added_later(tmp_path):
+    base = packed("mixtral", tmp_path)
+    dense = cases.decoded(base, tmp_path)
+    models_ = [adapted(m, target_modules=["q_proj"]) for m in (base, dense)]
+    for model in models_:
+        torch.manual_seed(2)
+        names = ["experts.gate_up_proj", "experts.down_proj"]
+        model.add_adapter("second", config(target_modules=[], target_parameters=names))
+        model.set_adapter("second")
+    pairs.assert_close(step(models_[0]), step(models_[1]), 1e-6)
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj"]], ids=["all linear", "attention"])
+def test_no_decoded_stack_is_kept_for_the_backward(targets, tmp_path):
+    model = adapted(packed("mixtral", tmp_path), target_modules=targets)
     sizes = []
 
     def keep(tensor):
