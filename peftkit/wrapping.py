@@ -70,6 +70,7 @@ def wrap(
         ContractError: An entry of ``target_modules`` matches nothing, ``strict`` is set and a layer is not fused, or
             ``int8_mode`` is unknown or the model has no 8-bit linear. ``merge_into`` is unknown, or an adapter does not fit it
             (dropout, DoRA, a bias of its own, another method, a base in another storage). The model is left unchanged.
+            A start from the weights of a quantised base failed while weights were read; the message says what was changed.
         ValueError: The configs cannot be mixed or do not fit the model, or the model is wrapped already.
     """
     from peft import PeftModel, get_peft_model
@@ -84,9 +85,10 @@ def wrap(
         with as_plain_parameters(model):
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         fuse_model(wrapped, strict, logit_free, int8_mode, merge_into)
-    if later is not None:
+        start = None if later is None else later.checked(wrapped, adapter_name)
+    if start is not None:
         # outside the block, which keeps the old weights until its end
-        later.apply(wrapped, adapter_name)
+        start.run()
     forget_gguf(model)
     return wrapped
 

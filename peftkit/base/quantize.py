@@ -34,7 +34,7 @@ def quantize_nf4(weight: Tensor, name: str, module: Any) -> Any:
     Raises:
         ContractError: The weight has values that are not finite.
     """
-    packed, state = _pack_nf4(weight, weight.shape, name)
+    packed, state = pack_nf4(weight, weight.shape, name)
     module.quant_state = state
     return Params4bit(
         packed,
@@ -61,7 +61,7 @@ def quantize_stack_nf4(weight: Tensor, name: str) -> tuple[Tensor, Any]:
     Raises:
         ContractError: The weight has values that are not finite.
     """
-    return _pack_nf4(weight.reshape(-1, weight.shape[-1]), weight.shape, name)
+    return pack_nf4(weight.reshape(-1, weight.shape[-1]), weight.shape, name)
 
 
 def quantize_int8(weight: Tensor, name: str) -> Any:
@@ -85,27 +85,49 @@ def quantize_int8(weight: Tensor, name: str) -> Any:
     return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
 
 
-def _pack_nf4(weight: Tensor, shape: torch.Size, name: str) -> tuple[Tensor, Any]:
-    """The packed codes of the rows of ``weight``, and the state of a weight of this shape."""
-    packed = torch.empty(math.ceil(weight.numel() / 2), 1, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(
-        math.ceil(weight.numel() / BLOCKSIZE), dtype=torch.float32, device=weight.device
-    )
-    for start, rows in _chunks(weight):
-        _require_finite(rows, name)
+def pack_nf4(
+    weight: Tensor,
+    shape: torch.Size,
+    name: str | None = None,
+    blocksize: int = BLOCKSIZE,
+    nested: bool = True,
+) -> tuple[Tensor, Any]:
+    """Quantise the rows of ``weight Float[M, K]`` as a weight of this shape.
+
+    Args:
+        weight: The values.
+        shape: The shape of the weight, with as many values.
+        name: Its name, to raise an error for values that are not finite; without it they are not looked for.
+        blocksize: Values that share one maximum.
+        nested: Store the maxima in 8 bits.
+
+    Returns:
+        ``UInt8[numel/2, 1]``, and bitsandbytes' ``QuantState``.
+
+    Raises:
+        ContractError: The weight has values that are not finite.
+    """
+    numel, device = weight.numel(), weight.device
+    packed = torch.empty(math.ceil(numel / 2), 1, dtype=torch.uint8, device=device)
+    absmax = torch.empty(math.ceil(numel / blocksize), dtype=torch.float32, device=device)
+    for start, rows in _chunks(weight, blocksize):
+        if name is not None:
+            _require_finite(rows, name)
         part, state = functional.quantize_4bit(
-            rows, blocksize=BLOCKSIZE, compress_statistics=False, quant_type="nf4"
+            rows, blocksize=blocksize, compress_statistics=False, quant_type="nf4"
         )
         packed[start // 2 : start // 2 + len(part)] = part
-        absmax[start // BLOCKSIZE :][: len(state.absmax)] = state.absmax
-    offset = absmax.mean()
-    codes, outer = functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCKSIZE)
+        absmax[start // blocksize :][: len(state.absmax)] = state.absmax
+    offset = outer = None
+    if nested:
+        offset = absmax.mean()
+        absmax, outer = functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCKSIZE)
     state = functional.QuantState(
-        absmax=codes,
+        absmax=absmax,
         shape=shape,
         dtype=weight.dtype,
-        blocksize=BLOCKSIZE,
-        code=functional.get_4bit_type("nf4", device=weight.device),
+        blocksize=blocksize,
+        code=functional.get_4bit_type("nf4", device=device),
         quant_type="nf4",
         offset=offset,
         state2=outer,
@@ -113,10 +135,10 @@ def _pack_nf4(weight: Tensor, shape: torch.Size, name: str) -> tuple[Tensor, Any
     return packed, state
 
 
-def _chunks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _chunks(weight: Tensor, blocksize: int = BLOCKSIZE) -> Iterator[tuple[int, Tensor]]:
     """Yield contiguous rows, and the number of values before them: a multiple of the block size, and even."""
     width = max(1, weight.shape[1])
-    step = max(1, _CHUNK // width // BLOCKSIZE) * BLOCKSIZE
+    step = max(1, _CHUNK // width // blocksize) * blocksize
     for first in range(0, weight.shape[0], step):
         yield first * width, weight[first : first + step].contiguous()
 

@@ -153,7 +153,7 @@ def quantize_nf4(
     *,
     dtype: torch.dtype | None = None,
 ) -> NF4Storage:
-    """Quantise a weight to NF4 with bitsandbytes' own function.
+    """Quantise a weight to NF4 as bitsandbytes does, a few rows at a time.
 
     Args:
         weight: ``[N, K]``, float32 or 16 bit.
@@ -162,17 +162,11 @@ def quantize_nf4(
         quant_storage: The dtype of the stored bytes.
         dtype: The dtype to which bitsandbytes decodes the weight later. Default: the weight's.
     """
-    import bitsandbytes.functional as bnb
+    from peftkit.base.quantize import pack_nf4
 
-    packed, state = bnb.quantize_4bit(
-        weight.contiguous(),
-        blocksize=blocksize,
-        compress_statistics=nested,
-        quant_type="nf4",
-        quant_storage=quant_storage,
-    )
+    packed, state = pack_nf4(weight, weight.shape, None, blocksize, nested)
     state.dtype = dtype or weight.dtype
-    return NF4Storage(packed, state)
+    return NF4Storage(packed.view(-1).view(quant_storage).view(-1, 1), state)
 
 
 def quantize_int8(weight: Tensor) -> Int8Storage:

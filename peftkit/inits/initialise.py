@@ -18,6 +18,8 @@ from peftkit.inits.targets import Target, targets_of
 
 logger = logging.getLogger(__name__)
 
+_NOTHING_TO_FIT = "its weight is not quantised, so there is no error to fit"
+
 
 def initialise(
     model: nn.Module,
@@ -58,42 +60,58 @@ def initialise(
 
     Source: Meng et al., 2024, arXiv:2404.02948 (PiSSA, QPiSSA); Li et al., 2023, arXiv:2310.08659 (LoftQ).
     """
-    config = _config_of(model, adapter_name)
-    _require_init(init, iterations)
-    changes = init != "loftq" or iterations > 1
-    found, left = targets_of(model, adapter_name, replaces_weights=changes)
-    if is_marked(config):
-        raise ContractError(
-            f"adapter {adapter_name!r} was initialised before ({config.init_lora_weights!r}) and has changed the base; load the base "
-            "again to start anew"
-        )
-    used = [name for name, target in found.items() if bool((target.B != 0).any())]
-    if used:
-        raise ContractError(
-            f"adapter {adapter_name!r} is not new: lora_B of {count(len(used), 'layer')} is not zero ({used[0]}, ...), and initialise would "
-            "replace what it has learned; add a new adapter with init_lora_weights=True"
-        )
-    dense = [name for name, target in found.items() if not target.weight.is_quantised]
-    if init == "loftq":
-        left |= dict.fromkeys(dense, "its weight is not quantised, so there is no error to fit")
-    targets = {name: target for name, target in found.items() if name not in left}
-    if not targets:
-        raise ContractError(
-            f"init={init!r}: no layer of adapter {adapter_name!r} can be initialised"
-            + (f":\n{listing([f'{n}: {r}' for n, r in left.items()])}" if left else "")
-        )
-    original = _original(model, init, weights, targets)
-    rows = _start_all(targets, init, original, iterations)
-    for name in targets.keys() - {row.name for row in rows}:
-        left[name] = "its weight was quantised without an error"
-    if changes:
-        mark_residual(model, config, init if original is None else f"{init}{FROM_WEIGHTS}", found)
-    else:
-        config.init_lora_weights, config.loftq_config = True, {}
-    source = "the base as it was" if original is None else f"the weights of {original.path}"
-    report = InitReport(init, source, changes, tuple(rows), left)
-    logger.info("%s", report)
-    return report
+    return Start(model, init, weights, adapter_name, iterations).run()
+
+
+class Start:
+    """A start that was checked as far as possible without reading or changing a weight; ``initialise`` has the arguments and errors."""
+
+    def __init__(
+        self, model: nn.Module, init: str, weights: Any, adapter_name: str, iterations: int
+    ):
+        self._model, self._init, self._iterations = model, init, iterations
+        self._config = config = _config_of(model, adapter_name)
+        _require_init(init, iterations)
+        self._changes = init != "loftq" or iterations > 1
+        self._found, self._left = targets_of(model, adapter_name, replaces_weights=self._changes)
+        if is_marked(config):
+            raise ContractError(
+                f"adapter {adapter_name!r} was initialised before ({config.init_lora_weights!r}) and has changed the base; load the base "
+                "again to start anew"
+            )
+        used = [name for name, target in self._found.items() if bool((target.B != 0).any())]
+        if used:
+            raise ContractError(
+                f"adapter {adapter_name!r} is not new: lora_B of {count(len(used), 'layer')} is not zero ({used[0]}, ...), and initialise would "
+                "replace what it has learned; add a new adapter with init_lora_weights=True"
+            )
+        if init == "loftq":
+            dense = [name for name, target in self._found.items() if not target.weight.is_quantised]
+            self._left |= dict.fromkeys(dense, _NOTHING_TO_FIT)
+        self._targets = {name: t for name, t in self._found.items() if name not in self._left}
+        if not self._targets:
+            reasons = [f"{name}: {reason}" for name, reason in self._left.items()]
+            raise ContractError(
+                f"init={init!r}: no layer of adapter {adapter_name!r} can be initialised"
+                + (f":\n{listing(reasons)}" if reasons else "")
+            )
+        self._original = _original(model, init, weights, self._targets)
+
+    def run(self) -> InitReport:
+        """Initialise the layers, one after the other."""
+        init, original, config = self._init, self._original, self._config
+        rows = _start_all(self._targets, init, original, self._iterations)
+        for name in self._targets.keys() - {row.name for row in rows}:
+            self._left[name] = "its weight was quantised without an error"
+        if self._changes:
+            name = init if original is None else f"{init}{FROM_WEIGHTS}"
+            mark_residual(self._model, config, name, self._found)
+        else:
+            config.init_lora_weights, config.loftq_config = True, {}
+        source = "the base as it was" if original is None else f"the weights of {original.path}"
+        report = InitReport(init, source, self._changes, tuple(rows), self._left)
+        logger.info("%s", report)
+        return report
 
 
 def _config_of(model: Any, adapter_name: str) -> Any:
@@ -159,10 +177,9 @@ def _start_all(
             with torch.no_grad():
                 row = _start(name, target, init, original, iterations)
         except (ContractError, RuntimeError, OSError) as error:
-            raise ContractError(
-                f"{name} could not be initialised: {error}. {count(done, 'layer')} of {len(targets)} were initialised before; load the "
-                "base again"
-            ) from error
+            before = f"{count(done, 'layer')} of {len(targets)} were initialised before"
+            way_out = f"{before}; load the base again" if done else "No layer was changed before"
+            raise ContractError(f"{name} could not be initialised: {error}. {way_out}") from error
         if row is not None:
             rows.append(row)
     return rows

@@ -8,7 +8,7 @@ from torch import nn
 
 from peftkit.errors import ContractError
 from peftkit.find.modules import base_modules
-from peftkit.inits.initialise import initialise
+from peftkit.inits.initialise import Start
 
 _ONLY_FACTORS = ("gaussian", "eva")
 _NEED_DENSE = ("corda", "mica", "orthogonal")
@@ -26,9 +26,13 @@ class LaterInit:
     def __init__(self, init: str, iterations: int):
         self.init, self.iterations = init, iterations
 
-    def apply(self, model: nn.Module, adapter_name: str) -> None:
-        """Initialise the adapter."""
-        initialise(model, self.init, None, adapter_name, iterations=self.iterations)
+    def checked(self, model: nn.Module, adapter_name: str) -> Start:
+        """The start of an adapter, before a weight is read or changed.
+
+        Raises:
+            ContractError: As for ``initialise``.
+        """
+        return Start(model, self.init, None, adapter_name, self.iterations)
 
 
 def take_init(model: nn.Module, config: Any) -> LaterInit | None:

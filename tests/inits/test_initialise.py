@@ -288,3 +288,13 @@ def test_inits_that_a_quantised_base_cannot_have(folder):
         wrap(load_base(folder, "nf4"), cases.loftq(bits=8))
     with pytest.raises(ContractError, match="this base is not quantised"):
         wrap(load_base(folder, "fp32"), cases.loftq())
+
+
+def test_wrap_leaves_the_model_unchanged_if_it_cannot_start(folder, tmp_path):
+    base = load_base(folder, "nf4")
+    base.name_or_path = str(tmp_path)
+    before = {name: type(module) for name, module in base.named_modules()}
+    with pytest.raises(ContractError, match=r"weights=.* is not the checkpoint"):
+        wrap(base, cases.loftq())
+    assert {name: type(module) for name, module in base.named_modules()} == before
+    assert not hasattr(base, "peft_config")

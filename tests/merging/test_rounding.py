@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 
 from peftkit.base.storage import quantize_int8, quantize_nf4
 from peftkit.merging.rounding import _factor, cast_to_outputs, quantize_to_outputs, round_to_outputs
@@ -144,3 +145,25 @@ def test_the_levels_of_a_storage_are_its_bytes(blocksize, storage_dtype):
     whole = quantize_int8(torch.randn(16, 128))
     found = whole.with_indices(whole.codes.long() + 127)
     assert torch.equal(found.codes, whole.codes)
+
+
+@pytest.mark.parametrize("blocksize", [64, 128])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quant_storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_nf4_is_bitsandbytes_own_in_every_setting(blocksize, nested, quant_storage):
+    """More rows than are quantised together."""
+    weight = torch.randn(1500, 320, generator=torch.Generator().manual_seed(0))
+    actual = quantize_nf4(weight, blocksize, nested, quant_storage)
+    packed, state = bnb.quantize_4bit(
+        weight,
+        blocksize=blocksize,
+        compress_statistics=nested,
+        quant_type="nf4",
+        quant_storage=quant_storage,
+    )
+    assert torch.equal(actual.packed.view(torch.uint8), packed.view(torch.uint8))
+    assert actual.packed.shape == packed.shape
+    expected = state.as_dict(packed=True)
+    found = actual.state.as_dict(packed=True)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
