@@ -67,9 +67,18 @@ def _multiply(x: Tensor, stack: PackedStack, counts: Tensor, by_rows: bool) -> T
     """``x W[e]ᵀ`` if ``by_rows``, else ``x W[e]``, for the rows of each expert."""
     weight = _nf4(stack)
     if x.device.type != "cpu":
-        dense = dequantize_nf4(weight, x.dtype)
-        offsets = counts.cumsum(0, dtype=torch.int32)
-        return torch.nn.functional.grouped_mm(x, dense.mT if by_rows else dense, offs=offsets)
+        return by_grouped_mm(x, weight, counts, by_rows)
+    return _by_expert(x, weight, counts, by_rows)
+
+
+def by_grouped_mm(x: Tensor, weight: NF4Weight, counts: Tensor, by_rows: bool) -> Tensor:
+    """``_multiply`` on a GPU: the whole stack is decoded, in the dtype of ``x``, for one grouped product."""
+    dense = dequantize_nf4(weight, x.dtype)
+    offsets = counts.cumsum(0, dtype=torch.int32)
+    return torch.nn.functional.grouped_mm(x, dense.mT if by_rows else dense, offs=offsets)
+
+
+def _by_expert(x: Tensor, weight: NF4Weight, counts: Tensor, by_rows: bool) -> Tensor:
     product: Product = matmul_nt if by_rows else matmul_nn
     out, start = x.new_empty(x.shape[0], weight.shape[1 if by_rows else 2]), 0
     for count, matrix in zip(counts.tolist(), _matrices(weight), strict=True):

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 
 from peftkit import ContractError, explain, load_adapter, load_base, merge, restore, wrap
+from peftkit.fuse import packed as implementation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,6 +107,15 @@ def test_no_decoded_stack_is_kept_for_the_backward(targets, tmp_path):
         loss = pairs.loss_from_logits(model, models.batch("llama"))
     assert max(sizes) < 4 * 64 * 128, "as large as the smaller stack"
     loss.backward()
+
+
+def test_the_product_of_gpus_equals_that_of_cpus(monkeypatch, tmp_path):
+    """Torch's grouped product also runs on the CPU."""
+    base = packed("qwen3_moe", tmp_path)
+    model = adapted(base)
+    expected = step(model)
+    monkeypatch.setattr(implementation, "_by_expert", implementation.by_grouped_mm)
+    pairs.assert_close(step(model), expected, 1e-5)
 
 
 def test_adapters_fit_both_kinds_of_stacks(tmp_path):

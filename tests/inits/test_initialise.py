@@ -10,6 +10,7 @@ import transformers as hf
 from base_cases import llama_config, save_llama
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils.loftq_utils import _low_rank_decomposition
 
 from peftkit import ContractError, explain, initialise, load_base, wrap
 from peftkit_kernels.storage.nf4.weight import LEVELS
@@ -119,6 +120,53 @@ def test_pissa_of_the_original_weights_is_nearer_to_them_than_the_plain_base(fol
     row = next(row for row in report.layers if row.name == cases.PICKED)
     expected = cases.relative(W[cases.PICKED] - Q - update, W[cases.PICKED])
     assert row.error_after == pytest.approx(expected, rel=1e-4)
+
+
+def test_loftqs_factors_are_pefts_divided_by_the_scale(folder):
+    """PEFT's function needs a GPU; the decomposition inside it does not."""
+    model = cases.adapted(folder)
+    initialise(model, "loftq", folder)
+    Q, update = cases.parts(model)[cases.PICKED]
+    rest = (cases.originals(folder)[cases.PICKED] - Q).float()
+    found = _low_rank_decomposition(rest, 4)
+    assert cases.relative(update - found["L"].double() @ found["R"].double(), update) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bnb_4bit_quant_storage": torch.bfloat16, "bnb_4bit_use_double_quant": True},
+        {"bnb_4bit_use_double_quant": False},
+    ],
+    ids=["bf16 storage", "plain maxima"],
+)
+def test_bases_of_transformers_keep_their_settings(folder, settings):
+    config = hf.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        **settings,
+    )
+    base = hf.LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
+    start = cases.logits(base)
+    linear = base.get_submodule(cases.PICKED)
+    before = linear.weight
+    model = wrap(base, cases.configured("pissa"))
+    after = linear.weight
+    assert after is not before
+    assert (after.dtype, after.shape) == (before.dtype, before.shape)
+    assert after.quant_state.nested == before.quant_state.nested
+    assert after.quant_state.dtype is before.quant_state.dtype
+    assert linear.quant_state is after.quant_state
+    assert 0 < cases.relative(cases.logits(model) - start, start) < 0.2
+
+
+def test_fp4_is_refused_by_name(folder):
+    config = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    base = hf.LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
+    with pytest.raises(ContractError, match="stored as fp4; only nf4 and int8"):
+        wrap(base, cases.configured("pissa"))
+    assert not hasattr(base, "peft_config")
 
 
 def test_wrap_reads_loftqs_weights_from_where_the_base_was_loaded(folder):
