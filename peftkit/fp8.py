@@ -169,7 +169,8 @@ def to_fp8(model: Model, keep: Sequence[str] = ()) -> Model:
         ContractError: The model has adapters or is quantised already, an entry of ``keep`` matches nothing, no layer is left, or a weight is not
             finite.
     """
-    names = _chosen(model, keep)
+    _require_plain(model)
+    names = float8_layers(model, keep)
     # everything is checked before the first layer is replaced
     for name in names:
         try:
@@ -179,9 +180,7 @@ def to_fp8(model: Model, keep: Sequence[str] = ()) -> Model:
     for name in names:
         layer: Any = model.get_submodule(name)
         model.set_submodule(name, Float8Linear.from_linear(layer))
-    config = getattr(model, "config", None)
-    if config is not None:
-        setattr(config, _SETTINGS, _settings(model))
+    write_settings(model)
     return model
 
 
@@ -240,7 +239,7 @@ def _require_quantisable(linear: Any) -> None:
         )
 
 
-def _chosen(model: nn.Module, keep: Sequence[str]) -> list[str]:
+def _require_plain(model: nn.Module) -> None:
     if any(is_adapted(module) for module in model.modules()):
         raise ContractError(
             f"this {type(model).__name__} has adapters; call to_fp8 before wrap, or unload them first"
@@ -250,6 +249,18 @@ def _chosen(model: nn.Module, keep: Sequence[str]) -> list[str]:
         raise ContractError(
             f"this {type(model).__name__} is quantised already; load its unquantised checkpoint, or leave to_fp8 out"
         )
+
+
+def float8_layers(model: nn.Module, keep: Sequence[str] = ()) -> list[str]:
+    """The names of the layers that ``to_fp8`` stores in float8.
+
+    Args:
+        model: A model that is not quantised. It may be on the device meta.
+        keep: As for ``to_fp8``.
+
+    Raises:
+        ContractError: An entry of ``keep`` matches nothing, or no layer is left.
+    """
     if isinstance(keep, str):
         raise ContractError(f"keep={short(keep)} is a string; pass a list of names")
     modules = dict(base_modules(model))
@@ -267,11 +278,15 @@ def _chosen(model: nn.Module, keep: Sequence[str]) -> list[str]:
         for parameter in module._parameters.values()
         if parameter is not None
     )
+    # on the device meta, the weights of tied layers may still be separate
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {*ties, *ties.values()}
     linear = [name for name in all_linear(model).modules if type(modules[name]) is nn.Linear]
     names = [
         name
         for name in linear
         if _entries(name).isdisjoint([*keep, *own])
+        and f"{name}.weight" not in tied
         and uses[storage_of(model.get_parameter(f"{name}.weight"))] == 1
     ]
     if not names:
@@ -293,8 +308,14 @@ def _entries(name: str) -> set[str]:
     return {suffix for parent in parents for suffix in suffixes(parent)}
 
 
+def write_settings(model: nn.Module) -> None:
+    """Write the ``quantization_config`` of compressed-tensors into the config of a model with float8 layers, if it has a config."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        setattr(config, _SETTINGS, _settings(model))
+
+
 def _settings(model: nn.Module) -> dict[str, Any]:
-    """The ``quantization_config`` of compressed-tensors for a model with float8 layers."""
     plain = [
         name
         for name, module in model.named_modules()

@@ -121,7 +121,7 @@ def main() -> None:
     """Load a checkpoint, train one step if asked to, and print the bytes that were needed."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("base", choices=["nf4", "int8", "bf16"])
+    parser.add_argument("base", choices=["nf4", "int8", "fp8", "bf16"])
     parser.add_argument("--tokens", type=int, default=0)
     arguments = parser.parse_args()
 

@@ -13,6 +13,7 @@ from peftkit.base.classes import model_class
 from peftkit.base.files import HUB_ARGUMENTS, open_checkpoint
 from peftkit.base.kinds import (
     DTYPES,
+    FLOAT8,
     QUANTISED,
     bitsandbytes_settings,
     quantization_settings,
@@ -21,6 +22,7 @@ from peftkit.base.kinds import (
 )
 from peftkit.base.shards import Stop, StoredTensor
 from peftkit.errors import ContractError, listing, short
+from peftkit.fp8 import Float8Linear
 
 _REPLACED = {
     "quantization_config": "base= and keep=",
@@ -82,6 +84,10 @@ def load_checkpoint(
         settings["quantization_config"] = StreamedConfig(
             base, keep, bitsandbytes_settings(base, compute_dtype or dtype)
         )
+    elif base == FLOAT8:
+        from peftkit.base.streaming_fp8 import Float8Config
+
+        settings["quantization_config"] = Float8Config(keep)
     read = dict(tensors)
     if stored == "nf4":
         from peftkit.base.stacks import take_saved
@@ -222,7 +228,8 @@ def _require_complete(
             "The config belongs to another checkpoint, or an argument changed a size."
         )
     other_class = type(model).__name__ not in (getattr(config, "architectures", None) or ())
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    missing = [name for name in sorted(info["missing_keys"]) if not _is_scale(model, name)]
+    unexpected = sorted(info["unexpected_keys"])
     if other_class:
         heads = _new_modules(model)
         missing = [name for name in missing if not name.startswith(tuple(f"{h}." for h in heads))]
@@ -258,8 +265,15 @@ def _new_modules(model: nn.Module) -> list[str]:
 
 
 def _is_quantised(model: nn.Module, name: str) -> bool:
+    """Whether a weight or bias is part of a quantised layer, which transformers does not initialise."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    return hasattr(layer, "source_cls") or isinstance(layer, Float8Linear)
+
+
+def _is_scale(model: nn.Module, name: str) -> bool:
+    """Whether this is the scale of a float8 weight, which the checkpoint of an unquantised model does not have."""
     parent, _, own = name.rpartition(".")
-    return own == "weight" and hasattr(model.get_submodule(parent), "source_cls")
+    return own == "weight_scale" and isinstance(model.get_submodule(parent), Float8Linear)
 
 
 def _set_compute_dtype(model: Any, compute_dtype: torch.dtype) -> None:

@@ -11,6 +11,7 @@ from peftkit.base.gguf import forget_gguf
 from peftkit.base.keep import choose
 from peftkit.base.kinds import (
     DTYPES,
+    FLOAT8,
     QUANTISED,
     bitsandbytes_settings,
     require_compatible,
@@ -20,6 +21,7 @@ from peftkit.base.shards import count_not_finite
 from peftkit.base.summary import stored_as
 from peftkit.errors import ContractError, count
 from peftkit.find.modules import is_adapted
+from peftkit.fp8 import to_fp8
 
 
 def convert(
@@ -44,6 +46,10 @@ def convert(
         if dtype is not None:
             cast(model, dtype)
         _quantise(model, base, keep, compute_dtype)
+    elif base == FLOAT8:
+        if dtype is not None:
+            cast(model, dtype)
+        to_fp8(model, keep)
     elif stored is None:
         target = DTYPES.get(base) or dtype
         if target is not None:

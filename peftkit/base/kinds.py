@@ -13,6 +13,9 @@ Base = Literal["auto", "bf16", "fp16", "fp32", "int8", "nf4", "fp8"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 QUANTISED = ("int8", "nf4")
+"""The kinds that bitsandbytes stores."""
+
+FLOAT8 = "fp8"
 
 
 def require_base(base: Any) -> None:
@@ -76,7 +79,7 @@ def require_compatible(base: str, stored: str | None, keep: tuple[str, ...], whe
             f"base={base!r}, but the weights of {where} are already quantised ({stored}). Load them as they are with base='auto', "
             f"or load the checkpoint from which they were quantised with base={base!r}"
         )
-    if keep and (stored is not None or base not in QUANTISED):
+    if keep and (stored is not None or base not in (*QUANTISED, FLOAT8)):
         reason = f"the weights of {where} are already quantised" if stored else f"base={base!r}"
         raise ContractError(f"keep={list(keep)}, but {reason}, so keep has no effect; remove it")
 

@@ -17,7 +17,6 @@ from peftkit.base.kinds import Base, require_base, require_bitsandbytes
 from peftkit.base.memory import give_back
 from peftkit.base.summary import base_report
 from peftkit.errors import ContractError, short
-from peftkit.fp8 import to_fp8
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +33,13 @@ def load_base(
     strict: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Load a base model, in 16 or 32 bits or quantised with bitsandbytes while it is read.
+    """Load a base model, in 16 or 32 bits or quantised while it is read.
 
     Each weight is read, quantised and freed before the next one, so that the memory needed is that of the loaded model and at most 1.2
-    times the largest tensor. The stored codes equal, bit for bit, those of ``from_pretrained`` with ``BitsAndBytesConfig`` (NF4, double
-    quantisation, blocks of 64; or 8 bits), and so do the attributes by which transformers, PEFT, Trainer and TRL recognise a quantised model:
-    ``save_pretrained``, ``prepare_model_for_kbit_training`` and ``peftkit.wrap`` work as on theirs.
+    times the largest tensor. For ``"nf4"`` and ``"int8"`` the stored codes equal, bit for bit, those of ``from_pretrained`` with
+    ``BitsAndBytesConfig`` (NF4, double quantisation, blocks of 64; or 8 bits), and so do the attributes by which transformers, PEFT, Trainer
+    and TRL recognise a quantised model: ``save_pretrained``, ``prepare_model_for_kbit_training`` and ``peftkit.wrap`` work as on theirs.
+    For ``"fp8"`` the model equals, bit for bit, the one that ``to_fp8`` makes of the unquantised model.
 
     Embeddings, norms, output and task heads, routers, and what ``keep`` names are not quantised; ``base_report(model)`` lists them with the
     reason. Experts that are stacked in one parameter are quantised by ``"nf4"``, as bitsandbytes' ``replace_parameter_4bit`` does; transformers
@@ -49,10 +49,10 @@ def load_base(
         model_or_path: The id of a model on the Hub, a folder with safetensors files, or a model, whose linear layers are then replaced
             one after the other, in place.
         base: ``"auto"`` loads the checkpoint as it is: quantised if it was saved so, otherwise in the dtype of its config. ``"bf16"``,
-            ``"fp16"`` and ``"fp32"`` choose the dtype; ``"int8"`` and ``"nf4"`` quantise the linear layers, ``"nf4"`` also stacked experts. ``"fp8"`` loads the model
-            unquantised and then calls ``to_fp8``, so it needs the memory of the unquantised model.
-        keep: Linear layers and stacks of experts that should not be quantised: names, ends of names (``"down_proj"``), patterns (``"model.layers.0.*"``), or
-            modules that contain them.
+            ``"fp16"`` and ``"fp32"`` choose the dtype; ``"int8"``, ``"nf4"`` and ``"fp8"`` quantise the linear layers, ``"nf4"`` also stacked
+            experts.
+        keep: Linear layers, and with ``"nf4"`` stacks of experts, that should not be quantised: names, ends of names (``"down_proj"``),
+            patterns (``"model.layers.0.*"``, not for ``"fp8"``), or modules that contain them.
         auto_class: The class of the model, or an Auto class of transformers, or the name of one. Default: the class that the config
             names in ``architectures``.
         dtype: Dtype of what is not quantised. ``"auto"`` is the dtype of the config, or that of the checkpoint if the config has none.
@@ -73,14 +73,6 @@ def load_base(
             missing, of another shape, NaN or infinite. The message names the file and the tensor. Nothing half loaded is returned.
     """
     require_base(base)
-    if base == "fp8":
-        model = model_or_path
-        if not isinstance(model, nn.Module):
-            options = {"auto_class": auto_class, "dtype": dtype, "device": device, "strict": strict}
-            model = load_base(model, **options, **kwargs)
-        to_fp8(model, keep)
-        give_back()
-        return model
     require_bitsandbytes(base)
     entries = require_keep(keep)
     if isinstance(model_or_path, nn.Module):

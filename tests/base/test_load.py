@@ -298,14 +298,6 @@ def test_files_may_change_after_loading(tmp_path):
     assert torch.equal(model.model.embed_tokens.weight, before)
 
 
-def test_float8(saved):
-    model = load_base(saved, "fp8", keep=["down_proj"], dtype="float16")
-    expected = peftkit.to_fp8(load_base(saved, "fp16"), ["down_proj"])
-    base_cases.assert_same(model, expected)
-    assert type(model.model.layers[0].mlp.up_proj) is peftkit.Float8Linear
-    assert {"fp8", "float16"} <= {part.storage for part in base_report(model).parts}
-
-
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_a_quantised_checkpoint_is_saved_again(tmp_path, base):
     """A second ``save_pretrained`` of transformers' own model raises ``NotImplementedError``."""
