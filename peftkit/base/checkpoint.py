@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,13 @@ def load_checkpoint(
     device: Any,
     strict: bool,
     kwargs: dict[str, Any],
+    as_state_dict: Callable[[Mapping[str, StoredTensor]], dict[str, Any]] = dict,
 ) -> Any:
-    """Load a model from a folder or from the Hub; ``load_base`` describes the arguments and errors."""
+    """Load a model from a folder or from the Hub; ``load_base`` describes the other arguments and the errors.
+
+    Args:
+        as_state_dict: Returns what transformers reads for each tensor. Default: the tensors, which are read one at a time.
+    """
     _require_arguments(base, dtype, device, kwargs)
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     variant = kwargs.pop("variant", None)
@@ -99,7 +104,7 @@ def load_checkpoint(
         model, info = cls.from_pretrained(
             None,
             config=config,
-            state_dict=read,
+            state_dict=as_state_dict(read),
             dtype=dtype,
             device_map=device_map,
             output_loading_info=True,

@@ -59,6 +59,7 @@ class StoredTensor:
         file: The file.
         shape: Its shape.
         dtype: Its dtype.
+        start: Where its values start in the file, in bytes.
         require_finite: Whether reading a tensor with NaN or infinite values is an error.
     """
 
@@ -71,7 +72,7 @@ class StoredTensor:
         self.dtype = DTYPES[entry["dtype"]]
         self.nbytes = math.prod(self.shape) * self.dtype.itemsize
         self._kind: str = entry["dtype"]
-        self._start = start + entry["data_offsets"][0]
+        self.start = start + entry["data_offsets"][0]
 
     def get_dtype(self) -> str:
         """The dtype's name in safetensors files."""
@@ -106,7 +107,7 @@ class StoredTensor:
         out = torch.empty(self.nbytes, dtype=torch.uint8)
         try:
             with self.file.open("rb", buffering=0) as file:
-                file.seek(self._start)
+                file.seek(self.start)
                 view = memoryview(out.numpy())
                 done = 0
                 while done < self.nbytes and (got := file.readinto(view[done:])):

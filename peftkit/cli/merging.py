@@ -88,6 +88,7 @@ def merge(
 
     from peftkit.merging import merge as write_merged
     from peftkit.merging.loading import load_for_merging, tokenizer_folder
+    from peftkit.merging.mapped import files_of
 
     transformers.utils.logging.disable_progress_bar()
     adapter, out, base = Path(paths[0]), paths[-1], paths[1] if len(paths) == 3 else None
@@ -107,10 +108,12 @@ def merge(
         base_weights=base_weights,
         max_shard_size=shard_size,
     )
+    read_from = files_of(model.get_base_model()).note
     if as_json:
-        typer.echo(json.dumps({"out_dir": out, **(found.to_dict() if found else {})}, indent=1))
+        facts = {"out_dir": out, "base_read_from": read_from}
+        typer.echo(json.dumps(facts | (found.to_dict() if found else {}), indent=1))
     else:
-        _print(out, found)
+        _print(out, found, read_from)
 
 
 def _lines(file: Path) -> list[str]:
@@ -130,7 +133,7 @@ def _tokenizer(folder: Path | None, probe: Path | None) -> Any:
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
-def _print(out: str, found: Any) -> None:
+def _print(out: str, found: Any, read_from: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -138,11 +141,13 @@ def _print(out: str, found: Any) -> None:
     console = Console()
     if found is None:
         console.print(Text(f"merged into {out}, without a certificate", style="yellow"))
+        console.print(Text(f"base model read from {read_from}"))
         return
     facts, outputs = found.facts, found.outputs
     rows = {
         "adapters": ", ".join(f"{name} ({kind})" for name, kind in facts["adapters"].items()),
         "merged into": facts["merged_into"],
+        "base model read from": read_from,
         "stored as": f"{facts['dtype']}, {facts['size_bytes'] / 2**20:.1f} MiB, rounding: {facts['rounding']}",
         "probe": facts["probe"],
         "tokenizer": facts["tokenizer"],

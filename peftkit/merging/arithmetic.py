@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftkit.base.storage import Storage, storage_of
 from peftkit.errors import ContractError
+from peftkit.merging.mapped import BaseFiles, files_of
 from peftkit.merging.units import base_module, is_unit, walk
 from peftkit.wrapping import restore
 
@@ -70,6 +71,7 @@ def float32_copy(model: nn.Module, change: Change | None = None) -> Any:
     Raises:
         ContractError: Weights are offloaded, or quantised in a way that cannot be decoded.
     """
+    files = files_of(model)
     copied: Any = restore(_shared_copy(model)).eval()
     if hasattr(copied.config, "use_cache"):
         copied.config.use_cache = False
@@ -84,7 +86,7 @@ def float32_copy(model: nn.Module, change: Change | None = None) -> Any:
             if change is not None and isinstance(part, DecodedLinear) and id(part) in names:
                 decode, full = part.__dict__["decode"], f"{names[id(part)]}.weight"
                 part.__dict__["decode"] = _Changed(decode, change, full)
-        cast = _Cast(names, change)
+        cast = _Cast(names, change, files)
         if is_unit(module) or _has_large_weights(module):
             module.register_forward_pre_hook(cast.before, with_kwargs=True)
             module.register_forward_hook(cast.after, always_call=True)
@@ -101,9 +103,14 @@ def _base_names(name: str, module: nn.Module) -> dict[int, str]:
     return {id(part): f"{name}.{path}" if path else name for path, part in inner}
 
 
-def with_float32_tensors(unit: nn.Module) -> AbstractContextManager[None]:
-    """Cast the tensors of one layer to float32 during a block, as a call of the layer does."""
-    return _Cast({}, None).during(unit)
+def with_float32_tensors(unit: nn.Module, files: BaseFiles) -> AbstractContextManager[None]:
+    """Cast the tensors of one layer to float32 during a block, as a call of the layer does.
+
+    Args:
+        unit: The layer.
+        files: The files of the model that it is part of.
+    """
+    return _Cast({}, None, files).during(unit)
 
 
 @contextmanager
@@ -196,9 +203,9 @@ class _Changed:
 class _Cast:
     """Casts the 16-bit tensors of a layer to float32 before a call, and puts the stored ones back after it."""
 
-    def __init__(self, names: dict[int, str], change: Change | None):
+    def __init__(self, names: dict[int, str], change: Change | None, files: BaseFiles):
         # the names of the modules whose parameters are changed, by id
-        self.names, self.change = names, change
+        self.names, self.change, self.files = names, change, files
         self.replaced: list[list[tuple[dict[str, Any], str, Tensor]]] = []
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -212,6 +219,7 @@ class _Cast:
         # empty if an error happened before the tensors were replaced
         for tensors, name, tensor in self.replaced.pop() if self.replaced else []:
             tensors[name] = tensor
+        self.files.release()
 
     @contextmanager
     def during(self, module: nn.Module) -> Iterator[None]:
@@ -238,6 +246,7 @@ class _Cast:
                         continue
                     replaced.append((tensors, key, tensor))
                     tensors[key] = nn.Parameter(cast, requires_grad=False) if is_parameter else cast
+                    self.files.release()
         return replaced
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from peftkit.errors import ContractError, listing
 from peftkit.merging.arithmetic import Change, float32_copy
 from peftkit.merging.certificate import Outputs
+from peftkit.merging.mapped import files_of, load_mapped
 from peftkit.merging.probe import Batch, outputs_of
 from peftkit.merging.units import set_enabled
 
@@ -24,9 +25,21 @@ def base_outputs(base: Any, batch: Batch, change: Change | None = None) -> Outpu
 def written_outputs(folder: Path, base: Any, architecture: Any, batch: Batch) -> Outputs:
     """Load the files that were written, as a user would, and return the outputs.
 
+    If the base model reads its weights from files, so does the loaded model.
+
     Raises:
         ContractError: transformers misses tensors in the files, or does not use some of them.
     """
+    if files_of(base).mapped:
+        with _quiet():
+            loaded = load_mapped(
+                str(folder),
+                architecture,
+                strict=True,
+                attn_implementation=base.config._attn_implementation,
+                local_files_only=True,
+            )
+        return batch.measured(outputs_of(float32_copy(loaded), batch))
     with _quiet():
         loaded, info = architecture.from_pretrained(
             folder,

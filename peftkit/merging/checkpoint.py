@@ -27,6 +27,7 @@ from peftkit.merging.files import (
     write_json,
 )
 from peftkit.merging.layers import Call, LayerMerger
+from peftkit.merging.mapped import files_of
 from peftkit.merging.probe import Batch, Probe, make_batch, outputs_of
 from peftkit.merging.rounding import ROUNDINGS, Rounding
 from peftkit.merging.state import StateWriter, stored_bytes
@@ -174,6 +175,7 @@ class _Job:
             "base_model": getattr(self.base.config, "_name_or_path", None) or None,
             "architecture": type(self.base).__name__,
             "merged_into": into,
+            "base_read_from": files_of(self.base).note,
             "dtype": dtype,
             "rounding": self.rounding if self.rounds else "nearest",
             "versions": {name: version(name) for name in packages},
@@ -200,7 +202,7 @@ class _Job:
         try:
             tuned = None if batch is None else _run(copied, units, batch, finish)
             for name in list(waiting):
-                with with_float32_tensors(units[name]):
+                with with_float32_tensors(units[name], files_of(self.base)):
                     finish(name, None)
             state.write_rest(self.original)
             if state.missing():

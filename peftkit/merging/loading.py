@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
+from peftkit.base.kinds import stored_kind
 from peftkit.errors import ContractError, short
 from peftkit.interop.files import Checkpoint, read_checkpoint
 from peftkit.loading import load_adapter
 from peftkit.merging.extras import folder_of, has_tokenizer
+from peftkit.merging.mapped import BaseFiles, attach, files_of, load_mapped
+from peftkit.rollback import writes_base_weights
 
 _HEAD = re.compile(r"\.(score|classifier)\.(?:\w+\.)*weight$")
 _AUTO_CLASSES = {
@@ -25,6 +29,9 @@ _AUTO_CLASSES = {
 
 def load_for_merging(adapter: Path, base: str | None = None, quantize: str | None = None) -> Any:
     """Load a base model and put an adapter on it.
+
+    The weights of the base model stay in its files (``load_mapped``) if this is possible. Otherwise they are loaded, and
+    ``files_of(model.get_base_model()).note`` has the reason.
 
     The embeddings are resized if the adapter has those of a larger or smaller vocabulary, and a classifier gets the number of labels of the
     adapter's.
@@ -52,15 +59,28 @@ def load_for_merging(adapter: Path, base: str | None = None, quantize: str | Non
     settings: dict[str, Any] = {"dtype": "auto", "quantization_config": _quantization(quantize)}
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        _fit_labels(config, checkpoint)
+        labels = _labels(checkpoint)
+        if labels is not None:
+            config.num_labels = labels
         loader = _loader(config, checkpoint)
-        model = loader.from_pretrained(name, config=config, **settings)
+        obstacle = _obstacle(checkpoint, config, quantize)
+        if obstacle is None:
+            try:
+                changes = {} if labels is None else {"num_labels": labels}
+                model = load_mapped(name, loader, **changes)
+            except ContractError as error:
+                obstacle = " ".join(str(error).split())[:300]
+        if obstacle is not None:
+            model = loader.from_pretrained(name, config=config, **settings)
+            attach(model, BaseFiles(f"{name}, loaded into memory as a whole: {obstacle}"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ContractError(f"the base model {short(name)} cannot be loaded: {reason}") from error
     _fit_vocabulary(model, checkpoint)
     # the fused forwards would be removed again for the comparison
-    return load_adapter(model, adapter, accelerate=False)
+    merging = load_adapter(model, adapter, accelerate=False)
+    files_of(model).release()
+    return merging
 
 
 def tokenizer_folder(adapter: Path, model: Any) -> Path | None:
@@ -85,10 +105,23 @@ def _quantization(quantize: str | None) -> Any:
     )
 
 
-def _fit_labels(config: Any, checkpoint: Checkpoint) -> None:
+def _obstacle(checkpoint: Checkpoint, config: Any, quantize: str | None) -> str | None:
+    """Why the weights of the base model cannot stay in its files, or ``None``."""
+    if quantize is not None:
+        return f"it is quantised to {quantize}"
+    stored = stored_kind(config)
+    if stored is not None:
+        return f"its weights are quantised ({stored})"
+    if writes_base_weights(SimpleNamespace(**checkpoint.config)):
+        return f"init_lora_weights={checkpoint.config['init_lora_weights']!r} changes its weights"
+    return None
+
+
+def _labels(checkpoint: Checkpoint) -> int | None:
+    """The number of labels of the adapter's classifier."""
     sizes = [t.shape[0] for key, t in checkpoint.tensors.items() if _HEAD.search(key)]
-    if sizes and checkpoint.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
-        config.num_labels = sizes[-1]
+    has_labels = checkpoint.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
+    return sizes[-1] if sizes and has_labels else None
 
 
 def _loader(config: Any, checkpoint: Checkpoint) -> Any:

@@ -12,6 +12,7 @@ from peftkit.base.original import OriginalWeights
 from peftkit.base.storage import storage_of
 from peftkit.errors import ContractError
 from peftkit.merging.files import ShardWriter
+from peftkit.merging.mapped import files_of
 from peftkit.merging.units import base_module, is_unit, walk
 
 
@@ -31,6 +32,7 @@ class StateWriter:
             writer: Writes the files.
         """
         self._base, self._dtype, self._writer = base, dtype, writer
+        self._files = files_of(base)
         self._tensors = base_tensors(base)
         names: dict[int, list[str]] = {}
         for name, tensor in self._tensors.items():
@@ -118,6 +120,7 @@ class StateWriter:
             kept = revert_weight_conversion(self._base, kept)
         for name, tensor in kept.items():
             self._writer.add(name, tensor)
+        self._files.release()
 
     def _is_tied(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor of the same tie was written already and has the same values."""

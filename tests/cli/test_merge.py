@@ -40,6 +40,7 @@ def test_the_table_and_the_verdict(folder, tmp_path):
     text = run(folder / "adapter", tmp_path / "merged", "--dtype", "fp32")
     for part in ("default (LORA)", "the weights of the model", "random token ids", "recovery"):
         assert part in text
+    assert "one layer at a time" in text
     assert "merged: recovery 1.00000, at least 0.9999 was asked for" in text
     model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = hf.AutoModelForCausalLM.from_pretrained(folder / "base")
@@ -67,6 +68,9 @@ def test_a_quantised_base(folder, tmp_path):
         )
     )
     assert found["merged_into"].startswith("the quantised weights (int8)")
+    assert found["base_read_from"].endswith(
+        "loaded into memory as a whole: it is quantised to int8"
+    )
     config = json.loads((tmp_path / "merged/config.json").read_text())
     assert config["quantization_config"]["load_in_8bit"] is True
 
