@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,6 +118,27 @@ def _status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def _train(model: Any, tokens: int) -> None:
+    """Put LoRA on a model and train one step."""
+    from peftkit import LoraConfig, wrap
+
+    model = wrap(model, LoraConfig(r=16)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    optimiser = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    ids = torch.arange(tokens)[None] % model.config.vocab_size
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    optimiser.step()
+    assert loss.isfinite()
+
+
+def _reset_peak() -> int:
+    """Reset VmHWM and return the memory that is used now."""
+    Path("/proc/self/clear_refs").write_text("5")  # documented in proc(5)
+    return _status("VmRSS")
+
+
 def main() -> None:
     """Load a checkpoint, train one step if asked to, and print the bytes that were needed."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -125,17 +147,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0)
     arguments = parser.parse_args()
 
-    from peftkit import LoraConfig, base_report, load_base, wrap
+    from peftkit import base_report, load_base
 
     with tempfile.TemporaryDirectory() as small:
         # what the imports and the first calls need is not part of the measurement
         sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "head_dim"), 64)
         heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
         write_checkpoint(Path(small), sizes | heads)
-        load_base(small, arguments.base)
+        model = load_base(small, arguments.base)
+        if arguments.tokens:
+            _train(model, 16)
 
-    Path("/proc/self/clear_refs").write_text("5")  # documented in proc(5): resets VmHWM
-    start = _status("VmRSS")
+    start = _reset_peak()
     with Anonymous() as anonymous:
         model = load_base(arguments.folder, arguments.base)
     found = {
@@ -145,16 +168,11 @@ def main() -> None:
         "peak_anonymous": anonymous.peak - anonymous.start,
     }
     if arguments.tokens:
-        model = wrap(model, LoraConfig(r=16)).train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-        optimiser = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-        ids = torch.arange(arguments.tokens)[None] % model.config.vocab_size
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimiser.step()
-        assert loss.isfinite()
-        found["peak_of_process"] = _status("VmHWM")
+        before = _reset_peak()
+        _train(model, arguments.tokens)
+        found["step"] = _status("VmHWM") - before
+        found["peak_of_process"] = max(_status("VmHWM"), start + found["peak"])
+        found["swap"] = _status("VmSwap")
     print(json.dumps(found))
 
 

@@ -25,6 +25,17 @@ def test_loading_needs_the_loaded_model_and_the_largest_tensor(tmp_path, base):
     assert_within_bounds(base_memory.measured(tmp_path, base), largest)
 
 
+def test_a_step_has_no_copy_of_the_head_and_no_logits(tmp_path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "head_dim": 128, "vocab_size": 128000}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    head = base_memory.write_checkpoint(tmp_path, sizes | heads)
+    tokens = 512
+
+    found = base_memory.measured(tmp_path, "nf4", tokens)
+
+    assert found["step"] < head == tokens * sizes["vocab_size"] * 4
+
+
 @pytest.mark.slow
 def test_three_billion_parameters_load_and_train_in_the_promised_memory(tmp_path):
     largest = base_memory.write_checkpoint(tmp_path, base_memory.SIZES_3B)
@@ -33,4 +44,5 @@ def test_three_billion_parameters_load_and_train_in_the_promised_memory(tmp_path
 
     assert_within_bounds(found, largest)
     assert found["peak_of_process"] < 4.5 * 2**30
+    assert found["swap"] == 0
     assert_within_bounds(base_memory.measured(tmp_path, "int8"), largest)
