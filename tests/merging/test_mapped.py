@@ -21,9 +21,9 @@ from peftkit.merging.mapped import files_of, load_mapped
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def saved(folder, method="LoRA", name="llama", dtype=torch.bfloat16, config=None):
+def saved(folder, method="LoRA", name="llama", dtype=torch.bfloat16, config=None, base=None):
     """Save a base model in several files and an adapter whose config names it. Returns the class of the model."""
-    base = models.tiny(name, dtype=dtype)
+    base = base or models.tiny(name, dtype=dtype)
     base.save_pretrained(folder / "base", max_shard_size="20KB")
     base = type(base).from_pretrained(folder / "base")
     model = cases.trained(get_peft_model(base, config or cases.CONFIGS[method]()))
@@ -97,6 +97,18 @@ def test_weights_that_differ_from_their_files_are_copied_and_counted(tmp_path):
     note = assert_same_files(tmp_path, hf.LlamaForCausalLM)
 
     assert f"one layer at a time; {size / 2**20:.1f} MiB were copied into memory" in note
+
+
+def test_stacked_experts(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    base = hf.MixtralForCausalLM(hf.MixtralConfig(vocab_size=models.VOCAB_SIZE, **sizes, **heads))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+
+    note = assert_same_files(tmp_path, saved(tmp_path, config=lora, base=base))
+
+    experts = sum(p.nbytes for name, p in base.named_parameters() if ".experts." in name)
+    assert f"{experts / 2**20:.1f} MiB were copied" in note
 
 
 def test_released_pages_are_read_again(tmp_path):
