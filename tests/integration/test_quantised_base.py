@@ -50,9 +50,7 @@ def assert_resumes(whole, rest, checkpoint):
 
 @every_base
 def test_trainer_resumes(folder, name, tmp_path):
-    runs = [
-        trainer(adapted(folder, name), tmp_path / part, **SAVING) for part in ("whole", "rest")
-    ]
+    runs = [trainer(adapted(folder, name), tmp_path / part, **SAVING) for part in ("whole", "rest")]
     assert_resumes(*runs, tmp_path / "whole" / "checkpoint-2")
 
 
