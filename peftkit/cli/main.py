@@ -13,6 +13,7 @@ from peftkit.cli.convert import convert
 from peftkit.cli.doctor import doctor
 from peftkit.cli.errors import OneLineErrors
 from peftkit.cli.export import export
+from peftkit.cli.finetune import evaluate, generate, train
 from peftkit.cli.merging import merge
 
 app = typer.Typer(
@@ -25,8 +26,11 @@ app = typer.Typer(
 app.command("check")(check)
 app.command("convert")(convert)
 app.command("doctor")(doctor)
+app.command("eval")(evaluate)
 app.command("export")(export)
+app.command("generate")(generate)
 app.command("merge")(merge)
+app.command("train")(train)
 
 
 def _print_version(wanted: bool) -> None:

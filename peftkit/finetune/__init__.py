@@ -1,0 +1,29 @@
+"""Fine-tuning from a recipe: data, task, strategy, run and report, on transformers' Trainer."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftkit.finetune.reading import read_recipe
+    from peftkit.finetune.recipe import Recipe
+    from peftkit.finetune.training import RunResult, train
+    from peftkit.finetune.using import evaluate, generate
+
+__all__ = ["Recipe", "RunResult", "evaluate", "generate", "read_recipe", "train"]
+
+_HOME_OF = {
+    "Recipe": "recipe",
+    "RunResult": "training",
+    "evaluate": "using",
+    "generate": "using",
+    "read_recipe": "reading",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -1,0 +1,106 @@
+"""What happens while the Trainer trains: metrics, stages, whole checkpoints, interruptions."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from peftkit.finetune.run_folder import METRICS, RunFolder, mark_whole, write_text
+from peftkit.finetune.strategies.staged import trained_at
+
+
+class KeepMetrics(TrainerCallback):
+    """Writes each entry of the log as a line of ``metrics.jsonl``, and says it."""
+
+    def __init__(self, folder: RunFolder, say: Callable[[str], None]):
+        self.file, self.say = folder.path / METRICS, say
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A resumed run continues the log of its checkpoint, not what came after it.
+        write_text(self.file, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        entry = {**(logs or {}), "step": state.global_step}
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        shown = {
+            name: value
+            for name, value in (logs or {}).items()
+            if name in ("loss", "learning_rate", "grad_norm")
+            or (name.startswith("eval_") and not name.endswith(("runtime", "_per_second")))
+        }
+        if shown:
+            parts = ", ".join(f"{name} {_number(value)}" for name, value in shown.items())
+            self.say(f"step {state.global_step}/{state.max_steps}: {parts}")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+class RunStages(TrainerCallback):
+    """Trains exactly the parameters of the stage that a step belongs to. The stage depends on the step alone."""
+
+    def __init__(self, model: nn.Module, stages: list[tuple[int, set[str]]]):
+        self.model, self.stages = model, stages
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trained = trained_at(self.stages, state.global_step)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad != (name in trained):
+                parameter.requires_grad_(name in trained)
+                parameter.grad = None
+
+
+class MarkCheckpoints(TrainerCallback):
+    """Marks each checkpoint as whole once all its files have been written."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        if checkpoint.is_dir():
+            mark_whole(checkpoint)
+
+
+class StopWithCheckpoint(TrainerCallback):
+    """Saves a checkpoint and stops after a step: after ``stop_after``, or after the step in which Ctrl-C was pressed.
+
+    A second Ctrl-C stops at once.
+    """
+
+    def __init__(self, stop_after: int | None):
+        self.stop_after = stop_after
+        self.stopped = False
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def ask(number: int, frame: Any) -> None:
+            self._asked = True
+            self.release()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, ask)
+            except ValueError:
+                return  # not the main thread, which alone gets signals
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reached = self.stop_after is not None and state.global_step >= self.stop_after
+        if (self._asked or reached) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.stopped = True
+
+    def release(self) -> None:
+        """Give the signals back."""
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)

@@ -1,0 +1,140 @@
+"""Check keys of a recipe against each other, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peftkit.errors import ContractError, short
+from peftkit.finetune.recipe import Recipe
+
+_QUANTISED = ("int8", "nf4", "fp8")
+
+
+def check_combinations(recipe: Recipe) -> None:
+    """Raise if keys contradict each other.
+
+    Raises:
+        ContractError: The message names the keys, their values and a way out.
+    """
+    from peftkit.finetune.strategies import require_strategy
+    from peftkit.finetune.tasks import require_task
+
+    strategy, task = require_strategy(recipe.strategy.name), require_task(recipe.task.name)
+    _check_length(recipe)
+    _check_evaluation(recipe, task)
+    _check_rates(recipe, strategy)
+    _check_base(recipe, strategy)
+    _check_columns(recipe, task)
+    _check_places(recipe)
+    strategy.check(recipe.strategy.options, recipe)
+
+
+def _check_length(recipe: Recipe) -> None:
+    training = recipe.training
+    if training.epochs is not None and training.max_steps is not None:
+        raise ContractError(
+            f"training.epochs={training.epochs:g} and training.max_steps={training.max_steps} are both given; keep one of them"
+        )
+    steps = training.max_steps
+    if steps is not None and training.warmup >= max(steps, 1) and training.warmup >= 1:
+        raise ContractError(
+            f"training.warmup={training.warmup:g} steps are not fewer than training.max_steps={steps}, so the learning rate would "
+            "never reach training.lr; use a share such as 0.03"
+        )
+    if steps is not None and training.stop_after is not None and training.stop_after >= steps:
+        raise ContractError(
+            f"training.stop_after={training.stop_after} is not below training.max_steps={steps}; remove it"
+        )
+
+
+def _check_evaluation(recipe: Recipe, task: type) -> None:
+    training, data = recipe.training, recipe.data
+    if data.train is None or data.train == "" or data.train == []:
+        raise ContractError("the recipe has no data.train; add it (a file, a folder or hub:NAME)")
+    share = data.eval
+    if isinstance(share, bool) or (isinstance(share, (int, float)) and not 0 < share < 1):
+        raise ContractError(
+            f"data.eval={short(share)} is no share; use a number between 0 and 1, such as 0.1, or a file"
+        )
+    if isinstance(share, str) and share == data.train:
+        raise ContractError(
+            f"data.eval={short(share)} is the same as data.train, so the evaluation would say nothing; name other rows, or a share "
+            "such as 0.1"
+        )
+    if data.eval is None:
+        for name in ("early_stopping", "best_metric"):
+            value = getattr(training, name)
+            if value not in (None, "last"):
+                raise ContractError(
+                    f"training.{name}={short(value)} needs an evaluation; add data.eval, such as data.eval=0.1, or remove it"
+                )
+    known = ("last", "loss", *task.metric_names)  # type: ignore[attr-defined]
+    if training.best_metric is not None and training.best_metric not in known:
+        from peftkit.finetune.schema import nearest
+
+        raise ContractError(
+            f"training.best_metric={short(training.best_metric)} is no metric of {recipe.task.name}"
+            f"{nearest(training.best_metric, known)}; use one of {', '.join(known)}"
+        )
+    if training.best_metric == "last" and training.early_stopping is not None:
+        raise ContractError(
+            "training.early_stopping needs a metric, but training.best_metric='last'; use loss or another metric"
+        )
+
+
+def _check_rates(recipe: Recipe, strategy: type) -> None:
+    training = recipe.training
+    ratio = training.lora_plus_ratio
+    if ratio is not None and recipe.strategy.name not in ("lora", "mix"):
+        raise ContractError(
+            f"training.lora_plus_ratio={ratio:g} is for strategy lora, not {recipe.strategy.name}; remove it"
+        )
+    if ratio is not None and training.layer_decay is not None:
+        raise ContractError(
+            f"training.lora_plus_ratio={ratio:g} and training.layer_decay={training.layer_decay:g} cannot be combined; keep one"
+        )
+
+
+def _check_base(recipe: Recipe, strategy: type) -> None:
+    if recipe.base in _QUANTISED and not strategy.is_adapter:  # type: ignore[attr-defined]
+        raise ContractError(
+            f"base={recipe.base!r} is quantised and cannot be trained itself, but strategy {recipe.strategy.name} trains it; use "
+            "base=auto, or strategy=lora"
+        )
+    if recipe.base == "fp16":
+        from peftkit.finetune.strategies import ADAPTERS
+
+        if recipe.strategy.name not in ADAPTERS:
+            raise ContractError(
+                f"base='fp16' with strategy {recipe.strategy.name}: updates of fp16 weights round to zero; use base=fp32 (or auto) and "
+                "training.precision=bf16"
+            )
+
+
+def _check_columns(recipe: Recipe, task: type) -> None:
+    known = task.columns  # type: ignore[attr-defined]
+    for name in recipe.data.columns:
+        if name not in known:
+            from peftkit.finetune.schema import nearest
+
+            raise ContractError(
+                f"data.columns.{name}={short(recipe.data.columns[name])}: {recipe.task.name} has no column {name!r}"
+                f"{nearest(name, known)}; its columns are {', '.join(known)}. Write TASK_COLUMN: YOUR_COLUMN"
+            )
+
+
+def _check_places(recipe: Recipe) -> None:
+    out = Path(recipe.out)
+    if out.resolve() in (Path.cwd().resolve(), Path(out.anchor or "/").resolve()):
+        raise ContractError(
+            f"out={recipe.out!r} is the current or the root folder; name a new folder, such as runs/first"
+        )
+    for name, place in (("model", recipe.model), ("data.train", recipe.data.train)):
+        if (
+            isinstance(place, str)
+            and Path(place).exists()
+            and Path(place).resolve() == out.resolve()
+        ):
+            raise ContractError(
+                f"out={recipe.out!r} is the same folder as {name}; name a new folder"
+            )

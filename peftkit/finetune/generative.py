@@ -1,0 +1,46 @@
+"""What the tasks with causal language models share: the loader's class, labels, collator and metrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peftkit.finetune.packing import collate_packs, pack, require_no_leaks
+from peftkit.finetune.tasks.base import IGNORED, Task, marked, pad, pad_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CausalTask(Task):
+    """A task of a causal language model. Rows have ``input_ids`` and ``labels`` of the same length."""
+
+    auto_class = "AutoModelForCausalLM"
+    task_type = "CAUSAL_LM"
+    metric_names = ("token_accuracy",)
+    generative = True
+
+    def arrange(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if not self.setting.options.packing:
+            return rows
+        return pack(rows, self.setting.seq_len)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pad_id = self.setting.tokenizer.pad_token_id
+        if "position_ids" in rows[0]:
+            return collate_packs(rows, pad_id)
+        return pad_tokens(rows, pad_id) | {"labels": pad([r["labels"] for r in rows], IGNORED)}
+
+    def render(self, features: dict[str, Any]) -> str:
+        return marked(self.setting.tokenizer, features["input_ids"], features["labels"])
+
+    def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
+        if self.setting.options.packing:
+            require_no_leaks(model)
+
+    def keep_of_logits(self, logits: Any, labels: Any) -> Any:
+        return logits.argmax(-1)
+
+    def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
+        found, wanted = predictions[:, :-1], labels[:, 1:]
+        used = wanted != IGNORED
+        return {"token_accuracy": float((found == wanted)[used].mean()) if used.any() else 0.0}

@@ -1,0 +1,182 @@
+"""Load the tokenizer and the model that a recipe names: an id, a folder, or a GGUF file inside a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftkit.errors import ContractError
+from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.tasks.base import Task
+
+
+def place_of(model: str) -> tuple[str, str | None]:
+    """The folder or id, and the name of the GGUF file or ``None``.
+
+    Raises:
+        ContractError: It looks like a path, but nothing is there.
+    """
+    path = Path(model)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ContractError(
+                f"model={model!r} does not exist; correct the path of the GGUF file"
+            )
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            files = sorted(file.name for file in path.iterdir())
+            gguf = [name for name in files if name.endswith(".gguf")]
+            way_out = (
+                f"write model={path / gguf[0]}"
+                if gguf
+                else "name a folder that save_pretrained has written"
+            )
+            raise ContractError(f"model={model!r} has no config.json; {way_out}")
+        return model, None
+    if path.is_file():
+        raise ContractError(
+            f"model={model!r} is a file; name the folder with config.json, or a .gguf file"
+        )
+    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise ContractError(f"model={model!r} does not exist; correct the path")
+    return model, None
+
+
+def load_processor(recipe: Recipe, kind: str) -> Any:
+    """Load the tokenizer, or the image processor if ``kind`` is ``"image"``.
+
+    Raises:
+        ContractError: There is none, or it is too slow a kind to say which token is where.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    place, gguf = place_of(recipe.model)
+    auto: Any = AutoImageProcessor if kind == "image" else AutoTokenizer
+    options = {} if gguf is None else {"gguf_file": gguf}
+    try:
+        found = auto.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError) as error:
+        what = "image processor" if kind == "image" else "tokenizer"
+        raise ContractError(
+            f"model={recipe.model!r} has no {what} that transformers can load: {_first_line(error)}"
+        ) from error
+    if kind == "image":
+        return found
+    if not found.is_fast:
+        raise ContractError(
+            f"the tokenizer of {recipe.model!r} is a slow one, which does not say where its tokens are in the text; convert it to "
+            "tokenizer.json first"
+        )
+    if found.pad_token_id is None:
+        if found.eos_token is None:
+            raise ContractError(
+                f"the tokenizer of {recipe.model!r} has neither a padding nor an end-of-text token; set pad_token in its files"
+            )
+        found.pad_token = found.eos_token
+    found.padding_side = "right"
+    return found
+
+
+def load_model(recipe: Recipe, task: Task, is_adapter: bool) -> nn.Module:
+    """Load the model with the head of the task. Models that are trained themselves are loaded in float32.
+
+    Raises:
+        ContractError: It cannot be loaded; the message says why.
+    """
+    place, gguf = place_of(recipe.model)
+    base = "fp32" if recipe.base == "auto" and not is_adapter else recipe.base
+    arguments = task.model_arguments()
+    with _quiet_loading():
+        if gguf is None:
+            from peftkit.base import load_base
+
+            model = load_base(place, base, auto_class=task.auto_class, **arguments)  # type: ignore[arg-type]
+        else:
+            model = _load_gguf(place, gguf, base, task.auto_class, arguments)
+    pad_id = getattr(task.setting.tokenizer, "pad_token_id", None)
+    if pad_id is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = pad_id
+    _require_vocabulary(model, task)
+    return model
+
+
+def _load_gguf(place: str, file: str, base: str, auto_class: str, arguments: dict[str, Any]) -> Any:
+    import transformers
+
+    from peftkit.base import load_base
+    from peftkit.base.kinds import DTYPES
+
+    dtype = DTYPES.get(base, DTYPES["fp32"])
+    try:
+        model = getattr(transformers, auto_class).from_pretrained(
+            place, gguf_file=file, dtype=dtype, **arguments
+        )
+    except ImportError as error:
+        raise ContractError(
+            f"model={file!r} needs the package gguf: pip install 'peftkit[gguf]'"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ContractError(
+            f"{Path(place, file)} cannot be loaded: {_first_line(error)}"
+        ) from error
+    if base in ("int8", "nf4", "fp8"):
+        return load_base(model, base)  # type: ignore[arg-type]
+    return model.to(_device())
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _require_vocabulary(model: Any, task: Task) -> None:
+    """Raise if the tokenizer has ids that the embeddings do not have."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if task.processor != "tokenizer" or not isinstance(embeddings, nn.Embedding):
+        return
+    tokens = len(task.setting.tokenizer)
+    if tokens > embeddings.num_embeddings:
+        raise ContractError(
+            f"the tokenizer has {tokens} tokens, but the model's embeddings have {embeddings.num_embeddings} rows; they belong to "
+            "different models, or model.resize_token_embeddings was not called before saving"
+        )
+
+
+def longest_input(model: Any) -> int | None:
+    """The largest number of tokens that a model's positions allow, or ``None`` if its config does not say."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            # RoBERTa's positions start behind the padding index.
+            shifted = config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
+            return value - 2 if shifted else value
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' report that a new head is new: the strategy checks that it is trained."""
+    loggers = [
+        logging.getLogger("transformers.modeling_utils"),
+        logging.getLogger("transformers.utils.loading_report"),
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,130 @@
+"""The parts of a run before its first step: data, model, strategy and the default values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from peftkit.errors import ContractError, count
+from peftkit.finetune.data import Part, find_labels, load_data
+from peftkit.finetune.first_step import check_first_step
+from peftkit.finetune.model import load_model, load_processor, longest_input
+from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.strategies import require_strategy
+from peftkit.finetune.tasks import require_task
+from peftkit.finetune.tasks.base import Setting, Task
+from peftkit.finetune.trainer import total_steps
+
+
+def is_adapter(recipe: Recipe) -> bool:
+    """Whether the recipe trains an adapter rather than the model itself."""
+    return require_strategy(recipe.strategy.name).is_adapter
+
+
+def resolved(recipe: Recipe, task: Task) -> Recipe:
+    """Fill in the defaults that depend on the task and the strategy."""
+    training, strategy = recipe.training, require_strategy(recipe.strategy.name)
+    epochs = None if training.max_steps else training.epochs or task.epochs
+    lr = training.lr or strategy.lr
+    return dataclasses.replace(
+        recipe,
+        training=dataclasses.replace(
+            training,
+            lr=lr,
+            head_lr=training.head_lr or max(lr, strategy.head_lr),
+            epochs=epochs,
+            eval_batch_size=training.eval_batch_size or training.batch_size,
+            seq_len=task.setting.seq_len,
+            best_metric=training.best_metric or (task.best_metric if recipe.data.eval else None),
+        ),
+    )
+
+
+def make_task(recipe: Recipe, labels: list[str] | None = None) -> Task:
+    """Load the tokenizer and make the task; the labels are found in the training data unless they are known."""
+    task_class = require_task(recipe.task.name)
+    processor = load_processor(recipe, task_class.processor)
+    if labels is None:
+        labels = find_labels(recipe, task_class)
+    seq_len = recipe.training.seq_len or task_class.seq_len
+    if recipe.training.seq_len is None:
+        longest = getattr(processor, "model_max_length", None)
+        seq_len = min(seq_len, longest) if isinstance(longest, int) and longest > 1 else seq_len
+        config_longest = _config_longest(recipe)
+        seq_len = min(seq_len, config_longest or seq_len)
+    return task_class(Setting(processor, seq_len, recipe.task.options, labels))
+
+
+def _config_longest(recipe: Recipe) -> int | None:
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    from peftkit.finetune.model import place_of
+
+    place, gguf = place_of(recipe.model)
+    options = {} if gguf is None else {"gguf_file": gguf}
+    try:
+        config = AutoConfig.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ContractError(
+            f"model={recipe.model!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return longest_input(SimpleNamespace(config=config))
+
+
+def prepare_data(recipe: Recipe, say: Callable[[str], None]) -> tuple[Task, Part, Part | None]:
+    """Load and encode the data and show samples of it.
+
+    Raises:
+        ContractError: The data cannot be used.
+    """
+    task = make_task(recipe)
+    train, evaluation = load_data(recipe, task)
+    for name, part in (("train", train), ("eval", evaluation)):
+        if part is None:
+            continue
+        counts = part.counts
+        say(
+            f"{name}: {count(counts.used, 'row')} of {counts.read}, {count(counts.samples, 'sample')}, "
+            f"{counts.supervised} supervised labels, {counts.truncated} truncated, {counts.masked} fully masked, "
+            f"{len(counts.bad)} bad"
+        )
+        for line in counts.bad[:5]:
+            say(f"  skipped {line}")
+    for features in train.dataset.select(range(min(recipe.data.preview, len(train.dataset)))):
+        say(f"sample: {task.render(dict(features))}")
+    return task, train, evaluation
+
+
+def prepare_model(
+    recipe: Recipe, task: Task, train: Part, say: Callable[[str], None]
+) -> tuple[Any, list[tuple[int, set[str]]] | None, list[str]]:
+    """Load the model, apply the strategy and check the first step.
+
+    Raises:
+        ContractError: The model does not fit the task, the strategy or the length of the rows, or would not train.
+    """
+    strategy = require_strategy(recipe.strategy.name)
+    model: Any = load_model(recipe, task, strategy.is_adapter)
+    longest = longest_input(model) if task.processor == "tokenizer" else None
+    if longest is not None and task.setting.seq_len > longest:
+        raise ContractError(
+            f"training.seq_len={task.setting.seq_len}, but {type(model).__name__} has positions for {longest} tokens; use at most that "
+            "many"
+        )
+    task.setting.config = model.config
+    rows = list(train.dataset.select(range(min(recipe.training.batch_size, len(train.dataset)))))
+    task.check_model(model, rows)
+    prepared = strategy.apply(model, recipe.strategy.options, task.task_type)
+    model = prepared.model
+    stages = None
+    if prepared.stages is not None:
+        stages = prepared.stages(*total_steps(recipe, len(train.dataset)))
+    model.train()
+    own_loss = (lambda m, batch: task.loss(m, batch)[0]) if task.has_own_loss else None
+    notes = check_first_step(model, task.collate(rows), strategy.is_adapter, own_loss)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{type(model).__name__}: {trained:,} trained numbers; {'; '.join(notes)}")
+    return model, stages, notes

@@ -1,0 +1,251 @@
+"""What every task has: columns, a loader, preprocessing, a collator and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peftkit.errors import ContractError, short
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""Labels of this value take no part in the loss."""
+
+
+class BadRow(Exception):
+    """A row that cannot be used. The message says why; it is reported with the row's file and line."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as the model gets it.
+
+    Attributes:
+        features: Name of an input of the model to a list of numbers.
+        length: Number of tokens before truncation.
+        supervised: Number of labels that take part in the loss.
+    """
+
+    features: dict[str, Any]
+    length: int
+    supervised: int
+
+
+@dataclass
+class NoOptions:
+    """Options of a task without options."""
+
+
+@dataclass
+class Setting:
+    """What a task works with in one run.
+
+    Attributes:
+        tokenizer: The tokenizer, or the image processor.
+        seq_len: Largest number of tokens in a row.
+        options: The task's options.
+        labels: Names of the classes in the order of their numbers; empty if the task has none.
+        config: The model's config once it is loaded.
+    """
+
+    tokenizer: Any
+    seq_len: int
+    options: Any
+    labels: list[str] = field(default_factory=list)
+    config: Any = None
+
+
+class Task:
+    """One kind of task.
+
+    Attributes:
+        name: The name in recipes.
+        summary: One line for the documentation.
+        auto_class: transformers' Auto class of the model with the head.
+        task_type: PEFT's name for the kind of task, or ``None``.
+        columns: Column to its meaning. A recipe maps them to the columns of the data.
+        Options: A dataclass of its options.
+        metric_names: Metrics of an evaluation besides the loss.
+        best_metric: The metric by which the best checkpoint is chosen.
+        generative: Whether ``peftkit generate`` and samples make sense.
+        epochs: Passes over the data if the recipe has no length.
+        seq_len: Largest number of tokens if the recipe has none.
+        processor: ``"tokenizer"`` or ``"image"``.
+        has_own_loss: Whether ``loss`` computes the loss instead of the model.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    auto_class: ClassVar[str]
+    task_type: ClassVar[str | None] = None
+    columns: ClassVar[dict[str, str]]
+    Options: ClassVar[Any] = NoOptions
+    metric_names: ClassVar[tuple[str, ...]] = ()
+    best_metric: ClassVar[str] = "loss"
+    generative: ClassVar[bool] = False
+    epochs: ClassVar[float] = 3.0
+    seq_len: ClassVar[int] = 512
+    processor: ClassVar[str] = "tokenizer"
+    has_own_loss: ClassVar[bool] = False
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+
+    @classmethod
+    def labels_of(cls, row: dict[str, Any]) -> set[str]:
+        """The names of the classes in a row; a task without classes has none."""
+        return set()
+
+    @classmethod
+    def find_labels(cls, names: set[str], options: Any) -> list[str]:
+        """The classes in the order of their numbers, from the names in the training rows."""
+        return []
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` that the head needs."""
+        if not self.setting.labels:
+            return {}
+        return {
+            "num_labels": len(self.setting.labels),
+            "id2label": dict(enumerate(self.setting.labels)),
+            "label2id": {label: number for number, label in enumerate(self.setting.labels)},
+        }
+
+    def encode(self, row: dict[str, Any]) -> list[Encoded]:
+        """Make inputs of the model from a row, at most ``seq_len`` tokens long.
+
+        Raises:
+            BadRow: The row cannot be used.
+        """
+        raise NotImplementedError
+
+    def arrange(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Arrange the encoded training rows, for example by packing several in one."""
+        return rows
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch."""
+        raise NotImplementedError
+
+    def render(self, features: dict[str, Any]) -> str:
+        """Show a row as the model gets it, with the supervised part between « and »."""
+        raise NotImplementedError
+
+    def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
+        """Raise ``ContractError`` if the model does not fit the task."""
+
+    def keep_of_logits(self, logits: Any, labels: Any) -> Any:
+        """What the metrics need of the logits of a batch, made small."""
+        return logits
+
+    def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
+        """Compute the metrics; ``predictions`` are what ``keep_of_logits`` returned for all rows."""
+        return {}
+
+    def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+        """The loss and the outputs, if ``has_own_loss``."""
+        raise NotImplementedError
+
+    def prompt(self, row: dict[str, Any]) -> tuple[list[int], str]:
+        """The token ids of a row's prompt and the expected answer, in generative tasks."""
+        raise NotImplementedError
+
+    def prompt_of_text(self, text: str) -> list[int]:
+        """The token ids of a prompt that a user typed."""
+        raise NotImplementedError
+
+
+def text_of(row: dict[str, Any], column: str, *, optional: bool = False) -> str:
+    """Return a column as text.
+
+    Raises:
+        BadRow: The column is missing, empty or of another type.
+    """
+    value = row.get(column)
+    if value is None and column not in row and not optional:
+        raise BadRow(f"no column {column!r} (the row has {', '.join(map(repr, row)) or 'none'})")
+    if value is None or value == "":
+        if optional:
+            return ""
+        raise BadRow(f"column {column!r} is empty")
+    if not isinstance(value, str):
+        raise BadRow(
+            f"column {column!r} is {short(value)} of type {type(value).__name__}, not text"
+        )
+    if not value.strip() and not optional:
+        raise BadRow(f"column {column!r} is blank")
+    return value
+
+
+def pad(rows: list[list[int]], value: int, multiple: int = 8) -> torch.Tensor:
+    """Pad lists of numbers on the right, to a multiple of ``multiple``: ``Int64[rows, length]``."""
+    import torch
+
+    longest = max(map(len, rows))
+    longest = -(-longest // multiple) * multiple
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def pad_tokens(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad the token ids of rows, with their attention mask and, if the rows have them, token types."""
+    batch = {
+        "input_ids": pad([row["input_ids"] for row in rows], pad_id),
+        "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
+    }
+    if "token_type_ids" in rows[0]:
+        batch["token_type_ids"] = pad([row["token_type_ids"] for row in rows], 0)
+    return batch
+
+
+def marked(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
+    """Decode token ids and put « and » around the runs whose labels are not ignored."""
+    parts, run, inside = [], [], False
+    for token, label in [*zip(ids, labels, strict=True), (None, IGNORED)]:
+        used = label != IGNORED
+        if used != inside or token is None:
+            text = tokenizer.decode(run) if run else ""
+            parts.append(f"«{text}»" if inside else text)
+            run, inside = [], used
+        if token is not None:
+            run.append(token)
+    return "".join(parts)
+
+
+def number_of_label(value: Any, labels: list[str], column: str = "label") -> int:
+    """The number of a class.
+
+    Raises:
+        BadRow: It is no class of the training data.
+    """
+    if value is None or value == "":
+        raise BadRow(f"column {column!r} is empty")
+    name = label_name(value)
+    if name not in labels:
+        raise BadRow(f"label {short(value)} is not one of {', '.join(labels)}")
+    return labels.index(name)
+
+
+def label_name(value: Any) -> str:
+    """The name of a class. Whole numbers and texts are names."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise BadRow(
+            f"label {short(value)} is of type {type(value).__name__}, not a name or a whole number"
+        )
+    return str(value)
+
+
+def sorted_labels(names: set[str], least: int = 2) -> list[str]:
+    """The names of classes in order; numbers in the order of their values.
+
+    Raises:
+        ContractError: There are too few.
+    """
+    if len(names) < least:
+        raise ContractError(
+            f"the training rows have {len(names)} different labels ({', '.join(sorted(names)) or 'none'}), but at least {least} are "
+            "needed; check data.columns.label"
+        )
+    return sorted(names, key=int) if all(n.lstrip("-").isdigit() for n in names) else sorted(names)

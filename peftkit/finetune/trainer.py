@@ -1,0 +1,189 @@
+"""transformers' Trainer for a recipe: its arguments, our parameter groups and callbacks, and a stop at the first NaN."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+
+from peftkit.errors import ContractError
+from peftkit.finetune.rates import parameter_groups
+from peftkit.finetune.recipe import Recipe, TrainingRecipe
+from peftkit.finetune.tasks.base import Task
+
+
+class RecipeTrainer(Trainer):
+    """The Trainer with the task's loss and a recipe's parameter groups."""
+
+    def __init__(self, *args: Any, task: Task, rates: TrainingRecipe, **kwargs: Any):
+        self.task, self.rates = task, rates
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimiser that the recipe names, with our parameter groups."""
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options.pop("lr", None)
+            self.optimizer = cls(groups_of(self.model, self.rates), **options)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The task's own loss if it has one."""
+        if not self.task.has_own_loss:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, outputs = self.task.loss(model, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Raise ``ContractError`` if the loss is not finite, instead of going on with broken weights."""
+        loss = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            step = self.state.global_step + 1
+            raise ContractError(
+                f"the loss is {loss.item()} at step {step}, so training stopped; checkpoints of earlier steps are kept in "
+                f"{self.args.output_dir}. Use a smaller training.lr, more training.warmup, or training.precision=fp32"
+            )
+        return loss
+
+
+def groups_of(model: Any, training: TrainingRecipe) -> list[dict[str, Any]]:
+    """The parameter groups of a resolved recipe."""
+    return parameter_groups(
+        model,
+        lr=training.lr or 0.0,
+        head_lr=training.head_lr or 0.0,
+        weight_decay=training.weight_decay,
+        layer_decay=training.layer_decay,
+        lora_plus_ratio=training.lora_plus_ratio,
+    )
+
+
+def make_trainer(
+    recipe: Recipe, task: Task, model: Any, train: Any, evaluation: Any, folder: str
+) -> RecipeTrainer:
+    """Build the trainer of a resolved recipe.
+
+    Raises:
+        ContractError: The optimiser is unknown, or bf16 is asked for and cannot be used.
+    """
+    training = recipe.training
+    steps = total_steps(recipe, len(train))[0] if train is not None else 0
+    arguments = _arguments(recipe, evaluation is not None, steps, folder)
+    trainer = RecipeTrainer(
+        model,
+        arguments,
+        task=task,
+        rates=training,
+        data_collator=task.collate,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        compute_metrics=None if evaluation is None else _metrics(task),
+        preprocess_logits_for_metrics=task.keep_of_logits,
+        callbacks=[EarlyStoppingCallback(training.early_stopping)]
+        if training.early_stopping
+        else [],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _metrics(task: Task) -> Any:
+    if not task.metric_names:
+        return None
+
+    def compute(prediction: Any) -> dict[str, float]:
+        return task.metrics(prediction.predictions, prediction.label_ids)
+
+    return compute
+
+
+def _arguments(recipe: Recipe, evaluates: bool, steps: int, folder: str) -> TrainingArguments:
+    training = recipe.training
+    every = training.checkpoint_every
+    strategy = "epoch" if every == "epoch" else "steps"
+    best = evaluates and training.best_metric != "last"
+    metric = training.best_metric or "loss"
+    settings: dict[str, Any] = {
+        "output_dir": folder,
+        "num_train_epochs": training.epochs or 1.0,
+        "max_steps": training.max_steps or -1,
+        "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": training.eval_batch_size or training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "learning_rate": training.lr,
+        "optim": training.optimizer,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "lr_scheduler_type": training.scheduler,
+        "warmup_steps": _warmup(training, steps),
+        "label_smoothing_factor": training.label_smoothing,
+        "bf16": training.precision == "bf16" or (training.precision == "auto" and _has_bf16()),
+        "save_strategy": strategy,
+        "eval_strategy": strategy if evaluates else "no",
+        "save_total_limit": training.keep_checkpoints,
+        "load_best_model_at_end": best,
+        "metric_for_best_model": f"eval_{metric}" if best else None,
+        "greater_is_better": metric != "loss" if best else None,
+        "restore_callback_states_from_checkpoint": True,
+        "logging_steps": training.log_every,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_num_workers": training.workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "seed": training.seed,
+    }
+    if strategy == "steps":
+        settings |= {"save_steps": every, "eval_steps": every}
+    if training.gradient_checkpointing:
+        settings |= {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        }
+    _require_optimizer(training.optimizer)
+    try:
+        return TrainingArguments(**settings)
+    except (ValueError, ImportError) as error:
+        raise ContractError(
+            f"transformers refuses these settings of the recipe's training: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _warmup(training: TrainingRecipe, steps: int) -> int:
+    """Steps of the warm-up. The Trainer would round a share up, and train with a rate of 0 in the only step of a short run."""
+    if training.scheduler == "constant":
+        return 0
+    return int(training.warmup if training.warmup >= 1 else training.warmup * steps)
+
+
+def _require_optimizer(name: str) -> None:
+    from transformers.training_args import OptimizerNames
+
+    from peftkit.finetune.schema import nearest
+
+    known = [optimizer.value for optimizer in OptimizerNames]
+    if name not in known:
+        raise ContractError(
+            f"training.optimizer={name!r} is unknown{nearest(name, known)}; use one that transformers has, such as adamw_torch, "
+            "adafactor, sgd or paged_adamw_8bit"
+        )
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def total_steps(recipe: Recipe, samples: int) -> tuple[int, int]:
+    """The number of optimiser steps of the run and of an epoch, as the Trainer counts them."""
+    training = recipe.training
+    batches = math.ceil(samples / training.batch_size)
+    epoch = max(1, math.ceil(batches / training.gradient_accumulation))
+    if training.max_steps:
+        return training.max_steps, epoch
+    return max(1, math.ceil((training.epochs or 1.0) * epoch)), epoch

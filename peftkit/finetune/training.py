@@ -1,0 +1,292 @@
+"""``train``: one run, from a recipe to a folder with the trained weights and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftkit.errors import ContractError, count
+from peftkit.finetune.reading import read_recipe
+from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.run_folder import (
+    DATA,
+    ENVIRONMENT,
+    RECIPE,
+    RESULT,
+    SAMPLES,
+    RunFolder,
+    write_text,
+    written_recipe,
+)
+
+
+@dataclass
+class RunResult:
+    """The outcome of a run.
+
+    Attributes:
+        folder: The folder of the run.
+        status: ``"finished"``, or ``"stopped"`` after Ctrl-C or ``training.stop_after``.
+        steps: Optimiser steps that were done.
+        metrics: The last evaluation, and the mean loss of training.
+        weights: The folder with the adapter or the model; ``None`` if the run was stopped.
+        problems: What the checks after training found. A run with problems did not train what it should.
+        notes: What is worth knowing besides.
+    """
+
+    folder: Path
+    status: str
+    steps: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    weights: Path | None = None
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data."""
+        found = dataclasses.asdict(self)
+        return found | {
+            "folder": str(self.folder),
+            "weights": None if self.weights is None else str(self.weights),
+        }
+
+
+def train(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    *overrides: str,
+    say: Callable[[str], None] = lambda line: None,
+) -> RunResult:
+    """Train a model as a recipe says.
+
+    Everything is checked before the first step: the recipe, the rows, the model, and one forward and backward. Until then nothing is
+    written.
+
+    Args:
+        recipe: A YAML file, a mapping with the same keys, or what ``peftkit.finetune.read_recipe`` returns.
+        overrides: ``"training.lr=1e-4"``, as for ``read_recipe``.
+        say: Is called with each line of progress.
+
+    Returns:
+        The result. The folder has the recipe, the environment, ``metrics.jsonl``, ``report.md`` and the trained weights.
+
+    Raises:
+        ContractError: The recipe, the data or the model cannot be used, or the loss is not finite. The message names the cause
+            and a way out.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise ContractError("a Recipe takes no overrides; pass them to read_recipe")
+    else:
+        recipe = read_recipe(recipe, overrides)
+    folder = RunFolder(recipe.out)
+    if not recipe.resume:
+        folder.require_free()
+    with _removed_if_empty(folder):
+        return _Run(recipe, folder, say).train()
+
+
+@contextmanager
+def _removed_if_empty(folder: RunFolder) -> Iterator[None]:
+    """Remove the folders that were made and have stayed empty, if there is an error."""
+    new = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in (folder.checkpoints, *new):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+
+
+class _Run:
+    """The steps of a run, and what they share."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, say: Callable[[str], None]):
+        self.recipe, self.folder, self.say = recipe, folder, say
+
+    def train(self) -> RunResult:
+        from transformers import set_seed
+
+        from peftkit.finetune.data import fingerprint
+        from peftkit.finetune.outcome import digests
+        from peftkit.finetune.setup import prepare_data, prepare_model, resolved
+
+        recipe, say = self.recipe, self.say
+        set_seed(recipe.training.seed)
+        task, train, evaluation = prepare_data(recipe, say)
+        self.recipe = recipe = resolved(recipe, task)
+        if recipe.resume:
+            self.folder.require_same(recipe.to_dict())
+        set_seed(recipe.training.seed)
+        model, stages, notes = prepare_model(recipe, task, train, say)
+        facts = {
+            "fingerprint": fingerprint(train.dataset),
+            "labels": task.setting.labels,
+            "train": train.counts.to_dict(),
+            "eval": None if evaluation is None else evaluation.counts.to_dict(),
+        }
+        checkpoint = self._checkpoint(facts, notes)
+        before = digests(model)
+        trainer, stopper = self._trainer(task, model, train, evaluation, stages)
+        rows = (evaluation or train).examples[: recipe.training.samples]
+        samples = self._samples(task, model, rows, "before") if task.generative else []
+        self._start(facts, samples)
+        set_seed(recipe.training.seed)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except ContractError as error:
+            self._write_result(
+                RunResult(
+                    self.folder.path, "failed", trainer.state.global_step, problems=[str(error)]
+                )
+            )
+            raise
+        finally:
+            stopper.release()
+        steps = trainer.state.global_step
+        if stopper.stopped:
+            say(f"stopped after step {steps}; continue with resume=true")
+            return self._write_result(RunResult(self.folder.path, "stopped", steps, notes=notes))
+        return self._finish(task, model, trainer, before, facts, rows, samples, notes)
+
+    def _checkpoint(self, facts: dict[str, Any], notes: list[str]) -> Path | None:
+        """The checkpoint from which the run goes on."""
+        if not self.recipe.resume:
+            return None
+        known = self.folder.read_json(DATA) or {}
+        if known.get("fingerprint") not in (None, facts["fingerprint"]):
+            raise ContractError(
+                f"resume=true, but the training rows are not those with which the run in {self.folder.path} was started; bring the data "
+                "back, or start a new run in another folder"
+            )
+        found, broken = self.folder.last_whole_checkpoint()
+        if broken:
+            notes.append(f"ignored incomplete checkpoints: {', '.join(broken)}")
+            self.say(f"ignoring incomplete checkpoints: {', '.join(broken)}")
+        result = self.folder.read_json(RESULT) or {}
+        if result.get("status") == "finished":
+            raise ContractError(
+                f"resume=true, but the run in {self.folder.path} is finished; start a new run in another folder"
+            )
+        self.say(f"resuming from {found.name}" if found else "no whole checkpoint; starting again")
+        return found
+
+    def _trainer(self, task: Any, model: Any, train: Any, evaluation: Any, stages: Any) -> Any:
+        from peftkit.finetune.callbacks import (
+            KeepMetrics,
+            MarkCheckpoints,
+            RunStages,
+            StopWithCheckpoint,
+        )
+        from peftkit.finetune.trainer import groups_of, make_trainer
+
+        trainer = make_trainer(
+            self.recipe,
+            task,
+            model,
+            train.dataset,
+            None if evaluation is None else evaluation.dataset,
+            str(self.folder.checkpoints),
+        )
+        groups_of(model, self.recipe.training)  # raises before anything is written
+        stopper = StopWithCheckpoint(self.recipe.training.stop_after)
+        trainer.add_callback(KeepMetrics(self.folder, self.say))
+        trainer.add_callback(MarkCheckpoints(self.folder.checkpoints))
+        trainer.add_callback(stopper)
+        if stages is not None:
+            trainer.add_callback(RunStages(model, stages))
+        return trainer, stopper
+
+    def _samples(self, task: Any, model: Any, rows: list[Any], when: str) -> list[dict[str, str]]:
+        from peftkit.checks.reach import undisturbed
+        from peftkit.finetune.generation import answer, room_for
+
+        written = (
+            self.folder.read_json(SAMPLES) if self.recipe.resume and when == "before" else None
+        )
+        if written:
+            return written
+        found = []
+        with undisturbed(model):
+            for row in rows:
+                ids, expected = task.prompt(row)
+                if room_for(model, ids) < 1:
+                    continue
+                text = answer(
+                    model, task.setting.tokenizer, ids, self.recipe.training.sample_tokens
+                )
+                found.append(
+                    {
+                        "prompt": task.setting.tokenizer.decode(ids),
+                        "expected": expected,
+                        when: text,
+                    }
+                )
+        return found
+
+    def _start(self, facts: dict[str, Any], samples: list[dict[str, str]]) -> None:
+        """Write what is known before the first step."""
+        from peftkit.environment import describe_environment
+
+        self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder.path / RECIPE, written_recipe(self.recipe))
+        self.folder.write_json(ENVIRONMENT, describe_environment())
+        self.folder.write_json(DATA, facts)
+        self.folder.write_json(SAMPLES, samples)
+        self.folder.write_json(RESULT, {"status": "running"})
+
+    def _write_result(self, result: RunResult) -> RunResult:
+        self.folder.write_json(RESULT, result.to_dict())
+        return result
+
+    def _finish(
+        self,
+        task: Any,
+        model: Any,
+        trainer: Any,
+        before: dict[str, str],
+        facts: dict[str, Any],
+        rows: list[Any],
+        samples: list[dict[str, str]],
+        notes: list[str],
+    ) -> RunResult:
+        """Check the weights, evaluate, and write weights, card and report."""
+        from peftkit.finetune.outcome import judge
+        from peftkit.finetune.report import write_report
+        from peftkit.finetune.setup import is_adapter
+        from peftkit.finetune.weights import save_weights
+
+        problems, more = judge(model, before, is_adapter(self.recipe))
+        history = list(trainer.state.log_history)
+        summary = next((entry for entry in reversed(history) if "train_loss" in entry), {})
+        metrics = {"train_loss": summary["train_loss"]} if "train_loss" in summary else {}
+        if trainer.eval_dataset is not None:
+            metrics |= {
+                name: value
+                for name, value in trainer.evaluate().items()
+                if name.startswith("eval_")
+                and not name.endswith(("runtime", "per_second", "epoch"))
+            }
+        if task.generative:
+            for sample, after in zip(
+                samples, self._samples(task, model, rows, "after"), strict=True
+            ):
+                sample["after"] = after["after"]
+            self.folder.write_json(SAMPLES, samples)
+        result = RunResult(
+            self.folder.path,
+            "finished",
+            trainer.state.global_step,
+            metrics,
+            problems=problems,
+            notes=[*notes, *more],
+        )
+        result.weights = save_weights(self.recipe, task, model, self.folder, metrics, facts)
+        write_report(self.recipe, model, self.folder, result, facts, history, samples)
+        self.say(f"written to {self.folder.path} ({count(len(problems), 'problem')})")
+        return self._write_result(result)

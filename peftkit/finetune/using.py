@@ -1,0 +1,152 @@
+"""Use a finished run: generate text with it, or evaluate it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peftkit.errors import ContractError
+from peftkit.finetune.data import encode_rows
+from peftkit.finetune.model import load_model
+from peftkit.finetune.reading import read_recipe
+from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.run_folder import DATA, RECIPE, RESULT, RunFolder
+from peftkit.finetune.setup import is_adapter, make_task
+from peftkit.finetune.tasks.base import Task
+from peftkit.finetune.weights import ADAPTER, MODEL
+
+
+def generate(
+    run: str | os.PathLike[str],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+) -> list[str]:
+    """Answer prompts with the model of a finished run.
+
+    Args:
+        run: The folder of the run.
+        prompts: One or more prompts; the run's task puts them in the chat format.
+        max_new_tokens: Largest number of tokens of an answer.
+        temperature: 0 takes the most probable token each time.
+
+    Raises:
+        ContractError: The run is not finished or its task writes no text, or a number is out of range.
+    """
+    from peftkit.finetune.generation import answer
+    from peftkit.finetune.tasks import TASKS, require_task
+
+    recipe, folder = open_run(run)
+    if not require_task(recipe.task.name).generative:
+        writing = [name for name in TASKS if require_task(name).generative]
+        raise ContractError(
+            f"the run in {run} has the task {recipe.task.name}, which writes no text; generate is for {', '.join(writing)}. Use peftkit "
+            "eval"
+        )
+    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ContractError(
+            f"prompts={list(prompts)!r}: give at least one prompt, none of them empty"
+        )
+    if max_new_tokens < 1:
+        raise ContractError(f"max_new_tokens={max_new_tokens} is below 1; use a number such as 128")
+    if not temperature >= 0:
+        raise ContractError(f"temperature={temperature} is negative; use 0 or a number such as 0.7")
+    task, model = load_run(recipe, folder)
+    return [
+        answer(
+            model, task.setting.tokenizer, task.prompt_of_text(prompt), max_new_tokens, temperature
+        )
+        for prompt in prompts
+    ]
+
+
+def evaluate(run: str | os.PathLike[str], data: Any = None) -> dict[str, float]:
+    """Evaluate the model of a finished run.
+
+    Args:
+        run: The folder of the run.
+        data: Rows to evaluate on, as ``data.eval`` of a recipe. Default: those of the run's recipe.
+
+    Returns:
+        The loss and the task's metrics.
+
+    Raises:
+        ContractError: The run is not finished, there is nothing to evaluate on, or the rows cannot be used.
+    """
+    import tempfile
+
+    from peftkit.finetune.trainer import make_trainer
+
+    recipe, folder = open_run(run)
+    source = recipe.data.eval if data is None else data
+    if source is None:
+        raise ContractError(
+            f"the run in {run} had no data.eval; name rows to evaluate on with --data FILE"
+        )
+    if isinstance(source, str) and source.startswith("<"):
+        raise ContractError(
+            f"the run in {run} was evaluated on an object ({source}), which is not stored; name rows with --data FILE"
+        )
+    task, model = load_run(recipe, folder)
+    if isinstance(source, float):
+        from peftkit.finetune.data import load_data
+
+        evaluation = load_data(recipe, task)[1]
+        rows = evaluation.dataset if evaluation else None
+    else:
+        part = encode_rows(source, "data.eval", recipe, task)
+        rows = part.model_rows()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = make_trainer(recipe, task, model, None, rows, scratch)
+        found = trainer.evaluate()
+    return {
+        name.removeprefix("eval_"): float(value)
+        for name, value in found.items()
+        if name.startswith("eval_") and not name.endswith(("runtime", "per_second"))
+    }
+
+
+def open_run(run: str | os.PathLike[str]) -> tuple[Recipe, RunFolder]:
+    """Read the recipe of a finished run.
+
+    Raises:
+        ContractError: There is no run, or it is not finished.
+    """
+    folder = RunFolder(run)
+    file = folder.path / RECIPE
+    if not file.is_file():
+        raise ContractError(
+            f"run={str(run)!r} is no run of peftkit train (it has no {RECIPE}); name the folder given as out in the recipe"
+        )
+    status = (folder.read_json(RESULT) or {}).get("status")
+    if status != "finished":
+        raise ContractError(
+            f"the run in {folder.path} is not finished ({status}); continue it with peftkit train {file} resume=true"
+        )
+    return read_recipe(file), folder
+
+
+def load_run(recipe: Recipe, folder: RunFolder) -> tuple[Task, Any]:
+    """Load the task and the trained model of a run, in evaluation mode."""
+    labels = (folder.read_json(DATA) or {}).get("labels") or []
+    task = make_task(recipe, labels)
+    if is_adapter(recipe):
+        from peftkit.loading import load_adapter
+
+        model = load_model(recipe, task, is_adapter=True)
+        model = load_adapter(model, _require(folder.path / ADAPTER))
+    else:
+        place = str(_require(folder.path / MODEL))
+        model = load_model(dataclasses.replace(recipe, model=place), task, is_adapter=False)
+    task.setting.config = model.config
+    return task, model.eval()
+
+
+def _require(path: Path) -> Path:
+    if not path.is_dir():
+        raise ContractError(f"{path} does not exist; train the run again")
+    return path

@@ -1,0 +1,107 @@
+"""What the tests of fine-tuning share: tiny models with tokenizers in folders, small data, recipes and the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import models
+import tokenizers
+import transformers as hf
+from typer.testing import CliRunner
+
+from peftkit.cli.main import app
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "<u>", "<a>"]
+
+
+def letter_tokenizer(chat: bool = False) -> Any:
+    """A tokenizer of single characters, with the special tokens of the tiny models and of ``CHAT_TEMPLATE``."""
+    vocabulary = {token: number for number, token in enumerate(SPECIAL)}
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789.,:?!-+"
+    vocabulary |= {letter: number for number, letter in enumerate(letters, start=len(SPECIAL))}
+    assert len(vocabulary) <= models.VOCAB_SIZE
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        additional_special_tokens=["<u>", "<a>"],
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_model(folder: Path, name: str, chat: bool = False, **sizes: Any) -> Path:
+    """Save the tiny model ``name`` with a tokenizer; returns the folder."""
+    model = models.tiny(name)
+    if name == "bert":
+        # A checkpoint of the backbone alone, so that heads are new.
+        model = model.bert if hasattr(model, "bert") else model
+    model.save_pretrained(folder)
+    if name == "vit":
+        hf.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    else:
+        letter_tokenizer(chat).save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    """Write one JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chats(count: int = 12) -> list[dict[str, Any]]:
+    """Conversations: repeat a letter."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {chr(97 + i % 26)}"},
+                {"role": "assistant", "content": chr(97 + i % 26) * 3},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def recipe(model: Path, task: Any, train: Any, out: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe with few steps. ``changes`` replace whole keys, except those of ``training`` and ``data``."""
+    values: dict[str, Any] = {
+        "model": str(model),
+        "task": task,
+        "strategy": {"name": "lora", "r": 4},
+        "data": {"train": str(train) if isinstance(train, Path) else train},
+        "training": {"max_steps": 4, "batch_size": 4, "log_every": 1, "lr": 1e-2},
+        "out": str(out),
+    }
+    for name in ("data", "training"):
+        values[name] |= changes.pop(name, {})
+    return values | changes
+
+
+def write_recipe(path: Path, values: dict[str, Any]) -> Path:
+    """Write a recipe as YAML (JSON is YAML)."""
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
+def run(*arguments: Any, code: int = 0) -> str:
+    """Run the command ``peftkit``; returns what it printed."""
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
