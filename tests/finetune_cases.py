@@ -44,12 +44,15 @@ def letter_tokenizer(chat: bool = False) -> Any:
     return tokenizer
 
 
-def save_model(folder: Path, name: str, chat: bool = False, **sizes: Any) -> Path:
-    """Save the tiny model ``name`` with a tokenizer; returns the folder."""
-    model = models.tiny(name)
-    if name == "bert":
+def save_model(folder: Path, name: str, chat: bool = False) -> Path:
+    """Save the tiny model ``name``, or ``"masked bert"``, with a tokenizer; returns the folder."""
+    if name == "masked bert":
+        model: Any = hf.BertForMaskedLM(models.tiny("bert").config)
+    else:
+        model = models.tiny(name)
+    if name in ("bert", "vit"):
         # A checkpoint of the backbone alone, so that heads are new.
-        model = model.bert if hasattr(model, "bert") else model
+        model = model.base_model
     model.save_pretrained(folder)
     if name == "vit":
         hf.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)

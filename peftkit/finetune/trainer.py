@@ -20,6 +20,9 @@ class RecipeTrainer(Trainer):
     def __init__(self, *args: Any, task: Task, rates: TrainingRecipe, **kwargs: Any):
         self.task, self.rates = task, rates
         super().__init__(*args, **kwargs)
+        if task.has_own_loss:
+            # Otherwise the Trainer expects the model to divide the loss by the labels of all accumulated batches.
+            self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimiser that the recipe names, with our parameter groups."""
@@ -132,6 +135,7 @@ def _arguments(recipe: Recipe, evaluates: bool, steps: int, folder: str) -> Trai
         "logging_steps": training.log_every,
         "logging_nan_inf_filter": False,
         "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
         "dataloader_num_workers": training.workers,
         "dataloader_pin_memory": torch.cuda.is_available(),

@@ -266,11 +266,12 @@ class _Run:
         summary = next((entry for entry in reversed(history) if "train_loss" in entry), {})
         metrics = {"train_loss": summary["train_loss"]} if "train_loss" in summary else {}
         if trainer.eval_dataset is not None:
+            # Under a name of its own, because the weights may be those of an earlier step.
+            found = trainer.evaluate(metric_key_prefix="final")
             metrics |= {
-                name: value
-                for name, value in trainer.evaluate().items()
-                if name.startswith("eval_")
-                and not name.endswith(("runtime", "per_second", "epoch"))
+                name.replace("final_", "eval_", 1): value
+                for name, value in found.items()
+                if name.startswith("final_") and not name.endswith(("runtime", "per_second"))
             }
         if task.generative:
             for sample, after in zip(

@@ -72,7 +72,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_or_trained_on_the_las
         "{% if m['role'] == 'assistant' and not loop.last %}...{% else %}{{ m['content'] }}{% endif %}</s>{% endfor %}"
         "{% if add_generation_prompt %}<a>{% endif %}"
     )
-    with pytest.raises(BadRow, match="set task.train_on=last_answer"):
+    with pytest.raises(BadRow, match=r"set task\.train_on=last_answer"):
         task(template=template).encode(TALK)
     last = task(template=template, train_on="last_answer")
     assert shown(last, TALK) == "<u>hi</s><a>...</s><u>bye</s><a>«so long</s>»"

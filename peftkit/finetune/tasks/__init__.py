@@ -14,6 +14,12 @@ from peftkit.finetune.tasks.base import Task
 TASKS = (
     "sft",
     "causal_lm",
+    "masked_lm",
+    "text_classification",
+    "token_classification",
+    "seq2seq",
+    "image_classification",
+    "embeddings",
 )
 """Each name is also that of the module with the task."""
 

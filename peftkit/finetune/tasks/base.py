@@ -134,6 +134,9 @@ class Task:
         """Show a row as the model gets it, with the supervised part between « and »."""
         raise NotImplementedError
 
+    def adjust(self, model: Any, is_adapter: bool) -> None:
+        """Change a model that has just been loaded, before the strategy or an adapter is applied."""
+
     def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
         """Raise ``ContractError`` if the model does not fit the task."""
 
