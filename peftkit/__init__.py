@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from peftkit.checks import check
     from peftkit.errors import ContractError
     from peftkit.export import ExportReport, export_adapter_gguf, export_gguf
+    from peftkit.finetune import Recipe, RunResult, evaluate, generate, read_recipe, train
     from peftkit.fp8 import Float8Linear, from_fp8, to_fp8
     from peftkit.inits import InitReport, initialise
     from peftkit.interop import import_adapter
@@ -35,26 +36,32 @@ __all__ = [
     "InitReport",
     "LoraConfig",
     "PrefixConfig",
+    "Recipe",
     "Report",
+    "RunResult",
     "ServingReport",
     "__version__",
     "accelerate",
     "base_report",
     "check",
     "convert_adapter",
+    "evaluate",
     "explain",
     "export_adapter_gguf",
     "export_gguf",
     "from_fp8",
+    "generate",
     "import_adapter",
     "initialise",
     "load_adapter",
     "load_base",
     "lora_plus_groups",
     "merge",
+    "read_recipe",
     "restore",
     "serving_report",
     "to_fp8",
+    "train",
     "wrap",
 ]
 
@@ -67,25 +74,31 @@ _HOME_OF = {
     "InitReport": "peftkit.inits",
     "LoraConfig": "peft",
     "PrefixConfig": "peftkit.bridge",
+    "Recipe": "peftkit.finetune",
     "Report": "peftkit.report",
+    "RunResult": "peftkit.finetune",
     "ServingReport": "peftkit.serving",
     "accelerate": "peftkit.wrapping",
     "base_report": "peftkit.base",
     "check": "peftkit.checks",
     "convert_adapter": "peftkit.serving",
+    "evaluate": "peftkit.finetune",
     "explain": "peftkit.report",
     "export_adapter_gguf": "peftkit.export",
     "export_gguf": "peftkit.export",
     "from_fp8": "peftkit.fp8",
+    "generate": "peftkit.finetune",
     "import_adapter": "peftkit.interop",
     "initialise": "peftkit.inits",
     "load_adapter": "peftkit.loading",
     "load_base": "peftkit.base",
     "lora_plus_groups": "peftkit.lora_plus",
     "merge": "peftkit.merging",
+    "read_recipe": "peftkit.finetune",
     "restore": "peftkit.wrapping",
     "serving_report": "peftkit.serving",
     "to_fp8": "peftkit.fp8",
+    "train": "peftkit.finetune",
     "wrap": "peftkit.wrapping",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import models
 import tokenizers
 import transformers as hf
+from PIL import Image
 from typer.testing import CliRunner
 
 from peftkit.cli.main import app
@@ -76,6 +78,34 @@ def chats(count: int = 12) -> list[dict[str, Any]]:
                 {"role": "assistant", "content": chr(97 + i % 26) * 3},
             ]
         }
+        for i in range(count)
+    ]
+
+
+def tagged(count: int = 48) -> list[dict[str, Any]]:
+    """Words, of which the capital ones are names."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(count):
+        words = [draw.choice(["a", "b", "X", "Y"]) for _ in range(5)]
+        rows.append({"tokens": words, "tags": ["B-BIG" if w.isupper() else "O" for w in words]})
+    return rows
+
+
+def images(folder: Path, count: int = 8) -> Path:
+    """A folder with images of three colours, each colour in a folder of its own."""
+    for name, colour in (("red", (250, 20, 20)), ("green", (20, 250, 20)), ("blue", (20, 20, 250))):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            shade = tuple(max(0, c - 5 * number) for c in colour)
+            Image.new("RGB", (16, 16), shade).save(folder / name / f"{number}.png")
+    return folder
+
+
+def pairs(count: int = 32) -> list[dict[str, Any]]:
+    """Pairs of texts: small letters and the same number of other capital letters."""
+    return [
+        {"anchor": chr(97 + i % 16) * 3 + " ?", "positive": chr(65 + i % 16) * 3}
         for i in range(count)
     ]
 

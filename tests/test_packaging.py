@@ -48,6 +48,7 @@ def test_public_names_resolve():
         *("ContractError", "LoraConfig", "Report", "__version__", "accelerate", "check"),
         *("explain", "load_adapter", "restore", "wrap", "BottleneckConfig", "PrefixConfig"),
         *("ServingReport", "convert_adapter", "serving_report"),
+        *("Recipe", "RunResult", "evaluate", "generate", "read_recipe", "train"),
         *("ExportReport", "export_adapter_gguf", "export_gguf"),
         *("Float8Linear", "from_fp8", "to_fp8"),
         "import_adapter",

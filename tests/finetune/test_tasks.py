@@ -6,7 +6,6 @@ import random
 import finetune_cases as cases
 import pytest
 import torch
-from PIL import Image
 
 from peftkit.finetune import evaluate, train
 from peftkit.finetune.tasks import TASKS, require_task
@@ -28,46 +27,21 @@ def topics(count=48):
     ]
 
 
-def tagged(count=48):
-    draw = random.Random(0)
-    rows = []
-    for _ in range(count):
-        words = [draw.choice(["a", "b", "X", "Y"]) for _ in range(5)]
-        rows.append({"tokens": words, "tags": ["B-BIG" if w.isupper() else "O" for w in words]})
-    return rows
-
-
-def images(folder, count=8):
-    for name, colour in (("red", (250, 20, 20)), ("green", (20, 250, 20)), ("blue", (20, 20, 250))):
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            shade = tuple(max(0, c - 5 * number) for c in colour)
-            Image.new("RGB", (16, 16), shade).save(folder / name / f"{number}.png")
-    return folder
-
-
-def pairs(count=32):
-    return [
-        {"anchor": chr(97 + i % 16) * 3 + " ?", "positive": chr(65 + i % 16) * 3}
-        for i in range(count)
-    ]
-
-
 TEXTS = [{"text": "abcabcabcabc"}, {"text": "xyzxyzxyz"}] * 12
 COPIES = [{"source": c * 3, "target": c} for c in "abcd"] * 8
 CASES = {
     "masked_lm": ("masked bert", "full", lambda folder: TEXTS, "token_accuracy", 0.5),
     "text_classification": ("bert", "lora", lambda folder: topics(), "accuracy", 0.9),
-    "token_classification": ("bert", "lora", lambda folder: tagged(), "f1", 0.9),
+    "token_classification": ("bert", "lora", lambda folder: cases.tagged(), "f1", 0.9),
     "seq2seq": ("t5", "lora", lambda folder: COPIES, "token_accuracy", 0.7),
     "image_classification": (
         "vit",
         "lora",
-        lambda folder: str(images(folder / "i")),
+        lambda folder: str(cases.images(folder / "i")),
         "accuracy",
         0.9,
     ),
-    "embeddings": ("bert", "lora", lambda folder: pairs(), "recall_at_1", 0.5),
+    "embeddings": ("bert", "lora", lambda folder: cases.pairs(), "recall_at_1", 0.5),
 }
 
 
@@ -135,12 +109,12 @@ FAULTS = {
     ),
     "tags that are too few": (
         "token_classification",
-        [*tagged(2), {"tokens": ["a", "b"], "tags": ["O"]}],
+        [*cases.tagged(2), {"tokens": ["a", "b"], "tags": ["O"]}],
         "d.jsonl:3: 2 tokens, but 1 tags",
     ),
     "a pair without a partner": (
         "embeddings",
-        [*pairs(3), {"anchor": "a"}],
+        [*cases.pairs(3), {"anchor": "a"}],
         "d.jsonl:4: no column 'positive'",
     ),
     "no image": (
@@ -148,7 +122,11 @@ FAULTS = {
         [{"image": "/nowhere.png", "label": "a"}, {"image": "/no.png", "label": "b"}],
         "d.jsonl:1: the image /nowhere.png does not exist",
     ),
-    "a batch of one": ("embeddings", pairs(1), "compares the rows of a batch, but a batch has 1"),
+    "a batch of one": (
+        "embeddings",
+        cases.pairs(1),
+        "compares the rows of a batch, but a batch has 1",
+    ),
 }
 
 
