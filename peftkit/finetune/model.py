@@ -103,7 +103,6 @@ def load_model(recipe: Recipe, task: Task, is_adapter: bool) -> nn.Module:
     if pad_id is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_id
     _require_vocabulary(model, task)
-    task.adjust(model, is_adapter)
     return model
 
 

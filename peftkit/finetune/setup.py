@@ -11,7 +11,7 @@ from peftkit.finetune.data import Part, find_labels, load_data
 from peftkit.finetune.first_step import check_first_step
 from peftkit.finetune.model import load_model, load_processor, longest_input
 from peftkit.finetune.recipe import Recipe
-from peftkit.finetune.strategies import require_strategy
+from peftkit.finetune.strategies import AdapterSetting, require_strategy
 from peftkit.finetune.tasks import require_task
 from peftkit.finetune.tasks.base import Setting, Task
 from peftkit.finetune.trainer import total_steps
@@ -117,7 +117,8 @@ def prepare_model(
     task.setting.config = model.config
     rows = list(train.dataset.select(range(min(recipe.training.batch_size, len(train.dataset)))))
     task.check_model(model, rows)
-    prepared = strategy.apply(model, recipe.strategy.options, task.task_type)
+    setting = AdapterSetting(task.task_type, tuple(task.outside_loss(model)))
+    prepared = strategy.apply(model, recipe.strategy.options, setting)
     model = prepared.model
     stages = None
     if prepared.stages is not None:

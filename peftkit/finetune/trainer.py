@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
 
 from peftkit.errors import ContractError
 from peftkit.finetune.rates import parameter_groups
@@ -40,6 +48,26 @@ class RecipeTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = self.task.loss(model, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def load_finished(self, checkpoint: Path) -> bool:
+        """Load the result of a training whose last step was done before the run ended; the Trainer would do one step more.
+
+        Returns:
+            False if there are steps left. Then nothing is loaded.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        stopping = state.stateful_callbacks.get("EarlyStoppingCallback")
+        early = isinstance(stopping, dict) and (
+            stopping["attributes"]["early_stopping_patience_counter"]
+            >= stopping["args"]["early_stopping_patience"]
+        )
+        if state.global_step < state.max_steps and not early:
+            return False
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        chosen = checkpoint if best is None else checkpoint.with_name(Path(best).name)
+        self._load_from_checkpoint(str(chosen))
+        return True
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raise ``ContractError`` if the loss is not finite, instead of going on with broken weights."""

@@ -33,7 +33,7 @@ class RunResult:
         folder: The folder of the run.
         status: ``"finished"``, or ``"stopped"`` after Ctrl-C or ``training.stop_after``.
         steps: Optimiser steps that were done.
-        metrics: The last evaluation, and the mean loss of training.
+        metrics: The evaluation of the saved weights, and the mean of the logged training losses.
         weights: The folder with the adapter or the model; ``None`` if the run was stopped.
         problems: What the checks after training found. A run with problems did not train what it should.
         notes: What is worth knowing besides.
@@ -138,7 +138,8 @@ class _Run:
         self._start(facts, samples)
         set_seed(recipe.training.seed)
         try:
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            if checkpoint is None or not trainer.load_finished(checkpoint):
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except ContractError as error:
             self._write_result(
                 RunResult(
@@ -263,15 +264,16 @@ class _Run:
 
         problems, more = judge(model, before, is_adapter(self.recipe))
         history = list(trainer.state.log_history)
-        summary = next((entry for entry in reversed(history) if "train_loss" in entry), {})
-        metrics = {"train_loss": summary["train_loss"]} if "train_loss" in summary else {}
+        losses = [entry["loss"] for entry in history if "loss" in entry]
+        metrics = {"train_loss": sum(losses) / len(losses)} if losses else {}
         if trainer.eval_dataset is not None:
             # Under a name of its own, because the weights may be those of an earlier step.
             found = trainer.evaluate(metric_key_prefix="final")
             metrics |= {
                 name.replace("final_", "eval_", 1): value
                 for name, value in found.items()
-                if name.startswith("final_") and not name.endswith(("runtime", "per_second"))
+                if name.startswith("final_")
+                and not name.endswith(("_time", "runtime", "per_second"))
             }
         if task.generative:
             for sample, after in zip(

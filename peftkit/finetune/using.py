@@ -106,7 +106,7 @@ def evaluate(run: str | os.PathLike[str], data: Any = None) -> dict[str, float]:
     return {
         name.removeprefix("eval_"): float(value)
         for name, value in found.items()
-        if name.startswith("eval_") and not name.endswith(("runtime", "per_second"))
+        if name.startswith("eval_") and not name.endswith(("_time", "runtime", "per_second"))
     }
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peftkit.finetune.model import place_of
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.run_folder import RunFolder, write_text
 
@@ -86,7 +87,7 @@ def model_card(
         "## How to load it",
         "",
         "```python",
-        *_loading(recipe, task_class_of(recipe), name),
+        *_loading(recipe, facts["labels"], name),
         "```",
         "",
         "## Versions",
@@ -100,24 +101,27 @@ def model_card(
     return "\n".join(lines)
 
 
-def task_class_of(recipe: Recipe) -> str:
-    """The name of transformers' Auto class."""
+def _loading(recipe: Recipe, labels: list[str], name: str) -> list[str]:
+    """Code that loads the weights."""
     from peftkit.finetune.tasks import require_task
 
-    return require_task(recipe.task.name).auto_class
-
-
-def _loading(recipe: Recipe, auto_class: str, name: str) -> list[str]:
+    auto_class = require_task(recipe.task.name).auto_class
     if name == MODEL:
         return [
             f"from transformers import {auto_class}",
             "",
             f'model = {auto_class}.from_pretrained("PATH_OF_THIS_FOLDER")',
         ]
+    place, gguf = place_of(recipe.model)
+    if gguf is None:
+        head = f", num_labels={len(labels)}" if labels else ""
+        base = f'model = peftkit.load_base("{place}", auto_class="{auto_class}"{head})'
+    else:
+        base = f'model = transformers.{auto_class}.from_pretrained("{place}", gguf_file="{gguf}")'
     return [
-        "import peftkit",
+        "import peftkit" if gguf is None else "import peftkit, transformers",
         "",
-        f'model = peftkit.load_base("{recipe.model}", auto_class="{auto_class}")',
+        base,
         'model = peftkit.load_adapter(model, "PATH_OF_THIS_FOLDER")',
     ]
 

@@ -97,6 +97,38 @@ def test_a_run_that_died_resumes_from_the_last_whole_checkpoint(
     assert metrics(tmp_path / "whole") == metrics(parts)
 
 
+@pytest.mark.parametrize("ending", ["the last step", "early stopping"])
+def test_a_run_that_died_after_its_last_step_is_finished_without_another(
+    ending, model, tmp_path, one_thread, monkeypatch
+):
+    early = {
+        "early_stopping": 1,
+        "lr": 0.5,
+        "max_steps": 20,
+        "checkpoint_every": 2,
+        "scheduler": "constant",
+    }
+    settings = early if ending == "early stopping" else {"checkpoint_every": 4}
+    file = cases.write_recipe(tmp_path / "r.yaml", values(model, tmp_path, "whole", **settings))
+    cases.run("train", file)
+
+    def dies(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("peftkit.finetune.outcome.judge", dies)
+    parts = tmp_path / "parts"
+    with pytest.raises(MemoryError):
+        train(values(model, tmp_path, "parts", **settings))
+    monkeypatch.undo()
+    cases.run("train", file, f"out={parts}", "resume=true")
+    assert_equal(weights(tmp_path / "whole"), weights(parts))
+    results = [
+        json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "whole", parts)
+    ]
+    assert results[0]["steps"] == results[1]["steps"]
+    assert results[0]["metrics"] == results[1]["metrics"]
+
+
 def test_ctrl_c_saves_a_checkpoint(model, tmp_path, one_thread, monkeypatch):
     file = cases.write_recipe(tmp_path / "r.yaml", values(model, tmp_path, "whole"))
     cases.run("train", file)

@@ -9,7 +9,7 @@ from peftkit import ContractError
 from peftkit.finetune import read_recipe
 from peftkit.finetune.blocks import Places, find_stacks
 from peftkit.finetune.rates import parameter_groups
-from peftkit.finetune.strategies import require_strategy
+from peftkit.finetune.strategies import AdapterSetting, require_strategy
 from peftkit.finetune.strategies.staged import trained_at
 
 ROWS = {"model": "m", "task": "sft", "data": {"train": "d.jsonl"}, "out": "runs/x"}
@@ -18,7 +18,7 @@ ROWS = {"model": "m", "task": "sft", "data": {"train": "d.jsonl"}, "out": "runs/
 def prepared(model, strategy, task_type=None):
     recipe = read_recipe(ROWS | {"strategy": strategy})
     chosen = require_strategy(recipe.strategy.name)
-    return chosen.apply(model, recipe.strategy.options, task_type)
+    return chosen.apply(model, recipe.strategy.options, AdapterSetting(task_type))
 
 
 def trained(model):

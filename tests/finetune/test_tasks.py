@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import finetune_cases as cases
 import pytest
@@ -81,6 +82,10 @@ def test_a_task_learns_and_its_run_can_be_used(task, tmp_path, one_thread):
     ).read_text()
     assert "base_model: ../../m" in card
     assert metric in card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    found = {}
+    exec(code.replace("PATH_OF_THIS_FOLDER", str(Path(result["weights"]))), found)
+    assert isinstance(found["model"], torch.nn.Module)
     if not require_task(task).generative:
         assert "which writes no text" in cases.run("generate", tmp_path / "run", "x", code=1)
     else:

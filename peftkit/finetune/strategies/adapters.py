@@ -12,7 +12,7 @@ from torch import nn
 from peftkit.errors import ContractError, short
 from peftkit.finetune.recipe import SET_BY_PEFTKIT, changed
 from peftkit.finetune.schema import build, unknown_key
-from peftkit.finetune.strategies.base import ADAPTER_LR, HEAD_LR, Prepared, Strategy
+from peftkit.finetune.strategies.base import ADAPTER_LR, HEAD_LR, AdapterSetting, Prepared, Strategy
 
 _OURS = ("lora", "bottleneck", "prefix")
 _LORA = {"r": 16, "lora_alpha": 32}
@@ -30,8 +30,8 @@ class Adapter(Strategy):
         return _config(cls.name, values, where)
 
     @classmethod
-    def apply(cls, model: nn.Module, options: Any, task_type: str | None) -> Prepared:
-        return _wrapped(model, [options], task_type)
+    def apply(cls, model: nn.Module, options: Any, setting: AdapterSetting) -> Prepared:
+        return _wrapped(model, [options], setting)
 
 
 class Lora(Adapter):
@@ -100,9 +100,9 @@ class Mix(Strategy):
         return MixOptions(**configs)
 
     @classmethod
-    def apply(cls, model: nn.Module, options: MixOptions, task_type: str | None) -> Prepared:
+    def apply(cls, model: nn.Module, options: MixOptions, setting: AdapterSetting) -> Prepared:
         configs = [getattr(options, name) for name in _OURS]
-        return _wrapped(model, [config for config in configs if config is not None], task_type)
+        return _wrapped(model, [config for config in configs if config is not None], setting)
 
 
 def other_method(name: str) -> type[Adapter] | None:
@@ -166,14 +166,17 @@ def _config(name: str, values: Any, where: str) -> Any:
     return config
 
 
-def _wrapped(model: nn.Module, configs: list[Any], task_type: str | None) -> Prepared:
+def _wrapped(model: nn.Module, configs: list[Any], setting: AdapterSetting) -> Prepared:
     from peftkit.wrapping import wrap
 
     # PEFT writes what it has resolved into the config, which is part of the recipe.
     configs = [copy.deepcopy(config) for config in configs]
     for config in configs:
         if config.task_type is None:
-            config.task_type = task_type
+            config.task_type = setting.task_type
+        excluded = getattr(config, "exclude_modules", None)
+        if setting.outside_loss and not isinstance(excluded, str):
+            config.exclude_modules = [*(excluded or ()), *setting.outside_loss]
     try:
         return Prepared(wrap(model, *configs))
     except ContractError:

@@ -34,6 +34,19 @@ class Prepared:
     stages: Stages | None = None
 
 
+@dataclass(frozen=True)
+class AdapterSetting:
+    """What the task says about adapters.
+
+    Attributes:
+        task_type: PEFT's name of the kind of task.
+        outside_loss: Modules that get no adapter, because the loss does not depend on them.
+    """
+
+    task_type: str | None = None
+    outside_loss: tuple[str, ...] = ()
+
+
 @dataclass
 class NoOptions:
     """Options of a strategy or task without options."""
@@ -68,6 +81,6 @@ class Strategy:
         """Raise ``ContractError`` if the options contradict each other or the rest of the recipe."""
 
     @classmethod
-    def apply(cls, model: nn.Module, options: Any, task_type: str | None) -> Prepared:
-        """Prepare a model in place; ``task_type`` is PEFT's name of the kind of task."""
+    def apply(cls, model: nn.Module, options: Any, setting: AdapterSetting) -> Prepared:
+        """Prepare a model in place."""
         raise NotImplementedError

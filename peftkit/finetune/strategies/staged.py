@@ -9,7 +9,7 @@ from torch import nn
 from peftkit.errors import ContractError
 from peftkit.finetune.blocks import Places
 from peftkit.finetune.schema import key
-from peftkit.finetune.strategies.base import HEAD_LR, Prepared, Strategy
+from peftkit.finetune.strategies.base import HEAD_LR, AdapterSetting, Prepared, Strategy
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Gradual(Strategy):
     Options = GradualOptions
 
     @classmethod
-    def apply(cls, model: nn.Module, options: GradualOptions, task_type: str | None) -> Prepared:
+    def apply(cls, model: nn.Module, options: GradualOptions, setting: AdapterSetting) -> Prepared:
         model.requires_grad_(True)
         places = Places(model)
         if not places.stacks:
@@ -83,7 +83,7 @@ class ProbeThenTune(Strategy):
     head_lr = HEAD_LR
 
     @classmethod
-    def apply(cls, model: nn.Module, options: ProbeOptions, task_type: str | None) -> Prepared:
+    def apply(cls, model: nn.Module, options: ProbeOptions, setting: AdapterSetting) -> Prepared:
         model.requires_grad_(True)
         places = Places(model)
         names = {name for name, _ in model.named_parameters()}

@@ -12,7 +12,7 @@ from peftkit.errors import ContractError, listing
 from peftkit.find.suggestions import close_matches
 from peftkit.finetune.blocks import Places, is_norm
 from peftkit.finetune.schema import key
-from peftkit.finetune.strategies.base import FULL_LR, Prepared, Strategy
+from peftkit.finetune.strategies.base import FULL_LR, AdapterSetting, Prepared, Strategy
 
 
 class Full(Strategy):
@@ -22,7 +22,7 @@ class Full(Strategy):
     summary = "every weight"
 
     @classmethod
-    def apply(cls, model: nn.Module, options: Any, task_type: str | None) -> Prepared:
+    def apply(cls, model: nn.Module, options: Any, setting: AdapterSetting) -> Prepared:
         model.requires_grad_(True)
         return Prepared(model)
 
@@ -58,7 +58,7 @@ class Partial(Strategy):
                 ) from None
 
     @classmethod
-    def apply(cls, model: nn.Module, options: PartialOptions, task_type: str | None) -> Prepared:
+    def apply(cls, model: nn.Module, options: PartialOptions, setting: AdapterSetting) -> Prepared:
         names = _selected(model, options)
         if not names:
             raise ContractError(

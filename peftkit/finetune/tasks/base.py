@@ -134,8 +134,9 @@ class Task:
         """Show a row as the model gets it, with the supervised part between « and »."""
         raise NotImplementedError
 
-    def adjust(self, model: Any, is_adapter: bool) -> None:
-        """Change a model that has just been loaded, before the strategy or an adapter is applied."""
+    def outside_loss(self, model: Any) -> list[str]:
+        """Names of modules on which an adapter would get no gradient, because the loss does not depend on them."""
+        return []
 
     def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
         """Raise ``ContractError`` if the model does not fit the task."""

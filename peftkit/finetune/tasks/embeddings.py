@@ -75,10 +75,8 @@ class Embeddings(Task):
         decode = self.setting.tokenizer.decode
         return f"«{decode(features['anchor'])}» ~ «{decode(features['positive'])}»"
 
-    def adjust(self, model: Any, is_adapter: bool) -> None:
-        # A pooler takes no part in the loss. An adapter on it would get no gradient; a model that is saved itself keeps it.
-        if is_adapter and getattr(model, "pooler", None) is not None:
-            model.pooler = None
+    def outside_loss(self, model: Any) -> list[str]:
+        return ["pooler.dense"] if hasattr(getattr(model, "pooler", None), "dense") else []
 
     def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
         if len(rows) < 2:
