@@ -1,7 +1,10 @@
 """``peftkit train``, ``peftkit generate`` and ``peftkit eval``: a run from a recipe, and what can be done with it."""
 
+import contextlib
 import json
 import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +51,8 @@ def train(
     from peftkit.finetune import train as run
 
     say = (lambda line: None) if quiet or as_json else typer.echo
-    result = run(recipe, *(overrides or []), say=say)
+    with _without_known_warnings():
+        result = run(recipe, *(overrides or []), say=say)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
     else:
@@ -78,7 +82,8 @@ def generate(
     _calm()
     from peftkit.finetune import generate as write
 
-    answers = write(run, prompts, max_new_tokens=max_new_tokens, temperature=temperature)
+    with _without_known_warnings():
+        answers = write(run, prompts, max_new_tokens=max_new_tokens, temperature=temperature)
     if as_json:
         rows = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -99,7 +104,8 @@ def evaluate(
     _calm()
     from peftkit.finetune import evaluate as measure
 
-    found = measure(run, data)
+    with _without_known_warnings():
+        found = measure(run, data)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
@@ -129,3 +135,14 @@ def _calm() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _without_known_warnings() -> Iterator[None]:
+    """Without two warnings that say nothing to a user of the command: a name that PEFT uses, and a base model without a config file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated"
+        )
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        yield

@@ -95,7 +95,7 @@ class StopWithCheckpoint(TrainerCallback):
                 return  # not the main thread, which alone gets signals
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        reached = self.stop_after is not None and state.global_step >= self.stop_after
+        reached = state.global_step == self.stop_after
         if (self._asked or reached) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.stopped = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from peftkit.errors import ContractError
 from peftkit.finetune.packing import collate_packs, pack, require_no_leaks
 from peftkit.finetune.tasks.base import IGNORED, Task, marked, pad, pad_tokens
 
@@ -34,6 +35,7 @@ class CausalTask(Task):
         return marked(self.setting.tokenizer, features["input_ids"], features["labels"])
 
     def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
+        require_causal(model)
         if self.setting.options.packing:
             require_no_leaks(model)
 
@@ -44,3 +46,38 @@ class CausalTask(Task):
         found, wanted = predictions[:, :-1], labels[:, 1:]
         used = wanted != IGNORED
         return {"token_accuracy": float((found == wanted)[used].mean()) if used.any() else 0.0}
+
+
+def require_causal(model: Any, length: int = 8) -> None:
+    """Raise unless the logits of a position are the same for any next token. Otherwise the model would learn to copy its labels.
+
+    Args:
+        model: A model with logits for each position.
+        length: Number of tokens of the text that is tried.
+
+    Raises:
+        ContractError: The logits before the last token depend on it.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    ids = torch.arange(length, device=device)[None] % model.config.get_text_config().vocab_size
+    other = ids.clone()
+    other[0, -1] = 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            first, second = (
+                model(input_ids=one, attention_mask=torch.ones_like(one)).logits[0, :-1]
+                for one in (ids, other)
+            )
+    finally:
+        model.train(was_training)
+    difference = (first - second).abs().max().item()
+    # Masked positions add exact zeros; only the order of sums may differ.
+    if not difference <= 64 * torch.finfo(first.dtype).eps * first.abs().max().item():
+        raise ContractError(
+            f"{type(model).__name__} attends to the tokens that it should predict (they change its logits by {difference:.3g}), so the "
+            "loss would fall without learning; use a decoder such as Llama or GPT-2, or task=masked_lm"
+        )

@@ -99,10 +99,10 @@ def load_model(recipe: Recipe, task: Task, is_adapter: bool) -> nn.Module:
             model = load_base(place, base, auto_class=task.auto_class, **arguments)  # type: ignore[arg-type]
         else:
             model = _load_gguf(place, gguf, base, task.auto_class, arguments)
+    _keep_layout(model)
     pad_id = getattr(task.setting.tokenizer, "pad_token_id", None)
     if pad_id is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_id
-    _require_vocabulary(model, task)
     return model
 
 
@@ -110,6 +110,7 @@ def _load_gguf(place: str, file: str, base: str, auto_class: str, arguments: dic
     import transformers
 
     from peftkit.base import load_base
+    from peftkit.base.gguf import forget_gguf
     from peftkit.base.kinds import DTYPES
 
     dtype = DTYPES.get(base, DTYPES["fp32"])
@@ -125,6 +126,7 @@ def _load_gguf(place: str, file: str, base: str, auto_class: str, arguments: dic
         raise ContractError(
             f"{Path(place, file)} cannot be loaded: {_first_line(error)}"
         ) from error
+    forget_gguf(model)
     if base in ("int8", "nf4", "fp8"):
         return load_base(model, base)  # type: ignore[arg-type]
     return model.to(_device())
@@ -136,17 +138,14 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _require_vocabulary(model: Any, task: Task) -> None:
-    """Raise if the tokenizer has ids that the embeddings do not have."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if task.processor != "tokenizer" or not isinstance(embeddings, nn.Embedding):
-        return
-    tokens = len(task.setting.tokenizer)
-    if tokens > embeddings.num_embeddings:
-        raise ContractError(
-            f"the tokenizer has {tokens} tokens, but the model's embeddings have {embeddings.num_embeddings} rows; they belong to "
-            "different models, or model.resize_token_embeddings was not called before saving"
-        )
+def _keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing NF4 weights for inference.
+
+    On CPUs with AVX512-BF16 it does so in the first evaluation, and the packed weights pass no gradient on in the training that follows.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def longest_input(model: Any) -> int | None:

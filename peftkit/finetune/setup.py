@@ -16,6 +16,9 @@ from peftkit.finetune.tasks import require_task
 from peftkit.finetune.tasks.base import Setting, Task
 from peftkit.finetune.trainer import total_steps
 
+_TOKENS = ("input_ids", "anchor", "positive")
+"""Columns with token ids."""
+
 
 def is_adapter(recipe: Recipe) -> bool:
     """Whether the recipe trains an adapter rather than the model itself."""
@@ -114,6 +117,7 @@ def prepare_model(
             f"training.seq_len={task.setting.seq_len}, but {type(model).__name__} has positions for {longest} tokens; use at most that "
             "many"
         )
+    _require_vocabulary(model, task, train)
     task.setting.config = model.config
     rows = list(train.dataset.select(range(min(recipe.training.batch_size, len(train.dataset)))))
     task.check_model(model, rows)
@@ -129,3 +133,19 @@ def prepare_model(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{type(model).__name__}: {trained:,} trained numbers; {'; '.join(notes)}")
     return model, stages, notes
+
+
+def _require_vocabulary(model: Any, task: Task, train: Part) -> None:
+    """Raise if a training row or the padding has a token id that the embeddings do not have."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(embeddings, "num_embeddings", None)
+    columns = [name for name in _TOKENS if name in train.dataset.column_names]
+    if rows is None or not columns:
+        return
+    largest = max(max(map(max, train.dataset[name])) for name in columns)
+    largest = max(largest, task.setting.tokenizer.pad_token_id)
+    if largest >= rows:
+        raise ContractError(
+            f"the tokenizer makes the token id {largest}, but the model's embeddings have {rows} rows; the two belong to different "
+            "models, or model.resize_token_embeddings was not called before the model was saved"
+        )

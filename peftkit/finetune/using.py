@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ContractError
-from peftkit.finetune.data import encode_rows
+from peftkit.finetune.data import encode_rows, fingerprint, load_data
 from peftkit.finetune.model import load_model
 from peftkit.finetune.reading import read_recipe
 from peftkit.finetune.recipe import Recipe
@@ -93,13 +93,15 @@ def evaluate(run: str | os.PathLike[str], data: Any = None) -> dict[str, float]:
         )
     task, model = load_run(recipe, folder)
     if isinstance(source, float):
-        from peftkit.finetune.data import load_data
-
-        evaluation = load_data(recipe, task)[1]
+        train, evaluation = load_data(recipe, task)
+        if fingerprint(train.dataset) != (folder.read_json(DATA) or {}).get("fingerprint"):
+            raise ContractError(
+                f"the rows of data.train={recipe.data.train!r} are not those of the run in {run}, so the share that was set aside is not "
+                "known; name rows with --data FILE"
+            )
         rows = evaluation.dataset if evaluation else None
     else:
-        part = encode_rows(source, "data.eval", recipe, task)
-        rows = part.model_rows()
+        rows = encode_rows(source, "data.eval", recipe, task).model_rows()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(recipe, task, model, None, rows, scratch)
         found = trainer.evaluate()

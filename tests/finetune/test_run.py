@@ -7,11 +7,13 @@ import models
 import pytest
 import torch
 import yaml
+from export_cases import byte_level
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftkit.finetune.trainer as trainer_module
-from peftkit import BottleneckConfig, ContractError, LoraConfig, PrefixConfig, wrap
-from peftkit.finetune import train
+from peftkit import BottleneckConfig, ContractError, LoraConfig, PrefixConfig, export_gguf, wrap
+from peftkit.finetune import generate, train
 from peftkit.finetune.outcome import digests, judge
 from peftkit.finetune.report import bars
 
@@ -129,6 +131,54 @@ def test_settings_of_the_training(changes, model, tmp_path, one_thread):
     found = train(values(model, tmp_path, training={"samples": 0, **changes}))
     assert (found.status, found.problems) == ("finished", [])
     assert found.steps == (2 if "epochs" in changes else 4)
+
+
+def wide_llama(tokenizer):
+    """A tiny Llama whose rows are whole blocks of bitsandbytes."""
+    config = models.tiny("llama").config.to_dict()
+    config |= {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "head_dim": 16,
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**config))
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8", "fp8"])
+def test_a_quantised_base(base, tmp_path, one_thread):
+    tokenizer = cases.letter_tokenizer(chat=True)
+    tokenizer.save_pretrained(tmp_path / "m")
+    wide_llama(tokenizer).save_pretrained(tmp_path / "m")
+    # Evaluations before and between steps must not change what the steps after them do.
+    settings = {"samples": 1, "checkpoint_every": 2, "max_steps": 8}
+    found = train(
+        values(tmp_path / "m", tmp_path, base=base, data={"eval": 0.25}, training=settings)
+    )
+    assert (found.status, found.problems) == ("finished", [])
+    assert len(generate(tmp_path / "run", ["say a"], max_new_tokens=2)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
+@pytest.mark.parametrize(
+    ("strategy", "base"), [("lora", "auto"), ("lora", "nf4"), ("full", "auto")]
+)
+def test_a_model_in_a_gguf_file(strategy, base, tmp_path, one_thread):
+    tokenizer = byte_level("smollm")
+    tokenizer.chat_template = cases.CHAT_TEMPLATE
+    export_gguf(wide_llama(tokenizer), tmp_path / "m.gguf", tokenizer=tokenizer, dtype="f32")
+    settings = values(tmp_path / "m.gguf", tmp_path, strategy=strategy, base=base)
+    found = train(settings | {"training": settings["training"] | {"seq_len": 64, "lr": 1e-3}})
+    assert (found.status, found.problems) == ("finished", [])
+    assert len(generate(tmp_path / "run", ["say a"], max_new_tokens=4)) == 1
+
+
+def test_evaluation_of_a_share_needs_the_same_rows(model, tmp_path, one_thread):
+    data = cases.write_jsonl(tmp_path / "d.jsonl", cases.chats(16))
+    train(cases.recipe(model, "sft", data, tmp_path / "run", data={"eval": 0.25}))
+    cases.write_jsonl(data, cases.chats(20))
+    assert "is not known; name rows with --data" in cases.run("eval", tmp_path / "run", code=1)
 
 
 def test_training_that_changes_nothing_is_a_problem(model, tmp_path, one_thread):

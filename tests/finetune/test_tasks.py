@@ -8,6 +8,7 @@ import finetune_cases as cases
 import pytest
 import torch
 
+from peftkit import ContractError
 from peftkit.finetune import evaluate, train
 from peftkit.finetune.tasks import TASKS, require_task
 from peftkit.finetune.tasks.base import Setting
@@ -145,6 +146,57 @@ def test_faulty_rows_of_tasks_are_named(fault, tmp_path, one_thread):
     )
     assert expected in cases.run("train", file, code=1)
     assert not (tmp_path / "run").exists()
+
+
+MISFITS = {
+    "an encoder for sft": ("sft", "masked bert", "attends to the tokens that it should predict"),
+    "an encoder-decoder for sft": ("sft", "t5", "AutoModelForCausalLM has no class for T5Config"),
+    "a decoder for seq2seq": (
+        "seq2seq",
+        "llama",
+        "AutoModelForSeq2SeqLM has no class for LlamaConfig",
+    ),
+    "an encoder-decoder for embeddings": ("embeddings", "t5", "needs an encoder or a decoder"),
+    "a text model for images": ("image_classification", "bert", "has no image processor"),
+    "an image model for texts": ("causal_lm", "vit", "has no tokenizer"),
+}
+ROWS = {"sft": cases.chats(8), "causal_lm": TEXTS, "seq2seq": COPIES, "embeddings": cases.pairs(8)}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_model_that_does_not_fit_the_task_is_refused(misfit, tmp_path, one_thread):
+    task, name, expected = MISFITS[misfit]
+    model = cases.save_model(tmp_path / "m", name, chat=True)
+    data = str(cases.images(tmp_path / "i", 2)) if task == "image_classification" else ROWS[task]
+    with pytest.raises(ContractError, match=expected):
+        train(cases.recipe(model, task, data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, one_thread):
+    model = cases.save_model(tmp_path / "m", "llama", chat=True)
+    tokenizer = cases.letter_tokenizer(chat=True)
+    tokenizer.add_tokens([f"<{i}>" for i in range(40)])
+    tokenizer.save_pretrained(model)
+    rows = cases.chats(8)
+    # Tokens that no row has do not matter.
+    train(cases.recipe(model, "sft", rows, tmp_path / "run"))
+    rows[3]["messages"][1]["content"] = "<39>"
+    with pytest.raises(
+        ContractError, match=r"makes the token id \d+, but the model's embeddings have 96 rows"
+    ):
+        train(cases.recipe(model, "sft", rows, tmp_path / "run2"))
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_embeddings_of_a_checkpoint_without_a_pooler(strategy, tmp_path, one_thread):
+    model = cases.save_model(tmp_path / "m", "masked bert")
+    found = train(
+        cases.recipe(model, "embeddings", cases.pairs(8), tmp_path / "run", strategy=strategy)
+    )
+    assert found.problems == []
+    assert any("pooler.dense.weight" in note for note in found.notes) is (strategy == "full")
+    assert evaluate(tmp_path / "run", cases.pairs(8))["loss"] > 0
 
 
 def test_new_labels_in_the_evaluation_are_named(tmp_path, one_thread):

@@ -177,6 +177,9 @@ def _wrapped(model: nn.Module, configs: list[Any], setting: AdapterSetting) -> P
         excluded = getattr(config, "exclude_modules", None)
         if setting.outside_loss and not isinstance(excluded, str):
             config.exclude_modules = [*(excluded or ()), *setting.outside_loss]
+        if setting.outside_loss and getattr(config, "modules_to_save", ()) is None:
+            # They need not be trained even if they were not in the checkpoint.
+            config.modules_to_save = []
     try:
         return Prepared(wrap(model, *configs))
     except ContractError:

@@ -79,6 +79,10 @@ class Embeddings(Task):
         return ["pooler.dense"] if hasattr(getattr(model, "pooler", None), "dense") else []
 
     def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
+        if model.config.is_encoder_decoder:
+            raise ContractError(
+                f"task=embeddings needs an encoder or a decoder, and {type(model).__name__} is both; use a model such as BERT or MiniLM"
+            )
         if len(rows) < 2:
             raise ContractError(
                 f"task=embeddings compares the rows of a batch, but a batch has {len(rows)}; use training.batch_size=16 or more, and "
