@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +96,8 @@ def load_data(recipe: Recipe, task: Task) -> tuple[Part, Part | None]:
         evaluation = (
             None if data.eval is None else encode_rows(data.eval, "data.eval", recipe, task)
         )
-    train = _finished(train, task.arrange)
-    return train, None if evaluation is None else _finished(evaluation, lambda rows: rows)
+    train = _finished(train, task if task.packs() else None)
+    return train, None if evaluation is None else _finished(evaluation, None)
 
 
 def encode_rows(source: Any, name: str, recipe: Recipe, task: Task) -> Part:
@@ -213,16 +213,19 @@ class _Table:
         self.rows = []
 
 
-def _finished(part: Part, arrange: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Part:
-    """Count what is used, remove our own columns and arrange the rows."""
+def _finished(part: Part, packer: Task | None) -> Part:
+    """Count what is used, remove our own columns and pack the rows if there is a task to do so."""
     counts = replace(part.counts, supervised=sum(part.dataset[_SUPERVISED]))
     if "input_ids" in part.dataset.column_names:
         counts.tokens = sum(map(len, part.dataset["input_ids"]))
-    table = _Table()
-    for row in arrange(list(part.model_rows())):
-        table.add(row)
-    counts.samples = len(finished := table.finish())
-    return Part(finished, counts, part.examples)
+    dataset = part.model_rows()
+    if packer is not None:
+        table = _Table()
+        for row in packer.pack(list(dataset)):
+            table.add(row)
+        dataset = table.finish()
+    counts.samples = len(dataset)
+    return Part(dataset, counts, part.examples)
 
 
 def _split(part: Part, share: float, seed: int) -> tuple[Part, Part]:

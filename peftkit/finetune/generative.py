@@ -20,9 +20,10 @@ class CausalTask(Task):
     metric_names = ("token_accuracy",)
     generative = True
 
-    def arrange(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if not self.setting.options.packing:
-            return rows
+    def packs(self) -> bool:
+        return self.setting.options.packing
+
+    def pack(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return pack(rows, self.setting.seq_len)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -36,7 +37,7 @@ class CausalTask(Task):
 
     def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
         require_causal(model)
-        if self.setting.options.packing:
+        if self.packs():
             require_no_leaks(model)
 
     def keep_of_logits(self, logits: Any, labels: Any) -> Any:

@@ -4,9 +4,10 @@ import finetune_cases as cases
 import models
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peftkit import ContractError
-from peftkit.finetune import read_recipe
+from peftkit.finetune import read_recipe, train
 from peftkit.finetune.blocks import Places, find_stacks
 from peftkit.finetune.rates import parameter_groups
 from peftkit.finetune.strategies import AdapterSetting, require_strategy
@@ -183,3 +184,19 @@ def test_a_run_changes_what_the_strategy_trains_and_can_be_used(name, tmp_path, 
         assert changed == (
             {n for n in before if ".layers.1." in n} if name == "partial" else before.keys()
         )
+
+
+def test_a_gradual_run_leaves_what_is_frozen_untouched(tmp_path, one_thread):
+    model = cases.save_model(tmp_path / "m", "llama", chat=True)
+    strategy = {"name": "gradual", "stage_steps": 2}
+    settings = {"max_steps": 8, "stop_after": 2, "samples": 0}
+    values = cases.recipe(
+        model, "sft", cases.chats(8), tmp_path / "run", strategy=strategy, training=settings
+    )
+    assert train(values).status == "stopped"
+    before = load_file(model / "model.safetensors")
+    after = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        name for name in before if name.startswith(("model.layers.1.", "model.norm.", "lm_head."))
+    }

@@ -122,9 +122,13 @@ class Task:
         """
         raise NotImplementedError
 
-    def arrange(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Arrange the encoded training rows, for example by packing several in one."""
-        return rows
+    def packs(self) -> bool:
+        """Whether ``pack`` puts several training rows in one."""
+        return False
+
+    def pack(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Put several encoded training rows in one."""
+        raise NotImplementedError
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch."""
