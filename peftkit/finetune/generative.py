@@ -78,7 +78,8 @@ def require_causal(model: Any, length: int = 8) -> None:
     difference = (first - second).abs().max().item()
     # Masked positions add exact zeros; only the order of sums may differ.
     if not difference <= 64 * torch.finfo(first.dtype).eps * first.abs().max().item():
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         raise ContractError(
-            f"{type(model).__name__} attends to the tokens that it should predict (they change its logits by {difference:.3g}), so the "
+            f"{type(base).__name__} attends to the tokens that it should predict (they change its logits by {difference:.3g}), so the "
             "loss would fall without learning; use a decoder such as Llama or GPT-2, or task=masked_lm"
         )

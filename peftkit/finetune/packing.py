@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from peftkit.checks.reach import undisturbed
 from peftkit.errors import ContractError
 from peftkit.finetune.tasks.base import IGNORED, pad
 
@@ -86,16 +87,13 @@ def require_no_leaks(model: Any, length: int = 12) -> None:
     size = int(base.config.get_text_config().vocab_size)
     draw = torch.Generator().manual_seed(0)
     first, other, second = (torch.randint(0, size, (1, length), generator=draw) for _ in range(3))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = [
-                model(**_two_rows(begin, second, device)).logits[:, length:]
-                for begin in (first, other)
-            ]
-    finally:
-        model.train(was_training)
+    with undisturbed(model):
+        # As in training, where other kernels may run than in evaluation. With one seed dropout is the same in both passes.
+        model.train()
+        logits = []
+        for begin in (first, other):
+            torch.manual_seed(0)
+            logits.append(model(**_two_rows(begin, second, device)).logits[:, length:].detach())
     difference = (logits[0] - logits[1]).abs().max().item()
     # Masked positions add exact zeros; only the order of sums may differ.
     allowed = 64 * torch.finfo(logits[0].dtype).eps * logits[0].abs().max().item()

@@ -120,10 +120,10 @@ def prepare_model(
     _require_vocabulary(model, task, train)
     task.setting.config = model.config
     rows = list(train.dataset.select(range(min(recipe.training.batch_size, len(train.dataset)))))
-    task.check_model(model, rows)
     setting = AdapterSetting(task.task_type, tuple(task.outside_loss(model)))
     prepared = strategy.apply(model, recipe.strategy.options, setting)
     model = prepared.model
+    task.check_model(model, rows)
     stages = None
     if prepared.stages is not None:
         stages = prepared.stages(*total_steps(recipe, len(train.dataset)))

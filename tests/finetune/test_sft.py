@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 import peftkit.finetune
-from peftkit import ContractError
+from peftkit import BottleneckConfig, ContractError, LoraConfig, PrefixConfig, wrap
 from peftkit.finetune.packing import collate_packs, pack, require_no_leaks
 from peftkit.finetune.tasks.base import BadRow, Setting
 from peftkit.finetune.tasks.causal_lm import CausalLm
@@ -136,6 +136,18 @@ def test_the_loss_of_packs_is_that_of_separate_rows(name):
         **batch | {"position_ids": torch.arange(batch["input_ids"].shape[1])[None].expand(2, -1)}
     ).loss
     assert abs(leaking - found) > 1e-3
+
+
+ADAPTERS = {
+    "lora": LoraConfig(r=4, lora_dropout=0.3, init_lora_weights=False),
+    "prefix": PrefixConfig(num_virtual_tokens=4),
+    "bottleneck": BottleneckConfig(reduction_factor=4),
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_model_with_an_adapter_keeps_packed_rows_apart(adapter):
+    require_no_leaks(wrap(models.tiny("llama"), ADAPTERS[adapter]))
 
 
 def test_a_model_that_mixes_packed_rows_is_refused():

@@ -143,7 +143,7 @@ class Task:
         return []
 
     def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
-        """Raise ``ContractError`` if the model does not fit the task."""
+        """Raise ``ContractError`` if the model, with its adapter, does not fit the task."""
 
     def keep_of_logits(self, logits: Any, labels: Any) -> Any:
         """What the metrics need of the logits of a batch, made small."""
