@@ -56,7 +56,8 @@ class RecipeTrainer(Trainer):
             False if there are steps left. Then nothing is loaded.
         """
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        stopping = state.stateful_callbacks.get("EarlyStoppingCallback")
+        callbacks: Any = state.stateful_callbacks  # a dictionary by name, once it was saved
+        stopping = callbacks.get("EarlyStoppingCallback")
         early = isinstance(stopping, dict) and (
             stopping["attributes"]["early_stopping_patience_counter"]
             >= stopping["args"]["early_stopping_patience"]
