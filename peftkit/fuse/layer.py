@@ -65,6 +65,7 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 _SHARE_OF_FREE_MEMORY = 0.5
 """How much of the free memory the layers that follow may keep under checkpointing."""
 
+_PREFIX = Reason("its attention has a prefix")
 _NOT_CAUSAL = Reason("its attention is not causal")
 _TRANSFORMED = Reason("under torch.compile and torch.func the layer runs its own operations")
 
@@ -161,6 +162,8 @@ class FusedDecoderLayer(Fused):
             return Reason("its self_attn has hooks")
         if attention.is_causal is not True:
             return _NOT_CAUSAL
+        if getattr(attention, "peftkit_dispatch", None) is not None:
+            return _PREFIX
         reason = replaced_reason(attention) or call_dropout_reason(attention)
         if reason is not None:
             return reason

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.models.llama import modeling_llama
 
-from peftkit import accelerate, explain, restore
+from peftkit import PrefixConfig, accelerate, explain, restore, wrap
 from peftkit.fuse import layer
 from peftkit.fuse.compute import LinearParts
 from peftkit.fuse.layer import FusedDecoderLayer, LayerParts
@@ -235,6 +235,15 @@ def test_the_cache_and_its_gradients_are_those_of_the_model(calls):
     assert len(calls) == 2
     for expected, found in zip(*results, strict=True):
         near(found, expected)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_layer_with_a_prefix_runs_its_own_code(gate, calls):
+    model = wrap(tiny("llama"), PrefixConfig(num_virtual_tokens=3, gate=gate, init_std=0.5))
+    assert "prefix" in next(r.reason for r in explain(model).layers if r.method == "decoder layer")
+    found = loss_and_grads(model.train(), **batch())
+    assert not calls
+    assert sum("virtual_tokens" in name for name in found) == (6 if gate else 4)
 
 
 @pytest.mark.parametrize("family", OTHERS)
