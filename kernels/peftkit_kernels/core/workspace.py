@@ -6,9 +6,10 @@ the next call, and never save it for backward.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +38,19 @@ def _take(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
         with torch.inference_mode(False):
             buffer = buffers[key] = torch.empty(numel, dtype=dtype, device=device)
     return buffer[:numel].view(*shape)
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """A context with buffers of its own, which are freed at its end; those from before are then used again."""
+    buffers = _OF_THREAD.__dict__
+    before = dict(buffers)
+    buffers.clear()
+    try:
+        yield
+    finally:
+        buffers.clear()
+        buffers.update(before)
 
 
 def release() -> None:

@@ -31,7 +31,7 @@ from peftkit_kernels.native.elementwise import (
     scaled_gate_backward,
     updated_norm,
 )
-from peftkit_kernels.native.library import SYMBOLS, description, obstacle, supports
+from peftkit_kernels.native.library import SYMBOLS, description, obstacle, skipped, supports
 from peftkit_kernels.native.merge_calls import merge, round_nf4
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "scale_backward",
     "scaled_gate",
     "scaled_gate_backward",
+    "skipped",
     "supports",
     "updated_norm",
 ]

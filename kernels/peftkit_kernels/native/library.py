@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -44,6 +46,8 @@ SYMBOLS = tuple(_SIGNATURES)
 _RETURNING = ("pk_attention", "pk_attention_backward", "pk_int8_linear", "pk_int8_register_bytes")
 """The functions that return a number. For all but the last it is 0, or 1 if they found no memory."""
 
+_skips: ContextVar[bool] = ContextVar("peftkit_native_skipped", default=False)
+
 
 def supports(*tensors: Tensor) -> bool:
     """Whether the native functions can run on these tensors: contiguous float32 on the CPU, and a library is loaded.
@@ -78,12 +82,24 @@ def description() -> str:
     return found.obstacle or f"{found.path}{found.note and f', {found.note}'}"
 
 
+@contextlib.contextmanager
+def skipped() -> Iterator[None]:
+    """A context in which every call returns at once and writes nothing, for tensors that have sizes but no memory."""
+    token = _skips.set(True)
+    try:
+        yield
+    finally:
+        _skips.reset(token)
+
+
 def run(name: str, *arguments: Any) -> None:
     """Call a function that can fail; structures are passed by address.
 
     Raises:
         MemoryError: It found no memory for its work space.
     """
+    if _skips.get():
+        return
     by_address = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in arguments]
     if getattr(loaded(), name)(*by_address):
         raise MemoryError(
@@ -93,6 +109,8 @@ def run(name: str, *arguments: Any) -> None:
 
 def call(name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
     """Call a function whose arguments are the addresses of ``tensors``, then ``numbers``, then the number of threads."""
+    if _skips.get():
+        return
     pointers = [None if t is None else address(t) for t in tensors]
     getattr(loaded(), name)(*pointers, *numbers, torch.get_num_threads())
 
