@@ -25,10 +25,11 @@ from peftkit.fp8 import Float8Linear
 from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
 from peftkit.swap import own_class, swap_in
 from peftkit_kernels import native
+from peftkit_kernels.core.launch import on_gpu
 from peftkit_kernels.ops.attention import (
     HEAD_SIZE_MULTIPLE,
     attention,
-    device_obstacle,
+    hardware_obstacle,
     obstacle,
     switched_off,
 )
@@ -92,10 +93,10 @@ def fuse_attention(model: nn.Module) -> int:
         if isinstance(module, FusedAttention) or not _dispatches(module):
             continue
         device = _device(module)
-        if device.type not in ("cpu", "cuda"):
+        if device.type != "cpu" and not on_gpu(device):
             continue
         reason = (
-            native.obstacle() if device.type == "cpu" else device_obstacle(device)
+            native.obstacle() if device.type == "cpu" else hardware_obstacle(device)
         ) or _module_reason(module, device)
         if reason is not None:
             decline(module, METHOD, reason)
@@ -201,7 +202,7 @@ def _support_reason(module: nn.Module) -> Reason | None:
     dtype = next(iter(frozen or [p.dtype for p in plain]), torch.float32)
     device = _device(module)
     if device.type != "cpu":
-        found = switched_off() or device_obstacle(device)
+        found = switched_off() or hardware_obstacle(device)
         if found is None and dtype is torch.float32:
             found = "its queries and keys are float32; cuDNN's attention computes in 16 bits"
         return None if found is None else Reason(found)

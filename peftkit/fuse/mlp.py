@@ -17,6 +17,7 @@ from peftkit.fuse.recognise import seal_gated_mlp
 from peftkit.fuse.seal import Seal
 from peftkit.swap import swap_in, swap_out
 from peftkit_kernels.core.dispatch import is_transformed
+from peftkit_kernels.core.launch import on_gpu
 from peftkit_kernels.core.views import as_one_view
 
 METHOD = "gated MLP"
@@ -167,7 +168,7 @@ def _may_move_weights(x: Tensor) -> bool:
     It is not safe if several processes share the work, because they have their own buffers. It is not safe either while a CUDA
     graph is captured, because the graph would repeat the move in every replay.
     """
-    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+    if not on_gpu(x.device) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 

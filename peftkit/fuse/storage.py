@@ -8,6 +8,7 @@ import torch
 
 from peftkit.fuse.int8_mode import int8_mode_of
 from peftkit.fuse.plan import Reason
+from peftkit_kernels.core.launch import on_gpu
 from peftkit_kernels.storage.int8 import Int8ComputeWeight, Int8Weight
 from peftkit_kernels.storage.nf4 import NF4Weight
 from peftkit_kernels.storage.nf4.weight import BLOCKSIZES, NestedAbsmax, level_table
@@ -83,7 +84,7 @@ def int8_obstacle(base: Any) -> Reason | None:
     if _codes(base) is None:
         return Reason("its base weight is not quantised yet (move the model to its device)")
     kind = base.weight.device.type
-    if kind not in ("cpu", "cuda"):
+    if kind != "cpu" and not on_gpu(base.weight.device):
         return Reason(f"8-bit weights were not tried on {kind}")
     if kind == "cpu" and not base.training and int8_mode_of(base) is None:
         return Reason(

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from peftkit_kernels.core.launch import runs_dry
+from peftkit_kernels.core.launch import counted_target, runs_dry
 from peftkit_kernels.core.modes import is_transformed
 from peftkit_kernels.low_rank.config import MAX_RANK, RANK_TILE
 
@@ -63,7 +63,9 @@ def triton_obstacle(
     if own_obstacle is not None:
         return own_obstacle
     if runs_dry():
-        return None
+        target = counted_target()
+        capability = None if target is None else target.capability
+        return None if capability is None else _capability_obstacle(capability, x.dtype, has_dot)
     of_device = _device_obstacle if torch.compiler.is_compiling() else _cached_device_obstacle
     return of_device(x.device.type, x.device.index, x.dtype, has_dot)
 
@@ -84,11 +86,18 @@ def _device_obstacle(kind: str, index: int | None, dtype: torch.dtype, has_dot: 
     if torch.version.hip:
         return None
     major, minor = torch.cuda.get_device_capability(index)
-    if (major, minor) < (8, 0):
+    return _capability_obstacle(10 * major + minor, dtype, has_dot)
+
+
+def _capability_obstacle(capability: int, dtype: torch.dtype, has_dot: bool) -> str | None:
+    """Why kernels cannot run on an NVIDIA GPU of this compute capability, as ``triton_obstacle``."""
+    if capability < 80:
         if dtype is torch.bfloat16:
-            return f"this GPU (sm_{major}{minor}) has no bfloat16 arithmetic"
+            return f"this GPU (sm_{capability}) has no bfloat16 arithmetic"
         if has_dot:
-            return f"Triton has no tensor-core products on this GPU (sm_{major}{minor}); it needs sm_80"
+            return (
+                f"Triton has no tensor-core products on this GPU (sm_{capability}); it needs sm_80"
+            )
     return None
 
 

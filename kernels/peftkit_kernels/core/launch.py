@@ -129,6 +129,17 @@ def runs_dry() -> bool:
     return not torch.compiler.is_compiling() and _dry.get() is not None
 
 
+def counted_target() -> Target | None:
+    """The GPU that launches are counted for, or ``None``."""
+    dry = _dry.get()
+    return dry.target if isinstance(dry, Counter) else None
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether ``device`` is a GPU, or is ``meta`` while launches are counted, where tensors stand for those of a GPU."""
+    return device.type == "cuda" or (device.type == "meta" and is_counting())
+
+
 def target_of(tensor: Tensor) -> Target:
     """The GPU that a kernel on ``tensor`` runs on."""
     dry = _dry.get()

@@ -13,6 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from peftkit.fuse.loss.head import Head
 from peftkit.fuse.plan import Reason
+from peftkit_kernels.core.launch import on_gpu
 from peftkit_kernels.core.modes import hides_native_calls
 from peftkit_kernels.low_rank import LoRA
 
@@ -127,7 +128,7 @@ def _linear_plan(head: Any) -> Head | Reason:
     sharded = kind.__module__.startswith("torch.distributed.tensor")
     if kind not in (nn.Parameter, Tensor) and not sharded:
         return Reason(f"the weight of the output head is a {kind.__name__}")
-    if head.weight.is_meta:
+    if head.weight.is_meta and not on_gpu(head.weight.device):
         return Reason("the output head is on the meta device, where no loss has a value")
     return Head(head.weight, head.bias, None)
 

@@ -1,6 +1,6 @@
 """Attention whose scores never reach memory: for float32 on the CPU, and for 16 bits on Hopper GPUs and later."""
 
-from peftkit_kernels.ops.attention.cudnn import device_obstacle, switched_off
+from peftkit_kernels.ops.attention.cudnn import device_obstacle, hardware_obstacle, switched_off
 from peftkit_kernels.ops.attention.op import (
     HEAD_SIZE_MULTIPLE,
     attention,
@@ -14,6 +14,7 @@ __all__ = [
     "attention",
     "attention_reference",
     "device_obstacle",
+    "hardware_obstacle",
     "native_obstacle",
     "obstacle",
     "switched_off",

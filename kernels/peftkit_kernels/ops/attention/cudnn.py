@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit_kernels.core.checks import is_autocast_enabled
+from peftkit_kernels.core.launch import counted_target
 from peftkit_kernels.core.modes import is_transformed
 
 BUCKET = 256
@@ -74,7 +75,7 @@ def size_obstacle(x: Tensor, length: int, head_size: int) -> str | None:
         return f"there are {length} queries; cuDNN runs from {MIN_QUERIES}"
     if head_size % 8 or head_size > MAX_HEAD_SIZE:
         return f"the head size is {head_size}; it must be a multiple of 8 up to {MAX_HEAD_SIZE}"
-    return switched_off() or device_obstacle(x.device)
+    return switched_off() or hardware_obstacle(x.device)
 
 
 def switched_off() -> str | None:
@@ -106,6 +107,14 @@ def _order() -> list[int]:
 
 
 _ORDER = _order()
+
+
+def hardware_obstacle(device: torch.device) -> str | None:
+    """``device_obstacle``; while launches are counted, tensors on the meta device stand for those of that GPU."""
+    target = counted_target() if device.type == "meta" else None
+    if target is None:
+        return device_obstacle(device)
+    return None if (target.capability or 0) >= 90 else f"cuDNN is not used on {target.arch}"
 
 
 @functools.cache

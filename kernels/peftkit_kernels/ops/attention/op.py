@@ -8,6 +8,7 @@ from torch import Tensor
 from peftkit_kernels import native
 from peftkit_kernels.core.autograd import run
 from peftkit_kernels.core.dispatch import Backend, choose_backend
+from peftkit_kernels.core.launch import on_gpu
 from peftkit_kernels.core.modes import hides_native_calls
 from peftkit_kernels.ops.attention import cudnn
 from peftkit_kernels.ops.attention.reference import attention_reference
@@ -64,7 +65,7 @@ def attention(
         raise ValueError(
             f"mask is {mask.dtype} {tuple(mask.shape)}; it must be bool {(B, 1, S, k.shape[2])}"
         )
-    if backend == "auto" and q.is_cuda and cudnn.obstacle(q, k, v, mask, causal) is None:
+    if backend == "auto" and on_gpu(q.device) and cudnn.obstacle(q, k, v, mask, causal) is None:
         return cudnn.attend(q, k, v, scale)
     obstacle = native_obstacle(q, k, v, mask)
     choice = choose_backend("attention", backend)
@@ -77,7 +78,7 @@ def attention(
 
 def obstacle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> str | None:
     """Why ``attention`` has nothing faster than torch's own attention for these tensors, as a sentence, or ``None``."""
-    if q.is_cuda:
+    if on_gpu(q.device):
         return cudnn.obstacle(q, k, v, mask, causal)
     return native_obstacle(q, k, v, mask)
 
