@@ -30,22 +30,24 @@ def convert(
     keep: tuple[str, ...],
     dtype: torch.dtype | None,
     compute_dtype: torch.dtype | None,
+    has_values: bool = True,
 ) -> nn.Module:
     """Bring a model into the form ``base``, in place; ``load_base`` describes the arguments.
 
-    Everything is checked before the first layer is replaced.
+    Everything is checked before the first layer is replaced. Without ``has_values`` the weights have sizes only: their values are
+    neither checked nor quantised.
 
     Raises:
         ContractError: The model has adapters or no memory, is already quantised, or has weights that are not finite.
     """
-    _require_whole(model)
+    _require_whole(model, has_values)
     forget_gguf(model)
     stored = stored_kind(getattr(model, "config", None)) or _layers_kind(model)
     require_compatible(base, stored, keep, f"this {type(model).__name__}")
     if stored is None and base in QUANTISED:
         if dtype is not None:
             cast(model, dtype)
-        _quantise(model, base, keep, compute_dtype)
+        _quantise(model, base, keep, compute_dtype, has_values)
     elif base == FLOAT8:
         if dtype is not None:
             cast(model, dtype)
@@ -57,13 +59,13 @@ def convert(
     return model
 
 
-def _require_whole(model: nn.Module) -> None:
+def _require_whole(model: nn.Module, has_values: bool) -> None:
     if any(is_adapted(module) for module in model.modules()):
         raise ContractError(
             f"this {type(model).__name__} has adapters; call load_base before wrap, or unload them first"
         )
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
+    if empty and has_values:
         raise ContractError(
             f"{empty[0]} is on the device meta and has no values; pass the folder of the checkpoint instead of the model"
         )
@@ -89,14 +91,23 @@ def cast(model: Any, dtype: torch.dtype) -> None:
 
 
 def _quantise(
-    model: Any, base: str, keep: tuple[str, ...], compute_dtype: torch.dtype | None
+    model: Any,
+    base: str,
+    keep: tuple[str, ...],
+    compute_dtype: torch.dtype | None,
+    has_values: bool,
 ) -> None:
     from transformers import PreTrainedModel
 
     names, stacks, skipped = choose(model, keep)
     stacks = stacks if base == "nf4" else []
     layers = {name: model.get_submodule(name) for name in names}
-    _require_quantisable(layers)
+    _require_quantisable(layers, has_values)
+    if stacks and not has_values:
+        raise ContractError(
+            f"base={base!r}: {stacks[0]} is a stack of experts, whose 4-bit storage cannot be made without values; use base='bf16' or 'int8', "
+            "or keep the stacks in 16 bits with keep=['experts']"
+        )
     for name in stacks:
         _require_values(name, model.get_parameter(name))
     places = _all_names(model)
@@ -104,7 +115,7 @@ def _quantise(
     settings = bitsandbytes_settings(base, compute_dtype or max(dtypes, key=dtypes.count))
     for done, name in enumerate(names):
         try:
-            new = _replacement(layers.pop(name), name, settings)
+            new = _replacement(layers.pop(name), name, settings, has_values)
             for place in places[id(model.get_submodule(name))]:
                 model.set_submodule(place, new)
         except Exception as error:
@@ -128,21 +139,27 @@ def _all_names(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _require_quantisable(layers: dict[str, Any]) -> None:
+def _require_quantisable(layers: dict[str, Any], has_values: bool) -> None:
     for name, layer in layers.items():
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if hasattr(layer, "_hf_hook") or any(getattr(layer, kind, None) for kind in hooks):
             raise ContractError(
                 f"{name} has hooks, which a quantised layer would not have; remove them, or load from the checkpoint"
             )
-        _require_values(f"{name}.weight", layer.weight)
+        _require_dtype(f"{name}.weight", layer.weight)
+        if has_values:
+            _require_values(f"{name}.weight", layer.weight)
 
 
-def _require_values(name: str, weight: Tensor) -> None:
+def _require_dtype(name: str, weight: Tensor) -> None:
     if weight.dtype not in DTYPES.values():
         raise ContractError(
             f"{name} is {weight.dtype}; bitsandbytes quantises float32, float16 and bfloat16"
         )
+
+
+def _require_values(name: str, weight: Tensor) -> None:
+    _require_dtype(name, weight)
     bad = count_not_finite(weight.detach())
     if bad:
         raise ContractError(
@@ -165,10 +182,11 @@ def _pack(model: Any, name: str) -> None:
         save_under_own_names(model)
 
 
-def _replacement(layer: Any, name: str, settings: dict[str, Any]) -> nn.Module:
+def _replacement(layer: Any, name: str, settings: dict[str, Any], has_values: bool) -> nn.Module:
     """The layer of bitsandbytes with the weight of ``layer``, quantised on its device, and its bias."""
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
+    from peftkit.base.quantize import uninitialized
     from peftkit.base.streaming import quantized_weight
 
     # Conv1D has the transposed weight
@@ -187,6 +205,7 @@ def _replacement(layer: Any, name: str, settings: dict[str, Any]) -> nn.Module:
             device="meta",
         )
     new.source_cls = type(layer)
-    new.weight = quantized_weight(layer.weight.detach(), f"{name}.weight", new)
+    quantise = quantized_weight if has_values else uninitialized
+    new.weight = quantise(layer.weight.detach(), f"{name}.weight", new)
     new.bias = layer.bias
     return new.train(layer.training)

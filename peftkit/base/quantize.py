@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional
-from bitsandbytes.nn.modules import Int8Params, Params4bit
+from bitsandbytes.nn.modules import Int8Params, Linear8bitLt, Params4bit
 from torch import Tensor
 
 from peftkit.base.keep import BLOCKSIZE
@@ -35,6 +35,11 @@ def quantize_nf4(weight: Tensor, name: str, module: Any) -> Any:
         ContractError: The weight has values that are not finite.
     """
     packed, state = pack_nf4(weight, weight.shape, name)
+    return _in_4_bits(module, packed, state)
+
+
+def _in_4_bits(module: Any, packed: Tensor, state: Any) -> Any:
+    """``Params4bit`` from its codes and bitsandbytes' ``QuantState``."""
     module.quant_state = state
     return Params4bit(
         packed,
@@ -85,6 +90,34 @@ def quantize_int8(weight: Tensor, name: str) -> Any:
     return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
 
 
+def uninitialized(weight: Tensor, name: str, module: Any) -> Any:
+    """The tensors of ``quantize_nf4`` or ``quantize_int8`` without their values, for a weight that has none.
+
+    Args:
+        weight: ``Float[N, K]``; only its shape, dtype and device are used.
+        name: Its name.
+        module: The ``Linear4bit`` or ``Linear8bitLt`` that gets the weight.
+    """
+    device, shape = weight.device, (module.out_features, module.in_features)
+    weight = weight if weight.shape == shape else weight.T  # Conv1D
+    if isinstance(module, Linear8bitLt):
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
+        absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
+        return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
+    blocks = math.ceil(weight.numel() / BLOCKSIZE)
+    packed = torch.empty(math.ceil(weight.numel() / 2), 1, dtype=torch.uint8, device=device)
+    outer = functional.QuantState(
+        absmax=torch.empty(math.ceil(blocks / _NESTED_BLOCKSIZE), device=device),
+        code=torch.empty(256, device=device),
+        blocksize=_NESTED_BLOCKSIZE,
+        dtype=torch.float32,
+    )
+    codes = torch.empty(blocks, dtype=torch.uint8, device=device)
+    offset = torch.zeros((), device=device)
+    state = _state(weight, weight.shape, BLOCKSIZE, codes, offset, outer)
+    return _in_4_bits(module, packed, state)
+
+
 def pack_nf4(
     weight: Tensor,
     shape: torch.Size,
@@ -122,17 +155,23 @@ def pack_nf4(
     if nested:
         offset = absmax.mean()
         absmax, outer = functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCKSIZE)
-    state = functional.QuantState(
+    return packed, _state(weight, shape, blocksize, absmax, offset, outer)
+
+
+def _state(
+    weight: Tensor, shape: torch.Size, blocksize: int, absmax: Tensor, offset: Any, outer: Any
+) -> Any:
+    """bitsandbytes' ``QuantState``, from the block maxima (or their codes) and, if they are nested, their mean and storage."""
+    return functional.QuantState(
         absmax=absmax,
         shape=shape,
         dtype=weight.dtype,
         blocksize=blocksize,
-        code=functional.get_4bit_type("nf4", device=device),
+        code=functional.get_4bit_type("nf4", device=weight.device),
         quant_type="nf4",
         offset=offset,
         state2=outer,
     )
-    return packed, state
 
 
 def _chunks(weight: Tensor, blocksize: int = BLOCKSIZE) -> Iterator[tuple[int, Tensor]]:
