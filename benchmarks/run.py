@@ -8,6 +8,7 @@
     python benchmarks/run.py learning                      # the accuracy that each method reaches on two real models
     python benchmarks/run.py prefix                        # attention time with a prefix
     python benchmarks/run.py kernels                       # each operation against eager torch and torch.compile
+    python benchmarks/run.py plan                          # planned memory against that of real steps
     python benchmarks/run.py overhead                      # import, wrapping and Python time per layer
     python benchmarks/run.py host                          # Python time and launches of each op on a GPU, without a GPU
     python benchmarks/run.py gpu                           # everything about one GPU, in at most six minutes
@@ -26,6 +27,7 @@ import documents
 import gpu
 import host
 import learning
+import memory_plans
 import operations
 import overhead
 import prefix
@@ -41,6 +43,7 @@ BENCHMARKS = {
     "prefix": prefix,
     "kernels": operations,
     "overhead": overhead,
+    "plan": memory_plans,
     "host": host,
     "gpu": gpu,
     "docs": documents,

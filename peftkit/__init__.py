@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peftkit.loading import load_adapter
     from peftkit.lora_plus import lora_plus_groups
     from peftkit.merging import merge
+    from peftkit.planning import MemoryPlan, fit, plan
     from peftkit.report import Report, explain
     from peftkit.serving import ServingReport, convert_adapter, serving_report
     from peftkit.wrapping import accelerate, restore, wrap
@@ -35,6 +36,7 @@ __all__ = [
     "Float8Linear",
     "InitReport",
     "LoraConfig",
+    "MemoryPlan",
     "PrefixConfig",
     "Recipe",
     "Report",
@@ -49,6 +51,7 @@ __all__ = [
     "explain",
     "export_adapter_gguf",
     "export_gguf",
+    "fit",
     "from_fp8",
     "generate",
     "import_adapter",
@@ -57,6 +60,7 @@ __all__ = [
     "load_base",
     "lora_plus_groups",
     "merge",
+    "plan",
     "read_recipe",
     "restore",
     "serving_report",
@@ -73,6 +77,7 @@ _HOME_OF = {
     "Float8Linear": "peftkit.fp8",
     "InitReport": "peftkit.inits",
     "LoraConfig": "peft",
+    "MemoryPlan": "peftkit.planning",
     "PrefixConfig": "peftkit.bridge",
     "Recipe": "peftkit.finetune",
     "Report": "peftkit.report",
@@ -86,6 +91,7 @@ _HOME_OF = {
     "explain": "peftkit.report",
     "export_adapter_gguf": "peftkit.export",
     "export_gguf": "peftkit.export",
+    "fit": "peftkit.planning",
     "from_fp8": "peftkit.fp8",
     "generate": "peftkit.finetune",
     "import_adapter": "peftkit.interop",
@@ -94,6 +100,7 @@ _HOME_OF = {
     "load_base": "peftkit.base",
     "lora_plus_groups": "peftkit.lora_plus",
     "merge": "peftkit.merging",
+    "plan": "peftkit.planning",
     "read_recipe": "peftkit.finetune",
     "restore": "peftkit.wrapping",
     "serving_report": "peftkit.serving",

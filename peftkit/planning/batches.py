@@ -1,0 +1,64 @@
+"""A batch of given sizes for a model, from its class and config."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkit.errors import ContractError
+from peftkit.find.points import probe_inputs
+
+
+def batch_of(model: Any, batch_size: int, seq_len: int) -> dict[str, Any]:
+    """The inputs and labels of a training step, without padding.
+
+    Args:
+        model: A transformers model.
+        batch_size: Rows.
+        seq_len: Tokens of a text (also of the target text of a sequence-to-sequence model), or samples of a sound. Images and
+            spectrograms have the size that the config says.
+
+    Raises:
+        ContractError: Inputs for the model cannot be made, or the model computes no loss from labels.
+    """
+    try:
+        probe = probe_inputs(model)
+    except ValueError as error:
+        raise ContractError(f"a batch cannot be made: {error}; pass batch=") from error
+    parameters = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {}
+    for name, tensor in probe.items():
+        is_sequence = name in ("input_ids", "input_values")
+        shape = (batch_size, seq_len) if is_sequence else (batch_size, *tensor.shape[1:])
+        inputs[name] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        if name == "input_ids":
+            inputs[name][:, -1] = tensor[0, -1]  # the end of the text, where some heads read
+    if probe.pop("decoder_input_ids", None) is not None:
+        del inputs["decoder_input_ids"]  # made from the labels
+    labels = _labels(model, parameters, inputs, batch_size, seq_len)
+    return inputs | labels
+
+
+def _labels(
+    model: Any, parameters: Any, inputs: dict[str, Tensor], batch_size: int, seq_len: int
+) -> dict[str, Any]:
+    name = type(model).__name__
+    if "return_loss" in parameters:  # contrastive models
+        return {"return_loss": True}
+    if "labels" not in parameters:
+        raise ContractError(
+            f"{name} computes no loss from labels, so it has no training step; pass a class with a head, such as "
+            "AutoModelForCausalLM, as auto_class"
+        )
+    device = next(iter(inputs.values())).device
+    if re.search(r"For\w*Classification$", name) and not name.endswith("TokenClassification"):
+        return {"labels": torch.zeros(batch_size, dtype=torch.long, device=device)}
+    if "input_ids" not in inputs and "input_features" not in inputs:
+        seq_len = min(seq_len, 64)  # speech: characters of a short text
+    elif "input_features" in inputs:
+        seq_len = min(seq_len, getattr(model.config, "max_target_positions", seq_len))
+    return {"labels": torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)}

@@ -1,0 +1,90 @@
+"""Settings that fit: never one that the plan refuses, and what is nearest if there is none."""
+
+import functools
+
+import pytest
+from planning import cases
+
+from peftkit import ContractError, fit, plan
+from peftkit.planning import search
+
+AXES = {"base": ["fp32", "bf16"], "seq_len": 64, "rank": 4, "batch_size": [1, 2, 4, 8]}
+
+
+@pytest.fixture
+def remembered(monkeypatch):
+    """Make each plan once."""
+    known = {}
+
+    @functools.wraps(plan)
+    def planned(model, *configs, **options):
+        key = str((configs, sorted(options.items())))
+        if key not in known:
+            known[key] = plan(model, *configs, **options)
+        made = known[key]
+        return type(made)(**made.to_dict())
+
+    monkeypatch.setattr(search, "plan", planned)
+    return planned
+
+
+def test_only_what_fits_is_proposed_for_any_budget(remembered):
+    config = cases.llama()
+    least, most = (
+        remembered(config, *search.configs_of("lora", 4), base=base, batch_size=size, seq_len=64,
+                   optimizer="adamw_fused", checkpointing=checkpoints, device="cpu", keep=(), auto_class=None).peak_bytes
+        for base, size, checkpoints in (("bf16", 1, True), ("fp32", 8, False))
+    )  # fmt: skip
+    proposed = set()
+    for step in range(20):
+        budget = round(least * 0.95 + step / 19 * (most - 0.95 * least))
+        found = fit(config, budget, device="cpu", **AXES)
+        if budget < least:
+            assert not found.options
+            assert found.nearest.reserved_bytes == least
+            assert found.lacking_bytes == least - budget
+            assert "more: base bf16, batch_size 1" in str(found)
+            continue
+        assert found.options
+        assert found.nearest is None
+        assert found.options[0].relative == 1.0
+        for option in found.options:
+            settings = {
+                k: v
+                for k, v in option.plan.settings.items()
+                if k not in ("model", "method", "rank")
+            }
+            again = remembered(
+                config, *search.configs_of("lora", 4), **settings, keep=(), auto_class=None
+            )
+            assert again.reserved_bytes == option.plan.reserved_bytes <= budget
+            larger = AXES["batch_size"].index(settings["batch_size"]) + 1
+            if larger < 4:
+                settings["batch_size"] = AXES["batch_size"][larger]
+                too_large = remembered(
+                    config, *search.configs_of("lora", 4), **settings, keep=(), auto_class=None
+                )
+                assert not too_large.fits(budget)
+            proposed.add((settings["base"], settings["checkpointing"]))
+    assert proposed == {(b, c) for b in ("fp32", "bf16") for c in (False, True)}
+
+
+def test_a_card_has_its_memory_less_what_its_driver_needs():
+    found = fit(cases.llama(), device="T4", seq_len=64, batch_size=1, checkpointing=False)
+    assert found.budget_bytes == 16 * 10**9 - search.CONTEXT_BYTES
+    assert {option.plan.settings["base"] for option in found.options} == {"fp16", "int8", "nf4"}
+    assert all(option.plan.basis == "predicted" for option in found.options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "24 bananas"}, "budget='24 bananas' is no size; write"),
+        ({"budget": -1}, "budget=-1 must be positive"),
+        ({"budget": None}, "budget=None: the CPU has no fixed memory"),
+        ({"budget": 1, "method": "magic"}, "method='magic' is unknown; use one of lora"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ContractError, match=message):
+        fit(cases.llama(), **options, device="cpu")
