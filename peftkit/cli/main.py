@@ -15,6 +15,7 @@ from peftkit.cli.errors import OneLineErrors
 from peftkit.cli.export import export
 from peftkit.cli.finetune import evaluate, generate, train
 from peftkit.cli.merging import merge
+from peftkit.cli.plan import plan
 
 app = typer.Typer(
     name="peftkit",
@@ -30,6 +31,7 @@ app.command("eval")(evaluate)
 app.command("export")(export)
 app.command("generate")(generate)
 app.command("merge")(merge)
+app.command("plan")(plan)
 app.command("train")(train)
 
 
