@@ -11,6 +11,7 @@ from torch import nn
 from peftkit.base.gguf import forget_gguf
 from peftkit.bridge import prepare
 from peftkit.errors import ContractError, listing
+from peftkit.find.repacking import allow_repacking, forbid_repacking
 from peftkit.find.stacks import as_plain_parameters
 from peftkit.fuse.attention import fuse_attention
 from peftkit.fuse.convolution import ShowsSizes
@@ -138,6 +139,7 @@ def fuse_model(
     set_int8_mode(model, int8_mode)
     _fuse(model)
     set_merge_into(model, merge_into)
+    forbid_repacking(model)
     for owner, method, replacement in _replacements(model):
         owner.__dict__.setdefault(method, replacement)
     if logit_free:
@@ -167,6 +169,7 @@ def restore(model: Model) -> Model:
         forget_declined(module)
         forget_int8_mode(module)
         forget_merge_into(module)
+        allow_repacking(module)
     return model
 
 

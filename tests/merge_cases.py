@@ -10,6 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 
+from peftkit.find.repacking import without_repacking
+
 _ATTENTION = ["q_proj", "v_proj"]
 _LINEAR = [*_ATTENTION, "down_proj"]
 
@@ -68,8 +70,8 @@ def inputs(name: str = "llama", rows: int = 4) -> dict[str, torch.Tensor]:
 
 
 def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The logits of a model in evaluation mode."""
-    with torch.no_grad():
+    """The logits of a model in evaluation mode, by the weights as they are stored."""
+    with torch.no_grad(), without_repacking(model):
         return model.eval()(**batch).logits.float()
 
 

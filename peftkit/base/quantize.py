@@ -161,7 +161,7 @@ def pack_nf4(
 def _state(
     weight: Tensor, shape: torch.Size, blocksize: int, absmax: Tensor, offset: Any, outer: Any
 ) -> Any:
-    """bitsandbytes' ``QuantState``, from the block maxima (or their codes) and, if they are nested, their mean and storage."""
+    """The ``QuantState`` of bitsandbytes, from the block maxima (or their codes) and, if they are nested, their mean and storage."""
     return functional.QuantState(
         absmax=absmax,
         shape=shape,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftkit.export.families import require_gguf, window_of
 from peftkit.export.metadata import completed_config
 from peftkit.export.tensors import plain_frequencies
+from peftkit.find.points import evaluating
 
 _TEXT = (
     "The quick brown fox jumps over 13 lazy dogs; then it sleeps. In 1969, people walked on the Moon, and the code said:\n"
@@ -46,14 +47,9 @@ def difference(expected: Tensor, found: Tensor) -> float:
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits of a model in evaluation mode, in which it is only during the call."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         device = model.get_input_embeddings().weight.device
         return model(input_ids=ids.to(device), use_cache=False).logits
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def read_model(file: Path, dtype: torch.dtype) -> nn.Module:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.find.modules import is_linear_like, wrapped_modules
+from peftkit.find.repacking import without_repacking
 
 Kind = Literal["attention", "mlp", "end"]
 
@@ -196,18 +197,12 @@ def first_tensor(value: Any) -> Tensor | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode, and restore the mode of each module at the end.
-
-    4-bit linear layers stay in training mode, which has no other effect on them. In evaluation mode on the CPU, bitsandbytes
-    would permanently repack their weights, with block maxima rounded to bfloat16.
-    """
+    """Put the model in evaluation mode, and restore the mode of each module at the end. bitsandbytes repacks no weight meanwhile."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    for module, _ in modes:
-        if hasattr(getattr(module, "weight", None), "quant_state"):
-            module.training = True
     try:
-        yield
+        with without_repacking(model):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

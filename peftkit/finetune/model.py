@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from peftkit.errors import ContractError
+from peftkit.find.repacking import forbid_repacking
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.tasks.base import Task
 
@@ -99,7 +100,7 @@ def load_model(recipe: Recipe, task: Task, is_adapter: bool) -> nn.Module:
             model = load_base(place, base, auto_class=task.auto_class, **arguments)  # type: ignore[arg-type]
         else:
             model = _load_gguf(place, gguf, base, task.auto_class, arguments)
-    _keep_layout(model)
+    forbid_repacking(model)
     pad_id = getattr(task.setting.tokenizer, "pad_token_id", None)
     if pad_id is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_id
@@ -136,16 +137,6 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _keep_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing NF4 weights for inference.
-
-    On CPUs with AVX512-BF16 it does so in the first evaluation, and the packed weights pass no gradient on in the training that follows.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def longest_input(model: Any) -> int | None:

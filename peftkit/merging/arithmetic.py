@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftkit.base.storage import Storage, storage_of
 from peftkit.errors import ContractError
+from peftkit.find.repacking import forbid_repacking
 from peftkit.merging.mapped import BaseFiles, files_of
 from peftkit.merging.units import base_module, is_unit, walk
 from peftkit.wrapping import restore
@@ -73,6 +74,7 @@ def float32_copy(model: nn.Module, change: Change | None = None) -> Any:
     """
     files = files_of(model)
     copied: Any = restore(_shared_copy(model)).eval()
+    forbid_repacking(copied)
     if hasattr(copied.config, "use_cache"):
         copied.config.use_cache = False
     seen: set[int] = set()

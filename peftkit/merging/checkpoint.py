@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftkit.base.original import OriginalWeights
 from peftkit.base.storage import storage_of
 from peftkit.errors import ContractError, listing, short
+from peftkit.find.repacking import without_repacking
 from peftkit.find.stacks import MERGE_DENSE, packed_stacks
 from peftkit.merging.arithmetic import exact_float32, float32_copy, with_float32_tensors
 from peftkit.merging.aware import compute_as_stored
@@ -101,7 +102,7 @@ def merge(
     batch = None
     if certificate or job.rounds:
         batch = make_batch(job.base, probe, tokenizer, name="probe", seed=0)
-    with new_folder(out) as folder, exact_float32():
+    with new_folder(out) as folder, exact_float32(), without_repacking(job.base):
         require_space(folder, stored_bytes(job.base, job.dtype))
         write_generation_config(folder, job.base)
         job.facts["tokenizer"] = write_tokenizer(folder, job.base, tokenizer)

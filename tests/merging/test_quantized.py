@@ -37,7 +37,7 @@ SETTINGS = {
 def folder(tmp_path_factory):
     """A Llama whose rows are whole blocks of 64."""
     config = models.tiny("llama").config
-    config.update({"hidden_size": 64, "intermediate_size": 128})
+    config.update({"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("base")
     model = hf.LlamaForCausalLM(config)
@@ -186,7 +186,7 @@ def test_base_weights_that_do_not_fit(folder, tmp_path):
     with pytest.raises(ContractError, match=r"base_weights=.* has neither model\.safetensors"):
         merge(model, tmp_path / "merged", base_weights=tmp_path)
     models.tiny("llama").save_pretrained(tmp_path / "other")
-    with pytest.raises(ContractError, match=r"of shape \[32, 32\], but the model's is \[32, 64\]"):
+    with pytest.raises(ContractError, match=r"of shape \[32, 32\], but the model's is \[64, 64\]"):
         merge(model, tmp_path / "merged", base_weights=tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
