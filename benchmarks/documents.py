@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import learning
-import memory_plans
 import operations
 import overhead
 import prefix
+import quantised
 import steps
 import summary
+import tuning
 from report import HERE, load, machine
 
 ROOT = HERE.parent
@@ -38,11 +39,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": lambda: _cases("training", steps.Training.CASES),
     "parts": lambda: steps.parts_table(load("parts-smollm2")),
     "methods": lambda: _cases("methods", steps.METHODS),
+    "quantised": lambda: "\n\n".join(
+        quantised.table(load(f"quantised-{case}")) for case in quantised.CASES
+    ),
     "learning": lambda: learning.table(load("learning")),
+    "tuning": lambda: tuning.table(load("tuning")),
     "overhead": lambda: overhead.table(load("overhead")),
     "kernels": _kernels,
     "prefix": lambda: prefix.table(load("prefix")),
-    "plan": lambda: memory_plans.table(load("plan")),
 }
 """The text between the marks of docs/benchmarks.md, by mark, which is also the name of the benchmark."""
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from demo.model import load_model, load_tokenizer, prepare_base, quiet_upstream
 from demo.progress import Display
 from demo.settings import Folder, Settings
 from demo.train import train, training_rows
-from peftkit import BottleneckConfig, LoraConfig, PrefixConfig, explain, wrap
+from peftkit import BottleneckConfig, LoraConfig, PrefixConfig, explain, load_base, wrap
 
 HELP = "the accuracy that each method reaches on two real models"
 TITLES = {
@@ -57,11 +57,15 @@ class Recipe:
         configs: Returns the configs of the method, given the tokens of ``INSTRUCTION``.
         learning_rate: The initial learning rate of AdamW, decayed linearly.
         steps: Number of optimiser steps, eight requests each.
+        base: How the base model is stored, as in ``load_base``.
+        options: Options of ``wrap``.
     """
 
     configs: Callable[[list[int]], list[PeftConfig]]
     learning_rate: float
     steps: int = 300
+    base: Any = "fp32"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def lora(r: int = 16, **options: Any) -> LoraConfig:
@@ -81,6 +85,11 @@ def bottleneck(placement: Any = "houlsby", reduction_factor: float = 8) -> Bottl
 
 RECIPES = {
     "lora": Recipe(lambda _: [lora()], 3e-3),
+    "lora-nf4": Recipe(lambda _: [lora()], 3e-3, base="nf4"),
+    "lora-int8": Recipe(lambda _: [lora()], 3e-3, base="int8"),
+    "lora-int8-compute": Recipe(
+        lambda _: [lora()], 3e-3, base="int8", options={"int8_mode": "compute"}
+    ),
     "dora": Recipe(lambda _: [lora(use_dora=True)], 3e-3),
     "bottleneck": Recipe(lambda _: [bottleneck()], 3e-3),
     "bottleneck-pfeiffer": Recipe(lambda _: [bottleneck("pfeiffer")], 3e-3),
@@ -192,8 +201,8 @@ def records(base: Path, recipe: Recipe) -> dict[str, Any]:
         tempfile.TemporaryDirectory() as out,
         GracefulInterrupt() as interrupt,
     ):
-        model, tokenizer = load_model(base), load_tokenizer(base)
-        wrapped = wrap(model, *configured(recipe, tokenizer, "CAUSAL_LM"))
+        model, tokenizer = load_base(load_model(base), recipe.base), load_tokenizer(base)
+        wrapped = wrap(model, *configured(recipe, tokenizer, "CAUSAL_LM"), **recipe.options)
         rows = training_rows(examples, tokenizer, settings)
         began = time.perf_counter()
         result = train(wrapped, tokenizer, rows, Folder(Path(out)), settings, display, interrupt)
@@ -239,7 +248,8 @@ def intents(base: Path, recipe: Recipe) -> dict[str, Any]:
         ]
 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(names))
-    wrapped = wrap(model, *configured(recipe, tokenizer, "SEQ_CLS"))
+    model = load_base(model, recipe.base)
+    wrapped = wrap(model, *configured(recipe, tokenizer, "SEQ_CLS"), **recipe.options)
     with tempfile.TemporaryDirectory() as out:
         trainer = Trainer(
             wrapped,

@@ -6,6 +6,7 @@
     python benchmarks/run.py methods                       # a step of DoRA, bottlenecks and prefixes, against LoRA
     python benchmarks/run.py quantised                     # a step on NF4 and 8-bit bases, against PEFT with bitsandbytes
     python benchmarks/run.py learning                      # the accuracy that each method reaches on two real models
+    python benchmarks/run.py tuning                        # loss after tuning on quantised bases, and what merges keep of it
     python benchmarks/run.py prefix                        # attention time with a prefix
     python benchmarks/run.py kernels                       # each operation against eager torch and torch.compile
     python benchmarks/run.py plan                          # planned memory against that of real steps
@@ -33,6 +34,7 @@ import overhead
 import prefix
 import quantised
 import steps
+import tuning
 
 BENCHMARKS = {
     "training": steps.Training,
@@ -40,6 +42,7 @@ BENCHMARKS = {
     "methods": steps.Methods,
     "quantised": quantised,
     "learning": learning,
+    "tuning": tuning,
     "prefix": prefix,
     "kernels": operations,
     "overhead": overhead,

@@ -132,11 +132,15 @@ def _conditions() -> str:
 def _processors() -> str:
     parts = load("parts-smollm2")
     without = _parts_row(parts, "native attention")
+    other = load("quantised-smollm2")
+    own, stock = (best_run(other["runs"][name]) for name in ("peftkit", "peft"))
+    again = [own[key] / stock[key] for key in ("step_seconds", "peak_bytes")]
     return _wrapped(
         "On the CPU the gain in time needs oneDNN's matrix products, which peftkit uses on processors with AVX-512 that are not "
-        f"Intel's. With oneDNN off, peftkit takes {without['step_time']:.2f} x PEFT's time and {without['memory']:.2f} x its memory "
-        f"({machine(parts['environment'])}; {_link('parts-smollm2')}): expect about this on other processors, none of which was "
-        "measured. `peftkit doctor` says what to expect on your machine."
+        f"Intel's. How much it is depends on the processor: on an older one of this kind ({machine(other['environment'])}; "
+        f"{_link('quantised-smollm2')}) the step takes {again[0]:.2f} x PEFT's time and {again[1]:.2f} x its memory. With oneDNN off, peftkit takes {without['step_time']:.2f} x PEFT's time and {without['memory']:.2f} x its memory "
+        f"({machine(parts['environment'])}; {_link('parts-smollm2')}): expect about this on processors without AVX-512, "
+        "none of which was measured. `peftkit doctor` says what to expect on your machine."
     )
 
 
