@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkit.base.storage import storage_of
 from peftkit.errors import ContractError
 from peftkit.find.modules import is_quantised
 
@@ -113,6 +114,11 @@ def _shape(module: Any, own: str, parameter: Tensor) -> tuple[int, ...]:
 @torch.no_grad()
 def _dequantized(module: nn.Module, own: str) -> Tensor:
     if _is_quantized(module, own):
+        state: Any = getattr(module.weight, "quant_state", None)
+        stored = storage_of(module) if getattr(state, "quant_type", None) == "nf4" else None
+        if stored is not None:
+            # on some CPUs bitsandbytes itself decodes rows wrongly that are not whole blocks
+            return stored.dense().to(state.dtype)
         from peft.utils.integrations import dequantize_module_weight
 
         return dequantize_module_weight(module).detach()

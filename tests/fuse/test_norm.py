@@ -80,8 +80,8 @@ def test_known_norms_give_their_own_output(cls, method, dtype, scale):
     x = draw(5, 7, WIDTH, scale=scale, dtype=dtype).requires_grad_()
     y, own, exact = fused(x), norm(x), truth(norm, x)
     assert y.dtype == own.dtype
-    # the module's own error, plus one rounding of each value
-    allowed = (own - exact).abs().max() + torch.finfo(dtype).eps * exact.abs()
+    # twice the module's own error, which depends on the order of its sums, plus one rounding of each value
+    allowed = 2 * (own - exact).abs().max() + torch.finfo(dtype).eps * exact.abs()
     assert ((y - exact).abs() <= allowed).all()
     dy = draw(5, 7, WIDTH, dtype=dtype)
     (dx,), (dx_own,) = (torch.autograd.grad(out, x, dy) for out in (y, own))
