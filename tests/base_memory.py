@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0)
     arguments = parser.parse_args()
 
+    import peft  # noqa: F401 - base_report or wrap may import it later
+
     from peftkit import base_report, load_base
 
     with tempfile.TemporaryDirectory() as small:
