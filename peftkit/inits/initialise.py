@@ -206,7 +206,7 @@ def _start(
         _fit_error(target, W, decoded, iterations)
     else:
         if init == "olora":
-            A, B = orthonormal_part(W, target.rank, target.scale)
+            A, B = orthonormal_part(W, target.rank)
         else:
             A, B = principal_part(W, target.rank, target.scale, iterations_of(init))
         target.set_factors(A, B)

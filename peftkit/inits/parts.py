@@ -1,6 +1,6 @@
 """Low-rank parts of a weight: what the factors of an adapter start with.
 
-Each function returns ``A [R, K]`` and ``B [N, R]`` with ``scale · B A`` equal to the part.
+Each function returns ``A [R, K]`` and ``B [N, R]``, of which ``scale · B A`` is subtracted from the weight.
 """
 
 from __future__ import annotations
@@ -48,14 +48,13 @@ def principal_part(weight: Tensor, rank: int, scale: float, iterations: int | No
     return root[:, None] * Vh[:rank], U[:, :rank] * root
 
 
-def orthonormal_part(weight: Tensor, rank: int, scale: float) -> Factors:
+def orthonormal_part(weight: Tensor, rank: int) -> Factors:
     """The first columns of ``Q`` and rows of ``R`` of the weight's QR decomposition, as PEFT takes them: ``scale · B A`` is ``scale`` times
     the part.
 
     Args:
         weight: ``Float32[N, K]``.
         rank: ``R``.
-        scale: The factor of the adapter; not used, because OLoRA subtracts ``scale · Q R``.
 
     Source: Büyükakyüz, 2024, arXiv:2406.01775.
     """
