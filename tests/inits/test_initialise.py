@@ -244,7 +244,9 @@ def test_dora_has_the_norms_of_the_start(folder, base):
             A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
             norms = (cases.decoded(layer.base_layer) + layer.scaling["default"] * B @ A).norm(dim=1)
             torch.testing.assert_close(magnitude, norms, rtol=1e-5, atol=0)
-    torch.testing.assert_close(cases.logits(model), cases.logits(plain), rtol=1e-3, atol=1e-4)
+    expected = cases.logits(plain)
+    # each row of each of the 14 layers is off by at most what its magnitude is
+    assert (cases.logits(model) - expected).norm() <= 14 * 1e-5 * expected.norm()
 
 
 def test_ranks_and_scales_of_single_layers(folder):

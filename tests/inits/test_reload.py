@@ -120,9 +120,11 @@ def test_loftq_adapters_are_plain_lora(folder, tmp_path):
 def test_merging_a_requantised_base(folder, tmp_path):
     model = cases.trained(cases.adapted(folder, "nf4", "pissa"))
     expected = cases.logits(model)
-    assert merge(model, tmp_path / "merged", "fp32").recovery > 0.9999
+    found = merge(model, tmp_path / "merged", "fp32")
+    assert found.recovery > 0.9999
     merged = cases.logits(load_base(tmp_path / "merged"))
-    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-3)
+    # a recovery of 0.9999 is an error of a hundredth of the effect
+    assert (merged - expected).norm() < 0.01 * found.outputs.effect * expected.norm()
 
 
 @pytest.mark.parametrize(
