@@ -179,6 +179,17 @@ def in_8_bits(model: nn.Module) -> nn.Module:
     return wrap(model, int8_mode="compute")
 
 
+def for_merge_into(storage: str) -> Callable[[nn.Module], nn.Module]:
+    """``peftkit`` on a base in ``storage``, trained so that the merged and quantised weights keep the tune."""
+
+    def build(model: nn.Module) -> nn.Module:
+        from peftkit import wrap
+
+        return wrap(model, merge_into=storage)  # type: ignore[arg-type]
+
+    return on_base(build, storage)
+
+
 def checkpointed(provider: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
     """``provider`` with gradient checkpointing of every layer."""
 
@@ -262,5 +273,7 @@ PROVIDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "peftkit-int8": on_base(peftkit, "int8"),
     "peftkit-int8-compute": on_base(in_8_bits, "int8"),
     "peft-int8": on_base(peft, "int8"),
+    "peftkit-nf4-merge-aware": for_merge_into("nf4"),
+    "peftkit-int8-merge-aware": for_merge_into("int8"),
     **{f"parts-{count}": first_parts(count) for count in range(1, len(PARTS) + 1)},
 }
