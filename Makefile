@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint slow kernels conformance adapterhub matrix bench gpu mutations fuzz clean
+.PHONY: help demo test lint slow kernels kernels-hub conformance adapterhub matrix bench gpu mutations fuzz clean
 
 help:
 	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint         the same without the tests"
 	@echo "make slow         the tests that take minutes to hours"
 	@echo "make kernels      verify the GPU kernels without a GPU (ARGS=check; ARGS=--help names the commands)"
+	@echo "make kernels-hub  lay out the kernels for Hugging Face's kernels hub, in dist/kernels-hub"
 	@echo "make mutations    plant bugs in the kernels; a test must detect each"
 	@echo "make fuzz         random models, adapters and modes against stock PEFT (ARGS='--minutes 10')"
 	@echo "make conformance  PEFT's own test suite on fused layers"
@@ -45,6 +46,9 @@ slow: $(VENV)/.test
 
 kernels: $(VENV)/.test
 	$(BIN)/python tools/run.py kernels $(or $(ARGS),list)
+
+kernels-hub: $(VENV)/.test
+	$(BIN)/python tools/kernels_hub.py dist/kernels-hub
 
 mutations: $(VENV)/.test
 	$(BIN)/python tests/mutate.py $(ARGS)

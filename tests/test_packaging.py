@@ -1,5 +1,6 @@
 """What a user gets when installing, importing or running commands of the README."""
 
+import ast
 import os
 import pkgutil
 import re
@@ -85,6 +86,36 @@ def test_type_checkers_see_every_public_name():
     block = source.partition("if TYPE_CHECKING:")[2].partition("__version__")[0]
     imported = set(re.findall(r"\b\w+\b", " ".join(re.findall(r"import (.+)", block))))
     assert imported == set(peftkit.__all__) - {"__version__"}
+
+
+def test_public_names_of_the_kernels_resolve_and_import_nothing_before():
+    code = """
+import sys
+import peftkit_kernels
+assert "torch" not in sys.modules
+assert dir(peftkit_kernels) == sorted(peftkit_kernels.__all__) == sorted(peftkit_kernels._HOME_OF)
+for name in peftkit_kernels.__all__:
+    value = getattr(peftkit_kernels, name)
+    assert callable(value) and value.__doc__, name
+    assert value.__module__.startswith(f"peftkit_kernels.{peftkit_kernels._HOME_OF[name]}"), name
+print(len(peftkit_kernels.__all__))
+"""
+    assert int(python(code)) > 30
+
+
+def test_type_checkers_see_every_public_name_of_the_kernels():
+    import peftkit_kernels
+
+    tree = ast.parse((ROOT / "kernels" / "peftkit_kernels" / "__init__.py").read_text())
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    imported = {
+        alias.name: node.module
+        for node in nodes
+        if node.module and node.module.startswith("peftkit_kernels")
+        for alias in node.names
+    }
+    homes = {name: f"peftkit_kernels.{home}" for name, home in peftkit_kernels._HOME_OF.items()}
+    assert imported == homes
 
 
 def test_version_has_one_source():

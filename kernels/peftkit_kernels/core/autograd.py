@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from peftkit_kernels.core.modes import is_transformed
+from peftkit_kernels.core.namespace import library_name
 
 
 def run(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -92,7 +93,8 @@ def _device_under_autocast(grads: tuple[Any, ...]) -> str | None:
 def _op_name(ctx: Any) -> str:
     """The name of the op of an autograd function: one of this package, or one that torch generated for a torch.library op."""
     name = type(ctx).__name__.strip("_").removesuffix("Backward")
-    return name.removeprefix("GeneratedBackwardFor_peftkit_").removesuffix("_default")
+    generated = "GeneratedBackwardFor_" + library_name("").replace("::", "_")
+    return name.removeprefix(generated).removesuffix("_default")
 
 
 class _Once(torch.autograd.Function):

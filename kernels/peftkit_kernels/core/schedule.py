@@ -22,6 +22,7 @@ from peftkit_kernels.core.autograd import once_differentiable
 from peftkit_kernels.core.checks import is_autocast_enabled
 from peftkit_kernels.core.launch import is_counting, is_recording
 from peftkit_kernels.core.modes import is_transformed
+from peftkit_kernels.core.namespace import library_name
 from peftkit_kernels.core.plan import Kind, Plans
 from peftkit_kernels.core.recorder import Constant
 from peftkit_kernels.core.structure import (
@@ -298,7 +299,7 @@ class Schedule:
             return self._new(structure, tensors, results, made)
 
         schema = "(Tensor[] tensors, str structure, float[] numbers, int[] seeds) -> Tensor[]"
-        name = f"peftkit::{self.name}{suffix}"
+        name = library_name(f"{self.name}{suffix}")
         op = torch.library.custom_op(name, compute, mutates_args=(), schema=schema)
         op.register_fake(fake)
         return op

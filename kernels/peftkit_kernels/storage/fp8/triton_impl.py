@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkit_kernels.core.namespace import library_name
 from peftkit_kernels.storage.by_rows import DequantizeConfig, launch_dequantize
 from peftkit_kernels.storage.fp8.weight import Float8Weight
 
@@ -36,7 +37,7 @@ def _dequantize_op(codes: Tensor, scale: Tensor, row_scale: Tensor | None, out: 
 
 
 dequantize_triton = torch.library.custom_op(
-    "peftkit::dequantize_fp8",
+    library_name("dequantize_fp8"),
     _dequantize_op,
     mutates_args=("out",),
     schema="(Tensor codes, Tensor scale, Tensor? row_scale, Tensor(a!) out) -> ()",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkit_kernels.core.namespace import library_name
 from peftkit_kernels.storage.by_rows import DequantizeConfig, launch_dequantize
 from peftkit_kernels.storage.int8.weight import Int8Weight
 
@@ -38,7 +39,7 @@ def _dequantize_op(
 
 
 dequantize_triton = torch.library.custom_op(
-    "peftkit::dequantize_int8",
+    library_name("dequantize_int8"),
     _dequantize_op,
     mutates_args=("out",),
     schema="(Tensor codes, Tensor row_absmax, Tensor? row_scale, Tensor(a!) out) -> ()",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core.launch import cdiv, launch
+from peftkit_kernels.core.namespace import library_name
 from peftkit_kernels.storage.nf4.config import DequantizeConfig, QuantizeConfig
 from peftkit_kernels.storage.nf4.weight import NF4Weight
 
@@ -126,13 +127,13 @@ def _quantize_op(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 dequantize_triton = torch.library.custom_op(
-    "peftkit::dequantize_nf4",
+    library_name("dequantize_nf4"),
     _dequantize_op,
     mutates_args=("out",),
     schema="(Tensor[] q, int[] layout, Tensor? row_scale, Tensor(a!) out) -> ()",
 )
 quantize_triton = torch.library.custom_op(
-    "peftkit::quantize_nf4",
+    library_name("quantize_nf4"),
     _quantize_op,
     mutates_args=(),
     schema="(Tensor weight, int blocksize) -> (Tensor, Tensor)",
