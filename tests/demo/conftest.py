@@ -44,7 +44,11 @@ def tiny_demo(tiny_base, monkeypatch):
     """Makes ``demo.run`` work on the tiny model; returns settings that take seconds."""
     import demo.phases as phases
 
-    monkeypatch.setattr(phases, "prepare_base", lambda folder: shutil.copytree(tiny_base, folder))
+    def copied(folder, on_progress):
+        shutil.copytree(tiny_base, folder)
+        on_progress(1, 1)
+
+    monkeypatch.setattr(phases, "prepare_base", copied)
     return Settings(
         train_pairs=40,
         held_out_pairs=11,

@@ -21,6 +21,7 @@ def test_options_are_passed_on(monkeypatch, tmp_path):
     report = tmp_path / "report.json"
     result = invoke("--resume", "--no-compare", "--json", str(report), "--out", str(tmp_path))
     assert result.exit_code == 3
+    assert seen.pop("minutes") == 25
     assert seen == {"out": tmp_path, "resume": True, "compare": False, "json_path": report}
 
 

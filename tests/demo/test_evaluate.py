@@ -84,10 +84,17 @@ def test_decoding_equals_generate_row_by_row(tiny_base, examples):
 
     seen = []
     answers = decode_tokens(
-        model, tokenizer, requests, max_new_tokens=12, batch_size=7, on_progress=seen.append
+        model,
+        tokenizer,
+        requests,
+        max_new_tokens=12,
+        batch_size=7,
+        on_progress=lambda *done: seen.append(done),
     )
     assert answers == expected
     assert seen == sorted(seen)
+    assert seen[-1] == (12 * len(requests), len(requests))
+    assert len({tokens for tokens, _ in seen}) > 20  # moves although few requests are finished
     texts = decode(model, tokenizer, requests, max_new_tokens=12)
     assert texts == tokenizer.batch_decode(expected, skip_special_tokens=True)
 

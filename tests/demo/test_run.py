@@ -5,26 +5,35 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
 from transformers import Trainer
 
 from demo import DemoError, Settings, run
+from demo.answers import Answers
 from demo.compare import METHODS, measure, measure_in_process
 from demo.files import read_json, write_json
+from demo.generator import make_examples
 from demo.phases import _Run
 from demo.progress import Display
 from demo.settings import Folder, open_folder
 from demo.train import last_checkpoint
 
+AGREES = {
+    "same_texts": 3,
+    "logit_error": 1e-6,
+    "plain_logit_error": 1e-6,
+    "logits_agree": True,
+}
 PROVED = {
     "plain_peft_agrees": True,
     "merged_agrees": True,
     "prompts": 3,
     "scored_tokens": 9,
-    "plain": {"same_texts": 3, "logit_error": 1e-6, "plain_logit_error": 1e-6},
-    "merged": {"same_texts": 3, "logit_error": 1e-6, "plain_logit_error": 1e-6},
+    "plain": AGREES,
+    "merged": AGREES,
 }
 
 
@@ -89,9 +98,13 @@ def test_run_leaves_report_adapter_and_data(tiny_demo, tmp_path, capfd):
     assert len(report["training"]["steps"]) == tiny_demo.steps
     assert report["training"]["fused_fraction"] == 1.0
     assert report["seconds"] == pytest.approx(sum(report["seconds_by_phase"].values()))
+    assert set(report["estimate"]) == {"base", "training", "tuned", "proof"}
     assert (out / "adapter" / "adapter_config.json").is_file()
-    assert "<svg" not in (out / "report.html").read_text()  # embedded, not loose
-    assert "exact match" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "exact match" in printed
+    assert printed.startswith("This demo fine-tunes a real language model")
+    assert printed.index("Estimated time left on this machine") < printed.index("phase 3 of 7")
+    assert [n for n in range(1, 9) if f"phase {n} of 7:" in printed] == [1, 2, 3, 4, 5, 6, 7]
     assert not list(out.rglob("*.partial"))
 
 
@@ -109,7 +122,10 @@ def test_comparison_measures_each_method_on_the_same_batches(tiny_demo, tiny_bas
         assert run_["peak_bytes"] >= 0
     with pytest.raises(ValueError, match="method='lora'"):
         measure("lora", folder, tiny_demo)
-    in_process = measure_in_process("peft", folder)
+    steps = []
+    in_process = measure_in_process("peft", folder, steps.append)
+    assert steps == [1, 2, 3, 4]
+    assert in_process["seconds"] > 0
     assert in_process["losses"] == pytest.approx(runs["peft"]["losses"], rel=1e-5)
 
 
@@ -121,9 +137,9 @@ def test_ctrl_c_while_training_leaves_a_checkpoint_and_resume_ends_the_same(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(whole, compare=False, settings=tiny_demo) == 0
     with monkeypatch.context() as patched:
-        press_ctrl_c(patched, "training", at=3, times=times)
+        press_ctrl_c(patched, "phase 4 of 7: training", at=3, times=times)
         assert run(broken, compare=False, settings=tiny_demo) == 130
-    assert f'make demo ARGS="--resume --out {broken}"\n' in capsys.readouterr().out
+    assert f" demo --resume --out {broken}\n" in capsys.readouterr().out
     checkpoint = broken / "checkpoints" / "checkpoint-4"  # the step that was under way is finished
     assert (checkpoint / "adapter_model.safetensors").is_file()
     assert run(broken, resume=True, compare=False, settings=tiny_demo) == 0
@@ -133,7 +149,11 @@ def test_ctrl_c_while_training_leaves_a_checkpoint_and_resume_ends_the_same(
 @pytest.mark.usefixtures("no_proof")
 @pytest.mark.parametrize(
     ("phase", "at"),
-    [("evaluating the base model", 0), ("training", 6), ("evaluating the tuned model", 0)],
+    [
+        ("phase 3 of 7: evaluating the base model", 0),
+        ("phase 4 of 7: training", 6),
+        ("phase 5 of 7: evaluating the tuned model", 0),
+    ],
     ids=["base evaluation", "last step", "tuned evaluation"],
 )
 def test_ctrl_c_elsewhere_keeps_what_is_done(tiny_demo, tmp_path, monkeypatch, phase, at):
@@ -144,6 +164,43 @@ def test_ctrl_c_elsewhere_keeps_what_is_done(tiny_demo, tmp_path, monkeypatch, p
     assert not (out / "report.json").exists()
     assert run(out, resume=True, compare=False, settings=tiny_demo) == 0
     assert len(read_json(out / "phases" / "training.json")["steps"]) == tiny_demo.steps
+
+
+@pytest.mark.usefixtures("no_proof")
+def test_a_killed_evaluation_continues_with_the_answers_that_are_left(
+    tiny_demo, tmp_path, monkeypatch
+):
+    settings = replace(tiny_demo, decode_batch_size=4)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(whole, compare=False, settings=settings) == 0
+    title, longest = "phase 5 of 7: evaluating the tuned model", []
+    with monkeypatch.context() as patched:
+        press_ctrl_c(patched, title, at=1 + 4 * answer_length(whole))
+        assert run(broken, compare=False, settings=settings) == 130
+    kept = Answers(Folder(broken).answers("tuned")).known
+    assert len(kept) >= 4
+    begun = Display.phase
+
+    def phase(self, name, total, done=0, unit="", number=None):
+        begun(self, name, total, done, unit, number)
+        if self._title == title:
+            longest.append((total, done))
+
+    monkeypatch.setattr(Display, "phase", phase)
+    assert run(broken, resume=True, compare=False, settings=settings) == 0
+    ((total, done),) = longest
+    assert done / total == pytest.approx(len(kept) / settings.held_out_pairs)
+    assert_same_outcome(broken, whole)
+    assert not Folder(broken).answers("tuned").exists()
+
+
+def answer_length(out):
+    """The number of tokens at which answers end."""
+    from demo.evaluate import longest_answer
+    from demo.model import load_tokenizer
+
+    examples = make_examples("held_out", 11, 0)
+    return longest_answer(examples, load_tokenizer(Folder(out).base))
 
 
 @pytest.mark.usefixtures("no_proof")
@@ -183,7 +240,7 @@ def test_resume_refuses_other_settings_and_other_versions(tmp_path):
 def test_new_run_replaces_a_finished_one_but_no_other_folder(tmp_path):
     out = tmp_path / "out"
     folder = open_folder(out, Settings(), resume=False)
-    with pytest.raises(DemoError, match="unfinished run; continue it with --resume"):
+    with pytest.raises(DemoError, match=r"unfinished run; continue it \(.*demo --resume --out"):
         open_folder(out, Settings(), resume=False)
     folder.base.mkdir()
     (out / "report.json").write_text("{}")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from demo.settings import DEFAULT_MINUTES, DEFAULT_OUT
+
 
 def demo(
     resume: Annotated[
@@ -20,9 +22,19 @@ def demo(
     ] = None,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder for checkpoints and reports.")
-    ] = Path("out/demo"),
+    ] = DEFAULT_OUT,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            "--minutes",
+            min=1,
+            help="Time that the demo may take. If the estimate for this machine is longer, the demo is shorter.",
+        ),
+    ] = DEFAULT_MINUTES,
 ) -> None:
     """Fine-tune SmolLM2-135M to turn English requests into JSON records, and report the result."""
     from demo import run
 
-    raise typer.Exit(run(out=out, resume=resume, compare=not no_compare, json_path=json_path))
+    raise typer.Exit(
+        run(out=out, resume=resume, compare=not no_compare, json_path=json_path, minutes=minutes)
+    )

@@ -8,49 +8,75 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from demo.child import run_child
 from demo.files import read_json, write_json
-from demo.settings import Folder, Settings
+from demo.settings import Folder, Settings, stored_settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-METHODS = ("peftkit", "peft", "full")
-_WARM_UP_STEPS = 2
+TITLES = {"peftkit": "peftkit", "peft": "plain PEFT", "full": "full fine-tuning"}
+METHODS = tuple(TITLES)
+WARM_UP_STEPS = 2
+_STEP = "step"
+"""The word before the number of steps in the lines that the process prints."""
 
 
-def measure_in_process(method: str, folder: Folder) -> dict[str, Any]:
+def measure_in_process(
+    method: str, folder: Folder, on_step: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
     """Run ``measure`` in a new process, for the run in ``folder``.
+
+    Args:
+        method: One of ``METHODS``.
+        folder: The run.
+        on_step: Called with the number of finished steps.
 
     Raises:
         RuntimeError: The process failed. The message has its error output.
     """
     result = folder.phase(f"run-{method}")
-    command = [sys.executable, "-m", "demo.compare", method, str(folder.path), str(result)]
+    arguments = ["-m", "demo.compare", method, str(folder.path), str(result)]
     # the child imports the demo from the same path as this process, and nothing from the working directory
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        command, env=os.environ | path, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"the {method} run failed with status {done.returncode}:\n{done.stderr.strip()}"
-        )
-    return read_json(result)
+    began = time.perf_counter()
+
+    def read(line: str) -> None:
+        word, _, number = line.partition(" ")
+        if word == _STEP:
+            on_step(int(number))
+
+    run_child(arguments, f"the {method} run", read, os.environ | path)
+    measured = read_json(result) | {"seconds": time.perf_counter() - began}
+    write_json(result, measured)
+    return measured
 
 
-def measure(method: str, folder: Folder, settings: Settings) -> dict[str, Any]:
+def steps_of(settings: Settings) -> int:
+    """Number of steps of each method, including those that are not timed."""
+    return min(WARM_UP_STEPS + settings.compare_steps, settings.steps)
+
+
+def measure(
+    method: str,
+    folder: Folder,
+    settings: Settings,
+    on_step: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
     """Train a few steps with one method, and measure them.
 
     Args:
         method: One of ``METHODS``.
         folder: The run, for the base model.
         settings: The settings of the run.
+        on_step: Called with the number of finished steps.
 
     Returns:
         ``step_seconds`` (median), ``tokens_per_second`` (median, without padding), ``peak_bytes`` (above the loaded model),
@@ -58,7 +84,6 @@ def measure(method: str, folder: Folder, settings: Settings) -> dict[str, Any]:
     """
     import torch
 
-    from demo.dataset import collate
     from demo.generator import make_examples
     from demo.memory import PeakMemory
     from demo.model import device, load_model, load_tokenizer
@@ -78,20 +103,14 @@ def measure(method: str, folder: Folder, settings: Settings) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0, fused=True)
     seconds, speeds, losses = [], [], []
     size = settings.batch_size
-    for step in range(min(_WARM_UP_STEPS + settings.compare_steps, settings.steps)):
+    for step in range(steps_of(settings)):
         batch_rows = rows[step * size : (step + 1) * size]
         began = time.perf_counter()
-        batch = collate(batch_rows, tokenizer.pad_token_id)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(train_step(model, optimizer, trainable, batch_rows, tokenizer.pad_token_id))
         seconds.append(time.perf_counter() - began)
         speeds.append(sum(len(row["input_ids"]) for row in batch_rows) / seconds[-1])
-    timed = slice(_WARM_UP_STEPS, None) if len(seconds) > _WARM_UP_STEPS else slice(None)
+        on_step(step + 1)
+    timed = slice(WARM_UP_STEPS, None) if len(seconds) > WARM_UP_STEPS else slice(None)
     return {
         "step_seconds": statistics.median(seconds[timed]),
         "tokens_per_second": statistics.median(speeds[timed]),
@@ -99,6 +118,27 @@ def measure(method: str, folder: Folder, settings: Settings) -> dict[str, Any]:
         "trainable": sum(p.numel() for p in trainable),
         "losses": losses,
     }
+
+
+def train_step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    trainable: list[torch.nn.Parameter],
+    batch_rows: list[dict[str, Any]],
+    pad_token_id: int,
+) -> float:
+    """Run one training step, and return its loss."""
+    import torch
+
+    from demo.dataset import collate
+
+    batch = collate(batch_rows, pad_token_id)
+    loss = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def _with_method(method: str, model: nn.Module, settings: Settings) -> nn.Module:
@@ -136,8 +176,9 @@ def adapted(model: nn.Module, settings: Settings) -> Any:
 def main(method: str, out: Path, result: Path) -> None:
     """Measure with the settings of the run in ``out``."""
     folder = Folder(out)
-    settings = Settings(**read_json(out / "run.json")["settings"])
-    write_json(result, measure(method, folder, settings))
+    settings = stored_settings(folder)
+    measured = measure(method, folder, settings, lambda done: print(_STEP, done, flush=True))
+    write_json(result, measured)
 
 
 if __name__ == "__main__":

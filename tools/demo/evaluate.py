@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from demo.answers import Answers
 from demo.dataset import prompt_of
 from demo.generator import Example
 from demo.memory import give_back
@@ -46,19 +47,21 @@ def decode(
     requests: Sequence[str],
     *,
     max_new_tokens: int,
-    batch_size: int = 100,
-    on_progress: Callable[[int], None] | None = None,
+    batch_size: int = 50,
+    on_progress: Callable[[int, int], None] | None = None,
+    answers: Answers | None = None,
 ) -> list[str]:
     """Run ``decode_tokens``, and return the answers as texts without special tokens."""
-    answers = decode_tokens(
+    found = decode_tokens(
         model,
         tokenizer,
         requests,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         on_progress=on_progress,
+        answers=answers,
     )
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return tokenizer.batch_decode(found, skip_special_tokens=True)
 
 
 @torch.inference_mode()
@@ -68,8 +71,9 @@ def decode_tokens(
     requests: Sequence[str],
     *,
     max_new_tokens: int,
-    batch_size: int = 100,
-    on_progress: Callable[[int], None] | None = None,
+    batch_size: int = 50,
+    on_progress: Callable[[int, int], None] | None = None,
+    answers: Answers | None = None,
 ) -> list[list[int]]:
     """Continue each request greedily until the end of sequence or ``max_new_tokens``.
 
@@ -82,7 +86,9 @@ def decode_tokens(
         requests: English requests, without the text of the prompt.
         max_new_tokens: Maximum number of tokens of each answer, including the end of sequence.
         batch_size: Number of rows decoded at once.
-        on_progress: Called after each token with the number of finished requests.
+        on_progress: Called after each step with the number of finished tokens, of ``len(requests) * max_new_tokens``, and of
+            finished requests. All tokens of a finished request count as finished.
+        answers: Answers that are already known; each further answer is added as soon as it is finished.
 
     Returns:
         The tokens of each answer without the end of sequence, in the order of ``requests``.
@@ -93,17 +99,24 @@ def decode_tokens(
         tokenizer(prompt_of(request), add_special_tokens=False)["input_ids"] for request in requests
     ]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: list[list[int]] = [[] for _ in prompts]
-    finished = 0
+    found: dict[int, list[int]] = {} if answers is None else answers.known
+    finished = len(found)
     for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        for running in _decode_batch(model, tokenizer, prompts, rows, answers, max_new_tokens):
+        rows = [row for row in order[start : start + batch_size] if row not in found]
+        running: dict[int, list[int]] = {row: [] for row in rows}
+        steps = _decode_batch(model, tokenizer, prompts, rows, running, max_new_tokens)
+        for written, ended in enumerate(steps if rows else (), 1):
+            if ended:
+                done = {row: running.pop(row) for row in ended}
+                found |= done
+                if answers is not None:
+                    answers.add(done)
+                finished += len(done)
             if on_progress is not None:
-                on_progress(finished + len(rows) - running)
-        finished += len(rows)
+                on_progress(finished * max_new_tokens + written * len(running), finished)
     model.train(was_training)
     give_back()
-    return answers
+    return [found[row] for row in range(len(prompts))]
 
 
 def _decode_batch(
@@ -111,10 +124,10 @@ def _decode_batch(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     rows: list[int],
-    answers: list[list[int]],
+    answers: dict[int, list[int]],
     max_new_tokens: int,
-) -> Iterator[int]:
-    """Append tokens to ``answers[row]`` until every row has ended. Yield the number of unfinished rows after each token."""
+) -> Iterator[list[int]]:
+    """Append tokens to ``answers[row]`` until every row has ended. Yield the rows that have ended after each token."""
     device = model.device
     longest = max(len(prompts[row]) for row in rows)
     padding = [longest - len(prompts[row]) for row in rows]
@@ -127,7 +140,7 @@ def _decode_batch(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     running = torch.tensor(rows)
     cache = None
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         out = model(
             input_ids=tokens,
             attention_mask=mask.long(),
@@ -141,8 +154,9 @@ def _decode_batch(
         for row, token in zip(running.tolist(), chosen.tolist(), strict=True):
             if token != eos:
                 answers[row].append(token)
+        last = step + 1 == max_new_tokens
         keep = (chosen != eos).nonzero().flatten()
-        yield len(keep)
+        yield running.tolist() if last else running[(chosen == eos).cpu()].tolist()
         if len(keep) == 0:
             return
         if len(keep) < len(chosen):

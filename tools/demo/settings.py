@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from demo.command import demo_command
 from demo.files import DemoError, read_json, recover, write_json
 from peftkit import __version__
 
+DEFAULT_OUT = Path("out/demo")
+DEFAULT_MINUTES = 25.0
+"""Minutes that the demo may take; on a machine that would need more it is shorter."""
 _RUN_FILE = "run.json"
 
 
@@ -39,7 +43,7 @@ class Settings:
     scheduler: str = "linear"
     lora_r: int = 16
     lora_alpha: int = 32
-    decode_batch_size: int = 100
+    decode_batch_size: int = 50
     checkpoint_every: int = 25
     proof_prompts: int = 12
     compare_steps: int = 6
@@ -67,8 +71,26 @@ class Folder:
         return self.path / "adapter"
 
     def phase(self, name: str) -> Path:
-        """Return the result file of a phase: ``base``, ``training``, ``tuned``, ``proof``, or a method of the comparison."""
+        """Return the result file of a phase: ``calibration``, ``base``, ``training``, ``tuned``, ``proof``, or a method."""
         return self.path / "phases" / f"{name}.json"
+
+    def answers(self, name: str) -> Path:
+        """Return the file with the answers of an evaluation that is under way."""
+        return self.path / "phases" / f"{name}.answers.jsonl"
+
+
+def stored_settings(folder: Folder) -> Settings:
+    """The settings of the run in ``folder``, with what the calibration has made shorter."""
+    settings = Settings(**read_json(folder.path / _RUN_FILE)["settings"])
+    calibration = folder.phase("calibration")
+    if calibration.is_file():
+        settings = replace(settings, **read_json(calibration)["shorter"])
+    return settings
+
+
+def resume_options(path: Path) -> list[str]:
+    """The options that continue the run in ``path``."""
+    return ["--resume"] if path == DEFAULT_OUT else ["--resume", "--out", str(path)]
 
 
 def open_folder(path: Path, settings: Settings, *, resume: bool) -> Folder:
@@ -102,7 +124,7 @@ def open_folder(path: Path, settings: Settings, *, resume: bool) -> Folder:
     if run_file.is_file():
         if not (path / "report.json").is_file():
             raise DemoError(
-                f"out={path} has an unfinished run; continue it with --resume, delete the folder, "
+                f"out={path} has an unfinished run; continue it ({demo_command(resume_options(path))}), delete the folder, "
                 "or give another folder with --out"
             )
         _clear(folder)

@@ -163,7 +163,7 @@ class _Watch(TrainerCallback):
         self._step_began = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._display.phase("training", self._settings.steps, state.global_step)
+        self._display.phase("training", self._settings.steps, state.global_step, "steps", 4)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._step_began = time.perf_counter()
