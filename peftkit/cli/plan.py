@@ -72,6 +72,23 @@ def plan(
         Path | None,
         typer.Option("--out", help="Write the settings, with --fit the fastest, as a YAML file."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write the plan, with --fit that of the fastest settings, as a page.",
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            "--image",
+            "--png",
+            metavar="FILE",
+            help="Write its stacked bar as a picture: .png (needs matplotlib) or .svg.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show how much memory a training step needs, or which settings fit.
@@ -80,7 +97,7 @@ def plan(
     """
     import transformers
 
-    from peftkit.planning import fit
+    from peftkit.planning import MemoryPlan, fit
     from peftkit.planning import plan as make_plan
     from peftkit.planning.recipe import configs_of, write_recipe
 
@@ -116,14 +133,19 @@ def plan(
             auto_class=auto_class,
         )
         found.settings.update(method=method, rank=rank)
-    if out is not None and best is not None:
-        write_recipe(best, out)
+    written = []
+    if best is not None:
+        writers = ((out, write_recipe), (html, MemoryPlan.to_html), (image, MemoryPlan.to_image))
+        for path, write in writers:
+            if path is not None:
+                write(best, path)
+                written.append(path)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:
         _print(found, budget is not None)
-        if out is not None and best is not None:
-            typer.echo(f"written to {out}")
+        for path in written:
+            typer.echo(f"written to {path}")
     if best is None:
         raise typer.Exit(1)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftkit.report_page import Stack
 
 _BAR_WIDTH = 60
 _SIGNS = "█▓▒░▚▞■□●○◆◇"
@@ -68,6 +72,33 @@ class MemoryPlan:
         ends = [round(width * sum(sizes[: i + 1]) / self.peak_bytes) for i in range(len(sizes))]
         parts = zip(ends, [0, *ends], strict=False)
         return "".join(_sign(i) * (end - start) for i, (end, start) in enumerate(parts))
+
+    def chart(self) -> Stack:
+        """The peak as a stacked bar for ``peftkit.report_page``, with the memory of the card, or of this machine, as a line."""
+        from peftkit.planning.picture import chart
+
+        return chart(self)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page with the stacked bar and the numbers. The page is one file and loads nothing.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        from peftkit.planning.picture import write_plan
+
+        write_plan(self, path)
+
+    def to_image(self, path: str | os.PathLike[str]) -> None:
+        """Write the stacked bar as a picture: ``.svg``, or ``.png``, which needs matplotlib.
+
+        Raises:
+            ContractError: The name has another ending, or matplotlib is missing.
+            OSError: The file cannot be written.
+        """
+        from peftkit.report_page import write_chart
+
+        write_chart(self.chart(), path)
 
     def __str__(self) -> str:
         """A table with one row for each item, and a stacked bar."""

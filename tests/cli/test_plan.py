@@ -72,3 +72,12 @@ def test_errors_are_one_line(folder):
     assert "error: device='X9' is unknown" in run(folder, "--device", "X9", code=1)
     assert "error: method='magic' is unknown" in run(folder, "--method", "magic", code=1)
     assert "has no config.json" in run(f"{folder}/..", code=1)
+
+
+def test_a_plan_is_written_as_a_page_and_a_picture(folder, tmp_path):
+    page, picture = tmp_path / "plan.html", tmp_path / "plan.svg"
+    options = ("--device", "L4", "--seq-len", "64", "--html", str(page), "--image", str(picture))
+    output = run(folder, *options)
+    assert output.count("written to") == 2
+    assert "L4" in page.read_text()
+    assert "L4" in picture.read_text()

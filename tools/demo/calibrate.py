@@ -93,7 +93,7 @@ def calibrate(
         on_step: Called with the number of finished parts, of ``STEPS``.
     """
     from demo.evaluate import decode_tokens
-    from demo.memory import give_back
+    from peftkit.base.memory import give_back
 
     seconds: list[float] = []
 

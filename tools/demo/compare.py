@@ -85,9 +85,9 @@ def measure(
     import torch
 
     from demo.generator import make_examples
-    from demo.memory import PeakMemory
     from demo.model import device, load_model, load_tokenizer
     from demo.train import training_rows
+    from peftkit.peak_memory import PeakMemory
 
     model, tokenizer = load_model(folder.base), load_tokenizer(folder.base)
     examples = make_examples("train", settings.train_pairs, settings.seed)

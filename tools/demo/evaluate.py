@@ -12,7 +12,7 @@ import torch
 from demo.answers import Answers
 from demo.dataset import prompt_of
 from demo.generator import Example
-from demo.memory import give_back
+from peftkit.base.memory import give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -95,7 +95,7 @@ class Display:
         return f"{done:,}/{self._total:,} {self._unit}".rstrip()
 
     def _left(self, done: int, now: float) -> str:
-        if done <= self._first:
+        if not self._first < done < self._total:
             return ""
         rate = (now - self._began) / (done - self._first)
         return f"about {duration(rate * (self._total - done))} left"

@@ -16,10 +16,10 @@ from demo.dataset import collate, encode, order_in_batches
 from demo.files import recover, swap_in, writing
 from demo.generator import Example
 from demo.interrupt import GracefulInterrupt
-from demo.memory import PeakMemory
 from demo.model import device
 from demo.progress import Display
 from demo.settings import Folder, Settings
+from peftkit.peak_memory import PeakMemory
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from demo.memory import PeakMemory, give_back
+from peftkit.base.memory import give_back
+from peftkit.peak_memory import PeakMemory
 
 
 def test_peak_sees_a_block_that_is_gone_and_reset_forgets_it():
