@@ -1,35 +1,17 @@
 """The logic of the operations' benchmark, with a clock that says what it is told."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import load_script
 
 from lab.case import Sizes
 from lab.cases import OPERATIONS
 from peftkit_kernels.core.calibration import Calibration
 from peftkit_kernels.low_rank import passes
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = Sizes(M=20, K=64, N=64, R=4)
-
-
-def load_script(name):
-    """A file of benchmarks/, which sees its siblings while it is loaded."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(FOLDER))
-    before = set(sys.modules)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(FOLDER))
-        for sibling in set(sys.modules) - before:
-            if (FOLDER / f"{sibling}.py").is_file():
-                del sys.modules[sibling]
-    return module
 
 
 @pytest.fixture(scope="module")
