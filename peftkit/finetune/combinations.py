@@ -23,6 +23,7 @@ def check_combinations(recipe: Recipe) -> None:
     _check_length(recipe)
     _check_evaluation(recipe, task)
     _check_rates(recipe, strategy)
+    _check_smoothing(recipe, task)
     _check_base(recipe, strategy)
     _check_columns(recipe, task)
     _check_places(recipe)
@@ -92,6 +93,14 @@ def _check_rates(recipe: Recipe, strategy: type) -> None:
     if ratio is not None and training.layer_decay is not None:
         raise ContractError(
             f"training.lora_plus_ratio={ratio:g} and training.layer_decay={training.layer_decay:g} cannot be combined; keep one"
+        )
+
+
+def _check_smoothing(recipe: Recipe, task: type) -> None:
+    share = recipe.training.label_smoothing
+    if share and not task.smooths_labels:  # type: ignore[attr-defined]
+        raise ContractError(
+            f"training.label_smoothing={share:g} has no effect on the loss of task {recipe.task.name}; remove it"
         )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.errors import ContractError, count, listing
 from peftkit.finetune.recipe import DataRecipe, Recipe
 from peftkit.finetune.rows import Row, read_rows
-from peftkit.finetune.tasks.base import BadRow, Task
+from peftkit.finetune.tasks.base import TOKEN_COLUMNS, BadRow, Task
 
 if TYPE_CHECKING:
     import datasets
@@ -216,8 +216,8 @@ class _Table:
 def _finished(part: Part, packer: Task | None) -> Part:
     """Count what is used, remove our own columns and pack the rows if there is a task to do so."""
     counts = replace(part.counts, supervised=sum(part.dataset[_SUPERVISED]))
-    if "input_ids" in part.dataset.column_names:
-        counts.tokens = sum(map(len, part.dataset["input_ids"]))
+    names = [name for name in TOKEN_COLUMNS if name in part.dataset.column_names]
+    counts.tokens = sum(sum(map(len, part.dataset[name])) for name in names)
     dataset = part.model_rows()
     if packer is not None:
         table = _Table()

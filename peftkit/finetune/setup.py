@@ -13,11 +13,8 @@ from peftkit.finetune.model import load_model, load_processor, longest_input
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.strategies import AdapterSetting, require_strategy
 from peftkit.finetune.tasks import require_task
-from peftkit.finetune.tasks.base import Setting, Task
+from peftkit.finetune.tasks.base import TOKEN_COLUMNS, Setting, Task
 from peftkit.finetune.trainer import total_steps
-
-_TOKENS = ("input_ids", "anchor", "positive")
-"""Columns with token ids."""
 
 
 def is_adapter(recipe: Recipe) -> bool:
@@ -29,7 +26,7 @@ def resolved(recipe: Recipe, task: Task) -> Recipe:
     """Fill in the defaults that depend on the task and the strategy."""
     training, strategy = recipe.training, require_strategy(recipe.strategy.name)
     epochs = None if training.max_steps else training.epochs or task.epochs
-    lr = training.lr or strategy.lr
+    lr = training.lr or strategy.lr * task.lr_share
     return dataclasses.replace(
         recipe,
         training=dataclasses.replace(
@@ -129,7 +126,7 @@ def prepare_model(
         stages = prepared.stages(*total_steps(recipe, len(train.dataset)))
     model.train()
     own_loss = (lambda m, batch: task.loss(m, batch)[0]) if task.has_own_loss else None
-    notes = check_first_step(model, task.collate(rows), strategy.is_adapter, own_loss)
+    notes = check_first_step(model, task.first_batch(rows), strategy.is_adapter, own_loss)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{type(model).__name__}: {trained:,} trained numbers; {'; '.join(notes)}")
     return model, stages, notes
@@ -139,7 +136,7 @@ def _require_vocabulary(model: Any, task: Task, train: Part) -> None:
     """Raise if a training row or the padding has a token id that the embeddings do not have."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(embeddings, "num_embeddings", None)
-    columns = [name for name in _TOKENS if name in train.dataset.column_names]
+    columns = [name for name in TOKEN_COLUMNS if name in train.dataset.column_names]
     if rows is None or not columns:
         return
     largest = max(max(map(max, train.dataset[name])) for name in columns)

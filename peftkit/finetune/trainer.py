@@ -104,20 +104,28 @@ def make_trainer(
     """
     training = recipe.training
     steps = total_steps(recipe, len(train))[0] if train is not None else 0
-    arguments = _arguments(recipe, evaluation is not None, steps, folder)
-    trainer = RecipeTrainer(
+    settings = _settings(recipe, evaluation is not None, steps, folder)
+    other = task.trainer(recipe, settings)
+    if other is not None:
+        trainer_class, parts = other
+    else:
+        trainer_class = RecipeTrainer
+        parts = {
+            "args": make_arguments(TrainingArguments, settings),
+            "compute_metrics": None if evaluation is None else _metrics(task),
+            "preprocess_logits_for_metrics": task.keep_of_logits,
+        }
+    trainer = trainer_class(
         model,
-        arguments,
         task=task,
         rates=training,
         data_collator=task.collate,
         train_dataset=train,
         eval_dataset=evaluation,
-        compute_metrics=None if evaluation is None else _metrics(task),
-        preprocess_logits_for_metrics=task.keep_of_logits,
         callbacks=[EarlyStoppingCallback(training.early_stopping)]
         if training.early_stopping
         else [],
+        **parts,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -133,7 +141,8 @@ def _metrics(task: Task) -> Any:
     return compute
 
 
-def _arguments(recipe: Recipe, evaluates: bool, steps: int, folder: str) -> TrainingArguments:
+def _settings(recipe: Recipe, evaluates: bool, steps: int, folder: str) -> dict[str, Any]:
+    """The fields of ``TrainingArguments`` for a resolved recipe."""
     training = recipe.training
     every = training.checkpoint_every
     strategy = "epoch" if every == "epoch" else "steps"
@@ -180,8 +189,17 @@ def _arguments(recipe: Recipe, evaluates: bool, steps: int, folder: str) -> Trai
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
         }
     _require_optimizer(training.optimizer)
+    return settings
+
+
+def make_arguments(cls: Any, settings: dict[str, Any]) -> Any:
+    """Build ``TrainingArguments`` or a subclass.
+
+    Raises:
+        ContractError: transformers refuses them.
+    """
     try:
-        return TrainingArguments(**settings)
+        return cls(**settings)
     except (ValueError, ImportError) as error:
         raise ContractError(
             f"transformers refuses these settings of the recipe's training: {' '.join(str(error).split())}"

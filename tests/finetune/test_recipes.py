@@ -18,6 +18,9 @@ SHORT = (
 )
 
 
+LETTERS = "abcdefghijklmnopqrstuvwx"
+
+
 def texts(folder):
     folder.mkdir()
     (folder / "a.txt").write_text("\n\n".join(f"the cat {i} sat on the mat" for i in range(24)))
@@ -26,6 +29,13 @@ def texts(folder):
 
 DATA = {
     "sft": ("llama", lambda folder: cases.write_jsonl(folder / "d.jsonl", cases.chats(80))),
+    "preference": (
+        "llama",
+        lambda folder: cases.write_jsonl(
+            folder / "d.jsonl",
+            [{"prompt": c, "chosen": c * 2, "rejected": c * 3} for c in LETTERS],
+        ),
+    ),
     "causal_lm": ("llama", lambda folder: texts(folder / "texts")),
     "masked_lm": ("masked bert", lambda folder: texts(folder / "texts")),
     "text_classification": (
@@ -42,7 +52,7 @@ DATA = {
         "t5",
         lambda folder: cases.write_jsonl(
             folder / "d.jsonl",
-            [{"article": c * 4, "summary": c} for c in "abcdefghijklmnopqrstuvwx"],
+            [{"article": c * 4, "summary": c} for c in LETTERS],
         ),
     ),
     "image_classification": ("vit", lambda folder: cases.images(folder / "images", 8)),
@@ -57,9 +67,9 @@ def test_there_is_a_recipe_for_each_task():
 @pytest.mark.parametrize("task", DATA)
 def test_an_example_recipe_runs(task, tmp_path, one_thread):
     name, write = DATA[task]
-    model = cases.save_model(tmp_path / "m", name, chat=task == "sft")
+    model = cases.save_model(tmp_path / "m", name, chat=task in ("sft", "preference"))
     changes = [f"model={model}", f"data.train={write(tmp_path)}", f"out={tmp_path / 'run'}", *SHORT]
-    if task == "sft":
+    if task in ("sft", "preference"):
         changes.append("data.eval=0.2")
     if task == "image_classification":
         changes += ["training.workers=0", "strategy.blocks_per_stage=1"]

@@ -31,7 +31,9 @@ def topics(count=48):
 
 TEXTS = [{"text": "abcabcabcabc"}, {"text": "xyzxyzxyz"}] * 12
 COPIES = [{"source": c * 3, "target": c} for c in "abcd"] * 8
+CHOICES = [{"prompt": c, "chosen": "ab", "rejected": "xyz"} for c in "abcdefgh"] * 6
 CASES = {
+    "preference": ("llama", "lora", lambda folder: CHOICES, "rewards/accuracies", 0.9),
     "masked_lm": ("masked bert", "full", lambda folder: TEXTS, "token_accuracy", 0.5),
     "text_classification": ("bert", "lora", lambda folder: topics(), "accuracy", 0.9),
     "token_classification": ("bert", "lora", lambda folder: cases.tagged(), "f1", 0.9),

@@ -13,6 +13,7 @@ from peftkit.finetune.tasks.base import Task
 
 TASKS = (
     "sft",
+    "preference",
     "causal_lm",
     "masked_lm",
     "text_classification",

@@ -11,8 +11,13 @@ from peftkit.errors import ContractError, short
 if TYPE_CHECKING:
     import torch
 
+    from peftkit.finetune.recipe import Recipe
+
 IGNORED = -100
 """Labels of this value take no part in the loss."""
+
+TOKEN_COLUMNS = ("input_ids", "anchor", "positive", "chosen_ids", "rejected_ids")
+"""Columns of encoded rows that have token ids."""
 
 
 class BadRow(Exception):
@@ -75,6 +80,8 @@ class Task:
         seq_len: Largest number of tokens if the recipe has none.
         processor: ``"tokenizer"`` or ``"image"``.
         has_own_loss: Whether ``loss`` computes the loss instead of the model.
+        smooths_labels: Whether ``training.label_smoothing`` has an effect.
+        lr_share: The default learning rate divided by that of the strategy.
     """
 
     name: ClassVar[str]
@@ -90,6 +97,8 @@ class Task:
     seq_len: ClassVar[int] = 512
     processor: ClassVar[str] = "tokenizer"
     has_own_loss: ClassVar[bool] = False
+    smooths_labels: ClassVar[bool] = True
+    lr_share: ClassVar[float] = 1.0
 
     def __init__(self, setting: Setting):
         self.setting = setting
@@ -134,6 +143,10 @@ class Task:
         """Make a batch."""
         raise NotImplementedError
 
+    def first_batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make the batch of the check before training, for which the model computes a loss."""
+        return self.collate(rows)
+
     def render(self, features: dict[str, Any]) -> str:
         """Show a row as the model gets it, with the supervised part between « and »."""
         raise NotImplementedError
@@ -156,6 +169,20 @@ class Task:
     def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
         """The loss and the outputs, if ``has_own_loss``."""
         raise NotImplementedError
+
+    def trainer(
+        self, recipe: Recipe, settings: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Another trainer than ``RecipeTrainer``.
+
+        Args:
+            recipe: The recipe of the run.
+            settings: The fields of ``TrainingArguments``.
+
+        Returns:
+            The class and its arguments besides the model and the data, or ``None``.
+        """
+        return None
 
     def prompt(self, row: dict[str, Any]) -> tuple[list[int], str]:
         """The token ids of a row's prompt and the expected answer, in generative tasks."""

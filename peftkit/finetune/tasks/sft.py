@@ -54,7 +54,15 @@ class Sft(CausalTask):
             setting.tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
-        text, spans = self._text(_messages(row, self.setting.options.system))
+        options = self.setting.options
+        ids, labels = self.tokens_of(_messages(row, options.system), options.train_on)
+        return _cut(ids, labels, self.setting.seq_len)
+
+    def tokens_of(
+        self, messages: list[dict[str, str]], train_on: str
+    ) -> tuple[list[int], list[int]]:
+        """The token ids of a conversation, and the labels of what ``train_on`` names."""
+        text, spans = self._text(messages, train_on)
         found = self.setting.tokenizer(
             text, add_special_tokens=not self._has_template, return_offsets_mapping=True
         )
@@ -67,29 +75,31 @@ class Sft(CausalTask):
         ]
         if not self._has_template:
             ids, labels = _with_end(ids, labels, self.setting.tokenizer.eos_token_id)
-        return _cut(ids, labels, self.setting.seq_len)
+        return ids, labels
 
     def prompt(self, row: dict[str, Any]) -> tuple[list[int], str]:
         messages = _messages(row, self.setting.options.system)
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return self._prompt_ids(messages[:last]), messages[last]["content"]
+        return self.prompt_ids(messages[:last]), messages[last]["content"]
 
     def prompt_of_text(self, text: str) -> list[int]:
-        return self._prompt_ids(
-            _with_system([{"role": "user", "content": text}], self.setting.options.system)
+        return self.prompt_ids(
+            with_system([{"role": "user", "content": text}], self.setting.options.system)
         )
 
     @property
     def _has_template(self) -> bool:
         return getattr(self.setting.tokenizer, "chat_template", None) is not None
 
-    def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         if not self._has_template:
             return list(self.setting.tokenizer(_plain(messages)).input_ids)
         text = self._rendered(messages, add_generation_prompt=True)
         return list(self.setting.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _text(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    def _text(
+        self, messages: list[dict[str, str]], train_on: str
+    ) -> tuple[str, list[tuple[int, int]]]:
         """The whole conversation as text, and the places of the supervised parts in it."""
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not self._has_template:
@@ -98,13 +108,11 @@ class Sft(CausalTask):
                     "a conversation of several turns needs a chat template, and the tokenizer has none; set task.chat_template"
                 )
             start, text = len(_plain(messages[:-1])), _plain(messages)
-            return text, [
-                (0 if self.setting.options.train_on == "everything" else start, len(text))
-            ]
+            return text, [(0 if train_on == "everything" else start, len(text))]
         text = self._rendered(messages)
-        if self.setting.options.train_on == "everything":
+        if train_on == "everything":
             return text, [(0, len(text))]
-        if self.setting.options.train_on == "last_answer":
+        if train_on == "last_answer":
             answers = answers[-1:]
         return text, [self._span(text, messages, index) for index in answers]
 
@@ -149,7 +157,7 @@ def _messages(row: dict[str, Any], system: str | None) -> list[dict[str, str]]:
             {"role": "assistant", "content": text_of(row, "completion")},
         ]
         own = text_of(row, "system", optional=True)
-        return _with_system(messages, own or system)
+        return with_system(messages, own or system)
     given = row["messages"]
     if isinstance(given, str):
         try:
@@ -158,10 +166,19 @@ def _messages(row: dict[str, Any], system: str | None) -> list[dict[str, str]]:
             raise BadRow(f"column 'messages' is text, but no JSON list: {short(given)}") from None
     if not isinstance(given, (list, tuple)) or not given:
         raise BadRow(f"column 'messages' is {short(given)}; it must be a list of messages")
-    messages = [_message(one, number) for number, one in enumerate(given, start=1)]
+    messages = conversation_of(given)
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("no message has the role 'assistant', so there is no answer to learn")
-    return messages if messages[0]["role"] == "system" else _with_system(messages, system)
+    return messages if messages[0]["role"] == "system" else with_system(messages, system)
+
+
+def conversation_of(given: Any) -> list[dict[str, str]]:
+    """A list of messages, checked, with the roles system, user and assistant.
+
+    Raises:
+        BadRow: A message has no role, or no text.
+    """
+    return [_message(one, number) for number, one in enumerate(given, start=1)]
 
 
 def _message(given: Any, number: int) -> dict[str, str]:
@@ -180,7 +197,8 @@ def _message(given: Any, number: int) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
+def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
+    """The messages with a system message before them, if there is one."""
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
