@@ -45,6 +45,16 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
+class NewDraws(TrainerCallback):
+    """Tells the task which pass over the data begins, so that it hides, cuts or crops otherwise than in the last one."""
+
+    def __init__(self, task: Any):
+        self.task = task
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.task.round = int(state.epoch or 0)
+
+
 class RunStages(TrainerCallback):
     """Trains exactly the parameters of the stage that a step belongs to. The stage depends on the step alone."""
 

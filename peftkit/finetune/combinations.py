@@ -27,6 +27,7 @@ def check_combinations(recipe: Recipe) -> None:
     _check_base(recipe, strategy)
     _check_columns(recipe, task)
     _check_places(recipe)
+    _check_start(recipe, strategy)
     strategy.check(recipe.strategy.options, recipe)
 
 
@@ -147,3 +148,16 @@ def _check_places(recipe: Recipe) -> None:
             raise ContractError(
                 f"out={recipe.out!r} is the same folder as {name}; name a new folder"
             )
+
+
+def _check_start(recipe: Recipe, strategy: type) -> None:
+    if recipe.adapter is None:
+        return
+    if not strategy.is_adapter:  # type: ignore[attr-defined]
+        raise ContractError(
+            f"adapter={short(recipe.adapter)} with strategy {recipe.strategy.name}, which trains no adapter; merge the adapter into a "
+            "model first (peftkit merge) and name that as model"
+        )
+    from peftkit.finetune.start import require_startable
+
+    require_startable(recipe.strategy, f"adapter={short(recipe.adapter)}")

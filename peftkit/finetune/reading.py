@@ -11,14 +11,26 @@ from peftkit.errors import ContractError, count, short
 from peftkit.finetune.combinations import check_combinations
 from peftkit.finetune.recipe import Choice, DataRecipe, Recipe, TrainingRecipe
 from peftkit.finetune.schema import build, nearest, unknown_key
+from peftkit.finetune.stages.recipe import StagedRecipe, build_stages
 
-KEYS = ("model", "base", "task", "strategy", "data", "training", "out", "resume")
-_SECTIONS = ("task", "strategy", "data", "training")
+KEYS = (
+    "model",
+    "base",
+    "adapter",
+    "task",
+    "strategy",
+    "data",
+    "training",
+    "stages",
+    "out",
+    "resume",
+)
+_SECTIONS = ("task", "strategy", "data", "training", "stages")
 
 
 def read_recipe(
     source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()
-) -> Recipe:
+) -> Recipe | StagedRecipe:
     """Read a recipe and check it.
 
     Args:
@@ -27,7 +39,7 @@ def read_recipe(
         overrides: ``"training.lr=1e-4"``: a dotted key and a value in YAML. Later ones replace earlier ones.
 
     Returns:
-        The recipe. Nothing is loaded or written.
+        The recipe, or one with stages. Nothing is loaded or written.
 
     Raises:
         ContractError: The file cannot be read; a key is unknown or missing; a value has the wrong type, is unknown or out of range;
@@ -36,7 +48,7 @@ def read_recipe(
     values = _named(dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source)))
     for override in overrides:
         _apply(values, override)
-    return _build(values)
+    return build_stages(values, _build) if "stages" in values else _build(values)
 
 
 def _build(values: Mapping[str, Any]) -> Recipe:
@@ -61,6 +73,9 @@ def _build(values: Mapping[str, Any]) -> Recipe:
         training=build(TrainingRecipe, values.get("training") or {}, "training"),
         out=_text("out", values, "the folder of the run"),
         resume=_bool("resume", values.get("resume", False)),
+        adapter=_text("adapter", values, "the folder of an adapter")
+        if values.get("adapter")
+        else None,
     )
     check_combinations(recipe)
     return recipe
@@ -145,15 +160,24 @@ def _apply(values: dict[Any, Any], override: str) -> None:
         values[parts[0]] = value
         _named(values)
         return
+    if parts[0] == "stages" and len(parts) < 3:
+        raise ContractError(f"{override!r}: write stages.NUMBER.KEY=VALUE, counted from 1")
     if parts[0] not in _SECTIONS:
         raise ContractError(
             f"{override!r}: {parts[0]} has no keys of its own; write {parts[0]}=VALUE"
         )
-    place = values
+    place: Any = values
     for done, part in enumerate(parts[:-1], start=1):
+        if isinstance(place, list):
+            place = _entry(place, part, override, ".".join(parts[: done - 1]))
+            continue
         inner = place.get(part)
         if inner is None:
             inner = {}
+        elif isinstance(inner, list) and part == "stages":
+            place[part] = [_named(dict(one)) if isinstance(one, Mapping) else one for one in inner]
+            place = place[part]
+            continue
         elif not isinstance(inner, Mapping):
             before = ".".join(parts[:done])
             raise ContractError(
@@ -162,6 +186,19 @@ def _apply(values: dict[Any, Any], override: str) -> None:
         place[part] = dict(inner)
         place = place[part]
     place[parts[-1]] = value
+
+
+def _entry(entries: list[Any], part: str, override: str, before: str) -> dict[Any, Any]:
+    """A copy of an entry of a list, put in its place; entries are counted from 1."""
+    if not part.isdecimal() or not 1 <= int(part) <= len(entries):
+        raise ContractError(
+            f"{override!r}: {before} has the entries 1 to {len(entries)}; write {before}.1.KEY=VALUE"
+        )
+    entry = entries[int(part) - 1]
+    if not isinstance(entry, Mapping):
+        raise ContractError(f"{override!r}: {before}.{part}={short(entry)} has no keys of its own")
+    entries[int(part) - 1] = dict(entry)
+    return entries[int(part) - 1]
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

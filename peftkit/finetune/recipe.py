@@ -143,6 +143,7 @@ class Recipe:
         training: The training.
         out: The folder of the run.
         resume: Continue from the last whole checkpoint in ``out``.
+        adapter: Folder of a trained adapter whose values the new one starts from.
     """
 
     model: str
@@ -153,6 +154,7 @@ class Recipe:
     training: TrainingRecipe
     out: str
     resume: bool = False
+    adapter: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data, which ``read_recipe`` reads again. Data that was passed as an object is described."""
@@ -161,6 +163,7 @@ class Recipe:
         return {
             "model": self.model,
             "base": self.base,
+            **({"adapter": self.adapter} if self.adapter else {}),
             "task": self.task.to_dict(),
             "strategy": self.strategy.to_dict(),
             "data": {"train": data.pop("train"), "eval": data.pop("eval"), **data},

@@ -27,7 +27,7 @@ def write_report(
     lines = [
         f"# {folder.path.name}",
         "",
-        *_table(
+        *table(
             ("", ""),
             [
                 ("model", f"`{recipe.model}`"),
@@ -54,7 +54,7 @@ def write_report(
         "",
         "## Data",
         "",
-        *_table(
+        *table(
             ("", "train", "eval"),
             [
                 (name, *(_cell(facts[part], name) for part in ("train", "eval")))
@@ -81,7 +81,7 @@ def write_report(
         "",
         "## Results",
         "",
-        *_table(("metric", "value"), [(n, f"{v:.4g}") for n, v in result.metrics.items()]),
+        *table(("metric", "value"), [(n, f"{v:.4g}") for n, v in result.metrics.items()]),
         "",
     ]
     lines += _curves(history)
@@ -94,7 +94,8 @@ def write_report(
     write_text(folder.path / REPORT, "\n".join(lines))
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+    """The lines of a table in Markdown."""
     return [
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -138,7 +139,7 @@ def _curves(history: list[dict[str, Any]]) -> list[str]:
         (step, *(f"{merged[step][n]:.4g}" if n in merged[step] else "" for n in names))
         for step in shown
     ]
-    return [*lines, "", *_table(("step", *names), cells), ""]
+    return [*lines, "", *table(("step", *names), cells), ""]
 
 
 def bars(values: list[float], width: int = 40) -> str:

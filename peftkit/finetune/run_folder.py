@@ -6,10 +6,13 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ContractError, listing, short
 from peftkit.finetune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from peftkit.finetune.stages.recipe import StagedRecipe
 
 CHECKPOINTS = "checkpoints"
 RECIPE = "recipe.yaml"
@@ -95,7 +98,7 @@ class RunFolder:
         differ = [
             f"{name}: {short(before.get(name))} before, {short(now.get(name))} now"
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and name not in _FREE
+            if before.get(name) != now.get(name) and _without_stage(name) not in _FREE
         ]
         if differ:
             raise ContractError(
@@ -146,7 +149,7 @@ def _is_whole(folder: Path) -> bool:
     )
 
 
-def written_recipe(recipe: Recipe) -> str:
+def written_recipe(recipe: Recipe | StagedRecipe) -> str:
     """The resolved recipe as YAML."""
     import yaml
 
@@ -155,7 +158,13 @@ def written_recipe(recipe: Recipe) -> str:
     )
 
 
+def _without_stage(name: str) -> str:
+    return re.sub(r"^stages\.\d+\.", "", name)
+
+
 def _flat(values: Any, before: str = "") -> dict[str, Any]:
+    if isinstance(values, list) and values and all(isinstance(one, dict) for one in values):
+        values = {str(number): one for number, one in enumerate(values, start=1)}
     if not isinstance(values, dict) or not values:
         return {before.rstrip("."): values}
     found: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from peftkit.finetune.data import Part, find_labels, load_data
 from peftkit.finetune.first_step import check_first_step
 from peftkit.finetune.model import load_model, load_processor, longest_input
 from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.start import start_from_adapter
 from peftkit.finetune.strategies import AdapterSetting, require_strategy
 from peftkit.finetune.tasks import require_task
 from peftkit.finetune.tasks.base import TOKEN_COLUMNS, Setting, Task
@@ -53,7 +54,8 @@ def make_task(recipe: Recipe, labels: list[str] | None = None) -> Task:
         seq_len = min(seq_len, longest) if isinstance(longest, int) and longest > 1 else seq_len
         config_longest = _config_longest(recipe)
         seq_len = min(seq_len, config_longest or seq_len)
-    return task_class(Setting(processor, seq_len, recipe.task.options, labels))
+    setting = Setting(processor, seq_len, recipe.task.options, labels, seed=recipe.training.seed)
+    return task_class(setting)
 
 
 def _config_longest(recipe: Recipe) -> int | None:
@@ -120,13 +122,17 @@ def prepare_model(
     setting = AdapterSetting(task.task_type, tuple(task.outside_loss(model)))
     prepared = strategy.apply(model, recipe.strategy.options, setting)
     model = prepared.model
+    carried = []
+    if recipe.adapter is not None:
+        carried = start_from_adapter(model, recipe.adapter, task.setting.labels)
     task.check_model(model, rows)
     stages = None
     if prepared.stages is not None:
         stages = prepared.stages(*total_steps(recipe, len(train.dataset)))
     model.train()
     own_loss = (lambda m, batch: task.loss(m, batch)[0]) if task.has_own_loss else None
-    notes = check_first_step(model, task.first_batch(rows), strategy.is_adapter, own_loss)
+    batch = task.first_batch(rows)
+    notes = carried + check_first_step(model, batch, strategy.is_adapter, own_loss)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{type(model).__name__}: {trained:,} trained numbers; {'; '.join(notes)}")
     return model, stages, notes

@@ -70,6 +70,14 @@ class RecipeTrainer(Trainer):
         self._load_from_checkpoint(str(chosen))
         return True
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate with the same random choices each time, so that losses can be compared."""
+        before, self.task.round = self.task.round, -1
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.task.round = before
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raise ``ContractError`` if the loss is not finite, instead of going on with broken weights."""
         loss = super().training_step(*args, **kwargs)

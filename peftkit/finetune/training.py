@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ContractError, count
 from peftkit.finetune.reading import read_recipe
@@ -23,6 +23,10 @@ from peftkit.finetune.run_folder import (
     write_text,
     written_recipe,
 )
+from peftkit.finetune.stages.recipe import StagedRecipe
+
+if TYPE_CHECKING:
+    from peftkit.finetune.tasks.base import Task
 
 
 @dataclass
@@ -57,7 +61,7 @@ class RunResult:
 
 
 def train(
-    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe | StagedRecipe,
     *overrides: str,
     say: Callable[[str], None] = lambda line: None,
 ) -> RunResult:
@@ -78,16 +82,32 @@ def train(
         ContractError: The recipe, the data or the model cannot be used, or the loss is not finite. The message names the cause
             and a way out.
     """
-    if isinstance(recipe, Recipe):
+    if isinstance(recipe, (Recipe, StagedRecipe)):
         if overrides:
             raise ContractError("a Recipe takes no overrides; pass them to read_recipe")
     else:
         recipe = read_recipe(recipe, overrides)
+    if isinstance(recipe, StagedRecipe):
+        from peftkit.finetune.stages.run import train_stages
+
+        return train_stages(recipe, say)
     folder = RunFolder(recipe.out)
     if not recipe.resume:
         folder.require_free()
     with _removed_if_empty(folder):
         return _Run(recipe, folder, say).train()
+
+
+def check_run(recipe: Recipe) -> Task:
+    """Check the rows, the model and one step of a recipe, without writing anything.
+
+    Returns:
+        The task, with its classes.
+
+    Raises:
+        ContractError: As for ``train``.
+    """
+    return _Run(recipe, RunFolder(recipe.out), lambda line: None).prepare()[0]
 
 
 @contextmanager
@@ -109,11 +129,10 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: RunFolder, say: Callable[[str], None]):
         self.recipe, self.folder, self.say = recipe, folder, say
 
-    def train(self) -> RunResult:
+    def prepare(self) -> tuple[Any, Any, Any, Any, Any, list[str]]:
+        """Load the data and the model, and check the first step."""
         from transformers import set_seed
 
-        from peftkit.finetune.data import fingerprint
-        from peftkit.finetune.outcome import digests
         from peftkit.finetune.setup import prepare_data, prepare_model, resolved
 
         recipe, say = self.recipe, self.say
@@ -124,6 +143,16 @@ class _Run:
             self.folder.require_same(recipe.to_dict())
         set_seed(recipe.training.seed)
         model, stages, notes = prepare_model(recipe, task, train, say)
+        return task, train, evaluation, model, stages, notes
+
+    def train(self) -> RunResult:
+        from transformers import set_seed
+
+        from peftkit.finetune.data import fingerprint
+        from peftkit.finetune.outcome import digests
+
+        task, train, evaluation, model, stages, notes = self.prepare()
+        recipe, say = self.recipe, self.say
         facts = {
             "fingerprint": fingerprint(train.dataset),
             "labels": task.setting.labels,
@@ -181,6 +210,7 @@ class _Run:
         from peftkit.finetune.callbacks import (
             KeepMetrics,
             MarkCheckpoints,
+            NewDraws,
             RunStages,
             StopWithCheckpoint,
         )
@@ -199,6 +229,7 @@ class _Run:
         trainer.add_callback(KeepMetrics(self.folder, self.say))
         trainer.add_callback(MarkCheckpoints(self.folder.checkpoints))
         trainer.add_callback(stopper)
+        trainer.add_callback(NewDraws(task))
         if stages is not None:
             trainer.add_callback(RunStages(model, stages))
         return trainer, stopper

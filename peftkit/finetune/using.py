@@ -15,6 +15,7 @@ from peftkit.finetune.reading import read_recipe
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.run_folder import DATA, RECIPE, RESULT, RunFolder
 from peftkit.finetune.setup import is_adapter, make_task
+from peftkit.finetune.stages.recipe import StagedRecipe
 from peftkit.finetune.tasks.base import Task
 from peftkit.finetune.weights import ADAPTER, MODEL
 
@@ -113,7 +114,7 @@ def evaluate(run: str | os.PathLike[str], data: Any = None) -> dict[str, float]:
 
 
 def open_run(run: str | os.PathLike[str]) -> tuple[Recipe, RunFolder]:
-    """Read the recipe of a finished run.
+    """Read the recipe of a finished run; of its last stage, if it has stages.
 
     Raises:
         ContractError: There is no run, or it is not finished.
@@ -129,7 +130,10 @@ def open_run(run: str | os.PathLike[str]) -> tuple[Recipe, RunFolder]:
         raise ContractError(
             f"the run in {folder.path} is not finished ({status}); continue it with peftkit train {file} resume=true"
         )
-    return read_recipe(file), folder
+    recipe = read_recipe(file)
+    if isinstance(recipe, StagedRecipe):
+        return open_run(folder.path / Path(recipe.stages[-1].recipe.out).name)
+    return recipe, folder
 
 
 def load_run(recipe: Recipe, folder: RunFolder) -> tuple[Task, Any]:

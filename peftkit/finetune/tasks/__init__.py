@@ -16,11 +16,14 @@ TASKS = (
     "preference",
     "causal_lm",
     "masked_lm",
+    "span_corruption",
     "text_classification",
     "token_classification",
     "seq2seq",
     "image_classification",
     "embeddings",
+    "contrastive",
+    "contrastive_images",
 )
 """Each name is also that of the module with the task."""
 

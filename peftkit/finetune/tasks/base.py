@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -54,6 +56,7 @@ class Setting:
         options: The task's options.
         labels: Names of the classes in the order of their numbers; empty if the task has none.
         config: The model's config once it is loaded.
+        seed: Seed of the run.
     """
 
     tokenizer: Any
@@ -61,6 +64,7 @@ class Setting:
     options: Any
     labels: list[str] = field(default_factory=list)
     config: Any = None
+    seed: int = 0
 
 
 class Task:
@@ -82,6 +86,7 @@ class Task:
         has_own_loss: Whether ``loss`` computes the loss instead of the model.
         smooths_labels: Whether ``training.label_smoothing`` has an effect.
         lr_share: The default learning rate divided by that of the strategy.
+        round: Number of the pass over the training rows, or -1 in an evaluation.
     """
 
     name: ClassVar[str]
@@ -102,6 +107,7 @@ class Task:
 
     def __init__(self, setting: Setting):
         self.setting = setting
+        self.round = 0
 
     @classmethod
     def labels_of(cls, row: dict[str, Any]) -> set[str]:
@@ -146,6 +152,17 @@ class Task:
     def first_batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make the batch of the check before training, for which the model computes a loss."""
         return self.collate(rows)
+
+    def draws(self, rows: list[dict[str, Any]]) -> torch.Generator:
+        """Random numbers for a batch, which depend on its rows, the pass over the data and the seed.
+
+        The Trainer prepares batches ahead, so numbers from torch's own generator would be others after a run was resumed.
+        """
+        import torch
+
+        text = json.dumps([self.setting.seed, self.round, rows], sort_keys=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
     def render(self, features: dict[str, Any]) -> str:
         """Show a row as the model gets it, with the supervised part between « and »."""

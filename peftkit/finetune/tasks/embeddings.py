@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from peftkit.errors import ContractError
+from peftkit.finetune.contrast import (
+    CHUNK,
+    batch_loss,
+    in_chunks,
+    pooled,
+    require_batch,
+    require_one_encoder,
+    unused_pooler,
+)
 from peftkit.finetune.schema import key
 from peftkit.finetune.tasks.base import BadRow, Encoded, Task, pad, text_of
 
@@ -25,6 +33,7 @@ class Options:
     pooling: Literal["mean", "first", "last"] = key(
         "mean", "How the outputs of the tokens become one vector"
     )
+    chunk: int | None = key(None, CHUNK, least=1)
 
 
 class Embeddings(Task):
@@ -77,44 +86,23 @@ class Embeddings(Task):
         return f"«{decode(features['anchor'])}» ~ «{decode(features['positive'])}»"
 
     def outside_loss(self, model: Any) -> list[str]:
-        return ["pooler.dense"] if hasattr(getattr(model, "pooler", None), "dense") else []
+        return unused_pooler(model)
 
     def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
-        if model.config.is_encoder_decoder:
-            raise ContractError(
-                f"task=embeddings needs an encoder or a decoder, and {type(model).__name__} is both; use a model such as BERT or MiniLM"
-            )
-        if len(rows) < 2:
-            raise ContractError(
-                f"task=embeddings compares the rows of a batch, but a batch has {len(rows)}; use training.batch_size=16 or more, and "
-                "enough rows"
-            )
+        require_one_encoder(model, self.name)
+        require_batch(rows, self.name)
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-        import torch
+        options = self.setting.options
+        batch = {name: tensor for name, tensor in inputs.items() if name != "labels"}
 
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        states = model(**inputs).last_hidden_state
-        vectors = self._pooled(states.float(), inputs["attention_mask"])
-        vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        anchors, positives = vectors.chunk(2)
-        scores = anchors @ positives.T / self.setting.options.temperature
-        if scores.shape[0] == 1:
-            # One row has no negatives: its loss is 0, and so are the gradients.
-            return scores.sum() * 0.0, {"loss": None, "logits": scores}
-        loss = torch.nn.functional.cross_entropy(scores, labels)
+        def encode(part: dict[str, Any]) -> Any:
+            states = model(**part).last_hidden_state
+            return pooled(states, part["attention_mask"], options.pooling)
+
+        vectors = in_chunks(encode, batch, options.chunk)
+        loss, scores = batch_loss(vectors, options.temperature)
         return loss, {"loss": loss, "logits": scores}
-
-    def _pooled(self, states: Any, mask: Any) -> Any:
-        """One vector for each text: ``Float32[texts, width]``."""
-        if self.setting.options.pooling == "first":
-            return states[:, 0]
-        if self.setting.options.pooling == "last":
-            last = mask.sum(1) - 1
-            return states[range(len(states)), last]
-        weights = mask[..., None].to(states.dtype)
-        return (states * weights).sum(1) / weights.sum(1)
 
     def keep_of_logits(self, logits: Any, labels: Any) -> Any:
         """The rank of each anchor's own positive in its batch, from 1."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peftkit.errors import short
+from peftkit.errors import ContractError, short
 from peftkit.finetune.tasks.base import (
     BadRow,
     Encoded,
@@ -37,7 +37,7 @@ class ImageClassification(Task):
 
     def __init__(self, setting: Setting):
         super().__init__(setting)
-        _pillow()
+        require_pillow()
 
     @classmethod
     def labels_of(cls, row: dict[str, Any]) -> set[str]:
@@ -49,25 +49,12 @@ class ImageClassification(Task):
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
         label = number_of_label(row.get("label"), self.setting.labels)
-        image = row.get("image")
-        if not isinstance(image, str) or not image:
-            raise BadRow(f"column 'image' is {short(image)}, not the path of an image")
-        if not Path(image).is_file():
-            raise BadRow(f"the image {image} does not exist")
-        try:
-            with _pillow().open(image) as opened:
-                opened.verify()
-        except (OSError, SyntaxError) as error:
-            raise BadRow(f"{image} is no image that can be read ({error})") from error
-        return [Encoded({"image": image, "labels": label}, 1, 1)]
+        return [Encoded({"image": require_image(row), "labels": label}, 1, 1)]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
 
-        images = []
-        for row in rows:
-            with _pillow().open(row["image"]) as opened:
-                images.append(opened.convert("RGB"))
+        images = [open_image(row["image"]) for row in rows]
         found = self.setting.tokenizer(images, return_tensors="pt")
         labels = torch.tensor([row["labels"] for row in rows])
         return {"pixel_values": found["pixel_values"], "labels": labels}
@@ -83,14 +70,38 @@ class ImageClassification(Task):
         return {"accuracy": accuracy(predictions, labels), "f1": macro_f1(predictions, labels)}
 
 
-def _pillow() -> Any:
+def require_image(row: dict[str, Any]) -> str:
+    """The path of a row's image.
+
+    Raises:
+        BadRow: There is no image that can be read.
+    """
+    image = row.get("image")
+    if not isinstance(image, str) or not image:
+        raise BadRow(f"column 'image' is {short(image)}, not the path of an image")
+    if not Path(image).is_file():
+        raise BadRow(f"the image {image} does not exist")
+    try:
+        with require_pillow().open(image) as opened:
+            opened.verify()
+    except (OSError, SyntaxError) as error:
+        raise BadRow(f"{image} is no image that can be read ({error})") from error
+    return image
+
+
+def open_image(path: str) -> Any:
+    """An image with three colours."""
+    with require_pillow().open(path) as opened:
+        return opened.convert("RGB")
+
+
+def require_pillow() -> Any:
+    """The module ``PIL.Image``; raises ``ContractError`` if pillow is not installed."""
     try:
         from PIL import Image
     except ImportError as error:
-        from peftkit.errors import ContractError
-
         raise ContractError(
-            "task=image_classification needs the package pillow: pip install 'peftkit[vision]'"
+            "tasks with images need the package pillow: pip install 'peftkit[vision]'"
         ) from error
     return Image
 

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.errors import ContractError
 from peftkit.finetune.schema import key
-from peftkit.finetune.tasks.base import IGNORED, Encoded, Setting, Task, pad_tokens, text_of
+from peftkit.finetune.tasks.base import (
+    IGNORED,
+    Encoded,
+    Setting,
+    Task,
+    pad,
+    pad_tokens,
+    text_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +26,9 @@ class Options:
     """Options of ``masked_lm``."""
 
     mask_share: float = key(0.15, "Share of the tokens that the model must guess", above=0, below=1)
+    whole_word: bool = key(
+        False, "Hide all tokens of a word together, as the tokenizer splits words"
+    )
 
 
 class MaskedLm(Task):
@@ -37,15 +48,27 @@ class MaskedLm(Task):
             raise ContractError(
                 "task=masked_lm needs a tokenizer with a mask token, and this one has none; use task=causal_lm for decoders"
             )
+        if setting.options.whole_word and len({*setting.tokenizer("a b c d").word_ids()}) < 4:
+            raise ContractError(
+                "task.whole_word=true, but the tokenizer does not split texts into words before it makes tokens; set "
+                "task.whole_word=false"
+            )
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
-        parts = self.setting.tokenizer(
+        found = self.setting.tokenizer(
             text_of(row, "text"),
             truncation=True,
             max_length=self.setting.seq_len,
             return_overflowing_tokens=True,
-        ).input_ids
-        return [Encoded({"input_ids": list(part)}, len(part), len(part)) for part in parts]
+        )
+        rows = []
+        for number, part in enumerate(found.input_ids):
+            features = {"input_ids": list(part)}
+            if self.setting.options.whole_word:
+                words = found.word_ids(number)
+                features["words"] = [-1 if word is None else word for word in words]
+            rows.append(Encoded(features, len(part), len(part)))
+        return rows
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
@@ -56,16 +79,28 @@ class MaskedLm(Task):
         special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids)) | (
             batch["attention_mask"] == 0
         )
-        hidden = (torch.rand(ids.shape) < self.setting.options.mask_share) & ~special
+        share, draws = self.setting.options.mask_share, self.draws(rows)
+        words = pad([row["words"] for row in rows], -1) if "words" in rows[0] else None
+        if words is None:
+            hidden = torch.rand(ids.shape, generator=draws) < share
+        else:
+            # One draw for each word, so the expected share of tokens is the same.
+            by_word = torch.rand(len(rows), int(words.max()) + 1, generator=draws) < share
+            hidden = by_word.gather(1, words.clamp(0))
+        hidden &= ~special
         if not bool(hidden.any()):
             # A batch without a label would have a loss of NaN.
             places = (~special).nonzero()
-            hidden[tuple(places[int(torch.randint(len(places), ()))])] = True
+            place = int(torch.randint(len(places), (), generator=draws))
+            row, column = places[place].tolist()
+            hidden[row, column] = True
+            if words is not None:
+                hidden[row] |= (words[row] == words[row, column]) & ~special[row]
         labels[~hidden] = IGNORED
-        draw = torch.rand(ids.shape)
+        draw = torch.rand(ids.shape, generator=draws)
         ids[hidden & (draw < 0.8)] = tokenizer.mask_token_id
         replaced = hidden & (draw >= 0.8) & (draw < 0.9)
-        ids[replaced] = torch.randint(len(tokenizer), ids.shape)[replaced]
+        ids[replaced] = torch.randint(len(tokenizer), ids.shape, generator=draws)[replaced]
         return batch | {"labels": labels}
 
     def render(self, features: dict[str, Any]) -> str:
