@@ -43,6 +43,7 @@ TABLES: dict[str, Callable[[], str]] = {
         quantised.table(load(f"quantised-{case}")) for case in quantised.CASES
     ),
     "learning": lambda: learning.table(load("learning")),
+    "learning-bases": lambda: learning.bases_table(load("learning-bases")),
     "tuning": lambda: tuning.table(load("tuning")),
     "overhead": lambda: overhead.table(load("overhead")),
     "kernels": _kernels,

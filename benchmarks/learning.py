@@ -100,16 +100,27 @@ RECIPES = {
     ),
 }
 
+BASES = ("lora", "lora-nf4", "lora-int8", "lora-int8-compute")
+METHODS = [name for name in RECIPES if name == "lora" or name not in BASES]
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--task", choices=TASKS, action="append", help="default: all")
-    parser.add_argument("--method", choices=RECIPES, action="append", help="default: all")
+    parser.add_argument("--method", choices=METHODS, action="append", help="default: all")
+    parser.add_argument(
+        "--bases", action="store_true", help="LoRA on quantised bases instead, on the task records"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train and score every method on every task, save the results and print them."""
-    result = learn(arguments.task or list(TASKS), arguments.method or list(RECIPES))
+    """Train and score every method on every task, or LoRA on every base; save the results and print them."""
+    if arguments.bases:
+        result = learn(["records"], list(BASES))
+        save(result, "learning-bases")
+        print(bases_table(result))
+        return
+    result = learn(arguments.task or list(TASKS), arguments.method or list(METHODS))
     save(result, "learning")
     print(table(result))
 
@@ -153,6 +164,21 @@ def table(result: dict[str, Any]) -> str:
             )
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def bases_table(result: dict[str, Any]) -> str:
+    """The accuracy of LoRA on every base as a Markdown table."""
+    runs = result["runs"]["records"]
+    lines = [
+        f"**{TITLES['records']}** ({machine(result['environment'])})",
+        "",
+        "| method | steps | correct (%) | points from float32 |",
+        "|---|---|---|---|",
+    ]
+    for method, run in runs.items():
+        points = 100 * (run["correct"] - runs["lora"]["correct"])
+        lines.append(f"| {method} | {run['steps']} | {100 * run['correct']:.1f} | {points:+.1f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
