@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -13,6 +14,7 @@ from transformers import Trainer
 
 from demo import DemoError, Settings, run
 from demo.answers import Answers
+from demo.command import demo_command
 from demo.compare import METHODS, measure, measure_in_process
 from demo.files import read_json, write_json
 from demo.generator import make_examples
@@ -139,7 +141,7 @@ def test_ctrl_c_while_training_leaves_a_checkpoint_and_resume_ends_the_same(
     with monkeypatch.context() as patched:
         press_ctrl_c(patched, "phase 4 of 7: training", at=3, times=times)
         assert run(broken, compare=False, settings=tiny_demo) == 130
-    assert f" demo --resume --out {broken}\n" in capsys.readouterr().out
+    assert f"{demo_command(['--resume', '--out', str(broken)])}\n" in capsys.readouterr().out
     checkpoint = broken / "checkpoints" / "checkpoint-4"  # the step that was under way is finished
     assert (checkpoint / "adapter_model.safetensors").is_file()
     assert run(broken, resume=True, compare=False, settings=tiny_demo) == 0
@@ -240,7 +242,8 @@ def test_resume_refuses_other_settings_and_other_versions(tmp_path):
 def test_new_run_replaces_a_finished_one_but_no_other_folder(tmp_path):
     out = tmp_path / "out"
     folder = open_folder(out, Settings(), resume=False)
-    with pytest.raises(DemoError, match=r"unfinished run; continue it \(.*demo --resume --out"):
+    resume = re.escape(demo_command(["--resume", "--out", str(out)]))
+    with pytest.raises(DemoError, match=rf"unfinished run; continue it \({resume}\)"):
         open_folder(out, Settings(), resume=False)
     folder.base.mkdir()
     (out / "report.json").write_text("{}")
