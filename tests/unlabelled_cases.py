@@ -1,5 +1,6 @@
 """Tokenizers and models for the tests of tasks without labels."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import finetune_cases as cases
 import models
 import tokenizers
 import transformers as hf
+from PIL import Image
 
 MARKS = 10
 
@@ -49,4 +51,14 @@ def vit_with_pooler(folder: Path) -> Path:
     """The tiny ViT as the checkpoints on the Hub are, with a pooler; returns the folder."""
     hf.ViTModel(models.tiny("vit").config).save_pretrained(folder)
     hf.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def colours(folder: Path, count: int = 24) -> Path:
+    """A folder with images of one colour each, all different."""
+    draw = random.Random(0)
+    folder.mkdir()
+    for number in range(count):
+        colour = tuple(draw.randrange(256) for _ in range(3))
+        Image.new("RGB", (16, 16), colour).save(folder / f"{number}.png")
     return folder

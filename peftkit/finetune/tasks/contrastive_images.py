@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.finetune.contrast import (
@@ -63,7 +64,8 @@ class ContrastiveImages(Task):
 
         images = [open_image(row["image"]) for row in rows]
         pixels = self.setting.tokenizer(images, return_tensors="pt")["pixel_values"]
-        draws = self.draws(rows)
+        # The names of the files without their place, so that moved data give the same views.
+        draws = self.draws([{"image": Path(row["image"]).parts[-2:]} for row in rows])
         views = [self._view(image, draws) for _ in range(2) for image in pixels]
         return {"pixel_values": torch.stack(views), "labels": torch.arange(len(rows))}
 
