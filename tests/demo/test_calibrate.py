@@ -10,16 +10,16 @@ from demo.settings import Settings
 from demo.train import training_rows
 
 PACE = Pace(train_token=0.01, prompt_token=0.001, decode_token=0.002)
-TODO = Work(train=150_000, prompts=6_000, answers=9_000, longest=60, requests=300)
+WORK = Work(train=150_000, prompts=6_000, answers=9_000, longest=60, requests=300)
 
 
 def test_the_estimate_is_time_by_token():
-    found = estimate(PACE, TODO, Settings(), compare=True)
+    found = estimate(PACE, WORK, Settings(), compare=True)
     assert found["training"] == pytest.approx(1500)
     assert found["base"] == pytest.approx(6 + 0.002 * 300 * 60)
     assert found["tuned"] == pytest.approx(1.2 * (6 + 0.002 * 9000))
     assert found["comparison"] > 8 * 3 * 1500 / 300
-    assert "comparison" not in estimate(PACE, TODO, Settings(), compare=False)
+    assert "comparison" not in estimate(PACE, WORK, Settings(), compare=False)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_the_estimate_is_time_by_token():
     [(60, 300, 300), (30, 300, 100), (26, 250, 100), (1, 150, 100)],
 )
 def test_a_slow_machine_gets_the_longest_run_that_fits(minutes, steps, held_out):
-    chosen, seconds = fitted(PACE, TODO, Settings(), True, minutes)
+    chosen, seconds = fitted(PACE, WORK, Settings(), True, minutes)
     assert (chosen.steps, chosen.held_out_pairs) == (steps, held_out)
     assert sum(seconds.values()) <= 60 * minutes or chosen.steps == 150
     assert seconds["training"] == pytest.approx(1500 * steps / 300)
@@ -35,7 +35,7 @@ def test_a_slow_machine_gets_the_longest_run_that_fits(minutes, steps, held_out)
 
 def test_a_small_run_is_never_made_longer():
     tiny = Settings(steps=6, held_out_pairs=11, compare_steps=2)
-    assert fitted(PACE, TODO, tiny, True, 0)[0] == tiny
+    assert fitted(PACE, WORK, tiny, True, 0)[0] == tiny
 
 
 def test_timing_leaves_the_model_as_it_is(tiny_base):
