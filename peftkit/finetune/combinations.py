@@ -99,7 +99,7 @@ def _check_rates(recipe: Recipe, strategy: type) -> None:
 
 def _check_smoothing(recipe: Recipe, task: type) -> None:
     share = recipe.training.label_smoothing
-    if share and not task.smooths_labels:  # type: ignore[attr-defined]
+    if share and (task.has_own_loss or not task.smooths_labels):  # type: ignore[attr-defined]
         raise ContractError(
             f"training.label_smoothing={share:g} has no effect on the loss of task {recipe.task.name}; remove it"
         )

@@ -10,7 +10,7 @@ import torch
 import unlabelled_cases as unlabelled
 
 from peftkit import ContractError
-from peftkit.finetune import evaluate, train
+from peftkit.finetune import evaluate, read_recipe, train
 from peftkit.finetune.contrast import batch_loss, in_chunks, pooled, two_sided_loss
 from peftkit.finetune.tasks.base import Setting
 from peftkit.finetune.tasks.contrastive import Contrastive
@@ -150,6 +150,13 @@ def test_contrast_by_dropout_spreads_the_texts(strategy, tmp_path, one_thread):
     assert evaluate(tmp_path / "run", TEXTS[:12])["loss"] == pytest.approx(
         found.metrics["eval_loss"], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("task", ["contrastive", "contrastive_images", "embeddings"])
+def test_smoothing_of_labels_that_do_not_exist_is_refused(task, tmp_path):
+    values = cases.recipe(tmp_path, task, str(tmp_path), tmp_path / "run")
+    with pytest.raises(ContractError, match=r"training.label_smoothing=0.1 has no effect"):
+        read_recipe(values, ["training.label_smoothing=0.1"])
 
 
 def test_contrast_by_dropout_needs_dropout(tmp_path, one_thread):

@@ -84,7 +84,7 @@ class Task:
         seq_len: Largest number of tokens if the recipe has none.
         processor: ``"tokenizer"`` or ``"image"``.
         has_own_loss: Whether ``loss`` computes the loss instead of the model.
-        smooths_labels: Whether ``training.label_smoothing`` has an effect.
+        smooths_labels: Whether ``training.label_smoothing`` has an effect. It has none on a loss of the task's own.
         lr_share: The default learning rate divided by that of the strategy.
         round: Number of the pass over the training rows, or -1 in an evaluation.
     """

@@ -54,7 +54,6 @@ class Embeddings(Task):
     metric_names = ("recall_at_1", "mean_reciprocal_rank")
     best_metric = "mean_reciprocal_rank"
     has_own_loss = True
-    smooths_labels = False
     seq_len = 256
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
