@@ -1,4 +1,4 @@
-"""What contrastive tasks share: one vector for a text, the losses over a batch, and batches that are encoded in chunks."""
+"""What contrastive tasks share: the losses over a batch, and batches that are encoded in chunks."""
 
 from __future__ import annotations
 
@@ -14,23 +14,6 @@ CHUNK = (
     "Rows in one forward. The gradients are those of the whole batch; the memory is that of one chunk, for a second forward. "
     "null: the whole batch at once"
 )
-
-
-def pooled(states: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
-    """One vector for each text: ``Float32[texts, width]``.
-
-    Args:
-        states: ``Float[texts, length, width]``, the outputs of the last layer.
-        mask: ``Int64[texts, length]``, 0 for padding, which is on the right.
-        how: ``"mean"``, ``"first"`` or ``"last"``.
-    """
-    states = states.float()
-    if how == "first":
-        return states[:, 0]
-    if how == "last":
-        return states[range(len(states)), mask.sum(1) - 1]
-    weights = mask[..., None].to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1)
 
 
 def in_chunks(
@@ -119,12 +102,4 @@ def require_batch(rows: list[Any], task: str) -> None:
         raise ContractError(
             f"task={task} compares the rows of a batch, but a batch has {len(rows)}; use training.batch_size=16 or more, and "
             "enough rows"
-        )
-
-
-def require_one_encoder(model: Any, task: str) -> None:
-    """Raise ``ContractError`` for a model with an encoder and a decoder."""
-    if model.config.is_encoder_decoder:
-        raise ContractError(
-            f"task={task} needs an encoder or a decoder, and {type(model).__name__} is both; use a model such as BERT or MiniLM"
         )

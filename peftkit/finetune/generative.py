@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.errors import ContractError
 from peftkit.finetune.packing import collate_packs, pack, require_no_leaks
 from peftkit.finetune.tasks.base import IGNORED, Task, marked, pad, pad_tokens
+from peftkit.finetune.tasks.scores import token_accuracy
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +45,7 @@ class CausalTask(Task):
         return logits.argmax(-1)
 
     def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
-        found, wanted = predictions[:, :-1], labels[:, 1:]
-        used = wanted != IGNORED
-        return {"token_accuracy": float((found == wanted)[used].mean()) if used.any() else 0.0}
+        return {"token_accuracy": token_accuracy(predictions[:, :-1], labels[:, 1:])}
 
 
 def require_causal(model: Any, length: int = 8) -> None:

@@ -11,12 +11,13 @@ import unlabelled_cases as unlabelled
 
 from peftkit import ContractError
 from peftkit.finetune import evaluate, read_recipe, train
-from peftkit.finetune.contrast import batch_loss, in_chunks, pooled, two_sided_loss
+from peftkit.finetune.contrast import batch_loss, in_chunks, two_sided_loss
 from peftkit.finetune.tasks.base import Setting
 from peftkit.finetune.tasks.contrastive import Contrastive
 from peftkit.finetune.tasks.contrastive_images import ContrastiveImages
 from peftkit.finetune.tasks.masked_lm import MaskedLm
 from peftkit.finetune.tasks.span_corruption import SpanCorruption, corrupt
+from peftkit.finetune.tasks.text_contrast import pooled
 
 TEXTS = [{"text": c * 3 + " " + d * 4} for c in "abcdef" for d in "uvwxyz"]
 

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from peftkit.finetune.contrast import (
-    CHUNK,
-    batch_loss,
-    in_chunks,
-    pooled,
-    require_batch,
-    require_one_encoder,
-    unused_pooler,
-)
-from peftkit.finetune.schema import key
-from peftkit.finetune.tasks.base import BadRow, Encoded, Task, pad, text_of
+from peftkit.finetune.tasks.base import BadRow, Encoded, pad, text_of
+from peftkit.finetune.tasks.text_contrast import TextContrast
 
 if TYPE_CHECKING:
     import torch
@@ -25,18 +15,7 @@ if TYPE_CHECKING:
 _SIDES = ("anchor", "positive")
 
 
-@dataclass
-class Options:
-    """Options of ``embeddings``."""
-
-    temperature: float = key(0.05, "Similarities are divided by this number", above=0)
-    pooling: Literal["mean", "first", "last"] = key(
-        "mean", "How the outputs of the tokens become one vector"
-    )
-    chunk: int | None = key(None, CHUNK, least=1)
-
-
-class Embeddings(Task):
+class Embeddings(TextContrast):
     """Pairs of texts that belong together. The loss is that of a classifier over the batch.
 
     Source: Henderson et al., 2017, arXiv:1705.00652; Gao et al., 2021, arXiv:2104.08821 for the temperature.
@@ -44,16 +23,12 @@ class Embeddings(Task):
 
     name = "embeddings"
     summary = "pairs of texts that belong together; the other rows of the batch are the negatives"
-    auto_class = "AutoModel"
-    task_type = "FEATURE_EXTRACTION"
     columns: ClassVar[dict[str, str]] = {
         "anchor": "a text, such as a question",
         "positive": "a text that belongs to it, such as its answer",
     }
-    Options = Options
     metric_names = ("recall_at_1", "mean_reciprocal_rank")
     best_metric = "mean_reciprocal_rank"
-    has_own_loss = True
     seq_len = 256
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
@@ -83,25 +58,6 @@ class Embeddings(Task):
     def render(self, features: dict[str, Any]) -> str:
         decode = self.setting.tokenizer.decode
         return f"«{decode(features['anchor'])}» ~ «{decode(features['positive'])}»"
-
-    def outside_loss(self, model: Any) -> list[str]:
-        return unused_pooler(model)
-
-    def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
-        require_one_encoder(model, self.name)
-        require_batch(rows, self.name)
-
-    def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-        options = self.setting.options
-        batch = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-
-        def encode(part: dict[str, Any]) -> Any:
-            states = model(**part).last_hidden_state
-            return pooled(states, part["attention_mask"], options.pooling)
-
-        vectors = in_chunks(encode, batch, options.chunk)
-        loss, scores = batch_loss(vectors, options.temperature)
-        return loss, {"loss": loss, "logits": scores}
 
     def keep_of_logits(self, logits: Any, labels: Any) -> Any:
         """The rank of each anchor's own positive in its batch, from 1."""

@@ -16,6 +16,7 @@ from peftkit.finetune.tasks.base import (
     pad_tokens,
     text_of,
 )
+from peftkit.finetune.tasks.scores import token_accuracy
 
 if TYPE_CHECKING:
     import torch
@@ -110,8 +111,7 @@ class MaskedLm(Task):
         return logits.argmax(-1)
 
     def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
-        used = labels != IGNORED
-        return {"token_accuracy": float((predictions == labels)[used].mean())}
+        return {"token_accuracy": token_accuracy(predictions, labels)}
 
 
 TASK = MaskedLm

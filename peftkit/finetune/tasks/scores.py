@@ -7,10 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from peftkit.finetune.tasks.base import IGNORED
+
 
 def accuracy(found: Any, wanted: Any) -> float:
     """The share of equal numbers."""
     return float(np.mean(np.asarray(found) == np.asarray(wanted)))
+
+
+def token_accuracy(found: Any, labels: Any) -> float:
+    """The share of labelled tokens that were found; 0 if no token has a label.
+
+    Args:
+        found: ``Int[rows, length]``.
+        labels: ``Int[rows, length]``, -100 for tokens without a label.
+    """
+    used = labels != IGNORED
+    return float((found == labels)[used].mean()) if used.any() else 0.0
 
 
 def macro_f1(found: Any, wanted: Any) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peftkit.errors import ContractError
 from peftkit.finetune.schema import key
 from peftkit.finetune.tasks.base import IGNORED, Encoded, Task, pad, pad_tokens, text_of
+from peftkit.finetune.tasks.scores import token_accuracy
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +61,7 @@ class Seq2Seq(Task):
         return logits.argmax(-1)
 
     def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
-        used = labels != IGNORED
-        return {"token_accuracy": float((predictions == labels)[used].mean())}
+        return {"token_accuracy": token_accuracy(predictions, labels)}
 
     def prompt(self, row: dict[str, Any]) -> tuple[list[int], str]:
         return self.prompt_of_text(text_of(row, "source")), text_of(row, "target")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peftkit.errors import ContractError
 from peftkit.finetune.schema import key
 from peftkit.finetune.tasks.base import IGNORED, Encoded, Setting, Task, pad, pad_tokens, text_of
+from peftkit.finetune.tasks.scores import token_accuracy
 
 if TYPE_CHECKING:
     import torch
@@ -86,8 +87,7 @@ class SpanCorruption(Task):
         return logits.argmax(-1)
 
     def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
-        used = labels != IGNORED
-        return {"token_accuracy": float((predictions == labels)[used].mean())}
+        return {"token_accuracy": token_accuracy(predictions, labels)}
 
 
 def corrupt(

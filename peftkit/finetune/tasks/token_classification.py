@@ -17,7 +17,7 @@ from peftkit.finetune.tasks.base import (
     pad_tokens,
     sorted_labels,
 )
-from peftkit.finetune.tasks.scores import span_f1
+from peftkit.finetune.tasks.scores import span_f1, token_accuracy
 
 if TYPE_CHECKING:
     import torch
@@ -81,8 +81,7 @@ class TokenClassification(Task):
         used = labels != IGNORED
         found = [[names[i] for i in row[mask]] for row, mask in zip(predictions, used, strict=True)]
         wanted = [[names[i] for i in row[mask]] for row, mask in zip(labels, used, strict=True)]
-        accuracy = float((predictions == labels)[used].mean())
-        return {"f1": span_f1(found, wanted), "token_accuracy": accuracy}
+        return {"f1": span_f1(found, wanted), "token_accuracy": token_accuracy(predictions, labels)}
 
 
 def _list(row: dict[str, Any], column: str) -> list[Any]:
