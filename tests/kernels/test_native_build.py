@@ -222,3 +222,17 @@ def test_processes_that_build_at_the_same_time_do_not_disturb_each_other(tmp_pat
     assert [child.returncode for child in children] == [0, 0]
     (library,) = tmp_path.rglob("*.so")
     assert said == {str(library)}
+
+
+def test_code_has_no_avx512_if_torch_is_kept_from_it(monkeypatch):
+    flags, prints = {}, {}
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(build.torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        monkeypatch.setattr(build.torch.cpu, "_is_avx512_supported", lambda: True)
+        flags[capability], prints[capability] = build._flags(), build._fingerprint()
+    assert "-march=x86-64-v3" in flags["AVX2"]
+    assert "-march=native" in flags["AVX512"]
+    assert prints["AVX2"] != prints["AVX512"]
+    monkeypatch.setattr(build.torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(build.torch.cpu, "_is_avx512_supported", lambda: False)
+    assert "-march=native" in build._flags()

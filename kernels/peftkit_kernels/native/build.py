@@ -19,12 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from peftkit_kernels.core import cache
 
 _FOLDER = Path(__file__).parent
 _FLAGS = (
     "-O3",
-    "-march=native",
     "-fopenmp",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -85,6 +86,12 @@ def load(symbols: tuple[str, ...]) -> Native:
         )
 
 
+def _flags() -> tuple[str, ...]:
+    """The options of the compiler. Code is for this processor, but without AVX-512 if torch is kept from it."""
+    limited = torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.cpu._is_avx512_supported()
+    return (*_FLAGS, "-march=x86-64-v3" if limited else "-march=native")
+
+
 def _fingerprint() -> str:
     """What the machine code depends on: the sources, the flags and the instructions of this processor."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -93,7 +100,7 @@ def _fingerprint() -> str:
         {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}
     )
     sources = [path.read_text() for path in sorted(_FOLDER.glob("*.[ch]"))]
-    facts = [*sources, *_FLAGS, platform.machine(), *cpu]
+    facts = [*sources, *_flags(), platform.machine(), *cpu]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
@@ -142,7 +149,7 @@ def _build(path: Path, symbols: tuple[str, ...]) -> ctypes.CDLL:
 def _compile(compiler: str, built: Path) -> None:
     """Compile into ``built``; raises ``_Doubt``, or ``OSError`` if the compiler cannot be started."""
     sources = map(str, sorted(_FOLDER.glob("*.c")))
-    command = [compiler, *_FLAGS, "-shared", "-fPIC", *sources, "-o", str(built), "-lm"]
+    command = [compiler, *_flags(), "-shared", "-fPIC", *sources, "-o", str(built), "-lm"]
     messages = built.with_suffix(".txt")
     # The messages go to a file: a pipe stays open as long as a process that the compiler has started.
     with messages.open("wb") as stream:

@@ -25,8 +25,11 @@ def multiplies_int8() -> bool:
     """Whether this processor has 8-bit products (AVX-512 VNNI or AMX) that ``torch._int_mm`` can use.
 
     Without them ``torch._int_mm`` multiplies one element at a time. Then native code multiplies the codes if it can
-    (``native.has_int8_products``), otherwise they are multiplied as float32.
+    (``native.has_int8_products``), otherwise they are multiplied as float32. If torch is kept from AVX-512
+    (``ATEN_CPU_CAPABILITY=avx2``), the processor counts as one without them.
     """
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return False
     return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
 
 
