@@ -102,12 +102,36 @@ def experts() -> nn.Module:
     )
 
 
+def llama(width: int, layers: int = 4, vocabulary: int = 8192) -> nn.Module:
+    """A Llama with random weights, heads of 64 features, and a fourth as many key heads, at least one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = max(2, width // 64)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=width,
+            intermediate_size=width * 3,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=max(1, heads // 4),
+            vocab_size=vocabulary,
+            max_position_embeddings=8192,
+        )
+    )
+
+
 CASES = {
     case.name: case
     for case in (
         Case("smollm2", smollm2, batch_size=2, sequence_length=256),
         Case("llama-1b-cut", llama_1b_cut, batch_size=1, sequence_length=512),
         Case("experts", experts, batch_size=2, sequence_length=256),
+        Case("tiny", partial(llama, 64, 2, 128), batch_size=2, sequence_length=16),
+        *(
+            Case(f"llama-{width}", partial(llama, width), batch_size=1, sequence_length=512)
+            for width in (256, 512, 1024, 2048)
+        ),
     )
 }
 

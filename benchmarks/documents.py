@@ -17,7 +17,9 @@ import operations
 import overhead
 import prefix
 import quantised
+import records
 import steps
+import suite_tables
 import summary
 import tuning
 from report import HERE, load, machine
@@ -38,7 +40,9 @@ def _kernels() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "training": lambda: _cases("training", steps.Training.CASES),
     "parts": lambda: steps.parts_table(load("parts-smollm2")),
-    "methods": lambda: _cases("methods", steps.METHODS),
+    "methods": lambda: _rows("methods"),
+    "scaling": lambda: _rows("scaling"),
+    "earlier methods": lambda: _cases("methods", ("smollm2", "experts")),
     "quantised": lambda: "\n\n".join(
         quantised.table(load(f"quantised-{case}")) for case in quantised.CASES
     ),
@@ -49,7 +53,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": _kernels,
     "prefix": lambda: prefix.table(load("prefix")),
 }
-"""The text between the marks of docs/benchmarks.md, by mark, which is also the name of the benchmark."""
+"""The text between the marks of docs/benchmarks.md, by mark. A mark that is the name of a benchmark has its table."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +90,10 @@ def between(page: str, mark: str, text: str) -> str:
     if not found:
         raise SystemExit(f"the page lacks the marks {begin} and {end}; add them first")
     return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def _rows(name: str) -> str:
+    return suite_tables.tables([row for row in records.stored() if row["suite"] == name])
 
 
 def _cases(benchmark: str, cases: Iterable[str]) -> str:

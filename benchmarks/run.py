@@ -3,7 +3,8 @@
     python benchmarks/run.py training                      # fine-tuning steps: time and memory, against PEFT and full fine-tuning
     python benchmarks/run.py training --case smollm2 --providers peftkit peft full floor --rounds 3
     python benchmarks/run.py parts                         # the gain of each part of peftkit
-    python benchmarks/run.py methods                       # a step of DoRA, bottlenecks and prefixes, against LoRA
+    python benchmarks/run.py methods                       # a step of each method, in peftkit, PEFT and other libraries
+    python benchmarks/run.py scaling                       # how steps scale with length, batch, rank, adapters and model size
     python benchmarks/run.py quantised                     # a step on NF4 and 8-bit bases, against PEFT with bitsandbytes
     python benchmarks/run.py learning                      # the accuracy that each method reaches on two real models
     python benchmarks/run.py tuning                        # loss after tuning on quantised bases, and what merges keep of it
@@ -34,12 +35,14 @@ import overhead
 import prefix
 import quantised
 import steps
+import suite
 import tuning
 
 BENCHMARKS = {
     "training": steps.Training,
     "parts": steps.Parts,
-    "methods": steps.Methods,
+    "methods": suite.Methods,
+    "scaling": suite.Scaling,
     "quantised": quantised,
     "learning": learning,
     "tuning": tuning,

@@ -16,16 +16,6 @@ OTHER_METHODS = ("full", "peftkit-bottleneck", "peftkit-prefix")
 """Providers that do not train LoRA. Only their first loss, that of the base model, equals stock PEFT's."""
 
 
-METHODS = {
-    "smollm2": (
-        *("peftkit", "peftkit-dora", "peftkit-bottleneck", "peftkit-prefix"),
-        *("peft", "peft-dora", "full"),
-    ),
-    "experts": ("peftkit", "peft"),
-}
-"""Providers of the benchmark ``methods`` by case."""
-
-
 class Training:
     """Time and memory of a step: peftkit, stock PEFT and full fine-tuning."""
 
@@ -53,28 +43,6 @@ class Training:
         for case in arguments.case or cls.CASES:
             result = measure(case, arguments)
             save(result, f"training-{case}")
-            print(table(result), flush=True)
-
-
-class Methods:
-    """DoRA, bottlenecks and prefixes against LoRA, and LoRA on the experts of a mixture."""
-
-    HELP = "a step of each method; LoRA on stacked experts"
-
-    @staticmethod
-    def add_options(parser: argparse.ArgumentParser) -> None:
-        """Add the options of the command."""
-        parser.add_argument("--case", choices=METHODS, action="append", help="default: all")
-        _add_run_options(parser, None)
-
-    @staticmethod
-    def run(arguments: argparse.Namespace) -> None:
-        """Measure every case, save the results and print the tables."""
-        chosen = arguments.providers
-        for case in arguments.case or METHODS:
-            arguments.providers = chosen or METHODS[case]
-            result = measure(case, arguments)
-            save(result, f"methods-{case}")
             print(table(result), flush=True)
 
 
