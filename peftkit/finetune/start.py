@@ -1,4 +1,4 @@
-"""Start a new adapter, or the body of a model, from weights that were trained for another task."""
+"""Start a new adapter from one that was trained for another task."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftkit.errors import ContractError, count, listing
 from peftkit.finetune.recipe import Choice
@@ -91,34 +90,6 @@ def start_from_adapter(model: Any, folder: str, labels: list[str]) -> list[str]:
     if inner:
         notes.append(f"left behind: {_few(list(inner))}")
     return notes
-
-
-def copy_body(source: nn.Module, target: nn.Module) -> int:
-    """Copy the weights of one model into another by their names inside the backbone, without heads.
-
-    Args:
-        source: A model of the same architecture, perhaps with another head.
-        target: Is changed in place.
-
-    Returns:
-        The number of parameters that were copied.
-
-    Raises:
-        ContractError: No parameter has the same name and shape.
-    """
-    inner = _names(dict(source.named_parameters()), source)
-    done = 0
-    with torch.no_grad():
-        for name, parameter in _names(dict(target.named_parameters()), target).items():
-            tensor = inner.get(name)
-            if tensor is not None and tensor.shape == parameter.shape:
-                parameter.copy_(tensor)
-                done += 1
-    if not done:
-        raise ContractError(
-            f"{type(source).__name__} and {type(target).__name__} have no weight in common; use models of one architecture"
-        )
-    return done
 
 
 def _names(tensors: dict[str, Tensor], base: Any) -> dict[str, Tensor]:
