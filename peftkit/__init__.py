@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftkit.errors import ContractError
     from peftkit.export import ExportReport, export_adapter_gguf, export_gguf
     from peftkit.finetune import Recipe, RunResult, evaluate, generate, read_recipe, train
+    from peftkit.finetune.comparison import Comparison, compare
     from peftkit.fp8 import Float8Linear, from_fp8, to_fp8
     from peftkit.inits import InitReport, initialise
     from peftkit.interop import import_adapter
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BaseReport",
     "BottleneckConfig",
+    "Comparison",
     "ContractError",
     "ExportReport",
     "Float8Linear",
@@ -46,6 +48,7 @@ __all__ = [
     "accelerate",
     "base_report",
     "check",
+    "compare",
     "convert_adapter",
     "evaluate",
     "explain",
@@ -72,6 +75,7 @@ __all__ = [
 _HOME_OF = {
     "BaseReport": "peftkit.base",
     "BottleneckConfig": "peftkit.bridge",
+    "Comparison": "peftkit.finetune",
     "ContractError": "peftkit.errors",
     "ExportReport": "peftkit.export",
     "Float8Linear": "peftkit.fp8",
@@ -86,6 +90,7 @@ _HOME_OF = {
     "accelerate": "peftkit.wrapping",
     "base_report": "peftkit.base",
     "check": "peftkit.checks",
+    "compare": "peftkit.finetune",
     "convert_adapter": "peftkit.serving",
     "evaluate": "peftkit.finetune",
     "explain": "peftkit.report",

@@ -9,6 +9,7 @@ import typer
 
 from peftkit import __version__
 from peftkit.cli.check import check
+from peftkit.cli.compare import compare
 from peftkit.cli.convert import convert
 from peftkit.cli.doctor import doctor
 from peftkit.cli.errors import OneLineErrors
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("check")(check)
+app.command("compare")(compare)
 app.command("convert")(convert)
 app.command("doctor")(doctor)
 app.command("eval")(evaluate)

@@ -6,14 +6,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peftkit.finetune.comparison import Comparison, compare
     from peftkit.finetune.reading import read_recipe
     from peftkit.finetune.recipe import Recipe
     from peftkit.finetune.training import RunResult, train
     from peftkit.finetune.using import evaluate, generate
 
-__all__ = ["Recipe", "RunResult", "evaluate", "generate", "read_recipe", "train"]
+__all__ = [
+    "Comparison",
+    "Recipe",
+    "RunResult",
+    "compare",
+    "evaluate",
+    "generate",
+    "read_recipe",
+    "train",
+]
 
 _HOME_OF = {
+    "Comparison": "comparison",
+    "compare": "comparison",
     "Recipe": "recipe",
     "RunResult": "training",
     "evaluate": "using",

@@ -151,6 +151,11 @@ def _check_places(recipe: Recipe) -> None:
 
 
 def _check_start(recipe: Recipe, strategy: type) -> None:
+    if recipe.weights == "random" and recipe.strategy.name != "full":
+        raise ContractError(
+            f"weights='random' with strategy {recipe.strategy.name}, which would keep random weights frozen for some of the time; use "
+            "strategy=full"
+        )
     if recipe.adapter is None:
         return
     if not strategy.is_adapter:  # type: ignore[attr-defined]

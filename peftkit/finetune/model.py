@@ -94,7 +94,9 @@ def load_model(recipe: Recipe, task: Task, is_adapter: bool) -> nn.Module:
     base = "fp32" if recipe.base == "auto" and not is_adapter else recipe.base
     arguments = task.model_arguments()
     with _quiet_loading():
-        if gguf is None:
+        if recipe.weights == "random":
+            model = _random(place, gguf, task.auto_class, arguments)
+        elif gguf is None:
             from peftkit.base import load_base
 
             model = load_base(place, base, auto_class=task.auto_class, **arguments)  # type: ignore[arg-type]
@@ -105,6 +107,22 @@ def load_model(recipe: Recipe, task: Task, is_adapter: bool) -> nn.Module:
     if pad_id is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_id
     return model
+
+
+def _random(place: str, gguf: str | None, auto_class: str, arguments: dict[str, Any]) -> Any:
+    """The architecture with new weights in float32."""
+    import transformers
+
+    options = {} if gguf is None else {"gguf_file": gguf}
+    config = transformers.AutoConfig.from_pretrained(place, **options, **arguments)
+    config.dtype = None
+    try:
+        model = getattr(transformers, auto_class).from_config(config)
+    except ValueError as error:
+        raise ContractError(
+            f"{place} cannot be made with new weights: {_first_line(error)}"
+        ) from error
+    return model.float().to(_device())
 
 
 def _load_gguf(place: str, file: str, base: str, auto_class: str, arguments: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ KEYS = (
     "model",
     "base",
     "adapter",
+    "weights",
     "task",
     "strategy",
     "data",
@@ -45,9 +46,22 @@ def read_recipe(
         ContractError: The file cannot be read; a key is unknown or missing; a value has the wrong type, is unknown or out of range;
             or keys contradict each other. The message names the key, its value and a way out.
     """
+    return build_recipe(recipe_values(source, overrides))
+
+
+def recipe_values(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()
+) -> dict[Any, Any]:
+    """The keys of a recipe with the overrides applied, before they are checked; as for ``read_recipe``."""
     values = _named(dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source)))
     for override in overrides:
         _apply(values, override)
+    return values
+
+
+def build_recipe(values: Mapping[str, Any]) -> Recipe | StagedRecipe:
+    """Check the keys of a recipe; as for ``read_recipe``."""
+    values = _named(dict(values))
     return build_stages(values, _build) if "stages" in values else _build(values)
 
 
@@ -73,6 +87,7 @@ def _build(values: Mapping[str, Any]) -> Recipe:
         training=build(TrainingRecipe, values.get("training") or {}, "training"),
         out=_text("out", values, "the folder of the run"),
         resume=_bool("resume", values.get("resume", False)),
+        weights=_weights(values.get("weights", "pretrained")),
         adapter=_text("adapter", values, "the folder of an adapter")
         if values.get("adapter")
         else None,
@@ -118,6 +133,12 @@ def _text(name: str, values: Mapping[str, Any], meaning: str) -> str:
 def _bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ContractError(f"{name}={short(value)} must be true or false")
+    return value
+
+
+def _weights(value: Any) -> str:
+    if value not in ("pretrained", "random"):
+        raise ContractError(f"weights={short(value)} is unknown; use pretrained or random")
     return value
 
 

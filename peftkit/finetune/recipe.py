@@ -144,6 +144,7 @@ class Recipe:
         out: The folder of the run.
         resume: Continue from the last whole checkpoint in ``out``.
         adapter: Folder of a trained adapter whose values the new one starts from.
+        weights: ``"pretrained"``, or ``"random"`` to train the architecture of ``model`` from scratch.
     """
 
     model: str
@@ -155,6 +156,7 @@ class Recipe:
     out: str
     resume: bool = False
     adapter: str | None = None
+    weights: str = "pretrained"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data, which ``read_recipe`` reads again. Data that was passed as an object is described."""
@@ -164,6 +166,7 @@ class Recipe:
             "model": self.model,
             "base": self.base,
             **({"adapter": self.adapter} if self.adapter else {}),
+            **({"weights": self.weights} if self.weights != "pretrained" else {}),
             "task": self.task.to_dict(),
             "strategy": self.strategy.to_dict(),
             "data": {"train": data.pop("train"), "eval": data.pop("eval"), **data},

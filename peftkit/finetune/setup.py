@@ -17,6 +17,9 @@ from peftkit.finetune.tasks import require_task
 from peftkit.finetune.tasks.base import TOKEN_COLUMNS, Setting, Task
 from peftkit.finetune.trainer import total_steps
 
+SCRATCH_LR = 5e-4
+"""Learning rate of random weights if the recipe has none."""
+
 
 def is_adapter(recipe: Recipe) -> bool:
     """Whether the recipe trains an adapter rather than the model itself."""
@@ -27,7 +30,7 @@ def resolved(recipe: Recipe, task: Task) -> Recipe:
     """Fill in the defaults that depend on the task and the strategy."""
     training, strategy = recipe.training, require_strategy(recipe.strategy.name)
     epochs = None if training.max_steps else training.epochs or task.epochs
-    lr = training.lr or strategy.lr * task.lr_share
+    lr = training.lr or (SCRATCH_LR if recipe.weights == "random" else strategy.lr) * task.lr_share
     return dataclasses.replace(
         recipe,
         training=dataclasses.replace(

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from peftkit.errors import ContractError, count, listing
+from peftkit.find.heads import find_heads, outside_backbone
 from peftkit.finetune.recipe import Choice
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -92,6 +94,33 @@ def start_from_adapter(model: Any, folder: str, labels: list[str]) -> list[str]:
     return notes
 
 
+def copy_body(source: nn.Module, target: nn.Module) -> None:
+    """Copy the weights of one model into another by their names inside the backbone, without heads.
+
+    Args:
+        source: A model of the same architecture, perhaps with another head.
+        target: Is changed in place.
+
+    Raises:
+        ContractError: A weight of the target's backbone, other than a pooler's, is not in the source.
+    """
+    inner = _names(dict(source.named_parameters()), source)
+    head = outside_backbone(dict(target.named_modules()))
+    lost = []
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            tensor = inner.get(_own_name(name, target))
+            if tensor is not None and tensor.shape == parameter.shape:
+                parameter.copy_(tensor)
+            elif name.rpartition(".")[0] not in head and "pooler" not in name:
+                lost.append(name)
+    if lost:
+        raise ContractError(
+            f"{type(source).__name__} has no such weights of {type(target).__name__}:\n{listing(lost)}\nUse models of one architecture, "
+            "and a base that is not quantised."
+        )
+
+
 def _names(tensors: dict[str, Tensor], base: Any) -> dict[str, Tensor]:
     return {_own_name(name, base): tensor for name, tensor in tensors.items()}
 
@@ -104,8 +133,6 @@ def _own_name(name: str, base: Any) -> str:
 
 
 def _head_names(model: Any) -> list[str]:
-    from peftkit.find.heads import find_heads
-
     base = model.get_base_model()
     found = find_heads(model)
     return [_own_name(name, base) for name in (*found.names, *found.out_of_reach)]

@@ -41,6 +41,7 @@ class RunResult:
         weights: The folder with the adapter or the model; ``None`` if the run was stopped.
         problems: What the checks after training found. A run with problems did not train what it should.
         notes: What is worth knowing besides.
+        trained: Number of trained numbers.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class RunResult:
     weights: Path | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    trained: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain data."""
@@ -319,6 +321,7 @@ class _Run:
             metrics,
             problems=problems,
             notes=[*notes, *more],
+            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
         result.weights = save_weights(self.recipe, task, model, self.folder, metrics, facts)
         write_report(self.recipe, model, self.folder, result, facts, history, samples)

@@ -105,7 +105,11 @@ def evaluate(run: str | os.PathLike[str], data: Any = None) -> dict[str, float]:
         rows = encode_rows(source, "data.eval", recipe, task).model_rows()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(recipe, task, model, None, rows, scratch)
-        found = trainer.evaluate()
+        return metrics_of(trainer.evaluate())
+
+
+def metrics_of(found: dict[str, float]) -> dict[str, float]:
+    """The loss and the task's metrics of what the Trainer's evaluation returns."""
     return {
         name.removeprefix("eval_"): float(value)
         for name, value in found.items()
@@ -147,7 +151,9 @@ def load_run(recipe: Recipe, folder: RunFolder) -> tuple[Task, Any]:
         model = load_adapter(model, _require(folder.path / ADAPTER))
     else:
         place = str(_require(folder.path / MODEL))
-        model = load_model(dataclasses.replace(recipe, model=place), task, is_adapter=False)
+        model = load_model(
+            dataclasses.replace(recipe, model=place, weights="pretrained"), task, is_adapter=False
+        )
     task.setting.config = model.config
     return task, model.eval()
 

@@ -133,6 +133,7 @@ def _total(recipe: StagedRecipe, results: list[RunResult]) -> RunResult:
         last.weights if len(results) == len(recipe.stages) else None,
         [f"{n}: {p}" for n, r in zip(names, results, strict=False) for p in r.problems],
         [f"{n}: {note}" for n, r in zip(names, results, strict=False) for note in r.notes],
+        last.trained,
     )
 
 
