@@ -222,7 +222,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
     buffers = [(module, dict(module._buffers)) for module in modules]
-    contents = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    contents = [(b, b.detach().clone()) for b in model.buffers()]
     gradients = [(p, p.grad) for p in model.parameters()]
     # Optimisers that step during the backward use these hooks. autograd holds the dictionary itself, so it is emptied.
     hooks = [(h, dict(h)) for p in model.parameters() if (h := p._post_accumulate_grad_hooks)]
@@ -246,8 +246,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module._buffers.clear()
                 module._buffers.update(saved)
             with torch.no_grad():
-                for buffer, version, content in contents:
-                    if buffer._version != version:
+                for buffer, content in contents:
+                    # Batch norms change their statistics without a new version of the tensor.
+                    if not torch.equal(buffer, content):
                         buffer.copy_(content)
             for module, mode in modes:
                 module.training = mode

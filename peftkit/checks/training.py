@@ -15,6 +15,7 @@ from peftkit.checks.effect import check_heads, check_strength
 from peftkit.checks.reach import measure
 from peftkit.errors import ContractError, count, listing, short
 from peftkit.find.matching import check_targets
+from peftkit.find.statistics import lost_statistics
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -125,7 +126,7 @@ def check(model: nn.Module, batch: Mapping[str, Any] | None = None) -> CheckRepo
         check_targets(model, config)
     notes = _check_values(tensors) + _check_trainable(tensors, active)
     check_strength(model, active)
-    notes += check_heads(model)
+    notes += check_heads(model) + _statistics_notes(model)
     trainable = sum(t.tensor.requires_grad for t in tensors)
     report = CheckReport(tuple(active), len(tensors), trainable, notes=tuple(notes))
     if batch is None:
@@ -142,6 +143,18 @@ def check(model: nn.Module, batch: Mapping[str, Any] | None = None) -> CheckRepo
         labels=found.labels if found else None,
         notes=(*notes, *more),
     )
+
+
+def _statistics_notes(model: nn.Module) -> list[str]:
+    """Whether frozen batch norms would change in training, which the adapter's file would not contain."""
+    lost = lost_statistics(model)
+    if not lost:
+        return []
+    return [
+        f"{count(len(lost), 'frozen batch norm changes its', 'frozen batch norms change their')} running statistics in training, such as "
+        f"{lost[0]}. An adapter's file does not contain them, so the loaded adapter would compute something else. Call eval() on them "
+        "after each model.train(), as peftkit train does"
+    ]
 
 
 def _check_active(model: nn.Module, active: list[str], tensors: list[AdapterTensor]) -> None:

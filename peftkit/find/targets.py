@@ -195,7 +195,7 @@ def fill_targets(model: nn.Module, config: Any) -> Selection | None:
 def _raise_nothing_left(model: nn.Module, config: Any, selection: Selection) -> None:
     reasons = [f"{name}: {reason}" for name, reason in selection.left_out.items()]
     narrowed = [name for name, reason in selection.left_out.items() if reason == NARROWED]
-    way_out = "name the modules to adapt in target_modules"
+    way_out = f"name the modules to adapt in target_modules{_convolutions(model, selection)}"
     if narrowed:
         fields = ("exclude_modules", "modules_to_save", "layers_to_transform")
         given = [f"{f}={getattr(config, f)!r}" for f in fields if getattr(config, f, None)]
@@ -204,6 +204,25 @@ def _raise_nothing_left(model: nn.Module, config: Any, selection: Selection) -> 
         f"no linear layer of {type(model).__name__} is left to adapt; {way_out}"
         + (f":\n{listing(reasons)}" if reasons else "")
     )
+
+
+def _convolutions(model: nn.Module, selection: Selection) -> str:
+    """Entries of ``target_modules`` for the convolutions of the backbone that are not grouped, as part of a message."""
+    modules = dict(base_modules(model))
+    heads = {*heads_among(modules).names, *outside_backbone(modules)}
+    plain = {
+        name
+        for name, reason in selection.left_out.items()
+        if reason == CONVOLUTION
+        and getattr(modules[name], "groups", 1) == 1
+        and heads.isdisjoint([name, *ancestors(name)])
+    }
+    if not plain:
+        return ""
+    entries = _shortest_entries(plain, modules.keys() - plain)
+    if len(repr(entries)) > 300:
+        return ""
+    return f". For its convolutions, target_modules={entries!r}"
 
 
 def _takes_parameters(config: Any) -> bool:

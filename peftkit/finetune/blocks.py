@@ -10,6 +10,9 @@ from torch import nn
 from peftkit.find.heads import find_heads
 from peftkit.find.modules import base_modules
 
+_BEFORE = re.compile(r"embed|stem|pre_?lay", re.IGNORECASE)
+"""Names of modules before the blocks: embeddings, the first convolutions of image models, CLIP's first norm."""
+
 _SMALL = 0.05
 """A list of modules with a smaller share of the parameters is no stack of blocks."""
 
@@ -95,7 +98,7 @@ class Places:
         """Whether a parameter outside the blocks is not part of the embeddings."""
         if any(own.startswith(f"{name}.") for name in self._input):
             return False
-        return "embed" not in own.lower()
+        return not _BEFORE.search(own)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peftkit.errors import ContractError, count
+from peftkit.find.statistics import hold_statistics, norms_with_statistics
 from peftkit.finetune.data import Part, find_labels, load_data
 from peftkit.finetune.first_step import check_first_step
 from peftkit.finetune.model import load_model, load_processor, longest_input
@@ -133,6 +134,7 @@ def prepare_model(
     if prepared.stages is not None:
         stages = prepared.stages(*total_steps(recipe, len(train.dataset)))
     model.train()
+    hold_statistics(norms_with_statistics(model))
     own_loss = (lambda m, batch: task.loss(m, batch)[0]) if task.has_own_loss else None
     batch = task.first_batch(rows)
     notes = carried + check_first_step(model, batch, strategy.is_adapter, own_loss)
@@ -143,10 +145,12 @@ def prepare_model(
 
 def _require_vocabulary(model: Any, task: Task, train: Part) -> None:
     """Raise if a training row or the padding has a token id that the embeddings do not have."""
+    columns = [name for name in TOKEN_COLUMNS if name in train.dataset.column_names]
+    if not columns:
+        return
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(embeddings, "num_embeddings", None)
-    columns = [name for name in TOKEN_COLUMNS if name in train.dataset.column_names]
-    if rows is None or not columns:
+    if rows is None:
         return
     largest = max(max(map(max, train.dataset[name])) for name in columns)
     largest = max(largest, task.setting.tokenizer.pad_token_id)

@@ -16,7 +16,9 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from peftkit.checks.reach import loss_of, undisturbed
 from peftkit.errors import ContractError
+from peftkit.find.statistics import hold_statistics, norms_with_statistics
 from peftkit.finetune.rates import parameter_groups
 from peftkit.finetune.recipe import Recipe, TrainingRecipe
 from peftkit.finetune.tasks.base import Task
@@ -28,9 +30,29 @@ class RecipeTrainer(Trainer):
     def __init__(self, *args: Any, task: Task, rates: TrainingRecipe, **kwargs: Any):
         self.task, self.rates = task, rates
         super().__init__(*args, **kwargs)
-        if task.has_own_loss:
+        self.norms = norms_with_statistics(self.model)
+        if task.has_own_loss or not self._model_divides_by_items():
             # Otherwise the Trainer expects the model to divide the loss by the labels of all accumulated batches.
             self.model_accepts_loss_kwargs = False
+
+    def _model_divides_by_items(self) -> bool:
+        """Whether the model's loss is divided by the number of labels of all accumulated batches.
+
+        The Trainer believes so if the model takes any keyword, but ResNet and others ignore this one. Their gradients would be too large
+        by the number of accumulated batches.
+        """
+        batches = self.args.gradient_accumulation_steps
+        if batches == 1 or self.train_dataset is None or not self.model_accepts_loss_kwargs:
+            return True
+        rows: Any = self.train_dataset
+        with undisturbed(self.model), torch.no_grad():
+            self.model.eval()
+            batch = self._prepare_inputs(self.task.collate([rows[0]]))
+            few, many = (
+                loss_of(self.model, {**batch, "num_items_in_batch": torch.tensor(items)})
+                for items in (8, 16)
+            )
+        return bool(many < 0.75 * few)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimiser that the recipe names, with our parameter groups."""
@@ -43,7 +65,9 @@ class RecipeTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """The task's own loss if it has one."""
+        """The task's own loss if it has one. Frozen batch norms use their statistics and keep them."""
+        if model.training:
+            hold_statistics(self.norms)
         if not self.task.has_own_loss:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = self.task.loss(model, inputs)

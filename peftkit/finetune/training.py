@@ -151,7 +151,8 @@ class _Run:
         from transformers import set_seed
 
         from peftkit.finetune.data import fingerprint
-        from peftkit.finetune.outcome import digests
+        from peftkit.finetune.outcome import base_buffers, digests
+        from peftkit.finetune.setup import is_adapter
 
         task, train, evaluation, model, stages, notes = self.prepare()
         recipe, say = self.recipe, self.say
@@ -162,7 +163,7 @@ class _Run:
             "eval": None if evaluation is None else evaluation.counts.to_dict(),
         }
         checkpoint = self._checkpoint(facts, notes)
-        before = digests(model)
+        before = digests(model) | (base_buffers(model) if is_adapter(recipe) else {})
         trainer, stopper = self._trainer(task, model, train, evaluation, stages)
         rows = (evaluation or train).examples[: recipe.training.samples]
         samples = self._samples(task, model, rows, "before") if task.generative else []

@@ -40,7 +40,8 @@ class Gradual(Strategy):
         places = Places(model)
         if not places.stacks:
             raise ContractError(
-                f"strategy gradual needs a model with a list of equal blocks, and {type(model).__name__} has none; use full or partial"
+                f"strategy gradual needs a model with a list of equal blocks, and {type(model).__name__} has none; use full, or "
+                "partial with strategy.pattern"
             )
         levels = {name: places.level(name) for name, _ in model.named_parameters()}
 

@@ -71,6 +71,11 @@ class Partial(Strategy):
 
 def _selected(model: nn.Module, options: PartialOptions) -> set[str]:
     places = Places(model)
+    if options.last_blocks and not places.stacks:
+        raise ContractError(
+            f"strategy.last_blocks={options.last_blocks}, but {type(model).__name__} has no list of equal blocks; name what to train with "
+            f"strategy.pattern, a regular expression. The modules at the top are {', '.join(_tops(model))}"
+        )
     if options.last_blocks > places.depth:
         raise ContractError(
             f"strategy.last_blocks={options.last_blocks}, but {type(model).__name__} has {places.depth} blocks; use at most that many"
@@ -101,6 +106,18 @@ def _selected(model: nn.Module, options: PartialOptions) -> set[str]:
         found |= matched
     require_new_heads(model, places, found)
     return found
+
+
+def _tops(model: nn.Module, shown: int = 12) -> list[str]:
+    """The names of the outermost modules with parameters, below those that are alone in theirs."""
+    name, module = "", model
+    while True:
+        inner = [(n, m) for n, m in module.named_children() if any(True for _ in m.parameters())]
+        if len(inner) != 1 or not list(inner[0][1].children()):
+            break
+        name, module = f"{name}{inner[0][0]}.", inner[0][1]
+    names = [f"{name}{n}" for n, _ in inner]
+    return [*names[:shown], *(["..."] if len(names) > shown else [])]
 
 
 def require_new_heads(model: nn.Module, places: Places, trained: set[str]) -> None:

@@ -14,9 +14,9 @@ from peftkit.finetune.contrast import (
     two_sided_loss,
     unused_pooler,
 )
+from peftkit.finetune.images import open_image, require_pillow, shown, stored_image
 from peftkit.finetune.schema import key
 from peftkit.finetune.tasks.base import Encoded, Setting, Task
-from peftkit.finetune.tasks.image_classification import open_image, require_image, require_pillow
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class ContrastiveImages(Task):
     name = "contrastive_images"
     summary = "images without labels; two random views of each, against those of the other images"
     auto_class = "AutoModel"
-    columns: ClassVar[dict[str, str]] = {"image": "path of the image"}
+    columns: ClassVar[dict[str, str]] = {"image": "path of the image, or an image of a data set"}
     Options = Options
     processor = "image"
     has_own_loss = True
@@ -56,7 +56,7 @@ class ContrastiveImages(Task):
         require_pillow()
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
-        return [Encoded({"image": require_image(row)}, 1, 1)]
+        return [Encoded({"image": stored_image(row.get("image"))}, 1, 1)]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Two views of each image: ``Float32[2 · rows, channels, height, width]``, the first views before the second."""
@@ -91,7 +91,7 @@ class ContrastiveImages(Task):
         return part * gain + options.jitter * (2 * torch.rand(1, generator=draws) - 1)
 
     def render(self, features: dict[str, Any]) -> str:
-        return f"«{features['image']}»"
+        return f"«{shown(features['image'])}»"
 
     def outside_loss(self, model: Any) -> list[str]:
         return unused_pooler(model)

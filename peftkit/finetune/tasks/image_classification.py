@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peftkit.errors import ContractError, short
+from peftkit.finetune.images import open_image, require_pillow, shown, stored_image
 from peftkit.finetune.tasks.base import (
-    BadRow,
     Encoded,
     Setting,
     Task,
@@ -28,7 +26,7 @@ class ImageClassification(Task):
     summary = "a folder with one folder of images for each class, or rows with a path and a label"
     auto_class = "AutoModelForImageClassification"
     columns: ClassVar[dict[str, str]] = {
-        "image": "path of the image",
+        "image": "path of the image, or an image of a data set",
         "label": "the name or number of the class",
     }
     metric_names = ("accuracy", "f1")
@@ -49,7 +47,8 @@ class ImageClassification(Task):
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
         label = number_of_label(row.get("label"), self.setting.labels)
-        return [Encoded({"image": require_image(row), "labels": label}, 1, 1)]
+        image = stored_image(row.get("image"))
+        return [Encoded({"image": image, "labels": label}, 1, 1)]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         import torch
@@ -60,7 +59,7 @@ class ImageClassification(Task):
         return {"pixel_values": found["pixel_values"], "labels": labels}
 
     def render(self, features: dict[str, Any]) -> str:
-        return f"{features['image']} -> «{self.setting.labels[features['labels']]}»"
+        return f"{shown(features['image'])} -> «{self.setting.labels[features['labels']]}»"
 
     def keep_of_logits(self, logits: Any, labels: Any) -> Any:
         logits = logits[0] if isinstance(logits, tuple) else logits
@@ -68,42 +67,6 @@ class ImageClassification(Task):
 
     def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
         return {"accuracy": accuracy(predictions, labels), "f1": macro_f1(predictions, labels)}
-
-
-def require_image(row: dict[str, Any]) -> str:
-    """The path of a row's image.
-
-    Raises:
-        BadRow: There is no image that can be read.
-    """
-    image = row.get("image")
-    if not isinstance(image, str) or not image:
-        raise BadRow(f"column 'image' is {short(image)}, not the path of an image")
-    if not Path(image).is_file():
-        raise BadRow(f"the image {image} does not exist")
-    try:
-        with require_pillow().open(image) as opened:
-            opened.verify()
-    except (OSError, SyntaxError) as error:
-        raise BadRow(f"{image} is no image that can be read ({error})") from error
-    return image
-
-
-def open_image(path: str) -> Any:
-    """An image with three colours."""
-    with require_pillow().open(path) as opened:
-        return opened.convert("RGB")
-
-
-def require_pillow() -> Any:
-    """The module ``PIL.Image``; raises ``ContractError`` if pillow is not installed."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ContractError(
-            "tasks with images need the package pillow: pip install 'peftkit[vision]'"
-        ) from error
-    return Image
 
 
 TASK = ImageClassification
