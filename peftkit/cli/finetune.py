@@ -76,6 +76,10 @@ def generate(
         float,
         typer.Option("--temperature", help="0 takes the most probable token each time."),
     ] = 0.0,
+    images: Annotated[
+        list[str] | None,
+        typer.Option("--image", metavar="FILE", help="An image that the prompts are about."),
+    ] = None,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Answer prompts with the model of a finished run."""
@@ -83,7 +87,13 @@ def generate(
     from peftkit.finetune import generate as write
 
     with _without_known_warnings():
-        answers = write(run, prompts, max_new_tokens=max_new_tokens, temperature=temperature)
+        answers = write(
+            run,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            images=images or (),
+        )
     if as_json:
         rows = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,12 @@ from peftkit.finetune.model import longest_input
 
 
 def answer(
-    model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, temperature: float = 0.0
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    context: Mapping[str, torch.Tensor] | None = None,
 ) -> str:
     """Generate the continuation of a prompt, or the output for an input of an encoder-decoder.
 
@@ -21,6 +27,7 @@ def answer(
         ids: Token ids of the prompt.
         max_new_tokens: Largest number of tokens to write.
         temperature: 0 takes the most probable token each time.
+        context: Inputs besides the tokens, such as pixels.
 
     Raises:
         ContractError: The prompt is too long for the model.
@@ -55,6 +62,7 @@ def answer(
             out = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
+                **{name: value.to(device) for name, value in (context or {}).items()},
                 generation_config=GenerationConfig(**settings),
             )[0]
     finally:

@@ -62,15 +62,32 @@ def require_causal(model: Any, length: int = 8) -> None:
 
     device = next(model.parameters()).device
     ids = torch.arange(length, device=device)[None] % model.config.get_text_config().vocab_size
-    other = ids.clone()
-    other[0, -1] = 0
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    require_blind_to_last(model, batch, 0)
+
+
+def require_blind_to_last(model: Any, batch: dict[str, Any], other_id: int) -> None:
+    """As ``require_causal``, for a batch of one row without padding.
+
+    Args:
+        model: A model with logits for each position.
+        batch: Its inputs, with ``input_ids``.
+        other_id: The token that the last one is replaced by.
+
+    Raises:
+        ContractError: The logits before the last token depend on it.
+    """
+    import torch
+
+    other = batch["input_ids"].clone()
+    other[0, -1] = other_id
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             first, second = (
-                model(input_ids=one, attention_mask=torch.ones_like(one)).logits[0, :-1]
-                for one in (ids, other)
+                model(**{**batch, "input_ids": ids}).logits[0, :-1]
+                for ids in (batch["input_ids"], other)
             )
     finally:
         model.train(was_training)

@@ -53,6 +53,8 @@ def stored_image(value: Any, column: str = "image") -> str:
     if not isinstance(value, str) or not value:
         raise BadRow(f"column {column!r} is {short(value)}, not the path of an image")
     name = short(value) if value.startswith(_DATA) else value
+    if value.startswith(("http://", "https://")):
+        raise BadRow(f"the image {value} is on the web; download it and give the path")
     if not value.startswith(_DATA) and not Path(value).is_file():
         raise BadRow(f"the image {value} does not exist")
     try:

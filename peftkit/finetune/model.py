@@ -49,39 +49,62 @@ def place_of(model: str) -> tuple[str, str | None]:
     return model, None
 
 
+_PROCESSORS = {
+    "tokenizer": ("AutoTokenizer", "tokenizer"),
+    "image": ("AutoImageProcessor", "image processor"),
+    "image and text": ("AutoProcessor", "processor of images and texts"),
+}
+"""For each kind of processor its Auto class and what it is called in messages."""
+
+
 def load_processor(recipe: Recipe, kind: str) -> Any:
-    """Load the tokenizer, or the image processor if ``kind`` is ``"image"``.
+    """Load the tokenizer, the image processor, or the processor that contains both.
+
+    Args:
+        recipe: The recipe, with the model.
+        kind: ``Task.processor``.
 
     Raises:
-        ContractError: There is none, or it is too slow a kind to say which token is where.
+        ContractError: There is none, or its tokenizer is too slow a kind to say which token is where.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
+    import transformers
 
     place, gguf = place_of(recipe.model)
-    auto: Any = AutoImageProcessor if kind == "image" else AutoTokenizer
+    auto, what = _PROCESSORS[kind]
     options = {} if gguf is None else {"gguf_file": gguf}
     try:
-        found = auto.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError) as error:
-        what = "image processor" if kind == "image" else "tokenizer"
+        found = getattr(transformers, auto).from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ContractError(
             f"model={recipe.model!r} has no {what} that transformers can load: {_first_line(error)}"
         ) from error
     if kind == "image":
         return found
-    if not found.is_fast:
+    tokenizer = found
+    if kind == "image and text":
+        tokenizer = getattr(found, "tokenizer", None)
+        if tokenizer is None or getattr(found, "image_processor", None) is None:
+            raise ContractError(
+                f"model={recipe.model!r} has no {what} (AutoProcessor gives {type(found).__name__}); use a model for images and texts"
+            )
+    _require_usable(tokenizer, recipe.model)
+    return found
+
+
+def _require_usable(tokenizer: Any, model: str) -> None:
+    """Give a tokenizer a padding token and pad on the right, or raise ``ContractError``."""
+    if not tokenizer.is_fast:
         raise ContractError(
-            f"the tokenizer of {recipe.model!r} is a slow one, which does not say where its tokens are in the text; convert it to "
+            f"the tokenizer of {model!r} is a slow one, which does not say where its tokens are in the text; convert it to "
             "tokenizer.json first"
         )
-    if found.pad_token_id is None:
-        if found.eos_token is None:
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
             raise ContractError(
-                f"the tokenizer of {recipe.model!r} has neither a padding nor an end-of-text token; set pad_token in its files"
+                f"the tokenizer of {model!r} has neither a padding nor an end-of-text token; set pad_token in its files"
             )
-        found.pad_token = found.eos_token
-    found.padding_side = "right"
-    return found
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
 
 
 def load_model(recipe: Recipe, task: Task, is_adapter: bool) -> nn.Module:

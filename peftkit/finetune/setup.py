@@ -50,15 +50,17 @@ def make_task(recipe: Recipe, labels: list[str] | None = None) -> Task:
     """Load the tokenizer and make the task; the labels are found in the training data unless they are known."""
     task_class = require_task(recipe.task.name)
     processor = load_processor(recipe, task_class.processor)
+    tokenizer = processor.tokenizer if task_class.processor == "image and text" else processor
     if labels is None:
         labels = find_labels(recipe, task_class)
     seq_len = recipe.training.seq_len or task_class.seq_len
     if recipe.training.seq_len is None:
-        longest = getattr(processor, "model_max_length", None)
+        longest = getattr(tokenizer, "model_max_length", None)
         seq_len = min(seq_len, longest) if isinstance(longest, int) and longest > 1 else seq_len
         config_longest = _config_longest(recipe)
         seq_len = min(seq_len, config_longest or seq_len)
-    setting = Setting(processor, seq_len, recipe.task.options, labels, seed=recipe.training.seed)
+    setting = Setting(tokenizer, seq_len, recipe.task.options, labels, seed=recipe.training.seed)
+    setting.processor = None if tokenizer is processor else processor
     return task_class(setting)
 
 
@@ -114,7 +116,7 @@ def prepare_model(
     """
     strategy = require_strategy(recipe.strategy.name)
     model: Any = load_model(recipe, task, strategy.is_adapter)
-    longest = longest_input(model) if task.processor == "tokenizer" else None
+    longest = None if task.processor == "image" else longest_input(model)
     if longest is not None and task.setting.seq_len > longest:
         raise ContractError(
             f"training.seq_len={task.setting.seq_len}, but {type(model).__name__} has positions for {longest} tokens; use at most that "
@@ -123,7 +125,7 @@ def prepare_model(
     _require_vocabulary(model, task, train)
     task.setting.config = model.config
     rows = list(train.dataset.select(range(min(recipe.training.batch_size, len(train.dataset)))))
-    setting = AdapterSetting(task.task_type, tuple(task.outside_loss(model)))
+    setting = AdapterSetting(task.task_type, tuple(task.outside_loss(model, rows)))
     prepared = strategy.apply(model, recipe.strategy.options, setting)
     model = prepared.model
     carried = []

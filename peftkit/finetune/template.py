@@ -18,6 +18,7 @@ _MODELS = {
         None: "sentence-transformers/all-MiniLM-L6-v2",
     },
     "image": {None: "google/vit-base-patch16-224-in21k"},
+    "image and text": {None: "llava-hf/llava-interleave-qwen-0.5b-hf"},
 }
 _WRITTEN = {
     "data": ("train", "eval"),

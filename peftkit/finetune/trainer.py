@@ -47,7 +47,9 @@ class RecipeTrainer(Trainer):
         rows: Any = self.train_dataset
         with undisturbed(self.model), torch.no_grad():
             self.model.eval()
-            batch = self._prepare_inputs(self.task.collate([rows[0]]))
+            batch = self._prepare_inputs(self.data_collator([rows[0]]))
+            if "labels" not in batch:
+                return True  # another trainer computes the loss
             few, many = (
                 loss_of(self.model, {**batch, "num_items_in_batch": torch.tensor(items)})
                 for items in (8, 16)

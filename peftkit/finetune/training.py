@@ -253,11 +253,15 @@ class _Run:
                 if room_for(model, ids) < 1:
                     continue
                 text = answer(
-                    model, task.setting.tokenizer, ids, self.recipe.training.sample_tokens
+                    model,
+                    task.setting.tokenizer,
+                    ids,
+                    self.recipe.training.sample_tokens,
+                    context=task.context(row),
                 )
                 found.append(
                     {
-                        "prompt": task.setting.tokenizer.decode(ids),
+                        "prompt": task.decoded(ids),
                         "expected": expected,
                         when: text,
                     }

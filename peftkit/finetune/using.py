@@ -16,7 +16,7 @@ from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.run_folder import DATA, RECIPE, RESULT, RunFolder
 from peftkit.finetune.setup import is_adapter, make_task
 from peftkit.finetune.stages.recipe import StagedRecipe
-from peftkit.finetune.tasks.base import Task
+from peftkit.finetune.tasks.base import BadRow, Task
 from peftkit.finetune.weights import ADAPTER, MODEL
 
 
@@ -26,6 +26,7 @@ def generate(
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    images: Sequence[Any] = (),
 ) -> list[str]:
     """Answer prompts with the model of a finished run.
 
@@ -34,9 +35,11 @@ def generate(
         prompts: One or more prompts; the run's task puts them in the chat format.
         max_new_tokens: Largest number of tokens of an answer.
         temperature: 0 takes the most probable token each time.
+        images: Images that every prompt is about, for tasks with images: paths, or images of Pillow.
 
     Raises:
-        ContractError: The run is not finished or its task writes no text, or a number is out of range.
+        ContractError: The run is not finished, its task writes no text or takes no images, an image cannot be read, or a number is out of
+            range.
     """
     from peftkit.finetune.generation import answer
     from peftkit.finetune.tasks import TASKS, require_task
@@ -56,13 +59,42 @@ def generate(
         raise ContractError(f"max_new_tokens={max_new_tokens} is below 1; use a number such as 128")
     if not temperature >= 0:
         raise ContractError(f"temperature={temperature} is negative; use 0 or a number such as 0.7")
+    _require_images(recipe.task.name, len(images))
     task, model = load_run(recipe, folder)
-    return [
-        answer(
-            model, task.setting.tokenizer, task.prompt_of_text(prompt), max_new_tokens, temperature
+    answers = []
+    for prompt in prompts:
+        ids, context = (
+            task.prompt_with_images(prompt, _stored(images))
+            if images
+            else (task.prompt_of_text(prompt), {})
         )
-        for prompt in prompts
-    ]
+        answers.append(
+            answer(model, task.setting.tokenizer, ids, max_new_tokens, temperature, context)
+        )
+    return answers
+
+
+def _require_images(name: str, number: int) -> None:
+    """Raise ``ContractError`` unless the task takes so many images."""
+    from peftkit.finetune.tasks import require_task
+
+    if number and not require_task(name).answers_images:
+        raise ContractError(
+            f"the task {name} takes no images, but {number} were given; remove them"
+        )
+    if not number and require_task(name).answers_images:
+        raise ContractError(
+            f"the task {name} answers prompts about images; give at least one with --image FILE"
+        )
+
+
+def _stored(images: Sequence[Any]) -> list[str]:
+    from peftkit.finetune.images import stored_image
+
+    try:
+        return [stored_image(image, "image") for image in images]
+    except BadRow as error:
+        raise ContractError(str(error)) from error
 
 
 def evaluate(run: str | os.PathLike[str], data: Any = None) -> dict[str, float]:

@@ -33,7 +33,7 @@ def save_weights(
     target, partial = folder.path / name, folder.path / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial))
-    task.setting.tokenizer.save_pretrained(str(partial))
+    (task.setting.processor or task.setting.tokenizer).save_pretrained(str(partial))
     write_text(partial / "README.md", model_card(recipe, name, target, metrics, facts))
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)

@@ -6,6 +6,7 @@ from pathlib import Path
 import finetune_cases as cases
 import pytest
 import unlabelled_cases as unlabelled
+import vision_chat_cases
 
 from peftkit.finetune import read_recipe
 from peftkit.finetune.tasks import TASKS
@@ -61,7 +62,15 @@ DATA = {
     "contrastive": ("bert", lambda folder: texts(folder / "texts")),
     "contrastive_images": ("vit", lambda folder: cases.images(folder / "images", 8)),
     "embeddings": ("bert", lambda folder: cases.write_jsonl(folder / "d.jsonl", cases.pairs(24))),
+    "vision_chat": (
+        "idefics3",
+        lambda folder: cases.write_jsonl(
+            folder / "d.jsonl", vision_chat_cases.chats(folder / "i", 24)
+        ),
+    ),
 }
+SAVED_BY = {"vision_chat": vision_chat_cases.save}
+"""Tasks whose tiny models are not those of ``finetune_cases``."""
 
 
 def test_there_is_a_recipe_for_each_task():
@@ -73,7 +82,10 @@ def test_there_is_a_recipe_for_each_task():
 @pytest.mark.parametrize("task", DATA)
 def test_an_example_recipe_runs(task, tmp_path, one_thread):
     name, write = DATA[task]
-    model = cases.save_model(tmp_path / "m", name, chat=task in ("sft", "preference"))
+    if task in SAVED_BY:
+        model = SAVED_BY[task](tmp_path / "m", name)
+    else:
+        model = cases.save_model(tmp_path / "m", name, chat=task in ("sft", "preference"))
     if task == "span_corruption":
         unlabelled.marked_tokenizer().save_pretrained(model)
     if task == "contrastive_images":
@@ -83,7 +95,9 @@ def test_an_example_recipe_runs(task, tmp_path, one_thread):
         changes.append("data.eval=0.2")
     # The tiny models have no dropout.
     changes += ["strategy.lora_dropout=0.1"] if task == "contrastive" else []
-    changes += ["training.workers=0"] if "image" in task else []
+    changes += ["training.workers=0"] if "image" in task or task in SAVED_BY else []
+    # 30 tokens of an image and the answer are more than the 64 of the other recipes.
+    changes += ["training.seq_len=96"] if task == "vision_chat" else []
     if task == "image_classification":
         changes += ["strategy.blocks_per_stage=1"]
     # The tiny models have two blocks and a width of 32.

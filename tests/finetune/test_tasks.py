@@ -95,7 +95,14 @@ def test_a_task_learns_and_its_run_can_be_used(task, tmp_path, one_thread):
 
 
 def test_every_task_is_tested():
-    elsewhere = {"sft", "causal_lm", "span_corruption", "contrastive", "contrastive_images"}
+    elsewhere = {
+        "sft",
+        "causal_lm",
+        "span_corruption",
+        "contrastive",
+        "contrastive_images",
+        "vision_chat",
+    }
     assert {*CASES, *elsewhere} == set(TASKS)
 
 

@@ -13,6 +13,7 @@ from peftkit.finetune.tasks.base import Task
 
 TASKS = (
     "sft",
+    "vision_chat",
     "preference",
     "causal_lm",
     "masked_lm",

@@ -57,6 +57,7 @@ class Setting:
         labels: Names of the classes in the order of their numbers; empty if the task has none.
         config: The model's config once it is loaded.
         seed: Seed of the run.
+        processor: What makes the inputs of a model for images and texts, and contains the tokenizer; ``None`` in other tasks.
     """
 
     tokenizer: Any
@@ -65,6 +66,7 @@ class Setting:
     labels: list[str] = field(default_factory=list)
     config: Any = None
     seed: int = 0
+    processor: Any = None
 
 
 class Task:
@@ -82,7 +84,8 @@ class Task:
         generative: Whether ``peftkit generate`` and samples make sense.
         epochs: Passes over the data if the recipe has no length.
         seq_len: Largest number of tokens if the recipe has none.
-        processor: ``"tokenizer"`` or ``"image"``.
+        processor: ``"tokenizer"``, ``"image"`` or ``"image and text"``.
+        answers_images: Whether ``peftkit generate`` takes images.
         has_own_loss: Whether ``loss`` computes the loss instead of the model.
         smooths_labels: Whether ``training.label_smoothing`` has an effect. It has none on a loss of the task's own.
         lr_share: The default learning rate divided by that of the strategy.
@@ -101,6 +104,7 @@ class Task:
     epochs: ClassVar[float] = 3.0
     seq_len: ClassVar[int] = 512
     processor: ClassVar[str] = "tokenizer"
+    answers_images: ClassVar[bool] = False
     has_own_loss: ClassVar[bool] = False
     smooths_labels: ClassVar[bool] = True
     lr_share: ClassVar[float] = 1.0
@@ -168,8 +172,8 @@ class Task:
         """Show a row as the model gets it, with the supervised part between « and »."""
         raise NotImplementedError
 
-    def outside_loss(self, model: Any) -> list[str]:
-        """Names of modules on which an adapter would get no gradient, because the loss does not depend on them."""
+    def outside_loss(self, model: Any, rows: list[dict[str, Any]]) -> list[str]:
+        """Names of modules on which an adapter would get no gradient, because the loss of these rows does not depend on them."""
         return []
 
     def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
@@ -207,6 +211,20 @@ class Task:
 
     def prompt_of_text(self, text: str) -> list[int]:
         """The token ids of a prompt that a user typed."""
+        raise NotImplementedError
+
+    def decoded(self, ids: list[int]) -> str:
+        """The text of a prompt, as it is reported."""
+        return self.setting.tokenizer.decode(ids)
+
+    def context(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Inputs for the prompt of a row besides its tokens, such as pixels."""
+        return {}
+
+    def prompt_with_images(
+        self, text: str, images: Sequence[str]
+    ) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """The token ids of a prompt about images, and the inputs besides them, if ``answers_images``."""
         raise NotImplementedError
 
 

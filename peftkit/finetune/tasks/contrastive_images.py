@@ -93,7 +93,7 @@ class ContrastiveImages(Task):
     def render(self, features: dict[str, Any]) -> str:
         return f"«{shown(features['image'])}»"
 
-    def outside_loss(self, model: Any) -> list[str]:
+    def outside_loss(self, model: Any, rows: list[dict[str, Any]]) -> list[str]:
         return unused_pooler(model)
 
     def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from peftkit.finetune.generative import CausalTask
 from peftkit.finetune.schema import key
 from peftkit.finetune.tasks.base import IGNORED, BadRow, Encoded, Setting, text_of
 
-_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 
 @dataclass
@@ -89,7 +89,12 @@ class Sft(CausalTask):
 
     @property
     def _has_template(self) -> bool:
-        return getattr(self.setting.tokenizer, "chat_template", None) is not None
+        return getattr(self._renderer, "chat_template", None) is not None
+
+    @property
+    def _renderer(self) -> Any:
+        """What has the chat template."""
+        return self.setting.tokenizer
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         if not self._has_template:
@@ -138,7 +143,7 @@ class Sft(CausalTask):
         if not messages:
             raise BadRow("the conversation starts with an answer; it needs a user's message first")
         try:
-            return self.setting.tokenizer.apply_chat_template(
+            return self._renderer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except jinja2.TemplateError as error:
@@ -191,7 +196,7 @@ def _message(given: Any, number: int) -> dict[str, str]:
         )
     if not isinstance(content, str):
         raise BadRow(f"message {number} has the content {short(content)}, which is not text")
-    role = _ROLES.get(role, role)
+    role = ROLES.get(role, role)
     if role == "assistant" and not content.strip():
         raise BadRow(f"message {number} is an empty answer")
     return {"role": role, "content": content}

@@ -33,7 +33,7 @@ class TextContrast(Task):
     Options = TextContrastOptions
     has_own_loss = True
 
-    def outside_loss(self, model: Any) -> list[str]:
+    def outside_loss(self, model: Any, rows: list[dict[str, Any]]) -> list[str]:
         return unused_pooler(model)
 
     def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
