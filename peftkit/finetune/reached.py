@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peftkit.checks.reach import loss_of, undisturbed
@@ -59,5 +58,4 @@ class _Marks:
         return output
 
     def _mark(self, gradient: Tensor) -> None:
-        if bool(torch.count_nonzero(gradient)):
-            self.reached.add(self.name)
+        self.reached.add(self.name)

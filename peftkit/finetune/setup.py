@@ -150,8 +150,11 @@ def _require_vocabulary(model: Any, task: Task, train: Part) -> None:
     columns = [name for name in TOKEN_COLUMNS if name in train.dataset.column_names]
     if not columns:
         return
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    rows = getattr(embeddings, "num_embeddings", None)
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        rows = getattr(embeddings, "num_embeddings", None)
+    except NotImplementedError:  # models with several kinds of inputs, such as CLIP
+        rows = getattr(model.config.get_text_config(), "vocab_size", None)
     if rows is None:
         return
     largest = max(max(map(max, train.dataset[name])) for name in columns)

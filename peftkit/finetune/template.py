@@ -18,7 +18,6 @@ _MODELS = {
         None: "sentence-transformers/all-MiniLM-L6-v2",
     },
     "image": {None: "google/vit-base-patch16-224-in21k"},
-    "image and text": {None: "llava-hf/llava-interleave-qwen-0.5b-hf"},
 }
 _WRITTEN = {
     "data": ("train", "eval"),
@@ -34,7 +33,7 @@ def template(task_name: str) -> str:
         ContractError: There is no such task.
     """
     task = require_task(task_name)
-    models = _MODELS[task.processor]
+    models = {None: task.example_model} if task.example_model else _MODELS[task.processor]
     images = task.processor == "image"
     values: dict[str, Any] = {
         "train": "data/train" if images else "data/train.jsonl",

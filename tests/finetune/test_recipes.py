@@ -5,6 +5,7 @@ from pathlib import Path
 
 import finetune_cases as cases
 import pytest
+import retrieval_cases
 import unlabelled_cases as unlabelled
 import vision_chat_cases
 
@@ -68,8 +69,18 @@ DATA = {
             folder / "d.jsonl", vision_chat_cases.chats(folder / "i", 24)
         ),
     ),
+    "image_text_retrieval": (
+        "clip",
+        lambda folder: cases.write_jsonl(
+            folder / "d.jsonl",
+            [
+                {"image": row["image"], "caption": row["text"]}
+                for row in retrieval_cases.pairs(folder / "i", 24)
+            ],
+        ),
+    ),
 }
-SAVED_BY = {"vision_chat": vision_chat_cases.save}
+SAVED_BY = {"vision_chat": vision_chat_cases.save, "image_text_retrieval": retrieval_cases.save}
 """Tasks whose tiny models are not those of ``finetune_cases``."""
 
 
@@ -98,6 +109,7 @@ def test_an_example_recipe_runs(task, tmp_path, one_thread):
     changes += ["training.workers=0"] if "image" in task or task in SAVED_BY else []
     # 30 tokens of an image and the answer are more than the 64 of the other recipes.
     changes += ["training.seq_len=96"] if task == "vision_chat" else []
+    changes += ["training.seq_len=20"] if task == "image_text_retrieval" else []
     if task == "image_classification":
         changes += ["strategy.blocks_per_stage=1"]
     # The tiny models have two blocks and a width of 32.

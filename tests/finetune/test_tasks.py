@@ -102,6 +102,7 @@ def test_every_task_is_tested():
         "contrastive",
         "contrastive_images",
         "vision_chat",
+        "image_text_retrieval",
     }
     assert {*CASES, *elsewhere} == set(TASKS)
 

@@ -22,6 +22,7 @@ TASKS = (
     "token_classification",
     "seq2seq",
     "image_classification",
+    "image_text_retrieval",
     "embeddings",
     "contrastive",
     "contrastive_images",

@@ -85,6 +85,7 @@ class Task:
         epochs: Passes over the data if the recipe has no length.
         seq_len: Largest number of tokens if the recipe has none.
         processor: ``"tokenizer"``, ``"image"`` or ``"image and text"``.
+        example_model: Id of a model for the recipe of ``--init``, if it is not the usual one.
         answers_images: Whether ``peftkit generate`` takes images.
         has_own_loss: Whether ``loss`` computes the loss instead of the model.
         smooths_labels: Whether ``training.label_smoothing`` has an effect. It has none on a loss of the task's own.
@@ -104,6 +105,7 @@ class Task:
     epochs: ClassVar[float] = 3.0
     seq_len: ClassVar[int] = 512
     processor: ClassVar[str] = "tokenizer"
+    example_model: ClassVar[str | None] = None
     answers_images: ClassVar[bool] = False
     has_own_loss: ClassVar[bool] = False
     smooths_labels: ClassVar[bool] = True

@@ -57,6 +57,7 @@ class VisionChat(Sft):
     Options = Options
     seq_len = 2048
     processor = "image and text"
+    example_model = "llava-hf/llava-interleave-qwen-0.5b-hf"
     answers_images = True
 
     def __init__(self, setting: Setting):
