@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ def load_checkpoint(
         )
     except Stop as stop:
         raise stop.error from None
-    _require_complete(model, info, config, tensors, path, strict)
+    chosen = not {"num_labels", "id2label"}.isdisjoint(kwargs)
+    _require_complete(model, info, config, tensors, path, strict, chosen)
     if stored is not None and compute_dtype is not None:
         _set_compute_dtype(model, compute_dtype)
     if stored is not None:
@@ -214,6 +215,24 @@ def _dtype_of(config: Any, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
+_FOR_LABELS = ("denoising_class_embed.",)
+"""Weights of RT-DETR inside the backbone that have the size of the labels. Only training uses them."""
+
+
+def _is_for_labels(
+    name: str, found: Sequence[int], expected: Sequence[int], config: Any, heads: Sequence[str]
+) -> bool:
+    """Whether a weight of a head has another size only because the caller has chosen other labels."""
+    differing = [
+        size for before, size in zip(found, expected, strict=False) if int(before) != int(size)
+    ]
+    inside = any(name.startswith(f"{head}.") for head in heads) or any(
+        part in name for part in (_FOR_LABELS if heads else ())
+    )
+    sizes = (config.num_labels, config.num_labels + 1)
+    return len(found) == len(expected) and len(differing) == 1 and differing[0] in sizes and inside
+
+
 def _require_complete(
     model: nn.Module,
     info: Mapping[str, Any],
@@ -221,11 +240,14 @@ def _require_complete(
     tensors: Mapping[str, StoredTensor],
     path: str,
     strict: bool,
+    chosen_labels: bool,
 ) -> None:
     """Raise if weights were not in the checkpoint, or tensors of the checkpoint are not in the model."""
+    relabelled = _new_modules(model) if chosen_labels else []
     mismatched = [
         f"{name}: {tuple(found)} in the checkpoint, {tuple(expected)} in the model"
         for name, found, expected in sorted(info["mismatched_keys"])
+        if not _is_for_labels(name, found, expected, config, relabelled)
     ]
     if mismatched:
         raise ContractError(

@@ -61,7 +61,8 @@ def load_base(
         device: Where the model should be. Default: the current CUDA device if there is one, otherwise the CPU.
         strict: Raise if the checkpoint has no tensor for a weight, or tensors that the model does not have. ``False`` initialises such
             weights at random and ignores such tensors, with a warning of transformers. Weights of heads may be missing, and those of
-            others left over, if ``auto_class`` is another class than that of the checkpoint.
+            others left over, if ``auto_class`` is another class than that of the checkpoint. Heads of another size than those of the
+            checkpoint are new if ``num_labels`` or ``id2label`` was passed.
         kwargs: Arguments of ``from_pretrained`` such as ``revision``, ``token``, ``attn_implementation``, ``trust_remote_code`` or
             ``num_labels``.
 

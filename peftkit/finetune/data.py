@@ -73,6 +73,9 @@ class Part:
 
 def find_labels(recipe: Recipe, task: type[Task]) -> list[str]:
     """The names of the classes in the training data; empty for tasks without classes."""
+    known = task.known_labels(recipe.task.options)
+    if known:
+        return known
     names: set[str] = set()
     for row in _rows(recipe.data.train, recipe.data, "data.train"):
         # Bad rows are reported when the rows are encoded.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerState,
@@ -17,7 +19,8 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from peftkit.checks.reach import loss_of, undisturbed
-from peftkit.errors import ContractError
+from peftkit.errors import ContractError, count, listing
+from peftkit.find.modules import storage_of
 from peftkit.find.statistics import hold_statistics, norms_with_statistics
 from peftkit.finetune.rates import parameter_groups
 from peftkit.finetune.recipe import Recipe, TrainingRecipe
@@ -75,6 +78,22 @@ class RecipeTrainer(Trainer):
         loss, outputs = self.task.loss(model, inputs)
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Keep of each batch what the task counts, if it counts; maps and boxes of all rows would not fit in memory."""
+        if not self.task.has_own_counts:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            counts = self.task.counted(inputs, outputs)
+        return (loss.detach(), *((None, None) if prediction_loss_only else counts))
+
     def load_finished(self, checkpoint: Path) -> bool:
         """Load the result of a training whose last step was done before the run ended; the Trainer would do one step more.
 
@@ -95,6 +114,37 @@ class RecipeTrainer(Trainer):
         chosen = checkpoint if best is None else checkpoint.with_name(Path(best).name)
         self._load_from_checkpoint(str(chosen))
         return True
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Save a checkpoint under the names that weights have in memory.
+
+        transformers saves some models under other names, such as ViT under those of older versions, but the Trainer reads checkpoints
+        without renaming. It would leave weights as they were before training, with a warning only.
+        """
+        if not isinstance(self.model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+            return
+        own = vars(self.model)
+        own["save_pretrained"] = partial(self.model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del own["save_pretrained"]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise ``ContractError`` if a checkpoint does not have every weight of the model. Tied weights are in it once."""
+        state = self.model.state_dict()
+        missing = set(load_result.missing_keys)
+        stored = {storage_of(tensor) for name, tensor in state.items() if name not in missing}
+        lost = [name for name in sorted(missing) if storage_of(state[name]) not in stored]
+        left = sorted(load_result.unexpected_keys)
+        if lost or left:
+            raise ContractError(
+                f"a checkpoint in {self.args.output_dir} does not fit {type(self.model).__name__}: {count(len(lost), 'weight')} missing, "
+                f"{len(left)} left over:\n{listing([*lost, *left])}\nStart a new run in another folder."
+            )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate with the same random choices each time, so that losses can be compared."""

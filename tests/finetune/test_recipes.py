@@ -6,6 +6,7 @@ from pathlib import Path
 import finetune_cases as cases
 import pytest
 import retrieval_cases
+import segmentation_cases
 import unlabelled_cases as unlabelled
 import vision_chat_cases
 
@@ -79,8 +80,18 @@ DATA = {
             ],
         ),
     ),
+    "semantic_segmentation": (
+        "backbone",
+        lambda folder: cases.write_jsonl(
+            folder / "d.jsonl", segmentation_cases.halves(folder / "i", 24)
+        ),
+    ),
 }
-SAVED_BY = {"vision_chat": vision_chat_cases.save, "image_text_retrieval": retrieval_cases.save}
+SAVED_BY = {
+    "vision_chat": vision_chat_cases.save,
+    "image_text_retrieval": retrieval_cases.save,
+    "semantic_segmentation": segmentation_cases.save,
+}
 """Tasks whose tiny models are not those of ``finetune_cases``."""
 
 

@@ -103,6 +103,7 @@ def test_every_task_is_tested():
         "contrastive_images",
         "vision_chat",
         "image_text_retrieval",
+        "semantic_segmentation",
     }
     assert {*CASES, *elsewhere} == set(TASKS)
 

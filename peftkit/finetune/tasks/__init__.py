@@ -23,6 +23,7 @@ TASKS = (
     "seq2seq",
     "image_classification",
     "image_text_retrieval",
+    "semantic_segmentation",
     "embeddings",
     "contrastive",
     "contrastive_images",

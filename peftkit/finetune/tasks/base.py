@@ -88,6 +88,7 @@ class Task:
         example_model: Id of a model for the recipe of ``--init``, if it is not the usual one.
         answers_images: Whether ``peftkit generate`` takes images.
         has_own_loss: Whether ``loss`` computes the loss instead of the model.
+        has_own_counts: Whether ``counted`` makes of each batch of an evaluation what the metrics need.
         smooths_labels: Whether ``training.label_smoothing`` has an effect. It has none on a loss of the task's own.
         lr_share: The default learning rate divided by that of the strategy.
         round: Number of the pass over the training rows, or -1 in an evaluation.
@@ -108,6 +109,7 @@ class Task:
     example_model: ClassVar[str | None] = None
     answers_images: ClassVar[bool] = False
     has_own_loss: ClassVar[bool] = False
+    has_own_counts: ClassVar[bool] = False
     smooths_labels: ClassVar[bool] = True
     lr_share: ClassVar[float] = 1.0
 
@@ -119,6 +121,11 @@ class Task:
     def labels_of(cls, row: dict[str, Any]) -> set[str]:
         """The names of the classes in a row; a task without classes has none."""
         return set()
+
+    @classmethod
+    def known_labels(cls, options: Any) -> list[str]:
+        """The classes that the options name; then the training rows are not searched for them."""
+        return []
 
     @classmethod
     def find_labels(cls, names: set[str], options: Any) -> list[str]:
@@ -184,6 +191,13 @@ class Task:
     def keep_of_logits(self, logits: Any, labels: Any) -> Any:
         """What the metrics need of the logits of a batch, made small."""
         return logits
+
+    def counted(self, inputs: dict[str, Any], outputs: Any) -> tuple[Any, Any]:
+        """What the metrics need of a batch as predictions and as labels, if ``has_own_counts``: tensors whose first axis is the rows.
+
+        The second axis may differ from batch to batch; it is filled up with -100.
+        """
+        raise NotImplementedError
 
     def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
         """Compute the metrics; ``predictions`` are what ``keep_of_logits`` returned for all rows."""
