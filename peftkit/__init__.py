@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peftkit.export import ExportReport, export_adapter_gguf, export_gguf
     from peftkit.finetune import Recipe, RunResult, evaluate, generate, read_recipe, train
     from peftkit.finetune.comparison import Comparison, compare
+    from peftkit.finetune.report_callback import ReportCallback
     from peftkit.fp8 import Float8Linear, from_fp8, to_fp8
     from peftkit.inits import InitReport, initialise
     from peftkit.interop import import_adapter
@@ -42,6 +43,7 @@ __all__ = [
     "PrefixConfig",
     "Recipe",
     "Report",
+    "ReportCallback",
     "RunResult",
     "ServingReport",
     "__version__",
@@ -85,6 +87,7 @@ _HOME_OF = {
     "PrefixConfig": "peftkit.bridge",
     "Recipe": "peftkit.finetune",
     "Report": "peftkit.report",
+    "ReportCallback": "peftkit.finetune.report_callback",
     "RunResult": "peftkit.finetune",
     "ServingReport": "peftkit.serving",
     "accelerate": "peftkit.wrapping",
