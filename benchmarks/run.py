@@ -14,6 +14,7 @@
     python benchmarks/run.py overhead                      # import, wrapping and Python time per layer
     python benchmarks/run.py host                          # Python time and launches of each op on a GPU, without a GPU
     python benchmarks/run.py gpu                           # everything about one GPU, in at most six minutes
+    python benchmarks/run.py page                          # one HTML page with every result
     python benchmarks/run.py docs                          # write the tables of the documents again, without measuring
 
 A speed is printed only if the results agree with those of the rival. Results are saved in ``benchmarks/results/`` as JSON. With
@@ -34,6 +35,7 @@ import operations
 import overhead
 import prefix
 import quantised
+import results_page
 import steps
 import suite
 import tuning
@@ -52,6 +54,7 @@ BENCHMARKS = {
     "plan": memory_plans,
     "host": host,
     "gpu": gpu,
+    "page": results_page,
     "docs": documents,
 }
 """Benchmarks by their name on the command line: modules or classes with ``HELP``, ``add_options(parser)`` and ``run(arguments)``."""

@@ -71,7 +71,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top; }
 th { font-weight: 600; white-space: nowrap; }
 th:first-child, td:first-child, .words th, .words td { text-align: left; }
-table:not(.words) td:first-child { white-space: nowrap; }
+table:not(.words) td:first-child, td[data-key] { white-space: nowrap; }
 .words td { overflow-wrap: anywhere; min-width: 7rem; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th button::after { content: " \\2195"; color: var(--soft); }

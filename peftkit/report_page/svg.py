@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -12,6 +13,7 @@ from peftkit.report_page.style import CHART, COLOURS, THEMES
 _WIDTH = 420
 _LETTER = 6.6
 """Width of an average letter of the text."""
+_BOLD_LETTER = 7.4
 _MOST_POINTS = 400
 
 
@@ -40,7 +42,7 @@ def to_svg(chart: Bars | Lines | Stack, *, file: bool = False) -> str:
 
 
 def _bars(chart: Bars) -> tuple[float, list[str]]:
-    body, y = [_text(0, 14, chart.title, "bold")], 20.0
+    body, y = _title(chart.title)
     for group in chart.groups:
         y += 20
         body.append(_text(0, y, group.title, "soft"))
@@ -62,10 +64,10 @@ def _bars(chart: Bars) -> tuple[float, list[str]]:
 def _lines(chart: Lines) -> tuple[float, list[str]]:
     points = [line.points(chart.logarithmic) for line in chart.lines]
     every = [point for line in points for point in line]
-    body = [_text(0, 14, chart.title, "bold")]
+    body, y = _title(chart.title)
     if not every:
-        return 48, [*body, _text(0, 36, "no values", "soft")]
-    y = 24.0
+        return y + 28, [*body, _text(0, y + 16, "no values", "soft")]
+    y += 4
     if len(chart.lines) > 1:
         y += 4
         x = 0.0
@@ -130,11 +132,12 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _stack(chart: Stack) -> tuple[float, list[str]]:
-    body = [_text(0, 14, chart.title, "bold")]
+    body, first = _title(chart.title)
+    first += 8
     total = sum(part.value for part in chart.parts)
     end = max([total, *(mark.value for mark in chart.marks)]) or 1.0
     unit = (_WIDTH - 4) / end
-    top = 28.0 + 16 * len(chart.marks)
+    top = first + 16 * len(chart.marks)
     x = 0.0
     for i, part in enumerate(chart.parts):
         width = part.value * unit
@@ -143,7 +146,7 @@ def _stack(chart: Stack) -> tuple[float, list[str]]:
         body.append(f'<rect class="{_fill(i)}" {place}>{name}</rect>')
         x += width
     for i, mark in enumerate(chart.marks):
-        at, y = mark.value * unit, 28.0 + 16 * i
+        at, y = mark.value * unit, first + 16 * i
         body.append(
             f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{y + 2:g}" y2="{top + 40:g}"/>'
         )
@@ -161,6 +164,14 @@ def _stack(chart: Stack) -> tuple[float, list[str]]:
         share = f"{part.value / total:.1%}" if total else ""
         body.append(_text(_WIDTH, y, share, "soft", "end"))
     return y + 8, body
+
+
+def _title(title: str) -> tuple[list[str], float]:
+    """The title in as many lines as it needs, and the height below them."""
+    lines = textwrap.wrap(title, int(_WIDTH / _BOLD_LETTER)) or [""]
+    return [_text(0, 14 + 16 * i, line, "bold") for i, line in enumerate(lines)], 4.0 + 16 * len(
+        lines
+    )
 
 
 def _fill(index: int) -> str:
