@@ -19,8 +19,9 @@ def write_report(
     facts: dict[str, Any],
     history: list[dict[str, Any]],
     samples: list[dict[str, str]],
+    memory: str | None = None,
 ) -> None:
-    """Write the report of a finished run."""
+    """Write the report of a finished run. ``memory`` is a sentence about planned and measured memory."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     training = recipe.training
@@ -44,6 +45,7 @@ def write_report(
                 ),
                 ("batch", f"{training.batch_size} x {training.gradient_accumulation}"),
                 ("weights", f"`{result.weights.name}/`"),
+                ("memory", memory or "not known"),
             ],
         ),
         "",

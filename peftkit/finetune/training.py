@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.run_folder import (
     DATA,
     ENVIRONMENT,
+    PAGE,
     RECIPE,
     RESULT,
     SAMPLES,
@@ -130,6 +132,8 @@ class _Run:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, say: Callable[[str], None]):
         self.recipe, self.folder, self.say = recipe, folder, say
+        self.planned: Any = None
+        self.measured, self.seconds = 0, 0.0
 
     def prepare(self) -> tuple[Any, Any, Any, Any, Any, list[str]]:
         """Load the data and the model, and check the first step."""
@@ -152,7 +156,9 @@ class _Run:
 
         from peftkit.finetune.data import fingerprint
         from peftkit.finetune.outcome import base_buffers, digests
+        from peftkit.finetune.run_page import memory_text
         from peftkit.finetune.setup import is_adapter
+        from peftkit.peak_memory import PeakMemory
 
         task, train, evaluation, model, stages, notes = self.prepare()
         recipe, say = self.recipe, self.say
@@ -167,8 +173,11 @@ class _Run:
         trainer, stopper = self._trainer(task, model, train, evaluation, stages)
         rows = (evaluation or train).examples[: recipe.training.samples]
         samples = self._samples(task, model, rows, "before") if task.generative else []
+        self._plan(task, trainer, train)
         self._start(facts, samples)
         set_seed(recipe.training.seed)
+        memory = PeakMemory(str(trainer.args.device))
+        held, began = memory.reset(), time.monotonic()
         try:
             if checkpoint is None or not trainer.load_finished(checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -181,6 +190,8 @@ class _Run:
             raise
         finally:
             stopper.release()
+        self.measured, self.seconds = memory.peak() - held, time.monotonic() - began
+        say(memory_text(self.planned, self.measured) or "")
         steps = trainer.state.global_step
         if stopper.stopped:
             say(f"stopped after step {steps}; continue with resume=true")
@@ -236,6 +247,14 @@ class _Run:
         if stages is not None:
             trainer.add_callback(RunStages(model, stages))
         return trainer, stopper
+
+    def _plan(self, task: Any, trainer: Any, train: Any) -> None:
+        """Plan the memory of a step, and say it."""
+        from peftkit.finetune.planned import plan_of_run
+        from peftkit.finetune.run_page import memory_text
+
+        self.planned, why = plan_of_run(self.recipe, task, trainer, train)
+        self.say(memory_text(self.planned, None) or f"memory is not planned: {why}")
 
     def _samples(self, task: Any, model: Any, rows: list[Any], when: str) -> list[dict[str, str]]:
         from peftkit.checks.reach import undisturbed
@@ -297,6 +316,7 @@ class _Run:
         """Check the weights, evaluate, and write weights, card and report."""
         from peftkit.finetune.outcome import judge
         from peftkit.finetune.report import write_report
+        from peftkit.finetune.run_page import memory_text
         from peftkit.finetune.setup import is_adapter
         from peftkit.finetune.weights import save_weights
 
@@ -329,6 +349,49 @@ class _Run:
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
         result.weights = save_weights(self.recipe, task, model, self.folder, metrics, facts)
-        write_report(self.recipe, model, self.folder, result, facts, history, samples)
+        memory = memory_text(self.planned, self.measured)
+        write_report(self.recipe, model, self.folder, result, facts, history, samples, memory)
+        self._write_page(model, result, history, samples)
         self.say(f"written to {self.folder.path} ({count(len(problems), 'problem')})")
         return self._write_result(result)
+
+    def _write_page(
+        self, model: Any, result: RunResult, history: list[Any], samples: list[dict[str, str]]
+    ) -> None:
+        """Write ``report.html``."""
+        from peftkit.finetune.recipe import changed
+        from peftkit.finetune.run_page import Run, run_page
+        from peftkit.report_page.machine import machine_facts
+
+        recipe, folder = self.recipe, self.folder.path
+        training = recipe.training
+        trained = result.trained
+        options = changed(recipe.strategy.options)
+        run = Run(
+            title=folder.name,
+            lead=f"{recipe.model}, {recipe.task.name}, {recipe.strategy.name}: {trained:,} trained numbers, {result.steps} steps.",
+            history=history,
+            settings=[
+                ("model", recipe.model),
+                ("strategy", f"{recipe.strategy.name} {options or ''}".strip()),
+                ("learning rate", f"{training.lr:g}, {training.scheduler}"),
+                ("batch", f"{training.batch_size} x {training.gradient_accumulation}"),
+                ("seed", str(training.seed)),
+                *((name, f"{value:.4g}") for name, value in result.metrics.items()),
+            ],
+            machine=machine_facts(),
+            samples=samples,
+            notes=result.notes,
+            problems=result.problems,
+            seconds=self.seconds,
+            measured_bytes=self.measured,
+            plan=self.planned,
+            commands=[
+                (
+                    "Repeat the run in another folder:",
+                    f"peftkit train {folder / RECIPE} out={folder}-2",
+                ),
+                ("Use it:", f'peftkit generate {folder} "a prompt"'),
+            ],
+        )
+        write_text(folder / PAGE, run_page(run))

@@ -1,6 +1,7 @@
 """What a run leaves behind, and when it stops: NaN, early stopping, the best model, the checks after training."""
 
 import json
+import re
 
 import finetune_cases as cases
 import models
@@ -36,7 +37,7 @@ def test_the_folder_of_a_run(model, tmp_path, one_thread):
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
         *("adapter", "checkpoints", "data.json", "environment.json", "metrics.jsonl"),
-        *("recipe.yaml", "report.md", "result.json", "samples.json"),
+        *("recipe.yaml", "report.html", "report.md", "result.json", "samples.json"),
     }
     assert result == json.loads((run / "result.json").read_text())
     assert (result["status"], result["steps"], result["problems"]) == ("finished", 4, [])
@@ -62,6 +63,16 @@ def test_the_folder_of_a_run(model, tmp_path, one_thread):
     for part in ("## Checks", "28 of 28 trained tensors changed", "## Curves", "**before**", "say"):
         assert part in report
     assert (run / "adapter" / "tokenizer.json").exists()
+    page = (run / "report.html").read_text()
+    for text in (report, page):
+        assert re.search(r"to the loaded model: planned [\d.]+ [KM]iB, measured [\d.]+ \w+", text)
+    for part in (
+        "Training loss",
+        "Memory of a training step at its peak",
+        "before training",
+        "seed",
+    ):
+        assert part in page
 
 
 def test_quiet_prints_the_result_alone(model, tmp_path, one_thread):
@@ -232,3 +243,12 @@ def test_curves_as_text():
     assert bars([0.0, 1.0, 2.0, 3.5]) == "▁▃▅█"
     assert len(bars(list(range(500)))) == 40
     assert bars([1.0, 1.0]) == "▁▁"
+
+
+def test_a_run_that_cannot_be_planned_says_why(model, tmp_path, one_thread):
+    lines = []
+    train(values(model, tmp_path, training={"optimizer": "adagrad"}), say=lines.append)
+    assert "memory is not planned: training.optimizer=adagrad cannot be planned" in lines
+    assert any(
+        line.startswith("memory that training adds to the loaded model: measured") for line in lines
+    )
