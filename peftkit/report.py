@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 from peftkit.base.summary import logical_size, stored_as
@@ -24,6 +25,8 @@ from peftkit.find.targets import (
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from peftkit.planning.result import MemoryPlan
 
 Path = Literal["fused:triton", "fused:torch", "torch", "peft"]
 
@@ -67,6 +70,8 @@ class Report:
         storage: Number of parameters of the base model by their storage: ``"bfloat16"``, ``"nf4"``, ``"int8"``, ``"fp8"`` ...
         logit_free: Whether the training loss is computed without the logits.
         logit_free_reason: The reason for ``logit_free``.
+        planned_bytes: The peak of the plan that was passed to ``explain``.
+        measured_bytes: On a GPU, the most memory that torch allocated so far; on the CPU it is not known.
     """
 
     model: str
@@ -78,6 +83,8 @@ class Report:
     storage: dict[str, int]
     logit_free: bool
     logit_free_reason: str
+    planned_bytes: int | None = None
+    measured_bytes: int | None = None
 
     @property
     def fused_fraction(self) -> float:
@@ -126,6 +133,9 @@ class Report:
                 f"loss without logits: {'yes' if self.logit_free else 'no'} ({self.logit_free_reason})"
             ),
         ]
+        sizes = {"planned": self.planned_bytes, "measured so far": self.measured_bytes}
+        if known := [f"{name} {size / 2**30:.2f} GiB" for name, size in sizes.items() if size]:
+            lines.append(Text(f"peak memory: {', '.join(known)}"))
         if self.left_out:
             left = Table(title="left out", title_justify="left", expand=False)
             for column in ("modules", "n", "reason"):
@@ -152,11 +162,12 @@ def _pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name.removeprefix("base_model.model."))
 
 
-def explain(model: nn.Module) -> Report:
+def explain(model: nn.Module, plan: MemoryPlan | None = None) -> Report:
     """Report what was adapted, which code each part runs, and why.
 
     Args:
         model: Any model, before or after ``wrap``, with or without adapters.
+        plan: The plan of a training step. The report then shows its peak, on a GPU next to what torch allocated at most so far.
     """
     from peftkit.fuse.loss import logit_free_status
 
@@ -174,7 +185,17 @@ def explain(model: nn.Module) -> Report:
         storage=_storage(modules),
         logit_free=logit_free,
         logit_free_reason=reason,
+        planned_bytes=None if plan is None else plan.peak_bytes,
+        measured_bytes=_most_allocated(model),
     )
+
+
+def _most_allocated(model: nn.Module) -> int | None:
+    """The most memory that torch allocated on the model's GPU; ``None`` on the CPU."""
+    device = next((p.device for p in model.parameters()), None)
+    if device is None or device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device)
 
 
 def layer_reports(model: nn.Module) -> list[LayerReport]:

@@ -168,3 +168,21 @@ def test_explaining_changes_nothing():
     explain(model)
     assert {n: (type(m), sorted(m.__dict__)) for n, m in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_the_peak_of_a_plan_stands_next_to_what_a_gpu_allocated(monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import peftkit.report as report
+    from peftkit import plan
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, vocab_size=64)
+    model = wrap(LlamaForCausalLM(config))
+    planned = plan(config, device="cpu", seq_len=8)
+    found = explain(model, plan=planned)
+    assert (found.planned_bytes, found.measured_bytes) == (planned.peak_bytes, None)
+    assert f"peak memory: planned {planned.peak_bytes / 2**30:.2f} GiB\n" in f"{found}\n"
+    assert "peak memory" not in str(explain(model))
+    monkeypatch.setattr(report, "_most_allocated", lambda model: 3 * 2**30)
+    assert "measured so far 3.00 GiB" in str(explain(model, plan=planned))
