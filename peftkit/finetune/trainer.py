@@ -189,6 +189,7 @@ def make_trainer(
     training = recipe.training
     steps = total_steps(recipe, len(train))[0] if train is not None else 0
     settings = _settings(recipe, evaluation is not None, steps, folder)
+    settings["label_names"] = list(task.label_names)
     other = task.trainer(recipe, settings)
     if other is not None:
         trainer_class, parts = other
@@ -196,7 +197,7 @@ def make_trainer(
         trainer_class = RecipeTrainer
         parts = {
             "args": make_arguments(TrainingArguments, settings),
-            "compute_metrics": None if evaluation is None else _metrics(task),
+            "compute_metrics": None if evaluation is None else _metrics(task, evaluation),
             "preprocess_logits_for_metrics": task.keep_of_logits,
         }
     trainer = trainer_class(
@@ -215,12 +216,12 @@ def make_trainer(
     return trainer
 
 
-def _metrics(task: Task) -> Any:
+def _metrics(task: Task, rows: Any) -> Any:
     if not task.metric_names:
         return None
 
     def compute(prediction: Any) -> dict[str, float]:
-        return task.metrics(prediction.predictions, prediction.label_ids)
+        return task.scores(rows, prediction.predictions, prediction.label_ids)
 
     return compute
 
@@ -262,7 +263,6 @@ def _settings(recipe: Recipe, evaluates: bool, steps: int, folder: str) -> dict[
         "dataloader_num_workers": training.workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
-        "label_names": ["labels"],
         "seed": training.seed,
     }
     if strategy == "steps":

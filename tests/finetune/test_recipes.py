@@ -59,6 +59,16 @@ DATA = {
             [{"article": c * 4, "summary": c} for c in LETTERS],
         ),
     ),
+    "question_answering": (
+        "bert",
+        lambda folder: cases.write_jsonl(
+            folder / "d.jsonl",
+            [
+                {"question": "?", "context": f"{c} xyz" * 12, "answer": c, "answer_start": 0}
+                for c in LETTERS
+            ],
+        ),
+    ),
     "image_classification": ("vit", lambda folder: cases.images(folder / "images", 8)),
     "span_corruption": ("t5", lambda folder: texts(folder / "texts")),
     "contrastive": ("bert", lambda folder: texts(folder / "texts")),

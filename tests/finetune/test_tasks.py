@@ -32,7 +32,12 @@ def topics(count=48):
 TEXTS = [{"text": "abcabcabcabc"}, {"text": "xyzxyzxyz"}] * 12
 COPIES = [{"source": c * 3, "target": c} for c in "abcd"] * 8
 CHOICES = [{"prompt": c, "chosen": "ab", "rejected": "xyz"} for c in "abcdefgh"] * 6
+SPANS = [
+    {"question": "?", "context": "xy" * (i % 3) + c + "z", "answer": c, "answer_start": i % 3 * 2}
+    for i, c in enumerate("ABCD" * 8)
+]
 CASES = {
+    "question_answering": ("bert", "full", lambda folder: SPANS, "exact_match", 0.5),
     "preference": ("llama", "lora", lambda folder: CHOICES, "rewards/accuracies", 0.9),
     "masked_lm": ("masked bert", "full", lambda folder: TEXTS, "token_accuracy", 0.5),
     "text_classification": ("bert", "lora", lambda folder: topics(), "accuracy", 0.9),

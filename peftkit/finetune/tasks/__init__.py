@@ -20,6 +20,7 @@ TASKS = (
     "span_corruption",
     "text_classification",
     "token_classification",
+    "question_answering",
     "seq2seq",
     "image_classification",
     "image_text_retrieval",

@@ -87,6 +87,7 @@ class Task:
         processor: ``"tokenizer"``, ``"image"`` or ``"image and text"``.
         example_model: Id of a model for the recipe of ``--init``, if it is not the usual one.
         answers_images: Whether ``peftkit generate`` takes images.
+        label_names: Names of the labels in a batch.
         has_own_loss: Whether ``loss`` computes the loss instead of the model.
         has_own_counts: Whether ``counted`` makes of each batch of an evaluation what the metrics need.
         smooths_labels: Whether ``training.label_smoothing`` has an effect. It has none on a loss of the task's own.
@@ -108,6 +109,7 @@ class Task:
     processor: ClassVar[str] = "tokenizer"
     example_model: ClassVar[str | None] = None
     answers_images: ClassVar[bool] = False
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)
     has_own_loss: ClassVar[bool] = False
     has_own_counts: ClassVar[bool] = False
     smooths_labels: ClassVar[bool] = True
@@ -202,6 +204,10 @@ class Task:
     def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
         """Compute the metrics; ``predictions`` are what ``keep_of_logits`` returned for all rows."""
         return {}
+
+    def scores(self, rows: Any, predictions: Any, labels: Any) -> dict[str, float]:
+        """Compute the metrics with the encoded rows, for tasks in which several rows belong together."""
+        return self.metrics(predictions, labels)
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
         """The loss and the outputs, if ``has_own_loss``."""
