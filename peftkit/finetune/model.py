@@ -53,6 +53,7 @@ _PROCESSORS = {
     "tokenizer": ("AutoTokenizer", "tokenizer"),
     "image": ("AutoImageProcessor", "image processor"),
     "image and text": ("AutoProcessor", "processor of images and texts"),
+    "speech": ("AutoProcessor", "processor of recordings and texts"),
 }
 """For each kind of processor its Auto class and what it is called in messages."""
 
@@ -81,6 +82,13 @@ def load_processor(recipe: Recipe, kind: str) -> Any:
     if kind == "image":
         return found
     tokenizer = found
+    if kind == "speech":
+        if not hasattr(found, "feature_extractor") or not hasattr(found, "tokenizer"):
+            raise ContractError(
+                f"model={recipe.model!r} has only a {type(found).__name__}, but speech needs a feature extractor and a tokenizer; save "
+                "both with a processor such as Wav2Vec2Processor"
+            )
+        return found
     if kind == "image and text":
         tokenizer = getattr(found, "tokenizer", None)
         if tokenizer is None or getattr(found, "image_processor", None) is None:

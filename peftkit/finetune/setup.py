@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from peftkit.errors import ContractError, count
@@ -54,19 +55,20 @@ def make_task(recipe: Recipe, labels: list[str] | None = None) -> Task:
     if labels is None:
         labels = find_labels(recipe, task_class)
     seq_len = recipe.training.seq_len or task_class.seq_len
+    config = _config(recipe)
     if recipe.training.seq_len is None:
         longest = getattr(tokenizer, "model_max_length", None)
         seq_len = min(seq_len, longest) if isinstance(longest, int) and longest > 1 else seq_len
-        config_longest = _config_longest(recipe)
-        seq_len = min(seq_len, config_longest or seq_len)
-    setting = Setting(tokenizer, seq_len, recipe.task.options, labels, seed=recipe.training.seed)
+        seq_len = min(seq_len, longest_input(SimpleNamespace(config=config)) or seq_len)
+    setting = Setting(
+        tokenizer, seq_len, recipe.task.options, labels, config, seed=recipe.training.seed
+    )
     setting.processor = None if tokenizer is processor else processor
     return task_class(setting)
 
 
-def _config_longest(recipe: Recipe) -> int | None:
-    from types import SimpleNamespace
-
+def _config(recipe: Recipe) -> Any:
+    """The config of the model, before its weights are loaded."""
     from transformers import AutoConfig
 
     from peftkit.finetune.model import place_of
@@ -74,12 +76,11 @@ def _config_longest(recipe: Recipe) -> int | None:
     place, gguf = place_of(recipe.model)
     options = {} if gguf is None else {"gguf_file": gguf}
     try:
-        config = AutoConfig.from_pretrained(place, **options)
+        return AutoConfig.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ContractError(
             f"model={recipe.model!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from error
-    return longest_input(SimpleNamespace(config=config))
 
 
 def prepare_data(recipe: Recipe, say: Callable[[str], None]) -> tuple[Task, Part, Part | None]:

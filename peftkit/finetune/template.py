@@ -17,6 +17,7 @@ _MODELS = {
         "SEQ_2_SEQ_LM": "google-t5/t5-small",
         None: "sentence-transformers/all-MiniLM-L6-v2",
     },
+    "speech": {None: "facebook/wav2vec2-base-960h"},
     "image": {None: "google/vit-base-patch16-224-in21k"},
 }
 _WRITTEN = {

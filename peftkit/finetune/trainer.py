@@ -190,6 +190,9 @@ def make_trainer(
     steps = total_steps(recipe, len(train))[0] if train is not None else 0
     settings = _settings(recipe, evaluation is not None, steps, folder)
     settings["label_names"] = list(task.label_names)
+    if settings["load_best_model_at_end"]:
+        metric = training.best_metric or "loss"
+        settings["greater_is_better"] = metric not in task.lower_is_better
     other = task.trainer(recipe, settings)
     if other is not None:
         trainer_class, parts = other
@@ -253,7 +256,6 @@ def _settings(recipe: Recipe, evaluates: bool, steps: int, folder: str) -> dict[
         "save_total_limit": training.keep_checkpoints,
         "load_best_model_at_end": best,
         "metric_for_best_model": f"eval_{metric}" if best else None,
-        "greater_is_better": metric != "loss" if best else None,
         "restore_callback_states_from_checkpoint": True,
         "logging_steps": training.log_every,
         "logging_nan_inf_filter": False,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import finetune_cases as cases
 import pytest
+import speech_cases
 import torch
 
 from peftkit import ContractError
@@ -37,6 +38,13 @@ SPANS = [
     for i, c in enumerate("ABCD" * 8)
 ]
 CASES = {
+    "speech_ctc": (
+        speech_cases.save_ctc,
+        "lora",
+        lambda folder: speech_cases.speech(folder / "s"),
+        "cer",
+        None,  # test_speech_ctc.py has a run that is long enough to learn
+    ),
     "question_answering": ("bert", "full", lambda folder: SPANS, "exact_match", 0.5),
     "preference": ("llama", "lora", lambda folder: CHOICES, "rewards/accuracies", 0.9),
     "masked_lm": ("masked bert", "full", lambda folder: TEXTS, "token_accuracy", 0.5),
@@ -57,7 +65,7 @@ CASES = {
 @pytest.mark.parametrize("task", CASES)
 def test_a_task_learns_and_its_run_can_be_used(task, tmp_path, one_thread):
     name, strategy, rows, metric, least = CASES[task]
-    model = cases.save_model(tmp_path / "m", name)
+    model = name(tmp_path / "m") if callable(name) else cases.save_model(tmp_path / "m", name)
     found = rows(tmp_path)
     data = found if isinstance(found, str) else cases.write_jsonl(tmp_path / "d.jsonl", found)
     values = cases.recipe(
@@ -79,7 +87,7 @@ def test_a_task_learns_and_its_run_can_be_used(task, tmp_path, one_thread):
     assert "sample: " in printed
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["status"], result["problems"]) == ("finished", [])
-    assert result["metrics"][f"eval_{metric}"] >= least, printed
+    assert least is None or result["metrics"][f"eval_{metric}"] >= least, printed
     again = json.loads(cases.run("eval", tmp_path / "run", "--json"))
     assert again.keys() >= {"loss", *require_task(task).metric_names}
     assert again[metric] == result["metrics"][f"eval_{metric}"]

@@ -25,6 +25,7 @@ TASKS = (
     "image_classification",
     "image_text_retrieval",
     "semantic_segmentation",
+    "speech_ctc",
     "embeddings",
     "contrastive",
     "contrastive_images",

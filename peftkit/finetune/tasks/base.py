@@ -51,11 +51,11 @@ class Setting:
     """What a task works with in one run.
 
     Attributes:
-        tokenizer: The tokenizer, or the image processor.
+        tokenizer: The tokenizer, the image processor, or the processor of recordings and texts.
         seq_len: Largest number of tokens in a row.
         options: The task's options.
         labels: Names of the classes in the order of their numbers; empty if the task has none.
-        config: The model's config once it is loaded.
+        config: The model's config.
         seed: Seed of the run.
         processor: What makes the inputs of a model for images and texts, and contains the tokenizer; ``None`` in other tasks.
     """
@@ -80,11 +80,12 @@ class Task:
         columns: Column to its meaning. A recipe maps them to the columns of the data.
         Options: A dataclass of its options.
         metric_names: Metrics of an evaluation besides the loss.
+        lower_is_better: Metrics of which the smallest value is the best.
         best_metric: The metric by which the best checkpoint is chosen.
         generative: Whether ``peftkit generate`` and samples make sense.
         epochs: Passes over the data if the recipe has no length.
         seq_len: Largest number of tokens if the recipe has none.
-        processor: ``"tokenizer"``, ``"image"`` or ``"image and text"``.
+        processor: ``"tokenizer"``, ``"image"``, ``"image and text"`` or ``"speech"``.
         example_model: Id of a model for the recipe of ``--init``, if it is not the usual one.
         answers_images: Whether ``peftkit generate`` takes images.
         label_names: Names of the labels in a batch.
@@ -102,6 +103,7 @@ class Task:
     columns: ClassVar[dict[str, str]]
     Options: ClassVar[Any] = NoOptions
     metric_names: ClassVar[tuple[str, ...]] = ()
+    lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)
     best_metric: ClassVar[str] = "loss"
     generative: ClassVar[bool] = False
     epochs: ClassVar[float] = 3.0

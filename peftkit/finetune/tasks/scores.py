@@ -60,3 +60,23 @@ def span_f1(found: list[Sequence[str]], wanted: list[Sequence[str]]) -> float:
         ours, theirs = spans(one), spans(other)
         both, predicted, true = both + len(ours & theirs), predicted + len(ours), true + len(theirs)
     return 2 * both / (predicted + true) if predicted + true else 0.0
+
+
+def error_rate(found: Sequence[Sequence[Any]], wanted: Sequence[Sequence[Any]]) -> float:
+    """Changes that turn what was found into what was wanted, divided by the length of what was wanted, over all rows.
+
+    Of words it is the word error rate, of characters the character error rate.
+    """
+    changes = sum(edit_distance(one, other) for one, other in zip(found, wanted, strict=True))
+    return changes / max(1, sum(map(len, wanted)))
+
+
+def edit_distance(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """The smallest number of insertions, deletions and replacements between two sequences (Levenshtein, 1966)."""
+    row = list(range(len(second) + 1))
+    for number, one in enumerate(first, start=1):
+        diagonal, row[0] = row[0], number
+        for place, other in enumerate(second, start=1):
+            best = min(row[place] + 1, row[place - 1] + 1, diagonal + (one != other))
+            diagonal, row[place] = row[place], best
+    return row[-1]

@@ -1,0 +1,176 @@
+"""Speech recognition with CTC: recordings are read exactly, texts fit the vocabulary, padding does not matter, and runs resume."""
+
+import copy
+import json
+
+import finetune_cases as cases
+import numpy as np
+import pairs
+import pytest
+import speech_cases
+import transformers as hf
+
+from peftkit import ContractError, accelerate
+from peftkit.finetune import evaluate, train
+from peftkit.finetune.sound import read_wav
+from peftkit.finetune.tasks.base import Setting
+from peftkit.finetune.tasks.scores import edit_distance, error_rate
+from peftkit.finetune.tasks.speech_ctc import SpeechCtc, frames_of
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_wav_file_is_read_exactly(width, channels, tmp_path):
+    values = np.linspace(-0.9, 0.9, 60)
+    file = speech_cases.write_wav(tmp_path / "a.wav", values, width=width, channels=channels)
+    found = read_wav(str(file))
+    expected = values.reshape(-1, channels).mean(1)
+    assert found.dtype == np.float32
+    # One rounding to whole numbers of this width, whose largest is one less than their range, and one to float32.
+    allowed = 2 / 2.0 ** (8 * width - 1) + np.finfo(np.float32).eps
+    assert np.abs(found - expected).max() <= allowed
+
+
+def test_error_rates():
+    assert edit_distance("kitten", "sitting") == edit_distance("sitting", "kitten") == 3
+    assert edit_distance("", "abc") == edit_distance("abc", "") == 3
+    assert edit_distance("abc", "abc") == 0
+    assert error_rate([["a", "b"], []], [["a", "c"], ["d", "e"]]) == 0.75
+
+
+@pytest.fixture
+def task(tmp_path):
+    def build(**options):
+        folder = speech_cases.save_ctc(tmp_path / f"m{len(list(tmp_path.iterdir()))}")
+        processor = hf.AutoProcessor.from_pretrained(folder)
+        config = hf.AutoConfig.from_pretrained(folder)
+        return SpeechCtc(Setting(processor, 64, SpeechCtc.Options(**options), [], config))
+
+    return build
+
+
+def test_frames_are_those_of_the_model(task):
+    model = speech_cases.tiny_ctc()
+    for samples in (9, 10, 20, 21, 199, 200, 201):
+        expected = int(model._get_feat_extract_output_lengths(samples))
+        assert frames_of(samples, model.config) == max(0, expected)
+
+
+def test_padding_of_the_batch_does_not_change_the_text(task, tmp_path):
+    one = task()
+    rows = [one.encode(row)[0].features for row in speech_cases.speech(tmp_path / "s", 2)]
+    assert [r["samples"] for r in rows] == [100, 200]
+    frames = [frames_of(r["samples"], one.config) for r in rows]
+    names = one.characters.get_vocab()
+    found = np.full((2, frames[1] + 3), names["d"])
+    found[0, : frames[0]] = [names["a"]] * 3 + [0] * (frames[0] - 3)
+    found[1, : frames[1]] = [names["b"]] * 2 + [0] + [names["a"]] * (frames[1] - 3)
+    assert one.scores(rows, found, None) == {"wer": 0.0, "cer": 0.0}
+    found[1, : frames[1]] = 0
+    assert one.scores(rows, found, None) == {"wer": 0.5, "cer": 2 / 3}
+
+
+def test_texts_can_be_changed_to_fit_the_vocabulary(task, tmp_path):
+    (row,) = speech_cases.speech(tmp_path / "s", 1)
+    one = task(case="lower", remove="?!")
+    ids = one.encode({**row, "text": "A?!"})[0].features["labels"]
+    assert ids == [one.characters.get_vocab()["a"]]
+
+
+FAULTS = {
+    "another rate": (lambda f: {"audio": wav(f, rate=500)}, "has 500 samples a second, but the"),
+    "no file": (lambda f: {"audio": "/no.wav"}, "the recording /no.wav does not exist"),
+    "no path": (lambda f: {"audio": 3}, "column 'audio' is 3, not the path of a WAV file"),
+    "no WAV": (lambda f: {"audio": text_file(f)}, "is no WAV file with whole numbers"),
+    "empty": (lambda f: {"audio": wav(f, size=0)}, "is empty"),
+    "too long": (lambda f: {"audio": wav(f, size=31000)}, "31.0 s, more than task.max_seconds=30"),
+    "too short": (
+        lambda f: {"audio": wav(f, size=50), "text": "aaa"},
+        "as 4 frames, but the text 'aaa' and the masks of training need 5",
+    ),
+    "other letters": (
+        lambda f: {"text": "aXé b"},
+        "the model's vocabulary has no 'X', 'é'; set task.case, or task.remove",
+    ),
+    "no text": (lambda f: {"text": ""}, "column 'text' is empty"),
+}
+
+
+def wav(folder, size=100, rate=speech_cases.RATE):
+    return str(speech_cases.write_wav(folder / "x.wav", np.zeros(size), rate=rate))
+
+
+def text_file(folder):
+    (folder / "x.wav").write_text("no sound")
+    return str(folder / "x.wav")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_row_is_named_with_its_line(fault, tmp_path, one_thread):
+    make, expected = FAULTS[fault]
+    model = speech_cases.save_ctc(tmp_path / "m")
+    first, second = speech_cases.speech(tmp_path / "s", 2)
+    data = cases.write_jsonl(tmp_path / "d.jsonl", [first, second | make(tmp_path)])
+    values = cases.recipe(model, "speech_ctc", data, tmp_path / "run")
+    printed = cases.run("train", cases.write_recipe(tmp_path / "r.yaml", values), code=1)
+    assert "d.jsonl:2: " in printed
+    assert expected in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_without_speech_are_refused(tmp_path, one_thread):
+    model = cases.save_model(tmp_path / "m", "bert")
+    with pytest.raises(ContractError, match="but speech needs a feature extractor"):
+        train(cases.recipe(model, "speech_ctc", [{"audio": "a", "text": "b"}], tmp_path / "run"))
+
+
+def test_a_run_learns_and_resumes(tmp_path, one_thread):
+    # With masks of time steps, which are drawn from numpy's random state.
+    model = speech_cases.save_ctc(tmp_path / "m", mask_time_prob=0.1, mask_time_length=2)
+    data = cases.write_jsonl(tmp_path / "d.jsonl", speech_cases.speech(tmp_path / "s"))
+    values = cases.recipe(
+        model,
+        "speech_ctc",
+        data,
+        tmp_path / "whole",
+        strategy="full",
+        data={"eval": 0.25},
+        training={
+            "max_steps": 200,
+            "batch_size": 8,
+            "lr": 3e-3,
+            "checkpoint_every": 100,
+            "best_metric": "cer",
+        },
+    )
+    file = cases.write_recipe(tmp_path / "r.yaml", values)
+    cases.run("train", file)
+    out = f"out={tmp_path / 'parts'}"
+    cases.run("train", file, out, "training.stop_after=101", code=3)
+    cases.run("train", file, out, "resume=true")
+    whole, parts = (
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts")
+    )
+    assert whole["metrics"] == parts["metrics"]
+    weights = [(tmp_path / f / "model" / "model.safetensors") for f in ("whole", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    # The checkpoint with the smallest error rate is kept.
+    lines = map(json.loads, (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines())
+    rates = [line["eval_cer"] for line in lines if "eval_cer" in line]
+    assert whole["metrics"]["eval_cer"] == min(rates) < max(rates)
+    assert evaluate(tmp_path / "whole", data)["cer"] <= 0.2
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "hubert"])
+def test_loss_and_gradients_are_those_of_plain_peft(kind, task, tmp_path, one_thread):
+    plain = pairs.adapted(speech_cases.tiny_ctc(kind))
+    fused = accelerate(copy.deepcopy(plain))
+    truth = pairs.in_float64(plain)
+    one = task()
+    rows = [one.encode(row)[0].features for row in speech_cases.speech(tmp_path / "s", 16)]
+    runs = []
+    for start in range(0, 16, 4):
+        batch = one.collate(rows[start : start + 4])
+        exact = batch | {"input_values": batch["input_values"].double()}
+        runs.append((pairs.step(fused, batch), pairs.step(plain, batch), pairs.step(truth, exact)))
+    pairs.assert_near_enough(runs)

@@ -1,0 +1,94 @@
+"""Tiny speech models with a processor in a folder, and recordings of tones, one frequency for each letter."""
+
+from __future__ import annotations
+
+import json
+import math
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+
+RATE = 1000
+LETTERS = "abcd"
+
+
+def save_ctc(folder: Path, kind: str = "wav2vec2", **changes: Any) -> Path:
+    """Save a tiny CTC model of the kind ``"wav2vec2"`` or ``"hubert"`` with its processor; returns the folder."""
+    folder.mkdir(parents=True)
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "|", *LETTERS]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    tokenizer = hf.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    extractor = hf.Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=True)
+    hf.Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
+    tiny_ctc(kind, len(tokens), **changes).save_pretrained(folder)
+    return folder
+
+
+def tiny_ctc(kind: str = "wav2vec2", vocab_size: int = 9, **changes: Any) -> torch.nn.Module:
+    """A tiny CTC model; one output for every ten samples."""
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": vocab_size,
+        "conv_dim": [24, 24],
+        "conv_kernel": [10, 3],
+        "conv_stride": [5, 2],
+        "num_feat_extract_layers": 2,
+        "feat_extract_norm": "layer",
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
+        "mask_time_prob": 0.0,
+        "layerdrop": 0.0,
+        "pad_token_id": 0,
+        **dict.fromkeys(
+            (
+                "hidden_dropout",
+                "activation_dropout",
+                "attention_dropout",
+                "feat_proj_dropout",
+                "final_dropout",
+            ),
+            0.0,
+        ),
+    }
+    config, cls = {
+        "wav2vec2": (hf.Wav2Vec2Config, hf.Wav2Vec2ForCTC),
+        "hubert": (hf.HubertConfig, hf.HubertForCTC),
+    }[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return cls(config(**settings | changes)).train()
+
+
+def write_wav(path: Path, values: Any, rate: int = RATE, width: int = 2, channels: int = 1) -> Path:
+    """Write numbers between -1 and 1 as a WAV file of whole numbers with ``width`` bytes."""
+    largest = 2 ** (8 * width - 1) - 1
+    whole = np.round(np.asarray(values) * largest).astype(np.int64)
+    whole = whole + 128 if width == 1 else whole
+    content = b"".join(int(v).to_bytes(width, "little", signed=width > 1) for v in whole)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(content)
+    return path
+
+
+def speech(folder: Path, count: int = 32) -> list[dict[str, str]]:
+    """Rows with recordings of one or two letters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(count):
+        text = LETTERS[i % 4] + (LETTERS[(i // 4) % 4] if i % 3 else "")
+        times = np.arange(100) / RATE
+        tones = [np.sin(2 * math.pi * 100 * (1 + LETTERS.index(c)) * times) * 0.8 for c in text]
+        rows.append(
+            {"audio": str(write_wav(folder / f"{i}.wav", np.concatenate(tones))), "text": text}
+        )
+    return rows
