@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import task_models
 import torch
 import transformers as hf
 
@@ -92,3 +93,31 @@ def speech(folder: Path, count: int = 32) -> list[dict[str, str]]:
             {"audio": str(write_wav(folder / f"{i}.wav", np.concatenate(tones))), "text": text}
         )
     return rows
+
+
+def save_audio(folder: Path, kind: str = "wav2vec2") -> Path:
+    """Save a tiny model with a feature extractor: ``"wav2vec2"``, ``"hubert"`` or ``"ast"``; returns the folder."""
+    if kind == "ast":
+        hf.ASTFeatureExtractor(sampling_rate=16000, num_mel_bins=8, max_length=16).save_pretrained(
+            folder
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            task_models.BUILDERS["ast audio"][0]().base_model.save_pretrained(folder)
+        return folder
+    hf.Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=True).save_pretrained(
+        folder
+    )
+    tiny_ctc(kind).base_model.save_pretrained(folder)
+    return folder
+
+
+def sounds(folder: Path, count: int = 8, rate: int = RATE) -> Path:
+    """A folder with recordings of three tones, each tone in a folder of its own."""
+    for number, name in enumerate(("low", "middle", "high"), start=1):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            times = np.arange((300 + 10 * i) * rate // 1000) / rate
+            tone = np.sin(2 * math.pi * rate * number * times / 8) * (0.5 + i / 20)
+            write_wav(folder / name / f"{i}.wav", tone, rate=rate)
+    return folder

@@ -53,6 +53,7 @@ _PROCESSORS = {
     "tokenizer": ("AutoTokenizer", "tokenizer"),
     "image": ("AutoImageProcessor", "image processor"),
     "image and text": ("AutoProcessor", "processor of images and texts"),
+    "audio": ("AutoFeatureExtractor", "feature extractor"),
     "speech": ("AutoProcessor", "processor of recordings and texts"),
 }
 """For each kind of processor its Auto class and what it is called in messages."""
@@ -79,7 +80,7 @@ def load_processor(recipe: Recipe, kind: str) -> Any:
         raise ContractError(
             f"model={recipe.model!r} has no {what} that transformers can load: {_first_line(error)}"
         ) from error
-    if kind == "image":
+    if kind in ("image", "audio"):
         return found
     tokenizer = found
     if kind == "speech":

@@ -30,7 +30,7 @@ class DataRecipe:
     train: Any = key(help="A file, a folder, a list of them, or hub:NAME[:SPLIT]")
     eval: Any = key(None, "The same for evaluation, or a share of the training rows, such as 0.1")
     format: Literal[
-        "auto", "jsonl", "json", "csv", "tsv", "parquet", "text", "images", "dataset"
+        "auto", "jsonl", "json", "csv", "tsv", "parquet", "text", "images", "sounds", "dataset"
     ] = key("auto", "Format of the files. auto looks at the ends of their names")
     columns: dict[str, str] = key(
         {}, "The task's name of a column, then the name in your data. Example: {text: review}"

@@ -22,6 +22,7 @@ FORMATS = {
     ".text": "text",
     ".md": "text",
 }
+SOUNDS = (".wav",)
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
 
@@ -100,7 +101,7 @@ def _read_place(place: str, format: str, name: str) -> Iterator[Row]:
             f"{name}={place!r}: the format of {path.suffix or 'a file without an ending'} is not known; set data.format to one of "
             f"{', '.join(dict.fromkeys(FORMATS.values()))}"
         )
-    if kind in ("images", "dataset"):
+    if kind in ("images", "sounds", "dataset"):
         raise ContractError(f"data.format={kind!r} needs a folder, but {name}={place!r} is a file")
     try:
         yield from _READERS[kind](path)
@@ -127,14 +128,15 @@ def _read_folder(folder: Path, format: str, name: str) -> Iterator[Row]:
         yield from _read_table(datasets.load_from_disk(str(folder)), name)
         return
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    images = [file for file in files if file.suffix.lower() in IMAGES]
-    if format == "images" or (format == "auto" and images):
-        if not images:
-            raise ContractError(f"{name}={str(folder)!r} has no images ({', '.join(IMAGES)})")
-        # The folder of an image is its label, as in datasets' ImageFolder.
-        for file in images:
-            yield Row(str(file), {"image": str(file), "label": file.parent.name})
-        return
+    for kind, column, ends in (("images", "image", IMAGES), ("sounds", "audio", SOUNDS)):
+        found = [file for file in files if file.suffix.lower() in ends]
+        if format == kind or (format == "auto" and found):
+            if not found:
+                raise ContractError(f"{name}={str(folder)!r} has no {kind} ({', '.join(ends)})")
+            # The folder of a file is its label, as in datasets' ImageFolder and AudioFolder.
+            for file in found:
+                yield Row(str(file), {column: str(file), "label": file.parent.name})
+            return
     wanted = [
         file
         for file in files

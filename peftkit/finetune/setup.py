@@ -117,7 +117,7 @@ def prepare_model(
     """
     strategy = require_strategy(recipe.strategy.name)
     model: Any = load_model(recipe, task, strategy.is_adapter)
-    longest = None if task.processor == "image" else longest_input(model)
+    longest = longest_input(model) if task.processor in ("tokenizer", "image and text") else None
     if longest is not None and task.setting.seq_len > longest:
         raise ContractError(
             f"training.seq_len={task.setting.seq_len}, but {type(model).__name__} has positions for {longest} tokens; use at most that "

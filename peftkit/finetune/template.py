@@ -17,6 +17,7 @@ _MODELS = {
         "SEQ_2_SEQ_LM": "google-t5/t5-small",
         None: "sentence-transformers/all-MiniLM-L6-v2",
     },
+    "audio": {None: "facebook/wav2vec2-base"},
     "speech": {None: "facebook/wav2vec2-base-960h"},
     "image": {None: "google/vit-base-patch16-224-in21k"},
 }
@@ -35,9 +36,9 @@ def template(task_name: str) -> str:
     """
     task = require_task(task_name)
     models = {None: task.example_model} if task.example_model else _MODELS[task.processor]
-    images = task.processor == "image"
+    folders = task.processor in ("image", "audio")
     values: dict[str, Any] = {
-        "train": "data/train" if images else "data/train.jsonl",
+        "train": "data/train" if folders else "data/train.jsonl",
         "eval": 0.1,
         "epochs": task.epochs,
         "seq_len": task.seq_len,
@@ -69,7 +70,7 @@ def template(task_name: str) -> str:
     lines += [f"  # Columns of the task. {columns}"]
     lines += _keys(DataRecipe, values, _WRITTEN["data"])
     lines += ["", "training:"]
-    hidden = ("seq_len",) if images else ()
+    hidden = ("seq_len",) if folders else ()
     lines += _keys(TrainingRecipe, values, [n for n in _WRITTEN["training"] if n not in hidden])
     lines += ["", "# A new folder for the run", f"out: runs/{task.name}", ""]
     return "\n".join(lines)

@@ -74,6 +74,10 @@ DATA = {
     "span_corruption": ("t5", lambda folder: texts(folder / "texts")),
     "contrastive": ("bert", lambda folder: texts(folder / "texts")),
     "contrastive_images": ("vit", lambda folder: cases.images(folder / "images", 8)),
+    "audio_classification": (
+        speech_cases.save_audio,
+        lambda folder: speech_cases.sounds(folder / "s"),
+    ),
     "speech_ctc": (
         speech_cases.save_ctc,
         lambda folder: cases.write_jsonl(folder / "d.jsonl", speech_cases.speech(folder / "s", 24)),

@@ -38,6 +38,13 @@ SPANS = [
     for i, c in enumerate("ABCD" * 8)
 ]
 CASES = {
+    "audio_classification": (
+        speech_cases.save_audio,
+        "lora",
+        lambda folder: str(speech_cases.sounds(folder / "s")),
+        "accuracy",
+        0.9,
+    ),
     "speech_ctc": (
         speech_cases.save_ctc,
         "lora",

@@ -25,6 +25,7 @@ TASKS = (
     "image_classification",
     "image_text_retrieval",
     "semantic_segmentation",
+    "audio_classification",
     "speech_ctc",
     "embeddings",
     "contrastive",

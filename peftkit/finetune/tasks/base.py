@@ -85,7 +85,7 @@ class Task:
         generative: Whether ``peftkit generate`` and samples make sense.
         epochs: Passes over the data if the recipe has no length.
         seq_len: Largest number of tokens if the recipe has none.
-        processor: ``"tokenizer"``, ``"image"``, ``"image and text"`` or ``"speech"``.
+        processor: ``"tokenizer"``, ``"image"``, ``"image and text"``, ``"audio"`` or ``"speech"``.
         example_model: Id of a model for the recipe of ``--init``, if it is not the usual one.
         answers_images: Whether ``peftkit generate`` takes images.
         label_names: Names of the labels in a batch.
