@@ -20,6 +20,7 @@ NOT_RUN = {
     "pip install": "needs a package index",
     "vllm serve": "needs vLLM and a GPU",
     "llama-server": "needs llama.cpp",
+    "torchrun": "starts processes and needs GPUs; tests/finetune/test_processes.py starts two on the CPU",
     "peftkit doctor": "compiles the native library in the user's cache; tests/cli/test_doctor.py runs it",
     "peftkit train recipe.yaml out=runs/a resume=true": "the run is finished when the command before it ends",
     "peftkit merge ADAPTER [BASE] OUT": "a synopsis; docs/jsonl-to-server.md has the command with paths",

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,10 +49,17 @@ def train(
         raise typer.BadParameter("give a recipe, or --init TASK to write one")
     _calm()
     from peftkit.finetune import train as run
+    from peftkit.finetune.processes import is_main
 
     say = (lambda line: None) if quiet or as_json else typer.echo
     with _without_known_warnings():
         result = run(recipe, *(overrides or []), say=say)
+    if is_main():
+        _print(result, as_json)
+    raise typer.Exit(1 if result.problems else 3 if result.status == "stopped" else 0)
+
+
+def _print(result: Any, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
     else:
@@ -61,7 +68,6 @@ def train(
         typer.echo(f"{result.status}: {result.weights or result.folder}")
     for problem in result.problems:
         typer.echo(f"error: {problem}", err=True)
-    raise typer.Exit(1 if result.problems else 3 if result.status == "stopped" else 0)
 
 
 def generate(

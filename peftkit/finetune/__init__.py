@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from peftkit.finetune.comparison import Comparison, compare
     from peftkit.finetune.reading import read_recipe
     from peftkit.finetune.recipe import Recipe
-    from peftkit.finetune.training import RunResult, train
+    from peftkit.finetune.result import RunResult
+    from peftkit.finetune.training import train
     from peftkit.finetune.using import evaluate, generate
 
 __all__ = [
@@ -27,7 +28,7 @@ _HOME_OF = {
     "Comparison": "comparison",
     "compare": "comparison",
     "Recipe": "recipe",
-    "RunResult": "training",
+    "RunResult": "result",
     "evaluate": "using",
     "generate": "using",
     "read_recipe": "reading",

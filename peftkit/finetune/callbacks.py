@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from peftkit.finetune.processes import any_process, from_all, is_main
 from peftkit.finetune.run_folder import METRICS, RunFolder, mark_whole, write_text
 from peftkit.finetune.strategies.staged import trained_at
 
@@ -23,10 +24,14 @@ class KeepMetrics(TrainerCallback):
         self.file, self.say = folder.path / METRICS, say
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not is_main():
+            return
         # A resumed run continues the log of its checkpoint, not what came after it.
         write_text(self.file, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not is_main():
+            return
         entry = {**(logs or {}), "step": state.global_step}
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
@@ -77,14 +82,15 @@ class MarkCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
-        if checkpoint.is_dir():
+        from_all(None)  # waits for the files of all processes
+        if is_main() and checkpoint.is_dir():
             mark_whole(checkpoint)
 
 
 class StopWithCheckpoint(TrainerCallback):
     """Saves a checkpoint and stops after a step: after ``stop_after``, or after the step in which Ctrl-C was pressed.
 
-    A second Ctrl-C stops at once.
+    A second Ctrl-C stops at once. With several processes all stop after the same step.
     """
 
     def __init__(self, stop_after: int | None):
@@ -106,7 +112,7 @@ class StopWithCheckpoint(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         reached = state.global_step == self.stop_after
-        if (self._asked or reached) and state.global_step < state.max_steps:
+        if (any_process(self._asked) or reached) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.stopped = True
 
     def release(self) -> None:

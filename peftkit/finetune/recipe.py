@@ -65,7 +65,7 @@ class TrainingRecipe:
         None, "Passes over the data. null: as the task says, if max_steps is null too", above=0
     )
     max_steps: int | None = key(None, "Number of optimiser steps, instead of epochs", least=1)
-    batch_size: int = key(8, "Rows in one forward", least=1)
+    batch_size: int = key(8, "Rows in one forward of a process", least=1)
     gradient_accumulation: int = key(1, "Forwards in one optimiser step", least=1)
     eval_batch_size: int | None = key(
         None, "Rows in one forward of the evaluation. null: batch_size", least=1
@@ -173,6 +173,13 @@ class Recipe:
             "training": dataclasses.asdict(self.training),
             "out": self.out,
         }
+
+
+def batch_text(training: TrainingRecipe, facts: dict[str, Any]) -> str:
+    """The size of a batch in words: rows in a forward, forwards in a step, and processes if there are several."""
+    processes = facts.get("processes", 1)
+    several = f" in each of {processes} processes" if processes > 1 else ""
+    return f"{training.batch_size} x {training.gradient_accumulation}{several}"
 
 
 def described(source: Any) -> Any:

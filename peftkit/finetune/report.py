@@ -1,11 +1,17 @@
-"""``report.md``: the run on one page, as text and tables."""
+"""``report.md`` and ``report.html``: the run on one page."""
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
-from peftkit.finetune.recipe import Recipe, changed, described
-from peftkit.finetune.run_folder import REPORT, RunFolder, write_text
+from peftkit.finetune.recipe import Recipe, batch_text, changed, described
+from peftkit.finetune.result import RunResult, Usage
+from peftkit.finetune.run_folder import PAGE, RECIPE, REPORT, RunFolder, write_text
+from peftkit.finetune.run_page import Run, memory_text, run_page
+from peftkit.finetune.tasks import require_task
+from peftkit.report_page.machine import machine_facts
 
 _ROWS = 20
 _BARS = "▁▂▃▄▅▆▇█"
@@ -15,14 +21,14 @@ def write_report(
     recipe: Recipe,
     model: Any,
     folder: RunFolder,
-    result: Any,
+    result: RunResult,
     facts: dict[str, Any],
     history: list[dict[str, Any]],
     samples: list[dict[str, str]],
-    memory: str | None = None,
+    usage: Usage,
 ) -> None:
-    """Write the report of a finished run. ``memory`` is a sentence about planned and measured memory."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Write the report of a finished run as text and tables."""
+    trained = result.trained
     total = sum(p.numel() for p in model.parameters())
     training = recipe.training
     lines = [
@@ -33,19 +39,16 @@ def write_report(
             [
                 ("model", f"`{recipe.model}`"),
                 ("task", recipe.task.name),
-                (
-                    "strategy",
-                    f"{recipe.strategy.name} {changed(recipe.strategy.options) or ''}".strip(),
-                ),
+                ("strategy", _strategy(recipe)),
                 ("trained numbers", f"{trained:,} of {total:,} ({trained / total:.2%})"),
                 ("steps", str(result.steps)),
                 (
                     "learning rate",
                     f"{training.lr:g} (new head {training.head_lr:g}), {training.scheduler}",
                 ),
-                ("batch", f"{training.batch_size} x {training.gradient_accumulation}"),
-                ("weights", f"`{result.weights.name}/`"),
-                ("memory", memory or "not known"),
+                ("batch", batch_text(training, facts)),
+                ("weights", f"`{result.weights.name}/`" if result.weights else "none"),
+                ("memory", memory_text(usage.plan, usage.measured_bytes) or "not known"),
             ],
         ),
         "",
@@ -94,6 +97,56 @@ def write_report(
                 lines += [f"**{name}**", "", *_quoted(sample.get(name, "")), ""]
             lines += ["---", ""]
     write_text(folder.path / REPORT, "\n".join(lines))
+
+
+def write_run_page(
+    recipe: Recipe,
+    folder: RunFolder,
+    result: RunResult,
+    history: list[dict[str, Any]],
+    samples: list[dict[str, str]],
+    usage: Usage,
+) -> None:
+    """Write the report of a finished run as a page with curves."""
+    path, training = folder.path, recipe.training
+    run = Run(
+        title=path.name,
+        lead=f"{recipe.model}, {recipe.task.name}, {recipe.strategy.name}: {result.trained:,} trained numbers, {result.steps} steps.",
+        history=history,
+        settings=[
+            ("model", recipe.model),
+            ("strategy", _strategy(recipe)),
+            ("learning rate", f"{training.lr:g}, {training.scheduler}"),
+            ("batch", f"{training.batch_size} x {training.gradient_accumulation}"),
+            ("seed", str(training.seed)),
+            *((name, f"{value:.4g}") for name, value in result.metrics.items()),
+        ],
+        machine=machine_facts(),
+        samples=samples,
+        notes=result.notes,
+        problems=result.problems,
+        seconds=usage.seconds,
+        measured_bytes=usage.measured_bytes,
+        plan=usage.plan,
+        commands=[
+            (
+                "Repeat the run in another folder:",
+                shlex.join(["peftkit", "train", str(path / RECIPE), f"out={path}-2"]),
+            ),
+            _use(recipe, path),
+        ],
+    )
+    write_text(path / PAGE, run_page(run))
+
+
+def _use(recipe: Recipe, path: Path) -> tuple[str, str]:
+    if require_task(recipe.task.name).generative:
+        return "Use it:", shlex.join(["peftkit", "generate", str(path), "a prompt"])
+    return "Evaluate it on other rows:", shlex.join(["peftkit", "eval", str(path), "data.jsonl"])
+
+
+def _strategy(recipe: Recipe) -> str:
+    return f"{recipe.strategy.name} {changed(recipe.strategy.options) or ''}".strip()
 
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:

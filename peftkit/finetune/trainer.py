@@ -22,6 +22,7 @@ from peftkit.checks.reach import loss_of, undisturbed
 from peftkit.errors import ContractError, count, listing
 from peftkit.find.modules import storage_of
 from peftkit.find.statistics import hold_statistics, norms_with_statistics
+from peftkit.finetune.processes import any_process, process_count
 from peftkit.finetune.rates import parameter_groups
 from peftkit.finetune.recipe import Recipe, TrainingRecipe
 from peftkit.finetune.tasks.base import Task
@@ -157,10 +158,11 @@ class RecipeTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raise ``ContractError`` if the loss is not finite, instead of going on with broken weights."""
         loss = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
+        finite = bool(torch.isfinite(loss))
+        if any_process(not finite):
             step = self.state.global_step + 1
             raise ContractError(
-                f"the loss is {loss.item()} at step {step}, so training stopped; checkpoints of earlier steps are kept in "
+                f"the loss is {'not finite in another process' if finite else loss.item()} at step {step}, so training stopped; checkpoints of earlier steps are kept in "
                 f"{self.args.output_dir}. Use a smaller training.lr, more training.warmup, or training.precision=fp32"
             )
         return loss
@@ -266,7 +268,13 @@ def _settings(recipe: Recipe, evaluates: bool, steps: int, folder: str) -> dict[
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "seed": training.seed,
+        # All processes must draw the same order, although their dropout has other seeds.
+        "data_seed": training.seed,
     }
+    if process_count() > 1:
+        # Which parameters a batch uses can change: frozen stages, experts.
+        settings["ddp_find_unused_parameters"] = True
+        settings["ddp_backend"] = None if torch.cuda.is_available() else "gloo"
     if strategy == "steps":
         settings |= {"save_steps": every, "eval_steps": every}
     if training.gradient_checkpointing:
@@ -319,7 +327,7 @@ def _has_bf16() -> bool:
 def total_steps(recipe: Recipe, samples: int) -> tuple[int, int]:
     """The number of optimiser steps of the run and of an epoch, as the Trainer counts them."""
     training = recipe.training
-    batches = math.ceil(samples / training.batch_size)
+    batches = math.ceil(math.ceil(samples / training.batch_size) / process_count())
     epoch = max(1, math.ceil(batches / training.gradient_accumulation))
     if training.max_steps:
         return training.max_steps, epoch

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ContractError, count
+from peftkit.finetune.parallel_limits import require_parallel
+from peftkit.finetune.processes import (
+    from_all,
+    is_main,
+    on_main,
+    process_count,
+    process_index,
+    together,
+)
 from peftkit.finetune.reading import read_recipe
 from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.result import RunResult, Usage
 from peftkit.finetune.run_folder import (
     DATA,
     ENVIRONMENT,
-    PAGE,
     RECIPE,
     RESULT,
     SAMPLES,
@@ -31,39 +38,6 @@ if TYPE_CHECKING:
     from peftkit.finetune.tasks.base import Task
 
 
-@dataclass
-class RunResult:
-    """The outcome of a run.
-
-    Attributes:
-        folder: The folder of the run.
-        status: ``"finished"``, or ``"stopped"`` after Ctrl-C or ``training.stop_after``.
-        steps: Optimiser steps that were done.
-        metrics: The evaluation of the saved weights, and the mean of the logged training losses.
-        weights: The folder with the adapter or the model; ``None`` if the run was stopped.
-        problems: What the checks after training found. A run with problems did not train what it should.
-        notes: What is worth knowing besides.
-        trained: Number of trained numbers.
-    """
-
-    folder: Path
-    status: str
-    steps: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    weights: Path | None = None
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    trained: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data."""
-        found = dataclasses.asdict(self)
-        return found | {
-            "folder": str(self.folder),
-            "weights": None if self.weights is None else str(self.weights),
-        }
-
-
 def train(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe | StagedRecipe,
     *overrides: str,
@@ -72,7 +46,7 @@ def train(
     """Train a model as a recipe says.
 
     Everything is checked before the first step: the recipe, the rows, the model, and one forward and backward. Until then nothing is
-    written.
+    written. In a process that torchrun has started, this is one run of all its processes; the first of them writes and speaks.
 
     Args:
         recipe: A YAML file, a mapping with the same keys, or what ``peftkit.finetune.read_recipe`` returns.
@@ -86,20 +60,26 @@ def train(
         ContractError: The recipe, the data or the model cannot be used, or the loss is not finite. The message names the cause
             and a way out.
     """
-    if isinstance(recipe, (Recipe, StagedRecipe)):
-        if overrides:
-            raise ContractError("a Recipe takes no overrides; pass them to read_recipe")
-    else:
-        recipe = read_recipe(recipe, overrides)
-    if isinstance(recipe, StagedRecipe):
-        from peftkit.finetune.stages.run import train_stages
+    with together():
+        if isinstance(recipe, (Recipe, StagedRecipe)):
+            if overrides:
+                raise ContractError("a Recipe takes no overrides; pass them to read_recipe")
+        else:
+            recipe = read_recipe(recipe, overrides)
+        require_parallel(recipe)
+        if isinstance(recipe, StagedRecipe):
+            from peftkit.finetune.stages.run import train_stages
 
-        return train_stages(recipe, say)
-    folder = RunFolder(recipe.out)
-    if not recipe.resume:
-        folder.require_free()
-    with _removed_if_empty(folder):
-        return _Run(recipe, folder, say).train()
+            return train_stages(recipe, say)
+        folder = RunFolder(recipe.out)
+        if not recipe.resume:
+            on_main(folder.require_free)
+        with _removed_if_empty(folder):
+            return _Run(recipe, folder, say if is_main() else _say_nothing).train()
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def check_run(recipe: Recipe) -> Task:
@@ -117,6 +97,9 @@ def check_run(recipe: Recipe) -> Task:
 @contextmanager
 def _removed_if_empty(folder: RunFolder) -> Iterator[None]:
     """Remove the folders that were made and have stayed empty, if there is an error."""
+    if not is_main():
+        yield
+        return
     new = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
     try:
         yield
@@ -132,8 +115,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, say: Callable[[str], None]):
         self.recipe, self.folder, self.say = recipe, folder, say
-        self.planned: Any = None
-        self.measured, self.seconds = 0, 0.0
+        self.usage = Usage()
 
     def prepare(self) -> tuple[Any, Any, Any, Any, Any, list[str]]:
         """Load the data and the model, and check the first step."""
@@ -167,48 +149,71 @@ class _Run:
             "labels": task.setting.labels,
             "train": train.counts.to_dict(),
             "eval": None if evaluation is None else evaluation.counts.to_dict(),
+            "processes": process_count(),
         }
-        checkpoint = self._checkpoint(facts, notes)
+        _require_same_rows(facts["fingerprint"])
+        checkpoint, broken = self._checkpoint(facts)
+        notes += broken
         before = digests(model) | (base_buffers(model) if is_adapter(recipe) else {})
         trainer, stopper = self._trainer(task, model, train, evaluation, stages)
         rows = (evaluation or train).examples[: recipe.training.samples]
         samples = self._samples(task, model, rows, "before") if task.generative else []
         self._plan(task, trainer, train)
-        self._start(facts, samples)
-        set_seed(recipe.training.seed)
+        on_main(lambda: self._start(facts, samples))
+        # Other rows of a batch need other dropout.
+        set_seed(recipe.training.seed + process_index())
         memory = PeakMemory(str(trainer.args.device))
         held, began = memory.reset(), time.monotonic()
         try:
             if checkpoint is None or not trainer.load_finished(checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except ContractError as error:
-            self._write_result(
-                RunResult(
-                    self.folder.path, "failed", trainer.state.global_step, problems=[str(error)]
+            if is_main():
+                self._write_result(
+                    RunResult(
+                        self.folder.path, "failed", trainer.state.global_step, problems=[str(error)]
+                    )
                 )
-            )
             raise
         finally:
             stopper.release()
-        self.measured, self.seconds = memory.peak() - held, time.monotonic() - began
-        say(memory_text(self.planned, self.measured) or "")
+        self.usage.measured_bytes = memory.peak() - held
+        self.usage.seconds = time.monotonic() - began
+        say(memory_text(self.usage.plan, self.usage.measured_bytes) or "memory was not measured")
         steps = trainer.state.global_step
         if stopper.stopped:
             say(f"stopped after step {steps}; continue with resume=true")
-            return self._write_result(RunResult(self.folder.path, "stopped", steps, notes=notes))
+            result = RunResult(self.folder.path, "stopped", steps, notes=notes)
+            return on_main(lambda: self._write_result(result))
         return self._finish(task, model, trainer, before, facts, rows, samples, notes)
 
-    def _checkpoint(self, facts: dict[str, Any], notes: list[str]) -> Path | None:
-        """The checkpoint from which the run goes on."""
+    def _checkpoint(self, facts: dict[str, Any]) -> tuple[Path | None, list[str]]:
+        """The checkpoint from which the run goes on, and notes on others."""
         if not self.recipe.resume:
-            return None
+            return None, []
+        found, notes = on_main(lambda: self._checkpoint_here(facts))
+        if found is not None and not found.is_dir():
+            raise ContractError(
+                f"process {process_index()} (from 0) does not find {found}, which the first process resumes from; use a folder for out that "
+                "all machines share"
+            )
+        return found, notes
+
+    def _checkpoint_here(self, facts: dict[str, Any]) -> tuple[Path | None, list[str]]:
         known = self.folder.read_json(DATA) or {}
         if known.get("fingerprint") not in (None, facts["fingerprint"]):
             raise ContractError(
                 f"resume=true, but the training rows are not those with which the run in {self.folder.path} was started; bring the data "
                 "back, or start a new run in another folder"
             )
+        before = known.get("processes", 1)
+        if before != process_count():
+            raise ContractError(
+                f"resume=true with {count(process_count(), 'process', 'processes')}, but the run in {self.folder.path} was started with "
+                f"{before}, so its batches had another size; use the same number"
+            )
         found, broken = self.folder.last_whole_checkpoint()
+        notes = []
         if broken:
             notes.append(f"ignored incomplete checkpoints: {', '.join(broken)}")
             self.say(f"ignoring incomplete checkpoints: {', '.join(broken)}")
@@ -218,7 +223,7 @@ class _Run:
                 f"resume=true, but the run in {self.folder.path} is finished; start a new run in another folder"
             )
         self.say(f"resuming from {found.name}" if found else "no whole checkpoint; starting again")
-        return found
+        return found, notes
 
     def _trainer(self, task: Any, model: Any, train: Any, evaluation: Any, stages: Any) -> Any:
         from peftkit.finetune.callbacks import (
@@ -253,18 +258,17 @@ class _Run:
         from peftkit.finetune.planned import plan_of_run
         from peftkit.finetune.run_page import memory_text
 
-        self.planned, why = plan_of_run(self.recipe, task, trainer, train)
-        self.say(memory_text(self.planned, None) or f"memory is not planned: {why}")
+        self.usage.plan, why = plan_of_run(self.recipe, task, trainer, train)
+        self.say(memory_text(self.usage.plan, None) or f"memory is not planned: {why}")
 
     def _samples(self, task: Any, model: Any, rows: list[Any], when: str) -> list[dict[str, str]]:
         from peftkit.checks.reach import undisturbed
         from peftkit.finetune.generation import answer, room_for
 
-        written = (
-            self.folder.read_json(SAMPLES) if self.recipe.resume and when == "before" else None
-        )
-        if written:
-            return written
+        if self.recipe.resume and when == "before":
+            written = on_main(lambda: self.folder.read_json(SAMPLES))
+            if written:
+                return written
         found = []
         with undisturbed(model):
             for row in rows:
@@ -314,13 +318,14 @@ class _Run:
         notes: list[str],
     ) -> RunResult:
         """Check the weights, evaluate, and write weights, card and report."""
-        from peftkit.finetune.outcome import judge
-        from peftkit.finetune.report import write_report
-        from peftkit.finetune.run_page import memory_text
+        from peftkit.finetune.outcome import digests, judge
+        from peftkit.finetune.report import write_report, write_run_page
         from peftkit.finetune.setup import is_adapter
         from peftkit.finetune.weights import save_weights
 
         problems, more = judge(model, before, is_adapter(self.recipe))
+        if len({tuple(sorted(one.items())) for one in from_all(digests(model))}) > 1:
+            problems.append("the processes have ended with different weights")
         history = list(trainer.state.log_history)
         losses = [entry["loss"] for entry in history if "loss" in entry]
         metrics = {"train_loss": sum(losses) / len(losses)} if losses else {}
@@ -338,7 +343,6 @@ class _Run:
                 samples, self._samples(task, model, rows, "after"), strict=True
             ):
                 sample["after"] = after["after"]
-            self.folder.write_json(SAMPLES, samples)
         result = RunResult(
             self.folder.path,
             "finished",
@@ -348,50 +352,25 @@ class _Run:
             notes=[*notes, *more],
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
-        result.weights = save_weights(self.recipe, task, model, self.folder, metrics, facts)
-        memory = memory_text(self.planned, self.measured)
-        write_report(self.recipe, model, self.folder, result, facts, history, samples, memory)
-        self._write_page(model, result, history, samples)
-        self.say(f"written to {self.folder.path} ({count(len(problems), 'problem')})")
-        return self._write_result(result)
 
-    def _write_page(
-        self, model: Any, result: RunResult, history: list[Any], samples: list[dict[str, str]]
-    ) -> None:
-        """Write ``report.html``."""
-        from peftkit.finetune.recipe import changed
-        from peftkit.finetune.run_page import Run, run_page
-        from peftkit.report_page.machine import machine_facts
+        def write() -> RunResult:
+            self.folder.write_json(SAMPLES, samples)
+            result.weights = save_weights(self.recipe, task, model, self.folder, metrics, facts)
+            write_report(
+                self.recipe, model, self.folder, result, facts, history, samples, self.usage
+            )
+            write_run_page(self.recipe, self.folder, result, history, samples, self.usage)
+            self.say(f"written to {self.folder.path} ({count(len(problems), 'problem')})")
+            return self._write_result(result)
 
-        recipe, folder = self.recipe, self.folder.path
-        training = recipe.training
-        trained = result.trained
-        options = changed(recipe.strategy.options)
-        run = Run(
-            title=folder.name,
-            lead=f"{recipe.model}, {recipe.task.name}, {recipe.strategy.name}: {trained:,} trained numbers, {result.steps} steps.",
-            history=history,
-            settings=[
-                ("model", recipe.model),
-                ("strategy", f"{recipe.strategy.name} {options or ''}".strip()),
-                ("learning rate", f"{training.lr:g}, {training.scheduler}"),
-                ("batch", f"{training.batch_size} x {training.gradient_accumulation}"),
-                ("seed", str(training.seed)),
-                *((name, f"{value:.4g}") for name, value in result.metrics.items()),
-            ],
-            machine=machine_facts(),
-            samples=samples,
-            notes=result.notes,
-            problems=result.problems,
-            seconds=self.seconds,
-            measured_bytes=self.measured,
-            plan=self.planned,
-            commands=[
-                (
-                    "Repeat the run in another folder:",
-                    f"peftkit train {folder / RECIPE} out={folder}-2",
-                ),
-                ("Use it:", f'peftkit generate {folder} "a prompt"'),
-            ],
+        return on_main(write)
+
+
+def _require_same_rows(digest: str) -> None:
+    """Raise unless all processes have the same training rows. Each process trains on its own share of them."""
+    differ = [number for number, other in enumerate(from_all(digest)) if other != digest]
+    if differ:
+        raise ContractError(
+            f"the training rows of process {process_index()} (from 0) are not those of process {differ[0]}; give every machine the same "
+            "files, model and tokenizer"
         )
-        write_text(folder / PAGE, run_page(run))

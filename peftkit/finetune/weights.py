@@ -47,7 +47,7 @@ def model_card(
     import yaml
 
     from peftkit.environment import describe_environment
-    from peftkit.finetune.recipe import described
+    from peftkit.finetune.recipe import batch_text, described
 
     base = _base_model(recipe.model, target)
     head = {
@@ -81,7 +81,7 @@ def model_card(
         "",
         "## Training",
         "",
-        f"{length}, batches of {training.batch_size} x {training.gradient_accumulation}, learning rate {training.lr:g}, "
+        f"{length}, batches of {batch_text(training, facts)}, learning rate {training.lr:g}, "
         f"at most {training.seq_len} tokens, seed {training.seed}.",
         "",
         "## How to load it",

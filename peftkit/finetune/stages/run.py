@@ -9,11 +9,12 @@ from pathlib import Path
 
 from peftkit.errors import ContractError
 from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.result import RunResult
 from peftkit.finetune.run_folder import RECIPE, RESULT, RunFolder, write_text, written_recipe
 from peftkit.finetune.stages.recipe import MERGED, Stage, StagedRecipe
 from peftkit.finetune.stages.report import write_stages_report
 from peftkit.finetune.tasks.base import Task
-from peftkit.finetune.training import RunResult, check_run, train
+from peftkit.finetune.training import check_run, train
 
 
 def train_stages(recipe: StagedRecipe, say: Callable[[str], None]) -> RunResult:

@@ -1,0 +1,43 @@
+"""What cannot be trained in several processes, each with the reason and a way out."""
+
+from __future__ import annotations
+
+import os
+
+from peftkit.errors import ContractError
+from peftkit.finetune.processes import process_count
+from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.stages.recipe import StagedRecipe
+
+_LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+
+
+def require_parallel(recipe: Recipe | StagedRecipe) -> None:
+    """Raise if the run has several processes and cannot be divided among them.
+
+    Raises:
+        ContractError: The message says why.
+    """
+    if process_count() == 1:
+        return
+    from peftkit.finetune.tasks import require_task
+
+    for variable, name in _LAUNCHERS.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise ContractError(
+                f"{variable}={os.environ[variable]!r}, but peftkit train divides rows among processes, not weights, and does not work "
+                f"with {name}; start it with torchrun, and use base=nf4 if the model does not fit in one GPU"
+            )
+    if isinstance(recipe, StagedRecipe):
+        raise ContractError(
+            f"a recipe with stages runs in one process, but there are {process_count()}; start it without torchrun"
+        )
+    if recipe.task.name == "preference":
+        raise ContractError(
+            f"task=preference runs in one process, but there are {process_count()}; start it without torchrun"
+        )
+    if require_task(recipe.task.name).has_own_loss:
+        raise ContractError(
+            f"task={recipe.task.name} compares the rows of a batch with each other, but each of the {process_count()} processes has only "
+            "its own rows, so the loss would not be that of the whole batch; start it without torchrun"
+        )

@@ -1,0 +1,159 @@
+"""One run in several processes, as torchrun starts them: one process writes, all agree, and an error of one ends all."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from peftkit.errors import ContractError
+
+Value = TypeVar("Value")
+
+_SECONDS = 0.5
+"""Time between two looks at whether another process has failed."""
+
+_GRACE_SECONDS = 3.0
+"""Time for a process to end by itself, and to write down why, after another one has failed."""
+
+_PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+_runs = itertools.count()
+
+
+def process_count() -> int:
+    """The number of processes of the run: 1 unless a launcher such as torchrun has started this process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def process_index() -> int:
+    """The number of this process among all of the run, from 0."""
+    return int(os.environ.get("RANK", "0")) if "LOCAL_RANK" in os.environ else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return process_index() == 0
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Connect the processes of a run. If one fails, all end with a status other than 0, and only the first to fail raises its error.
+
+    Raises:
+        ContractError: Another process was ended from outside.
+        SystemExit: Another process has failed and reports its error.
+    """
+    if process_count() == 1:
+        yield
+        return
+    import torch
+
+    _connect()
+    key = f"peftkit/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
+    watch = _Watch(key)
+    watch.start()
+    try:
+        yield
+        torch.distributed.barrier()
+    except BaseException as error:
+        watch.end()
+        if not watch.is_first_to_fail():
+            raise SystemExit(1) from None
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_ENDED):
+            raise ContractError(
+                "another process of the run was ended from outside, for example for lack of memory; continue with resume=true"
+            ) from error
+        raise
+    watch.end()
+
+
+def on_main(work: Callable[[], Value]) -> Value:
+    """Do something in the main process while the others wait, and return its result in all of them."""
+    if process_count() == 1:
+        return work()
+    import torch
+
+    found: list[Any] = [work() if is_main() else None]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def any_process(condition: bool) -> bool:
+    """Whether a condition is true in at least one process."""
+    if process_count() == 1:
+        return condition
+    import torch
+    from accelerate import PartialState
+
+    flag = torch.tensor(int(condition), device=PartialState().device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+def from_all(value: Value) -> list[Value]:
+    """The value of each process, in the order of the processes."""
+    if process_count() == 1:
+        return [value]
+    import torch
+
+    found: list[Any] = [None] * process_count()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def _connect() -> None:
+    import torch
+    from accelerate import PartialState
+
+    cpu = not torch.cuda.is_available()
+    if not cpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise ContractError(
+            f"this machine has {torch.cuda.device_count()} GPUs, but torchrun has started process {os.environ['LOCAL_RANK']} (from 0) "
+            "here; use a smaller --nproc_per_node"
+        )
+    PartialState(cpu=cpu, **({"backend": "gloo"} if cpu else {}))
+
+
+class _Watch(threading.Thread):
+    """Ends this process when another one has failed. Otherwise it would wait for the other's tensors forever."""
+
+    def __init__(self, key: str):
+        super().__init__(daemon=True)
+        from datetime import timedelta
+
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+        self.key = key
+        # A connection of its own, because a call on the process group's connection may wait.
+        self.store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=60),
+        )
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(_SECONDS):
+            try:
+                failed = self.store.check([self.key])
+            except RuntimeError:
+                failed = True  # the process that keeps the store has ended
+            if failed and not self._ended.wait(_GRACE_SECONDS):
+                os._exit(1)
+
+    def end(self) -> None:
+        """Stop watching."""
+        self._ended.set()
+        self.join()
+
+    def is_first_to_fail(self) -> bool:
+        """Tell the others that this process has failed; ``False`` if another one has said so before."""
+        try:
+            return self.store.add(self.key, 1) == 1
+        except RuntimeError:
+            return False

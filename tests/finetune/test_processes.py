@@ -1,0 +1,191 @@
+"""Two processes on the CPU train as one process does with the same batches, and an error in one of them ends both."""
+
+import json
+import subprocess
+import sys
+
+import finetune_cases as cases
+import pytest
+import torch
+from finetune_processes import torchrun
+from safetensors.torch import load_file
+
+from peftkit.errors import ContractError
+from peftkit.finetune import read_recipe
+from peftkit.finetune.parallel_limits import require_parallel
+from peftkit.finetune.trainer import total_steps
+
+STRATEGIES = {
+    "lora on NF4": {"strategy": {"name": "lora", "r": 4}, "base": "nf4"},
+    "full": {"strategy": "full"},
+    "gradual": {"strategy": {"name": "gradual", "stage_steps": 2}},
+    "packed rows": {"task": {"name": "sft", "packing": True}, "training": {"seq_len": 24}},
+    "mix": {"strategy": {"name": "mix", "lora": {"r": 2}, "bottleneck": {}}},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return cases.save_model(tmp_path_factory.mktemp("model") / "m", "llama", chat=True)
+
+
+def write_recipe(model, tmp_path, task="sft", training=None, **changes):
+    """A recipe of batches of 4 rows, and the 40 rows; all but 8 are for training."""
+    data = cases.write_jsonl(tmp_path / "d.jsonl", cases.chats(40))
+    settings = {"max_steps": 6, "checkpoint_every": 3, "samples": 1, "best_metric": "last"}
+    # Adam divides by the gradient, so the rounding of a gradient near zero would decide about a whole update.
+    settings |= {"optimizer": "sgd", "lr": 0.3}
+    values = cases.recipe(
+        model,
+        task,
+        data,
+        tmp_path / "whole",
+        data={"eval": 0.2},
+        training={**settings, **(training or {})},
+        **changes,
+    )
+    return cases.write_recipe(tmp_path / "r.yaml", values)
+
+
+def weights(folder):
+    (file,) = folder.glob("*/*model.safetensors")
+    return load_file(file)
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor(
+        [v for line in lines for n, v in line.items() if n in ("loss", "eval_loss")]
+    )
+
+
+def largest(first, second):
+    return max((first[name].float() - second[name].float()).abs().max() for name in first)
+
+
+def assert_trained_alike(whole, splits, parts):
+    """``parts`` may differ from ``whole`` by twice as much as ``splits``, which add the same batches in parts in one process."""
+    assert len(losses(whole)) == len(losses(parts)) == 8
+    first, second = weights(whole), weights(parts)
+    rival = max(largest(first, weights(split)) for split in splits)
+    assert first.keys() == second.keys()
+    eps = torch.finfo(torch.float32).eps
+    moved = max(tensor.float().abs().max() for tensor in first.values())
+    assert largest(first, second) <= 2 * rival + eps * moved
+    rival = max((losses(whole) - losses(split)).abs().max() for split in splits)
+    allowed = 2 * rival + eps * losses(whole).abs().max()
+    assert (losses(whole) - losses(parts)).abs().max() <= allowed
+    # Otherwise a run on other rows would pass.
+    assert losses(whole).diff().abs().min() > 10 * allowed
+
+
+def files(folder):
+    found = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+    return {name for name in found if "rng_state" not in name}
+
+
+def run_three(file, tmp_path, *arguments, **wanted):
+    """The run in one process, in one process with one row or half the rows in a forward, and in two processes."""
+    half = "training.batch_size=2", "training.eval_batch_size=4"
+    cases.run("train", file)
+    for rows in (1, 2):
+        split = f"training.batch_size={rows}", f"training.gradient_accumulation={4 // rows}"
+        cases.run("train", file, *split, half[1], f"out={tmp_path / f'split-{rows}'}")
+    parts = tmp_path / "parts"
+    printed = torchrun(
+        "train", file, half[0], "training.eval_batch_size=2", f"out={parts}", **wanted
+    )
+    assert_trained_alike(tmp_path / "whole", [tmp_path / "split-1", tmp_path / "split-2"], parts)
+    return printed
+
+
+def test_two_processes_train_as_one(model, tmp_path, one_thread):
+    file = write_recipe(model, tmp_path)
+    counts = tmp_path / "counts.json"
+    printed = run_three(file, tmp_path, counts=counts)
+    assert printed.count("finished: ") == printed.count("step 6/6: loss") == 1
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert "2 x 1 in each of 2 processes" in (tmp_path / "parts" / "report.md").read_text()
+    ran = json.loads(counts.read_text())
+    assert ran["loss"] >= 6
+    assert ran["stock"] == 0
+    printed = cases.run(
+        "train", file, "training.batch_size=2", f"out={tmp_path / 'parts'}", "resume=true", code=1
+    )
+    assert "was started with 2, so its batches had another size" in printed
+
+
+def test_an_error_in_one_process_ends_all_with_one_message(model, tmp_path):
+    file = write_recipe(model, tmp_path)
+    printed = torchrun("train", file, code=1, error=3)
+    assert printed.count("ContractError: the second process has failed") == 1
+    assert "step 2/6" in printed
+    assert "step 3/6" not in printed
+    assert "finished: " not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_trains_in_two_processes_as_in_one(name, model, tmp_path, one_thread):
+    run_three(write_recipe(model, tmp_path, **STRATEGIES[name]), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_the_run_resumes(model, tmp_path):
+    dropout = {"name": "lora", "r": 4, "lora_dropout": 0.2}
+    file = write_recipe(model, tmp_path, strategy=dropout)
+    torchrun("train", file)
+    parts = f"out={tmp_path / 'parts'}"
+    printed = torchrun("train", file, parts, code=1, kill=5)
+    assert "finished: " not in printed
+    assert "resuming from checkpoint-3" in torchrun("train", file, parts, "resume=true")
+    assert largest(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0
+
+
+@pytest.mark.slow
+def test_faults_are_printed_once(model, tmp_path):
+    file = write_recipe(model, tmp_path)
+    printed = torchrun("train", file, "training.lrr=1", code=1)
+    assert printed.count("error: training.lrr=1: there is no such key") == 1
+    assert not (tmp_path / "whole").exists()
+    faulty = "training.lr=1e30", "training.max_grad_norm=1e30", "training.optimizer=sgd"
+    printed = torchrun("train", file, *faulty, code=1)
+    assert printed.count("error: the loss is") == 1
+    assert json.loads((tmp_path / "whole" / "result.json").read_text())["status"] == "failed"
+
+
+def as_process(monkeypatch, count):
+    for name, value in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", count)):
+        monkeypatch.setenv(name, str(value))
+
+
+def test_what_cannot_be_divided_is_refused(model, tmp_path, monkeypatch):
+    recipe = read_recipe(write_recipe(model, tmp_path))
+    pairs = read_recipe(write_recipe(model, tmp_path, task="embeddings"))
+    require_parallel(pairs)
+    as_process(monkeypatch, 4)
+    require_parallel(recipe)
+    with pytest.raises(ContractError, match="each of the 4 processes has only its own rows"):
+        require_parallel(pairs)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ContractError, match="divides rows among processes, not weights"):
+        require_parallel(recipe)
+
+
+def test_steps_are_counted_over_all_processes(model, tmp_path, monkeypatch):
+    file = write_recipe(model, tmp_path, training={"max_steps": None, "epochs": 2})
+    recipe = read_recipe(file)
+    assert total_steps(recipe, 32) == (16, 8)
+    as_process(monkeypatch, 2)
+    assert total_steps(recipe, 32) == (8, 4)
+    assert total_steps(recipe, 33) == (10, 5)
+
+
+def test_the_command_is_a_module_for_launchers():
+    done = subprocess.run(
+        [sys.executable, "-m", "peftkit", "train", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Usage: peftkit train" in done.stdout
