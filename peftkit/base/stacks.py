@@ -63,20 +63,39 @@ def attach(model: nn.Module, name: str, saved: Mapping[str, StoredTensor] | None
 def save_under_own_names(model: Any) -> None:
     """Let ``save_pretrained`` write stacks as they are. transformers would cut the bytes into the weights of single experts."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
 
-    ends = tuple({f".{name}" for module in model.modules() for name in packed_stacks(module)})
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
-    model._weight_conversions = [
-        step
-        for step in conversions
-        if not (
-            isinstance(step, WeightConverter)
-            and any(f".{target}".endswith(ends) for target in step.target_patterns)
-        )
+    ends = _ends_of_stacks(model)
+    model._weight_conversions = [step for step in conversions if not _makes(step, ends)]
+
+
+def dense_conversions(model: Any) -> list[Any]:
+    """Conversions of transformers for a model whose stacks are decoded: its own, and those that ``save_under_own_names`` removed."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    own = getattr(model, "_weight_conversions", None)
+    if own is None:
+        return known
+    ends = _ends_of_stacks(model)
+    return [
+        *(step for step in own if not _makes(step, ends)),
+        *(step for step in known if _makes(step, ends)),
     ]
+
+
+def _ends_of_stacks(model: nn.Module) -> tuple[str, ...]:
+    return tuple({f".{name}" for module in model.modules() for name in packed_stacks(module)})
+
+
+def _makes(step: Any, ends: tuple[str, ...]) -> bool:
+    """Whether a conversion makes tensors whose names end like this."""
+    from transformers.core_model_loading import WeightConverter
+
+    targets = step.target_patterns if isinstance(step, WeightConverter) else ()
+    return any(f".{target}".endswith(ends) for target in targets)
 
 
 def take_saved(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -61,8 +62,11 @@ class NF4Storage:
     name: str = "nf4"
 
     def dense(self) -> Tensor:
-        """``Float32[N, K]``: the weight, decoded by bitsandbytes' definition."""
-        return dequantize_nf4(self._weight(), dtype=torch.float32)
+        """``Float32[N, K]``, or ``[E, N, K]`` for a stack: the weight, decoded by bitsandbytes' definition."""
+        weight = self._weight()
+        # a matrix is decoded without a second copy
+        rows = replace(weight, shape=(math.prod(weight.shape[:-1]), weight.shape[-1]))
+        return dequantize_nf4(rows, dtype=torch.float32).view(weight.shape)
 
     def quantized(self, weight: Tensor) -> NF4Storage:
         """Quantise another weight ``Float32[N, K]`` as bitsandbytes does, with the settings of this one."""

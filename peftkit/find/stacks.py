@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from peftkit.swap import own_class
 ORDER = "_parameter_order"
 """The attribute of a module with the names of its parameters in their order before the first was packed."""
 
-MERGE_DENSE = "Load the original model unquantised (load_base(PATH, 'bf16')), load the adapter (load_adapter), and merge that"
+MERGE_DENSE = "Write a merged model in 16 bits instead: peftkit.merge(model, OUT, dtype='bf16')"
 
 
 class PackedStack(NamedTuple):
@@ -59,6 +59,36 @@ def packed_parameter(steps: Any) -> PackedStack | None:
     return PackedStack(steps._parameters["original"], children[0].quant_state)
 
 
+def replace_stacks(
+    module: nn.Module, value_of: Callable[[PackedStack], Tensor]
+) -> dict[str, PackedStack]:
+    """Give one module the class and the parameters that it had before its stacks were packed.
+
+    Args:
+        module: Any module; changed if packed stacks are all that is parametrised in it.
+        value_of: Returns the value of the parameter for a stack.
+
+    Returns:
+        The stacks that were replaced, by their names in the module.
+    """
+    stacks = packed_stacks(module)
+    if not stacks or len(stacks) != len(module.get_submodule("parametrizations")._modules):
+        return {}
+    del module._modules["parametrizations"]
+    # torch makes a subclass whose properties decode the parameters
+    module.__class__ = own_class(module).__bases__[0]
+    for name, stack in stacks.items():
+        module._parameters[name] = nn.Parameter(value_of(stack), requires_grad=False)
+    order = module.__dict__.get(ORDER, list(module._parameters))
+    module._parameters = {n: module._parameters[n] for n in order}
+    return stacks
+
+
+def _without_memory(stack: PackedStack) -> Tensor:
+    value = torch.empty(1, dtype=stack.state.dtype, device=stack.packed.device)
+    return value.expand(tuple(stack.state.shape))
+
+
 @contextmanager
 def as_plain_parameters(model: nn.Module) -> Iterator[None]:
     """Show packed stacks as plain parameters, of the same shape and without memory, while PEFT creates its layers.
@@ -68,18 +98,10 @@ def as_plain_parameters(model: nn.Module) -> Iterator[None]:
     """
     hidden = []
     for module in list(model.modules()):
-        stacks = packed_stacks(module)
-        if not stacks or len(stacks) != len(module.get_submodule("parametrizations")._modules):
-            continue
-        hidden.append((module, type(module), module._modules.pop("parametrizations"), stacks))
-        # torch makes a subclass whose properties decode the parameters
-        module.__class__ = own_class(module).__bases__[0]
-        for name, stack in stacks.items():
-            shape, dtype = tuple(stack.state.shape), stack.state.dtype
-            value = torch.empty(1, dtype=dtype, device=stack.packed.device).expand(shape)
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
-        order = module.__dict__.get(ORDER, list(module._parameters))
-        module._parameters = {n: module._parameters[n] for n in order}
+        before = type(module), module._modules.get("parametrizations")
+        stacks = replace_stacks(module, _without_memory)
+        if stacks:
+            hidden.append((module, *before, stacks))
     try:
         yield
     finally:

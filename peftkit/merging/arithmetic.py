@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from peftkit.base.storage import Storage, storage_of
 from peftkit.errors import ContractError
 from peftkit.find.repacking import forbid_repacking
+from peftkit.find.stacks import packed_stacks
+from peftkit.merging.lazy import LazyTensor, decode_when_used, values_of
 from peftkit.merging.mapped import BaseFiles, files_of
 from peftkit.merging.units import base_module, is_unit, walk
 from peftkit.wrapping import restore
@@ -74,6 +76,7 @@ def float32_copy(model: nn.Module, change: Change | None = None) -> Any:
     """
     files = files_of(model)
     copied: Any = restore(_shared_copy(model)).eval()
+    decode_when_used(copied)
     forbid_repacking(copied)
     if hasattr(copied.config, "use_cache"):
         copied.config.use_cache = False
@@ -148,6 +151,9 @@ def _shared_copy(model: nn.Module) -> nn.Module:
         for tensor in _tensors_in(module.__dict__):
             # PEFT keeps views of tied factors, which belong to a graph and cannot be copied
             memo.setdefault(id(tensor), tensor.detach())
+        for stack in packed_stacks(module).values():
+            # not copied, because it has the block maxima
+            memo[id(stack.state)] = stack.state
         try:
             storage = storage_of(module)
         except ValueError as error:
@@ -240,16 +246,20 @@ class _Cast:
                 for key, tensor in tensors.items():
                     if tensor is None or not tensor.is_floating_point():
                         continue
-                    cast = tensor.detach().float()
+                    cast = values_of(tensor).float()
                     if self.change is not None and is_parameter and id(part) in self.names:
                         name = self.names[id(part)]
                         cast = self.change(f"{name}.{key}" if name else key, cast)
-                    if cast.data_ptr() == tensor.data_ptr() and cast.dtype == tensor.dtype:
+                    if not isinstance(tensor, LazyTensor) and _is_same(cast, tensor):
                         continue
                     replaced.append((tensors, key, tensor))
                     tensors[key] = nn.Parameter(cast, requires_grad=False) if is_parameter else cast
                     self.files.release()
         return replaced
+
+
+def _is_same(cast: Tensor, tensor: Tensor) -> bool:
+    return cast.data_ptr() == tensor.data_ptr() and cast.dtype == tensor.dtype
 
 
 def _float32(value: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ContractError, listing
+from peftkit.find.stacks import packed_stacks
 from peftkit.merging.arithmetic import Change, float32_copy
 from peftkit.merging.certificate import Outputs
 from peftkit.merging.mapped import files_of, load_mapped
@@ -25,12 +26,14 @@ def base_outputs(base: Any, batch: Batch, change: Change | None = None) -> Outpu
 def written_outputs(folder: Path, base: Any, architecture: Any, batch: Batch) -> Outputs:
     """Load the files that were written, as a user would, and return the outputs.
 
-    If the base model reads its weights from files, so does the loaded model.
+    If the base model reads its weights from files, or has experts in four bits and is not on a GPU, the loaded model reads its weights from
+    the files one layer at a time.
 
     Raises:
         ContractError: transformers misses tensors in the files, or does not use some of them.
     """
-    if files_of(base).mapped:
+    packed = base.device.type == "cpu" and any(packed_stacks(m) for m in base.modules())
+    if packed or files_of(base).mapped:
         with _quiet():
             loaded = load_mapped(
                 str(folder),

@@ -13,7 +13,7 @@ from peftkit.base.original import OriginalWeights
 from peftkit.base.storage import storage_of
 from peftkit.errors import ContractError, listing, short
 from peftkit.find.repacking import without_repacking
-from peftkit.find.stacks import MERGE_DENSE, packed_stacks
+from peftkit.find.stacks import packed_stacks
 from peftkit.merging.arithmetic import exact_float32, float32_copy, with_float32_tensors
 from peftkit.merging.aware import compute_as_stored
 from peftkit.merging.certificate import Certificate, LayerDifference, Outputs, compare
@@ -138,6 +138,9 @@ class _Job:
                 else "the base model is not quantised"
             )
             raise ValueError(f"base_weights={short(str(base_weights))}, but {what}; leave it out")
+        stacked = any(packed_stacks(module) for module in self.base.modules())
+        if stacked and (self.dtype is None or base_weights is not None):
+            _refuse_stacks(dtype, base_weights)
         self.original = None
         if base_weights is not None:
             prefix = getattr(self.base, "base_model_prefix", "")
@@ -286,11 +289,6 @@ def _base_of(model: Any) -> Any:
             f"model is a {type(model).__name__} around a {type(base).__name__}; merge writes checkpoints of transformers models. "
             "Call model.merge_and_unload() for other models."
         )
-    if any(packed_stacks(module) for module in base.modules()):
-        raise ContractError(
-            f"the experts of this {type(base).__name__} are stacked and stored in 4 bits, a layout that transformers cannot load. "
-            f"{MERGE_DENSE}"
-        )
     config = getattr(base.config, "quantization_config", None)
     quantizer = getattr(getattr(base, "hf_quantizer", None), "quantization_config", config)
     method = str(getattr(getattr(quantizer, "quant_method", ""), "value", ""))
@@ -323,7 +321,21 @@ def _storages(base: nn.Module) -> list[str]:
             raise ContractError(f"the base layer {name} cannot be merged: {error}") from error
         if storage is not None:
             kinds.add(storage.name)
+    if any(packed_stacks(module) for module in base.modules()):
+        kinds.add("nf4")
     return sorted(kinds)
+
+
+def _refuse_stacks(dtype: str, base_weights: Any) -> None:
+    if base_weights is None:
+        raise ContractError(
+            f"dtype={dtype!r} would store the experts of this model as stacks in 4 bits, a layout that transformers cannot load; pass "
+            "dtype='bf16', 'fp16' or 'fp32'"
+        )
+    raise ContractError(
+        f"base_weights={short(str(base_weights))} replaces the weights of linear layers only, but the experts of this model are stacked "
+        "and stored in 4 bits. Leave it out, or load the original model (load_base(PATH, 'bf16')) and the adapter (load_adapter), and merge that"
+    )
 
 
 def _check_min_recovery(value: Any) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from peftkit.base.kinds import stored_kind
+from peftkit.base.files import open_checkpoint
+from peftkit.base.kinds import QUANTISED, stored_kind
+from peftkit.base.load import load_base
 from peftkit.errors import ContractError, short
 from peftkit.interop.files import Checkpoint, read_checkpoint
 from peftkit.loading import load_adapter
@@ -31,7 +33,8 @@ def load_for_merging(adapter: Path, base: str | None = None, quantize: str | Non
     """Load a base model and put an adapter on it.
 
     The weights of the base model stay in its files (``load_mapped``) if this is possible. Otherwise they are loaded, and
-    ``files_of(model.get_base_model()).note`` has the reason.
+    ``files_of(model.get_base_model()).note`` has the reason. Quantised models are loaded by ``load_base``, which also reads and makes stacks of
+    experts in 4 bits.
 
     The embeddings are resized if the adapter has those of a larger or smaller vocabulary, and a classifier gets the number of labels of the
     adapter's.
@@ -56,22 +59,27 @@ def load_for_merging(adapter: Path, base: str | None = None, quantize: str | Non
         raise ContractError(
             f"{adapter}/adapter_config.json does not name the base model; give its folder or hub id as BASE"
         )
-    settings: dict[str, Any] = {"dtype": "auto", "quantization_config": _quantization(quantize)}
+    if quantize not in (None, *QUANTISED):
+        raise ValueError(f"quantize={quantize!r} is unknown; pass 'nf4' or 'int8'")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         labels = _labels(checkpoint)
         if labels is not None:
             config.num_labels = labels
         loader = _loader(config, checkpoint)
+        changes = {} if labels is None else {"num_labels": labels}
         obstacle = _obstacle(checkpoint, config, quantize)
         if obstacle is None:
             try:
-                changes = {} if labels is None else {"num_labels": labels}
                 model = load_mapped(name, loader, **changes)
             except ContractError as error:
                 obstacle = " ".join(str(error).split())[:300]
         if obstacle is not None:
-            model = loader.from_pretrained(name, config=config, **settings)
+            if (quantize or stored_kind(config) in QUANTISED) and _has_safetensors(name):
+                model = load_base(name, quantize or "auto", auto_class=loader, **changes)
+            else:
+                settings = {"dtype": "auto", "quantization_config": _quantization(quantize)}
+                model = loader.from_pretrained(name, config=config, **settings)
             attach(model, BaseFiles(f"{name}, loaded into memory as a whole: {obstacle}"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -91,11 +99,18 @@ def tokenizer_folder(adapter: Path, model: Any) -> Path | None:
     return folder if folder is not None and has_tokenizer(folder) else None
 
 
+def _has_safetensors(name: str) -> bool:
+    try:
+        open_checkpoint(name, {})
+    except ContractError:
+        return False
+    return True
+
+
 def _quantization(quantize: str | None) -> Any:
+    """The config by which transformers quantises the pickle files of a model."""
     if quantize is None:
         return None
-    if quantize not in ("nf4", "int8"):
-        raise ValueError(f"quantize={quantize!r} is unknown; pass 'nf4' or 'int8'")
     from transformers import BitsAndBytesConfig
 
     if quantize == "int8":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peftkit.base.checkpoint import load_checkpoint
 from peftkit.base.shards import StoredTensor
 from peftkit.errors import ContractError
+from peftkit.merging.lazy import LazyTensor
 
 _ATTRIBUTE = "_peftkit_base_files"
 
@@ -71,12 +72,13 @@ class BaseFiles:
         return [
             parameter
             for parameter in model.parameters()
-            if not any(start <= parameter.data_ptr() < start + size for start, size in places)
+            if not isinstance(parameter, LazyTensor)
+            and not any(start <= parameter.data_ptr() < start + size for start, size in places)
         ]
 
 
 class _Mapped:
-    """A tensor of a mapped file; ``tensor[...]`` is a view of the file."""
+    """A tensor of a mapped file; ``tensor[...]`` is a lazy view of the file."""
 
     def __init__(self, stored: StoredTensor, mapped: mmap.mmap):
         self._stored, self._map = stored, mapped
@@ -88,16 +90,47 @@ class _Mapped:
         stored = self._stored
         if stored.nbytes == 0 or stored.start % stored.dtype.itemsize:
             return stored[index]
-        whole = torch.frombuffer(
+        if index is not Ellipsis:
+            return self._view()[index]
+        return LazyTensor(_View(self._view()), stored.shape, stored.dtype)
+
+    def _view(self) -> Tensor:
+        stored = self._stored
+        return torch.frombuffer(
             self._map, dtype=stored.dtype, count=math.prod(stored.shape), offset=stored.start
         ).view(stored.shape)
-        return whole if index is Ellipsis else whole[index]
+
+
+class _View:
+    """The values of one tensor of a file."""
+
+    def __init__(self, view: Tensor):
+        self.view = view
+
+    def __call__(self) -> Tensor:
+        return self.view
+
+
+def _use_views(model: nn.Module) -> None:
+    """Replace lazy tensors by views of the files, except those that are assembled from several tensors."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if not isinstance(tensor, LazyTensor):
+                    continue
+                if tensors is module._buffers:
+                    tensors[name] = tensor.compute()
+                elif isinstance(tensor.compute, _View):
+                    view = nn.Parameter(tensor.compute(), tensor.requires_grad)
+                    tensors[name] = made.setdefault(id(tensor), view)
 
 
 def load_mapped(path: str, auto_class: Any, *, strict: bool = False, **changes: Any) -> Any:
     """Load a model onto the CPU without reading its weights.
 
-    Weights whose dtype or layout differs between the files and the model are copied into memory.
+    Stacks of experts whose weights the files have one by one are assembled each time they are used (``LazyTensor``). Weights whose dtype, or
+    whose layout in another way, differs between the files and the model are copied into memory.
 
     Args:
         path: A folder or the id of a model on the Hub, with safetensors files that are not quantised.
@@ -124,6 +157,7 @@ def load_mapped(path: str, auto_class: Any, *, strict: bool = False, **changes: 
         kwargs=changes,
         as_state_dict=files.map,
     )
+    _use_views(model)
     copied = sum(parameter.nbytes for parameter in files.copied(model))
     if copied:
         files.note += (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from peftkit.base.original import OriginalWeights
 from peftkit.base.storage import storage_of
 from peftkit.errors import ContractError
+from peftkit.find.stacks import packed_stacks
 from peftkit.merging.files import ShardWriter
+from peftkit.merging.lazy import decoded_stacks, values_of
 from peftkit.merging.mapped import files_of
 from peftkit.merging.units import base_module, is_unit, walk
 
@@ -43,7 +46,7 @@ class StateWriter:
         self._first: dict[str, tuple[str, Tensor]] = {}
         self._kept_names = _float32_names(base, dtype)
         self._ignored = set(getattr(base, "_keys_to_ignore_on_save", None) or [])
-        self._converts = _has_conversions(base)
+        self._converted = _with_conversions(base)
         self._done: set[str] = set()
         self.untied: list[tuple[str, str]] = []
 
@@ -88,6 +91,8 @@ class StateWriter:
         """The tensors of a layer without adapters, as they are stored."""
         found: dict[str, Any] = {}
         module._save_to_state_dict(found, "", keep_vars=False)
+        stacks = decoded_stacks(module)
+        found |= stacks
         storage = storage_of(module)
         quantized: dict[str, Any] = {}
         if storage is not None and self._dtype is None:
@@ -101,8 +106,9 @@ class StateWriter:
         for key, value in found.items():
             if key not in quantized and isinstance(value, Tensor):
                 full = f"{name}.{key}" if name else key
-                stored[key] = self.cast(full, value, key in module._parameters)
-                require_in_range(full, value, stored[key])
+                values = values_of(value)
+                stored[key] = self.cast(full, values, key in module._parameters or key in stacks)
+                require_in_range(full, values, stored[key])
         return quantized | stored
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
@@ -114,10 +120,10 @@ class StateWriter:
             if name in self._tied and self._is_tied(name, tensor):
                 continue
             kept[name] = tensor
-        if self._converts and kept:
+        if self._converted is not None and kept:
             from transformers.core_model_loading import revert_weight_conversion
 
-            kept = revert_weight_conversion(self._base, kept)
+            kept = revert_weight_conversion(self._converted, kept)
         for name, tensor in kept.items():
             self._writer.add(name, tensor)
         self._files.release()
@@ -161,7 +167,7 @@ def base_tensors(base: nn.Module) -> dict[str, Tensor]:
         inner = walk(plain) if is_unit(module) else [("", plain)]
         for path, part in inner:
             prefix = ".".join(p for p in (name, path) if p)
-            tensors = dict(part._parameters)
+            tensors = dict(part._parameters) | decoded_stacks(part)
             tensors |= {
                 k: v for k, v in part._buffers.items() if k not in part._non_persistent_buffers_set
             }
@@ -215,11 +221,17 @@ def _float32_names(base: Any, dtype: torch.dtype | None) -> re.Pattern[str] | No
     return re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(names)))
 
 
-def _has_conversions(base: Any) -> bool:
-    """Whether the checkpoint of this architecture has other names or layouts than the model in memory."""
+def _with_conversions(base: Any) -> Any:
+    """The model with the conversions to the names and layouts of its checkpoints, or ``None`` if these are those of the model."""
+    if any(packed_stacks(module) for module in base.modules()):
+        from peftkit.base.stacks import dense_conversions
+
+        shown = copy.copy(base)
+        shown._weight_conversions = dense_conversions(base)
+        return shown if shown._weight_conversions else None
     conversions = getattr(base, "_weight_conversions", None)
     if conversions is None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         conversions = get_model_conversion_mapping(base, add_legacy=False)
-    return bool(conversions)
+    return base if conversions else None

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from peftkit.errors import ContractError, listing
+from peftkit.find.stacks import packed_stacks
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -26,11 +27,17 @@ def units_of(base: nn.Module) -> dict[str, Any]:
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield modules with their names, like ``named_modules(remove_duplicate=False)``, without those inside layers with adapters."""
+    """Yield modules with their names, like ``named_modules(remove_duplicate=False)``.
+
+    Modules inside layers with adapters are left out, and those by which bitsandbytes decodes stacks of experts.
+    """
     yield prefix, module
     if is_unit(module):
         return
+    hidden = "parametrizations" if packed_stacks(module) else None
     for name, child in module.named_children():
+        if name == hidden:
+            continue
         yield from walk(child, f"{prefix}.{name}" if prefix else name)
 
 

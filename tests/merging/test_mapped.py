@@ -99,7 +99,7 @@ def test_weights_that_differ_from_their_files_are_copied_and_counted(tmp_path):
     assert f"one layer at a time; {size / 2**20:.1f} MiB were copied into memory" in note
 
 
-def test_stacked_experts(tmp_path):
+def test_stacked_experts_are_assembled_one_layer_at_a_time(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     base = hf.MixtralForCausalLM(hf.MixtralConfig(vocab_size=models.VOCAB_SIZE, **sizes, **heads))
@@ -107,8 +107,12 @@ def test_stacked_experts(tmp_path):
 
     note = assert_same_files(tmp_path, saved(tmp_path, config=lora, base=base))
 
-    experts = sum(p.nbytes for name, p in base.named_parameters() if ".experts." in name)
-    assert f"{experts / 2**20:.1f} MiB were copied" in note
+    assert note == f"the files in {tmp_path / 'base'}, one layer at a time"
+    mapped = load_mapped(str(tmp_path / "base"), hf.MixtralForCausalLM)
+    assert not files_of(mapped).copied(mapped)
+    expected = hf.MixtralForCausalLM.from_pretrained(tmp_path / "base")
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(mapped.get_parameter(name) + 0, parameter), name
 
 
 def test_released_pages_are_read_again(tmp_path):
