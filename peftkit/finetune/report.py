@@ -142,7 +142,9 @@ def write_run_page(
 def _use(recipe: Recipe, path: Path) -> tuple[str, str]:
     if require_task(recipe.task.name).generative:
         return "Use it:", shlex.join(["peftkit", "generate", str(path), "a prompt"])
-    return "Evaluate it on other rows:", shlex.join(["peftkit", "eval", str(path), "data.jsonl"])
+    return "Evaluate it on other rows:", shlex.join(
+        ["peftkit", "eval", str(path), "--data", "data.jsonl"]
+    )
 
 
 def _strategy(recipe: Recipe) -> str:
