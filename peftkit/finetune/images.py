@@ -42,7 +42,7 @@ def stored_image(value: Any, column: str = "image") -> str:
     """
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
         value = value["bytes"] if value.get("bytes") else value.get("path")
-    if hasattr(value, "save") and hasattr(value, "convert"):
+    if isinstance(value, require_pillow().Image):
         found = io.BytesIO()
         value.save(found, format="PNG")
         value = found.getvalue()

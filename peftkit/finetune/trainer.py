@@ -92,8 +92,10 @@ class RecipeTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            counts = self.task.counted(inputs, outputs)
-        return (loss.detach(), *((None, None) if prediction_loss_only else counts))
+            predictions, labels = self.task.counted(inputs, outputs)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), predictions, labels
 
     def load_finished(self, checkpoint: Path) -> bool:
         """Load the result of a training whose last step was done before the run ended; the Trainer would do one step more.
