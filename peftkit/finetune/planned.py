@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftkit.errors import ContractError
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.setup import is_adapter
+from peftkit.finetune.trainer import RecipeTrainer
 from peftkit.planning import MemoryPlan, plan
 
 _OPTIMIZERS = {
@@ -33,7 +33,7 @@ def plan_of_run(
     optimizer = _OPTIMIZERS.get(recipe.training.optimizer)
     if optimizer is None:
         return None, f"training.optimizer={recipe.training.optimizer} cannot be planned"
-    if task.has_own_loss:
+    if task.has_own_loss or type(trainer) is not RecipeTrainer:
         return None, f"the loss of the task {recipe.task.name} cannot be planned"
     if trainer.args.bf16:
         return None, "mixed precision cannot be planned"
@@ -49,7 +49,7 @@ def plan_of_run(
             checkpointing=recipe.training.gradient_checkpointing,
             device="cpu" if trainer.args.device.type == "cpu" else "cuda",
         )
-    except (ContractError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:
         # a model that plan cannot run must not stop a training that works
         return None, " ".join(str(error).split())[:200]
     made.settings.update(

@@ -33,7 +33,7 @@ def values(model, tmp_path, task="text_classification", rows=LABELLED, **changes
 def test_the_command_writes_one_table(model, tmp_path, one_thread):
     texts = cases.write_jsonl(tmp_path / "t.jsonl", TEXTS)
     file = cases.write_recipe(tmp_path / "r.yaml", values(model, tmp_path))
-    strategies = "[{name: full, lr: 0.05}]"
+    strategies = "[{name: full, lr: 0.5}]"
     options = ("--strategies", strategies, "--source", texts, "--forget-limit", 0.02)
     printed = cases.run("compare", file, *options)
     assert "the head is new, so it is trained alone instead" in printed
