@@ -83,16 +83,20 @@ def load_checkpoint(
         tensor.require_finite = strict
     dtype = DTYPES.get(base) or dtype or _dtype_of(config, tensors)
     settings: dict[str, Any] = {}
+    has_pooler = any("pool" in name for name in tensors)
     if base in QUANTISED and stored is None:
         from peftkit.base.streaming import StreamedConfig
 
         settings["quantization_config"] = StreamedConfig(
-            base, keep, bitsandbytes_settings(base, compute_dtype or dtype)
+            base,
+            keep,
+            bitsandbytes_settings(base, compute_dtype or dtype),
+            has_pooler=has_pooler,
         )
     elif base == FLOAT8:
         from peftkit.base.streaming_fp8 import Float8Config
 
-        settings["quantization_config"] = Float8Config(keep)
+        settings["quantization_config"] = Float8Config(keep, has_pooler)
     read = dict(tensors)
     if stored == "nf4":
         from peftkit.base.stacks import take_saved

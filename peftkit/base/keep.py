@@ -10,7 +10,7 @@ from torch import nn
 
 from peftkit.errors import ContractError, listing, short
 from peftkit.find.experts import ROUTER, experts_and_routers
-from peftkit.find.heads import find_heads, output_embeddings
+from peftkit.find.heads import find_heads, output_embeddings, poolers
 from peftkit.find.modules import ancestors, base_modules, suffixes
 from peftkit.find.suggestions import close_matches
 
@@ -76,6 +76,21 @@ def _chosen_stacks(model: nn.Module, keep: Sequence[str]) -> list[str]:
         if name not in kept
         and name.rpartition(".")[0] not in kept
         and not model.get_parameter(name).shape[-1] % BLOCKSIZE
+    ]
+
+
+def layers_of_poolers(model: nn.Module) -> list[str]:
+    """The linear layers of poolers. If a checkpoint has no pooler, they will be new and trained in full, so they are not quantised.
+
+    Args:
+        model: The model before its weights are loaded.
+    """
+    modules = dict(base_modules(model))
+    found = set(poolers(modules))
+    return [
+        name
+        for name, module in modules.items()
+        if may_be_quantised(module) and found & {name, *ancestors(name)}
     ]
 
 

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
-from peftkit.base.keep import choose, skipped_by_transformers
+from peftkit.base.keep import choose, layers_of_poolers, skipped_by_transformers
 from peftkit.base.quantize import quantize_int8, quantize_nf4
 from peftkit.base.shards import Stop, StoredTensor
 from peftkit.base.stacks import attach, make_room, pack, save_under_own_names
@@ -35,6 +35,7 @@ class StreamedConfig(BitsAndBytesConfig):
         settings: The arguments of ``BitsAndBytesConfig``.
         saved: For a checkpoint that is quantised already: its stacks of experts in 4 bits by their names there, and for each the
             tensors beside the bytes by the ends of their names.
+        has_pooler: Whether the checkpoint has weights of a pooler if the model has one.
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class StreamedConfig(BitsAndBytesConfig):
         keep: tuple[str, ...],
         settings: dict[str, Any],
         saved: dict[str, dict[str, StoredTensor]] | None = None,
+        has_pooler: bool = True,
     ):
         super().__init__(**settings)
         for name, quantizer in (("nf4", _Streamed4bit), ("int8", _Streamed8bit)):
             if _METHOD.format(name) not in AUTO_QUANTIZER_MAPPING:
                 register_quantizer(_METHOD.format(name))(quantizer)
         self.quant_method: Any = _METHOD.format(base)
-        self.keep = keep
+        self.keep, self.has_pooler = keep, has_pooler
         self.settings = {
             name: value for name, value in settings.items() if name != "llm_int8_skip_modules"
         }
@@ -73,7 +75,8 @@ class _Streamed:
         if self.pre_quantized:
             self.saved = make_room(model, config.saved)
         else:
-            choice = choose(model, config.keep)
+            new = () if config.has_pooler else layers_of_poolers(model)
+            choice = choose(model, [*config.keep, *new])
             config.llm_int8_skip_modules = choice.skipped
             self.stacks = choice.stacks if config.load_in_4bit else []
         super()._process_model_before_weight_loading(model, device_map, **kwargs)  # type: ignore[misc]

@@ -10,6 +10,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from peftkit.base.keep import layers_of_poolers
 from peftkit.base.shards import Stop, count_not_finite
 from peftkit.errors import ContractError, count
 from peftkit.fp8 import Float8Linear, float8_layers, write_settings
@@ -23,19 +24,21 @@ class Float8Config(QuantizationConfigMixin):
 
     Args:
         keep: As for ``to_fp8``.
+        has_pooler: Whether the checkpoint has weights of a pooler if the model has one.
     """
 
-    def __init__(self, keep: tuple[str, ...]):
+    def __init__(self, keep: tuple[str, ...], has_pooler: bool):
         if _METHOD not in AUTO_QUANTIZER_MAPPING:
             register_quantizer(_METHOD)(_StreamedFloat8)
         self.quant_method: Any = _METHOD
-        self.keep = keep
+        self.keep, self.has_pooler = keep, has_pooler
 
 
 class _StreamedFloat8(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         config: Any = self.quantization_config
-        for name in float8_layers(model, config.keep):
+        new = () if config.has_pooler else layers_of_poolers(model)
+        for name in float8_layers(model, [*config.keep, *new]):
             plain = model.get_submodule(name)
             N, K = plain.weight.shape
             layer = Float8Linear(K, N, plain.bias is not None, "meta", plain.weight.dtype)

@@ -120,7 +120,8 @@ def heads_among(modules: dict[str, nn.Module], never: set[str] | None = None) ->
     if task and not names:
         names = _inner_heads(modules, never)
     if task and loaded:
-        names += _fresh_poolers(modules)
+        # checkpoints of language models have none
+        names += [name for name in poolers(modules) if not _has_loaded(modules[name])]
     return _within_reach(names, modules, bare=task and _backbone(modules) != "")
 
 
@@ -256,14 +257,14 @@ def _inner_heads(modules: dict[str, nn.Module], never: set[str]) -> list[str]:
     ]
 
 
-def _fresh_poolers(modules: dict[str, nn.Module]) -> list[str]:
-    """Return the poolers of a backbone that were not in its checkpoint; checkpoints of language models have none."""
+def poolers(modules: dict[str, nn.Module]) -> list[str]:
+    """Return the names of the poolers of the backbone that have parameters."""
     inside = _backbone(modules)
     return [
         name
         for name, module in modules.items()
-        if inside and _parent(name) == inside and "pool" in name.rpartition(".")[2]
-        if next(module.parameters(), None) is not None and not _has_loaded(module)
+        if (inside or name) and _parent(name) == inside and "pool" in name.rpartition(".")[2]
+        if next(module.parameters(), None) is not None
     ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,20 +209,33 @@ def make_trainer(
             "compute_metrics": None if evaluation is None else _metrics(task, evaluation),
             "preprocess_logits_for_metrics": task.keep_of_logits,
         }
-    trainer = trainer_class(
-        model,
-        task=task,
-        rates=training,
-        data_collator=task.collate,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        callbacks=[EarlyStoppingCallback(training.early_stopping)]
-        if training.early_stopping
-        else [],
-        **parts,
-    )
+    with _may_be_quantised(model) if train is None else nullcontext():
+        trainer = trainer_class(
+            model,
+            task=task,
+            rates=training,
+            data_collator=task.collate,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            callbacks=[EarlyStoppingCallback(training.early_stopping)]
+            if training.early_stopping
+            else [],
+            **parts,
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+@contextmanager
+def _may_be_quantised(model: Any) -> Iterator[None]:
+    """The Trainer takes a quantised model without adapters, which it refuses to train: evaluating it is fine."""
+    mark = "_hf_peft_config_loaded"
+    before = getattr(model, mark, False)
+    setattr(model, mark, True)
+    try:
+        yield
+    finally:
+        setattr(model, mark, before)
 
 
 def _metrics(task: Task, rows: Any) -> Any:

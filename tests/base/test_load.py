@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-from peft import prepare_model_for_kbit_training
+from peft import LoraConfig, prepare_model_for_kbit_training
 
 import peftkit
 from peftkit import base_report, explain, load_base, wrap
@@ -162,6 +162,18 @@ def test_heads_and_routers_stay_as_they_are_and_the_report_says_why(tmp_path):
     assert kept["model.layers.0.self_attn.q_proj.bias"] == "bias"
     assert kept["model.layers.1.mlp.experts.down_proj"].startswith("experts stacked")
     assert "model.layers.0.mlp.shared_expert.up_proj.weight" not in kept
+
+
+@pytest.mark.parametrize("base", [*KINDS, "fp8"])
+def test_a_pooler_that_is_not_in_the_checkpoint_is_trained_in_full(tmp_path, base):
+    config = models.tiny("bert").config
+    hf.BertForMaskedLM(config).save_pretrained(tmp_path)
+
+    model = load_base(tmp_path, base, auto_class="AutoModelForSequenceClassification", num_labels=3)
+
+    assert model.bert.pooler.dense.weight.dtype is torch.float32
+    adapted = wrap(model, LoraConfig(r=4))
+    assert list(explain(adapted).trained_in_full) == ["bert.pooler", "classifier"]
 
 
 @pytest.mark.parametrize(("name", "head"), [("bert", "classifier"), ("vit", "classifier")])

@@ -33,7 +33,7 @@ def values(model, tmp_path, task="text_classification", rows=LABELLED, **changes
 def test_the_command_writes_one_table(model, tmp_path, one_thread):
     texts = cases.write_jsonl(tmp_path / "t.jsonl", TEXTS)
     file = cases.write_recipe(tmp_path / "r.yaml", values(model, tmp_path))
-    strategies = "[{name: full, lr: 0.5}]"
+    strategies = "[{name: full, lr: 5.0}]"  # large enough to forget everything
     options = ("--strategies", strategies, "--source", texts, "--forget-limit", 0.02)
     printed = cases.run("compare", file, *options)
     assert "the head is new, so it is trained alone instead" in printed
@@ -62,8 +62,9 @@ def entries(recipe, *strategies):
     return {entry.name: entry for entry in make_entries(recipe, strategies)}
 
 
-def test_the_pretrained_model_is_measured_if_it_has_a_head(model, tmp_path, one_thread):
-    found = entries(values(model, tmp_path, "masked_lm", TEXTS), "lora")
+@pytest.mark.parametrize("base", ["auto", "nf4"])
+def test_the_pretrained_model_is_measured_if_it_has_a_head(base, model, tmp_path, one_thread):
+    found = entries(values(model, tmp_path, "masked_lm", TEXTS, base=base), "lora")
     zero = run_entry(found["pretrained"], None)
     assert zero["trained"] == 0
     # The loss before the first step is that of the pretrained model.
@@ -114,6 +115,16 @@ def test_the_source_loss_is_that_of_the_trained_body(strategy, model, tmp_path, 
     better = source_losses(source_values(own, TEXTS, None), own)
     assert better["source_before"] == found["source_before"]
     assert better["source_after"] < better["source_before"]
+
+
+def test_full_tuning_beside_adapters_on_a_quantised_base_is_measured_on_the_source(
+    model, tmp_path, one_thread
+):
+    recipe = values(model, tmp_path, strategy="lora", base="int8")
+    source = source_values(read_recipe(recipe), TEXTS, None)
+    found = {name: run_entry(entries(recipe, name)[name], source) for name in ("full", "lora")}
+    assert found["full"]["source_after"] != found["full"]["source_before"]
+    assert found["full"]["source_before"] != found["lora"]["source_before"]
 
 
 def test_a_backbone_without_a_head_cannot_measure_the_source(tmp_path, one_thread):

@@ -34,7 +34,7 @@ class Row:
         quality: The main metric; ``None`` if the run has none.
         metrics: Every metric.
         seconds: Time of the whole run: loading, training and evaluation.
-        peak_mib: Largest memory above that before the model was loaded, in MiB; of the GPU if there is one. ``None`` where it is unknown.
+        peak_mib: Largest memory above that before the model was loaded, in MiB; of the GPU if there is one.
         trained: Number of trained numbers.
         source_before: Loss on the source data with the pretrained model.
         source_after: The same after the run.
@@ -47,7 +47,7 @@ class Row:
     quality: float | None
     metrics: dict[str, float]
     seconds: float
-    peak_mib: float | None
+    peak_mib: float
     trained: int
     source_before: float | None = None
     source_after: float | None = None

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ContractError
@@ -43,8 +41,10 @@ def measure(entry: Entry, source: Mapping[str, Any] | None) -> dict[str, Any]:
         kind, found = ours.recv()
     except EOFError:
         process.join()
+        killed = process.exitcode is not None and process.exitcode < 0
+        why = "it may have run out of memory" if killed else "its error is printed above"
         raise ContractError(
-            f"{entry.name}: the process ended with code {process.exitcode} before its run was finished; it may have run out of memory"
+            f"{entry.name}: the process ended with code {process.exitcode} before its run was finished; {why}"
         ) from None
     process.join()
     if kind == "error":
@@ -68,11 +68,15 @@ def _child(pipe: Any, entry: Entry, source: Mapping[str, Any] | None) -> None:
 
 def run_entry(entry: Entry, source: Mapping[str, Any] | None) -> dict[str, Any]:
     """Run an entry in this process; as for ``measure``."""
+    import torch
+
     from peftkit.finetune.comparison.source import source_losses
     from peftkit.finetune.reading import build_recipe
     from peftkit.finetune.training import train
+    from peftkit.peak_memory import PeakMemory
 
-    start = _memory("VmRSS")
+    memory = PeakMemory("cuda" if torch.cuda.is_available() else "cpu")
+    held = memory.reset()
     begin = time.perf_counter()
     recipe = build_recipe(entry.values)
     if entry.kind == "pretrained":
@@ -89,10 +93,11 @@ def run_entry(entry: Entry, source: Mapping[str, Any] | None) -> dict[str, Any]:
             "problems": result.problems,
             "seconds": time.perf_counter() - begin,
         }
-    found["peak_mib"] = _peak_mib(start)
+    found["peak_mib"] = (memory.peak() - held) / _MIB
     if source is not None and entry.kind != "scratch":
         trained = None if entry.kind == "pretrained" else recipe
-        found |= source_losses(source, trained)
+        # a model that was trained itself does not fit a quantised one
+        found |= source_losses({**source, "base": entry.values.get("base", "auto")}, trained)
     return found
 
 
@@ -126,21 +131,3 @@ def _pretrained(recipe: Any) -> dict[str, Any]:
         )
         metrics = {f"eval_{name}": value for name, value in metrics_of(trainer.evaluate()).items()}
     return {"metrics": metrics, "trained": 0, "problems": [], "seconds": 0.0}
-
-
-def _peak_mib(start: int | None) -> float | None:
-    """The largest memory since the process started, above that at ``start``; of the GPU if there is one."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / _MIB
-    peak = _memory("VmHWM")
-    return None if peak is None or start is None else (peak - start) / _MIB
-
-
-def _memory(field: str) -> int | None:
-    """A number of bytes from the kernel's table of this process; only Linux has it."""
-    if not sys.platform.startswith("linux"):
-        return None
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
