@@ -23,6 +23,7 @@ NOT_RUN = {
     "torchrun": "starts processes and needs GPUs; tests/finetune/test_processes.py starts two on the CPU",
     "peftkit doctor": "compiles the native library in the user's cache; tests/cli/test_doctor.py runs it",
     "peftkit train recipe.yaml out=runs/a resume=true": "the run is finished when the command before it ends",
+    "peftkit compare recipe.yaml": "starts processes, which do not see the tests' hub; tests/finetune/test_compare.py runs it",
     "peftkit merge ADAPTER [BASE] OUT": "a synopsis; docs/jsonl-to-server.md has the command with paths",
 }
 """The starts of commands that the tests do not run, and why. Every other command of a page is run."""

@@ -42,9 +42,10 @@ def stored_image(value: Any, column: str = "image") -> str:
     """
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
         value = value["bytes"] if value.get("bytes") else value.get("path")
-    if isinstance(value, require_pillow().Image):
+    image: Any = value
+    if isinstance(image, require_pillow().Image):
         found = io.BytesIO()
-        value.save(found, format="PNG")
+        image.save(found, format="PNG")
         value = found.getvalue()
     if isinstance(value, bytes):
         value = f"{_DATA}png;base64,{base64.b64encode(value).decode()}"
