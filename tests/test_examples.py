@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import finetune_cases as cases
 import models
 import peft
 import pytest
@@ -64,11 +65,7 @@ def test_finetune_causal_lm_learns_and_saves_for_plain_peft(run, local_model, tm
     assert len(losses) == 3
     assert losses[-1] < losses[0] < 6.0
     assert len(re.findall(r" -> .* \(expected \d{4}-\d\d-\d\d\)", out)) == 3
-    base = hf.AutoModelForCausalLM.from_pretrained(folder)
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out")
-    B = [p for name, p in loaded.named_parameters() if "lora_B" in name]
-    assert len(B) == 14
-    assert all(tensor.abs().max() > 0 for tensor in B)
+    assert_trained(folder, tmp_path / "out")
 
 
 def test_finetune_causal_lm_reads_json_lines(run, local_model, tmp_path):
@@ -111,6 +108,33 @@ def test_explain_and_restore_shows_all_five_parts(run, local_model):
     assert "strict=True" in out.split("4. What")[1]
     before, after = re.search(r"loss of PEFT (\S+), fused (\S+);", out).groups()
     assert float(after) == pytest.approx(float(before), rel=1e-5)
+
+
+def test_trl_sft_trains_the_adapter_in_trl(run, tmp_path):
+    folder = cases.save_model(tmp_path / "llama", "llama", chat=True)
+    out = run("trl_sft.py", "--model", folder, "--out", tmp_path / "out", "--steps", 3)
+    assert len(re.findall(r" -> .* \(expected \d{4}-\d\d-\d\d\)", out)) == 3
+    assert_trained(folder, tmp_path / "out" / "adapter")
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_qlora_trainer_learns_on_a_quantised_base(run, base, local_model, tmp_path):
+    folder = local_model("llama")
+    arguments = ("--model", folder, "--out", tmp_path / "out", "--base", base)
+    out = run("qlora_trainer.py", *arguments, "--steps", 20, "--length", 32)
+    before, after = re.search(r"held-out loss (\S+) before, (\S+) after 20 steps", out).groups()
+    assert float(after) < float(before)
+    assert f"│ {base} " in out
+    assert_trained(folder, tmp_path / "out" / "adapter")
+
+
+def assert_trained(folder, adapter):
+    """Plain PEFT loads the adapter on the model, and each ``lora_B`` has changed from zero."""
+    base = hf.AutoModelForCausalLM.from_pretrained(folder)
+    loaded = peft.PeftModel.from_pretrained(base, adapter)
+    B = [p for name, p in loaded.named_parameters() if "lora_B" in name]
+    assert len(B) == 14
+    assert all(tensor.abs().max() > 0 for tensor in B)
 
 
 @pytest.mark.parametrize("name", NAMES)
