@@ -54,14 +54,15 @@ class Places:
     """Says where a parameter is: in the embeddings, in a block, after the blocks, or in a task head."""
 
     def __init__(self, model: nn.Module):
-        self.stacks = find_stacks(model)
-        self.depth = max((stack.size for stack in self.stacks), default=0)
         heads = find_heads(model)
         self.heads = (*heads.names, *heads.out_of_reach)
+        self._wrapped = hasattr(model, "peft_config")
+        # The layers of a head with several of them, such as that of YOLOS, are no blocks.
+        self.stacks = [stack for stack in find_stacks(model) if not self.is_head(stack.name)]
+        self.depth = max((stack.size for stack in self.stacks), default=0)
         self._input = [
             name for name, module in base_modules(model) if isinstance(module, nn.Embedding)
         ]
-        self._wrapped = hasattr(model, "peft_config")
 
     def own_name(self, name: str) -> str:
         """The name of a parameter without what PEFT adds to it."""

@@ -99,6 +99,9 @@ def load_data(recipe: Recipe, task: Task) -> tuple[Part, Part | None]:
         evaluation = (
             None if data.eval is None else encode_rows(data.eval, "data.eval", recipe, task)
         )
+    task.check_rows(train.dataset, "data.train")
+    if evaluation is not None:
+        task.check_rows(evaluation.dataset, "data.eval")
     train = _finished(train, task if task.packs() else None)
     return train, None if evaluation is None else _finished(evaluation, None)
 

@@ -12,6 +12,8 @@ from peftkit.errors import ContractError, short
 from peftkit.finetune.tasks.base import BadRow
 
 _DATA = "data:image/"
+_ORIENTATION = 0x0112
+"""The number of the orientation among the facts that EXIF has about an image."""
 
 
 def require_pillow() -> Any:
@@ -82,6 +84,17 @@ def size_of(stored: str) -> tuple[int, int]:
     """Width and height in pixels, from the head of the file."""
     with _opened(stored) as image:
         return image.size
+
+
+def require_upright(stored: str) -> None:
+    """Raise ``BadRow`` if the file says that its pixels are turned or mirrored: places in it would have two meanings."""
+    with _opened(stored) as image:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    if orientation != 1:
+        raise BadRow(
+            f"{shown(stored)} is stored turned or mirrored (EXIF orientation {orientation}), so it is not certain what boxes refer to; save "
+            "it upright, such as with PIL.ImageOps.exif_transpose, with the boxes of the upright image"
+        )
 
 
 def shown(stored: str) -> str:

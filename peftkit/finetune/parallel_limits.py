@@ -36,8 +36,8 @@ def require_parallel(recipe: Recipe | StagedRecipe) -> None:
         raise ContractError(
             f"task=preference runs in one process, but there are {process_count()}; start it without torchrun"
         )
-    if require_task(recipe.task.name).has_own_loss:
+    task = require_task(recipe.task.name)
+    if task.has_own_loss:
         raise ContractError(
-            f"task={recipe.task.name} compares the rows of a batch with each other, but each of the {process_count()} processes has only "
-            "its own rows, so the loss would not be that of the whole batch; start it without torchrun"
+            f"task={recipe.task.name} {task.needs_whole_batches}, but each of the {process_count()} processes has only its own rows, so the loss would not be that of the whole batch; start it without torchrun"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ContractError, listing, short
+from peftkit.finetune.coco import coco_rows, is_coco
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -179,6 +180,10 @@ def _read_json(path: Path) -> Iterator[Row]:
         raise ContractError(
             f"{path} is no valid JSON ({error}); for one object a line use the ending .jsonl or data.format=jsonl"
         ) from None
+    if is_coco(found):
+        for name, values, fault in coco_rows(found, path.parent):
+            yield Row(f"{path} {name}", values, fault)
+        return
     if isinstance(found, dict):
         lists = [one for one in found.values() if isinstance(one, list)]
         if len(lists) != 1:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import detection_cases
 import finetune_cases as cases
 import pytest
 import retrieval_cases
@@ -103,6 +104,12 @@ DATA = {
         lambda folder: segmentation_cases.save(folder, "backbone"),
         lambda folder: cases.write_jsonl(
             folder / "d.jsonl", segmentation_cases.halves(folder / "i", 24)
+        ),
+    ),
+    "object_detection": (
+        detection_cases.save,
+        lambda folder: cases.write_jsonl(
+            folder / "d.jsonl", detection_cases.rectangles(folder / "i", 24)
         ),
     ),
 }

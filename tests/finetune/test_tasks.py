@@ -124,6 +124,7 @@ def test_every_task_is_tested():
         "vision_chat",
         "image_text_retrieval",
         "semantic_segmentation",
+        "object_detection",
     }
     assert {*CASES, *elsewhere} == set(TASKS)
 

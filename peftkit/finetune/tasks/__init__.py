@@ -25,6 +25,7 @@ TASKS = (
     "image_classification",
     "image_text_retrieval",
     "semantic_segmentation",
+    "object_detection",
     "audio_classification",
     "speech_ctc",
     "embeddings",

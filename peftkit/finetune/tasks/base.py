@@ -90,6 +90,7 @@ class Task:
         answers_images: Whether ``peftkit generate`` takes images.
         label_names: Names of the labels in a batch.
         has_own_loss: Whether ``loss`` computes the loss instead of the model.
+        needs_whole_batches: Why the task's own loss of a batch is not the mean over the losses of its parts.
         has_own_counts: Whether ``counted`` makes of each batch of an evaluation what the metrics need.
         smooths_labels: Whether ``training.label_smoothing`` has an effect. It has none on a loss of the task's own.
         lr_share: The default learning rate divided by that of the strategy.
@@ -113,6 +114,7 @@ class Task:
     answers_images: ClassVar[bool] = False
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     has_own_loss: ClassVar[bool] = False
+    needs_whole_batches: ClassVar[str] = "compares the rows of a batch with each other"
     has_own_counts: ClassVar[bool] = False
     smooths_labels: ClassVar[bool] = True
     lr_share: ClassVar[float] = 1.0
@@ -153,6 +155,14 @@ class Task:
             BadRow: The row cannot be used.
         """
         raise NotImplementedError
+
+    def check_rows(self, rows: Any, name: str) -> None:
+        """Raise ``ContractError`` if all encoded rows of a part of the data together cannot be used.
+
+        Args:
+            rows: The encoded rows.
+            name: ``"data.train"`` or ``"data.eval"``.
+        """
 
     def packs(self) -> bool:
         """Whether ``pack`` puts several training rows in one."""

@@ -48,6 +48,7 @@ class SemanticSegmentation(Task):
     processor = "image"
     example_model = "nvidia/mit-b0"
     has_own_loss = True
+    needs_whole_batches = "divides its loss by the number of labelled pixels in a batch"
     has_own_counts = True
     smooths_labels = False
 

@@ -1,0 +1,169 @@
+"""Tiny detectors with their image processors, and images with coloured rectangles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from PIL import Image
+from vision_chat_cases import COLOURS
+
+CLASSES = list(COLOURS)
+SHORTEST = 48
+
+
+def _backbone(**options: Any) -> Any:
+    return hf.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 24],
+        depths=[1, 1, 1],
+        layer_type="basic",
+        **options,
+    )
+
+
+_SIZES = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "num_queries": 6,
+    "num_labels": len(CLASSES),
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "dropout": 0.0,
+}
+
+
+def _detr(**options: Any) -> Any:
+    backbone = _backbone(out_features=["stage3"])
+    return hf.DetrForObjectDetection(hf.DetrConfig(backbone_config=backbone, **_SIZES | options))
+
+
+def _conditional(**options: Any) -> Any:
+    backbone = _backbone(out_features=["stage3"])
+    config = hf.ConditionalDetrConfig(backbone_config=backbone, **_SIZES | options)
+    return hf.ConditionalDetrForObjectDetection(config)
+
+
+def _deformable(**options: Any) -> Any:
+    backbone = _backbone(out_features=["stage2", "stage3"])
+    sizes = {"num_feature_levels": 2, "encoder_n_points": 2, "decoder_n_points": 2}
+    config = hf.DeformableDetrConfig(backbone_config=backbone, **_SIZES | sizes | options)
+    return hf.DeformableDetrForObjectDetection(config)
+
+
+def _rt_detr(**options: Any) -> Any:
+    backbone = hf.RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 24],
+        depths=[1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3"],
+    )
+    config = hf.RTDetrConfig(
+        backbone_config=backbone,
+        backbone=None,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        encoder_hidden_dim=32,
+        encoder_in_channels=[16, 24],
+        feat_strides=[8, 16],
+        encode_proj_layers=[1],
+        encoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        d_model=32,
+        num_queries=8,
+        decoder_in_channels=[32, 32],
+        decoder_ffn_dim=48,
+        num_feature_levels=2,
+        decoder_n_points=2,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        num_denoising=4,
+        hidden_expansion=0.5,
+        num_labels=len(CLASSES),
+        **options,
+    )
+    return hf.RTDetrForObjectDetection(config)
+
+
+def _yolos(**options: Any) -> Any:
+    config = hf.YolosConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=[SHORTEST, SHORTEST],
+        patch_size=8,
+        num_detection_tokens=6,
+        num_labels=len(CLASSES),
+        hidden_dropout_prob=0.0,
+        **options,
+    )
+    return hf.YolosForObjectDetection(config)
+
+
+BUILDERS = {
+    "detr": (_detr, hf.DetrImageProcessorPil),
+    "conditional": (_conditional, hf.ConditionalDetrImageProcessorPil),
+    "deformable": (_deformable, hf.DeformableDetrImageProcessorPil),
+    "rt_detr": (_rt_detr, hf.RTDetrImageProcessorPil),
+    "yolos": (_yolos, hf.YolosImageProcessorPil),
+}
+
+
+def tiny(name: str = "detr", **options: Any) -> Any:
+    """A tiny detector with seeded weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BUILDERS[name][0](**options).train()
+
+
+def processor(name: str = "detr", **options: Any) -> Any:
+    """The image processor of a tiny detector; that of RT-DETR has a fixed size, the others pad."""
+    size = {"shortest_edge": SHORTEST, "longest_edge": 2 * SHORTEST}
+    if name == "rt_detr":
+        size = {"height": 64, "width": 64}
+    return BUILDERS[name][1](size=size, **options)
+
+
+def save(folder: Path, name: str = "detr", **options: Any) -> Path:
+    """Save a tiny detector with its processor."""
+    tiny(name, **options).save_pretrained(folder)
+    processor(name).save_pretrained(folder)
+    return folder
+
+
+def rectangles(folder: Path, count: int = 6) -> list[dict[str, Any]]:
+    """Images of different sizes with one rectangle in one of three colours, or with two; the last one is empty.
+
+    The boxes are left, top, width and height in pixels.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        width, height = ((48, 48), (48, 72), (80, 48))[number % 3]
+        pixels = np.full((height, width, 3), 30, dtype=np.uint8)
+        objects = []
+        for one in range(1 + (number % 4 == 1) if number < count - 1 else 0):
+            label = CLASSES[(number + one) % 3]
+            left, top = int(draw.integers(0, width // 4)), int(draw.integers(0, height // 4))
+            if one:
+                left, top = width // 2 + left // 2, height // 2 + top // 2
+            w, h = int(draw.integers(10, width // 2 - 2)), int(draw.integers(10, height // 2 - 2))
+            w, h = min(w, width - left), min(h, height - top)
+            pixels[top : top + h, left : left + w] = COLOURS[label]
+            objects.append({"bbox": [left, top, w, h], "label": label})
+        file = folder / f"{number}.png"
+        Image.fromarray(pixels).save(file)
+        rows.append({"image": str(file), "objects": objects})
+    return rows
