@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stepping import token_ids
 from torch import Tensor, nn
 
 
@@ -32,9 +33,7 @@ class Case:
 
     def batch(self, vocab_size: int, step: int) -> dict[str, Tensor]:
         """Token ids of one step, the same for every provider."""
-        generator = torch.Generator().manual_seed(step)
-        shape = (self.batch_size, self.sequence_length)
-        ids = torch.randint(0, vocab_size, shape, generator=generator)
+        ids = token_ids(vocab_size, self.batch_size, self.sequence_length, step)
         return {"input_ids": ids, "labels": ids}
 
 

@@ -45,10 +45,17 @@ MODULES = {
 """The module that must be installed for a library."""
 
 
-def build(library: str, folder: Path, sizes: Sizes) -> Built:
-    """Load the base model from its folder and prepare it for the method. Every library starts with the same weights."""
+def build(library: str, folder: Path, sizes: Sizes, own_start: bool = False) -> Built:
+    """Load the base model from its folder and prepare it for the method. Every library starts with the same weights.
+
+    Args:
+        library: A key of ``_BUILDERS``.
+        folder: The base model.
+        sizes: The numbers of the point.
+        own_start: Whether new parameters keep the values that the library gives them.
+    """
     built = _BUILDERS[library](folder, sizes)
-    if built.are_new:
+    if built.are_new and not own_start:
         same_start(built)
     return built._replace(model=built.model.to(sizes.device).train())
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from report import environment, machine, save
+from stepping import allocated_peak
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 HELP = "planned memory against that of real steps"
 MEDIAN_BOUND, WORST_BOUND = 0.03, 0.08
@@ -287,15 +287,7 @@ def measured_peak(case: PlannedCase) -> tuple[int, int]:
         loaded = _bytes_of(
             [*model.parameters(), *model.buffers(), *_of_storage(model), *batch.values()]
         )
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            for _ in range(2):
-                step()
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    used = most = 0
-    for _, change in changes:
-        used += change
-        most = max(most, used)
+        most = allocated_peak(lambda: (step(), step()))
     return loaded + most, loaded
 
 

@@ -157,16 +157,21 @@ def label_of(row: dict[str, Any]) -> str:
     if method == "full":
         return (
             "full fine-tuning"
-            if library in ("torch", "full", "None")
+            if library in ("torch", "transformers", "full", "None")
             else f"full fine-tuning, {library}"
         )
-    known = {"lora": "LoRA", "dora": "DoRA"}
+    known = {
+        "lora": "LoRA",
+        "dora": "DoRA",
+        "qlora-nf4": "QLoRA (NF4)",
+        "qlora-int8": "QLoRA (int8)",
+    }
     words = [known.get(word, word) for word in method.split()]
     parts = [f"{' '.join(words)} with {library}" if words else library]
     if row.get("checkpointing"):
         parts.append("checkpointing")
     for option in ("compiled", "compute", "dropout"):
-        if option in str(row.get("provider", "")):
+        if option in str(row.get("provider", "")) and option not in library:
             parts.append({"compute": "8-bit products"}.get(option, option))
     return ", ".join(parts)
 

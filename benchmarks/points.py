@@ -83,6 +83,10 @@ SMOKE_AXES: dict[str, tuple[Any, ...]] = {
     "adapters": (1, 2),
 }
 
+SMOKE_METHODS = ("full", "lora", "qlora-nf4", "prefix")
+SMOKE_LIBRARIES = ("transformers", "PEFT", "plain torch", "peftkit", "Liger", "Unsloth")
+"""What ``methods --smoke`` runs: each process takes 7 s of processor time for its imports, and compiling another 30 s."""
+
 BASE = Point("llama-512", "lora", "PEFT", batch=1, length=512)
 SMOKE_BASE = Point("tiny", "lora", "PEFT", batch=2, length=16, rank=4)
 

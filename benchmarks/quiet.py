@@ -1,4 +1,7 @@
-"""Whether the machine was quiet while something was measured: a fixed amount of work, timed, and the load of other processes."""
+"""Whether the machine was quiet while something was measured: a fixed amount of work, timed, and the load of other processes.
+
+python benchmarks/quiet.py        # how much the time of this work varies here, now
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,50 @@ def spin() -> float:
             torch.mm(a, a)
         best = min(best, time.perf_counter() - start)
     return best
+
+
+class Calibration(NamedTuple):
+    """How much ``spin`` varies now.
+
+    Attributes:
+        best: The shortest spin, in seconds.
+        spread: 95 % of the spins took at most so many times as long.
+        others: The mean number of cores that other processes kept busy meanwhile, or ``None`` if it is unknown.
+        count: The number of spins.
+    """
+
+    best: float
+    spread: float
+    others: float | None
+    count: int
+
+    def __str__(self) -> str:
+        """The numbers in a sentence."""
+        others = (
+            "" if self.others is None else f"; other processes kept {self.others:.2f} cores busy"
+        )
+        return (
+            f"{self.count} repetitions of a fixed amount of work: best {1e3 * self.best:.1f} ms, 95 % took at most "
+            f"{self.spread:.3f} x as long{others}"
+        )
+
+
+def calibrate(count: int = 20) -> Calibration:
+    """Repeat ``spin``."""
+    watch = Watch()
+    seconds = sorted(spin() for _ in range(count))
+    at = math.ceil(0.95 * count) - 1
+    return Calibration(seconds[0], seconds[at] / seconds[0], watch.others(), count)
+
+
+def wait(most: float, seconds: float) -> float:
+    """Repeat ``spin`` until it takes at most ``most`` seconds, for at most ``seconds`` in all; returns the last one."""
+    end = time.monotonic() + seconds
+    last = spin()
+    while last > most and time.monotonic() < end:
+        time.sleep(1)
+        last = spin()
+    return last
 
 
 class Watch:
@@ -76,3 +123,7 @@ def _busy_seconds() -> float | None:
     lines = [line.split() for line in _STAT.read_text().splitlines()]
     ticks = [int(line[1 + i]) for line in lines if line[0] in cores for i in _BUSY_FIELDS]
     return sum(ticks) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    print(calibrate(100))

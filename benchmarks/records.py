@@ -13,29 +13,36 @@ from typing import Any
 
 from report import HERE, RESULTS
 
-ISA = {
-    "native": {},
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    },
-}
-"""Environment variables that keep torch, oneDNN and MKL from newer instructions of the processor."""
-
 _PACKAGES = (
     *("torch", "transformers", "peft", "peftkit", "bitsandbytes"),
     *("adapters", "liger-kernel", "unsloth"),
 )
+VERSIONS_SCRIPT = f"""
+import json
+from importlib.metadata import PackageNotFoundError, version
+found = {{}}
+for package in {_PACKAGES}:
+    try:
+        found[package] = version(package)
+    except PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+"""Prints the versions of the packages of another interpreter."""
+
 KEY = (
     *("suite", "case", "provider", "batch", "length", "rank", "adapters", "checkpointing", "isa"),
-    "smoke",
+    *("smoke", "target_loss"),
 )
 """The fields that name a row. Of rows with the same values the last one counts."""
 
 
 def environment() -> dict[str, Any]:
-    """The device, the instructions and product library that are used, threads, versions, commit and day."""
+    """The device, the instructions and product library that are used, threads, versions, commit and day.
+
+    A process of its own sees the limits of ``--isa``.
+    """
+    import instructions
     import torch
 
     from peftkit.machine import processor
@@ -45,8 +52,10 @@ def environment() -> dict[str, Any]:
     blas = "MKL" if torch.backends.mkl.is_available() else "the BLAS of torch"
     return {
         "device": gpu or _processor_with_model(),
+        "gpu": gpu,
         "processor": processor(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions.in_use(native=True),
         "products": "oneDNN" if gemm.prefers_onednn() else blas,
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -132,16 +141,18 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in KEY)
 
 
-def finished(rows: list[dict[str, Any]], now: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that ``--resume`` keeps: not refused, and measured at this commit, on this machine, with these versions."""
+def is_finished(row: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether ``--resume`` keeps a row: it has a speed, and was measured at this commit, on this machine, with these versions.
+
+    Args:
+        row: A stored row.
+        now: The environment of the process that would measure it again.
+    """
     if now["commit"] == "unknown" or now["commit"].endswith("-modified"):
-        return []
-    same = [name for name in now if name != "date"]
-    return [
-        row
-        for row in rows
-        if row["status"] != "refused" and all(row["environment"][n] == now[n] for n in same)
-    ]
+        return False
+    return row["status"] == "ok" and all(
+        row["environment"].get(name) == value for name, value in now.items() if name != "date"
+    )
 
 
 def stored() -> list[dict[str, Any]]:
@@ -149,3 +160,7 @@ def stored() -> list[dict[str, Any]]:
     return [
         row for path in sorted(RESULTS.glob("*.jsonl")) for row in read(path) if not row["smoke"]
     ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(environment()))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import suite_tables
 from page_rows import device_of, label_of, measured, rows, shape_of
 from report import HERE, RESULTS
 
@@ -24,6 +26,7 @@ from peftkit.report_page import (
     Line,
     Lines,
     Tile,
+    bullets,
     chosen,
     figure,
     figures,
@@ -57,14 +60,21 @@ def run(arguments: argparse.Namespace) -> None:
             print(write_chart(chart, arguments.plots / f"{name}.{arguments.format}"))
 
 
+def write(found: list[dict[str, Any]], out: Path) -> None:
+    """Write the page of these rows alone, and say where it is."""
+    write_page(out, text(found))
+    print(out, file=sys.stderr)
+
+
 def text(found: list[dict[str, Any]]) -> str:
-    """The page."""
+    """The page. What was found is said first, then shown, then listed."""
     if not found:
         return page("Benchmarks of peftkit", paragraph("There are no results yet."))
     devices = list(dict.fromkeys(map(device_of, found)))
     ok = sum(row["status"] == "ok" for row in found)
     return page(
         "Benchmarks of peftkit",
+        _comparison(found),
         tiles(
             [
                 Tile(f"{ok:,}", "measured steps"),
@@ -72,25 +82,45 @@ def text(found: list[dict[str, Any]]) -> str:
                 Tile(str(len(devices)), "devices"),
             ]
         ),
-        _comparison(found),
         _scaling(found),
         _table(found),
         lead="Time and memory of training steps with peftkit, PEFT, other libraries and full fine-tuning, as measured.",
     )
 
 
+def headline(best: list[dict[str, Any]]) -> str:
+    """What the fastest rows of a place say about LoRA or full fine-tuning, as a sentence; empty if one of the two is missing."""
+    own = [row for row in best if row["method"] == "lora"]
+    whole = [row for row in best if row["method"] == "full"]
+    if not own or not whole:
+        return ""
+    first, full = own[0], whole[0]
+    parts = [f"{first['step_seconds'] / full['step_seconds']:.2f} x the time"]
+    sizes = [measured(row, "peak_bytes") or 0 for row in (first, full)]
+    if min(sizes) > 0:
+        parts.append(f"{sizes[0] / sizes[1]:.2f} x the memory")
+    return (
+        f"{label_of(first)} takes {' and '.join(parts)} of {label_of(full)}: "
+        f"{_seconds(first['step_seconds'])} against {_seconds(full['step_seconds'])} a step."
+    )
+
+
 def comparisons(found: list[dict[str, Any]]) -> dict[tuple[str, str], Bars]:
     """Time and memory of every method, by device and case."""
+    return {
+        (device, case): _bars(f"LoRA or full: {case} on {device}", best)
+        for (device, case), best in _places(found).items()
+        if len(best) > 1
+    }
+
+
+def _places(found: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The fastest row of every method, by device and case."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in found:
         if row["status"] == "ok" and measured(row, "step_seconds") is not None:
             groups.setdefault((device_of(row), _case(row)), []).append(row)
-    charts = {}
-    for (device, case), members in groups.items():
-        best = _fastest(members)
-        if len(best) > 1:
-            charts[device, case] = _bars(f"LoRA or full: {case} on {device}", best)
-    return charts
+    return {place: _fastest(members) for place, members in groups.items()}
 
 
 def _case(row: dict[str, Any]) -> str:
@@ -132,10 +162,17 @@ def _comparison(found: list[dict[str, Any]]) -> str:
     if not charts:
         return ""
     names = {pair: f"{pair[1]} on {pair[0]}" for pair in charts}
+    said = {pair: headline(best) for pair, best in _places(found).items()}
+    sentences = [
+        sentence if len(charts) == 1 else f"{names[pair]}: {sentence}"
+        for pair, sentence in said.items()
+        if sentence and pair in charts
+    ]
     pictures = [figure(chart, keys={"place": names[pair]}) for pair, chart in charts.items()]
     return section(
         "LoRA or full fine-tuning, on this machine, for this model",
-        paragraph("Blue bars are peftkit's. The fastest run of each method is shown."),
+        bullets(sentences) if len(sentences) > 1 else "".join(map(paragraph, sentences)),
+        paragraph("Blue bars are peftkit's. The fastest run of each method is shown.", note=True),
         chosen("pictures", {"place": ("Model and machine", list(names.values()))}, every=False),
         figures(*pictures, name="pictures"),
     )
@@ -179,7 +216,7 @@ def plots(found: list[dict[str, Any]]) -> dict[str, Bars | Lines]:
 
 def _table(found: list[dict[str, Any]]) -> str:
     head = ["case", "method", "library", "provider", "shape", "device", "status", "step", "spread"]
-    head += ["tokens/s", "memory", "trained", "last loss", "versions", "reason"]
+    head += ["tokens/s", "memory", "trained", "last loss", "to target", "versions", "reason"]
     cells = [_row(row) for row in found]
     keys = [
         {
@@ -223,9 +260,19 @@ def _row(row: dict[str, Any]) -> list[Any]:
         _sorted(measured(row, "peak_bytes"), _size),
         _sorted(measured(row, "trainable"), lambda v: f"{v:,.0f}"),
         _sorted(float(losses[-1]), lambda v: f"{v:.4f}") if losses else "",
+        _target(row),
         ", ".join(versions),
         str(row.get("reason") or ""),
     ]
+
+
+def _target(row: dict[str, Any]) -> Any:
+    """Time to the target loss, sorted by time; what was not reached comes last."""
+    target = row.get("target")
+    if not target:
+        return ""
+    seconds = target["seconds"] if target.get("reached") else 1e12
+    return (f"{suite_tables.to_target(target)} (loss {row['target_loss']:g})", seconds)
 
 
 def _sorted(value: float | None, form: Any) -> Any:

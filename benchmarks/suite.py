@@ -1,7 +1,9 @@
 """The suite: each method in each library, and how steps scale. Points run in turn, each in its own process, and bad ones are refused.
 
     python benchmarks/run.py methods                       # every method and library on smollm2
-    python benchmarks/run.py methods --case experts --method lora --length 512 --rank 8 --checkpointing
+    python benchmarks/run.py methods --model ID --methods lora,full --html out/lora-or-full.html
+    python benchmarks/run.py methods --case experts --methods lora --length 512 --rank 8 --checkpointing
+    python benchmarks/run.py methods --methods lora,full --target 3.0    # and how long each trains to a held-out loss of 3
     python benchmarks/run.py scaling --axis length --axis rank
     python benchmarks/run.py methods --resume              # go on with an interrupted suite
     python benchmarks/run.py methods --isa avx2            # the same machine without AVX-512
@@ -13,37 +15,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterable
-from dataclasses import replace
-from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import libraries
-import quiet
-import records
 import suite_tables
-import verdict
 from cases import CASES
+from instructions import ISA
 from points import (
     AXES,
     BASE,
     LIBRARIES,
     SMOKE_AXES,
     SMOKE_BASE,
+    SMOKE_LIBRARIES,
+    SMOKE_METHODS,
     Point,
     of_axes,
     of_methods,
-    reference_of,
 )
-from report import HERE
+from suite_bases import BATCH, LENGTH, check_model
+from suite_runner import SMOKE, Suite
 
 
 class Methods:
@@ -55,29 +46,32 @@ class Methods:
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
         """Add the options of the command."""
-        parser.add_argument("--case", choices=CASES, default="smollm2", help="the model")
-        parser.add_argument("--method", choices=LIBRARIES, action="append", help="default: all")
+        model = parser.add_mutually_exclusive_group()
+        model.add_argument("--case", choices=CASES, default="smollm2", help="the model")
+        model.add_argument("--model", help="another model: a folder or an id of the hub")
+        parser.add_argument(
+            *("--methods", "--method"),
+            type=_methods,
+            action="extend",
+            metavar="METHOD,...",
+            help=f"some of {', '.join(LIBRARIES)}; default: all",
+        )
         parser.add_argument("--batch", type=int, help="sequences per step; default: the case's")
         parser.add_argument("--length", type=int, help="tokens per sequence; default: the case's")
         parser.add_argument("--rank", type=int, default=16)
         parser.add_argument("--checkpointing", action="store_true")
-        _add_run_options(parser)
+        add_run_options(parser)
 
     @classmethod
     def run(cls, arguments: argparse.Namespace) -> None:
         """Measure, store the rows and print them."""
-        case = CASES[arguments.case]
-        base = Point(
-            *(case.name, "lora", "PEFT"),
-            batch=arguments.batch or case.batch_size,
-            length=arguments.length or case.sequence_length,
-            rank=arguments.rank,
-            checkpointing=arguments.checkpointing,
-        )
-        base = SMOKE_BASE if arguments.smoke else base
-        points = of_methods(base, arguments.method or list(LIBRARIES), arguments.library)
-        if arguments.smoke:  # compiling takes most of the time
-            points = [p for p in points if p.library != "PEFT compiled" or p.method == "lora"]
+        libraries = arguments.library
+        if arguments.smoke:
+            chosen = arguments.methods or list(SMOKE_METHODS)
+            libraries = libraries or list(SMOKE_LIBRARIES)
+            points = of_methods(SMOKE_BASE, chosen, libraries)
+        else:
+            points = of_methods(_base(arguments), arguments.methods or list(LIBRARIES), libraries)
         _report(Suite(cls.SUITE, arguments).measure(points), arguments)
 
 
@@ -92,16 +86,21 @@ class Scaling:
         """Add the options of the command."""
         parser.add_argument("--axis", choices=AXES, action="append", help="default: all")
         parser.add_argument("--plot", type=Path, help="folder for one plot of each axis (SVG)")
-        _add_run_options(parser)
+        add_run_options(parser)
 
     @classmethod
     def run(cls, arguments: argparse.Namespace) -> None:
         """Measure, store the rows, print and plot them."""
         axes = SMOKE_AXES if arguments.smoke else AXES
-        chosen = {axis: axes[axis] for axis in arguments.axis or axes if axis in axes}
+        missing = [axis for axis in arguments.axis or () if axis not in axes]
+        if missing:
+            raise SystemExit(f"--axis {missing[0]}: --smoke has the axes {', '.join(axes)} alone")
+        chosen = {axis: axes[axis] for axis in arguments.axis or axes}
         base = SMOKE_BASE if arguments.smoke else BASE
         # the point where the axes meet is measured once
         points = list(dict.fromkeys(point for _, point in of_axes(base, chosen)))
+        if arguments.library:
+            points = [p for p in points if p.library in ("PEFT", *arguments.library)]
         rows = Suite(cls.SUITE, arguments).measure(points)
         _report(rows, arguments)
         if arguments.plot:
@@ -110,228 +109,63 @@ class Scaling:
             scaling_plots.write(rows, chosen, base, arguments.plot)
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--library", action="append", help="default: all that the method has; references always run"
+def _base(arguments: argparse.Namespace) -> Point:
+    """The sizes that the options name, with the defaults of the case."""
+    if arguments.model is not None:
+        check_model(arguments.model)
+        name, batch, length = arguments.model, BATCH, LENGTH
+    else:
+        case = CASES[arguments.case]
+        name, batch, length = case.name, case.batch_size, case.sequence_length
+    return Point(
+        *(name, "lora", "PEFT"),
+        batch=batch if arguments.batch is None else arguments.batch,
+        length=length if arguments.length is None else arguments.length,
+        rank=arguments.rank,
+        checkpointing=arguments.checkpointing,
     )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each point, in turn")
-    parser.add_argument("--warm", type=int, default=3, help="steps before the timed ones")
-    parser.add_argument("--steps", type=int, default=6, help="timed steps per run")
-    parser.add_argument("--isa", choices=records.ISA, default="native", help="instruction sets")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to try the command")
-    parser.add_argument("--json", action="store_true", help="print rows as JSON, not as tables")
-    parser.add_argument("--resume", action="store_true", help="keep finished rows of this commit")
-    parser.add_argument(
-        "--retries",
-        type=int,
-        default=2,
-        help="how often a run on a busy machine is repeated",
-    )
-    parser.add_argument(
+
+
+def _methods(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in LIBRARIES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(LIBRARIES)}")
+    return names
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ``Suite`` reads."""
+    add = parser.add_argument
+    add("--library", action="append", help="default: all; references always run")
+    add("--gpu", action="store_true", help="measure the GPU, in 16 bits; default: the CPU")
+    add("--rounds", type=int, default=3, help="runs of each point, in turn")
+    add("--warm", type=int, default=3, help="steps before the timed ones")
+    add("--steps", type=int, default=6, help="timed steps per run")
+    add("--isa", choices=ISA, default="native", help="instruction sets")
+    smoke = ", ".join(f"--{option} {value}" for option, value in SMOKE.items())
+    add("--smoke", action="store_true", help=f"few points of tiny sizes, with {smoke}")
+    add("--json", action="store_true", help="print rows as JSON, not as tables")
+    add("--html", type=Path, metavar="FILE", help="also write the rows as one page")
+    add("--resume", action="store_true", help="keep finished rows of this commit")
+    add("--retries", type=int, default=2, help="how often a run on a busy machine is repeated")
+    add("--wait", type=float, default=60, help="seconds to wait for a quiet machine before a run")
+    add("--limit", type=float, default=3600, help="seconds that one process may take")
+    add("--target", type=float, metavar="LOSS", help="also train each point to this held-out loss")
+    add("--target-steps", type=int, default=300, help="give up after so many steps")
+    add(
         "--python",
         action="append",
         default=[],
         metavar="LIBRARY=PATH",
         help="the interpreter of a library that has its own environment",
     )
-    parser.add_argument("--out", type=Path, help="the file of the rows; default: by the device")
+    add("--out", type=Path, help="the file of the rows; default: by the device")
 
 
 def _report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     print("\n".join(map(json.dumps, rows)) if arguments.json else suite_tables.tables(rows))
+    if arguments.html is not None:
+        import results_page
 
-
-class Suite:
-    """One run of a command.
-
-    Args:
-        name: The suite's name in the rows.
-        arguments: The options of ``_add_run_options``.
-    """
-
-    def __init__(self, name: str, arguments: argparse.Namespace):
-        self.name, self.arguments = name, arguments
-        if arguments.smoke:
-            arguments.rounds, arguments.warm, arguments.steps = 1, 2, 2
-        self.interpreters = dict(_interpreter(text) for text in arguments.python)
-        self.variables = os.environ | records.ISA[arguments.isa]
-        self.environment = self._child([sys.executable, str(HERE / "suite.py")])
-        self.path = arguments.out or records.path_of(self.environment["device"])
-        self.best_spin = min(quiet.spin() for _ in range(3))
-
-    def measure(self, points: Iterable[Point]) -> list[dict[str, Any]]:
-        """Measure the points, the libraries of a method in turn; the rows of a method are stored as soon as its runs are done."""
-        kept = {}
-        if self.arguments.resume:
-            found = records.finished(records.read(self.path), self.environment)
-            kept = {records.key(row): row for row in found}
-        rows = []
-        with tempfile.TemporaryDirectory() as folder:
-            for _, group in groupby(points, lambda point: (point.method, point.sizes)):
-                rows += self._group(list(group), kept, Path(folder))
-        return rows
-
-    def _group(
-        self, points: list[Point], kept: dict[Any, dict[str, Any]], folder: Path
-    ) -> list[dict[str, Any]]:
-        rows = {point: kept.get(records.key(self._row(point))) for point in points}
-        missing = [point for point, row in rows.items() if row is None]
-        reasons = {point: absence(point.library, self._python(point)) for point in missing}
-        present = [point for point in missing if reasons[point] is None]
-        runs: dict[Point, list[dict[str, Any]]] = {point: [] for point in present}
-        for number in range(self.arguments.rounds):
-            for point in present:
-                print(
-                    f"round {number + 1} of {self.arguments.rounds}: {point.provider}",
-                    *(f"{name} {getattr(point, name)}" for name in ("case", *list(AXES)[:4])),
-                    sep=", ",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                runs[point].append(self._run(point, base_folder(point.case, folder)))
-        for point in points:  # a method's reference is before the others
-            if rows[point] is None:
-                reason = reasons[point]
-                row = self._row(point) | {"status": "absent", "reason": reason}
-                if reason is None:
-                    row |= self._judged(point, runs[point], rows)
-                records.append(self.path, row)
-                rows[point] = row
-        return [row for row in rows.values() if row is not None]
-
-    def _row(self, point: Point) -> dict[str, Any]:
-        options = {"isa": self.arguments.isa, "smoke": self.arguments.smoke}
-        return {
-            "suite": self.name,
-            **point.to_dict(),
-            **options,
-            **dict.fromkeys(_MEASURED),
-            "environment": self.environment,
-        }
-
-    def _judged(
-        self, point: Point, runs: list[dict[str, Any]], rows: dict[Point, dict[str, Any] | None]
-    ) -> dict[str, Any]:
-        """The figures of a row, or the reason for which they are refused."""
-        failed = next((run["failed"] for run in runs if "failed" in run), None)
-        if failed is not None:
-            return {"status": "refused", "reason": f"it failed: {failed}"}
-        reference = replace(point, library=reference_of(point.method, point.library))
-        expected = runs[0] if reference == point else rows.get(reference)
-        found = {"trainable": runs[0]["trainable"], "losses": runs[0]["losses"]}
-        if expected is None or not expected.get("losses"):
-            reason = f"its reference, {reference.provider}, was not measured"
-            return {**found, "status": "refused", "reason": reason}
-        reason = verdict.refusal(
-            runs,
-            expected["losses"],
-            expected["trainable"],
-            self.best_spin,
-            verdict.ROUNDED_TOLERANCE if runs[0]["is_rounded"] else verdict.LOSS_TOLERANCE,
-        )
-        if reason is not None:
-            return {**found, "status": "refused", "reason": reason}
-        return {**found, "status": "ok", "reason": None, **figures(point, runs)}
-
-    def _run(self, point: Point, base: Path) -> dict[str, Any]:
-        """One run of a point; it is repeated if the machine was busy."""
-        run: dict[str, Any] = {}
-        for _ in range(1 + self.arguments.retries):
-            before, watch = quiet.spin(), quiet.Watch()
-            try:
-                run = self._child([self._python(point), *self._command(point, base)])
-            except RuntimeError as error:
-                return {"failed": str(error)}
-            others = watch.others()
-            run |= {"spins": [before, quiet.spin()], "others": others}
-            self.best_spin = min(self.best_spin, *run["spins"])
-            if verdict.not_quiet(run["spins"], others, self.best_spin) is None:
-                break
-            time.sleep(1)
-        return run
-
-    def _command(self, point: Point, base: Path) -> list[str]:
-        names = "method library batch length rank adapters checkpointing".split()
-        options = {name: getattr(point, name) for name in names}
-        options |= {"warm": self.arguments.warm, "steps": self.arguments.steps}
-        return [str(HERE / "suite_row.py"), json.dumps({"folder": str(base), **options})]
-
-    def _python(self, point: Point) -> str:
-        return self.interpreters.get(point.library, sys.executable)
-
-    def _child(self, command: list[str]) -> dict[str, Any]:
-        """The JSON document that a process prints as its last line; raises ``RuntimeError`` with its last words if it fails."""
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=self.variables, check=False
-        )
-        if done.returncode != 0:
-            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise RuntimeError(said[-1][:300])
-        return json.loads(done.stdout.splitlines()[-1])
-
-
-_MEASURED = (
-    *("step_seconds", "step_spread", "tokens_per_second", "peak_bytes", "allocator_bytes"),
-    *("trainable", "losses"),
-)
-
-
-def figures(point: Point, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median and range of all timed steps, tokens per second, and the highest peaks."""
-    seconds = [second for run in runs for second in run["seconds"]]
-    median = statistics.median(seconds)
-    allocated = [run["allocator_bytes"] for run in runs if run["allocator_bytes"] is not None]
-    return {
-        "step_seconds": median,
-        "step_spread": [min(seconds), max(seconds)],
-        "tokens_per_second": point.batch * point.length / median,
-        "peak_bytes": max(run["peak_bytes"] for run in runs),
-        "allocator_bytes": max(allocated, default=None),
-    }
-
-
-def absence(library: str, python: str) -> str | None:
-    """Why a library cannot be measured, as a sentence, or ``None`` if it can."""
-    import torch
-
-    module = libraries.MODULES.get(library)
-    if module is None:
-        return None
-    if not _installed(module, python):
-        return f"{module} is not installed"
-    if library == "Liger" and not torch.cuda.is_available():
-        return "Liger's kernels run on GPUs only"
-    return None
-
-
-def _installed(module: str, python: str) -> bool:
-    if python == sys.executable:
-        return find_spec(module) is not None
-    test = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-    return subprocess.run([python, "-c", test], check=False).returncode == 0
-
-
-def _interpreter(text: str) -> tuple[str, str]:
-    library, _, path = text.partition("=")
-    if library not in libraries.MODULES or not path:
-        raise SystemExit(
-            f"--python {text}: write LIBRARY=PATH with one of {', '.join(libraries.MODULES)}"
-        )
-    return library, path
-
-
-def base_folder(case: str, folder: Path) -> Path:
-    """The folder with a case's base model, written when it is first needed, so that every library loads the same weights."""
-    found = folder / case
-    if not found.exists():
-        CASES[case].build().save_pretrained(found)
-    return found
-
-
-def main() -> None:
-    """Print the environment as JSON; a process of its own sees the limits of ``--isa``."""
-    print(json.dumps(records.environment()))
-
-
-if __name__ == "__main__":
-    main()
+        results_page.write(rows, arguments.html)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import instructions
 import torch
 from libraries import Sizes, build
+from stepping import allocated_peak, token_ids, train
 from torch import Tensor
-
-LEARNING_RATE = 1e-4
 
 
 def main() -> None:
@@ -40,46 +39,49 @@ def run(
     Returns:
         ``losses`` of every step; ``seconds`` of the timed steps; ``trainable``: number of trained parameters; ``without_gradient`` and
         ``leaking``: names of parameters whose gradient in the first step is not as it must be; ``peak_bytes``: how far the
-        process's memory rose above that of the loaded model; ``allocator_bytes``: the same of the GPU's allocator, or ``None``;
-        ``is_rounded``: whether the weights have 16 bits.
+        process's memory rose above that of the loaded model; ``allocator_bytes``: the same of torch's allocator, on the CPU in two
+        more steps; ``is_rounded``: whether the weights have 16 bits; ``instructions``: what ran on the CPU.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    sizes = Sizes(method, rank, adapters, checkpointing, dtype, device)
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    sizes = Sizes(method, rank, adapters, checkpointing, dtype, "cuda" if on_gpu else "cpu")
     torch.manual_seed(0)
     model, trained, _ = build(library, Path(folder), sizes)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    loaded = _reset_peak()
-    losses, seconds, wrong = [], [], {}
-    for step in range(warm + steps):
-        ids = token_ids(vocabulary, batch, length, step).to(device)
-        start = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+    loaded = torch.cuda.memory_allocated() if on_gpu else 0
+    wrong: dict[str, list[str]] = {}
+
+    def batch_of(step: int) -> dict[str, Tensor]:
+        ids = token_ids(vocabulary, batch, length, step).to(sizes.device)
+        return {"input_ids": ids, "labels": ids}
+
+    def look(step: int) -> None:
         if step == 0:
-            wrong = gradients(model, trained)
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - start)
-    peak = _peak()
+            wrong.update(gradients(model, trained))
+
+    found = train(model, batch_of, warm + steps, look)
+    is_own = library in ("peftkit", "plain torch")
     return {
-        "losses": losses,
-        "seconds": seconds[warm:],
+        "losses": found.losses,
+        "seconds": found.seconds[warm:],
         **wrong,
-        "is_rounded": dtype is torch.bfloat16,
-        "trainable": sum(p.numel() for p in parameters),
-        "peak_bytes": peak[0] - loaded[0],
-        "allocator_bytes": None if peak[1] is None else peak[1] - loaded[1],
+        "is_rounded": on_gpu,
+        "trainable": found.trainable,
+        "peak_bytes": found.peak_bytes,
+        "allocator_bytes": torch.cuda.max_memory_allocated() - loaded
+        if on_gpu
+        else _allocated(model, batch_of, is_own),
+        "instructions": instructions.in_use(is_own, "compiled" in library) if not on_gpu else {},
     }
 
 
-def token_ids(vocabulary: int, batch: int, length: int, step: int) -> Tensor:
-    """``Int64[batch, length]``: the tokens of one step, the same for every library."""
-    generator = torch.Generator().manual_seed(step)
-    return torch.randint(0, vocabulary, (batch, length), generator=generator)
+def _allocated(model: Any, batch_of: Any, is_own: bool) -> int:
+    """How far torch's allocations on the CPU rise in two steps with a new optimiser."""
+    if is_own:
+        from peftkit_kernels.core import workspace
+
+        workspace.release()
+    return allocated_peak(lambda: train(model, batch_of, 2))
 
 
 def gradients(model: Any, trained: set[str]) -> dict[str, list[str]]:
@@ -93,29 +95,6 @@ def gradients(model: Any, trained: set[str]) -> dict[str, list[str]]:
         "without_gradient": sorted(trained - reached),
         "leaking": sorted(reached - trained),
     }
-
-
-def _reset_peak() -> tuple[int, Any]:
-    """Forget the peaks of the process and of the allocator; returns the bytes in use."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    return _peak()
-
-
-def _peak() -> tuple[int, Any]:
-    """The peaks of the process's resident memory and of the GPU's allocator, in bytes."""
-    import resource
-
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = Path("/proc/self/status")
-    if status.exists():  # this peak can be reset
-        lines = status.read_text().splitlines()
-        kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    allocated = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return kib * 1024, allocated
 
 
 if __name__ == "__main__":

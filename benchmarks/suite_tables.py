@@ -24,15 +24,16 @@ def _table(rows: list[dict[str, Any]]) -> str:
     speeds = {
         (row["method"], row["library"]): row["step_seconds"] for row in rows if row["step_seconds"]
     }
-    return "\n".join(
-        [
-            _heading(rows[0]),
-            "",
-            "| method | library | step (s) | range (s) | / reference | tokens/s | peak growth (MiB) | trained parameters |",
-            "|---|---|---|---|---|---|---|---|",
-            *(_line(row, speeds) for row in rows),
-        ]
-    )
+    head = [
+        *("method", "library", "step (s)", "range (s)", "/ reference", "tokens/s"),
+        *("peak growth (MiB)", "of it torch's (MiB)", "trained parameters"),
+    ]
+    targets = [row.get("target") for row in rows if row.get("target")]
+    if targets:
+        loss = next(row["target_loss"] for row in rows if row.get("target"))
+        head.append(f"to a held-out loss of {loss:g} (s)")
+    lines = [head, ["---"] * len(head), *(_cells(row, speeds, len(head)) for row in rows)]
+    return "\n".join([_heading(rows[0]), "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def _heading(row: dict[str, Any]) -> str:
@@ -45,15 +46,33 @@ def _heading(row: dict[str, Any]) -> str:
     )
 
 
-def _line(row: dict[str, Any], speeds: dict[tuple[str, str], float]) -> str:
-    name = f"| {row['method']} | {row['library']} |"
+def _cells(row: dict[str, Any], speeds: dict[tuple[str, str], float], count: int) -> list[str]:
+    name = [row["method"], row["library"]]
     if row["status"] != "ok":
-        return f"{name} {row['status']}: {row['reason']} | | | | | |"
-    low, high = row["step_spread"]
-    reference = speeds.get((row["method"], reference_of(row["method"], row["library"])))
-    ratio = f"{row['step_seconds'] / reference:.2f}" if reference else ""
-    memory = row["allocator_bytes"] or row["peak_bytes"]
-    return (
-        f"{name} {row['step_seconds']:.3g} | {low:.3g}..{high:.3g} | {ratio} | {row['tokens_per_second']:.0f} | "
-        f"{memory / 2**20:.0f} | {row['trainable']:,} |"
-    )
+        cells = [*name, f"{row['status']}: {row['reason']}"]
+    else:
+        low, high = row["step_spread"]
+        reference = speeds.get((row["method"], reference_of(row["method"], row["library"])))
+        cells = [
+            *name,
+            f"{row['step_seconds']:.3g}",
+            f"{low:.3g}..{high:.3g}",
+            f"{row['step_seconds'] / reference:.2f}" if reference else "",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['allocator_bytes'] / 2**20:.0f}",
+            f"{row['trainable']:,}",
+        ]
+        if row.get("target"):
+            cells.append(to_target(row["target"]))
+    return cells + [""] * (count - len(cells))
+
+
+def to_target(target: dict[str, Any]) -> str:
+    """How long a point trained until its target, in words."""
+    if "failed" in target:
+        return f"failed: {target['failed']}"
+    steps = f"{target['steps']} steps"
+    if target["reached"]:
+        return f"{target['seconds']:.3g}, {steps}"
+    return f"not reached: {target['held_out'][-1][1]:.4g} after {steps}"

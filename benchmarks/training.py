@@ -13,12 +13,12 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import stepping
 import torch
 from cases import CASES, PROVIDERS, Case
-from torch import Tensor, nn
+from torch import nn
 
 
 def main() -> None:
@@ -40,37 +40,18 @@ def train(case: Case, provider: str, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = PROVIDERS[provider](model)
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
     vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
-    loaded_bytes = reset_peak()
-    seconds, losses = [], []
-    for step in range(steps + 1):
-        batch = case.batch(vocab_size, step)
-        start = time.perf_counter()
-        losses.append(train_step(model, optimizer, batch))
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[1:])
+    found = stepping.train(model, lambda step: case.batch(vocab_size, step), steps + 1)
+    median = statistics.median(found.seconds[1:])
     return {
-        "losses": losses,
+        "losses": found.losses,
         "step_seconds": median,
-        "best_seconds": min(seconds[1:]),
-        "first_seconds": seconds[0],
+        "best_seconds": min(found.seconds[1:]),
+        "first_seconds": found.seconds[0],
         "tokens_per_second": case.batch_size * case.sequence_length / median,
-        "peak_bytes": peak_bytes() - loaded_bytes,
-        "trainable": sum(p.numel() for p in trained),
+        "peak_bytes": found.peak_bytes,
+        "trainable": found.trainable,
     }
-
-
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
-) -> float:
-    """Run one step and return its loss as a number, so that the graph is freed afterwards, as in Trainer."""
-    loss = model(**batch).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
 
 
 def floor(case: Case, _provider: str, steps: int) -> dict[str, Any]:
@@ -97,19 +78,6 @@ def floor(case: Case, _provider: str, steps: int) -> dict[str, Any]:
                 backward(dy, weight)
             seconds[name].append(time.perf_counter() - start)
     return {f"{name}_seconds": statistics.median(values[1:]) for name, values in seconds.items()}
-
-
-def reset_peak() -> int:
-    """Reset this process's peak of resident memory, so that loading does not count; returns the memory in use now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """The peak of this process's resident memory since ``reset_peak``."""
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

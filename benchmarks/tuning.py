@@ -3,7 +3,7 @@
     python benchmarks/run.py tuning
     python benchmarks/tuning.py --tune nf4 --base DIR    # one run; prints a JSON document
 
-The text is that of ``pydoc_data``, which Python ships; every fifth topic is held out. ``DIR`` is the model's folder.
+The text is that of ``texts.py``. ``DIR`` is the model's folder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from learning import model_folder
 from report import environment, load, machine, run_script, save
+from texts import text_blocks
 from torch import Tensor
 
 HELP = "loss on quantised bases after tuning, and what merges keep of it"
@@ -140,7 +141,10 @@ def tune(name: str, folder: Path, steps: int) -> dict[str, Any]:
     from peftkit import load_base, wrap
 
     base, options, merges = TUNES[name]
-    blocks, held_out = text_blocks(AutoTokenizer.from_pretrained(folder))
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    blocks, held_out = text_blocks(
+        lambda text: [*tokenizer(text)["input_ids"], tokenizer.eos_token_id], LENGTH
+    )
     torch.manual_seed(0)
     model = wrap(load_base(folder, base, dtype=torch.float32), **options)
     before = held_out_loss(model, held_out)
@@ -160,21 +164,6 @@ def tune(name: str, folder: Path, steps: int) -> dict[str, Any]:
             for i, merge in enumerate(merges)
         ]
     return result
-
-
-def text_blocks(tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Token ids of the language reference in blocks of ``LENGTH``: those for training in a fixed random order, and the held-out ones."""
-    from pydoc_data.topics import topics
-
-    parts: tuple[list[int], list[int]] = ([], [])
-    for i, name in enumerate(sorted(topics)):
-        ids = tokenizer(topics[name])["input_ids"]
-        parts[i % 5 == 4].extend([*ids, tokenizer.eos_token_id])
-    blocks, held_out = (
-        torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH) for ids in parts
-    )
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
-    return blocks[order], held_out
 
 
 def train(model: Any, blocks: Tensor, steps: int) -> tuple[list[float], list[float]]:

@@ -54,6 +54,41 @@ def test_a_bad_run_is_refused_with_its_reason(verdict, changes, reason):
     assert reason in _refusal(verdict, **changes)
 
 
+def test_a_busy_machine_is_named_before_a_warm_up(verdict):
+    found = _refusal(verdict, others=0.7, seconds=[0.4, 0.3, 0.2, 0.1])
+    assert "other processes kept 0.70 cores busy" in found
+
+
+def test_the_last_words_of_a_process_are_its_exception(verdict):
+    error = "Traceback\n  File x\ntorch.OutOfMemoryError: no room\n\nSet TORCH_LOGS for more\n"
+    assert verdict.last_words(error, 1) == "torch.OutOfMemoryError: no room"
+    assert verdict.last_words("Killed\n", 137) == "Killed"
+    assert verdict.last_words("", 137) == "exit status 137"
+
+
+def test_the_variation_of_the_work_is_reported_with_what_follows(verdict, monkeypatch):
+    quiet = load_script("quiet")
+    times = iter([0.06, 0.05, *[0.052] * 17, 0.2])
+    monkeypatch.setattr(quiet, "spin", lambda: next(times))
+    found = quiet.calibrate(20)
+    assert (found.best, found.count) == (0.05, 20)
+    assert found.spread == pytest.approx(1.2)
+    assert "95 % took at most 1.200 x as long" in str(found)
+    assert "The machine is not quiet" in verdict.of_calibration(found.spread)
+    assert "not quiet" not in verdict.of_calibration(1.03)
+
+
+def test_a_run_waits_until_the_machine_is_quiet(monkeypatch):
+    quiet = load_script("quiet")
+    times, slept = iter([0.2, 0.1, 0.05]), []
+    monkeypatch.setattr(quiet, "spin", lambda: next(times))
+    monkeypatch.setattr(quiet.time, "sleep", slept.append)
+    assert quiet.wait(0.06, 60) == 0.05
+    assert len(slept) == 2
+    monkeypatch.setattr(quiet, "spin", lambda: 0.2)
+    assert quiet.wait(0.06, 0) == 0.2
+
+
 def test_a_process_that_computes_makes_the_machine_busy(verdict):
     quiet = load_script("quiet")
     if quiet.Watch().others() is None:

@@ -2,18 +2,22 @@
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
 import models
 import pytest
 import torch
-from benchmark_scripts import load_script
+from benchmark_scripts import FOLDER, load_script
 
 SETTINGS = {
     "device": "Chip (family 1, model 2)",
     "processor": "Chip",
     "isa": "AVX2",
+    "gpu": None,
+    "instructions": {"torch": "AVX2"},
     "products": "MKL",
     "threads": 1,
     "versions": {"torch": "2"},
@@ -27,49 +31,67 @@ RUN = {
     "without_gradient": [],
     "leaking": [],
     "peak_bytes": 2**20,
-    "allocator_bytes": None,
+    "allocator_bytes": 2**19,
     "is_rounded": False,
+    "instructions": {"torch": "AVX2", "oneDNN": "Intel AVX2"},
+}
+TARGET = {
+    "reached": True,
+    "steps": 20,
+    "seconds": 2.5,
+    "held_out": [[0, 4.0], [20, 2.9]],
+    "learning_rate": 1e-3,
 }
 
 
 @pytest.fixture
 def suite(monkeypatch):
-    """benchmarks/suite.py on a quiet machine."""
-    script = load_script("suite")
+    """benchmarks/suite_runner.py on a quiet machine."""
+    script = load_script("suite_runner")
     monkeypatch.setattr(script.quiet, "spin", lambda: 0.05)
     monkeypatch.setattr(script.quiet.Watch, "others", lambda self: 0.0)
     monkeypatch.setattr(script, "base_folder", lambda case, folder: folder)
-    monkeypatch.setattr(script.time, "sleep", lambda seconds: None)
     return script
 
 
+@pytest.fixture(scope="module")
+def commands():
+    """benchmarks/suite.py."""
+    return load_script("suite")
+
+
 @pytest.fixture
-def measure(suite, monkeypatch, tmp_path):
+def measure(suite, commands, monkeypatch, tmp_path):
     """Measure points with runs by provider; ``measure.ran`` has the providers in the order of their runs."""
 
     def run(points, runs=(), *options, environment=SETTINGS):
         def child(self, command):
-            if "suite.py" in command[-1]:
+            if "records.py" in command[-1]:
                 return environment
+            if command[1] == "-c":
+                return {"adapters": "1"}
             asked = json.loads(command[-1])
+            if "target" in asked:
+                run.trained.append(asked)
+                return TARGET
             name = f"{asked['library']} {asked['method']}"
             run.ran.append(name)
             return RUN | dict(runs).get(name, {})
 
         monkeypatch.setattr(suite.Suite, "_child", child)
         parser = argparse.ArgumentParser()
-        suite._add_run_options(parser)
-        out = ["--out", str(tmp_path / "rows.jsonl"), "--rounds", "2"]
-        run.ran = []
+        commands.add_run_options(parser)
+        out = ["--out", str(tmp_path / "rows.jsonl"), "--rounds", "2", "--wait", "0"]
+        run.ran, run.trained = [], []
         return suite.Suite("methods", parser.parse_args([*out, *options])).measure(points)
 
     return run
 
 
 @pytest.fixture
-def points(suite):
+def points(commands):
     """LoRA in PEFT and peftkit."""
-    return suite.of_methods(suite.SMOKE_BASE, ["lora"], ["peftkit"])
+    return commands.of_methods(commands.SMOKE_BASE, ["lora"], ["peftkit"])
 
 
 def test_good_rows_have_their_figures_and_libraries_take_turns(measure, points):
@@ -110,7 +132,7 @@ def test_runs_on_a_busy_machine_are_repeated_and_then_refused(
 def test_a_failed_run_is_refused_with_the_last_words_of_its_process(suite, points, tmp_path):
     with pytest.raises(RuntimeError, match="ValueError: no such thing"):
         suite.Suite._child(
-            argparse.Namespace(variables={}),
+            argparse.Namespace(variables={}, arguments=argparse.Namespace(limit=60)),
             [sys.executable, "-c", "raise ValueError('no such thing')"],
         )
     row = suite.Suite._judged(None, points[0], [{"failed": "ValueError: no"}], {})
@@ -137,26 +159,130 @@ def test_resume_keeps_the_rows_of_this_commit_alone(measure, points):
         assert len(measure.ran) == 4
 
 
-def test_libraries_that_are_absent_say_so(measure, suite, monkeypatch):
+def test_libraries_that_are_absent_say_so(measure, suite, commands, monkeypatch):
     monkeypatch.setattr(suite, "find_spec", lambda module: None if module != "peft" else module)
-    points = suite.of_methods(suite.SMOKE_BASE, ["bottleneck", "full"], None)
+    points = commands.of_methods(commands.SMOKE_BASE, ["bottleneck", "full"], None)
     rows = {row["provider"]: row for row in measure(points)}
     assert rows["adapters bottleneck"]["reason"] == "adapters is not installed"
     assert rows["Unsloth full"]["status"] == "absent"
     assert rows["peftkit bottleneck"]["status"] == "ok"
-    monkeypatch.setattr(suite, "find_spec", lambda module: module)
-    if not torch.cuda.is_available():
-        assert "GPUs only" in suite.absence("Liger", sys.executable)
+    assert rows["Liger full"]["reason"] == "Liger's kernels run on GPUs only"
+    assert suite.absence("Liger", sys.executable, gpu=True) == "liger_kernel is not installed"
 
 
-def test_the_axes_change_one_size_at_a_time(suite):
-    found = suite.of_axes(suite.BASE, suite.AXES)
+def test_the_axes_change_one_size_at_a_time(commands):
+    found = commands.of_axes(commands.BASE, commands.AXES)
     for axis, point in found:
-        base = replace(suite.BASE, library=point.library)
+        base = replace(commands.BASE, library=point.library)
         assert replace(point, **{axis: getattr(base, axis)}) == base
     assert {p.length for _, p in found} >= {128, 8192}
     assert {p.rank for _, p in found} >= {4, 512}
     assert {p.adapters for _, p in found} >= {1, 64}
+
+
+def test_another_interpreter_has_versions_of_its_own(measure, commands, suite, monkeypatch):
+    monkeypatch.setattr(suite, "_installed", lambda module, python: module != "unsloth")
+    points = commands.of_methods(commands.SMOKE_BASE, ["bottleneck"], None)
+    options = ("--python", f"adapters={sys.executable}", "--resume")
+    _, own, other = measure(points, (), *options)
+    assert own["environment"]["versions"] == SETTINGS["versions"]
+    assert other["environment"]["versions"] == {"adapters": "1"}
+    assert len(measure.ran) == 3 * 2
+    measure(points, (), *options)
+    assert measure.ran == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--warm", "0"], "--warm 0: it must be 1 or more"),
+        (["--steps", "1"], "--steps 1: it must be 2 or more"),
+        (["--python", "adapters=/no/python"], "there is no interpreter /no/python"),
+        (["--python", "pandas=/x"], "write LIBRARY=PATH with one of PEFT"),
+        (["--gpu"], "torch sees no GPU"),
+    ],
+)
+def test_wrong_options_are_refused(measure, points, options, message):
+    with pytest.raises(SystemExit, match=message):
+        measure(points, (), *options)
+
+
+def test_instructions_beyond_the_limit_are_refused(measure, points):
+    newer = {"instructions": {"torch": "AVX2", "oneDNN": "Intel AVX-512 with Intel DL Boost"}}
+    stock, own = measure(points, {"peftkit lora": newer}, "--isa", "avx2")
+    assert stock["status"] == "ok"
+    assert own["reason"] == "oneDNN runs Intel AVX-512 with Intel DL Boost in spite of --isa avx2"
+    with pytest.raises(SystemExit, match="--isa avx2 has no effect: oneDNN runs Intel AVX-512"):
+        measure(points, (), "--isa", "avx2", environment=SETTINGS | newer)
+
+
+def test_each_limit_of_instructions_has_its_own_compiled_code():
+    variables = load_script("instructions").variables
+    native, limited = variables("native"), variables("avx2")
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert native[name] != limited[name]
+    assert limited["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert "ATEN_CPU_CAPABILITY" not in native
+
+
+def test_a_limit_is_seen_in_every_library():
+    limits = load_script("instructions")
+    code = f"import sys, json; sys.path.insert(0, {str(FOLDER)!r}); import instructions; print(json.dumps(instructions.in_use(native=True)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | limits.ISA["avx2"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {"torch", "oneDNN", "MKL", "peftkit"} >= found.keys() >= {"torch", "peftkit"}
+    assert limits.too_new(found, "avx2") is None
+    if torch.cpu._is_avx512_supported():
+        here = limits.in_use(native=True)
+        assert limits.too_new({"torch": here["torch"]}, "avx2") is not None
+        assert limits.too_new({"oneDNN": here["oneDNN"]}, "avx2") is not None
+        assert limits.too_new({"peftkit": here["peftkit"]}, "avx2") is not None
+
+
+def test_the_time_to_a_target_is_in_row_and_table(measure, points):
+    tables = load_script("suite_tables")
+    rows = measure(points, {"peftkit lora": {"losses": [9.0, 1.0]}}, "--target", "3")
+    assert [asked["library"] for asked in measure.trained] == ["PEFT"]  # the other row is refused
+    assert rows[0]["target"] == TARGET
+    assert rows[1]["target"] is None
+    text = tables.tables(rows)
+    assert "| to a held-out loss of 3 (s) |" in text
+    assert "| 8 | 2.5, 20 steps |" in text
+    late = {**TARGET, "reached": False}
+    assert tables.to_target(late) == "not reached: 2.9 after 20 steps"
+
+
+def test_methods_are_named_with_commas(commands):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    commands.Methods.add_options(parser)
+    found = parser.parse_args(["--methods", "lora,full", "--method", "dora"])
+    assert found.methods == ["lora", "full", "dora"]
+    with pytest.raises(argparse.ArgumentError, match="'lara' is none of full, partial, lora"):
+        parser.parse_args(["--methods", "lara"])
+
+
+def test_a_model_of_a_folder_is_measured_as_it_is(commands, base, tmp_path):
+    parser = argparse.ArgumentParser()
+    commands.Methods.add_options(parser)
+    point = commands._base(parser.parse_args(["--model", str(base), "--length", "8"]))
+    assert (point.case, point.batch, point.length) == (str(base), 2, 8)
+    bases = load_script("suite_bases")
+    assert bases.base_folder(point.case, tmp_path) == base
+    with pytest.raises(SystemExit, match=r"--model .*; name a folder or a model of the hub"):
+        bases.check_model(str(tmp_path))
+
+
+def test_a_case_is_written_for_older_transformers_too(tmp_path):
+    folder = load_script("suite_bases").base_folder("tiny", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_rows_of_a_file_that_was_cut_off_name_the_line(suite, tmp_path):
@@ -166,18 +292,17 @@ def test_rows_of_a_file_that_was_cut_off_name_the_line(suite, tmp_path):
         suite.records.read(path)
 
 
-def test_tables_show_speeds_and_reasons(measure, suite, points):
-    text = suite.suite_tables.tables(
-        measure(points, {"peftkit lora": {"seconds": [0.05, 0.05, 0.05]}})
-    )
+def test_tables_show_speeds_and_reasons(measure, points):
+    tables = load_script("suite_tables").tables
+    text = tables(measure(points, {"peftkit lora": {"seconds": [0.05, 0.05, 0.05]}}))
     assert "Chip (family 1, model 2), 1 threads, AVX2, products by MKL; commit abc1234" in text
-    assert "| lora | peftkit | 0.05 | 0.05..0.05 | 0.50 | 640 | 1 | 8 |" in text
-    text = suite.suite_tables.tables(measure(points, {"peftkit lora": {"leaking": ["w"]}}))
+    assert "| lora | peftkit | 0.05 | 0.05..0.05 | 0.50 | 640 | 1 | 0 | 8 |" in text
+    text = tables(measure(points, {"peftkit lora": {"leaking": ["w"]}}))
     assert "| lora | peftkit | refused: w gets a gradient, although it is frozen |" in text
 
 
-def test_plots_have_the_measured_points(measure, suite, tmp_path):
-    plots = load_script("scaling_plots")
+def test_plots_have_the_measured_points(measure, commands, tmp_path):
+    plots, suite = load_script("scaling_plots"), commands
     axes = {"rank": (2, 4)}
     rows = measure([point for _, point in suite.of_axes(suite.SMOKE_BASE, axes)])
     lines = plots.series(rows, "rank", (2, 4), suite.SMOKE_BASE, "step_seconds")
@@ -200,6 +325,7 @@ def test_a_row_of_a_smoke_run_is_not_shown(suite, measure, points, monkeypatch, 
     measure(points)
     assert len(suite.records.stored()) == 2
     measure(points, (), "--smoke")
+    assert measure.ran == ["PEFT lora", "peftkit lora"]
     assert len(suite.records.stored()) == 2
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
 
@@ -267,3 +393,16 @@ def test_a_frozen_adapter_and_a_wrong_kernel_are_seen(base, monkeypatch):
     found = row.run(str(base), "lora", "peftkit", **sizes, warm=1, steps=2)
     wrong = verdict.wrong_losses(found["losses"], expected["losses"], verdict.LOSS_TOLERANCE)
     assert "the reference has" in wrong
+
+
+def test_a_point_trains_to_a_target(base):
+    script = load_script("suite_target")
+    sizes = {"batch": 2, "length": 16, "rank": 4, "adapters": 1, "checkpointing": False}
+    first = script.run(str(base), "full", "transformers", **sizes, target=0.0, most=20)
+    assert not first["reached"]
+    assert [step for step, _ in first["held_out"]] == [0, 10, 20]
+    start, middle, end = (loss for _, loss in first["held_out"])
+    assert start > middle > end
+    again = script.run(str(base), "full", "transformers", **sizes, target=middle, most=20)
+    assert (again["reached"], again["steps"]) == (True, 10)
+    assert again["seconds"] > 0

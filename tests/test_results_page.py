@@ -99,6 +99,22 @@ def test_lora_or_full_is_one_picture_with_time_and_memory(scripts, folder):
     assert [bar.text for bar in memory.bars] == ["1.00 GiB", "3.00 GiB", "1.00 GiB"]
 
 
+def test_the_page_says_first_whether_lora_or_full(scripts, folder):
+    page, read = scripts
+    text = page.text(read(folder))
+    said = "LoRA with peftkit takes 0.25 x the time and 1.00 x the memory of full fine-tuning: 1.00 s against 4.00 s a step."
+    assert said in text
+    assert text.index(said) < text.index("<svg") < text.index("measured steps")
+    assert "takes" not in page.text([ROWS[0], ROWS[1]])
+
+
+def test_a_page_of_some_rows_has_their_target(scripts, tmp_path):
+    page, _ = scripts
+    target = {"reached": True, "steps": 20, "seconds": 2.5, "held_out": [[20, 2.9]]}
+    page.write([row("peftkit lora", 1.0, target=target, target_loss=3.0)], tmp_path / "page.html")
+    assert "2.5, 20 steps (loss 3)" in (tmp_path / "page.html").read_text()
+
+
 def test_time_by_length_is_a_curve(scripts, folder):
     page, read = scripts
     (chart,) = page.scalings(read(folder)).values()

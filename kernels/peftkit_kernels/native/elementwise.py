@@ -200,8 +200,13 @@ def int8_epilogue(
 @functools.cache
 def has_int8_products() -> bool:
     """Whether ``int8_linear`` uses this processor's vector registers (x86 with AVX2), not plain C."""
+    return register_bytes() > 0
+
+
+def register_bytes() -> int:
+    """The bytes of the vector registers that the loaded code uses: 64 with AVX-512, 32 with AVX2, 0 without either."""
     library = loaded()
-    return library is not None and library.pk_int8_register_bytes() > 0
+    return 0 if library is None else library.pk_int8_register_bytes()
 
 
 def int8_linear(
