@@ -38,7 +38,7 @@ class KeepMetrics(TrainerCallback):
         shown = {
             name: value
             for name, value in (logs or {}).items()
-            if name in ("loss", "learning_rate", "grad_norm")
+            if name in ("loss", "label_loss", "teacher_loss", "learning_rate", "grad_norm")
             or (name.startswith("eval_") and not name.endswith(("runtime", "_per_second")))
         }
         if shown:

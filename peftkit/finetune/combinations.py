@@ -28,6 +28,7 @@ def check_combinations(recipe: Recipe) -> None:
     _check_columns(recipe, task)
     _check_places(recipe)
     _check_start(recipe, strategy)
+    _check_distill(recipe, task)
     strategy.check(recipe.strategy.options, recipe)
 
 
@@ -167,3 +168,22 @@ def _check_start(recipe: Recipe, strategy: type) -> None:
     from peftkit.finetune.start import require_startable
 
     require_startable(recipe.strategy, f"adapter={short(recipe.adapter)}")
+
+
+def _check_distill(recipe: Recipe, task: type) -> None:
+    distill = recipe.distill
+    if distill is None:
+        return
+    if task.distils is None:  # type: ignore[attr-defined]
+        from peftkit.finetune.tasks import TASKS, require_task
+
+        known = [name for name in TASKS if require_task(name).distils is not None]
+        raise ContractError(
+            f"distill.teacher={short(distill.teacher)}: the task {recipe.task.name} takes no teacher; remove distill, or use one of "
+            f"{', '.join(known)}"
+        )
+    if distill.teacher == recipe.model and recipe.weights == "pretrained" and not recipe.adapter:
+        raise ContractError(
+            f"distill.teacher={short(distill.teacher)} is the model that is trained, so it would teach what the model does already; name a "
+            "larger model, or a run"
+        )

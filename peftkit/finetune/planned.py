@@ -35,6 +35,12 @@ def plan_of_run(
         return None, f"training.optimizer={recipe.training.optimizer} cannot be planned"
     if task.has_own_loss or type(trainer) is not RecipeTrainer:
         return None, f"the loss of the task {recipe.task.name} cannot be planned"
+    if trainer.distillation is not None:
+        size = trainer.distillation.teacher.size_bytes() / 2**20
+        return (
+            None,
+            f"a step with a teacher cannot be planned (its weights alone are {size:.1f} MiB)",
+        )
     if trainer.args.bf16:
         return None, "mixed precision cannot be planned"
     rows = _longest(train.dataset, recipe.training.batch_size)

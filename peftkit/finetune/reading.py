@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from peftkit.errors import ContractError, count, short
 from peftkit.finetune.combinations import check_combinations
-from peftkit.finetune.recipe import Choice, DataRecipe, Recipe, TrainingRecipe
+from peftkit.finetune.recipe import Choice, DataRecipe, DistillRecipe, Recipe, TrainingRecipe
 from peftkit.finetune.schema import build, nearest, unknown_key
 from peftkit.finetune.stages.recipe import StagedRecipe, build_stages
 
@@ -22,11 +22,12 @@ KEYS = (
     "strategy",
     "data",
     "training",
+    "distill",
     "stages",
     "out",
     "resume",
 )
-_SECTIONS = ("task", "strategy", "data", "training", "stages")
+_SECTIONS = ("task", "strategy", "data", "training", "distill", "stages")
 
 
 def read_recipe(
@@ -91,6 +92,7 @@ def _build(values: Mapping[str, Any]) -> Recipe:
         adapter=_text("adapter", values, "the folder of an adapter")
         if values.get("adapter")
         else None,
+        distill=_distill(values.get("distill")),
     )
     check_combinations(recipe)
     return recipe
@@ -134,6 +136,15 @@ def _bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ContractError(f"{name}={short(value)} must be true or false")
     return value
+
+
+def _distill(value: Any) -> DistillRecipe | None:
+    """The section ``distill``; ``false`` and ``null`` mean none."""
+    if value is None or value is False:
+        return None
+    found = build(DistillRecipe, value, "distill")
+    _require_kind("distill.base", found.base)
+    return found
 
 
 def _weights(value: Any) -> str:

@@ -119,6 +119,23 @@ class TrainingRecipe:
 
 
 @dataclass
+class DistillRecipe:
+    """A teacher whose outputs the model learns besides the labels."""
+
+    teacher: str = key(help="Id on the Hub, folder of a model, or folder of a finished run")
+    loss: Literal["logits"] = key(
+        "logits", "What is compared: the distributions over tokens or classes"
+    )
+    weight: float = key(
+        0.5, "Share of the teacher in the loss; the labels have the rest", above=0, most=1
+    )
+    temperature: float | None = key(
+        None, "Both distributions are softened by this number. null: 2", above=0
+    )
+    base: str = key("auto", "How the teacher is stored, as base. nf4 takes the least memory")
+
+
+@dataclass
 class Choice:
     """The name of a task or strategy, and its options as an instance of the options' class."""
 
@@ -145,6 +162,7 @@ class Recipe:
         resume: Continue from the last whole checkpoint in ``out``.
         adapter: Folder of a trained adapter whose values the new one starts from.
         weights: ``"pretrained"``, or ``"random"`` to train the architecture of ``model`` from scratch.
+        distill: The teacher, or ``None``.
     """
 
     model: str
@@ -157,6 +175,7 @@ class Recipe:
     resume: bool = False
     adapter: str | None = None
     weights: str = "pretrained"
+    distill: DistillRecipe | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data, which ``read_recipe`` reads again. Data that was passed as an object is described."""
@@ -171,6 +190,7 @@ class Recipe:
             "strategy": self.strategy.to_dict(),
             "data": {"train": data.pop("train"), "eval": data.pop("eval"), **data},
             "training": dataclasses.asdict(self.training),
+            **({"distill": dataclasses.asdict(self.distill)} if self.distill else {}),
             "out": self.out,
         }
 

@@ -40,6 +40,7 @@ def write_report(
                 ("model", f"`{recipe.model}`"),
                 ("task", recipe.task.name),
                 ("strategy", _strategy(recipe)),
+                *_teacher(recipe),
                 ("trained numbers", f"{trained:,} of {total:,} ({trained / total:.2%})"),
                 ("steps", str(result.steps)),
                 (
@@ -151,6 +152,14 @@ def _strategy(recipe: Recipe) -> str:
     return f"{recipe.strategy.name} {changed(recipe.strategy.options) or ''}".strip()
 
 
+def _teacher(recipe: Recipe) -> list[tuple[str, str]]:
+    """The row of the table for the teacher, if there is one."""
+    if recipe.distill is None:
+        return []
+    options = {n: v for n, v in changed(recipe.distill).items() if n != "teacher"}
+    return [("teacher", f"`{recipe.distill.teacher}` {options or ''}".strip())]
+
+
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
     """The lines of a table in Markdown."""
     return [
@@ -176,7 +185,7 @@ def _curves(history: list[dict[str, Any]]) -> list[str]:
     names = [
         name
         for name in dict.fromkeys(name for entry in steps for name in entry)
-        if name in ("loss", "grad_norm", "learning_rate")
+        if name in ("loss", "label_loss", "teacher_loss", "grad_norm", "learning_rate")
         or (name.startswith("eval_") and not name.endswith(("runtime", "per_second")))
     ]
     if not steps:

@@ -22,6 +22,7 @@ def key(
     help: str = "",
     *,
     least: float | None = None,
+    most: float | None = None,
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
@@ -31,10 +32,11 @@ def key(
         default: Value of a recipe without the key. Without a default the key is required. A list or dict is copied.
         help: One line for the recipe that ``peftkit train --init`` writes, and for errors.
         least: Smallest number that is allowed.
+        most: Largest number that is allowed.
         above: The number must be larger.
         below: The number must be smaller.
     """
-    metadata = {"help": help, "least": least, "above": above, "below": below}
+    metadata = {"help": help, "least": least, "most": most, "above": above, "below": below}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -206,16 +208,19 @@ def _float(value: Any) -> Any:
 
 
 def _check_limits(value: float, name: str, limits: Mapping[str, Any]) -> None:
-    least, above, below = (limits.get(limit) for limit in ("least", "above", "below"))
+    least, most, above, below = (limits.get(limit) for limit in ("least", "most", "above", "below"))
     wanted = []
     if least is not None:
         wanted.append(f"at least {least:g}")
+    if most is not None:
+        wanted.append(f"at most {most:g}")
     if above is not None:
         wanted.append(f"above {above:g}")
     if below is not None:
         wanted.append(f"below {below:g}")
     fits = (
         (least is None or value >= least)
+        and (most is None or value <= most)
         and (above is None or value > above)
         and (below is None or value < below)
     )

@@ -55,7 +55,7 @@ def make_task(recipe: Recipe, labels: list[str] | None = None) -> Task:
     if labels is None:
         labels = find_labels(recipe, task_class)
     seq_len = recipe.training.seq_len or task_class.seq_len
-    config = _config(recipe)
+    config = config_of(recipe)
     if recipe.training.seq_len is None:
         longest = getattr(tokenizer, "model_max_length", None)
         seq_len = min(seq_len, longest) if isinstance(longest, int) and longest > 1 else seq_len
@@ -67,7 +67,7 @@ def make_task(recipe: Recipe, labels: list[str] | None = None) -> Task:
     return task_class(setting)
 
 
-def _config(recipe: Recipe) -> Any:
+def config_of(recipe: Recipe) -> Any:
     """The config of the model, before its weights are loaded."""
     from transformers import AutoConfig
 
@@ -123,7 +123,7 @@ def prepare_model(
             f"training.seq_len={task.setting.seq_len}, but {type(model).__name__} has positions for {longest} tokens; use at most that "
             "many"
         )
-    _require_vocabulary(model, task, train)
+    require_vocabulary(model, task, train)
     task.setting.config = model.config
     rows = list(train.dataset.select(range(min(recipe.training.batch_size, len(train.dataset)))))
     setting = AdapterSetting(task.task_type, tuple(task.outside_loss(model, rows)))
@@ -146,7 +146,7 @@ def prepare_model(
     return model, stages, notes
 
 
-def _require_vocabulary(model: Any, task: Task, train: Part) -> None:
+def require_vocabulary(model: Any, task: Task, train: Part) -> None:
     """Raise if a training row or the padding has a token id that the embeddings do not have."""
     columns = [name for name in TOKEN_COLUMNS if name in train.dataset.column_names]
     if not columns:

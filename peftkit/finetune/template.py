@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
-from peftkit.finetune.recipe import DataRecipe, TrainingRecipe
+from peftkit.finetune.recipe import DataRecipe, DistillRecipe, TrainingRecipe
 from peftkit.finetune.strategies import strategy_names
 from peftkit.finetune.strategies.registry import STRATEGIES
 from peftkit.finetune.tasks import require_task
@@ -72,6 +72,15 @@ def template(task_name: str) -> str:
     lines += ["", "training:"]
     hidden = ("seq_len",) if folders else ()
     lines += _keys(TrainingRecipe, values, [n for n in _WRITTEN["training"] if n not in hidden])
+    if task.distils is not None:
+        lines += [
+            "",
+            "# A larger model to learn from, besides the labels (docs/compression.md)",
+            "# distill:",
+        ]
+        lines += [
+            f"# {line}" for line in _keys(DistillRecipe, {"teacher": "runs/large"}, ("teacher",))
+        ]
     lines += ["", "# A new folder for the run", f"out: runs/{task.name}", ""]
     return "\n".join(lines)
 

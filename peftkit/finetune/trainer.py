@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -24,17 +24,25 @@ from peftkit.checks.reach import loss_of, undisturbed
 from peftkit.errors import ContractError, count, listing
 from peftkit.find.modules import storage_of
 from peftkit.find.statistics import hold_statistics, norms_with_statistics
+from peftkit.finetune.distillation.parts import LossParts
 from peftkit.finetune.processes import any_process, process_count
 from peftkit.finetune.rates import parameter_groups
 from peftkit.finetune.recipe import Recipe, TrainingRecipe
 from peftkit.finetune.tasks.base import Task
 
+if TYPE_CHECKING:
+    from peftkit.finetune.distillation import Distillation
+
 
 class RecipeTrainer(Trainer):
     """The Trainer with the task's loss and a recipe's parameter groups."""
 
+    distillation: Distillation | None = None
+    """The teacher, set before training."""
+
     def __init__(self, *args: Any, task: Task, rates: TrainingRecipe, **kwargs: Any):
         self.task, self.rates = task, rates
+        self._parts = LossParts()
         super().__init__(*args, **kwargs)
         self.norms = norms_with_statistics(self.model)
         if task.has_own_loss or not self._model_divides_by_items():
@@ -76,10 +84,44 @@ class RecipeTrainer(Trainer):
         """The task's own loss if it has one. Frozen batch norms use their statistics and keep them."""
         if model.training:
             hold_statistics(self.norms)
+        if self.distillation is not None and model.training:
+            return self._distilled(model, inputs, return_outputs, **kwargs)
         if not self.task.has_own_loss:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = self.task.loss(model, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _distilled(
+        self, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss with the teacher's part. Both parts are divided by the same number of labels.
+
+        An evaluation has the loss of the labels alone, which can be compared with that of other runs.
+        """
+        assert self.distillation is not None
+        batch = dict(inputs)  # label smoothing takes the labels out of the inputs
+        own, outputs = super().compute_loss(
+            model, inputs, True, num_items_in_batch=num_items_in_batch
+        )
+        taught, items = self.distillation.loss(outputs, batch)
+        share = 1.0
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            items = num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                # The labels are those of all processes, whose gradients will be averaged.
+                taught = taught * self.accelerator.num_processes
+        else:
+            share /= self.current_gradient_accumulation_steps
+        taught = taught / items
+        self._parts.add(own * share, taught * share, self.state.global_step)
+        loss = self.distillation.mix(own, taught)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write an entry of the log; with a teacher, the two parts of the training loss too."""
+        if self._parts.began is not None and "loss" in logs:
+            logs = logs | self._parts.take(self.state.global_step)
+        super().log(logs, start_time)
 
     def prediction_step(
         self,

@@ -35,6 +35,7 @@ from peftkit.finetune.run_folder import (
 from peftkit.finetune.stages.recipe import StagedRecipe
 
 if TYPE_CHECKING:
+    from peftkit.finetune.distillation import Distillation
     from peftkit.finetune.tasks.base import Task
 
 
@@ -116,11 +117,13 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: RunFolder, say: Callable[[str], None]):
         self.recipe, self.folder, self.say = recipe, folder, say
         self.usage = Usage()
+        self.distillation: Distillation | None = None
 
     def prepare(self) -> tuple[Any, Any, Any, Any, Any, list[str]]:
         """Load the data and the model, and check the first step."""
         from transformers import set_seed
 
+        from peftkit.finetune.distillation import prepare_distillation
         from peftkit.finetune.setup import prepare_data, prepare_model, resolved
 
         recipe, say = self.recipe, self.say
@@ -131,6 +134,10 @@ class _Run:
             self.folder.require_same(recipe.to_dict())
         set_seed(recipe.training.seed)
         model, stages, notes = prepare_model(recipe, task, train, say)
+        self.distillation, taught = prepare_distillation(recipe, task, model, train)
+        for note in taught:
+            say(note)
+        notes += taught
         return task, train, evaluation, model, stages, notes
 
     def train(self) -> RunResult:
@@ -151,6 +158,8 @@ class _Run:
             "eval": None if evaluation is None else evaluation.counts.to_dict(),
             "processes": process_count(),
         }
+        if self.distillation is not None:
+            facts["teacher"] = self.distillation.teacher.digest()
         _require_same_rows(facts["fingerprint"])
         checkpoint, broken = self._checkpoint(facts)
         notes += broken
@@ -206,6 +215,11 @@ class _Run:
                 f"resume=true, but the training rows are not those with which the run in {self.folder.path} was started; bring the data "
                 "back, or start a new run in another folder"
             )
+        if known.get("teacher", facts.get("teacher")) != facts.get("teacher"):
+            raise ContractError(
+                f"resume=true, but the weights of distill.teacher are not those with which the run in {self.folder.path} was started; bring the "
+                "teacher back, or start a new run in another folder"
+            )
         before = known.get("processes", 1)
         if before != process_count():
             raise ContractError(
@@ -243,6 +257,7 @@ class _Run:
             None if evaluation is None else evaluation.dataset,
             str(self.folder.checkpoints),
         )
+        trainer.distillation = self.distillation
         groups_of(model, self.recipe.training)  # raises before anything is written
         stopper = StopWithCheckpoint(self.recipe.training.stop_after)
         trainer.add_callback(KeepMetrics(self.folder, self.say))

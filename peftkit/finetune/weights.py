@@ -83,6 +83,7 @@ def model_card(
         "",
         f"{length}, batches of {batch_text(training, facts)}, learning rate {training.lr:g}, "
         f"at most {training.seq_len} tokens, seed {training.seed}.",
+        *_teaching(recipe),
         "",
         "## How to load it",
         "",
@@ -99,6 +100,16 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _teaching(recipe: Recipe) -> list[str]:
+    """A sentence about the teacher, if there was one."""
+    if recipe.distill is None:
+        return []
+    spec = recipe.distill
+    return [
+        f"Distilled from `{spec.teacher}`: {spec.weight:g} of the loss is the distance from its {spec.loss}."
+    ]
 
 
 def _loading(recipe: Recipe, labels: list[str], name: str) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import distill_cases
 import finetune_cases as cases
 import pytest
 import torch
@@ -128,6 +129,25 @@ def test_an_error_in_one_process_ends_all_with_one_message(model, tmp_path):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_trains_in_two_processes_as_in_one(name, model, tmp_path, one_thread):
     run_three(write_recipe(model, tmp_path, **STRATEGIES[name]), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_student_learns_in_two_processes_as_in_one(model, tmp_path, one_thread):
+    teacher = distill_cases.save_teacher(tmp_path / "teacher")
+    file = write_recipe(model, tmp_path, distill={"teacher": str(teacher), "weight": 0.7})
+    run_three(file, tmp_path)
+    whole, split, parts = (
+        torch.tensor(taught(tmp_path / name)) for name in ("whole", "split-1", "parts")
+    )
+    assert len(whole) == 12
+    allowed = 2 * (whole - split).abs().max() + torch.finfo(torch.float32).eps * whole.abs().max()
+    assert (whole - parts).abs().max() <= allowed
+
+
+def taught(folder):
+    """Both parts of the loss in each step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [v for line in lines for n, v in line.items() if n in ("label_loss", "teacher_loss")]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import detection_cases
+import distill_cases
 import finetune_cases as cases
 import pytest
 import retrieval_cases
@@ -117,8 +118,20 @@ DATA = {
 
 def test_there_is_a_recipe_for_each_task():
     # Recipes with stages are in test_stages.py.
-    stages = {"domain_adaptation"}
-    assert {path.stem for path in RECIPES.glob("*.yaml")} - stages == set(DATA) == set(TASKS)
+    others = {"domain_adaptation", "distillation"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} - others == set(DATA) == set(TASKS)
+
+
+def test_the_example_of_distillation_runs(tmp_path, one_thread):
+    model = cases.save_model(tmp_path / "m", "llama", chat=True)
+    teacher = distill_cases.save_teacher(tmp_path / "teacher")
+    data = cases.write_jsonl(tmp_path / "d.jsonl", cases.chats(40))
+    changes = [f"model={model}", f"distill.teacher={teacher}", f"data.train={data}"]
+    changes += [f"out={tmp_path / 'run'}", "data.eval=0.2", *SHORT]
+    cases.run("train", RECIPES / "distillation.yaml", *changes, "--quiet")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["problems"]) == ("finished", [])
+    assert read_recipe(tmp_path / "run" / "recipe.yaml").distill.base == "nf4"
 
 
 @pytest.mark.parametrize("task", DATA)

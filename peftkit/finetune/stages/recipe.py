@@ -17,8 +17,19 @@ CARRIES = ("adapter", "merge", "weights")
 MERGED = "merged"
 """The folder, inside that of a stage, with the model into which its adapter was merged."""
 
-_STAGE_KEYS = ("task", "strategy", "data", "training", "carry")
-_TOP_KEYS = ("model", "base", "task", "strategy", "data", "training", "stages", "out", "resume")
+_STAGE_KEYS = ("task", "strategy", "data", "training", "distill", "carry")
+_TOP_KEYS = (
+    "model",
+    "base",
+    "task",
+    "strategy",
+    "data",
+    "training",
+    "distill",
+    "stages",
+    "out",
+    "resume",
+)
 _UNMERGED = ("bottleneck", "prefix")
 
 
@@ -110,7 +121,7 @@ def build_stages(
 
 def _require_used_defaults(values: Mapping[str, Any], given: Any) -> None:
     """Raise if a default is replaced in every stage, so that it says nothing."""
-    for name in ("task", "strategy"):
+    for name in ("task", "strategy", "distill"):
         if name in values and all(isinstance(own, Mapping) and name in own for own in given):
             raise ContractError(
                 f"{name}={short(values[name])} is the default of the stages, but each stage has its own {name}; remove it"
@@ -142,6 +153,7 @@ def _with_defaults(values: Mapping[str, Any], own: Any, where: str) -> dict[str,
             default.pop("epochs", None)
             default.pop("max_steps", None)
         merged[name] = default | dict(mine)
+    merged["distill"] = own.get("distill", values.get("distill"))
     return merged
 
 

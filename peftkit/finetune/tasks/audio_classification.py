@@ -39,6 +39,7 @@ class AudioClassification(Task):
         "a folder with one folder of WAV files for each class, or rows with a path and a label"
     )
     auto_class = "AutoModelForAudioClassification"
+    distils = "same"
     columns: ClassVar[dict[str, str]] = {
         "audio": "path of a WAV file",
         "label": "the name or number of the class",

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import ContractError, short
 
@@ -93,6 +93,8 @@ class Task:
         needs_whole_batches: Why the task's own loss of a batch is not the mean over the losses of its parts.
         has_own_counts: Whether ``counted`` makes of each batch of an evaluation what the metrics need.
         smooths_labels: Whether ``training.label_smoothing`` has an effect. It has none on a loss of the task's own.
+        distils: How labels belong to the outputs for a teacher: ``"next"`` if an output is compared with the label of the next position,
+            ``"same"`` if with its own. ``None``: the task takes no teacher.
         lr_share: The default learning rate divided by that of the strategy.
         round: Number of the pass over the training rows, or -1 in an evaluation.
     """
@@ -117,6 +119,7 @@ class Task:
     needs_whole_batches: ClassVar[str] = "compares the rows of a batch with each other"
     has_own_counts: ClassVar[bool] = False
     smooths_labels: ClassVar[bool] = True
+    distils: ClassVar[Literal["next", "same"] | None] = None
     lr_share: ClassVar[float] = 1.0
 
     def __init__(self, setting: Setting):

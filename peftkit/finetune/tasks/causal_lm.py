@@ -25,6 +25,7 @@ class CausalLm(CausalTask):
     columns: ClassVar[dict[str, str]] = {"text": "the text"}
     Options = Options
     seq_len = 1024
+    distils = "next"
     epochs = 1.0
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:

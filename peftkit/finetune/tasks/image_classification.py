@@ -31,6 +31,7 @@ class ImageClassification(Task):
     }
     metric_names = ("accuracy", "f1")
     best_metric = "accuracy"
+    distils = "same"
     processor = "image"
 
     def __init__(self, setting: Setting):

@@ -42,6 +42,7 @@ class MaskedLm(Task):
     Options = Options
     metric_names = ("token_accuracy",)
     epochs = 1.0
+    distils = "same"
 
     def __init__(self, setting: Setting):
         super().__init__(setting)

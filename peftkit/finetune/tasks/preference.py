@@ -58,6 +58,7 @@ class Preference(Sft):
         "chosen": "the better answer, as text, or as the messages of the conversation",
         "rejected": "the worse answer",
     }
+    distils = None
     Options = Options
     metric_names = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
     epochs = 1.0

@@ -32,6 +32,7 @@ class Seq2Seq(Task):
     Options = Options
     metric_names = ("token_accuracy",)
     generative = True
+    distils = "same"
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
         source = self._source(text_of(row, "source"))

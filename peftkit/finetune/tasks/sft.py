@@ -42,6 +42,7 @@ class Sft(CausalTask):
     }
     Options = Options
     seq_len = 1024
+    distils = "next"
 
     def __init__(self, setting: Setting):
         super().__init__(setting)

@@ -34,6 +34,7 @@ class SpanCorruption(Task):
     name = "span_corruption"
     summary = "plain texts with spans taken out, for T5 and its relatives. Long texts are split"
     auto_class = "AutoModelForSeq2SeqLM"
+    distils = "same"
     task_type = "SEQ_2_SEQ_LM"
     columns: ClassVar[dict[str, str]] = {"text": "the text"}
     Options = Options

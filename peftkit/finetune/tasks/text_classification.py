@@ -33,6 +33,7 @@ class TextClassification(Task):
     }
     metric_names = ("accuracy", "f1")
     best_metric = "accuracy"
+    distils = "same"
 
     @classmethod
     def labels_of(cls, row: dict[str, Any]) -> set[str]:

@@ -36,6 +36,7 @@ class TokenClassification(Task):
     }
     metric_names = ("f1", "token_accuracy")
     best_metric = "f1"
+    distils = "same"
 
     @classmethod
     def labels_of(cls, row: dict[str, Any]) -> set[str]:

@@ -54,6 +54,7 @@ class VisionChat(Sft):
         "completion": "the answer to prompt",
         "system": "a system message (optional)",
     }
+    distils = None
     Options = Options
     seq_len = 2048
     processor = "image and text"
