@@ -8,6 +8,7 @@ import wave
 from pathlib import Path
 from typing import Any
 
+import finetune_cases
 import numpy as np
 import task_models
 import torch
@@ -81,17 +82,16 @@ def write_wav(path: Path, values: Any, rate: int = RATE, width: int = 2, channel
     return path
 
 
-def speech(folder: Path, count: int = 32) -> list[dict[str, str]]:
+def speech(folder: Path, count: int = 32, rate: int = RATE) -> list[dict[str, str]]:
     """Rows with recordings of one or two letters."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(count):
         text = LETTERS[i % 4] + (LETTERS[(i // 4) % 4] if i % 3 else "")
-        times = np.arange(100) / RATE
-        tones = [np.sin(2 * math.pi * 100 * (1 + LETTERS.index(c)) * times) * 0.8 for c in text]
-        rows.append(
-            {"audio": str(write_wav(folder / f"{i}.wav", np.concatenate(tones))), "text": text}
-        )
+        periods = np.arange(rate // 10) / 10
+        tones = [np.sin(2 * math.pi * (1 + LETTERS.index(c)) * periods) * 0.8 for c in text]
+        file = write_wav(folder / f"{i}.wav", np.concatenate(tones), rate)
+        rows.append({"audio": str(file), "text": text})
     return rows
 
 
@@ -121,3 +121,108 @@ def sounds(folder: Path, count: int = 8, rate: int = RATE) -> Path:
             tone = np.sin(2 * math.pi * rate * number * times / 8) * (0.5 + i / 20)
             write_wav(folder / name / f"{i}.wav", tone, rate=rate)
     return folder
+
+
+def save_whisper(folder: Path, language: str | None = "english", **changes: Any) -> Path:
+    """Save a tiny Whisper with its processor; returns the folder.
+
+    Args:
+        folder: A new folder.
+        language: ``None`` makes a model for English alone.
+        changes: Fields of the config.
+    """
+    folder.mkdir(parents=True)
+    tokenizer = whisper_tokenizer()
+    # The window has 1 s and 100 frames.
+    extractor = hf.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    hf.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
+    model = tiny_whisper(len(tokenizer), **changes)
+    ids = tokenizer.convert_tokens_to_ids
+    own = model.generation_config
+    own._from_model_config = False
+    own.is_multilingual, own.no_timestamps_token_id = language is not None, ids("<|notimestamps|>")
+    if language is not None:
+        own.lang_to_id = {name: ids(name) for name in WHISPER_LANGUAGES}
+        own.task_to_id = {task: ids(f"<|{task}|>") for task in ("transcribe", "translate")}
+    # As the large checkpoints: not everything may be written, and no end at the start.
+    own.suppress_tokens, own.begin_suppress_tokens = [ids("z")], [ids("Ġ"), tokenizer.eos_token_id]
+    model.save_pretrained(folder)
+    return folder
+
+
+WHISPER_LANGUAGES = ["<|en|>", "<|zh|>", "<|de|>"]
+
+
+def whisper_tokenizer() -> Any:
+    """Whisper's tokenizer with single letters as its vocabulary."""
+    letters = [*"abcdefghijklmnopqrstuvwxyzABCD?!.,", "Ġ"]
+    special = [
+        "<|endoftext|>",
+        "<|startoftranscript|>",
+        *WHISPER_LANGUAGES,
+        "<|translate|>",
+        "<|transcribe|>",
+        "<|startoflm|>",
+        "<|startofprev|>",
+        "<|nospeech|>",
+        "<|notimestamps|>",
+    ]
+    vocabulary = {token: i for i, token in enumerate(letters)}
+    tokenizer = hf.WhisperTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    return tokenizer
+
+
+def tiny_whisper(vocab_size: int, **changes: Any) -> torch.nn.Module:
+    """A tiny Whisper for a window of 100 frames."""
+    ends = 35
+    settings = {
+        "vocab_size": vocab_size,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "num_mel_bins": 8,
+        "max_source_positions": 50,
+        "max_target_positions": 24,
+        "pad_token_id": ends,
+        "bos_token_id": ends,
+        "eos_token_id": ends,
+        "decoder_start_token_id": ends + 1,
+        "begin_suppress_tokens": None,
+        "init_std": 0.2,
+        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return hf.WhisperForConditionalGeneration(hf.WhisperConfig(**settings | changes)).train()
+
+
+def save_moonshine(folder: Path) -> Path:
+    """Save a tiny Moonshine with a processor of single letters; returns the folder."""
+    folder.mkdir(parents=True)
+    tokenizer = finetune_cases.letter_tokenizer()
+    extractor = hf.Wav2Vec2FeatureExtractor(sampling_rate=16000, return_attention_mask=True)
+    hf.Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
+    tiny_moonshine(len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+def tiny_moonshine(vocab_size: int) -> torch.nn.Module:
+    """A tiny Moonshine."""
+    config = hf.MoonshineConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=2,
+        encoder_num_attention_heads=4,
+        decoder_num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return hf.MoonshineForConditionalGeneration(config).train()

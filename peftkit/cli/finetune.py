@@ -73,8 +73,9 @@ def _print(result: Any, as_json: bool) -> None:
 def generate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT ...", help="What to answer.", show_default=False)
-    ],
+        list[str] | None,
+        typer.Argument(metavar="PROMPT ...", help="What to answer.", show_default=False),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", help="Largest number of tokens of an answer.")
     ] = 128,
@@ -86,22 +87,29 @@ def generate(
         list[str] | None,
         typer.Option("--image", metavar="FILE", help="An image that the prompts are about."),
     ] = None,
+    audio: Annotated[
+        list[str] | None,
+        typer.Option("--audio", metavar="FILE", help="A recording, instead of prompts."),
+    ] = None,
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
-    """Answer prompts with the model of a finished run."""
+    """Answer prompts with the model of a finished run, or write down recordings."""
     _calm()
     from peftkit.finetune import generate as write
 
     with _without_known_warnings():
         answers = write(
             run,
-            prompts,
+            prompts or (),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             images=images or (),
+            audio=audio or (),
         )
     if as_json:
-        rows = [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]
+        kind = "audio" if audio else "prompt"
+        asked = audio or prompts or ()
+        rows = [{kind: one, "answer": a} for one, a in zip(asked, answers, strict=True)]
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
         return
     for answer in answers:

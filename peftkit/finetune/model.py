@@ -55,6 +55,7 @@ _PROCESSORS = {
     "image and text": ("AutoProcessor", "processor of images and texts"),
     "audio": ("AutoFeatureExtractor", "feature extractor"),
     "speech": ("AutoProcessor", "processor of recordings and texts"),
+    "speech and text": ("AutoProcessor", "processor of recordings and texts"),
 }
 """For each kind of processor its Auto class and what it is called in messages."""
 
@@ -83,11 +84,11 @@ def load_processor(recipe: Recipe, kind: str) -> Any:
     if kind in ("image", "audio"):
         return found
     tokenizer = found
-    if kind == "speech":
+    if kind in ("speech", "speech and text"):
         if not hasattr(found, "feature_extractor") or not hasattr(found, "tokenizer"):
             raise ContractError(
                 f"model={recipe.model!r} has only a {type(found).__name__}, but speech needs a feature extractor and a tokenizer; save "
-                "both with a processor such as Wav2Vec2Processor"
+                "both with a processor such as Wav2Vec2Processor or WhisperProcessor"
             )
         return found
     if kind == "image and text":
@@ -138,6 +139,7 @@ def load_model(recipe: Recipe, task: Task, is_adapter: bool) -> nn.Module:
     pad_id = getattr(task.setting.tokenizer, "pad_token_id", None)
     if pad_id is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_id
+    task.fit_model(model)
     return model
 
 
@@ -192,7 +194,13 @@ def _device() -> str:
 def longest_input(model: Any) -> int | None:
     """The largest number of tokens that a model's positions allow, or ``None`` if its config does not say."""
     config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+    names = (
+        "max_position_embeddings",
+        "n_positions",
+        "max_sequence_length",
+        "max_target_positions",
+    )
+    for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             # RoBERTa's positions start behind the padding index.

@@ -141,8 +141,10 @@ def write_run_page(
 
 
 def _use(recipe: Recipe, path: Path) -> tuple[str, str]:
-    if require_task(recipe.task.name).generative:
-        return "Use it:", shlex.join(["peftkit", "generate", str(path), "a prompt"])
+    task = require_task(recipe.task.name)
+    if task.generative:
+        asked = ["--audio", "recording.wav"] if task.answers_audio else ["a prompt"]
+        return "Use it:", shlex.join(["peftkit", "generate", str(path), *asked])
     return "Evaluate it on other rows:", shlex.join(
         ["peftkit", "eval", str(path), "--data", "data.jsonl"]
     )

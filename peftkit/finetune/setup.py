@@ -51,7 +51,8 @@ def make_task(recipe: Recipe, labels: list[str] | None = None) -> Task:
     """Load the tokenizer and make the task; the labels are found in the training data unless they are known."""
     task_class = require_task(recipe.task.name)
     processor = load_processor(recipe, task_class.processor)
-    tokenizer = processor.tokenizer if task_class.processor == "image and text" else processor
+    has_tokenizer = task_class.processor in ("image and text", "speech and text")
+    tokenizer = processor.tokenizer if has_tokenizer else processor
     if labels is None:
         labels = find_labels(recipe, task_class)
     seq_len = recipe.training.seq_len or task_class.seq_len
@@ -117,7 +118,8 @@ def prepare_model(
     """
     strategy = require_strategy(recipe.strategy.name)
     model: Any = load_model(recipe, task, strategy.is_adapter)
-    longest = longest_input(model) if task.processor in ("tokenizer", "image and text") else None
+    texts = ("tokenizer", "image and text", "speech and text")
+    longest = longest_input(model) if task.processor in texts else None
     if longest is not None and task.setting.seq_len > longest:
         raise ContractError(
             f"training.seq_len={task.setting.seq_len}, but {type(model).__name__} has positions for {longest} tokens; use at most that "

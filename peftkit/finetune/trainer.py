@@ -130,15 +130,19 @@ class RecipeTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """Keep of each batch what the task counts, if it counts; maps and boxes of all rows would not fit in memory."""
-        if not self.task.has_own_counts:
+        """Keep of each batch what the task counts or what the model writes, if it does; the outputs of all rows would not fit in memory."""
+        task = self.task
+        if not task.has_own_counts and not task.writes_in_evaluation:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            predictions, labels = self.task.counted(inputs, outputs)
-        if prediction_loss_only:
-            return loss.detach(), None, None
+            if prediction_loss_only:
+                return loss.detach(), None, None
+            if task.has_own_counts:
+                predictions, labels = task.counted(inputs, outputs)
+            else:
+                predictions, labels = task.written(self.model, inputs), inputs["labels"]
         return loss.detach(), predictions, labels
 
     def load_finished(self, checkpoint: Path) -> bool:

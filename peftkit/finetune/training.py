@@ -278,7 +278,7 @@ class _Run:
 
     def _samples(self, task: Any, model: Any, rows: list[Any], when: str) -> list[dict[str, str]]:
         from peftkit.checks.reach import undisturbed
-        from peftkit.finetune.generation import answer, room_for
+        from peftkit.finetune.generation import room_for
 
         if self.recipe.resume and when == "before":
             written = on_main(lambda: self.folder.read_json(SAMPLES))
@@ -290,16 +290,12 @@ class _Run:
                 ids, expected = task.prompt(row)
                 if room_for(model, ids) < 1:
                     continue
-                text = answer(
-                    model,
-                    task.setting.tokenizer,
-                    ids,
-                    self.recipe.training.sample_tokens,
-                    context=task.context(row),
+                text = task.answer(
+                    model, ids, self.recipe.training.sample_tokens, context=task.context(row)
                 )
                 found.append(
                     {
-                        "prompt": task.decoded(ids),
+                        "prompt": task.question(row, ids),
                         "expected": expected,
                         when: text,
                     }

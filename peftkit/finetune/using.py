@@ -22,13 +22,14 @@ from peftkit.finetune.weights import ADAPTER, MODEL
 
 def generate(
     run: str | os.PathLike[str],
-    prompts: Sequence[str],
+    prompts: Sequence[str] = (),
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     images: Sequence[Any] = (),
+    audio: Sequence[str] = (),
 ) -> list[str]:
-    """Answer prompts with the model of a finished run.
+    """Answer prompts with the model of a finished run, or write down recordings.
 
     Args:
         run: The folder of the run.
@@ -36,12 +37,12 @@ def generate(
         max_new_tokens: Largest number of tokens of an answer.
         temperature: 0 takes the most probable token each time.
         images: Images that every prompt is about, for tasks with images: paths, or images of Pillow.
+        audio: Paths of recordings, instead of prompts, for tasks with recordings. Each has an answer.
 
     Raises:
-        ContractError: The run is not finished, its task writes no text or takes no images, an image cannot be read, or a number is out of
-            range.
+        ContractError: The run is not finished, its task writes no text or takes no images or recordings, a file cannot be read, or a number
+            is out of range.
     """
-    from peftkit.finetune.generation import answer
     from peftkit.finetune.tasks import TASKS, require_task
 
     recipe, folder = open_run(run)
@@ -51,7 +52,16 @@ def generate(
             f"the run in {run} has the task {recipe.task.name}, which writes no text; generate is for {', '.join(writing)}. Use peftkit "
             "eval"
         )
-    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+    hears = require_task(recipe.task.name).answers_audio
+    if hears and (prompts or not audio):
+        raise ContractError(
+            f"the task {recipe.task.name} answers recordings, not prompts; give at least one with --audio FILE, and no prompt"
+        )
+    if audio and not hears:
+        raise ContractError(
+            f"the task {recipe.task.name} takes no recordings, but {len(audio)} were given; remove them"
+        )
+    if not hears and not (prompts and all(isinstance(p, str) and p.strip() for p in prompts)):
         raise ContractError(
             f"prompts={list(prompts)!r}: give at least one prompt, none of them empty"
         )
@@ -62,16 +72,22 @@ def generate(
     _require_images(recipe.task.name, len(images))
     task, model = load_run(recipe, folder)
     answers = []
-    for prompt in prompts:
-        ids, context = (
-            task.prompt_with_images(prompt, _stored(images))
-            if images
-            else (task.prompt_of_text(prompt), {})
-        )
-        answers.append(
-            answer(model, task.setting.tokenizer, ids, max_new_tokens, temperature, context)
-        )
+    for asked in audio or prompts:
+        if hears:
+            ids, context = _prompt_of_audio(task, asked)
+        elif images:
+            ids, context = task.prompt_with_images(asked, _stored(images))
+        else:
+            ids, context = task.prompt_of_text(asked), {}
+        answers.append(task.answer(model, ids, max_new_tokens, temperature, context))
     return answers
+
+
+def _prompt_of_audio(task: Task, path: str) -> tuple[list[int], dict[str, Any]]:
+    try:
+        return task.prompt_of_audio(str(path))
+    except BadRow as error:
+        raise ContractError(str(error)) from error
 
 
 def _require_images(name: str, number: int) -> None:

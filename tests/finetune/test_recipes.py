@@ -84,6 +84,12 @@ DATA = {
         speech_cases.save_ctc,
         lambda folder: cases.write_jsonl(folder / "d.jsonl", speech_cases.speech(folder / "s", 24)),
     ),
+    "speech_seq2seq": (
+        speech_cases.save_whisper,
+        lambda folder: cases.write_jsonl(
+            folder / "d.jsonl", speech_cases.speech(folder / "s", 24, 16000)
+        ),
+    ),
     "embeddings": ("bert", lambda folder: cases.write_jsonl(folder / "d.jsonl", cases.pairs(24))),
     "vision_chat": (
         lambda folder: vision_chat_cases.save(folder, "idefics3"),
@@ -153,7 +159,7 @@ def test_an_example_recipe_runs(task, tmp_path, one_thread):
     changes.append("training.workers=0")
     # 30 tokens of an image and the answer are more than the 64 of the other recipes.
     changes += ["training.seq_len=96"] if task == "vision_chat" else []
-    changes += ["training.seq_len=20"] if task == "image_text_retrieval" else []
+    changes += ["training.seq_len=20"] if task in ("image_text_retrieval", "speech_seq2seq") else []
     if task == "image_classification":
         changes += ["strategy.blocks_per_stage=1"]
     # The tiny models have two blocks and a width of 32.

@@ -125,6 +125,7 @@ def test_every_task_is_tested():
         "image_text_retrieval",
         "semantic_segmentation",
         "object_detection",
+        "speech_seq2seq",
     }
     assert {*CASES, *elsewhere} == set(TASKS)
 

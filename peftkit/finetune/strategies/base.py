@@ -47,6 +47,19 @@ class AdapterSetting:
     outside_loss: tuple[str, ...] = ()
 
 
+def train_all(model: nn.Module) -> set[str]:
+    """Train every weight but those that the model's class or the task keeps fixed, such as the sinusoidal positions of Whisper's encoder.
+
+    Returns:
+        The names of the trained parameters.
+    """
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not names:
+        model.requires_grad_(True)
+        names = {name for name, _ in model.named_parameters()}
+    return names
+
+
 @dataclass
 class NoOptions:
     """Options of a strategy or task without options."""

@@ -9,7 +9,7 @@ from torch import nn
 from peftkit.errors import ContractError
 from peftkit.finetune.blocks import Places
 from peftkit.finetune.schema import key
-from peftkit.finetune.strategies.base import HEAD_LR, AdapterSetting, Prepared, Strategy
+from peftkit.finetune.strategies.base import HEAD_LR, AdapterSetting, Prepared, Strategy, train_all
 
 
 @dataclass
@@ -36,14 +36,14 @@ class Gradual(Strategy):
 
     @classmethod
     def apply(cls, model: nn.Module, options: GradualOptions, setting: AdapterSetting) -> Prepared:
-        model.requires_grad_(True)
+        names = train_all(model)
         places = Places(model)
         if not places.stacks:
             raise ContractError(
                 f"strategy gradual needs a model with a list of equal blocks, and {type(model).__name__} has none; use full, or "
                 "partial with strategy.pattern"
             )
-        levels = {name: places.level(name) for name, _ in model.named_parameters()}
+        levels = {name: places.level(name) for name in names}
 
         def stages(total_steps: int, epoch_steps: int) -> list[tuple[int, set[str]]]:
             lowest = [*range(places.depth, 0, -options.blocks_per_stage), 0]
@@ -85,9 +85,8 @@ class ProbeThenTune(Strategy):
 
     @classmethod
     def apply(cls, model: nn.Module, options: ProbeOptions, setting: AdapterSetting) -> Prepared:
-        model.requires_grad_(True)
+        names = train_all(model)
         places = Places(model)
-        names = {name for name, _ in model.named_parameters()}
         heads = {name for name in names if places.is_head(name)}
         if not heads:
             raise ContractError(

@@ -12,7 +12,7 @@ from peftkit.errors import ContractError, listing
 from peftkit.find.suggestions import close_matches
 from peftkit.finetune.blocks import Places, is_norm
 from peftkit.finetune.schema import key
-from peftkit.finetune.strategies.base import FULL_LR, AdapterSetting, Prepared, Strategy
+from peftkit.finetune.strategies.base import FULL_LR, AdapterSetting, Prepared, Strategy, train_all
 
 
 class Full(Strategy):
@@ -23,7 +23,7 @@ class Full(Strategy):
 
     @classmethod
     def apply(cls, model: nn.Module, options: Any, setting: AdapterSetting) -> Prepared:
-        model.requires_grad_(True)
+        train_all(model)
         return Prepared(model)
 
 

@@ -28,6 +28,7 @@ TASKS = (
     "object_detection",
     "audio_classification",
     "speech_ctc",
+    "speech_seq2seq",
     "embeddings",
     "contrastive",
     "contrastive_images",

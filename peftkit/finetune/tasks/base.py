@@ -51,13 +51,13 @@ class Setting:
     """What a task works with in one run.
 
     Attributes:
-        tokenizer: The tokenizer, the image processor, or the processor of recordings and texts.
+        tokenizer: The tokenizer, the image processor, or the processor of CTC models.
         seq_len: Largest number of tokens in a row.
         options: The task's options.
         labels: Names of the classes in the order of their numbers; empty if the task has none.
         config: The model's config.
         seed: Seed of the run.
-        processor: What makes the inputs of a model for images and texts, and contains the tokenizer; ``None`` in other tasks.
+        processor: What makes the inputs of a model for images or recordings and texts, and contains the tokenizer; ``None`` in other tasks.
     """
 
     tokenizer: Any
@@ -85,13 +85,15 @@ class Task:
         generative: Whether ``peftkit generate`` and samples make sense.
         epochs: Passes over the data if the recipe has no length.
         seq_len: Largest number of tokens if the recipe has none.
-        processor: ``"tokenizer"``, ``"image"``, ``"image and text"``, ``"audio"`` or ``"speech"``.
+        processor: ``"tokenizer"``, ``"image"``, ``"image and text"``, ``"audio"``, ``"speech"`` or ``"speech and text"``.
         example_model: Id of a model for the recipe of ``--init``, if it is not the usual one.
         answers_images: Whether ``peftkit generate`` takes images.
+        answers_audio: Whether ``peftkit generate`` takes recordings instead of prompts.
         label_names: Names of the labels in a batch.
         has_own_loss: Whether ``loss`` computes the loss instead of the model.
         needs_whole_batches: Why the task's own loss of a batch is not the mean over the losses of its parts.
         has_own_counts: Whether ``counted`` makes of each batch of an evaluation what the metrics need.
+        writes_in_evaluation: Whether the metrics compare what ``written`` writes for each batch of an evaluation.
         smooths_labels: Whether ``training.label_smoothing`` has an effect. It has none on a loss of the task's own.
         distils: How labels belong to the outputs for a teacher: ``"next"`` if an output is compared with the label of the next position,
             ``"same"`` if with its own. ``None``: the task takes no teacher.
@@ -114,10 +116,12 @@ class Task:
     processor: ClassVar[str] = "tokenizer"
     example_model: ClassVar[str | None] = None
     answers_images: ClassVar[bool] = False
+    answers_audio: ClassVar[bool] = False
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     has_own_loss: ClassVar[bool] = False
     needs_whole_batches: ClassVar[str] = "compares the rows of a batch with each other"
     has_own_counts: ClassVar[bool] = False
+    writes_in_evaluation: ClassVar[bool] = False
     smooths_labels: ClassVar[bool] = True
     distils: ClassVar[Literal["next", "same"] | None] = None
     lr_share: ClassVar[float] = 1.0
@@ -150,6 +154,15 @@ class Task:
             "id2label": dict(enumerate(self.setting.labels)),
             "label2id": {label: number for number, label in enumerate(self.setting.labels)},
         }
+
+    def fit_model(self, model: Any) -> None:
+        """Change what the loaded model needs for the task, such as its generation config, and keep what batches need to know of it.
+
+        It is called whenever the model was loaded, before adapters are added.
+
+        Raises:
+            ContractError: The model does not fit the task's options.
+        """
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
         """Make inputs of the model from a row, at most ``seq_len`` tokens long.
@@ -216,6 +229,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def written(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Token ids that the model writes for a batch, if ``writes_in_evaluation``: ``Int64[rows, length]``."""
+        raise NotImplementedError
+
     def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
         """Compute the metrics; ``predictions`` are what ``keep_of_logits`` returned for all rows."""
         return {}
@@ -254,6 +271,23 @@ class Task:
         """The text of a prompt, as it is reported."""
         return self.setting.tokenizer.decode(ids)
 
+    def question(self, row: dict[str, Any], ids: list[int]) -> str:
+        """What a sample of the report was asked: ``ids`` are its prompt."""
+        return self.decoded(ids)
+
+    def answer(
+        self,
+        model: Any,
+        ids: list[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        context: dict[str, torch.Tensor] | None = None,
+    ) -> str:
+        """Let the model answer a prompt, as ``peftkit.finetune.generation.answer`` does."""
+        from peftkit.finetune.generation import answer
+
+        return answer(model, self.setting.tokenizer, ids, max_new_tokens, temperature, context)
+
     def context(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Inputs for the prompt of a row besides its tokens, such as pixels."""
         return {}
@@ -262,6 +296,14 @@ class Task:
         self, text: str, images: Sequence[str]
     ) -> tuple[list[int], dict[str, torch.Tensor]]:
         """The token ids of a prompt about images, and the inputs besides them, if ``answers_images``."""
+        raise NotImplementedError
+
+    def prompt_of_audio(self, path: str) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """The token ids with which an answer about a recording starts, and the inputs besides them, if ``answers_audio``.
+
+        Raises:
+            BadRow: The recording cannot be used.
+        """
         raise NotImplementedError
 
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from peftkit.errors import ContractError, short
-from peftkit.finetune.schema import key
 from peftkit.finetune.sound import length_of, read_wav
 from peftkit.finetune.tasks.base import IGNORED, BadRow, Encoded, Setting, Task, pad, text_of
-from peftkit.finetune.tasks.scores import error_rate
+from peftkit.finetune.transcripts import TextOptions, changed_text, error_rates
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass
-class Options:
-    """Options of ``speech_ctc``."""
-
-    case: Literal["keep", "lower", "upper"] = key("keep", "Change the case of the texts")
-    remove: str = key("", "Characters to remove from the texts, such as '?!,.'")
-    max_seconds: float = key(30.0, "Longest recording; longer ones are bad rows", above=0)
 
 
 class SpeechCtc(Task):
@@ -37,7 +26,7 @@ class SpeechCtc(Task):
     summary = "WAV files with their texts, for Wav2Vec2 and its relatives"
     auto_class = "AutoModelForCTC"
     columns: ClassVar[dict[str, str]] = {"audio": "path of a WAV file", "text": "what is said"}
-    Options = Options
+    Options = TextOptions
     metric_names = ("wer", "cer")
     lower_is_better = ("loss", "wer", "cer")
     seq_len = 1024
@@ -64,9 +53,8 @@ class SpeechCtc(Task):
         }
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
-        text, options = text_of(row, "text"), self.setting.options
-        text = "".join(c for c in text if c not in options.remove)
-        text = getattr(text, options.case)() if options.case != "keep" else text
+        options = self.setting.options
+        text = changed_text(text_of(row, "text"), options)
         ids = list(self.characters(text).input_ids)
         unknown = sorted({c for c in text if self._is_unknown(c)})
         if unknown:
@@ -130,10 +118,7 @@ class SpeechCtc(Task):
             # What follows the recording is padding of the batch.
             found.append(self._text(ids[: frames_of(row["samples"], self.config)], group=True))
         wanted = [self._text(row["labels"], group=False) for row in rows]
-        return {
-            "wer": error_rate([t.split() for t in found], [t.split() for t in wanted]),
-            "cer": error_rate([list(t) for t in found], [list(t) for t in wanted]),
-        }
+        return error_rates(found, wanted)
 
     def _text(self, ids: Any, group: bool) -> str:
         text = self.characters.decode([int(i) for i in ids], group_tokens=group)
