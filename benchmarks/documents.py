@@ -19,6 +19,7 @@ import prefix
 import quantised
 import records
 import steps
+import strategies
 import suite_tables
 import summary
 import tuning
@@ -49,6 +50,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning": lambda: learning.table(load("learning")),
     "learning-bases": lambda: learning.bases_table(load("learning-bases")),
     "tuning": lambda: tuning.table(load("tuning")),
+    "strategies": strategies.stored_table,
     "overhead": lambda: overhead.table(load("overhead")),
     "kernels": _kernels,
     "prefix": lambda: prefix.table(load("prefix")),

@@ -8,6 +8,7 @@
     python benchmarks/run.py quantised                     # a step on NF4 and 8-bit bases, against PEFT with bitsandbytes
     python benchmarks/run.py learning                      # the accuracy that each method reaches on two real models
     python benchmarks/run.py tuning                        # loss after tuning on quantised bases, and what merges keep of it
+    python benchmarks/run.py strategies                    # quality, time and memory of strategies beside simpler rows, on real models
     python benchmarks/run.py prefix                        # attention time with a prefix
     python benchmarks/run.py kernels                       # each operation against eager torch and torch.compile
     python benchmarks/run.py plan                          # planned memory against that of real steps
@@ -37,6 +38,7 @@ import prefix
 import quantised
 import results_page
 import steps
+import strategies
 import suite
 import tuning
 
@@ -48,6 +50,7 @@ BENCHMARKS = {
     "quantised": quantised,
     "learning": learning,
     "tuning": tuning,
+    "strategies": strategies,
     "prefix": prefix,
     "kernels": operations,
     "overhead": overhead,

@@ -13,6 +13,8 @@ def load_script(name):
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(FOLDER))
     before = set(sys.modules)
+    # Dataclasses look for their module here.
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     finally:
