@@ -91,6 +91,8 @@ def storage_of(weight: Tensor) -> Any:
     """Return a key for the memory of a weight. Tied weights have equal keys, even as different ``Parameter`` objects."""
     if weight.is_meta:
         return id(weight)
+    # FSDP divides a weight: its own memory is that of this process's part.
+    weight = getattr(weight, "_local_tensor", weight)
     storage = weight.untyped_storage()
     return (storage.data_ptr(), weight.storage_offset()) if storage.nbytes() else id(weight)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from peftkit.errors import ContractError
 from peftkit.find.repacking import forbid_repacking
+from peftkit.finetune.processes import process_count
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.tasks.base import Task
 
@@ -132,6 +133,9 @@ def load_model(recipe: Recipe, task: Task, is_adapter: bool) -> nn.Module:
         elif gguf is None:
             from peftkit.base import load_base
 
+            if recipe.training.fsdp and process_count() > 1 and base not in ("int8", "nf4", "fp8"):
+                # One GPU may be too small for the whole model.
+                arguments["device"] = "cpu"
             model = load_base(place, base, auto_class=task.auto_class, **arguments)  # type: ignore[arg-type]
         else:
             model = _load_gguf(place, gguf, base, task.auto_class, arguments)

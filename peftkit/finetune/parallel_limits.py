@@ -18,6 +18,7 @@ def require_parallel(recipe: Recipe | StagedRecipe) -> None:
     Raises:
         ContractError: The message says why.
     """
+    _require_sharding(recipe)
     if process_count() == 1:
         return
     from peftkit.finetune.tasks import require_task
@@ -25,8 +26,8 @@ def require_parallel(recipe: Recipe | StagedRecipe) -> None:
     for variable, name in _LAUNCHERS.items():
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise ContractError(
-                f"{variable}={os.environ[variable]!r}, but peftkit train divides rows among processes, not weights, and does not work "
-                f"with {name}; start it with torchrun, and use base=nf4 if the model does not fit in one GPU"
+                f"{variable}={os.environ[variable]!r}, but peftkit train does not work with accelerate's {name}; start it with torchrun, "
+                "and use training.fsdp=true and base=nf4 if the model does not fit in one GPU"
             )
     if isinstance(recipe, StagedRecipe):
         raise ContractError(
@@ -41,3 +42,23 @@ def require_parallel(recipe: Recipe | StagedRecipe) -> None:
         raise ContractError(
             f"task={recipe.task.name} {task.needs_whole_batches}, but each of the {process_count()} processes has only its own rows, so the loss would not be that of the whole batch; start it without torchrun"
         )
+
+
+def _require_sharding(recipe: Recipe | StagedRecipe) -> None:
+    from peftkit.finetune.setup import is_adapter
+
+    parts = recipe.stages if isinstance(recipe, StagedRecipe) else [recipe]
+    recipes = [part if isinstance(part, Recipe) else part.recipe for part in parts]
+    if not any(part.training.fsdp for part in recipes):
+        return
+    if process_count() == 1:
+        raise ContractError(
+            "training.fsdp=true divides the frozen weights among processes, but there is one process; start the run with torchrun, or "
+            "leave training.fsdp out"
+        )
+    for part in recipes:
+        if not is_adapter(part):
+            raise ContractError(
+                f"training.fsdp=true divides frozen weights, but strategy={part.strategy.name} trains the model's own; use an adapter "
+                "such as lora, or leave training.fsdp out"
+            )

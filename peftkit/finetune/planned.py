@@ -41,6 +41,8 @@ def plan_of_run(
             None,
             f"a step with a teacher cannot be planned (its weights alone are {size:.1f} MiB)",
         )
+    if recipe.training.fsdp:
+        return None, "the memory of divided weights cannot be planned"
     if trainer.args.bf16:
         return None, "mixed precision cannot be planned"
     rows = _longest(train.dataset, recipe.training.batch_size)

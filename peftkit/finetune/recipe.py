@@ -93,6 +93,9 @@ class TrainingRecipe:
     gradient_checkpointing: bool = key(
         False, "Compute activations a second time instead of keeping them"
     )
+    fsdp: bool = key(
+        False, "Divide the frozen weights among the processes of torchrun, for adapters"
+    )
     checkpoint_every: int | Literal["epoch"] = key(
         "epoch",
         "Evaluate and save a checkpoint at the end of each epoch, or every so many steps",

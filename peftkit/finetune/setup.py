@@ -12,7 +12,9 @@ from peftkit.find.statistics import hold_statistics, norms_with_statistics
 from peftkit.finetune.data import Part, find_labels, load_data
 from peftkit.finetune.first_step import check_first_step
 from peftkit.finetune.model import load_model, load_processor, longest_input
+from peftkit.finetune.processes import process_count
 from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.sharding import shard_base
 from peftkit.finetune.start import start_from_adapter
 from peftkit.finetune.strategies import AdapterSetting, require_strategy
 from peftkit.finetune.tasks import require_task
@@ -131,10 +133,17 @@ def prepare_model(
     setting = AdapterSetting(task.task_type, tuple(task.outside_loss(model, rows)))
     prepared = strategy.apply(model, recipe.strategy.options, setting)
     model = prepared.model
+    name = type(model).__name__
     carried = []
     if recipe.adapter is not None:
         carried = start_from_adapter(model, recipe.adapter, task.setting.labels)
+    if recipe.training.fsdp:
+        carried.append(shard_base(model))
     task.check_model(model, rows)
+    if process_count() > 1:
+        # All processes have loaded the same frozen weights: DistributedDataParallel need not send them, and cannot if they are float8 or divided.
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        model._ddp_params_and_buffers_to_ignore = frozen
     stages = None
     if prepared.stages is not None:
         stages = prepared.stages(*total_steps(recipe, len(train.dataset)))
@@ -144,7 +153,7 @@ def prepare_model(
     batch = task.first_batch(rows)
     notes = carried + check_first_step(model, batch, strategy.is_adapter, own_loss)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{type(model).__name__}: {trained:,} trained numbers; {'; '.join(notes)}")
+    say(f"{name}: {trained:,} trained numbers; {'; '.join(notes)}")
     return model, stages, notes
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -165,6 +166,12 @@ class RecipeTrainer(Trainer):
         chosen = checkpoint if best is None else checkpoint.with_name(Path(best).name)
         self._load_from_checkpoint(str(chosen))
         return True
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint. With FSDP2, only the process that writes would free its whole weights, and the others not gather them again."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
+        super()._save_checkpoint(*args, **kwargs)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None

@@ -1,6 +1,7 @@
 """Two processes on the CPU train as one process does with the same batches, and an error in one of them ends both."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -23,6 +24,18 @@ STRATEGIES = {
     "packed rows": {"task": {"name": "sft", "packing": True}, "training": {"seq_len": 24}},
     "mix": {"strategy": {"name": "mix", "lora": {"r": 2}, "bottleneck": {}}},
 }
+
+
+DIVIDED = {
+    "float32": {},
+    "int8": {"base": "int8"},
+    "fp8": {"base": "fp8"},
+    "DoRA": {"strategy": {"name": "lora", "r": 4, "use_dora": True}, "base": "nf4"},
+    "bottleneck": {"strategy": "bottleneck"},
+    "prefix": {"strategy": "prefix"},
+    "heads": {"strategy": {"name": "lora", "r": 4, "modules_to_save": ["lm_head"]}},
+}
+"""Recipes whose frozen weights are divided."""
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +129,54 @@ def test_two_processes_train_as_one(model, tmp_path, one_thread):
     assert "was started with 2, so its batches had another size" in printed
 
 
+def assert_same_divided(file, tmp_path, *overrides):
+    """Divided weights are put together exactly, so everything ends as in processes that have the whole model."""
+    batch = "training.batch_size=2", "training.eval_batch_size=2", *overrides
+    printed = torchrun("train", file, *batch, f"out={tmp_path / 'all'}")
+    assert "of frozen weights in each process" not in printed
+    counts = tmp_path / "counts.json"
+    printed = torchrun(
+        "train", file, *batch, "training.fsdp=true", f"out={tmp_path / 'part'}", counts=counts
+    )
+    sizes = re.findall(r"([\d,]+) of ([\d,]+) bytes of frozen weights in each process", printed)
+    kept, whole = (int(size.replace(",", "")) for size in sizes[0])
+    # Rows that two processes cannot share equally are padded.
+    assert 0.5 <= kept / whole < 0.55
+    assert largest(weights(tmp_path / "all"), weights(tmp_path / "part")) == 0
+    assert torch.equal(losses(tmp_path / "all"), losses(tmp_path / "part"))
+    answers = [json.loads((tmp_path / run / "samples.json").read_text()) for run in ("all", "part")]
+    assert answers[0] == answers[1]
+    assert "after" in answers[0][0]
+    return json.loads(counts.read_text())
+
+
+def test_a_divided_base_trains_to_the_same_bits(model, tmp_path):
+    file = write_recipe(model, tmp_path, base="nf4")
+    ran = assert_same_divided(file, tmp_path, "training.gradient_checkpointing=true")
+    assert ran["stock"] == 0
+    assert ran["loss"] >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIVIDED)
+def test_every_divided_base_trains_to_the_same_bits(name, model, tmp_path):
+    assert_same_divided(write_recipe(model, tmp_path, **DIVIDED[name]), tmp_path)
+
+
+def test_only_frozen_weights_are_divided(model, tmp_path, monkeypatch):
+    divided = {"training": {"fsdp": True}}
+    recipe = read_recipe(write_recipe(model, tmp_path, **divided))
+    with pytest.raises(
+        ContractError, match="but there is one process; start the run with torchrun"
+    ):
+        require_parallel(recipe)
+    as_process(monkeypatch, 2)
+    require_parallel(recipe)
+    whole = read_recipe(write_recipe(model, tmp_path, strategy="full", **divided))
+    with pytest.raises(ContractError, match="strategy=full trains the model's own; use an adapter"):
+        require_parallel(whole)
+
+
 def test_an_error_in_one_process_ends_all_with_one_message(model, tmp_path):
     file = write_recipe(model, tmp_path)
     printed = torchrun("train", file, code=1, error=3)
@@ -188,7 +249,9 @@ def test_what_cannot_be_divided_is_refused(model, tmp_path, monkeypatch):
     with pytest.raises(ContractError, match="each of the 4 processes has only its own rows"):
         require_parallel(pairs)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ContractError, match="divides rows among processes, not weights"):
+    with pytest.raises(
+        ContractError, match="does not work with accelerate's FSDP; start it with torchrun"
+    ):
         require_parallel(recipe)
 
 
