@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from libraries import bottleneck_size, lora_config
 from stepping import token_ids
 from torch import Tensor, nn
+
+RANK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +145,9 @@ def full(model: nn.Module) -> nn.Module:
 
 def peft(model: nn.Module, use_dora: bool = False) -> nn.Module:
     """Stock PEFT, eager, with LoRA or DoRA on the layers that peftkit's "all-linear" selects."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    from peftkit.find.targets import fill_targets
-
-    config = LoraConfig(r=16, lora_alpha=32, use_dora=use_dora, task_type="CAUSAL_LM")
-    fill_targets(model, config)
-    return get_peft_model(model, config)
+    return get_peft_model(model, lora_config(model, RANK, use_dora))  # type: ignore[arg-type]
 
 
 def peftkit(model: nn.Module, use_dora: bool = False) -> nn.Module:
@@ -165,13 +164,8 @@ def peftkit(model: nn.Module, use_dora: bool = False) -> nn.Module:
 def peftkit_bottleneck(model: nn.Module) -> nn.Module:
     """Bottlenecks on the outputs of attention and MLP, with as many parameters as the adapters of ``peftkit``."""
     from peftkit import BottleneckConfig, wrap
-    from peftkit.find.targets import all_linear
 
-    linears = [model.get_submodule(name) for name in all_linear(model).modules]
-    wanted = sum(16 * (m.in_features + m.out_features) for m in linears)  # type: ignore[operator]
-    width, adapters = model.config.hidden_size, 2 * model.config.num_hidden_layers  # type: ignore[union-attr]
-    # One adapter has two matrices of width x size, and biases of size and of width.
-    size = round((wanted / adapters - width) / (2 * width + 1))
+    size = bottleneck_size(model, RANK)
     return wrap(model, BottleneckConfig(bottleneck_size=size, task_type="CAUSAL_LM"))
 
 

@@ -99,13 +99,13 @@ def _quantised(model: Any, sizes: Sizes) -> Any:
     return load_base(model, sizes.method.removeprefix("qlora-"), compute_dtype=sizes.dtype)
 
 
-def _lora_config(model: Any, sizes: Sizes) -> Any:
+def lora_config(model: Any, rank: int, use_dora: bool = False) -> Any:
+    """LoRA or DoRA on the layers that peftkit's "all-linear" selects."""
     from peft import LoraConfig
 
     from peftkit.find.targets import fill_targets
 
-    options = {"use_dora": sizes.method == "dora", "task_type": "CAUSAL_LM"}
-    config = LoraConfig(r=sizes.rank, lora_alpha=2 * sizes.rank, **options)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, use_dora=use_dora, task_type="CAUSAL_LM")
     fill_targets(model, config)
     return config
 
@@ -124,7 +124,7 @@ def _peft(folder: Path, sizes: Sizes) -> Built:
     if sizes.method == "prefix":
         config = PrefixTuningConfig(num_virtual_tokens=sizes.rank, task_type="CAUSAL_LM")
     else:
-        config = _lora_config(model, sizes)
+        config = lora_config(model, sizes.rank, sizes.method == "dora")
     wrapped = get_peft_model(model, config)
     trained = _added(wrapped, before)
     _more_adapters(wrapped, config, sizes)
@@ -160,11 +160,11 @@ def _own_config(model: Any, sizes: Sizes) -> Any:
     if sizes.method == "bottleneck":
         size = bottleneck_size(model, sizes.rank)
         return BottleneckConfig(bottleneck_size=size, task_type="CAUSAL_LM")
-    return _lora_config(model, sizes)
+    return lora_config(model, sizes.rank, sizes.method == "dora")
 
 
 def bottleneck_size(model: Any, rank: int) -> int:
-    """The size at which bottlenecks on attention and MLP have as many parameters as LoRA on all linears of the layers."""
+    """The size at which bottlenecks on attention and MLP have as many parameters as LoRA of ``rank`` on all linears of the layers."""
     linears = [
         m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n
     ]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import steps
-from report import environment, machine, run_script, save
+from report import environment, machine, save
 
 HELP = "a step on quantised bases, against PEFT with bitsandbytes"
 CASES = ("smollm2", "llama-1b-cut")
@@ -34,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each provider, in turn")
     parser.add_argument("--steps", type=int, default=3, help="timed steps per run")
+    steps.add_quiet_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,35 +45,23 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run every provider ``rounds`` times, in turn."""
-    runs: dict[str, list[dict[str, Any]]] = {provider: [] for provider in arguments.providers}
-    for number in range(arguments.rounds):
-        for provider in runs:
-            where = f"{case}: round {number + 1} of {arguments.rounds}, {provider}"
-            print(where, file=sys.stderr, flush=True)
-            options = ["--case", case, "--provider", provider, "--steps", str(arguments.steps)]
-            runs[provider].append(run_script("training.py", *options))
+    """Run every provider ``rounds`` times, in turn, and compare their losses."""
+    runs = steps.run_in_turn(case, arguments)
     check_losses(runs)
     return {"case": case, "environment": environment(), "runs": runs}
 
 
 def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
     """Raise ``SystemExit`` if a loss differs from that of stock PEFT on the same base."""
-    for provider, results in runs.items():
-        stock = STOCK.get(provider, provider)
-        if stock not in runs:
-            raise SystemExit(f"providers must contain {stock}: {provider} is checked against it")
+    for provider in runs:
         rounds = provider.endswith(("compute", "merge-aware"))
-        tolerance = ROUNDED_TOLERANCE if rounds else steps.LOSS_TOLERANCE
-        for result in results:
-            pairs = list(zip(result["losses"], runs[stock][0]["losses"], strict=True))
-            if provider.endswith("merge-aware"):
-                pairs = pairs[:1]
-            for step, (loss, wanted) in enumerate(pairs):
-                if not abs(loss - wanted) <= tolerance * abs(wanted):
-                    raise SystemExit(
-                        f"{provider}: loss {loss} at step {step}, {stock} has {wanted}; no speed printed"
-                    )
+        steps.compare_losses(
+            runs,
+            provider,
+            stock=STOCK.get(provider, provider),
+            tolerance=ROUNDED_TOLERANCE if rounds else steps.LOSS_TOLERANCE,
+            count=1 if provider.endswith("merge-aware") else None,
+        )
 
 
 def table(result: dict[str, Any]) -> str:
@@ -94,4 +82,5 @@ def table(result: dict[str, Any]) -> str:
             f"| {provider} | {step:.2f} | {over_plain} | {step / stock['step_seconds']:.2f} | "
             f"{peak / 2**20:.0f} | {peak / stock['peak_bytes']:.2f} |"
         )
-    return "\n".join(lines)
+    remarks = steps.disturbances(result)
+    return "\n".join([*lines, "", *remarks] if remarks else lines)

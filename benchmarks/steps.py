@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from typing import Any
 
 from cases import CASES, PARTS
+from guard import Guard
 from report import environment, machine, run_script, save
 
 LOSS_TOLERANCE = 1e-5
@@ -69,37 +71,78 @@ def _add_run_options(parser: argparse.ArgumentParser, providers: Any) -> None:
     parser.add_argument("--providers", nargs="+", default=providers)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each provider, in turn")
     parser.add_argument("--steps", type=int, default=4, help="timed steps per run")
+    add_quiet_options(parser)
+
+
+def add_quiet_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``run_in_turn``."""
+    parser.add_argument(
+        "--retries", type=int, default=2, help="how often a run on a busy machine is repeated"
+    )
+    parser.add_argument(
+        "--wait", type=float, default=60, help="seconds to wait for a quiet machine before a run"
+    )
 
 
 def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run every provider ``rounds`` times, in turn."""
+    """Run every provider ``rounds`` times, in turn, and compare their losses."""
+    runs = run_in_turn(case, arguments)
+    check_losses(runs)
+    return {"case": case, "environment": environment(), "runs": runs}
+
+
+def run_in_turn(case: str, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The runs by provider. A run that other work disturbed is repeated; if it still was, the run has the reason as ``disturbed``."""
     runs: dict[str, list[dict[str, Any]]] = {provider: [] for provider in arguments.providers}
+    watched = Guard()
     for number in range(arguments.rounds):
         for provider in arguments.providers:
             where = f"{case}: round {number + 1} of {arguments.rounds}, {provider}"
             print(where, file=sys.stderr, flush=True)
             options = ["--case", case, "--provider", provider, "--steps", str(arguments.steps)]
-            runs[provider].append(run_script("training.py", *options))
-    check_losses(runs)
-    return {"case": case, "environment": environment(), "runs": runs}
+            command = partial(run_script, "training.py", *options)
+            runs[provider].append(watched.run(command, arguments.retries, arguments.wait))
+    for run in (run for several in runs.values() for run in several):
+        run["disturbed"] = watched.disturbed(run)
+    return runs
 
 
 def check_losses(runs: dict[str, list[dict[str, Any]]]) -> None:
     """Raise ``SystemExit`` if a provider's losses differ from stock PEFT's. Of other methods only the first loss is compared."""
-    for provider, results in runs.items():
-        stock = "peft-dora" if provider.endswith("-dora") else "peft"
-        if stock not in runs:
-            raise SystemExit(
-                f"providers must contain {stock}: every speed is checked against its losses"
-            )
-        expected = runs[stock][0]["losses"]
-        for result in results:
-            losses = result.get("losses", [])[: 1 if provider in OTHER_METHODS else None]
-            for step, (loss, wanted) in enumerate(zip(losses, expected, strict=False)):
-                if not abs(loss - wanted) <= LOSS_TOLERANCE * abs(wanted):
-                    raise SystemExit(
-                        f"{provider}: loss {loss} at step {step}, stock PEFT has {wanted}; no speed printed"
-                    )
+    for provider in runs:
+        compare_losses(
+            runs,
+            provider,
+            stock="peft-dora" if provider.endswith("-dora") else "peft",
+            tolerance=LOSS_TOLERANCE,
+            count=1 if provider in OTHER_METHODS else None,
+        )
+
+
+def compare_losses(
+    runs: dict[str, list[dict[str, Any]]],
+    provider: str,
+    stock: str,
+    tolerance: float,
+    count: int | None,
+) -> None:
+    """Compare the first ``count`` losses (``None``: all) of a provider's runs with those of the first run of ``stock``.
+
+    Raises:
+        SystemExit: A loss differs by more than ``tolerance``, relatively, or ``stock`` has no run.
+    """
+    if stock not in runs:
+        raise SystemExit(
+            f"providers must contain {stock}: {provider} is checked against its losses"
+        )
+    expected = runs[stock][0]["losses"]
+    for result in runs[provider]:
+        losses = result.get("losses", [])[:count]
+        for step, (loss, wanted) in enumerate(zip(losses, expected, strict=False)):
+            if not abs(loss - wanted) <= tolerance * abs(wanted):
+                raise SystemExit(
+                    f"{provider}: loss {loss} at step {step}, {stock} has {wanted}; no speed printed"
+                )
 
 
 def table(result: dict[str, Any]) -> str:
@@ -121,7 +164,7 @@ def table(result: dict[str, Any]) -> str:
             f"{run['tokens_per_second']:.0f} | {peak / 2**20:.0f} | {peak / stock['peak_bytes']:.2f} | "
             f"{run['trainable']:,} |"
         )
-    remarks = []
+    remarks = [*disturbances(result)]
     if "floor" in best:
         step = best["peftkit"]["step_seconds"]
         floors = {
@@ -151,6 +194,16 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *remarks] if remarks else lines)
 
 
+def disturbances(result: dict[str, Any]) -> list[str]:
+    """One sentence for each provider whose best run was disturbed: its speed must not be trusted."""
+    best = {provider: best_run(runs) for provider, runs in result["runs"].items()}
+    return [
+        f"The best run of {provider} was disturbed: {run['disturbed']}."
+        for provider, run in best.items()
+        if run.get("disturbed")
+    ]
+
+
 def parts_table(result: dict[str, Any]) -> str:
     """The gain of each part as a Markdown table."""
     rows = [("stock PEFT", ""), *((f"+ {part}", saves) for part, saves in PARTS.items())]
@@ -167,7 +220,8 @@ def parts_table(result: dict[str, Any]) -> str:
             f"| {name} | {saves} | {step:.2f} | {step / best[0]['step_seconds']:.2f} | "
             f"{peak / 2**20:.0f} | {peak / best[0]['peak_bytes']:.2f} |"
         )
-    return "\n".join(lines)
+    remarks = disturbances(result)
+    return "\n".join([*lines, "", *remarks] if remarks else lines)
 
 
 def best_run(runs: list[dict[str, Any]]) -> dict[str, Any]:

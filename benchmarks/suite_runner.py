@@ -16,9 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import guard
 import instructions
 import libraries
-import quiet
 import records
 import verdict
 from points import AXES, Point, reference_of
@@ -65,9 +65,7 @@ class Suite:
             for library, python in self.interpreters.items()
         }
         self.path = arguments.out or records.path_of(self.environment["device"])
-        self.calm = quiet.calibrate()
-        self.best_spin = self.calm.best
-        print(f"{self.calm}{verdict.of_calibration(self.calm.spread)}", file=sys.stderr, flush=True)
+        self.guard = guard.Guard()
 
     def measure(self, points: Iterable[Point]) -> list[dict[str, Any]]:
         """Measure the points, the libraries of a method in turn; the rows of a method are stored as soon as its runs are done."""
@@ -129,7 +127,7 @@ class Suite:
             "smoke": options["smoke"],
             "target_loss": options["target"],
             **dict.fromkeys(_MEASURED),
-            "spin_spread": self.calm.spread,
+            "spin_spread": self.guard.calm.spread,
             "environment": self._environment(point.library),
         }
 
@@ -150,7 +148,7 @@ class Suite:
             runs,
             expected["losses"],
             expected["trainable"],
-            self.best_spin,
+            self.guard.best_spin,
             verdict.ROUNDED_TOLERANCE if runs[0]["is_rounded"] else verdict.LOSS_TOLERANCE,
         ) or instructions.too_new(runs[0]["instructions"], self.arguments.isa)
         if reason is not None:
@@ -159,20 +157,13 @@ class Suite:
 
     def _run(self, point: Point, base: Path) -> dict[str, Any]:
         """One run of a point; it is repeated if the machine was busy."""
-        run: dict[str, Any] = {}
-        for _ in range(1 + self.arguments.retries):
-            before = quiet.wait(verdict.SLOWER * self.best_spin, self.arguments.wait)
-            watch = quiet.Watch()
-            try:
-                run = self._child([self._python(point), *self._command(point, base)])
-            except RuntimeError as error:
-                return {"failed": str(error)}
-            others = watch.others()
-            run |= {"spins": [before, quiet.spin()], "others": others}
-            self.best_spin = min(self.best_spin, *run["spins"])
-            if verdict.not_quiet(run["spins"], others, self.best_spin) is None:
-                break
-        return run
+        command = [self._python(point), *self._command(point, base)]
+        try:
+            return self.guard.run(
+                lambda: self._child(command), self.arguments.retries, self.arguments.wait
+            )
+        except RuntimeError as error:
+            return {"failed": str(error)}
 
     def _target(self, point: Point, base: Path) -> dict[str, Any]:
         """How long the point trains until it has the loss that is asked for, as ``suite_target.py`` prints it."""

@@ -9,6 +9,7 @@ import re
 import textwrap
 from typing import Any, NamedTuple
 
+import records
 from cases import CASES, PARTS
 from report import RESULTS, load, machine
 from steps import Training, best_run
@@ -25,6 +26,14 @@ CAPABILITIES = {"NVIDIA H100 80GB": "9.0"}
 RIVALS = {"PEFT": ("peft", "PEFT"), "Unsloth": ("unsloth", "Unsloth"), "full": ("full", "full")}
 """Rivals by their name in the table: the provider in a CPU result, and the start of the provider's name in a GPU result."""
 
+_ROWS = {
+    "peftkit lora": "peftkit",
+    "PEFT lora": "peft",
+    "transformers full": "full",
+    "Unsloth lora": "unsloth",
+}
+"""Rows of the suite and the providers of ``training`` that they are."""
+
 _NO_CPU = "Unsloth trains on GPUs only"
 
 
@@ -37,17 +46,79 @@ class Step(NamedTuple):
 
 def table() -> str:
     """The README's table: CPU and GPU, each against every rival, and the lines that say what was measured."""
+    cpu = cpu_measurement(CPU_CASE)
     lines = [
         "| | against | step time | memory that a step adds |",
         "|---|---|---|---|",
-        *_rows("CPU", cpu_steps(load(f"training-{CPU_CASE}")), {"Unsloth": _NO_CPU}),
+        *_rows("CPU", cpu_steps(cpu.result), cpu.reasons),
         *_rows("GPU", gpu_steps(load(GPU_RESULT)), _reasons(load(GPU_RESULT))),
         "",
-        _conditions(),
+        _conditions(cpu),
         "",
         _processors(),
     ]
     return "\n".join(lines)
+
+
+class Measurement(NamedTuple):
+    """What a CPU case is shown with.
+
+    Attributes:
+        result: In the shape of ``training-<case>.json``.
+        reasons: Why rivals were not measured.
+        file: The file in ``benchmarks/results/``.
+        command: The command that measures it again.
+    """
+
+    result: dict[str, Any]
+    reasons: dict[str, str]
+    file: str
+    command: str
+
+
+def cpu_measurement(case: str) -> Measurement:
+    """The suite's rows of a case if it has measured peftkit and PEFT, otherwise the result of ``training``."""
+    found = _of_suite(case, records.stored())
+    if found is not None:
+        return found
+    name = f"training-{case}"
+    return Measurement(load(name), {"Unsloth": _NO_CPU}, f"{name}.json", "make bench")
+
+
+def _of_suite(case: str, rows: list[dict[str, Any]]) -> Measurement | None:
+    """The rows of the processor that was measured last, at the case's own sizes and with all of its instructions."""
+    sizes = {"batch": CASES[case].batch_size, "length": CASES[case].sequence_length, "rank": 16}
+    wanted = {"suite": "methods", "case": case, "isa": "native", "adapters": 1, **sizes}
+    devices: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        is_plain = not row["checkpointing"] and row["environment"].get("gpu") is None
+        if is_plain and row["provider"] in _ROWS and wanted.items() <= row.items():
+            devices.setdefault(row["environment"]["device"], {})[row["provider"]] = row
+    complete = [
+        found
+        for found in devices.values()
+        if all(found.get(f"{name} lora", {}).get("status") == "ok" for name in ("peftkit", "PEFT"))
+    ]
+    if not complete:
+        return None
+    found = max(complete, key=lambda rows: rows["peftkit lora"]["environment"]["date"])
+    where = found["peftkit lora"]["environment"]
+    environment = {
+        "cpu": where["device"],
+        "threads": where["threads"],
+        "instructions": where["isa"],
+        "products": where["products"],
+    }
+    measured = {_ROWS[name]: [row] for name, row in found.items() if row["status"] == "ok"}
+    reasons = {
+        name.partition(" ")[0]: f"{row['status']}: {row['reason']}"
+        for name, row in found.items()
+        if row["status"] != "ok"
+    }
+    reasons["full"] = reasons.pop("transformers", "the result has no such run")
+    file = records.path_of(where["device"]).name
+    command = f'make bench ARGS="methods --case {case}"'
+    return Measurement({"environment": environment, "runs": measured}, reasons, file, command)
 
 
 def cpu_steps(result: dict[str, Any]) -> dict[str, Step]:
@@ -99,8 +170,8 @@ def _reasons(result: dict[str, Any]) -> dict[str, str]:
     return dict(re.findall(r"(\w+) was not measured: ([^.]+)\.", result.get("note", "")))
 
 
-def _conditions() -> str:
-    cpu, gpu = load(f"training-{CPU_CASE}"), load(GPU_RESULT)
+def _conditions(cpu: Measurement) -> str:
+    gpu = load(GPU_RESULT)
     row = next(row for row in gpu["steps"] if row["model"] == GPU_MODEL)
     origin = re.sub(r"\w+ was not measured: [^.]+\.", "", gpu.get("note", "")).strip()
     others = [
@@ -119,10 +190,10 @@ def _conditions() -> str:
             ),
             "",
             _wrapped(
-                f"- CPU: {_processor(cpu)}; {cpu_model(CPU_CASE)}. {_repeated('make bench', f'training-{CPU_CASE}')}",
+                f"- CPU: {_processor(cpu.result)}; {cpu_model(CPU_CASE)}. {_repeated(cpu.command, cpu.file)}",
             ),
             _wrapped(
-                f"- GPU: {gpu['environment']['gpu']}; {gpu_model(row)}, random weights. {_repeated('make gpu', GPU_RESULT)} "
+                f"- GPU: {gpu['environment']['gpu']}; {gpu_model(row)}, random weights. {_repeated('make gpu', f'{GPU_RESULT}.json')} "
                 f"{origin} {against}"
             ),
         ]
@@ -138,14 +209,14 @@ def _processors() -> str:
     return _wrapped(
         "On the CPU the gain in time needs oneDNN's matrix products, which peftkit uses on processors with AVX-512 that are not "
         f"Intel's. How much it is depends on the processor: on an older one of this kind ({machine(other['environment'])}; "
-        f"{_link('quantised-smollm2')}) the step takes {again[0]:.2f} x PEFT's time and {again[1]:.2f} x its memory. With oneDNN off, peftkit takes {without['step_time']:.2f} x PEFT's time and {without['memory']:.2f} x its memory "
-        f"({machine(parts['environment'])}; {_link('parts-smollm2')}): expect about this on processors without AVX-512, "
+        f"{_link('quantised-smollm2.json')}) the step takes {again[0]:.2f} x PEFT's time and {again[1]:.2f} x its memory. With oneDNN off, peftkit takes {without['step_time']:.2f} x PEFT's time and {without['memory']:.2f} x its memory "
+        f"({machine(parts['environment'])}; {_link('parts-smollm2.json')}): expect about this on processors without AVX-512, "
         "none of which was measured. `peftkit doctor` says what to expect on your machine."
     )
 
 
-def _repeated(command: str, name: str) -> str:
-    return f"`{command}` repeats it ({_link(name)})."
+def _repeated(command: str, file: str) -> str:
+    return f"`{command}` repeats it ({_link(file)})."
 
 
 def _wrapped(text: str) -> str:
@@ -155,8 +226,8 @@ def _wrapped(text: str) -> str:
     )
 
 
-def _link(name: str) -> str:
-    return f"[result](benchmarks/results/{name}.json)"
+def _link(file: str) -> str:
+    return f"[result](benchmarks/results/{file})"
 
 
 def cpu_model(case: str) -> str:
@@ -172,6 +243,8 @@ def gpu_model(row: dict[str, Any]) -> str:
 
 def chose_onednn(result: dict[str, Any]) -> bool:
     """Whether peftkit multiplied with oneDNN in a CPU result: only then do its products differ in time from torch's."""
+    if "products" in result["environment"]:
+        return result["environment"]["products"] == "oneDNN"
     return all(
         run["chosen_seconds"] < 0.9 * run["torch_seconds"] for run in result["runs"]["floor"]
     )
@@ -198,10 +271,10 @@ def expectations() -> dict[str, list[dict[str, Any]]]:
 def _cpu_trained() -> list[dict[str, Any]]:
     found = []
     for case in Training.CASES:
-        result = load(f"training-{case}")
+        result, _, file, _ = cpu_measurement(case)
         entry = {"model": cpu_model(case), **_machine(result), "label": _processor(result)}
         entry |= {"onednn": chose_onednn(result), "native": True, "switched_off": False}
-        found.append(entry | _ratios(cpu_steps(result)) | {"result": f"training-{case}.json"})
+        found.append(entry | _ratios(cpu_steps(result)) | {"result": file})
     return found
 
 

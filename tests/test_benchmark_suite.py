@@ -48,8 +48,8 @@ TARGET = {
 def suite(monkeypatch):
     """benchmarks/suite_runner.py on a quiet machine."""
     script = load_script("suite_runner")
-    monkeypatch.setattr(script.quiet, "spin", lambda: 0.05)
-    monkeypatch.setattr(script.quiet.Watch, "others", lambda self: 0.0)
+    monkeypatch.setattr(script.guard.quiet, "spin", lambda: 0.05)
+    monkeypatch.setattr(script.guard.quiet.Watch, "others", lambda self: 0.0)
     monkeypatch.setattr(script, "base_folder", lambda case, folder: folder)
     return script
 
@@ -121,7 +121,7 @@ def test_bad_rows_are_kept_with_their_reason_and_without_a_speed(measure, points
 def test_runs_on_a_busy_machine_are_repeated_and_then_refused(
     measure, points, suite, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(suite.quiet.Watch, "others", lambda self: 1.0)
+    monkeypatch.setattr(suite.guard.quiet.Watch, "others", lambda self: 1.0)
     rows = measure(points, (), "--retries", "1")
     assert len(measure.ran) == 2 * 2 * 2
     assert {row["status"] for row in rows} == {"refused"}

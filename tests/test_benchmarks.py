@@ -187,10 +187,28 @@ def test_a_speed_with_other_losses_is_refused():
     steps = load_script("steps")
     peft = [{"losses": [2.0, 1.0]}]
     steps.check_losses({"peft": peft, "full": [{"losses": [2.0, 0.5]}], "peftkit": peft})
-    with pytest.raises(SystemExit, match=r"peftkit: loss 1\.001 at step 1, stock PEFT has 1\.0"):
+    with pytest.raises(SystemExit, match=r"peftkit: loss 1\.001 at step 1, peft has 1\.0"):
         steps.check_losses({"peft": peft, "peftkit": [{"losses": [2.0, 1.001]}]})
     with pytest.raises(SystemExit, match="providers must contain peft"):
         steps.check_losses({"peftkit": peft})
+
+
+@pytest.mark.parametrize(("busy", "count"), [(0.0, 2), (1.0, 6)])
+def test_a_disturbed_run_is_repeated_and_then_named(monkeypatch, busy, count):
+    steps, asked = load_script("steps"), []
+    quiet = steps.Guard.run.__globals__["quiet"]
+    monkeypatch.setattr(quiet, "spin", lambda: 0.05)
+    monkeypatch.setattr(quiet.Watch, "others", lambda self: busy)
+    run = {"losses": [2.0], "step_seconds": 1.0, "first_seconds": 1.0, "tokens_per_second": 1.0}
+    run |= {"peak_bytes": 2**20, "trainable": 1}
+    monkeypatch.setattr(steps, "run_script", lambda *words: asked.append(words) or dict(run))
+    parser = steps.argparse.ArgumentParser()
+    steps.Training.add_options(parser)
+    arguments = parser.parse_args(["--providers", "peft", "peftkit", "--rounds", "1"])
+    result = steps.measure("tiny", arguments) | {"environment": {"cpu": "Chip", "threads": 1}}
+    assert len(asked) == count
+    said = "The best run of peft was disturbed: the machine was busy: other processes kept 1.00"
+    assert (said in steps.table(result)) == bool(busy)
 
 
 def test_documents_show_the_committed_results():
@@ -251,3 +269,42 @@ def test_the_table_says_why_a_rival_was_not_measured():
     rows = [line for line in summary.table().splitlines() if line.startswith(("| CPU", "| GPU"))]
     assert len(rows) == 6
     assert all(" x (" in row or "not measured: " in row for row in rows)
+
+
+def suite_row(provider, seconds, date="2026-01-01", **changes):
+    """A stored row of the suite on smollm2."""
+    library, _, method = provider.partition(" ")
+    environment = {"device": "Chip (family 1, model 2)", "gpu": None, "threads": 2, "date": date}
+    environment |= {"isa": "AVX2", "products": "MKL"}
+    row = {"suite": "methods", "case": "smollm2", "provider": provider, "library": library}
+    row |= {"method": method, "batch": 2, "length": 256, "rank": 16, "adapters": 1}
+    row |= {"checkpointing": False, "isa": "native", "status": "ok", "reason": None}
+    row |= {"step_seconds": seconds, "peak_bytes": 2**30, "environment": environment}
+    return row | changes
+
+
+def test_the_readme_shows_rows_of_the_suite_if_there_are_any(monkeypatch):
+    summary = load_script("summary")
+    rows = [suite_row("peftkit lora", 0.5), suite_row("PEFT lora", 2.0)]
+    rows += [suite_row("transformers full", 4.0)]
+    rows += [suite_row("Unsloth lora", None, status="absent", reason="unsloth is not installed")]
+    # neither other sizes nor other instructions are shown
+    rows += [suite_row("peftkit lora", 0.1, rank=8), suite_row("peftkit lora", 0.1, isa="avx2")]
+    monkeypatch.setattr(summary.records, "stored", lambda: rows)
+    text = summary.table()
+    assert "| CPU | PEFT | 0.25 x (500 ms : 2.00 s) | 1.00 x (1.0 GiB : 1.0 GiB) |" in text
+    assert "| CPU | full fine-tuning | 0.12 x (500 ms : 4.00 s)" in text
+    assert "| CPU | Unsloth | not measured: absent: unsloth is not installed |" in text
+    assert "Chip (family 1, model 2), 2 threads, AVX2; SmolLM2-135M" in " ".join(text.split())
+    assert "benchmarks/results/chip-family-1-model-2.jsonl" in text
+    entry = summary.expectations()["cpu"][0]
+    assert (entry["step_time"], entry["onednn"]) == (0.25, False)
+    assert entry["result"] == "chip-family-1-model-2.jsonl"
+
+
+def test_a_refused_row_does_not_reach_the_readme(monkeypatch):
+    summary = load_script("summary")
+    before = summary.table()
+    rows = [suite_row("peftkit lora", 0.5), suite_row("PEFT lora", None, status="refused")]
+    monkeypatch.setattr(summary.records, "stored", lambda: rows)
+    assert summary.table() == before
