@@ -61,10 +61,13 @@ def build(library: str, folder: Path, sizes: Sizes, own_start: bool = False) -> 
 
 
 def same_start(built: Built) -> None:
-    """Give the matrices of an adapter the same random values in every library, none of them zero, so that every gradient counts."""
+    """Give the matrices and biases of an adapter the same random values in every library, none of them zero, so that every gradient counts.
+
+    DoRA's magnitudes stay: they are the norms of the base weights.
+    """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in built.model.named_parameters():
-        if name in built.trained and parameter.dim() >= 2:
+        if name in built.trained and (parameter.dim() >= 2 or name.endswith(".bias")):
             values = torch.randn(parameter.shape, generator=generator) * 0.02
             parameter.data.copy_(values)
 
@@ -237,7 +240,8 @@ def _adapterhub(folder: Path, sizes: Sizes) -> Built:
     before = _ids(model)
     config: Any = PrefixTuningConfig(flat=True, prefix_length=sizes.rank)
     if sizes.method == "bottleneck":
-        factor = model.config.hidden_size / bottleneck_size(model, sizes.rank)
+        # the library rounds width / factor down
+        factor = model.config.hidden_size / (bottleneck_size(model, sizes.rank) + 0.5)
         config = DoubleSeqBnConfig(reduction_factor=factor, non_linearity="relu")
     adapters.init(model)
     model.add_adapter("suite", config=config)
