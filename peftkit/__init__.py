@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peftkit.finetune import Recipe, RunResult, evaluate, generate, read_recipe, train
     from peftkit.finetune.comparison import Comparison, compare
     from peftkit.finetune.report_callback import ReportCallback
+    from peftkit.finetune.together import Sweep, sweep
     from peftkit.fp8 import Float8Linear, from_fp8, to_fp8
     from peftkit.inits import InitReport, initialise
     from peftkit.interop import import_adapter
@@ -46,6 +47,7 @@ __all__ = [
     "ReportCallback",
     "RunResult",
     "ServingReport",
+    "Sweep",
     "__version__",
     "accelerate",
     "base_report",
@@ -69,6 +71,7 @@ __all__ = [
     "read_recipe",
     "restore",
     "serving_report",
+    "sweep",
     "to_fp8",
     "train",
     "wrap",
@@ -90,6 +93,7 @@ _HOME_OF = {
     "ReportCallback": "peftkit.finetune.report_callback",
     "RunResult": "peftkit.finetune",
     "ServingReport": "peftkit.serving",
+    "Sweep": "peftkit.finetune",
     "accelerate": "peftkit.wrapping",
     "base_report": "peftkit.base",
     "check": "peftkit.checks",
@@ -112,6 +116,7 @@ _HOME_OF = {
     "read_recipe": "peftkit.finetune",
     "restore": "peftkit.wrapping",
     "serving_report": "peftkit.serving",
+    "sweep": "peftkit.finetune",
     "to_fp8": "peftkit.fp8",
     "train": "peftkit.finetune",
     "wrap": "peftkit.wrapping",

@@ -66,7 +66,7 @@ def test_public_names_resolve():
         *("BaseReport", "base_report", "load_base", "Float8Linear", "from_fp8", "to_fp8"),
         "merge",
         *("InitReport", "initialise"),
-        *("MemoryPlan", "ReportCallback", "fit", "plan"),
+        *("MemoryPlan", "ReportCallback", "Sweep", "fit", "plan", "sweep"),
     }
     assert all(callable(value) for name, value in values.items() if name != "__version__")
     assert dir(peftkit) == sorted(peftkit.__all__)

@@ -47,12 +47,12 @@ def train(
         return
     if recipe is None:
         raise typer.BadParameter("give a recipe, or --init TASK to write one")
-    _calm()
+    calm()
     from peftkit.finetune import train as run
     from peftkit.finetune.processes import is_main
 
     say = (lambda line: None) if quiet or as_json else typer.echo
-    with _without_known_warnings():
+    with without_known_warnings():
         result = run(recipe, *(overrides or []), say=say)
     if is_main():
         _print(result, as_json)
@@ -94,10 +94,10 @@ def generate(
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Answer prompts with the model of a finished run, or write down recordings."""
-    _calm()
+    calm()
     from peftkit.finetune import generate as write
 
-    with _without_known_warnings():
+    with without_known_warnings():
         answers = write(
             run,
             prompts or (),
@@ -125,10 +125,10 @@ def evaluate(
     as_json: Annotated[bool, _JSON] = False,
 ) -> None:
     """Evaluate the model of a finished run."""
-    _calm()
+    calm()
     from peftkit.finetune import evaluate as measure
 
-    with _without_known_warnings():
+    with without_known_warnings():
         found = measure(run, data)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -151,7 +151,7 @@ def _init(task: str, file: Path | None) -> None:
     typer.echo(f"written to {file}")
 
 
-def _calm() -> None:
+def calm() -> None:
     """Without the libraries' own progress bars and reports: what matters is in the lines of the run."""
     import datasets
     import transformers
@@ -162,7 +162,7 @@ def _calm() -> None:
 
 
 @contextlib.contextmanager
-def _without_known_warnings() -> Iterator[None]:
+def without_known_warnings() -> Iterator[None]:
     """Without two warnings that say nothing to a user of the command: a name that PEFT uses, and a base model without a config file."""
     with warnings.catch_warnings():
         warnings.filterwarnings(

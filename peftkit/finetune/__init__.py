@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from peftkit.finetune.reading import read_recipe
     from peftkit.finetune.recipe import Recipe
     from peftkit.finetune.result import RunResult
+    from peftkit.finetune.together import Sweep, sweep
     from peftkit.finetune.training import train
     from peftkit.finetune.using import evaluate, generate
 
@@ -17,10 +18,12 @@ __all__ = [
     "Comparison",
     "Recipe",
     "RunResult",
+    "Sweep",
     "compare",
     "evaluate",
     "generate",
     "read_recipe",
+    "sweep",
     "train",
 ]
 
@@ -32,6 +35,8 @@ _HOME_OF = {
     "evaluate": "using",
     "generate": "using",
     "read_recipe": "reading",
+    "Sweep": "together",
+    "sweep": "together",
     "train": "training",
 }
 

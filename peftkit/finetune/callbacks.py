@@ -91,17 +91,21 @@ class StopWithCheckpoint(TrainerCallback):
     """Saves a checkpoint and stops after a step: after ``stop_after``, or after the step in which Ctrl-C was pressed.
 
     A second Ctrl-C stops at once. With several processes all stop after the same step.
+
+    Attributes:
+        stopped: Whether it has stopped the training.
+        status: What is written as the result of a run that was stopped.
     """
 
     def __init__(self, stop_after: int | None):
         self.stop_after = stop_after
-        self.stopped = False
+        self.stopped, self.status = False, "stopped"
         self._asked = False
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         def ask(number: int, frame: Any) -> None:
-            self._asked = True
+            self.ask()
             self.release()
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -114,6 +118,10 @@ class StopWithCheckpoint(TrainerCallback):
         reached = state.global_step == self.stop_after
         if (any_process(self._asked) or reached) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.stopped = True
+
+    def ask(self) -> None:
+        """Stop after this step."""
+        self._asked = True
 
     def release(self) -> None:
         """Give the signals back."""

@@ -118,8 +118,16 @@ def prepare_model(
     Raises:
         ContractError: The model does not fit the task, the strategy or the length of the rows, or would not train.
     """
-    strategy = require_strategy(recipe.strategy.name)
-    model: Any = load_model(recipe, task, strategy.is_adapter)
+    return adapt_model(recipe, task, train, load_base_model(recipe, task, train), say)
+
+
+def load_base_model(recipe: Recipe, task: Task, train: Part) -> Any:
+    """Load the model and check that the rows fit it.
+
+    Raises:
+        ContractError: The model cannot be loaded, or does not fit the task or the rows.
+    """
+    model: Any = load_model(recipe, task, require_strategy(recipe.strategy.name).is_adapter)
     texts = ("tokenizer", "image and text", "speech and text")
     longest = longest_input(model) if task.processor in texts else None
     if longest is not None and task.setting.seq_len > longest:
@@ -128,8 +136,20 @@ def prepare_model(
             "many"
         )
     require_vocabulary(model, task, train)
+    return model
+
+
+def adapt_model(
+    recipe: Recipe, task: Task, train: Part, model: Any, say: Callable[[str], None]
+) -> tuple[Any, list[tuple[int, set[str]]] | None, list[str]]:
+    """Apply the strategy to a loaded model and check the first step.
+
+    Raises:
+        ContractError: The model does not fit the task or the strategy, or would not train.
+    """
+    strategy = require_strategy(recipe.strategy.name)
     task.setting.config = model.config
-    rows = list(train.dataset.select(range(min(recipe.training.batch_size, len(train.dataset)))))
+    rows = first_rows(recipe, train)
     setting = AdapterSetting(task.task_type, tuple(task.outside_loss(model, rows)))
     prepared = strategy.apply(model, recipe.strategy.options, setting)
     model = prepared.model
@@ -149,12 +169,22 @@ def prepare_model(
         stages = prepared.stages(*total_steps(recipe, len(train.dataset)))
     model.train()
     hold_statistics(norms_with_statistics(model))
-    own_loss = (lambda m, batch: task.loss(m, batch)[0]) if task.has_own_loss else None
     batch = task.first_batch(rows)
-    notes = carried + check_first_step(model, batch, strategy.is_adapter, own_loss)
+    notes = carried + check_first_step(model, batch, strategy.is_adapter, own_loss(task))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{name}: {trained:,} trained numbers; {'; '.join(notes)}")
     return model, stages, notes
+
+
+def first_rows(recipe: Recipe, train: Part) -> list[dict[str, Any]]:
+    """The first training rows, as many as a batch has."""
+    rows = train.dataset.select(range(min(recipe.training.batch_size, len(train.dataset))))
+    return [dict(row) for row in rows]
+
+
+def own_loss(task: Task) -> Callable[[Any, Any], Any] | None:
+    """The task's own loss of a model and a batch, or ``None`` if the model computes it."""
+    return (lambda m, batch: task.loss(m, batch)[0]) if task.has_own_loss else None
 
 
 def require_vocabulary(model: Any, task: Task, train: Part) -> None:

@@ -75,8 +75,8 @@ def train(
         folder = RunFolder(recipe.out)
         if not recipe.resume:
             on_main(folder.require_free)
-        with _removed_if_empty(folder):
-            return _Run(recipe, folder, say if is_main() else _say_nothing).train()
+        with removed_if_empty(folder):
+            return SingleRun(recipe, folder, say if is_main() else _say_nothing).train()
 
 
 def _say_nothing(line: str) -> None:
@@ -92,11 +92,11 @@ def check_run(recipe: Recipe) -> Task:
     Raises:
         ContractError: As for ``train``.
     """
-    return _Run(recipe, RunFolder(recipe.out), lambda line: None).prepare()[0]
+    return SingleRun(recipe, RunFolder(recipe.out), lambda line: None).prepare()[0]
 
 
 @contextmanager
-def _removed_if_empty(folder: RunFolder) -> Iterator[None]:
+def removed_if_empty(folder: RunFolder) -> Iterator[None]:
     """Remove the folders that were made and have stayed empty, if there is an error."""
     if not is_main():
         yield
@@ -111,7 +111,7 @@ def _removed_if_empty(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-class _Run:
+class SingleRun:
     """The steps of a run, and what they share."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, say: Callable[[str], None]):
@@ -124,21 +124,33 @@ class _Run:
         from transformers import set_seed
 
         from peftkit.finetune.distillation import prepare_distillation
-        from peftkit.finetune.setup import prepare_data, prepare_model, resolved
+        from peftkit.finetune.setup import resolved
 
-        recipe, say = self.recipe, self.say
+        recipe = self.recipe
         set_seed(recipe.training.seed)
-        task, train, evaluation = prepare_data(recipe, say)
+        task, train, evaluation = self.load_data()
         self.recipe = recipe = resolved(recipe, task)
         if recipe.resume:
             self.folder.require_same(recipe.to_dict())
         set_seed(recipe.training.seed)
-        model, stages, notes = prepare_model(recipe, task, train, say)
+        model, stages, notes = self.load_model(task, train)
         self.distillation, taught = prepare_distillation(recipe, task, model, train)
         for note in taught:
-            say(note)
+            self.say(note)
         notes += taught
         return task, train, evaluation, model, stages, notes
+
+    def load_data(self) -> tuple[Any, Any, Any]:
+        """Load the task, the training rows and the evaluation rows."""
+        from peftkit.finetune.setup import prepare_data
+
+        return prepare_data(self.recipe, self.say)
+
+    def load_model(self, task: Any, train: Any) -> tuple[Any, Any, list[str]]:
+        """Load the model, apply the strategy and check the first step."""
+        from peftkit.finetune.setup import prepare_model
+
+        return prepare_model(self.recipe, task, train, self.say)
 
     def train(self) -> RunResult:
         from transformers import set_seed
@@ -164,10 +176,10 @@ class _Run:
         checkpoint, broken = self._checkpoint(facts)
         notes += broken
         before = digests(model) | (base_buffers(model) if is_adapter(recipe) else {})
-        trainer, stopper = self._trainer(task, model, train, evaluation, stages)
+        trainer, stopper = self.make_trainer(task, model, train, evaluation, stages)
         rows = (evaluation or train).examples[: recipe.training.samples]
         samples = self._samples(task, model, rows, "before") if task.generative else []
-        self._plan(task, trainer, train)
+        self.plan(task, trainer, train)
         on_main(lambda: self._start(facts, samples))
         # Other rows of a batch need other dropout.
         set_seed(recipe.training.seed + process_index())
@@ -191,8 +203,8 @@ class _Run:
         say(memory_text(self.usage.plan, self.usage.measured_bytes) or "memory was not measured")
         steps = trainer.state.global_step
         if stopper.stopped:
-            say(f"stopped after step {steps}; continue with resume=true")
-            result = RunResult(self.folder.path, "stopped", steps, notes=notes)
+            say(f"{stopper.status} after step {steps}; continue with resume=true")
+            result = RunResult(self.folder.path, stopper.status, steps, notes=notes)
             return on_main(lambda: self._write_result(result))
         return self._finish(task, model, trainer, before, facts, rows, samples, notes)
 
@@ -239,7 +251,10 @@ class _Run:
         self.say(f"resuming from {found.name}" if found else "no whole checkpoint; starting again")
         return found, notes
 
-    def _trainer(self, task: Any, model: Any, train: Any, evaluation: Any, stages: Any) -> Any:
+    def make_trainer(
+        self, task: Any, model: Any, train: Any, evaluation: Any, stages: Any
+    ) -> tuple[Any, Any]:
+        """Build the trainer with its callbacks, and the callback that stops it."""
         from peftkit.finetune.callbacks import (
             KeepMetrics,
             MarkCheckpoints,
@@ -268,7 +283,7 @@ class _Run:
             trainer.add_callback(RunStages(model, stages))
         return trainer, stopper
 
-    def _plan(self, task: Any, trainer: Any, train: Any) -> None:
+    def plan(self, task: Any, trainer: Any, train: Any) -> None:
         """Plan the memory of a step, and say it."""
         from peftkit.finetune.planned import plan_of_run
         from peftkit.finetune.run_page import memory_text

@@ -1,0 +1,143 @@
+"""One of several runs that are trained together: an ordinary run that shares its model, and perhaps its rows, with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.run_folder import RunFolder
+from peftkit.finetune.setup import adapt_model, first_rows, load_base_model, make_task, own_loss
+from peftkit.finetune.together.agreement import require_agreement
+from peftkit.finetune.together.conductor import Conductor, joined
+from peftkit.finetune.together.passes import JointPasses
+from peftkit.finetune.together.places import Places, Route
+from peftkit.finetune.training import SingleRun
+
+
+class Shared:
+    """What runs that are trained together share.
+
+    Attributes:
+        places: Where the adapters are.
+        conductor: Gives the turn to one run after the other.
+        passes: Computes batches of several runs at once.
+        stoppers: The callbacks that stop the runs.
+        on_ready: Is called once everything is checked, before anything is written.
+    """
+
+    def __init__(self) -> None:
+        self.places = Places(Route())
+        self.conductor = Conductor(self.places.show)
+        self.passes = JointPasses(self.conductor, self.places)
+        self.stoppers: list[Any] = []
+        self.data: tuple[Any, Any, Any] | None = None
+        self.model: Any = None
+        self.random_state: Any = None
+        self.on_ready: Callable[[list[Any]], list[Any]] = lambda given: given
+
+    def stop(self) -> None:
+        """Stop all runs after their next step, each with a checkpoint."""
+        for stopper in self.stoppers:
+            stopper.ask()
+
+
+class Member(SingleRun):
+    """A run that is trained together with others.
+
+    Args:
+        number: Its number, from 0.
+        recipe: Its recipe. The runs differ in the adapter and its training.
+        folder: Its folder.
+        shared: What it shares with the others.
+        extra: Callbacks of its own, made from the trainer and the callback that stops it.
+        say: Is called with each line of progress.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        recipe: Recipe,
+        folder: RunFolder,
+        shared: Shared,
+        extra: Callable[[Any, Any], list[TrainerCallback]],
+        say: Callable[[str], None],
+    ):
+        super().__init__(recipe, folder, say)
+        self.number, self.shared, self.extra = number, shared, extra
+
+    def load_data(self) -> tuple[Any, Any, Any]:
+        """Load the rows, or use those of the first run; the task is always a new one, because it counts passes over the rows."""
+        if self.shared.data is None:
+            self.shared.data = super().load_data()
+            return self.shared.data
+        first, train, evaluation = self.shared.data
+        return make_task(self.recipe, first.setting.labels), train, evaluation
+
+    def load_model(self, task: Any, train: Any) -> tuple[Any, Any, list[str]]:
+        """Put the adapter on the model of the first run, and compare a joint step with one of this adapter alone."""
+        from transformers.trainer_utils import set_seed
+
+        shared = self.shared
+        if shared.model is None:
+            shared.model = load_base_model(self.recipe, task, train)
+            shared.random_state = _random_state()
+        else:
+            # Loading draws the values of a new head, so a run alone would begin its adapter with later numbers.
+            set_seed(self.recipe.training.seed)
+            _set_random_state(shared.random_state)
+        model, stages, notes = adapt_model(self.recipe, task, train, shared.model, self.say)
+        shared.places.keep(self.number, model)
+        shared.passes.share(model)
+        shared.conductor.meet(None, lambda given: given)
+        batch = task.first_batch(first_rows(self.recipe, train))
+        require_agreement(model, batch, own_loss(task), self.number, shared.passes)
+        shared.conductor.meet(None, self._ready)
+        notes.append("trained together with other adapters; time and memory are those of all")
+        return model, stages, notes
+
+    def _ready(self, given: list[Any]) -> list[Any]:
+        # From here on the fault of one run does not end the others.
+        self.shared.conductor.strict = False
+        return self.shared.on_ready(given)
+
+    def make_trainer(
+        self, task: Any, model: Any, train: Any, evaluation: Any, stages: Any
+    ) -> tuple[Any, Any]:
+        """The trainer of an ordinary run, whose steps and evaluations are computed together with those of others."""
+        trainer, stopper = super().make_trainer(task, model, train, evaluation, stages)
+        trainer.accelerator.backward = self.shared.passes.backward
+        for name in ("training_step", "evaluate"):
+            setattr(trainer, name, _joined(getattr(trainer, name)))
+        self.shared.stoppers.append(stopper)
+        for callback in self.extra(trainer, stopper):
+            trainer.add_callback(callback)
+        return trainer, stopper
+
+    def plan(self, task: Any, trainer: Any, train: Any) -> None:
+        """Do nothing: a plan would be that of one run alone."""
+
+
+def _joined(work: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with joined():
+            return work(*args, **kwargs)
+
+    return run
+
+
+def _random_state() -> Any:
+    import torch
+
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.random.get_rng_state(), gpus
+
+
+def _set_random_state(state: Any) -> None:
+    import torch
+
+    torch.random.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
