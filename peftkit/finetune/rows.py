@@ -23,7 +23,7 @@ FORMATS = {
     ".text": "text",
     ".md": "text",
 }
-SOUNDS = (".wav",)
+SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
 

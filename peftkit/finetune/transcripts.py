@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftkit.finetune.schema import key
+from peftkit.finetune.sound import RESAMPLE
 from peftkit.finetune.tasks.scores import error_rate
 
 
@@ -17,6 +18,7 @@ class TextOptions:
     case: Literal["keep", "lower", "upper"] = key("keep", "Change the case of the texts")
     remove: str = key("", "Characters to remove from the texts, such as '?!,.'")
     max_seconds: float = key(30.0, "Longest recording; longer ones are bad rows", above=0)
+    resample: bool = RESAMPLE
 
 
 def changed_text(text: str, options: TextOptions) -> str:

@@ -95,5 +95,5 @@ def test_a_folder_without_recordings_is_refused(tmp_path, one_thread):
     model = speech_cases.save_audio(tmp_path / "m")
     values = cases.recipe(model, "audio_classification", str(tmp_path / "m"), tmp_path / "run")
     values["data"]["format"] = "sounds"
-    with pytest.raises(ContractError, match=r"has no sounds \(.wav\)"):
+    with pytest.raises(ContractError, match=r"has no sounds \(\.wav, \.flac,"):
         train(values)

@@ -12,23 +12,9 @@ import transformers as hf
 
 from peftkit import ContractError, accelerate
 from peftkit.finetune import evaluate, train
-from peftkit.finetune.sound import read_wav
 from peftkit.finetune.tasks.base import Setting
 from peftkit.finetune.tasks.scores import edit_distance, error_rate
 from peftkit.finetune.tasks.speech_ctc import SpeechCtc, frames_of
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-@pytest.mark.parametrize("channels", [1, 2])
-def test_a_wav_file_is_read_exactly(width, channels, tmp_path):
-    values = np.linspace(-0.9, 0.9, 60)
-    file = speech_cases.write_wav(tmp_path / "a.wav", values, width=width, channels=channels)
-    found = read_wav(str(file))
-    expected = values.reshape(-1, channels).mean(1)
-    assert found.dtype == np.float32
-    # One rounding to whole numbers of this width, whose largest is one less than their range, and one to float32.
-    allowed = 2 / 2.0 ** (8 * width - 1) + np.finfo(np.float32).eps
-    assert np.abs(found - expected).max() <= allowed
 
 
 def test_error_rates():
@@ -80,8 +66,8 @@ def test_texts_can_be_changed_to_fit_the_vocabulary(task, tmp_path):
 FAULTS = {
     "another rate": (lambda f: {"audio": wav(f, rate=500)}, "has 500 samples a second, but the"),
     "no file": (lambda f: {"audio": "/no.wav"}, "the recording /no.wav does not exist"),
-    "no path": (lambda f: {"audio": 3}, "column 'audio' is 3, not the path of a WAV file"),
-    "no WAV": (lambda f: {"audio": text_file(f)}, "is no WAV file with whole numbers"),
+    "no path": (lambda f: {"audio": 3}, "column 'audio' is 3, not the path of a recording"),
+    "no WAV": (lambda f: {"audio": text_file(f)}, "is no recording that soundfile can read"),
     "empty": (lambda f: {"audio": wav(f, size=0)}, "is empty"),
     "too long": (lambda f: {"audio": wav(f, size=31000)}, "31.0 s, more than task.max_seconds=30"),
     "too short": (

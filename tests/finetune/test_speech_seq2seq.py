@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from peftkit import ContractError, accelerate
 from peftkit.finetune import evaluate, generate, train
-from peftkit.finetune.sound import read_wav
+from peftkit.finetune.sound import read_sound
 from peftkit.finetune.tasks.base import BadRow, Setting
 from peftkit.finetune.tasks.speech_seq2seq import LEAST_SAMPLES, SpeechSeq2Seq
 
@@ -42,7 +42,7 @@ def recipe_of_transformers(processor, rows):
     assert (
         labels[:, 0] == processor.tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
     ).all()
-    sounds = [read_wav(row["audio"]) for row in rows]
+    sounds = [read_sound(row["audio"], RATE) for row in rows]
     inputs = processor.feature_extractor(sounds, sampling_rate=RATE, return_tensors="pt")
     return {"input_features": inputs.input_features, "labels": labels[:, 1:]}
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.finetune.schema import key
-from peftkit.finetune.sound import length_of, read_wav
+from peftkit.finetune.sound import RESAMPLE, length_of, read_sound, require_resampling
 from peftkit.finetune.tasks.base import (
     BadRow,
     Encoded,
+    Setting,
     Task,
     label_name,
     number_of_label,
@@ -29,25 +30,30 @@ class Options:
     min_seconds: float = key(
         0.25, "Shortest recording; models need some windows of 0.025 s", above=0
     )
+    resample: bool = RESAMPLE
 
 
 class AudioClassification(Task):
-    """Recordings with a label: a folder with one folder for each class, or rows with the path of a WAV file."""
+    """Recordings with a label: a folder with one folder for each class, or rows with the path of a recording."""
 
     name = "audio_classification"
     summary = (
-        "a folder with one folder of WAV files for each class, or rows with a path and a label"
+        "a folder with one folder of recordings for each class, or rows with a path and a label"
     )
     auto_class = "AutoModelForAudioClassification"
     distils = "same"
     columns: ClassVar[dict[str, str]] = {
-        "audio": "path of a WAV file",
+        "audio": "path of a recording",
         "label": "the name or number of the class",
     }
     Options = Options
     metric_names = ("accuracy", "f1")
     best_metric = "accuracy"
     processor = "audio"
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        require_resampling(setting.options.resample)
 
     @classmethod
     def labels_of(cls, row: dict[str, Any]) -> set[str]:
@@ -64,8 +70,9 @@ class AudioClassification(Task):
 
     def encode(self, row: dict[str, Any]) -> list[Encoded]:
         label = number_of_label(row.get("label"), self.setting.labels)
-        rate, longest = self.setting.tokenizer.sampling_rate, self.setting.options.max_seconds
-        seconds = length_of(row.get("audio"), rate) / rate
+        rate, options = self.setting.tokenizer.sampling_rate, self.setting.options
+        longest = options.max_seconds
+        seconds = length_of(row.get("audio"), rate, options.resample) / rate
         if seconds > longest:
             raise BadRow(
                 f"{row['audio']} has {seconds:.1f} s, more than task.max_seconds={longest:g}; cut it, or raise max_seconds if the model's "
@@ -86,7 +93,7 @@ class AudioClassification(Task):
         padding = {"padding": True} if extractor.model_input_names[0] == "input_values" else {}
         padding = {} if hasattr(extractor, "num_mel_bins") else padding
         found = extractor(
-            [read_wav(row["audio"]) for row in rows],
+            [read_sound(row["audio"], extractor.sampling_rate) for row in rows],
             sampling_rate=extractor.sampling_rate,
             return_tensors="pt",
             **padding,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from peftkit.errors import ContractError, short
-from peftkit.finetune.sound import length_of, read_wav
+from peftkit.finetune.sound import length_of, read_sound, require_resampling
 from peftkit.finetune.tasks.base import IGNORED, BadRow, Encoded, Setting, Task, pad, text_of
 from peftkit.finetune.transcripts import TextOptions, changed_text, error_rates
 
@@ -23,9 +23,9 @@ class SpeechCtc(Task):
     """
 
     name = "speech_ctc"
-    summary = "WAV files with their texts, for Wav2Vec2 and its relatives"
+    summary = "recordings with their texts, for Wav2Vec2 and its relatives"
     auto_class = "AutoModelForCTC"
-    columns: ClassVar[dict[str, str]] = {"audio": "path of a WAV file", "text": "what is said"}
+    columns: ClassVar[dict[str, str]] = {"audio": "path of a recording", "text": "what is said"}
     Options = TextOptions
     metric_names = ("wer", "cer")
     lower_is_better = ("loss", "wer", "cer")
@@ -35,6 +35,7 @@ class SpeechCtc(Task):
 
     def __init__(self, setting: Setting):
         super().__init__(setting)
+        require_resampling(setting.options.resample)
         if not hasattr(setting.config, "conv_kernel"):
             raise ContractError(
                 f"task=speech_ctc needs a model of the Wav2Vec2 kind, whose config has conv_kernel; this one is a "
@@ -63,7 +64,7 @@ class SpeechCtc(Task):
             )
         if not ids:
             raise BadRow("no character is left of the text")
-        samples = length_of(row.get("audio"), self.rate)
+        samples = length_of(row.get("audio"), self.rate, options.resample)
         seconds = samples / self.rate
         if seconds > options.max_seconds:
             raise BadRow(
@@ -90,7 +91,7 @@ class SpeechCtc(Task):
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         found = self.setting.tokenizer.feature_extractor(
-            [read_wav(row["audio"]) for row in rows],
+            [read_sound(row["audio"], self.rate) for row in rows],
             sampling_rate=self.rate,
             padding=True,
             return_tensors="pt",

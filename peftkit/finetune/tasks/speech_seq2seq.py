@@ -10,7 +10,7 @@ import numpy as np
 
 from peftkit.errors import ContractError, short
 from peftkit.finetune.schema import key
-from peftkit.finetune.sound import length_of, read_wav
+from peftkit.finetune.sound import length_of, read_sound, require_resampling
 from peftkit.finetune.tasks.base import IGNORED, BadRow, Encoded, Setting, Task, pad, text_of
 from peftkit.finetune.transcripts import TextOptions, changed_text, error_rates
 from peftkit.finetune.whisper_prompt import set_prompt, write_prompt
@@ -47,7 +47,7 @@ class SpeechSeq2Seq(Task):
     name = "speech_seq2seq"
     summary = "recordings with their texts or translations, for Whisper and its relatives"
     auto_class = "AutoModelForSpeechSeq2Seq"
-    columns: ClassVar[dict[str, str]] = {"audio": "path of a WAV file", "text": "what is said"}
+    columns: ClassVar[dict[str, str]] = {"audio": "path of a recording", "text": "what is said"}
     Options = Options
     metric_names = ("wer", "cer")
     lower_is_better = ("loss", "wer", "cer")
@@ -62,6 +62,7 @@ class SpeechSeq2Seq(Task):
 
     def __init__(self, setting: Setting):
         super().__init__(setting)
+        require_resampling(setting.options.resample)
         self.config, self.extractor = setting.config, setting.processor.feature_extractor
         self.kind = getattr(self.config, "model_type", None)
         if self.kind not in LEAST_SAMPLES:
@@ -142,7 +143,8 @@ class SpeechSeq2Seq(Task):
         return [*self.prompt_ids[1:], *ids, tokenizer.eos_token_id]
 
     def _require_length(self, path: Any) -> None:
-        samples, options = length_of(path, self.rate), self.setting.options
+        options = self.setting.options
+        samples = length_of(path, self.rate, options.resample)
         seconds = samples / self.rate
         if samples < LEAST_SAMPLES[self.kind]:
             raise BadRow(
@@ -168,7 +170,7 @@ class SpeechSeq2Seq(Task):
 
         masks = not self.is_whisper or getattr(self.config, "apply_spec_augment", False)
         found = self.extractor(
-            [read_wav(path) for path in paths],
+            [read_sound(path, self.rate) for path in paths],
             sampling_rate=self.rate,
             padding="max_length" if self.is_whisper else True,
             return_attention_mask=masks,
