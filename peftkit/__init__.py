@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peftkit.base import BaseReport, base_report, load_base
     from peftkit.bridge import BottleneckConfig, PrefixConfig
     from peftkit.checks import check
+    from peftkit.compress import PruneReport, prune
     from peftkit.errors import ContractError
     from peftkit.export import ExportReport, export_adapter_gguf, export_gguf
     from peftkit.finetune import Recipe, RunResult, evaluate, generate, read_recipe, train
@@ -42,6 +43,7 @@ __all__ = [
     "LoraConfig",
     "MemoryPlan",
     "PrefixConfig",
+    "PruneReport",
     "Recipe",
     "Report",
     "ReportCallback",
@@ -68,6 +70,7 @@ __all__ = [
     "lora_plus_groups",
     "merge",
     "plan",
+    "prune",
     "read_recipe",
     "restore",
     "serving_report",
@@ -88,6 +91,7 @@ _HOME_OF = {
     "LoraConfig": "peft",
     "MemoryPlan": "peftkit.planning",
     "PrefixConfig": "peftkit.bridge",
+    "PruneReport": "peftkit.compress",
     "Recipe": "peftkit.finetune",
     "Report": "peftkit.report",
     "ReportCallback": "peftkit.finetune.report_callback",
@@ -113,6 +117,7 @@ _HOME_OF = {
     "lora_plus_groups": "peftkit.lora_plus",
     "merge": "peftkit.merging",
     "plan": "peftkit.planning",
+    "prune": "peftkit.compress",
     "read_recipe": "peftkit.finetune",
     "restore": "peftkit.wrapping",
     "serving_report": "peftkit.serving",

@@ -67,6 +67,7 @@ def test_public_names_resolve():
         "merge",
         *("InitReport", "initialise"),
         *("MemoryPlan", "ReportCallback", "Sweep", "fit", "plan", "sweep"),
+        *("PruneReport", "prune"),
     }
     assert all(callable(value) for name, value in values.items() if name != "__version__")
     assert dir(peftkit) == sorted(peftkit.__all__)

@@ -17,6 +17,7 @@ from peftkit.cli.export import export
 from peftkit.cli.finetune import evaluate, generate, train
 from peftkit.cli.merging import merge
 from peftkit.cli.plan import plan
+from peftkit.cli.prune import prune
 from peftkit.cli.sweep import sweep
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ app.command("export")(export)
 app.command("generate")(generate)
 app.command("merge")(merge)
 app.command("plan")(plan)
+app.command("prune")(prune)
 app.command("sweep")(sweep)
 app.command("train")(train)
 

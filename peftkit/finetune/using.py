@@ -126,6 +126,19 @@ def evaluate(run: str | os.PathLike[str], data: Any = None) -> dict[str, float]:
     Raises:
         ContractError: The run is not finished, there is nothing to evaluate on, or the rows cannot be used.
     """
+    return evaluate_weights(run, data, None)
+
+
+def evaluate_weights(
+    run: str | os.PathLike[str], data: Any, weights: Path | None
+) -> dict[str, float]:
+    """Evaluate other weights in the place of those of a finished run, such as pruned ones.
+
+    Args:
+        run: As for ``evaluate``.
+        data: As for ``evaluate``.
+        weights: The folder of an adapter or model of the same kind as that of the run. ``None``: those of the run.
+    """
     import tempfile
 
     from peftkit.finetune.trainer import make_trainer
@@ -140,7 +153,7 @@ def evaluate(run: str | os.PathLike[str], data: Any = None) -> dict[str, float]:
         raise ContractError(
             f"the run in {run} was evaluated on an object ({source}), which is not stored; name rows with --data FILE"
         )
-    task, model = load_run(recipe, folder)
+    task, model = load_run(recipe, folder, weights)
     if isinstance(source, float):
         train, evaluation = load_data(recipe, task)
         if fingerprint(train.dataset) != (folder.read_json(DATA) or {}).get("fingerprint"):
@@ -188,17 +201,17 @@ def open_run(run: str | os.PathLike[str]) -> tuple[Recipe, RunFolder]:
     return recipe, folder
 
 
-def load_run(recipe: Recipe, folder: RunFolder) -> tuple[Task, Any]:
-    """Load the task and the trained model of a run, in evaluation mode."""
+def load_run(recipe: Recipe, folder: RunFolder, weights: Path | None = None) -> tuple[Task, Any]:
+    """Load the task and the trained model of a run, in evaluation mode; ``weights`` as for ``evaluate_weights``."""
     labels = (folder.read_json(DATA) or {}).get("labels") or []
     task = make_task(recipe, labels)
     if is_adapter(recipe):
         from peftkit.loading import load_adapter
 
         model = load_model(recipe, task, is_adapter=True)
-        model = load_adapter(model, _require(folder.path / ADAPTER))
+        model = load_adapter(model, _require(weights or folder.path / ADAPTER))
     else:
-        place = str(_require(folder.path / MODEL))
+        place = str(_require(weights or folder.path / MODEL))
         model = load_model(
             dataclasses.replace(recipe, model=place, weights="pretrained"), task, is_adapter=False
         )
