@@ -182,6 +182,11 @@ def _check_distill(recipe: Recipe, task: type) -> None:
             f"distill.teacher={short(distill.teacher)}: the task {recipe.task.name} takes no teacher; remove distill, or use one of "
             f"{', '.join(known)}"
         )
+    if recipe.training.fsdp:
+        raise ContractError(
+            f"distill.teacher={short(distill.teacher)} with training.fsdp=true, which divides the student but not the teacher among processes; "
+            "leave training.fsdp out, and use base=nf4 and distill.base=nf4 to save memory"
+        )
     if distill.teacher == recipe.model and recipe.weights == "pretrained" and not recipe.adapter:
         raise ContractError(
             f"distill.teacher={short(distill.teacher)} is the model that is trained, so it would teach what the model does already; name a "

@@ -145,7 +145,9 @@ def test_each_layer_has_the_rank_that_its_energy_needs(tmp_path):
 
 
 # PEFT takes a bias of lora_B for a tensor that was not gathered.
-@pytest.mark.filterwarnings(r"ignore:.*LoRA tensor.s. have invalid shape:peft.utils.warning.PeftWarning")
+@pytest.mark.filterwarnings(
+    r"ignore:.*LoRA tensor.s. have invalid shape:peft.utils.warning.PeftWarning"
+)
 @pytest.mark.parametrize("name", ["gpt2", "resnet"])
 def test_transposed_linears_and_convolutions_are_pruned(name, tmp_path):
     def build():

@@ -161,6 +161,7 @@ def test_pictures_made_otherwise_are_refused(tmp_path):
         ({"task": "preference"}, "the task preference takes no teacher"),
         ({"task": "embeddings"}, "the task embeddings takes no teacher"),
         ({"distill": {"teacher": "m"}}, "is the model that is trained"),
+        ({"training": {"fsdp": True}}, "divides the student but not the teacher among processes"),
     ],
 )  # fmt: skip
 def test_a_recipe_with_a_wrong_teacher_is_refused(changes, message):

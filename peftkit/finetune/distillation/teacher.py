@@ -127,8 +127,10 @@ def _of_run(spec: DistillRecipe, task: Task) -> tuple[nn.Module, Any]:
         raise ContractError(
             f"the run has the task {own.task.name}, and the student {task.name}; use a teacher for the same task"
         )
-    if spec.base != "auto":
-        own = dataclasses.replace(own, base=spec.base)
+    # Each process has the whole teacher on its own device.
+    training = dataclasses.replace(own.training, fsdp=False)
+    base = own.base if spec.base == "auto" else spec.base
+    own = dataclasses.replace(own, base=base, training=training)
     own_task, model = load_run(own, folder)
     _require_same_classes(own_task.setting.labels, task)
     return model, own_task.setting.processor or own_task.setting.tokenizer
