@@ -11,9 +11,13 @@ import finetune_cases as cases
 import models
 import peft
 import pytest
+import retrieval_cases
+import segmentation_cases
+import speech_cases
 import tokenizers
 import torch
 import transformers as hf
+import vision_chat_cases
 
 import peftkit
 
@@ -126,6 +130,54 @@ def test_qlora_trainer_learns_on_a_quantised_base(run, base, local_model, tmp_pa
     assert float(after) < float(before)
     assert f"│ {base} " in out
     assert_trained(folder, tmp_path / "out" / "adapter")
+
+
+SCRIPTS = {
+    "named_entities": ("bert", [], "F1 of names"),
+    "question_answering": ("bert", [], "exact answers"),
+    "embeddings": ("bert", ["--batch-size", 16], "nearest signature"),
+    "preference": ("llama", [], "better answers"),
+    "image_classification": ("vit", [], "accuracy on"),
+    "semantic_segmentation": (
+        lambda folder: segmentation_cases.save(folder, "backbone"),
+        [],
+        "mean IoU",
+    ),
+    "speech": (speech_cases.save_ctc, ["--case", "lower"], "wrong characters"),
+    "image_text_retrieval": (
+        lambda folder: retrieval_cases.save(folder, "clip"),
+        [],
+        "mean recall",
+    ),
+    "vision_chat": (
+        lambda folder: vision_chat_cases.save(folder, "idefics3"),
+        [],
+        "What is drawn? ->",
+    ),
+}
+"""Scripts that train from a recipe: a tiny model, options, and a part of their last lines."""
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_of_a_task_trains(name, run, tmp_path):
+    model, options, printed = SCRIPTS[name]
+    if isinstance(model, str):
+        folder = cases.save_model(tmp_path / "m", model, chat=name == "preference")
+    else:
+        folder = model(tmp_path / "m")
+    out = tmp_path / "out"
+    text = run(f"{name}.py", "--model", folder, "--out", out, "--steps", 4, *options)
+    assert printed in text.splitlines()[-1]
+    result = json.loads(next(out.rglob("result.json")).read_text())
+    assert (result["status"], result["steps"], result["problems"]) == ("finished", 4, [])
+
+
+def test_every_script_and_recipe_is_in_the_list():
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    recipes = sorted(path.name for path in EXAMPLES.glob("recipes/*.yaml"))
+    assert [name for name in (*NAMES, *recipes) if name not in page] == []
+    commands = re.findall(r"python examples/(\w+\.py)", page)
+    assert sorted(set(commands)) == NAMES
 
 
 def assert_trained(folder, adapter):
