@@ -158,7 +158,7 @@ def label_of(row: dict[str, Any]) -> str:
         return (
             "full fine-tuning"
             if library in ("torch", "transformers", "full", "None")
-            else f"full fine-tuning, {library}"
+            else f"full fine-tuning with {library}"
         )
     known = {
         "lora": "LoRA",

@@ -72,6 +72,9 @@ def text(found: list[dict[str, Any]]) -> str:
         return page("Benchmarks of peftkit", paragraph("There are no results yet."))
     devices = list(dict.fromkeys(map(device_of, found)))
     ok = sum(row["status"] == "ok" for row in found)
+    lead = "Time and memory of training steps with peftkit, PEFT, other libraries and full fine-tuning, as measured."
+    if not ok:
+        lead = f"No step has a speed that may be shown. The first reason: {found[0].get('reason')}."
     return page(
         "Benchmarks of peftkit",
         _comparison(found),
@@ -84,7 +87,7 @@ def text(found: list[dict[str, Any]]) -> str:
         ),
         _scaling(found),
         _table(found),
-        lead="Time and memory of training steps with peftkit, PEFT, other libraries and full fine-tuning, as measured.",
+        lead=lead,
     )
 
 

@@ -108,6 +108,13 @@ def test_the_page_says_first_whether_lora_or_full(scripts, folder):
     assert "takes" not in page.text([ROWS[0], ROWS[1]])
 
 
+def test_a_page_without_a_speed_says_why(scripts):
+    page, _ = scripts
+    text = page.text([row("peftkit lora", None, status="refused", reason="the machine was busy")])
+    assert "No step has a speed that may be shown. The first reason: the machine was busy." in text
+    assert "<svg" not in text
+
+
 def test_a_page_of_some_rows_has_their_target(scripts, tmp_path):
     page, _ = scripts
     target = {"reached": True, "steps": 20, "seconds": 2.5, "held_out": [[20, 2.9]]}
