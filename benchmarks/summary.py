@@ -34,7 +34,7 @@ _ROWS = {
 }
 """Rows of the suite and the providers of ``training`` that they are."""
 
-_NO_CPU = "Unsloth trains on GPUs only"
+_NO_CPU = "Unsloth was not run on a CPU"
 
 
 class Step(NamedTuple):
