@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkit_kernels.core.blocks import starts
 from peftkit_kernels.core.modes import hides_native_calls
 
 _MIN_FLOPS = 2 * 64**3
@@ -72,12 +73,12 @@ def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, w, bias, "none", [], "")
     if N >= K:
         y, step = x.new_empty(x.shape[0], N), -(-N * _SLICE_BYTES // size)
-        for start in range(0, N, step):
+        for start in starts(N, step):
             part = slice(start, start + step)
             y[:, part] = linear(x, w[part], None if bias is None else bias[part], "none", [], "")
         return y
     y, step = None, -(-K * _SLICE_BYTES // size)
-    for start in range(0, K, step):
+    for start in starts(K, step):
         part = slice(start, start + step)
         if y is None:
             y = linear(x[:, part], w[:, part], bias, "none", [], "")

@@ -44,13 +44,17 @@ class DryRun(TorchDispatchMode):
     """A mode in which operations are not computed, except on small tensors.
 
     Args:
-        watch: Called after each operation with its result, or with ``None`` if that is a view.
+        watch: Called after each operation with its result, or with ``None`` if that is a view, and with ``times_run``.
+
+    Attributes:
+        times_run: How often a real run runs what runs now: loops over blocks are shortened (``peftkit_kernels.core.blocks``).
     """
 
     sees_native_calls = True
 
-    def __init__(self, watch: Callable[[Any], None]):
+    def __init__(self, watch: Callable[[Any, int], None]):
         super().__init__()
+        self.times_run = 1
         self._watch = watch
         self._known: dict[Any, Any] = {}
 
@@ -78,7 +82,7 @@ class DryRun(TorchDispatchMode):
         out = self._result(func, args, kwargs)
         # a view is of known memory, or of a tensor from outside; lift_fresh gives constants to a mode
         is_new = func is aten.lift_fresh.default or not func.is_view
-        self._watch(out if is_new else None)
+        self._watch(out if is_new else None, self.times_run)
         return out
 
     def _result(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

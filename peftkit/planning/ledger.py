@@ -43,12 +43,14 @@ class Event:
         change: Bytes: positive for an allocation.
         phase: What ran.
         module: Name of the module that ran.
+        times: How often it happens in a real run, one after the other.
     """
 
     block: Block
     change: int
     phase: str
     module: str
+    times: int = 1
 
 
 class Ledger:
@@ -66,10 +68,11 @@ class Ledger:
         self._names: dict[int, str] = {}
         self._of_node: dict[int, str] = {}
         self._last = self._here = ""
+        self._times = 1
 
-    def watch(self, out: Any) -> None:
-        """Record the storages of the result of an operation, and which module runs."""
-        self._here = self._module()
+    def watch(self, out: Any, times: int = 1) -> None:
+        """Record the storages of the result of an operation, which module runs, and how often the operation runs in a real run."""
+        self._here, self._times = self._module(), times
         for value in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(value, Tensor):
                 self.block_of(value)
@@ -122,4 +125,4 @@ class Ledger:
         self._add(block, -block.size)
 
     def _add(self, block: Block, change: int) -> None:
-        self.events.append(Event(block, change, self.phase, self._here))
+        self.events.append(Event(block, change, self.phase, self._here, self._times))

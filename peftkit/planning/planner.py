@@ -127,7 +127,7 @@ def _facts(recorded: Recorded) -> list[int]:
     """Numbers that are linear in the layers: bytes loaded, and allocated in the last step; parameters trained, all, multiplied."""
     return [
         sum(block.size for block in recorded.before),
-        sum(event.change for event in recorded.events if event.change > 0) // STEPS,
+        sum(e.change * e.times for e in recorded.events if e.change > 0) // STEPS,
         recorded.trained,
         recorded.parameters,
         recorded.multiplied,

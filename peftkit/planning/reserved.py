@@ -23,12 +23,12 @@ _MEDIUM_SEGMENT = 20 * 2**20
 
 
 class _Piece:
-    """A part of a segment; ``before`` and ``after`` are its neighbours."""
+    """A part of a segment; ``before`` and ``after`` are its neighbours. ``address`` decides among free pieces of one size."""
 
-    __slots__ = ("after", "before", "free", "size")
+    __slots__ = ("address", "after", "before", "free", "size")
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, address: int):
+        self.size, self.address = size, address
         self.before: _Piece | None = None
         self.after: _Piece | None = None
         self.free = False
@@ -49,7 +49,7 @@ class _Pool:
             piece = self._free.pop(place)[2]
             piece.free = False
         else:
-            piece = _Piece(segment)
+            piece = _Piece(segment, self.taken)
             self.taken += segment
         if piece.size - size >= self._smallest_rest:
             self._split(piece, size)
@@ -61,12 +61,12 @@ class _Pool:
             if neighbour is not None and neighbour.free:
                 self._free.pop(
                     bisect_left(
-                        self._free, (neighbour.size, id(neighbour)), key=lambda entry: entry[:2]
+                        self._free, (neighbour.size, neighbour.address), key=lambda entry: entry[:2]
                     )
                 )
                 piece.size += neighbour.size
                 if neighbour is piece.before:
-                    piece.before = neighbour.before
+                    piece.before, piece.address = neighbour.before, neighbour.address
                     if piece.before is not None:
                         piece.before.after = piece
                 else:
@@ -76,7 +76,7 @@ class _Pool:
         self._add_free(piece)
 
     def _split(self, piece: _Piece, size: int) -> None:
-        rest = _Piece(piece.size - size)
+        rest = _Piece(piece.size - size, piece.address + size)
         rest.before, rest.after = piece, piece.after
         if rest.after is not None:
             rest.after.before = rest
@@ -85,7 +85,7 @@ class _Pool:
 
     def _add_free(self, piece: _Piece) -> None:
         piece.free = True
-        insort(self._free, (piece.size, id(piece), piece), key=lambda entry: entry[:2])
+        insort(self._free, (piece.size, piece.address, piece), key=lambda entry: entry[:2])
 
 
 def reserved_bytes(before: Sequence[Block], events: Iterable[Event]) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftkit.errors import ContractError, short
+from peftkit.planning.bisection import largest_batch
 from peftkit.planning.models import FULL, config_of
 from peftkit.planning.planner import device_of, plan
 from peftkit.planning.recipe import configs_of
@@ -32,7 +33,6 @@ _UNITS = {
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _LENGTHS = (1024, 2048, 4096)
 _QUANTISED = ("int8", "nf4")
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -137,32 +137,33 @@ def fit(
     budget_bytes = _budget(budget, card)
     source = config_of(model)
     is_full = method == FULL
-    lengths = _several(seq_len, _lengths(source))
-    axes = itertools.product(
+    groups = itertools.product(
         _several(base, _bases(card)[:1] if is_full else _bases(card)),
-        lengths,
         [0] if is_full else _several(rank, (16,)),
         _several(checkpointing, (False, True)),
         _several(optimizer, ("adamw_fused", "adamw_8bit") if is_full else ("adamw_fused",)),
     )
+    lengths = _several(seq_len, _lengths(source))
     sizes = sorted(_several(batch_size, _BATCH_SIZES))
     found: list[MemoryPlan] = []
     smallest: MemoryPlan | None = None
     place = kind if card is None else card.name
     fixed = {"device": place, "keep": keep, "auto_class": auto_class}
-    for kind_of_base, length, r, checkpoints, stepper in axes:
-        settings = {
-            "base": kind_of_base,
-            "seq_len": length,
-            "optimizer": stepper,
-            "checkpointing": checkpoints,
-        }
-        planned = functools.partial(_planned, model, method, r, settings | fixed)
-        best, least = _largest_batch(planned, sizes, budget_bytes)
-        if best is not None:
-            found.append(best)
-        if smallest is None or least.reserved_bytes < smallest.reserved_bytes:
-            smallest = least
+    for kind_of_base, r, checkpoints, stepper in groups:
+        settings = {"base": kind_of_base, "optimizer": stepper, "checkpointing": checkpoints}
+        line = None
+        for length in lengths:
+            options = settings | fixed | {"seq_len": length}
+            planned = functools.partial(_planned, model, method, r, options)
+            best, least, line = largest_batch(
+                planned, sizes, budget_bytes, line and line.at_length(length)
+            )
+            if best is not None:
+                found.append(best)
+            if least is not None and (
+                smallest is None or least.reserved_bytes < smallest.reserved_bytes
+            ):
+                smallest = least
     if not found:
         assert smallest is not None
         return Fit(budget_bytes, [], smallest, smallest.reserved_bytes - budget_bytes)
@@ -180,34 +181,6 @@ def _planned(
     made = plan(model, *configs_of(method, rank), batch_size=batch_size, **options)
     made.settings.update(method=method, rank=rank)
     return made
-
-
-def _largest_batch(
-    planned: Any, sizes: Sequence[int], budget_bytes: int
-) -> tuple[MemoryPlan | None, MemoryPlan]:
-    """The plan of the largest batch that fits, or ``None``; and the plan of the smallest batch.
-
-    The memory of two batches tells which others to try. Every plan that is returned was made.
-    """
-    least = planned(sizes[0])
-    if not least.fits(budget_bytes):
-        return None, least
-    best, low, high = least, 0, len(sizes) - 1
-    slope = None
-    while low < high:
-        if slope is None:
-            middle = low + 1
-        else:
-            room = (budget_bytes - best.reserved_bytes) / slope
-            wanted = [i for i in range(low + 1, high + 1) if sizes[i] - sizes[low] <= room]
-            middle = wanted[-1] if wanted else low + 1
-        tried = planned(sizes[middle])
-        slope = max((tried.reserved_bytes - least.reserved_bytes) / (sizes[middle] - sizes[0]), 1)
-        if tried.fits(budget_bytes):
-            best, low = tried, middle
-        else:
-            high = middle - 1
-    return best, least
 
 
 def _budget(budget: int | str | None, card: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.fx._symbolic_trace as fx_trace
 from torch.autograd import forward_ad
@@ -36,6 +38,14 @@ def is_transformed() -> bool:
             and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
         )
     )
+
+
+def innermost_mode() -> Any:
+    """The dispatch mode that is called first, or ``None``, also while ``torch.compile`` traces."""
+    if _is_compiling():
+        return None
+    count = _count_dispatch_modes()
+    return _dispatch_mode(count - 1) if count else None
 
 
 def hides_native_calls() -> bool:

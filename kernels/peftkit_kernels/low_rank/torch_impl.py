@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkit_kernels.core import structure
+from peftkit_kernels.core.blocks import starts
 from peftkit_kernels.core.dropout import apply_dropout
 
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
@@ -88,7 +89,7 @@ def blocks(t: Tensor) -> Iterator[slice]:
     """Blocks of the rows of ``t [M, columns]`` that are small enough to be cast one at a time."""
     elements = _CPU_BLOCK if t.is_cpu else _GPU_BLOCK
     step = max(16, elements // max(1, t.shape[1]))
-    for start in range(0, t.shape[0], step):
+    for start in starts(t.shape[0], step):
         yield slice(start, start + step)
 
 

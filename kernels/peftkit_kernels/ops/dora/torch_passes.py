@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peftkit_kernels import low_rank, native
 from peftkit_kernels.core import workspace
+from peftkit_kernels.core.blocks import starts
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.low_rank import LoRA, cast
 from peftkit_kernels.ops.dora_scale.torch_passes import column_products, scaled
@@ -102,7 +103,7 @@ def _weight_norm(weight: Weight, A: Tensor, B: Tensor, scale: float) -> Tensor:
     if A.shape[0] <= native.MAX_RANK and native.supports(weight, A, B):
         return native.updated_norm(weight, A, B, scale)
     squares = A.new_empty(weight.shape[0])
-    for start in range(0, weight.shape[0], _NORM_ROWS):
+    for start in starts(weight.shape[0], _NORM_ROWS):
         part, factor = (t[start : start + _NORM_ROWS] for t in (weight, B))
         part = cast(part, wide)
         cross = matmul_nt(part, A).mul_(factor).sum(1)
@@ -142,7 +143,7 @@ def _magnitude_grad(dy: Tensor, y: Tensor, bias: Tensor | None, magnitude: Tenso
     """``Σ dy ∘ (y - bias) / magnitude``, summed in float32, without a tensor of the size of ``y - bias``."""
     wide = torch.promote_types(magnitude.dtype, torch.float32)
     total = torch.zeros(y.shape[1], dtype=wide, device=y.device)
-    for start in range(0, y.shape[0], _NORM_ROWS):
+    for start in starts(y.shape[0], _NORM_ROWS):
         part = cast(y[start : start + _NORM_ROWS], wide)
         if bias is not None:
             part = part - cast(bias, wide)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import native
+from peftkit_kernels.core.blocks import starts
 from peftkit_kernels.low_rank import cast, rows, unflatten
 from peftkit_kernels.ops.lora_swiglu_mlp.activation import gate_backward, gated
 
@@ -121,7 +122,7 @@ def column_products(left: Tensor, right: Tensor) -> Tensor:
     """``Σ left ∘ right`` over the rows, ``[N]``, summed in float32 or wider from blocks of rows."""
     wide = torch.promote_types(left.dtype, torch.float32)
     total = left.new_zeros(left.shape[1], dtype=wide)
-    for start in range(0, left.shape[0], _ROWS):
+    for start in starts(left.shape[0], _ROWS):
         part = slice(start, start + _ROWS)
         total.add_((cast(left[part], wide) * right[part]).sum(0))
     return total

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftkit_kernels.core.blocks import starts
 from peftkit_kernels.core.schedule import Schedule
 from peftkit_kernels.low_rank import LoRA, cast
 from peftkit_kernels.ops.linear_cross_entropy.reference import RowLoss, wide_dtype
@@ -128,7 +129,7 @@ def sweep(
     dhidden, dweight, dbias, dA, dB = grads
     want_grad = any(grad is not None for grad in grads)
     needs_ds = dhidden is not None or dA is not None
-    for start in range(0, hidden.shape[0], call.chunk):
+    for start in starts(hidden.shape[0], call.chunk):
         rows = slice(start, start + call.chunk)
         # 1. the logits of this chunk, in the first V columns of memory
         h = cast(hidden[rows], call.dtype)

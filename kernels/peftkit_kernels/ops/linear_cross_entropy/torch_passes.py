@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import low_rank, native
+from peftkit_kernels.core.blocks import starts
 from peftkit_kernels.gemm import matmul_nn, matmul_nt
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.linear_cross_entropy.reference import RowLoss, wide_dtype
@@ -232,5 +233,5 @@ def add_tall_(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
 def tiles(rows: int, columns: int) -> Iterator[slice]:
     """Slices of ``rows``; each has at most ``_TILE_BYTES`` of float32 numbers, with ``columns`` numbers in each row."""
     step = max(_TILE_BYTES // (4 * max(columns, 1)), 1)
-    for start in range(0, rows, step):
+    for start in starts(rows, step):
         yield slice(start, start + step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkit_kernels.core.blocks import starts
 from peftkit_kernels.core.dispatch import Backend
 from peftkit_kernels.storage.by_rows import dequantize
 from peftkit_kernels.storage.fp8.reference import dequantize_fp8_reference, quantize_rows_reference
@@ -35,7 +36,7 @@ def quantize_fp8(weight: Tensor) -> Float8Weight:
     codes = weight.new_empty(N, K, dtype=DTYPE, requires_grad=False)
     row_scale = weight.new_empty(N, dtype=torch.float32, requires_grad=False)
     step = max(1, _CHUNK // max(1, K))
-    for first in range(0, N, step):
+    for first in starts(N, step):
         part = slice(first, first + step)
         codes[part], row_scale[part] = quantize_rows_reference(weight.detach()[part].float())
     return Float8Weight(codes, row_scale)

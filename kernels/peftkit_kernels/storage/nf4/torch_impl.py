@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels import native
+from peftkit_kernels.core.blocks import starts
 from peftkit_kernels.storage.nf4.weight import NF4Weight, level_table
 
 _CHUNK_ELEMENTS = 2**16
@@ -31,7 +32,7 @@ def dequantize_into(q: NF4Weight, out: Tensor, row_scale: Tensor | None) -> Tens
         return out
     step = max(1, _CHUNK_ELEMENTS // max(1, width))
     chunk = torch.empty(min(step, rows), width, dtype=torch.float32)
-    for start in range(0, rows, step):
+    for start in starts(rows, step):
         part = chunk[: min(step, rows - start)]
         native.dequantize_nf4(q.packed, absmax, row_scale, part, q.blocksize, start)
         out[start : start + step].copy_(part)
