@@ -1,4 +1,4 @@
-"""What happens while the Trainer trains: metrics, stages, whole checkpoints, interruptions."""
+"""What happens while the Trainer trains: metrics, stages, the best checkpoint, interruptions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from peftkit.finetune.processes import any_process, from_all, is_main
-from peftkit.finetune.run_folder import METRICS, RunFolder, mark_whole, write_text
+from peftkit.finetune.checkpoints import checkpoint_of, require_best
+from peftkit.finetune.processes import any_process, is_main, on_main
+from peftkit.finetune.run_folder import METRICS, RunFolder, write_text
 from peftkit.finetune.strategies.staged import trained_at
 
 
@@ -74,17 +75,20 @@ class RunStages(TrainerCallback):
                 parameter.grad = None
 
 
-class MarkCheckpoints(TrainerCallback):
-    """Marks each checkpoint as whole once all its files have been written."""
+class FindBest(TrainerCallback):
+    """Finds the best checkpoint of a resumed run in the folder where the run is now, before the first step.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    The Trainer remembers its whole path, and forgets a best checkpoint that is lost.
+    """
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoint = self.folder / f"checkpoint-{state.global_step}"
-        from_all(None)  # waits for the files of all processes
-        if is_main() and checkpoint.is_dir():
-            mark_whole(checkpoint)
+    def __init__(self, folder: Path, stops_early: bool):
+        self.folder, self.stops_early = folder, stops_early
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_global_step:
+            best = checkpoint_of(self.folder, state.best_global_step)
+            on_main(lambda: require_best(best, self.stops_early))
+            state.best_model_checkpoint = str(best)
 
 
 class StopWithCheckpoint(TrainerCallback):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ContractError, count, listing
+from peftkit.finetune.processes import from_all, process_index
 from peftkit.finetune.recipe import DataRecipe, Recipe
 from peftkit.finetune.rows import Row, read_rows
 from peftkit.finetune.tasks.base import TOKEN_COLUMNS, BadRow, Task
@@ -263,3 +264,13 @@ def fingerprint(dataset: datasets.Dataset) -> str:
     for batch in dataset.iter(_CHUNK):
         digest.update(json.dumps(batch, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def require_same_rows(digest: str) -> None:
+    """Raise unless all processes have the same training rows. Each process trains on its own share of them."""
+    differ = [number for number, other in enumerate(from_all(digest)) if other != digest]
+    if differ:
+        raise ContractError(
+            f"the training rows of process {process_index()} (from 0) are not those of process {differ[0]}; give every machine the same "
+            "files, model and tokenizer"
+        )

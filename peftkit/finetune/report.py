@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -211,9 +212,13 @@ def _curves(history: list[dict[str, Any]]) -> list[str]:
 
 
 def bars(values: list[float], width: int = 40) -> str:
-    """A curve as one line of text."""
+    """A curve as one line of text, with a ``?`` for a value that is not finite."""
     if len(values) > width:
         values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
-    low, high = min(values), max(values)
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
     span = (high - low) or 1.0
-    return "".join(_BARS[min(7, int(8 * (value - low) / span))] for value in values)
+    return "".join(
+        _BARS[min(7, int(8 * (value - low) / span))] if math.isfinite(value) else "?"
+        for value in values
+    )

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ContractError, listing, short
+from peftkit.finetune.checkpoints import checkpoints_in, is_whole
+from peftkit.finetune.files import write_text
 from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.run_lock import LOCK
 
 if TYPE_CHECKING:
     from peftkit.finetune.stages.recipe import StagedRecipe
@@ -23,9 +26,6 @@ ENVIRONMENT = "environment.json"
 REPORT = "report.md"
 PAGE = "report.html"
 SAMPLES = "samples.json"
-WHOLE = "whole.json"
-"""In a checkpoint: the sizes of its files, written last."""
-
 _FREE = {
     "data.preview",
     "training.stop_after",
@@ -37,6 +37,9 @@ _FREE = {
     "out",
 }
 """Keys that may change when a run is resumed, because they do not change the weights."""
+
+_OF_THE_BEST = ("training.best_metric", "training.early_stopping")
+"""Keys that may change when ``training.best_metric`` becomes ``last``: the user gives the best checkpoint up."""
 
 
 class RunFolder:
@@ -73,6 +76,7 @@ class RunFolder:
     def require_free(self) -> None:
         """Raise ``ContractError`` unless a new run can start here."""
         if not self.path.exists():
+            self._require_writable_parent()
             return
         if not self.path.is_dir():
             raise ContractError(f"out={str(self.path)!r} is a file; name a new folder")
@@ -80,26 +84,51 @@ class RunFolder:
             raise ContractError(
                 f"out={str(self.path)!r} already has a run; continue it with resume=true, or name another folder: out={self.path}-2"
             )
-        content = sorted(entry.name for entry in self.path.iterdir())
+        content = sorted(entry.name for entry in self.path.iterdir() if not _left_by_start(entry))
         if content:
             raise ContractError(
                 f"out={str(self.path)!r} is not empty and is no run:\n{listing(content)}\nName a new folder."
             )
 
+    def _require_writable_parent(self) -> None:
+        # A parent may be a link to nothing.
+        above = next(path for path in self.path.absolute().parents if os.path.lexists(path))
+        if not above.is_dir():
+            raise ContractError(
+                f"out={str(self.path)!r} cannot be made, because {above} is no folder; name another folder"
+            )
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise ContractError(
+                f"out={str(self.path)!r} cannot be made, because {above} cannot be written; name another folder"
+            )
+
+    def require_run(self) -> None:
+        """Raise ``ContractError`` unless a run was started here."""
+        if not (self.path / RECIPE).is_file():
+            raise ContractError(
+                f"resume=true, but out={str(self.path)!r} has no run (no {RECIPE}); remove resume=true to start one"
+            )
+
+    def remove_if_unused(self) -> None:
+        """Remove the folder if it has nothing but what a run makes before it writes its recipe."""
+        if self.path.is_dir() and all(_left_by_start(entry) for entry in self.path.iterdir()):
+            for entry in self.path.iterdir():
+                entry.rmdir() if entry.is_dir() else entry.unlink()
+            self.path.rmdir()
+
     def require_same(self, recipe: dict[str, Any]) -> None:
         """Raise ``ContractError`` unless the run here was started with this recipe, except for keys that change no weight."""
         import yaml
 
+        self.require_run()
         file = self.path / RECIPE
-        if not file.is_file():
-            raise ContractError(
-                f"resume=true, but out={str(self.path)!r} has no run (no {RECIPE}); remove resume=true to start one"
-            )
         before, now = _flat(yaml.safe_load(file.read_text(encoding="utf-8"))), _flat(recipe)
         differ = [
             f"{name}: {short(before.get(name))} before, {short(now.get(name))} now"
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and _without_stage(name) not in _FREE
+            if before.get(name) != now.get(name)
+            and _without_stage(name) not in _FREE
+            and not _gives_up_best(name, now)
         ]
         if differ:
             raise ContractError(
@@ -108,46 +137,26 @@ class RunFolder:
             )
 
     def last_whole_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose files are all there in full, and the names of newer ones that are not."""
-        found = []
-        for folder in self.checkpoints.glob("checkpoint-*") if self.checkpoints.is_dir() else []:
-            number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-            if number and folder.is_dir():
-                found.append((int(number[1]), folder))
+        """The newest checkpoint whose files are all there as they were written, and the names of newer ones that are not."""
         broken = []
-        for _, folder in sorted(found, reverse=True):
-            if _is_whole(folder):
+        for folder in reversed(checkpoints_in(self.checkpoints)):
+            if is_whole(folder, read=True):
                 return folder, broken
             broken.append(folder.name)
         return None, broken
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def _left_by_start(entry: Path) -> bool:
+    """Whether a run that ended before it had written its recipe can have left this."""
+    if entry.name == CHECKPOINTS:
+        return entry.is_dir() and not any(entry.iterdir())
+    return entry.name in (LOCK, f".{RECIPE}.partial")
 
 
-def mark_whole(folder: Path) -> None:
-    """Write down the sizes of a checkpoint's files, when all have been written."""
-    sizes = {
-        str(file.relative_to(folder)): file.stat().st_size
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != WHOLE
-    }
-    write_text(folder / WHOLE, json.dumps(sizes))
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        sizes = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
+def _gives_up_best(name: str, now: dict[str, Any]) -> bool:
+    key = _without_stage(name)
+    stage = name.removesuffix(key)
+    return key in _OF_THE_BEST and now.get(f"{stage}training.best_metric") == "last"
 
 
 def written_recipe(recipe: Recipe | StagedRecipe) -> str:

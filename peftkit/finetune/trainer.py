@@ -5,38 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedModel,
     PrinterCallback,
-    Trainer,
-    TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from peftkit.checks.reach import loss_of, undisturbed
-from peftkit.errors import ContractError, count, listing
-from peftkit.find.modules import storage_of
+from peftkit.errors import ContractError
 from peftkit.find.statistics import hold_statistics, norms_with_statistics
 from peftkit.finetune.distillation.parts import LossParts
 from peftkit.finetune.processes import any_process, process_count
 from peftkit.finetune.rates import parameter_groups
 from peftkit.finetune.recipe import Recipe, TrainingRecipe
+from peftkit.finetune.saving import CheckedCheckpoints
 from peftkit.finetune.tasks.base import Task
 
 if TYPE_CHECKING:
     from peftkit.finetune.distillation import Distillation
 
 
-class RecipeTrainer(Trainer):
-    """The Trainer with the task's loss and a recipe's parameter groups."""
+class RecipeTrainer(CheckedCheckpoints):
+    """The Trainer with the task's loss, a recipe's parameter groups and checked checkpoints."""
 
     distillation: Distillation | None = None
     """The teacher, set before training."""
@@ -44,6 +37,8 @@ class RecipeTrainer(Trainer):
     def __init__(self, *args: Any, task: Task, rates: TrainingRecipe, **kwargs: Any):
         self.task, self.rates = task, rates
         self._parts = LossParts()
+        self.keep_checkpoints = rates.keep_checkpoints
+        self.stops_early = rates.early_stopping is not None
         super().__init__(*args, **kwargs)
         self.norms = norms_with_statistics(self.model)
         if task.has_own_loss or not self._model_divides_by_items():
@@ -145,64 +140,6 @@ class RecipeTrainer(Trainer):
             else:
                 predictions, labels = task.written(self.model, inputs), inputs["labels"]
         return loss.detach(), predictions, labels
-
-    def load_finished(self, checkpoint: Path) -> bool:
-        """Load the result of a training whose last step was done before the run ended; the Trainer would do one step more.
-
-        Returns:
-            False if there are steps left. Then nothing is loaded.
-        """
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        callbacks: Any = state.stateful_callbacks  # a dictionary by name, once it was saved
-        stopping = callbacks.get("EarlyStoppingCallback")
-        early = isinstance(stopping, dict) and (
-            stopping["attributes"]["early_stopping_patience_counter"]
-            >= stopping["args"]["early_stopping_patience"]
-        )
-        if state.global_step < state.max_steps and not early:
-            return False
-        self.state = state
-        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        chosen = checkpoint if best is None else checkpoint.with_name(Path(best).name)
-        self._load_from_checkpoint(str(chosen))
-        return True
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint. With FSDP2, only the process that writes would free its whole weights, and the others not gather them again."""
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()
-        super()._save_checkpoint(*args, **kwargs)
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """Save a checkpoint under the names that weights have in memory.
-
-        transformers saves some models under other names, such as ViT under those of older versions, but the Trainer reads checkpoints
-        without renaming. It would leave weights as they were before training, with a warning only.
-        """
-        if not isinstance(self.model, PreTrainedModel):
-            super()._save(output_dir, state_dict)
-            return
-        own = vars(self.model)
-        own["save_pretrained"] = partial(self.model.save_pretrained, save_original_format=False)
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            del own["save_pretrained"]
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Raise ``ContractError`` if a checkpoint does not have every weight of the model. Tied weights are in it once."""
-        state = self.model.state_dict()
-        missing = set(load_result.missing_keys)
-        stored = {storage_of(tensor) for name, tensor in state.items() if name not in missing}
-        lost = [name for name in sorted(missing) if storage_of(state[name]) not in stored]
-        left = sorted(load_result.unexpected_keys)
-        if lost or left:
-            raise ContractError(
-                f"a checkpoint in {self.args.output_dir} does not fit {type(self.model).__name__}: {count(len(lost), 'weight')} missing, "
-                f"{len(left)} left over:\n{listing([*lost, *left])}\nStart a new run in another folder."
-            )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate with the same random choices each time, so that losses can be compared."""
@@ -325,7 +262,8 @@ def _settings(recipe: Recipe, evaluates: bool, steps: int, folder: str) -> dict[
         "bf16": training.precision == "bf16" or (training.precision == "auto" and _has_bf16()),
         "save_strategy": strategy,
         "eval_strategy": strategy if evaluates else "no",
-        "save_total_limit": training.keep_checkpoints,
+        # The Trainer would remove old checkpoints before the new one is known to be complete.
+        "save_total_limit": None,
         "load_best_model_at_end": best,
         "metric_for_best_model": f"eval_{metric}" if best else None,
         "restore_callback_states_from_checkpoint": True,

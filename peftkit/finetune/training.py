@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from peftkit.finetune.run_folder import (
     write_text,
     written_recipe,
 )
+from peftkit.finetune.run_lock import RunLock, removed_if_unused
 from peftkit.finetune.stages.recipe import StagedRecipe
 
 if TYPE_CHECKING:
@@ -73,10 +74,8 @@ def train(
 
             return train_stages(recipe, say)
         folder = RunFolder(recipe.out)
-        if not recipe.resume:
-            on_main(folder.require_free)
-        with removed_if_empty(folder):
-            return SingleRun(recipe, folder, say if is_main() else _say_nothing).train()
+        on_main(folder.require_run if recipe.resume else folder.require_free)
+        return SingleRun(recipe, folder, say if is_main() else _say_nothing).train()
 
 
 def _say_nothing(line: str) -> None:
@@ -92,23 +91,7 @@ def check_run(recipe: Recipe) -> Task:
     Raises:
         ContractError: As for ``train``.
     """
-    return SingleRun(recipe, RunFolder(recipe.out), lambda line: None).prepare()[0]
-
-
-@contextmanager
-def removed_if_empty(folder: RunFolder) -> Iterator[None]:
-    """Remove the folders that were made and have stayed empty, if there is an error."""
-    if not is_main():
-        yield
-        return
-    new = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        for path in (folder.checkpoints, *new):
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        raise
+    return SingleRun(recipe, RunFolder(recipe.out), _say_nothing).prepare()[0]
 
 
 class SingleRun:
@@ -116,6 +99,7 @@ class SingleRun:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, say: Callable[[str], None]):
         self.recipe, self.folder, self.say = recipe, folder, say
+        self.lock = RunLock(folder.path, say)
         self.usage = Usage()
         self.distillation: Distillation | None = None
 
@@ -153,9 +137,17 @@ class SingleRun:
         return prepare_model(self.recipe, task, train, self.say)
 
     def train(self) -> RunResult:
+        """Train, or go on from the last checkpoint, while no other process can do so in the folder."""
+        with closing(self.lock), removed_if_unused(self.folder, self.lock):
+            if self.recipe.resume:
+                on_main(self.folder.require_run)
+                on_main(self.lock.take)
+            return self._train()
+
+    def _train(self) -> RunResult:
         from transformers import set_seed
 
-        from peftkit.finetune.data import fingerprint
+        from peftkit.finetune.data import fingerprint, require_same_rows
         from peftkit.finetune.outcome import base_buffers, digests
         from peftkit.finetune.run_page import memory_text
         from peftkit.finetune.setup import is_adapter
@@ -172,7 +164,7 @@ class SingleRun:
         }
         if self.distillation is not None:
             facts["teacher"] = self.distillation.teacher.digest()
-        _require_same_rows(facts["fingerprint"])
+        require_same_rows(facts["fingerprint"])
         checkpoint, broken = self._checkpoint(facts)
         notes += broken
         before = digests(model) | (base_buffers(model) if is_adapter(recipe) else {})
@@ -189,12 +181,13 @@ class SingleRun:
             if checkpoint is None or not trainer.load_finished(checkpoint):
                 trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except ContractError as error:
-            if is_main():
-                self._write_result(
-                    RunResult(
-                        self.folder.path, "failed", trainer.state.global_step, problems=[str(error)]
-                    )
-                )
+            failed = RunResult(
+                self.folder.path, "failed", trainer.state.global_step, problems=[str(error)]
+            )
+            # A disk that is full takes no result, either; the error itself says why.
+            with suppress(OSError):
+                if is_main():
+                    self._write_result(failed)
             raise
         finally:
             stopper.release()
@@ -241,8 +234,8 @@ class SingleRun:
         found, broken = self.folder.last_whole_checkpoint()
         notes = []
         if broken:
-            notes.append(f"ignored incomplete checkpoints: {', '.join(broken)}")
-            self.say(f"ignoring incomplete checkpoints: {', '.join(broken)}")
+            notes.append(f"ignored incomplete or damaged checkpoints: {', '.join(broken)}")
+            self.say(f"ignoring incomplete or damaged checkpoints: {', '.join(broken)}")
         result = self.folder.read_json(RESULT) or {}
         if result.get("status") == "finished":
             raise ContractError(
@@ -256,8 +249,8 @@ class SingleRun:
     ) -> tuple[Any, Any]:
         """Build the trainer with its callbacks, and the callback that stops it."""
         from peftkit.finetune.callbacks import (
+            FindBest,
             KeepMetrics,
-            MarkCheckpoints,
             NewDraws,
             RunStages,
             StopWithCheckpoint,
@@ -276,7 +269,7 @@ class SingleRun:
         groups_of(model, self.recipe.training)  # raises before anything is written
         stopper = StopWithCheckpoint(self.recipe.training.stop_after)
         trainer.add_callback(KeepMetrics(self.folder, self.say))
-        trainer.add_callback(MarkCheckpoints(self.folder.checkpoints))
+        trainer.add_callback(FindBest(self.folder.checkpoints, trainer.stops_early))
         trainer.add_callback(stopper)
         trainer.add_callback(NewDraws(task))
         if stages is not None:
@@ -321,7 +314,11 @@ class SingleRun:
         """Write what is known before the first step."""
         from peftkit.environment import describe_environment
 
-        self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.lock.take()
+        if not self.recipe.resume:
+            self.folder.require_free()  # another run may have started while this one was checked
+        self.folder.checkpoints.mkdir(exist_ok=True)
         write_text(self.folder.path / RECIPE, written_recipe(self.recipe))
         self.folder.write_json(ENVIRONMENT, describe_environment())
         self.folder.write_json(DATA, facts)
@@ -353,6 +350,11 @@ class SingleRun:
         if len({tuple(sorted(one.items())) for one in from_all(digests(model))}) > 1:
             problems.append("the processes have ended with different weights")
         history = list(trainer.state.log_history)
+        if trainer.has_no_best:
+            problems.append(
+                f"no evaluation found a number for {trainer.args.metric_for_best_model}, so the best checkpoint is not known; the weights are "
+                "those of the last step"
+            )
         losses = [entry["loss"] for entry in history if "loss" in entry]
         metrics = {"train_loss": sum(losses) / len(losses)} if losses else {}
         if trainer.eval_dataset is not None:
@@ -390,13 +392,3 @@ class SingleRun:
             return self._write_result(result)
 
         return on_main(write)
-
-
-def _require_same_rows(digest: str) -> None:
-    """Raise unless all processes have the same training rows. Each process trains on its own share of them."""
-    differ = [number for number, other in enumerate(from_all(digest)) if other != digest]
-    if differ:
-        raise ContractError(
-            f"the training rows of process {process_index()} (from 0) are not those of process {differ[0]}; give every machine the same "
-            "files, model and tokenizer"
-        )

@@ -103,12 +103,12 @@ def test_a_checkpoint_without_a_weight_is_refused(tmp_path, one_thread, monkeypa
     lost = next(name for name in tensors if name.endswith("q_proj.weight"))
     tensors["other"] = tensors.pop(lost)
     save_file(tensors, file, metadata={"format": "pt"})
-    monkeypatch.setattr("peftkit.finetune.run_folder._is_whole", lambda folder: True)
+    monkeypatch.setattr("peftkit.finetune.run_folder.is_whole", lambda folder, read: True)
     with pytest.raises(ContractError, match=rf"1 weight missing, 1 left over:\s+{lost}"):
         train(values | {"resume": True})
 
 
 def test_without_the_names_in_memory_weights_would_be_lost(tmp_path, one_thread, monkeypatch):
-    monkeypatch.setattr(trainer_module.RecipeTrainer, "_save", trainer_module.Trainer._save)
+    monkeypatch.setattr(trainer_module.RecipeTrainer, "_save", hf.Trainer._save)
     with pytest.raises(ContractError, match=r"32 weights missing, 32 left over"):
         train(recipe("vit", tmp_path))

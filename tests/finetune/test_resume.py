@@ -91,7 +91,7 @@ def test_a_run_that_died_resumes_from_the_last_whole_checkpoint(
     broken = parts / "checkpoints" / "checkpoint-6" / "optimizer.pt"
     broken.write_bytes(broken.read_bytes()[:100])
     printed = cases.run("train", file, f"out={parts}", "resume=true")
-    assert "ignoring incomplete checkpoints: checkpoint-6" in printed
+    assert "ignoring incomplete or damaged checkpoints: checkpoint-6" in printed
     assert "resuming from checkpoint-3" in printed
     assert_equal(weights(tmp_path / "whole"), weights(parts))
     assert metrics(tmp_path / "whole") == metrics(parts)

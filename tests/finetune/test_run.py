@@ -10,9 +10,8 @@ import torch
 import yaml
 from export_cases import byte_level
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
-import peftkit.finetune.trainer as trainer_module
 from peftkit import BottleneckConfig, ContractError, LoraConfig, PrefixConfig, export_gguf, wrap
 from peftkit.finetune import generate, train
 from peftkit.finetune.outcome import digests, judge
@@ -36,7 +35,7 @@ def test_the_folder_of_a_run(model, tmp_path, one_thread):
     result = json.loads(cases.run("train", file, "--json"))
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
-        *("adapter", "checkpoints", "data.json", "environment.json", "metrics.jsonl"),
+        *(".lock", "adapter", "checkpoints", "data.json", "environment.json", "metrics.jsonl"),
         *("recipe.yaml", "report.html", "report.md", "result.json", "samples.json"),
     }
     assert result == json.loads((run / "result.json").read_text())
@@ -85,13 +84,13 @@ def test_quiet_prints_the_result_alone(model, tmp_path, one_thread):
 
 
 def test_a_nan_stops_the_run_and_names_the_step(model, tmp_path, one_thread, monkeypatch):
-    step = trainer_module.Trainer.training_step
+    step = Trainer.training_step
 
     def broken(self, *args, **kwargs):
         loss = step(self, *args, **kwargs)
         return loss * float("nan") if self.state.global_step == 2 else loss
 
-    monkeypatch.setattr(trainer_module.Trainer, "training_step", broken)
+    monkeypatch.setattr(Trainer, "training_step", broken)
     with pytest.raises(ContractError, match="the loss is nan at step 3, so training stopped"):
         train(values(model, tmp_path))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -243,6 +242,7 @@ def test_curves_as_text():
     assert bars([0.0, 1.0, 2.0, 3.5]) == "▁▃▅█"
     assert len(bars(list(range(500)))) == 40
     assert bars([1.0, 1.0]) == "▁▁"
+    assert bars([float("nan"), 0.0, 1.0, float("inf")]) == "?▁█?"
 
 
 def test_a_run_that_cannot_be_planned_says_why(model, tmp_path, one_thread):

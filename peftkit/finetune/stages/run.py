@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from peftkit.errors import ContractError
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.result import RunResult
 from peftkit.finetune.run_folder import RECIPE, RESULT, RunFolder, write_text, written_recipe
+from peftkit.finetune.run_lock import RunLock
 from peftkit.finetune.stages.recipe import MERGED, Stage, StagedRecipe
 from peftkit.finetune.stages.report import write_stages_report
 from peftkit.finetune.tasks.base import Task
@@ -34,8 +35,16 @@ def train_stages(recipe: StagedRecipe, say: Callable[[str], None]) -> RunResult:
         ContractError: As for ``train``; or a finished stage had problems, so that the next one should not go on with its weights.
     """
     folder = RunFolder(recipe.out)
+    with closing(RunLock(folder.path, say)) as lock:
+        return _train_stages(recipe, folder, lock, say)
+
+
+def _train_stages(
+    recipe: StagedRecipe, folder: RunFolder, lock: RunLock, say: Callable[[str], None]
+) -> RunResult:
     if recipe.resume:
         folder.require_same(recipe.to_dict())
+        lock.take()
         if (folder.read_json(RESULT) or {}).get("status") == "finished":
             raise ContractError(
                 f"resume=true, but the run in {folder.path} is finished; start a new run in another folder"
@@ -44,6 +53,9 @@ def train_stages(recipe: StagedRecipe, say: Callable[[str], None]) -> RunResult:
         folder.require_free()
         _check(recipe)
     folder.path.mkdir(parents=True, exist_ok=True)
+    lock.take()
+    if not recipe.resume:
+        folder.require_free()  # another run may have started during the checks
     write_text(folder.path / RECIPE, written_recipe(recipe))
     results: list[RunResult] = []
     for index, stage in enumerate(recipe.stages):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from peftkit.finetune.reading import recipe_values
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.result import RunResult
 from peftkit.finetune.run_folder import RESULT, RunFolder
+from peftkit.finetune.run_lock import RunLock, removed_if_unused
 from peftkit.finetune.start import require_startable
 from peftkit.finetune.tasks import require_task
 from peftkit.finetune.tasks.base import Task
 from peftkit.finetune.together.halving import DROPPED, Halving
 from peftkit.finetune.together.over import Variant, read_over, variants
-from peftkit.finetune.training import removed_if_empty
 
 SWEEP = "sweep.json"
 _ENDED = ("finished", "dropped")
@@ -116,11 +116,13 @@ def sweep(
         _require_same_names(folder, found)
     else:
         _require_free(folder)
-    with removed_if_empty(folder):
-        errors = _train(found, folder, keep_best, after, say)
-    result = _collected(found, folder, errors)
-    folder.write_json(SWEEP, result.to_dict() | {"over": varied})
-    _write_report(result, recipe_of_all)
+    with closing(RunLock(folder.path, say)) as lock, removed_if_unused(folder, lock):
+        if recipe_of_all.resume:
+            lock.take()
+        errors = _train(found, folder, lock, keep_best, after, say)
+        result = _collected(found, folder, errors)
+        folder.write_json(SWEEP, result.to_dict() | {"over": varied})
+        _write_report(result, recipe_of_all)
     say(f"written to {folder.path}")
     if all(row.status == "failed" for row in result.rows):
         raise ContractError(
@@ -204,6 +206,7 @@ def _require_same_names(folder: RunFolder, found: list[Variant]) -> None:
 def _train(
     found: list[Variant],
     folder: RunFolder,
+    lock: RunLock,
     keep_best: int | None,
     after: float,
     say: Callable[[str], None],
@@ -233,6 +236,9 @@ def _train(
 
     def started(given: list[Any]) -> list[Any]:
         folder.path.mkdir(parents=True, exist_ok=True)
+        if not lock.is_taken:
+            lock.take()
+            _require_free(folder)  # another sweep may have started during the checks
         rows = [{"name": variant.name, "values": variant.values} for variant in found]
         folder.write_json(SWEEP, {"status": "running", "rows": rows})
         return given
