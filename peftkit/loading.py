@@ -22,6 +22,7 @@ from peftkit.adapter_files import (
 )
 from peftkit.errors import ContractError, count, listing
 from peftkit.find.stacks import as_plain_parameters
+from peftkit.find.ties import embeddings_answered, tie_copies
 from peftkit.inits.reload import restore_base, take_residual
 from peftkit.rollback import restoring, writes_base_weights
 from peftkit.wrapping import fuse_model
@@ -78,7 +79,7 @@ def load_adapter(
     config.inference_mode = not is_trainable
     residual = None if offloaded else take_residual(model, config, checkpoint.folder)
     with restoring(model, copy_values=writes_base_weights(config)):
-        with checkpoint.applied_to(model):
+        with checkpoint.applied_to(model), embeddings_answered(model):
             if offloaded:
                 # PEFT removes the offloading hooks first and adds them to the new layers afterwards.
                 loaded = PeftModel.from_pretrained(
@@ -99,6 +100,8 @@ def load_adapter(
                     loaded.set_requires_grad(adapter_name)
         if accelerate:
             fuse_model(loaded)
+        else:
+            tie_copies(loaded)
         return loaded
 
 
@@ -130,7 +133,7 @@ def _check_fits(model: nn.Module, checkpoint: _Checkpoint, adapter_name: str) ->
         vars(config)["init_lora_weights"] = True
     try:
         with restoring(model):
-            with checkpoint.applied_to(model):
+            with checkpoint.applied_to(model), embeddings_answered(model):
                 _compare(_inject(model, config, adapter_name, empty=True), checkpoint, adapter_name)
             raise _Undo
     except _Undo:

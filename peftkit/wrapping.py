@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -13,6 +13,7 @@ from peftkit.bridge import prepare
 from peftkit.errors import ContractError, listing
 from peftkit.find.repacking import allow_repacking, forbid_repacking
 from peftkit.find.stacks import as_plain_parameters
+from peftkit.find.ties import embeddings_answered, tie_copies
 from peftkit.fuse.attention import fuse_attention
 from peftkit.fuse.convolution import ShowsSizes
 from peftkit.fuse.int8_mode import Int8Mode, forget_int8_mode, set_int8_mode
@@ -83,7 +84,7 @@ def wrap(
     config = prepare(model, configs, adapter_name)
     later = take_init(model, config)
     with restoring(model, copy_values=writes_base_weights(config)):
-        with as_plain_parameters(model):
+        with as_plain_parameters(model), embeddings_answered(model):
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         fuse_model(wrapped, strict, logit_free, int8_mode, merge_into)
         start = None if later is None else later.checked(wrapped, adapter_name)
@@ -137,6 +138,7 @@ def fuse_model(
     """As ``accelerate``, but after an error the model may be partly fused, so the caller must restore it."""
     warn_if_newer_than_tested()
     set_int8_mode(model, int8_mode)
+    tie_copies(model)
     _fuse(model)
     set_merge_into(model, merge_into)
     forbid_repacking(model)
@@ -176,23 +178,28 @@ def restore(model: Model) -> Model:
 class _Followed:
     """Replaces a method on one object. It runs the method and then an action with the result."""
 
-    injects = False
-    """Whether the method creates layers of adapters."""
-
     def __init__(self, owner: nn.Module, method: str, action: Callable[[Any], None]):
         self.owner, self.method, self.action = owner, method, action
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with as_plain_parameters(self.owner) if self.injects else nullcontext():
+        with self.around():
             result = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
         self.action(result)
         return result
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Around the method."""
+        yield
 
 
 class _Injecting(_Followed):
     """``_Followed`` for a method that creates layers of adapters."""
 
-    injects = True
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        with as_plain_parameters(self.owner), embeddings_answered(self.owner):
+            yield
 
 
 class _FuseAgain:
@@ -202,6 +209,7 @@ class _FuseAgain:
         self.model = model
 
     def __call__(self, injected: Any) -> None:
+        tie_copies(self.model)
         _fuse(self.model)
         set_merge_into(self.model, None)
 

@@ -56,11 +56,12 @@ def _conditional(**options: Any) -> Any:
 def _deformable(**options: Any) -> Any:
     backbone = _backbone(out_features=["stage2", "stage3"])
     sizes = {"num_feature_levels": 2, "encoder_n_points": 2, "decoder_n_points": 2}
+    sizes["two_stage_num_proposals"] = 6
     config = hf.DeformableDetrConfig(backbone_config=backbone, **_SIZES | sizes | options)
     return hf.DeformableDetrForObjectDetection(config)
 
 
-def _rt_detr(**options: Any) -> Any:
+def _rt(cls: Any, config: Any, **options: Any) -> Any:
     backbone = hf.RTDetrResNetConfig(
         embedding_size=8,
         hidden_sizes=[8, 16, 24],
@@ -68,11 +69,8 @@ def _rt_detr(**options: Any) -> Any:
         layer_type="basic",
         out_features=["stage2", "stage3"],
     )
-    config = hf.RTDetrConfig(
+    made = config(
         backbone_config=backbone,
-        backbone=None,
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
         encoder_hidden_dim=32,
         encoder_in_channels=[16, 24],
         feat_strides=[8, 16],
@@ -92,7 +90,24 @@ def _rt_detr(**options: Any) -> Any:
         num_labels=len(CLASSES),
         **options,
     )
-    return hf.RTDetrForObjectDetection(config)
+    return cls(made)
+
+
+def _rt_detr(**options: Any) -> Any:
+    plain = {"backbone": None, "use_timm_backbone": False, "use_pretrained_backbone": False}
+    return _rt(hf.RTDetrForObjectDetection, hf.RTDetrConfig, **plain, **options)
+
+
+def _rt_detr_v2(**options: Any) -> Any:
+    return _rt(hf.RTDetrV2ForObjectDetection, hf.RTDetrV2Config, decoder_n_levels=2, **options)
+
+
+def _dab_detr(**options: Any) -> Any:
+    sizes = {n: v for n, v in _SIZES.items() if n not in ("d_model", "backbone", "dropout")}
+    config = hf.DabDetrConfig(
+        backbone_config=_backbone(out_features=["stage3"]), hidden_size=32, **sizes | options
+    )
+    return hf.DabDetrForObjectDetection(config)
 
 
 def _yolos(**options: Any) -> Any:
@@ -118,6 +133,14 @@ BUILDERS = {
     "rt_detr": (_rt_detr, hf.RTDetrImageProcessorPil),
     "yolos": (_yolos, hf.YolosImageProcessorPil),
 }
+TIED = {
+    "deformable": _deformable,
+    "deformable refining": lambda: _deformable(with_box_refine=True),
+    "deformable in two stages": lambda: _deformable(with_box_refine=True, two_stage=True),
+    "rt_detr_v2": _rt_detr_v2,
+    "dab_detr": _dab_detr,
+}
+"""Models whose heads share weights with each other or with modules of the decoder."""
 
 
 def tiny(name: str = "detr", **options: Any) -> Any:

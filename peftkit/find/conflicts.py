@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftkit.errors import ContractError, listing
 from peftkit.find.modules import storage_of
+from peftkit.find.ties import all_saved, other_names
 
 Modules = Mapping[str, nn.Module]
 Matches = Mapping[tuple[str, str], list[str]]
@@ -45,6 +46,7 @@ def check_ties(modules: Modules, config: Any, matches: Matches) -> None:
     if getattr(config, "ensure_weight_tying", False):
         return
     adapted, replaced = _touched(matches)
+    _check_other_names(modules, adapted)
     sharing: dict[Any, list[str]] = defaultdict(list)
     for name, module in modules.items():
         weight = module._parameters.get("weight")
@@ -55,13 +57,23 @@ def check_ties(modules: Modules, config: Any, matches: Matches) -> None:
             continue
         # merging the adapter would change the weight of the other modules, and a trained copy would untie it
         touched = [name for name in names if name in adapted or _inside(name, replaced)]
-        if touched:
+        if touched and not (adapted.isdisjoint(names) and all_saved(names, modules, replaced)):
             others = [name for name in names if name not in touched] or names
             raise ContractError(
                 f"{', '.join(touched)} shares its weight with {', '.join(others)}, and this {type(config).__name__} does not "
                 "say whether they stay tied: pass ensure_weight_tying=True to adapt or train them together, untie them first "
                 f"({names[-1]}.weight = torch.nn.Parameter({names[-1]}.weight.detach().clone()) and "
                 "config.tie_word_embeddings = False), or leave them out"
+            )
+
+
+def _check_other_names(modules: Modules, adapted: set[str]) -> None:
+    """Raise if a module with several names is adapted: PEFT would put the adapter under one of them only."""
+    for other, first in other_names(modules).items():
+        if first in adapted:
+            raise ContractError(
+                f"{first} and {other} are one module, and PEFT would adapt it under the first name only; leave it out with "
+                f"exclude_modules={[first]!r}, or make {other} a module of its own (copy.deepcopy)"
             )
 
 

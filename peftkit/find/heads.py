@@ -13,7 +13,6 @@ the identity.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,10 +27,11 @@ from peftkit.find.modules import (
     without_adapters,
     wrapped_modules,
 )
+from peftkit.find.ties import other_names, sharing, tied_to
 
 AMBIGUOUS = "the names of other modules end with the same letters, and PEFT's modules_to_save matches all of them; rename it"
 QUANTISED = "its weight is quantised; load the model with this module in llm_int8_skip_modules"
-SHARED = "it shares its weight with another module"
+SHARED = "it shares its weight with another module that is no head"
 BARE = "it is a parameter of the model itself, which PEFT cannot save"
 
 _TASKS = re.compile(
@@ -117,9 +117,12 @@ def heads_among(modules: dict[str, nn.Module], never: set[str] | None = None) ->
         for part in _parts(name, modules, never)
         if task or not _has_loaded(modules[part])
     ]
-    if task and not names:
-        names = _inner_heads(modules, never)
+    inner = _inner_heads(modules, never) if task else []
+    names = names or inner
     if task and loaded:
+        # for other classes than those of the checkpoint, such as the head with which RT-DETR chooses its queries
+        rest = [name for name in (*inner, *_label_embeddings(modules)) if name not in names]
+        names = [*names, *(name for name in rest if not _has_loaded(modules[name]))]
         # checkpoints of language models have none
         names += [name for name in poolers(modules) if not _has_loaded(modules[name])]
     return _within_reach(names, modules, bare=task and _backbone(modules) != "")
@@ -257,6 +260,19 @@ def _inner_heads(modules: dict[str, nn.Module], never: set[str]) -> list[str]:
     ]
 
 
+def _label_embeddings(modules: dict[str, nn.Module]) -> list[str]:
+    """Return embeddings inside a backbone with one row per label, or one more, as in detectors that denoise labels."""
+    labels = getattr(getattr(modules[""], "config", None), "num_labels", None)
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Embedding)
+        and isinstance(labels, int)
+        and module.num_embeddings in (labels, labels + 1)
+        and _INNER_HEAD.search(name.rpartition(".")[2])
+    ]
+
+
 def poolers(modules: dict[str, nn.Module]) -> list[str]:
     """Return the names of the poolers of the backbone that have parameters."""
     inside = _backbone(modules)
@@ -274,12 +290,17 @@ def _within_reach(heads: list[str], modules: dict[str, nn.Module], bare: bool) -
     if not heads and not own:
         return Heads()
     lost = {name: BARE for name, parameter in own if not _is_loaded(parameter)}
-    shared = _shared(modules)
+    shared = sharing(modules)
+    heads = list(heads)
     for name in heads:
+        # Heads that are tied are trained together; further ones are added to the list while it is read.
+        together = tied_to(name, modules, shared)
         if _is_quantised(modules[name]):
             lost[name] = QUANTISED
-        elif not shared.isdisjoint([name, *_below(name, modules)]):
+        elif together is None:
             lost[name] = SHARED
+        else:
+            heads += [other for other in together if other not in heads]
     names = [name for name in heads if name not in lost]
     while (name := _first_clash(names, modules)) is not None:
         parts = _parts_of_children(name, modules, set())
@@ -288,6 +309,12 @@ def _within_reach(heads: list[str], modules: dict[str, nn.Module], bare: bool) -
         at = names.index(name)
         names[at : at + 1] = parts
     fresh = {n: why for n, why in lost.items() if n not in modules or not _has_loaded(modules[n])}
+    # PEFT makes a copy for each name of a module, and none for a name that it does not match.
+    names += [
+        other
+        for other, first in other_names(modules).items()
+        if first in names and not any(other.endswith(name) for name in names)
+    ]
     return Heads(names, fresh)
 
 
@@ -298,11 +325,3 @@ def _first_clash(names: list[str], modules: dict[str, nn.Module]) -> str | None:
             if other.endswith(name) and other not in names:
                 return next((n for n in names if other.startswith(f"{n}.")), name)
     return None
-
-
-def _shared(modules: dict[str, nn.Module]) -> set[str]:
-    """Return the modules that share a weight with another module. A trained copy would untie them."""
-    weights = {name: m._parameters.get("weight") for name, m in modules.items()}
-    stored = {name: storage_of(weight) for name, weight in weights.items() if weight is not None}
-    count = Counter(stored.values())
-    return {name for name, where in stored.items() if count[where] > 1}

@@ -17,6 +17,7 @@ from peftkit.find.layers import check_layers, layer_number, wanted_layers
 from peftkit.find.modules import base_modules, suffixes
 from peftkit.find.stacks import packed_stacks
 from peftkit.find.suggestions import close_matches
+from peftkit.find.ties import other_names
 
 Matches = dict[tuple[str, str], list[str]]
 """Names by ``(field, entry)``."""
@@ -141,8 +142,9 @@ def _match(config: Any, names: _Names, rewritten: Mapping[str, list[str]]) -> Ma
             [n for n in names.modules if re.fullmatch(entry, n)] if pattern else names.ending(entry)
         )
         matches["exclude_modules", entry] = found
+    known = [*names.modules, *other_names(names.modules)]
     saved = {
-        e: [n for n in names.modules if n.endswith(e)]
+        e: [n for n in known if n.endswith(e)]
         for e in _entries(getattr(config, "modules_to_save", None))
     }
     one_head_found = any(saved[entry] for entry in saved.keys() & _HEADS_ADDED_BY_TASK)

@@ -39,7 +39,7 @@ def written_outputs(folder: Path, base: Any, architecture: Any, batch: Batch) ->
                 str(folder),
                 architecture,
                 strict=True,
-                attn_implementation=base.config._attn_implementation,
+                attn_implementation=_attentions(base.config),
                 local_files_only=True,
             )
         return batch.measured(outputs_of(float32_copy(loaded), batch))
@@ -48,7 +48,7 @@ def written_outputs(folder: Path, base: Any, architecture: Any, batch: Batch) ->
             folder,
             dtype="auto",
             device_map=None if base.device.type == "cpu" else {"": base.device},
-            attn_implementation=base.config._attn_implementation,
+            attn_implementation=_attentions(base.config),
             local_files_only=True,
             output_loading_info=True,
         )
@@ -64,6 +64,19 @@ def written_outputs(folder: Path, base: Any, architecture: Any, batch: Batch) ->
                 "The model in memory differs from what its config describes; correct model.config first."
             )
     return batch.measured(outputs_of(float32_copy(loaded), batch))
+
+
+def _attentions(config: Any) -> Any:
+    """The attention functions of a model and of its parts, as ``from_pretrained`` takes them. Not every part has that of the whole."""
+    parts = {
+        name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ()
+    }
+    found = {
+        name: part._attn_implementation
+        for name, part in parts.items()
+        if getattr(part, "_attn_implementation", None) is not None
+    }
+    return {"": config._attn_implementation, **found} if found else config._attn_implementation
 
 
 @contextmanager

@@ -379,7 +379,7 @@ def test_weights_that_are_not_finite_stop_the_run(tmp_path, one_thread):
         task.loss(model, batch_of(task, rows))
 
 
-@pytest.mark.parametrize("name", ["detr", "rt_detr", "yolos"])
+@pytest.mark.parametrize("name", ["detr", "deformable", "rt_detr", "yolos"])
 def test_a_head_for_other_classes_is_new(name, tmp_path, one_thread):
     model = detection.save(tmp_path / "m", name)
     before = load_file(model / "model.safetensors")
@@ -399,8 +399,10 @@ def test_a_head_for_other_classes_is_new(name, tmp_path, one_thread):
         train(values | {"strategy": frozen, "out": str(tmp_path / "frozen")})
 
 
-# The denoising queries of RT-DETR are random.
-@pytest.mark.parametrize(("name", "strategy"), [("detr", "lora"), ("rt_detr", "full")])
+# The denoising queries of RT-DETR are random, and the heads of Deformable DETR are tied.
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("detr", "lora"), ("deformable", "lora"), ("rt_detr", "full")]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(name, strategy, tmp_path, one_thread):
     model = detection.save(tmp_path / "m", name)
     data = cases.write_jsonl(tmp_path / "d.jsonl", detection.rectangles(tmp_path / "i"))
