@@ -226,3 +226,72 @@ def tiny_moonshine(vocab_size: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return hf.MoonshineForConditionalGeneration(config).train()
+
+
+def save_speecht5(folder: Path, **changes: Any) -> Path:
+    """Save a tiny SpeechT5 for text to speech with its processor; returns the folder."""
+    import sentencepiece
+
+    folder.mkdir(parents=True)
+    # Its first tokens are those of SpeechT5: <s>, <pad>, </s>, <unk>.
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abcd", "dcba"] * 4),
+        model_prefix=str(folder / "spm_char"),
+        model_type="char",
+        vocab_size=9,
+        pad_id=1,
+        unk_id=3,
+        bos_id=0,
+        eos_id=2,
+        minloglevel=2,
+    )
+    tokenizer = hf.SpeechT5Tokenizer(str(folder / "spm_char.model"))
+    extractor = hf.SpeechT5FeatureExtractor(num_mel_bins=8)
+    hf.SpeechT5Processor(extractor, tokenizer).save_pretrained(folder)
+    tiny_speecht5(**changes).save_pretrained(folder)
+    return folder
+
+
+SPEAKER_SIZE = 4
+
+
+def tiny_speecht5(**changes: Any) -> torch.nn.Module:
+    """A tiny SpeechT5 for text to speech."""
+    settings = {
+        "vocab_size": 9,
+        "hidden_size": 24,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "num_mel_bins": 8,
+        "speech_decoder_prenet_units": 16,
+        "speech_decoder_postnet_units": 16,
+        "speech_decoder_postnet_layers": 2,
+        "speaker_embedding_dim": SPEAKER_SIZE,
+        "max_speech_positions": 40,
+        "max_text_positions": 20,
+        "reduction_factor": 2,
+        **dict.fromkeys(
+            (
+                "hidden_dropout",
+                "attention_dropout",
+                "activation_dropout",
+                "positional_dropout",
+                "speech_decoder_postnet_dropout",
+            ),
+            0.0,
+        ),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return hf.SpeechT5ForTextToSpeech(hf.SpeechT5Config(**settings | changes)).train()
+
+
+def spoken(folder: Path, count: int = 16) -> list[dict[str, Any]]:
+    """Rows of ``speech`` with one of two speakers."""
+    rows = speech(folder, count, 16000)
+    voices = np.eye(SPEAKER_SIZE)[:2] + 0.5
+    return [row | {"speaker": voices[i % 2].tolist()} for i, row in enumerate(rows)]

@@ -203,6 +203,7 @@ def longest_input(model: Any) -> int | None:
         "n_positions",
         "max_sequence_length",
         "max_target_positions",
+        "max_text_positions",
     )
     for name in names:
         value = getattr(config, name, None)

@@ -142,10 +142,12 @@ class RecipeTrainer(CheckedCheckpoints):
         return loss.detach(), predictions, labels
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate with the same random choices each time, so that losses can be compared."""
+        """Evaluate with the same random choices each time, so that losses can be compared. Some dropout is always on, as in SpeechT5."""
         before, self.task.round = self.task.round, -1
         try:
-            return super().evaluate(*args, **kwargs)
+            with torch.random.fork_rng():
+                torch.manual_seed(self.args.seed)
+                return super().evaluate(*args, **kwargs)
         finally:
             self.task.round = before
 

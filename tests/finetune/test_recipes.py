@@ -24,6 +24,8 @@ SHORT = (
     "training.seq_len=64",
 )
 
+# The tiny models of these tasks have fewer positions.
+SHORT_TEXTS = ("image_text_retrieval", "speech_seq2seq", "text_to_speech")
 
 LETTERS = "abcdefghijklmnopqrstuvwx"
 
@@ -83,6 +85,10 @@ DATA = {
     "speech_ctc": (
         speech_cases.save_ctc,
         lambda folder: cases.write_jsonl(folder / "d.jsonl", speech_cases.speech(folder / "s", 24)),
+    ),
+    "text_to_speech": (
+        speech_cases.save_speecht5,
+        lambda folder: cases.write_jsonl(folder / "d.jsonl", speech_cases.spoken(folder / "s", 24)),
     ),
     "speech_seq2seq": (
         speech_cases.save_whisper,
@@ -159,7 +165,7 @@ def test_an_example_recipe_runs(task, tmp_path, one_thread):
     changes.append("training.workers=0")
     # 30 tokens of an image and the answer are more than the 64 of the other recipes.
     changes += ["training.seq_len=96"] if task == "vision_chat" else []
-    changes += ["training.seq_len=20"] if task in ("image_text_retrieval", "speech_seq2seq") else []
+    changes += ["training.seq_len=20"] if task in SHORT_TEXTS else []
     if task == "image_classification":
         changes += ["strategy.blocks_per_stage=1"]
     # The tiny models have two blocks and a width of 32.

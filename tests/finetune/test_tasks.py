@@ -126,6 +126,7 @@ def test_every_task_is_tested():
         "semantic_segmentation",
         "object_detection",
         "speech_seq2seq",
+        "text_to_speech",
     }
     assert {*CASES, *elsewhere} == set(TASKS)
 

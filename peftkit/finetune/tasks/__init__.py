@@ -29,6 +29,7 @@ TASKS = (
     "audio_classification",
     "speech_ctc",
     "speech_seq2seq",
+    "text_to_speech",
     "embeddings",
     "contrastive",
     "contrastive_images",
