@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peftkit.finetune import Recipe, RunResult, evaluate, generate, read_recipe, train
     from peftkit.finetune.comparison import Comparison, compare
     from peftkit.finetune.report_callback import ReportCallback
-    from peftkit.finetune.together import Sweep, sweep
+    from peftkit.finetune.together.sweeping import Sweep, sweep
     from peftkit.fp8 import Float8Linear, from_fp8, to_fp8
     from peftkit.inits import InitReport, initialise
     from peftkit.interop import import_adapter

@@ -43,6 +43,23 @@ def one_thread():
 
 
 @pytest.fixture
+def joint_sizes(monkeypatch):
+    """The number of trainings in each pass that ``peftkit.finetune.together`` computes in training mode, in order."""
+    from peftkit.finetune.together.passes import JointPasses
+
+    found = []
+    compute = JointPasses._all
+
+    def record(self, part, training, given):
+        if training:
+            found.append(len(given))
+        return compute(self, part, training, given)
+
+    monkeypatch.setattr(JointPasses, "_all", record)
+    return found
+
+
+@pytest.fixture
 def tiny():
     """``models.tiny``: builds a tiny model by name."""
     import models

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from peftkit.finetune.reading import read_recipe
     from peftkit.finetune.recipe import Recipe
     from peftkit.finetune.result import RunResult
-    from peftkit.finetune.together import Sweep, sweep
+    from peftkit.finetune.together.sweeping import Sweep, sweep
     from peftkit.finetune.training import train
     from peftkit.finetune.using import evaluate, generate
 
@@ -35,8 +35,8 @@ _HOME_OF = {
     "evaluate": "using",
     "generate": "using",
     "read_recipe": "reading",
-    "Sweep": "together",
-    "sweep": "together",
+    "Sweep": "together.sweeping",
+    "sweep": "together.sweeping",
     "train": "training",
 }
 

@@ -12,6 +12,9 @@ from peftkit.finetune.combinations import check_combinations
 from peftkit.finetune.recipe import Choice, DataRecipe, DistillRecipe, Recipe, TrainingRecipe
 from peftkit.finetune.schema import build, nearest, unknown_key
 from peftkit.finetune.stages.recipe import StagedRecipe, build_stages
+from peftkit.finetune.together.recipe import AdaptersRecipe, build_adapters
+
+AnyRecipe = Recipe | StagedRecipe | AdaptersRecipe
 
 KEYS = (
     "model",
@@ -24,15 +27,16 @@ KEYS = (
     "training",
     "distill",
     "stages",
+    "adapters",
     "out",
     "resume",
 )
-_SECTIONS = ("task", "strategy", "data", "training", "distill", "stages")
+_SECTIONS = ("task", "strategy", "data", "training", "distill", "stages", "adapters")
 
 
 def read_recipe(
     source: str | os.PathLike[str] | Mapping[str, Any], overrides: Iterable[str] = ()
-) -> Recipe | StagedRecipe:
+) -> AnyRecipe:
     """Read a recipe and check it.
 
     Args:
@@ -41,7 +45,7 @@ def read_recipe(
         overrides: ``"training.lr=1e-4"``: a dotted key and a value in YAML. Later ones replace earlier ones.
 
     Returns:
-        The recipe, or one with stages. Nothing is loaded or written.
+        The recipe, or one with stages or several adapters. Nothing is loaded or written.
 
     Raises:
         ContractError: The file cannot be read; a key is unknown or missing; a value has the wrong type, is unknown or out of range;
@@ -60,9 +64,15 @@ def recipe_values(
     return values
 
 
-def build_recipe(values: Mapping[str, Any]) -> Recipe | StagedRecipe:
+def build_recipe(values: Mapping[str, Any]) -> AnyRecipe:
     """Check the keys of a recipe; as for ``read_recipe``."""
     values = _named(dict(values))
+    if "stages" in values and "adapters" in values:
+        raise ContractError(
+            "the recipe has stages and adapters; train the stages first, and name their merged model as model"
+        )
+    if "adapters" in values:
+        return build_adapters(values, _build)
     return build_stages(values, _build) if "stages" in values else _build(values)
 
 
@@ -168,6 +178,11 @@ def _named(values: dict[Any, Any]) -> dict[Any, Any]:
     for section in ("task", "strategy"):
         if isinstance(values.get(section), str):
             values[section] = {"name": values[section]}
+    if isinstance(values.get("adapters"), Mapping):
+        values["adapters"] = {
+            name: _named(dict(own)) if isinstance(own, Mapping) else own
+            for name, own in values["adapters"].items()
+        }
     return values
 
 
@@ -194,6 +209,11 @@ def _apply(values: dict[Any, Any], override: str) -> None:
         return
     if parts[0] == "stages" and len(parts) < 3:
         raise ContractError(f"{override!r}: write stages.NUMBER.KEY=VALUE, counted from 1")
+    if parts[0] == "adapters" and parts[1] not in (values.get("adapters") or {}):
+        known = ", ".join(map(str, values.get("adapters") or {})) or "none"
+        raise ContractError(
+            f"{override!r}: the recipe has no adapter {parts[1]!r} (it has {known})"
+        )
     if parts[0] not in _SECTIONS:
         raise ContractError(
             f"{override!r}: {parts[0]} has no keys of its own; write {parts[0]}=VALUE"

@@ -16,6 +16,7 @@ from peftkit.finetune.run_lock import LOCK
 
 if TYPE_CHECKING:
     from peftkit.finetune.stages.recipe import StagedRecipe
+    from peftkit.finetune.together.recipe import AdaptersRecipe
 
 CHECKPOINTS = "checkpoints"
 RECIPE = "recipe.yaml"
@@ -159,7 +160,7 @@ def _gives_up_best(name: str, now: dict[str, Any]) -> bool:
     return key in _OF_THE_BEST and now.get(f"{stage}training.best_metric") == "last"
 
 
-def written_recipe(recipe: Recipe | StagedRecipe) -> str:
+def written_recipe(recipe: Recipe | StagedRecipe | AdaptersRecipe) -> str:
     """The resolved recipe as YAML."""
     import yaml
 
@@ -169,7 +170,7 @@ def written_recipe(recipe: Recipe | StagedRecipe) -> str:
 
 
 def _without_stage(name: str) -> str:
-    return re.sub(r"^stages\.\d+\.", "", name)
+    return re.sub(r"^(stages|adapters)\.[^.]+\.", "", name)
 
 
 def _flat(values: Any, before: str = "") -> dict[str, Any]:

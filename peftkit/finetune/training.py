@@ -34,6 +34,7 @@ from peftkit.finetune.run_folder import (
 )
 from peftkit.finetune.run_lock import RunLock, removed_if_unused
 from peftkit.finetune.stages.recipe import StagedRecipe
+from peftkit.finetune.together.recipe import AdaptersRecipe
 
 if TYPE_CHECKING:
     from peftkit.finetune.distillation import Distillation
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe | StagedRecipe,
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe | StagedRecipe | AdaptersRecipe,
     *overrides: str,
     say: Callable[[str], None] = lambda line: None,
 ) -> RunResult:
@@ -63,11 +64,15 @@ def train(
             and a way out.
     """
     with together():
-        if isinstance(recipe, (Recipe, StagedRecipe)):
+        if isinstance(recipe, (Recipe, StagedRecipe, AdaptersRecipe)):
             if overrides:
                 raise ContractError("a Recipe takes no overrides; pass them to read_recipe")
         else:
             recipe = read_recipe(recipe, overrides)
+        if isinstance(recipe, AdaptersRecipe):
+            from peftkit.finetune.together.adapters import train_adapters
+
+            return train_adapters(recipe, say)
         require_parallel(recipe)
         if isinstance(recipe, StagedRecipe):
             from peftkit.finetune.stages.run import train_stages

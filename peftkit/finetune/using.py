@@ -17,6 +17,7 @@ from peftkit.finetune.run_folder import DATA, RECIPE, RESULT, RunFolder
 from peftkit.finetune.setup import is_adapter, make_task
 from peftkit.finetune.stages.recipe import StagedRecipe
 from peftkit.finetune.tasks.base import BadRow, Task
+from peftkit.finetune.together.recipe import AdaptersRecipe
 from peftkit.finetune.weights import ADAPTER, MODEL
 
 
@@ -196,6 +197,11 @@ def open_run(run: str | os.PathLike[str]) -> tuple[Recipe, RunFolder]:
             f"the run in {folder.path} is not finished ({status}); continue it with peftkit train {file} resume=true"
         )
     recipe = read_recipe(file)
+    if isinstance(recipe, AdaptersRecipe):
+        folders = [str(folder.path / name) for name in recipe.adapters]
+        raise ContractError(
+            f"the run in {folder.path} has several adapters; name the folder of one: {', '.join(folders)}"
+        )
     if isinstance(recipe, StagedRecipe):
         return open_run(folder.path / Path(recipe.stages[-1].recipe.out).name)
     return recipe, folder

@@ -130,7 +130,7 @@ DATA = {
 
 def test_there_is_a_recipe_for_each_task():
     # Recipes with stages are in test_stages.py.
-    others = {"domain_adaptation", "distillation"}
+    others = {"domain_adaptation", "distillation", "adapters"}
     assert {path.stem for path in RECIPES.glob("*.yaml")} - others == set(DATA) == set(TASKS)
 
 
@@ -144,6 +144,22 @@ def test_the_example_of_distillation_runs(tmp_path, one_thread):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["status"], result["problems"]) == ("finished", [])
     assert read_recipe(tmp_path / "run" / "recipe.yaml").distill.base == "nf4"
+
+
+def test_the_example_of_several_adapters_runs(tmp_path, one_thread):
+    model = cases.save_model(tmp_path / "m", "llama", chat=True)
+    changes = [f"model={model}", f"out={tmp_path / 'run'}", "training.batch_size=4"]
+    changes += ["training.seq_len=64"]
+    for name, count in (("support", 20), ("code", 24)):
+        data = cases.write_jsonl(tmp_path / f"{name}.jsonl", cases.chats(count))
+        changes += [f"adapters.{name}.data.train={data}", f"adapters.{name}.data.eval=0.2"]
+    cases.run("train", RECIPES / "adapters.yaml", *changes, "--quiet")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["problems"]) == ("finished", [])
+    assert {name: one["steps"] for name, one in result["adapters"].items()} == {
+        "support": 8,
+        "code": 5,
+    }
 
 
 @pytest.mark.parametrize("task", DATA)

@@ -6,16 +6,15 @@ import finetune_cases as cases
 import pytest
 import torch
 import yaml
+from joint_cases import LR, assert_same_run
 from safetensors.torch import load_file
 
 from peftkit import ContractError, sweep, train
-from peftkit.finetune.together import member
+from peftkit.finetune.together import base
 from peftkit.finetune.together.over import read_over, variants
-from peftkit.finetune.together.passes import JointPasses
 
 LABELLED = [{"text": c * 4, "label": "low" if c < "m" else "high"} for c in "abcdefstuvwx"] * 2
 PAIRS = [{"source": f"say {c}", "target": c * 3} for c in "abcdefgh"] * 2
-LR = 1e-2
 TRAINING = {"max_steps": 5, "checkpoint_every": 3, "batch_size": 3, "samples": 0}
 
 
@@ -32,21 +31,6 @@ def models(tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def sizes(monkeypatch):
-    """The numbers of trainings in each joint pass with gradients, in order."""
-    found = []
-    compute = JointPasses._all
-
-    def record(self, part, training, given):
-        if training:
-            found.append(len(given))
-        return compute(self, part, training, given)
-
-    monkeypatch.setattr(JointPasses, "_all", record)
-    return found
-
-
 def values(models, tmp_path, name="llama", task="sft", rows=None, **changes):
     training = TRAINING | changes.pop("training", {})
     file = cases.write_jsonl(tmp_path / "rows.jsonl", cases.chats(24) if rows is None else rows)
@@ -56,39 +40,18 @@ def values(models, tmp_path, name="llama", task="sft", rows=None, **changes):
     )
 
 
-def history(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def assert_equals_a_run_alone(row, recipe, tmp_path):
-    """The same losses, norms and rates at every step, and the same weights, up to the order of sums."""
+    """A run of a sweep equals a run of ``train``."""
     own = [f"{name}={json.dumps(value)}" for name, value in row.values.items()]
     alone = train(recipe | {"out": str(tmp_path / f"alone {row.name}")}, *own)
-    assert row.status == alone.status == "finished"
-    assert row.problems == alone.problems == []
-    assert row.steps == alone.steps
-    for ours, theirs in zip(history(row.folder), history(alone.folder), strict=True):
-        names = {n for n in theirs if not n.endswith(("runtime", "per_second", "_flos"))}
-        assert names <= ours.keys()
-        for name in names:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    assert_same_run(row.folder, alone.folder)
     assert row.metrics == pytest.approx(alone.metrics, rel=1e-4, abs=1e-6)
-    ours, theirs = (
-        load_file(folder / "adapter" / "adapter_model.safetensors")
-        for folder in (row.folder, alone.folder)
-    )
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        # Adam moves a weight by about the rate in a step, whatever the size of the gradient.
-        assert (ours[name] - theirs[name]).abs().max() < 0.02 * LR, name
-    return alone
 
 
-def test_adapters_end_as_in_runs_of_their_own(models, tmp_path, sizes, one_thread):
+def test_adapters_end_as_in_runs_of_their_own(models, tmp_path, joint_sizes, one_thread):
     recipe = values(models, tmp_path, training={"samples": 1, "sample_tokens": 4})
     found = sweep(recipe, {"strategy.r": [2, 5], "training.lr": [LR, 3e-3]})
-    assert set(sizes) == {4}
+    assert set(joint_sizes) == {4}
     assert [row.status for row in found.rows] == ["finished"] * 4
     losses = [row.quality for row in found.rows]
     assert losses == sorted(losses)
@@ -107,11 +70,11 @@ def test_adapters_end_as_in_runs_of_their_own(models, tmp_path, sizes, one_threa
     assert "loss:" in cases.run("eval", best)
 
 
-def test_each_adapter_has_its_own_head(models, tmp_path, sizes, one_thread):
+def test_each_adapter_has_its_own_head(models, tmp_path, joint_sizes, one_thread):
     recipe = values(models, tmp_path, "bert", "text_classification", LABELLED)
     recipe["training"]["weight_decay"] = 0.1
     found = sweep(recipe, ["training.head_lr=1e-2,1e-3", "training.max_grad_norm=1.0,0.2"])
-    assert set(sizes) == {4}
+    assert set(joint_sizes) == {4}
     heads = [
         load_file(row.folder / "adapter" / "adapter_model.safetensors")[
             "base_model.model.classifier.weight"
@@ -123,42 +86,44 @@ def test_each_adapter_has_its_own_head(models, tmp_path, sizes, one_thread):
     assert_equals_a_run_alone(row, recipe, tmp_path)
 
 
-def test_different_kinds_of_adapters_on_a_quantised_base(models, tmp_path, sizes, one_thread):
+def test_different_kinds_of_adapters_on_a_quantised_base(models, tmp_path, joint_sizes, one_thread):
     recipe = values(models, tmp_path, base="nf4")
     over = [
         "strategy.use_dora=true,false",
         "strategy.target_modules=[q_proj,gate_proj],[down_proj]",
     ]
     found = sweep(recipe, over)
-    assert set(sizes) == {4}
+    assert set(joint_sizes) == {4}
     row = next(r for r in found.rows if r.name == "use_dora=True,target_modules=q_proj+gate_proj")
     assert_equals_a_run_alone(row, recipe, tmp_path)
 
 
 def test_an_encoder_and_a_decoder_with_checkpointing_and_accumulation(
-    models, tmp_path, sizes, one_thread
+    models, tmp_path, joint_sizes, one_thread
 ):
     training = {"gradient_checkpointing": True, "gradient_accumulation": 2, "batch_size": 2}
     recipe = values(models, tmp_path, "t5", "seq2seq", PAIRS, training=training)
     found = sweep(recipe, ["strategy.r=2,4"])
-    assert set(sizes) == {2}
+    assert set(joint_sizes) == {2}
     assert_equals_a_run_alone(found.rows[0], recipe, tmp_path)
 
 
 def test_a_loss_that_compares_rows_does_not_compare_those_of_other_adapters(
-    models, tmp_path, sizes, one_thread
+    models, tmp_path, joint_sizes, one_thread
 ):
     recipe = values(models, tmp_path, "bert", "embeddings", cases.pairs(24))
     found = sweep(recipe, ["strategy.r=2,4"])
-    assert set(sizes) == {2}
+    assert set(joint_sizes) == {2}
     assert_equals_a_run_alone(found.rows[1], recipe, tmp_path)
 
 
-def test_losers_are_dropped_and_can_be_trained_to_their_ends(models, tmp_path, sizes, one_thread):
+def test_losers_are_dropped_and_can_be_trained_to_their_ends(
+    models, tmp_path, joint_sizes, one_thread
+):
     recipe = values(models, tmp_path)
     found = sweep(recipe, ["training.lr=1e-2,3e-3,1e-9"], keep_best=1, after=0.4)
     # Two steps of all, after the comparison of joint steps in evaluation mode, and three of the best.
-    assert sizes == [3, 3, 1, 1, 1]
+    assert joint_sizes == [3, 3, 1, 1, 1]
     assert [(row.status, row.steps) for row in found.rows] == [
         ("finished", 5),
         *[("dropped", 2)] * 2,
@@ -211,22 +176,22 @@ def test_a_stopped_sweep_continues(models, tmp_path, one_thread):
 def test_a_model_that_mixes_rows_is_refused_before_anything_is_written(
     models, tmp_path, monkeypatch, one_thread
 ):
-    load = member.load_base_model
+    load = base.load_base_model
 
     def mixing(*arguments):
         model = load(*arguments)
         model.model.layers[0].register_forward_hook(lambda m, a, out: out + out.mean(0, True))
         return model
 
-    monkeypatch.setattr(member, "load_base_model", mixing)
+    monkeypatch.setattr(base, "load_base_model", mixing)
     with pytest.raises(ContractError, match="its rows are not independent of each other"):
         sweep(values(models, tmp_path), ["strategy.r=2,4"])
     assert not (tmp_path / "out").exists()
 
 
-def test_dropout_is_drawn_for_each_adapter(models, tmp_path, sizes, one_thread):
+def test_dropout_is_drawn_for_each_adapter(models, tmp_path, joint_sizes, one_thread):
     found = sweep(values(models, tmp_path), {"strategy.lora_dropout": [0.3, 0.0]})
-    assert set(sizes) == {2}
+    assert set(joint_sizes) == {2}
     assert [row.problems for row in found.rows] == [[], []]
     assert found.rows[0].quality != found.rows[1].quality
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ContractError, short
-from peftkit.finetune.comparison.entries import Entry, make_entries
+from peftkit.finetune.comparison.entries import Entry, comparable, make_entries
 from peftkit.finetune.comparison.report import warnings_of, write_comparison
 from peftkit.finetune.comparison.source import source_values
 from peftkit.finetune.comparison.worker import measure
@@ -130,7 +130,7 @@ def compare(
             f"source_task={short(source_task)} without source; name rows of the source data, or remove it"
         )
     values = recipe_values(recipe, overrides)
-    checked = build_recipe(values)
+    checked = comparable(values)
     own = checked.as_first(-1) if isinstance(checked, StagedRecipe) else checked
     metric, higher = _main_metric(own)
     folder = RunFolder(checked.out)

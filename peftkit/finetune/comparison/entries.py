@@ -12,6 +12,7 @@ from peftkit.finetune.reading import build_recipe
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.stages.recipe import StagedRecipe
 from peftkit.finetune.strategies import require_strategy
+from peftkit.finetune.together.recipe import AdaptersRecipe
 
 BASELINES = ("pretrained", "probe", "scratch")
 
@@ -48,7 +49,7 @@ def make_entries(values: Mapping[str, Any], strategies: Sequence[Any]) -> list[E
     Raises:
         ContractError: The recipe or a strategy is wrong, or there is no evaluation.
     """
-    recipe = build_recipe(values)
+    recipe = comparable(values)
     last = _last_alone(values, recipe)
     out = Path(recipe.out)
     own = recipe.stages[-1].recipe if isinstance(recipe, StagedRecipe) else recipe
@@ -86,6 +87,20 @@ def make_entries(values: Mapping[str, Any], strategies: Sequence[Any]) -> list[E
         except ContractError as error:
             raise ContractError(f"{entry.name}: {error}") from error
     return found
+
+
+def comparable(values: Mapping[str, Any]) -> Recipe | StagedRecipe:
+    """The checked recipe of a comparison.
+
+    Raises:
+        ContractError: The recipe is wrong, or has several adapters.
+    """
+    recipe = build_recipe(values)
+    if isinstance(recipe, AdaptersRecipe):
+        raise ContractError(
+            "a recipe with adapters cannot be compared as a whole; compare the recipe of one adapter"
+        )
+    return recipe
 
 
 def _last_alone(values: Mapping[str, Any], recipe: Recipe | StagedRecipe) -> dict[str, Any]:

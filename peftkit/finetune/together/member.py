@@ -9,34 +9,42 @@ from transformers import TrainerCallback
 
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.run_folder import RunFolder
-from peftkit.finetune.setup import adapt_model, first_rows, load_base_model, make_task, own_loss
+from peftkit.finetune.setup import adapt_model, first_rows, make_task, own_loss
 from peftkit.finetune.together.agreement import require_agreement
+from peftkit.finetune.together.base import SharedBase
 from peftkit.finetune.together.conductor import Conductor, joined
 from peftkit.finetune.together.passes import JointPasses
 from peftkit.finetune.together.places import Places, Route
 from peftkit.finetune.training import SingleRun
 
+Extra = Callable[[Any, Any], list[TrainerCallback]]
+"""Makes callbacks of a run from its trainer and the callback that stops it."""
+
 
 class Shared:
     """What runs that are trained together share.
+
+    Args:
+        same_rows: Whether all runs have the rows of the first.
 
     Attributes:
         places: Where the adapters are.
         conductor: Gives the turn to one run after the other.
         passes: Computes batches of several runs at once.
+        base: The frozen model.
         stoppers: The callbacks that stop the runs.
         on_ready: Is called once everything is checked, before anything is written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, same_rows: bool) -> None:
+        self.same_rows = same_rows
         self.places = Places(Route())
         self.conductor = Conductor(self.places.show)
         self.passes = JointPasses(self.conductor, self.places)
         self.stoppers: list[Any] = []
         self.data: tuple[Any, Any, Any] | None = None
-        self.model: Any = None
-        self.random_state: Any = None
-        self.on_ready: Callable[[list[Any]], list[Any]] = lambda given: given
+        self.base = SharedBase()
+        self.on_ready: Callable[[], None] = lambda: None
 
     def stop(self) -> None:
         """Stop all runs after their next step, each with a checkpoint."""
@@ -62,7 +70,7 @@ class Member(SingleRun):
         recipe: Recipe,
         folder: RunFolder,
         shared: Shared,
-        extra: Callable[[Any, Any], list[TrainerCallback]],
+        extra: Extra,
         say: Callable[[str], None],
     ):
         super().__init__(recipe, folder, say)
@@ -70,6 +78,8 @@ class Member(SingleRun):
 
     def load_data(self) -> tuple[Any, Any, Any]:
         """Load the rows, or use those of the first run; the task is always a new one, because it counts passes over the rows."""
+        if not self.shared.same_rows:
+            return super().load_data()
         if self.shared.data is None:
             self.shared.data = super().load_data()
             return self.shared.data
@@ -78,17 +88,9 @@ class Member(SingleRun):
 
     def load_model(self, task: Any, train: Any) -> tuple[Any, Any, list[str]]:
         """Put the adapter on the model of the first run, and compare a joint step with one of this adapter alone."""
-        from transformers.trainer_utils import set_seed
-
         shared = self.shared
-        if shared.model is None:
-            shared.model = load_base_model(self.recipe, task, train)
-            shared.random_state = _random_state()
-        else:
-            # Loading draws the values of a new head, so a run alone would begin its adapter with later numbers.
-            set_seed(self.recipe.training.seed)
-            _set_random_state(shared.random_state)
-        model, stages, notes = adapt_model(self.recipe, task, train, shared.model, self.say)
+        base = shared.base.load(self.recipe, task, train)
+        model, stages, notes = adapt_model(self.recipe, task, train, base, self.say)
         shared.places.keep(self.number, model)
         shared.passes.share(model)
         shared.conductor.meet(None, lambda given: given)
@@ -101,7 +103,8 @@ class Member(SingleRun):
     def _ready(self, given: list[Any]) -> list[Any]:
         # From here on the fault of one run does not end the others.
         self.shared.conductor.strict = False
-        return self.shared.on_ready(given)
+        self.shared.on_ready()
+        return given
 
     def make_trainer(
         self, task: Any, model: Any, train: Any, evaluation: Any, stages: Any
@@ -126,18 +129,3 @@ def _joined(work: Callable[..., Any]) -> Callable[..., Any]:
             return work(*args, **kwargs)
 
     return run
-
-
-def _random_state() -> Any:
-    import torch
-
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return torch.random.get_rng_state(), gpus
-
-
-def _set_random_state(state: Any) -> None:
-    import torch
-
-    torch.random.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])

@@ -13,7 +13,6 @@ from peftkit.errors import ContractError, short
 from peftkit.finetune.reading import build_recipe
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.schema import nearest
-from peftkit.finetune.stages.recipe import StagedRecipe
 
 VARYING = (
     "training.lr",
@@ -116,8 +115,10 @@ def variants(values: Mapping[str, Any], over: Mapping[str, list[Any]]) -> list[V
         name = ",".join(f"{key.rpartition('.')[2]}={_text(value)}" for key, value in own.items())
         try:
             recipe = build_recipe(_with(values, own))
-            if isinstance(recipe, StagedRecipe):
-                raise ContractError("a sweep has no stages; sweep the recipe of one stage")
+            if not isinstance(recipe, Recipe):
+                raise ContractError(
+                    "a sweep has neither stages nor adapters; sweep the recipe of one of them"
+                )
         except ContractError as error:
             raise ContractError(f"{name}: {error}") from error
         found.append(Variant(name, own, recipe))

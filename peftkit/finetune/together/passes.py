@@ -83,7 +83,7 @@ class JointPasses:
         if strand is None or not strand.joined:
             return part.forward(*args, **kwargs)
         training, grad = part.module.training, torch.is_grad_enabled()
-        call = (args, part.without_cache(kwargs))
+        call = (args, part.arguments(kwargs))
         device = next(part.module.parameters()).device
         key = (id(part), training, grad, autocast_dtype(torch.empty(0, device=device)))
         return self.conductor.ask(
@@ -119,17 +119,24 @@ class _Part:
         self.module, self.name = module, type(module).__name__
         self.forward: Callable[..., Any] = module.forward
         self.norms = norms_with_statistics(module)
-        self.takes_cache = "use_cache" in inspect.signature(type(module).forward).parameters
+        parameters = inspect.signature(type(module).forward).parameters
+        self.defaults = {name: parameter.default for name, parameter in parameters.items()}
+        self.takes_cache = "use_cache" in parameters
 
-    def without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments without a cache, which training and evaluation do not need and which has rows of its own."""
-        if not self.takes_cache and "use_cache" not in kwargs:
-            return kwargs
+    def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments without a cache, which has rows of its own, and without the number of labels, which is for the loss alone."""
         if kwargs.get("past_key_values") is not None:
             raise ContractError(
                 f"{self.name} is called with a cache, which cannot be divided among adapters; train them separately"
             )
-        return kwargs | {"use_cache": False}
+        # Classes with different heads name different arguments that are None.
+        kept = {
+            name: value
+            for name, value in kwargs.items()
+            if name != "num_items_in_batch"
+            and (value is not None or self.defaults.get(name) is not None)
+        }
+        return kept | {"use_cache": False} if self.takes_cache or "use_cache" in kept else kept
 
     def set_mode(self, training: bool) -> None:
         """Training or evaluation, as the trainings have it that asked; another one may have changed it since."""

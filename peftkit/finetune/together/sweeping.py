@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ContractError, listing
-from peftkit.finetune.processes import process_count
 from peftkit.finetune.reading import recipe_values
 from peftkit.finetune.recipe import Recipe
-from peftkit.finetune.result import RunResult
 from peftkit.finetune.run_folder import RESULT, RunFolder
 from peftkit.finetune.run_lock import RunLock, removed_if_unused
-from peftkit.finetune.start import require_startable
 from peftkit.finetune.tasks import require_task
-from peftkit.finetune.tasks.base import Task
 from peftkit.finetune.together.halving import DROPPED, Halving
+from peftkit.finetune.together.member import Extra, Shared
 from peftkit.finetune.together.over import Variant, read_over, variants
+from peftkit.finetune.together.running import require_together, resumable, train_together
 
 SWEEP = "sweep.json"
 _ENDED = ("finished", "dropped")
@@ -134,12 +131,7 @@ def sweep(
 def _check(found: list[Variant], keep_best: int | None, after: float) -> None:
     """Raise ``ContractError`` unless these runs can be trained together."""
     recipe = found[0].recipe
-    if process_count() > 1:
-        raise ContractError(
-            f"a sweep runs in one process, but there are {process_count()}; start it without torchrun"
-        )
-    for variant in found:
-        require_together(variant.recipe, variant.name)
+    require_together({variant.name: variant.recipe for variant in found})
     if keep_best is None:
         return
     if not 1 <= keep_best < len(found):
@@ -151,33 +143,6 @@ def _check(found: list[Variant], keep_best: int | None, after: float) -> None:
     if recipe.data.eval is None:
         raise ContractError(
             f"keep_best={keep_best} needs an evaluation; add data.eval, such as data.eval=0.1"
-        )
-
-
-def require_together(recipe: Recipe, name: str) -> None:
-    """Raise ``ContractError`` unless the adapter of a recipe can be trained together with others."""
-    if recipe.strategy.name != "lora":
-        raise ContractError(
-            f"{name}: strategy={recipe.strategy.name!r} cannot be trained together with other adapters; use lora"
-        )
-    if recipe.distill is not None:
-        raise ContractError(
-            f"{name}: distill.teacher={recipe.distill.teacher!r} cannot teach several adapters together; train them separately"
-        )
-    if recipe.training.fsdp:
-        raise ContractError(
-            f"{name}: training.fsdp=true divides the model among processes, but adapters are trained together in one process; remove it"
-        )
-    task = require_task(recipe.task.name)
-    if task.trainer is not Task.trainer:
-        raise ContractError(
-            f"{name}: task={recipe.task.name!r} has a trainer of its own, which cannot train several adapters together; train them separately"
-        )
-    options = recipe.strategy.options
-    require_startable(recipe.strategy, name)
-    if options.bias != "none":
-        raise ContractError(
-            f"{name}: strategy.bias={options.bias!r} trains the biases of the model itself, which the adapters share; remove it"
         )
 
 
@@ -212,74 +177,31 @@ def _train(
     say: Callable[[str], None],
 ) -> dict[str, str]:
     """Train the runs that are not at their ends; returns the errors of those that failed."""
-    from peftkit.finetune.together.member import Member, Shared
+    shared = Shared(same_rows=True)
 
-    shared = Shared()
-
-    def member(number: int, variant: Variant) -> Callable[[], RunResult]:
-        def extra(trainer: Any, stopper: Any) -> list[Any]:
+    def halving(name: str) -> Extra:
+        def make(trainer: Any, stopper: Any) -> list[Any]:
             if keep_best is None:
                 return []
-            return [
-                Halving(trainer, stopper, variant.name, keep_best, after, shared.conductor, folder)
-            ]
+            return [Halving(trainer, stopper, name, keep_best, after, shared.conductor, folder)]
 
-        own = Member(
-            number,
-            variant.recipe,
-            RunFolder(variant.recipe.out),
-            shared,
-            extra,
-            lambda line: say(f"{variant.name}: {line}"),
-        )
-        return own.train
+        return make
 
-    def started(given: list[Any]) -> list[Any]:
+    def started() -> None:
         folder.path.mkdir(parents=True, exist_ok=True)
         if not lock.is_taken:
             lock.take()
             _require_free(folder)  # another sweep may have started during the checks
         rows = [{"name": variant.name, "values": variant.values} for variant in found]
         folder.write_json(SWEEP, {"status": "running", "rows": rows})
-        return given
 
     shared.on_ready = started
-    left = [v for v in found if _result(v).get("status") not in _ENDED]
-    with _stopped_by_signals(shared.stop):
-        try:
-            strands = shared.conductor.run([member(i, v) for i, v in enumerate(left)])
-        finally:
-            shared.passes.release()
-    return {
-        variant.name: str(strand.error)
-        for variant, strand in zip(left, strands, strict=True)
-        if strand.error is not None
-    }
-
-
-@contextmanager
-def _stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C stops all runs after their step, each with a checkpoint; a second one at once."""
-    before: dict[int, Any] = {}
-
-    def ask(number: int, frame: Any) -> None:
-        stop()
-        release()
-
-    def release() -> None:
-        while before:
-            known, handler = before.popitem()
-            signal.signal(known, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            before[number] = signal.signal(number, ask)
-        except ValueError:
-            break  # not the main thread, which alone gets signals
-    try:
-        yield
-    finally:
-        release()
+    left = {}
+    for variant in found:
+        if _result(variant).get("status") not in _ENDED:
+            own = resumable(variant.recipe)
+            left[variant.name] = own, halving(variant.name)
+    return train_together(left, shared, say)
 
 
 def _result(variant: Variant) -> dict[str, Any]:
