@@ -138,6 +138,15 @@ def test_padding_changes_no_box_of_a_model_that_uses_the_mask(tmp_path):
             difference = (together["pred_boxes"][row] - alone["pred_boxes"][0]).abs().max()
             assert difference < 0.05
     assert task._follows_mask
+    for name in ("conditional", "deformable"):
+        # A head that places all boxes in the middle, in 16 bits.
+        other, new = task_of(name), detection.tiny(name)
+        for parameter_name, parameter in new.named_parameters():
+            if "bbox" in parameter_name:
+                torch.nn.init.zeros_(parameter)
+        with torch.autocast("cpu", torch.bfloat16):
+            other.loss(new, batch_of(other, rows))
+        assert other._follows_mask
     yolos = task_of("yolos")
     yolos.loss(detection.tiny("yolos"), batch_of(yolos, rows))
     assert not yolos._follows_mask
@@ -368,6 +377,30 @@ def test_what_is_missing_is_named(tmp_path, one_thread, monkeypatch):
     )
     with pytest.raises(ContractError, match=r"needs the package scipy.*peftkit\[detection\]"):
         task_of()
+
+
+def test_a_base_in_16_bits_is_refused(tmp_path, one_thread):
+    rows = detection.rectangles(tmp_path / "i", 3)
+    model = detection.save(tmp_path / "m")
+    values = cases.recipe(model, "object_detection", rows, tmp_path / "run", base="bf16")
+    with pytest.raises(ContractError, match=r"weights in torch.bfloat16.*set base=fp32"):
+        train(values)
+
+
+def test_multiplying_in_16_bits_is_the_same_when_it_is_loaded(tmp_path, one_thread):
+    rows = detection.rectangles(tmp_path / "i", 5)
+    model = detection.save(tmp_path / "m")
+    training = {"precision": "bf16", "batch_size": 3}
+    values = cases.recipe(
+        model,
+        "object_detection",
+        rows,
+        tmp_path / "run",
+        data={"eval": rows[:4]},
+        training=training,
+    )
+    found = train(values)
+    assert evaluate(tmp_path / "run", rows[:4])["loss"] == found.metrics["eval_loss"]
 
 
 def test_weights_that_are_not_finite_stop_the_run(tmp_path, one_thread):

@@ -199,6 +199,16 @@ class ObjectDetection(Task):
         ]
         return f"{shown(features['image'])} -> «{', '.join(parts) or 'no object'}»"
 
+    def check_model(self, model: Any, rows: list[dict[str, Any]]) -> None:
+        import torch
+
+        half = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
+        if half:
+            raise ContractError(
+                f"{type(model).__name__} has weights in {', '.join(sorted(map(str, half)))}, in which boxes are too coarse; set base=fp32, and "
+                "training.precision=bf16 to multiply in 16 bits"
+            )
+
     def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
         import torch
 
@@ -306,7 +316,10 @@ def _parameters(model: Any) -> set[str]:
 
 
 def _follows_mask(model: Any, pixels: Any, mask: Any) -> bool:
-    """Whether the model's boxes depend on which pixels are padding."""
+    """Whether what the model computes depends on which pixels are padding.
+
+    All outputs are compared, in full precision: a new head may place every box in the same place.
+    """
     import torch
 
     from peftkit.checks.reach import undisturbed
@@ -314,13 +327,16 @@ def _follows_mask(model: Any, pixels: Any, mask: Any) -> bool:
     if "pixel_mask" not in _parameters(model):
         return False
     model = getattr(model, "module", model)
-    with undisturbed(model), torch.no_grad():
+    whole = torch.autocast(pixels.device.type, enabled=False)
+    with undisturbed(model), torch.no_grad(), whole:
         model.eval()
         known, unknown = (
-            model(pixel_values=pixels, pixel_mask=one).pred_boxes
-            for one in (mask, torch.ones_like(mask))
+            model(pixel_values=pixels, pixel_mask=one) for one in (mask, torch.ones_like(mask))
         )
-    return not torch.equal(known, unknown)
+    return any(
+        isinstance(tensor, torch.Tensor) and not torch.equal(tensor, unknown[name])
+        for name, tensor in known.items()
+    )
 
 
 TASK = ObjectDetection
