@@ -20,6 +20,7 @@ BLOCKSIZE = 64
 EXPERTS = "experts stacked in one parameter: named in keep, or loaded by transformers, which quantises linear layers only"
 EXPERTS_8_BIT = "experts stacked in one parameter, which bitsandbytes stores in 4 bits only"
 EXPERT_ROWS = "experts stacked in one parameter, whose rows are no whole blocks of 64"
+STACK = "experts stacked in one parameter"
 HEAD = "output head"
 TASK_HEAD = "task head, which is trained in full"
 TIED = "its weight is tied to another module"
@@ -145,6 +146,25 @@ def kept_modules(
         elif not _converted(name, skipped):
             kept[name] = BY_TRANSFORMERS
     return kept
+
+
+def inner_linears(model: Any) -> tuple[list[str], dict[str, str]]:
+    """The linear layers inside a model: not its heads, routers, or layers whose weight is tied to another module.
+
+    Args:
+        model: A model in 16 or 32 bits.
+
+    Returns:
+        Their names, and the names of the other linear layers and of stacked experts with the reason.
+    """
+    kept = kept_modules(model)
+    stacks = dict.fromkeys(stacked_parameters(model), STACK)
+    names = [
+        name
+        for name, module in base_modules(model)
+        if may_be_quantised(module) and name not in kept
+    ]
+    return names, kept | stacks
 
 
 def may_be_quantised(module: nn.Module) -> bool:

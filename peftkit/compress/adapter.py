@@ -84,9 +84,7 @@ def prune_adapter(
     written = _with_ranks(checkpoint.config, ranks)
     text = json.dumps(written, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    _copy_rest(
-        source, folder, f"The ranks of its LoRA were lowered by `peftkit prune` ({setting})."
-    )
+    _copy_rest(source, folder)
     return PruneReport(str(source), "", setting, layers, numbers_before=before, numbers_after=after)
 
 
@@ -198,11 +196,8 @@ def _with_ranks(config: dict[str, Any], ranks: dict[str, int]) -> dict[str, Any]
     }
 
 
-def _copy_rest(source: Path, folder: Path, note: str) -> None:
-    """Copy the tokenizer and the other files, and add a sentence to the model card."""
+def _copy_rest(source: Path, folder: Path) -> None:
+    """Copy the tokenizer and the other files."""
     for file in source.iterdir():
         if file.is_file() and file.name not in _NOT_COPIED and not file.name.startswith("."):
             shutil.copy2(file, folder / file.name)
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8").rstrip() + "\n\n" if card.is_file() else ""
-    (folder / "README.md").write_text(f"{text}{note}\n", encoding="utf-8")

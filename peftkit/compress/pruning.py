@@ -1,4 +1,4 @@
-"""``prune``: a smaller adapter or a sparse model in a new folder, with a report of what was lost."""
+"""``prune``: an adapter with smaller ranks or a sparse model in a new folder, with a report of what was lost."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from peftkit.compress.report import REPORT, PruneReport
 from peftkit.errors import ContractError, short
-from peftkit.merging.files import new_folder, require_absent, write_json
-
-_WAYS = ("rank", "energy", "sparsity", "pattern")
+from peftkit.finetune.run_folder import RECIPE
+from peftkit.finetune.using import evaluate_weights, open_run
+from peftkit.finetune.weights import ADAPTER, MODEL
+from peftkit.merging.files import new_folder, parse_size, require_absent, write_json
 
 
 def prune(
@@ -19,19 +20,28 @@ def prune(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    sparsity: float | None = None,
+    pattern: str | None = None,
     data: Any = None,
+    max_shard_size: int | str = "5GB",
 ) -> PruneReport:
-    """Prune a trained LoRA and write the result to a new folder. The source is not changed.
+    """Prune a trained LoRA, or the weights of a model, and write the result to a new folder. The source is not changed.
 
-    The update ``scale · B A`` of each layer is replaced by the nearest one of a smaller rank (Eckart and Young, 1936), from the QR factors of
-    both matrices. The result is an ordinary adapter of PEFT, whose config has the rank of each layer.
+    With ``rank`` or ``energy`` the update ``scale · B A`` of each layer of a LoRA is replaced by the nearest one of a smaller rank (Eckart and
+    Young, 1936), from the QR factors of both matrices. The result is an ordinary adapter of PEFT, whose config has the rank of each layer.
+
+    With ``sparsity`` or ``pattern`` the smallest weights of each linear layer become zero; embeddings, norms, heads and routers stay as they are.
+    One layer at a time is in memory. The result is an ordinary model of the same size.
 
     Args:
-        source: Folder of an adapter, or of a finished run of ``peftkit train``.
+        source: Folder of an adapter, folder or id of a model, or folder of a finished run of ``peftkit train``.
         out: A folder that does not exist yet, or is empty. It has its name only when it is complete.
         rank: Largest rank of a layer.
         energy: Share of the squared norm of each layer's update that is kept, between 0 and 1; each layer gets the smallest rank that keeps it.
+        sparsity: Share of zeros in each layer, between 0 and 1.
+        pattern: ``"2:4"`` or ``"4:8"``: so many of each 4 or 8 neighbouring inputs of an output are not zero.
         data: Rows on which the model is evaluated before and after, as ``data.eval`` of a recipe. Only for a run.
+        max_shard_size: Bytes in one file of a model, or a text such as ``"5GB"``.
 
     Returns:
         The report, which is also in ``prune.json`` in the new folder.
@@ -39,24 +49,31 @@ def prune(
     Raises:
         ContractError: The source is of another kind, an argument is out of range, or nothing would become smaller. Nothing is left in ``out``.
     """
-    given = {"rank": rank, "energy": energy}
+    given = {"rank": rank, "energy": energy, "sparsity": sparsity, "pattern": pattern}
     _require_one(given)
-    _require_ranges(rank, energy)
-    source, out = Path(source), Path(out)
+    _require_ranges(rank, energy, sparsity, pattern)
+    limit, out = parse_size(max_shard_size), Path(out)
     require_absent(out)
-    adapter, run = _places(source)
+    lowers_ranks = rank is not None or energy is not None
+    weights, run = _places(source, lowers_ranks)
     if data is not None and run is None:
         raise ContractError(
             f"data={short(data)} needs the folder of a run, which has the task; {source} is none. Leave it out"
         )
     from peftkit.compress.adapter import prune_adapter
+    from peftkit.compress.weights import prune_weights
 
-    before = None if data is None or run is None else _measured(run, data, adapter)
+    before = None if data is None or run is None else evaluate_weights(run, data, None)
     with new_folder(out.absolute()) as folder:
-        report = prune_adapter(adapter, folder, rank, energy)
+        if lowers_ranks:
+            report = prune_adapter(Path(weights), folder, rank, energy)
+        else:
+            report = prune_weights(weights, folder, sparsity, pattern, limit)
+        if Path(weights).is_dir():
+            _copy_card(Path(weights), folder, report.setting)
         report.out, report.before = str(out), before
         if run is not None and before is not None:
-            report.after = _measured(run, data, folder)
+            report.after = evaluate_weights(run, data, folder)
         write_json(folder / REPORT, report.to_dict())
     return report
 
@@ -69,31 +86,47 @@ def _require_one(given: dict[str, Any]) -> None:
         )
 
 
-def _require_ranges(rank: int | None, energy: float | None) -> None:
+def _require_ranges(
+    rank: int | None, energy: float | None, sparsity: float | None, pattern: str | None
+) -> None:
+    from peftkit.compress.weights import PATTERNS
+
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ContractError(f"rank={short(rank)} must be a whole number of at least 1")
-    if energy is not None and not 0 < energy < 1:
-        raise ContractError(f"energy={short(energy)} must be between 0 and 1, such as 0.99")
+    for name, share, example in (("energy", energy, 0.99), ("sparsity", sparsity, 0.5)):
+        if share is not None and not 0 < share < 1:
+            raise ContractError(f"{name}={short(share)} must be between 0 and 1, such as {example}")
+    if pattern is not None and pattern not in PATTERNS:
+        raise ContractError(f"pattern={short(pattern)} is unknown; use {' or '.join(PATTERNS)}")
 
 
-def _places(source: Path) -> tuple[Path, Path | None]:
-    """The folder of the weights, and that of the run if the source is one."""
-    from peftkit.finetune.run_folder import RECIPE
-    from peftkit.finetune.using import open_run
-    from peftkit.finetune.weights import ADAPTER
+def _places(source: str | os.PathLike[str], lowers_ranks: bool) -> tuple[str, Path | None]:
+    """The folder or id of the weights, and the folder of the run if the source is one.
 
-    if not (source / RECIPE).is_file():
-        return source, None
-    _, folder = open_run(source)
-    adapter = folder.path / ADAPTER
-    if not adapter.is_dir():
+    Raises:
+        ContractError: The source has weights of the other kind.
+    """
+    place = Path(source)
+    run = None
+    if (place / RECIPE).is_file():
+        run = open_run(place)[1].path
+        place = next(p for p in (run / ADAPTER, run / MODEL, run) if p.is_dir())
+    is_adapter = (place / "adapter_config.json").is_file()
+    if is_adapter and not lowers_ranks:
         raise ContractError(
-            f"the run in {source} has trained the model itself, which has no ranks; prune its weights with sparsity or pattern"
+            f"{place} is an adapter, and sparsity and pattern are for the weights of a model; use rank or energy, or merge it first (peftkit "
+            "merge)"
         )
-    return adapter, folder.path
+    if lowers_ranks and not is_adapter and (place / "config.json").is_file():
+        raise ContractError(
+            f"{place} is a model, which has no ranks; prune its weights with sparsity or pattern"
+        )
+    return (os.fspath(source) if run is None else str(place)), run
 
 
-def _measured(run: Path, data: Any, weights: Path) -> dict[str, float]:
-    from peftkit.finetune.using import evaluate_weights
-
-    return evaluate_weights(run, data, weights)
+def _copy_card(source: Path, folder: Path, setting: str) -> None:
+    """Copy the model card with a sentence about the pruning."""
+    card = source / "README.md"
+    text = card.read_text(encoding="utf-8").rstrip() + "\n\n" if card.is_file() else ""
+    note = f"Made smaller by `peftkit prune` ({setting}); prune.json says what was lost.\n"
+    (folder / "README.md").write_text(text + note, encoding="utf-8")

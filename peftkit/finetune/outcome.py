@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftkit.checks.adapters import adapter_tensors
 from peftkit.errors import count
+from peftkit.finetune.zeros import kept_zeros
 
 _DECIDING = ("lora_B", "lora_embedding_B", ".up.weight", ".gate")
 """Roles of the tensors that start at zero: while all are zero, the adapter changes nothing."""
@@ -75,6 +76,10 @@ def judge(
         notes.append(f"{changed} of {len(before)} trained tensors changed")
     if same and changed:
         notes.append(f"unchanged: {', '.join(same[:4])}{' ...' if len(same) > 4 else ''}")
+    zeros = kept_zeros(model)
+    if zeros is not None:
+        lost, kept = zeros.judge()
+        problems, notes = problems + lost, notes + kept
     if is_adapter:
         problems += [p for p in (_without_effect(model), _lost(model, buffers)) if p]
     return problems, notes

@@ -23,6 +23,7 @@ from peftkit.finetune.rates import parameter_groups
 from peftkit.finetune.recipe import Recipe, TrainingRecipe
 from peftkit.finetune.saving import CheckedCheckpoints
 from peftkit.finetune.tasks.base import Task
+from peftkit.finetune.zeros import kept_zeros
 
 if TYPE_CHECKING:
     from peftkit.finetune.distillation import Distillation
@@ -72,6 +73,9 @@ class RecipeTrainer(CheckedCheckpoints):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options.pop("lr", None)
             self.optimizer = cls(groups_of(self.model, self.rates), **options)
+            zeros = kept_zeros(self.model)
+            if zeros is not None:
+                zeros.hold(self.optimizer)
         return self.optimizer
 
     def compute_loss(

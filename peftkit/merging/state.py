@@ -83,9 +83,9 @@ class StateWriter:
         """
         for name, module in walk(self._base):
             if not is_unit(module):
-                self.write_layer(name, self._plain(name, module, original))
+                self.write_layer(name, self.entries_of(name, module, original))
 
-    def _plain(
+    def entries_of(
         self, name: str, module: nn.Module, original: OriginalWeights | None
     ) -> dict[str, Tensor]:
         """The tensors of a layer without adapters, as they are stored."""

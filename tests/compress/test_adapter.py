@@ -211,7 +211,7 @@ def test_wrong_arguments_are_refused(tmp_path):
     folder = tmp_path / "a"
     saved(folder, LoraConfig(r=4, target_modules=["q_proj"]))
     for arguments, message in (
-        ({}, "nothing is given; give exactly one of rank, energy"),
+        ({}, "nothing is given; give exactly one of rank, energy, sparsity, pattern"),
         ({"rank": 2, "energy": 0.9}, r"rank=2 and energy=0\.9 is given"),
         ({"rank": 0}, "rank=0 must be a whole number"),
         ({"energy": 1.0}, r"energy=1\.0 must be between 0 and 1"),
@@ -244,7 +244,7 @@ def test_a_run_is_measured_before_and_after(tmp_path, one_thread):
     assert report["after"]["loss"] != report["before"]["loss"]
     tuned = peftkit.load_adapter(hf.AutoModelForCausalLM.from_pretrained(model), tmp_path / "b")
     assert tuned.peft_config["default"].r == 1
-    assert "lowered by `peftkit prune` (rank=1)" in (tmp_path / "b" / "README.md").read_text()
+    assert "smaller by `peftkit prune` (rank=1)" in (tmp_path / "b" / "README.md").read_text()
     assert (tmp_path / "b" / "tokenizer.json").is_file()
     found = json.loads(
         cases.run("prune", tmp_path / "run", tmp_path / "c", "--energy", 0.9, "--json")

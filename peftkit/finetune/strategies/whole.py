@@ -13,17 +13,30 @@ from peftkit.find.suggestions import close_matches
 from peftkit.finetune.blocks import Places, is_norm
 from peftkit.finetune.schema import key
 from peftkit.finetune.strategies.base import FULL_LR, AdapterSetting, Prepared, Strategy, train_all
+from peftkit.finetune.zeros import keep_zeros
+
+_KEEP_ZEROS = "Weights of inner linear layers that are zero, as peftkit prune makes them, stay zero"
+
+
+@dataclass
+class FullOptions:
+    """Options of ``full``."""
+
+    keep_zeros: bool = key(False, _KEEP_ZEROS)
 
 
 class Full(Strategy):
     """Train every weight."""
 
     name = "full"
-    summary = "every weight"
+    summary = "every weight; with keep_zeros a pruned model keeps its zeros"
+    Options = FullOptions
 
     @classmethod
-    def apply(cls, model: nn.Module, options: Any, setting: AdapterSetting) -> Prepared:
+    def apply(cls, model: nn.Module, options: FullOptions, setting: AdapterSetting) -> Prepared:
         train_all(model)
+        if options.keep_zeros:
+            keep_zeros(model)
         return Prepared(model)
 
 
@@ -36,6 +49,7 @@ class PartialOptions:
     biases: bool = key(False, "All biases (BitFit, arXiv:2106.10199)")
     norms: bool = key(False, "All normalisation layers")
     pattern: str | None = key(None, "Regular expression for names of parameters")
+    keep_zeros: bool = key(False, _KEEP_ZEROS)
 
 
 class Partial(Strategy):
@@ -66,6 +80,8 @@ class Partial(Strategy):
                 "norms=false and no pattern; set one of them, such as strategy.last_blocks=2"
             )
         train_only(model, names)
+        if options.keep_zeros:
+            keep_zeros(model)
         return Prepared(model)
 
 
