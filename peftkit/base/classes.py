@@ -68,5 +68,5 @@ def _of_auto_class(config: Any, auto_class: Any, trust: Any) -> Any:
             return type(auto_class.from_config(config, trust_remote_code=trust))
     except ValueError as error:
         raise ContractError(
-            f"auto_class={auto_class.__name__} has no class for {type(config).__name__}: {error}"
+            f"auto_class={auto_class.__name__} has no class for {type(config).__name__}: {str(error).splitlines()[0]} Use another model, or another class (the task of a recipe)"
         ) from error

@@ -150,6 +150,16 @@ def _check_places(recipe: Recipe) -> None:
             raise ContractError(
                 f"out={recipe.out!r} is the same folder as {name}; name a new folder"
             )
+    for name, source in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        for place in source if isinstance(source, list) else [source]:
+            if isinstance(place, str) and Path(place).is_dir() and _is_inside(out, Path(place)):
+                raise ContractError(
+                    f"out={recipe.out!r} is inside {name}={place!r}, so files of the run would be read as rows; name a folder outside"
+                )
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return folder.resolve() in path.resolve().parents
 
 
 def _check_start(recipe: Recipe, strategy: type) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import random
@@ -37,6 +36,7 @@ class Counts:
         samples: Rows of the model's data set, after splitting and packing.
         tokens: Tokens of the data set.
         supervised: Labels that take part in the loss.
+        repeated: Texts of the evaluation that are training texts, too.
     """
 
     read: int = 0
@@ -47,6 +47,7 @@ class Counts:
     samples: int = 0
     tokens: int = 0
     supervised: int = 0
+    repeated: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as plain data."""
@@ -78,11 +79,23 @@ def find_labels(recipe: Recipe, task: type[Task]) -> list[str]:
     if known:
         return known
     names: set[str] = set()
+    faults: list[str] = []
+    read = 0
     for row in _rows(recipe.data.train, recipe.data, "data.train"):
-        # Bad rows are reported when the rows are encoded.
-        with contextlib.suppress(BadRow):
+        read += 1
+        try:
             names |= task.labels_of(_mapped(row, recipe.data.columns))
-    return task.find_labels(names, recipe.task.options)
+        except BadRow as error:
+            faults.append(f"{row.where}: {error}")
+    if not read:
+        raise ContractError("data.train has no row that can be used (0 read); check the path and data.format")
+    try:
+        return task.find_labels(names, recipe.task.options)
+    except ContractError as error:
+        if not faults:
+            raise
+        # Otherwise bad rows are reported when the rows are encoded.
+        raise ContractError(f"{error}. Rows without a label:\n{listing(faults)}") from None
 
 
 def load_data(recipe: Recipe, task: Task) -> tuple[Part, Part | None]:
@@ -103,8 +116,23 @@ def load_data(recipe: Recipe, task: Task) -> tuple[Part, Part | None]:
     task.check_rows(train.dataset, "data.train")
     if evaluation is not None:
         task.check_rows(evaluation.dataset, "data.eval")
+        evaluation.counts.repeated = _repeated(train, evaluation)
     train = _finished(train, task if task.packs() else None)
     return train, None if evaluation is None else _finished(evaluation, None)
+
+
+def _repeated(train: Part, evaluation: Part) -> int:
+    """The number of encoded texts in the evaluation that are in the training data, with the same labels."""
+    if not any(name in train.dataset.column_names for name in TOKEN_COLUMNS):
+        return 0
+    known = set(_digests(train))
+    return sum(digest in known for digest in _digests(evaluation))
+
+
+def _digests(part: Part) -> Iterator[bytes]:
+    for row in part.model_rows():
+        text = json.dumps(row, sort_keys=True, default=str)
+        yield hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def encode_rows(source: Any, name: str, recipe: Recipe, task: Task) -> Part:

@@ -86,6 +86,18 @@ def config_of(recipe: Recipe) -> Any:
         ) from error
 
 
+def repeated_notes(evaluation: Part | None) -> list[str]:
+    """A note if rows of the evaluation are training rows."""
+    if evaluation is None or not evaluation.counts.repeated:
+        return []
+    rows = count(
+        evaluation.counts.repeated,
+        "sample of the evaluation is a training sample",
+        "samples of the evaluation are training samples",
+    )
+    return [f"{rows} too, so its metrics are better than those of new data"]
+
+
 def prepare_data(recipe: Recipe, say: Callable[[str], None]) -> tuple[Task, Part, Part | None]:
     """Load and encode the data and show samples of it.
 
@@ -105,6 +117,8 @@ def prepare_data(recipe: Recipe, say: Callable[[str], None]) -> tuple[Task, Part
         )
         for line in counts.bad[:5]:
             say(f"  skipped {line}")
+        for note in repeated_notes(part):
+            say(f"  {note}")
     for features in train.dataset.select(range(min(recipe.data.preview, len(train.dataset)))):
         say(f"sample: {task.render(dict(features))}")
     return task, train, evaluation

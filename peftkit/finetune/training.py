@@ -155,7 +155,7 @@ class SingleRun:
         from peftkit.finetune.data import fingerprint, require_same_rows
         from peftkit.finetune.outcome import base_buffers, digests
         from peftkit.finetune.run_page import memory_text
-        from peftkit.finetune.setup import is_adapter
+        from peftkit.finetune.setup import is_adapter, repeated_notes
         from peftkit.peak_memory import PeakMemory
 
         task, train, evaluation, model, stages, notes = self.prepare()
@@ -171,7 +171,7 @@ class SingleRun:
             facts["teacher"] = self.distillation.teacher.digest()
         require_same_rows(facts["fingerprint"])
         checkpoint, broken = self._checkpoint(facts)
-        notes += broken
+        notes += broken + repeated_notes(evaluation)
         before = digests(model) | (base_buffers(model) if is_adapter(recipe) else {})
         trainer, stopper = self.make_trainer(task, model, train, evaluation, stages)
         rows = (evaluation or train).examples[: recipe.training.samples]
