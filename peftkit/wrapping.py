@@ -13,7 +13,7 @@ from peftkit.bridge import prepare
 from peftkit.errors import ContractError, listing
 from peftkit.find.repacking import allow_repacking, forbid_repacking
 from peftkit.find.stacks import as_plain_parameters
-from peftkit.find.ties import embeddings_answered, tie_copies
+from peftkit.find.ties import embeddings_answered, require_tied, tie_copies
 from peftkit.fuse.attention import fuse_attention
 from peftkit.fuse.convolution import ShowsSizes
 from peftkit.fuse.int8_mode import Int8Mode, forget_int8_mode, set_int8_mode
@@ -87,6 +87,8 @@ def wrap(
         with as_plain_parameters(model), embeddings_answered(model):
             wrapped = get_peft_model(model, config, adapter_name=adapter_name)
         fuse_model(wrapped, strict, logit_free, int8_mode, merge_into)
+        if getattr(config, "ensure_weight_tying", False):
+            require_tied(wrapped, adapter_name)
         start = None if later is None else later.checked(wrapped, adapter_name)
     if start is not None:
         # outside the block, which keeps the old weights until its end

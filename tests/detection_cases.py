@@ -11,6 +11,9 @@ import transformers as hf
 from PIL import Image
 from vision_chat_cases import COLOURS
 
+from peftkit.finetune.tasks.base import Setting
+from peftkit.finetune.tasks.object_detection import ObjectDetection
+
 CLASSES = list(COLOURS)
 SHORTEST = 48
 
@@ -163,6 +166,15 @@ def save(folder: Path, name: str = "detr", **options: Any) -> Path:
     tiny(name, **options).save_pretrained(folder)
     processor(name).save_pretrained(folder)
     return folder
+
+
+def task_of(name: str = "detr", images: Any = None, **options: Any) -> Any:
+    """The task with the processor of a tiny detector, or ``images``, and all classes."""
+    setting = Setting(
+        images or processor(name), 1, ObjectDetection.Options(**options), list(CLASSES)
+    )
+    setting.config = tiny(name).config
+    return ObjectDetection(setting)
 
 
 def rectangles(folder: Path, count: int = 6) -> list[dict[str, Any]]:

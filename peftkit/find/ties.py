@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkit.find.modules import storage_of, without_adapters
+from peftkit.errors import ContractError
+from peftkit.find.modules import ancestors, storage_of, without_adapters, wrapped_modules
 
 Modules = Mapping[str, nn.Module]
 
@@ -37,18 +38,21 @@ def other_names(modules: Modules) -> dict[str, str]:
 
 def sharing(modules: Modules) -> dict[str, list[str]]:
     """For each module with a parameter of its own that others have too, all the modules that have it."""
-    owners: dict[Any, list[str]] = defaultdict(list)
-    for name, module in modules.items():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                place = storage_of(parameter)
-                if name not in owners[place]:
-                    owners[place].append(name)
     found: dict[str, list[str]] = {}
-    for names in owners.values():
+    for names in map(list, _owners(modules).values()):
         for name in names if len(names) > 1 else ():
             known = found.setdefault(name, [])
             known += [other for other in names if other not in known]
+    return found
+
+
+def _owners(modules: Modules) -> dict[Any, dict[str, str]]:
+    """For each parameter in memory, its name in each module that has it."""
+    found: dict[Any, dict[str, str]] = defaultdict(dict)
+    for name, module in modules.items():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                found[storage_of(parameter)].setdefault(name, own)
     return found
 
 
@@ -120,6 +124,51 @@ def all_saved(names: Iterable[str], modules: Modules, saved: Iterable[str]) -> b
         and not isinstance(modules[name], nn.Embedding)
         for name in names
     )
+
+
+def require_tied(model: nn.Module, adapter: str) -> None:
+    """Raise if an adapter trains some of several modules that share a weight, and the others would keep the old weight.
+
+    ``ensure_weight_tying`` of PEFT ties what it knows as embeddings by name, which leaves out those of BERT and its relatives.
+
+    Args:
+        model: A model after ``tie_copies``.
+        adapter: The name of the adapter.
+
+    Raises:
+        ContractError: There are such modules.
+    """
+    inner, outer = {}, {}
+    for name, around, module in wrapped_modules(model):
+        inner[name], outer[name] = module, around
+    for owners in _owners(inner).values():
+        kinds = {name: _trained_as(name, own, outer, adapter) for name, own in owners.items()}
+        names = list(owners)
+        if len(set(kinds.values())) > 1:
+            frozen = [name for name, kind in kinds.items() if kind is None]
+            trained = [name for name in names if name not in frozen]
+            raise ContractError(
+                f"{', '.join(trained)} shares its weight with {', '.join(frozen) or 'each other'}, and PEFT does not keep them tied although "
+                f"ensure_weight_tying is set; list all of them in modules_to_save ({', '.join(names)}), or leave them out"
+            )
+
+
+def _trained_as(name: str, own: str, outer: Modules, adapter: str) -> Any:
+    """What an adapter makes of the parameter ``own`` of a module: trained copies, an adapter's layer, or ``None``, which leaves them as they are."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    for whole in (name, *ancestors(name)):
+        wrapper = outer[whole]
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter in wrapper.modules_to_save:
+            copied = wrapper.modules_to_save[adapter].get_submodule(
+                name[len(whole) :].removeprefix(".")
+            )
+            weight = copied._parameters.get(own)
+            return None if weight is None else storage_of(weight)
+    layer = outer[name]
+    adapted = isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    return "adapter" if adapted and own == "weight" else None
 
 
 @contextmanager

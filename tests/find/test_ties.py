@@ -3,6 +3,7 @@
 import copy
 
 import detection_cases as detection
+import models
 import peft
 import pytest
 import torch
@@ -229,3 +230,39 @@ def test_copies_that_were_trained_apart_are_loaded_as_they_are(tmp_path):
     assert torch.equal(state[key], tensors[key])
     other = key.replace("bbox_embed", "model.decoder.bbox_embed", 1)
     assert torch.equal(state[other], tensors[other])
+
+
+def masked(**options):
+    """A BERT with a language modelling head that is tied to its embeddings, and an adapter on it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.BertForMaskedLM(task_model("bert tokens").config).eval()
+    return wrap(
+        model, LoraConfig(r=2, target_modules=["query"], ensure_weight_tying=True, **options)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying.*:UserWarning")
+def test_ties_that_peft_does_not_keep_are_refused_or_kept():
+    gpt2 = LoraConfig(r=2, target_modules=["wte", "lm_head"], ensure_weight_tying=True)
+    assert wrap(models.tiny("gpt2"), gpt2)
+    for saved in (["word_embeddings"], ["cls"]):
+        with pytest.raises(
+            ContractError, match=r"list all of them in modules_to_save \(bert.emb.*, cls.pred"
+        ):
+            masked(modules_to_save=saved)
+    model = masked(modules_to_save=["word_embeddings", "cls"])
+    ids = torch.randint(3, 96, (2, 5))
+    model(input_ids=ids).logits.square().sum().backward()
+    weights = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.shape == (96, 32) and parameter.requires_grad
+    ]
+    assert len(weights) == 1
+    with torch.no_grad():
+        weights[0] -= 0.01 * weights[0].grad.sign()
+    expected = model(input_ids=ids).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, expected)
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
