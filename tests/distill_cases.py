@@ -24,6 +24,17 @@ def save_teacher(folder: Path, vocab_size: int = models.VOCAB_SIZE, seed: int = 
     return folder
 
 
+def save_deeper(folder: Path) -> Path:
+    """Save a Llama as wide as the tiny one, with twice as many layers, with a tokenizer."""
+    config = models.tiny("llama").config
+    config.num_hidden_layers = 4
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        hf.LlamaForCausalLM(config).save_pretrained(folder)
+    cases.letter_tokenizer(chat=True).save_pretrained(folder)
+    return folder
+
+
 def distilled(model: Path, teacher: Any, train: Any, out: Path, **changes: Any) -> dict[str, Any]:
     """A recipe of ``sft`` with a teacher. ``changes`` are those of ``cases.recipe``; ``distill`` adds keys."""
     own = {"teacher": str(teacher), **changes.pop("distill", {})}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peftkit.errors import ContractError, short
-from peftkit.finetune.recipe import Recipe
+from peftkit.finetune.recipe import DistillRecipe, Recipe
 
 _QUANTISED = ("int8", "nf4", "fp8")
 
@@ -192,6 +192,8 @@ def _check_distill(recipe: Recipe, task: type) -> None:
             f"distill.teacher={short(distill.teacher)}: the task {recipe.task.name} takes no teacher; remove distill, or use one of "
             f"{', '.join(known)}"
         )
+    if distill.loss == "hidden":
+        _check_hidden(recipe, distill)
     if recipe.training.fsdp:
         raise ContractError(
             f"distill.teacher={short(distill.teacher)} with training.fsdp=true, which divides the student but not the teacher among processes; "
@@ -201,4 +203,20 @@ def _check_distill(recipe: Recipe, task: type) -> None:
         raise ContractError(
             f"distill.teacher={short(distill.teacher)} is the model that is trained, so it would teach what the model does already; name a "
             "larger model, or a run"
+        )
+
+
+def _check_hidden(recipe: Recipe, distill: DistillRecipe) -> None:
+    known = ("sft", "causal_lm", "masked_lm", "token_classification", "text_classification")
+    if recipe.task.name not in known:
+        raise ContractError(
+            f"distill.loss='hidden' with the task {recipe.task.name}; use distill.loss=logits, or one of {', '.join(known)}"
+        )
+    if distill.temperature is not None:
+        raise ContractError(
+            f"distill.temperature={distill.temperature:g} has no effect with distill.loss='hidden'; remove it"
+        )
+    if distill.weight == 1:
+        raise ContractError(
+            "distill.weight=1 with distill.loss='hidden' would leave the head without a gradient; use a number below 1, such as 0.5"
         )

@@ -126,8 +126,8 @@ class DistillRecipe:
     """A teacher whose outputs the model learns besides the labels."""
 
     teacher: str = key(help="Id on the Hub, folder of a model, or folder of a finished run")
-    loss: Literal["logits"] = key(
-        "logits", "What is compared: the distributions over tokens or classes"
+    loss: Literal["logits", "hidden"] = key(
+        "logits", "What is compared: the distributions over tokens or classes, or the hidden states"
     )
     weight: float = key(
         0.5, "Share of the teacher in the loss; the labels have the rest", above=0, most=1

@@ -101,7 +101,10 @@ class RecipeTrainer(CheckedCheckpoints):
         assert self.distillation is not None
         batch = dict(inputs)  # label smoothing takes the labels out of the inputs
         own, outputs = super().compute_loss(
-            model, inputs, True, num_items_in_batch=num_items_in_batch
+            model,
+            {**inputs, **self.distillation.more_inputs},
+            True,
+            num_items_in_batch=num_items_in_batch,
         )
         taught, items = self.distillation.loss(outputs, batch)
         share = 1.0

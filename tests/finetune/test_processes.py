@@ -193,9 +193,15 @@ def test_every_strategy_trains_in_two_processes_as_in_one(name, model, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_student_learns_in_two_processes_as_in_one(model, tmp_path, one_thread):
-    teacher = distill_cases.save_teacher(tmp_path / "teacher")
-    file = write_recipe(model, tmp_path, distill={"teacher": str(teacher), "weight": 0.7})
+@pytest.mark.parametrize("loss", ["logits", "hidden"])
+def test_a_student_learns_in_two_processes_as_in_one(loss, model, tmp_path, one_thread):
+    teacher = tmp_path / "teacher"
+    if loss == "logits":
+        distill_cases.save_teacher(teacher)
+    else:
+        distill_cases.save_deeper(teacher)
+    distill = {"teacher": str(teacher), "weight": 0.7, "loss": loss}
+    file = write_recipe(model, tmp_path, distill=distill)
     run_three(file, tmp_path)
     whole, split, parts = (
         torch.tensor(taught(tmp_path / name)) for name in ("whole", "split-1", "parts")

@@ -10,7 +10,13 @@ from torch import Tensor
 from peftkit.checks.reach import undisturbed
 from peftkit.errors import ContractError
 from peftkit.finetune.data import Part
-from peftkit.finetune.distillation.losses import divergence, labelled, select
+from peftkit.finetune.distillation.losses import (
+    divergence,
+    hidden_distance,
+    labelled,
+    select,
+    token_shares,
+)
 from peftkit.finetune.distillation.teacher import Teacher, load_teacher
 from peftkit.finetune.recipe import DistillRecipe, Recipe
 from peftkit.finetune.tasks.base import Task
@@ -31,6 +37,11 @@ class Distillation:
         self.recipe, self.teacher = recipe, teacher
         self._positions: Any = task.distils
 
+    @property
+    def more_inputs(self) -> dict[str, Any]:
+        """Arguments of the student's forward besides the batch."""
+        return {"output_hidden_states": True} if self.recipe.loss == "hidden" else {}
+
     def loss(self, outputs: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The distance from the teacher, summed over the outputs that have a label, and their number.
 
@@ -39,6 +50,10 @@ class Distillation:
             batch: The batch, with its labels.
         """
         used = labelled(batch["labels"], self._positions)
+        if self.recipe.loss == "hidden":
+            teacher = self.teacher.outputs(batch, **self.more_inputs).hidden_states
+            shares = token_shares(used, batch)
+            return hidden_distance(outputs["hidden_states"], teacher, shares), used.sum()
         student = select(outputs["logits"], used, "student")
         teacher = select(self.teacher.outputs(batch).logits, used, "teacher")
         distance = divergence(student, teacher, self.recipe.temperature or TEMPERATURE)
@@ -77,7 +92,7 @@ def prepare_distillation(
         n: v.to(device) if isinstance(v, Tensor) else v for n, v in task.first_batch(rows).items()
     }
     with undisturbed(model):
-        distance, number = found.loss(model(**batch), batch)
+        distance, number = found.loss(model(**batch, **found.more_inputs), batch)
     value = (distance / number).item()
     if not torch.isfinite(distance):
         raise ContractError(
