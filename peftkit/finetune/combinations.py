@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from peftkit.errors import ContractError, short
 from peftkit.finetune.recipe import DistillRecipe, Recipe
 
 _QUANTISED = ("int8", "nf4", "fp8")
+
+_REPORTING = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+}
+"""The packages for each entry of ``training.report_to``; one of them is enough."""
 
 
 def check_combinations(recipe: Recipe) -> None:
@@ -27,6 +35,7 @@ def check_combinations(recipe: Recipe) -> None:
     _check_base(recipe, strategy)
     _check_columns(recipe, task)
     _check_places(recipe)
+    _check_reporting(recipe)
     _check_start(recipe, strategy)
     _check_distill(recipe, task)
     strategy.check(recipe.strategy.options, recipe)
@@ -160,6 +169,15 @@ def _check_places(recipe: Recipe) -> None:
 
 def _is_inside(path: Path, folder: Path) -> bool:
     return folder.resolve() in path.resolve().parents
+
+
+def _check_reporting(recipe: Recipe) -> None:
+    for name in recipe.training.report_to:
+        packages = _REPORTING[name]
+        if not any(find_spec(package) for package in packages):
+            raise ContractError(
+                f"training.report_to={name} needs the package {' or '.join(packages)}: pip install {packages[0]}, or remove it"
+            )
 
 
 def _check_start(recipe: Recipe, strategy: type) -> None:

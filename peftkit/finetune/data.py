@@ -88,7 +88,9 @@ def find_labels(recipe: Recipe, task: type[Task]) -> list[str]:
         except BadRow as error:
             faults.append(f"{row.where}: {error}")
     if not read:
-        raise ContractError("data.train has no row that can be used (0 read); check the path and data.format")
+        raise ContractError(
+            "data.train has no row that can be used (0 read); check the path and data.format"
+        )
     try:
         return task.find_labels(names, recipe.task.options)
     except ContractError as error:

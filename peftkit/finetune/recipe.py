@@ -113,6 +113,9 @@ class TrainingRecipe:
         None, "Stop after this step and save a checkpoint, as after Ctrl-C", least=1
     )
     log_every: int = key(10, "Steps between two lines in metrics.jsonl", least=1)
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = key(
+        [], "Send the metrics to these as well; each needs its package"
+    )
     samples: int = key(
         3, "Samples that are generated before and after training, in generative tasks", least=0
     )

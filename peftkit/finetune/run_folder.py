@@ -31,6 +31,7 @@ _FREE = {
     "data.preview",
     "training.stop_after",
     "training.log_every",
+    "training.report_to",
     "training.samples",
     "training.sample_tokens",
     "training.keep_checkpoints",

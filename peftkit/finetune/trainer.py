@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     PrinterCallback,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 
 from peftkit.checks.reach import loss_of, undisturbed
 from peftkit.errors import ContractError
@@ -222,6 +224,9 @@ def make_trainer(
             **parts,
         )
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path(recipe.out) / "tensorboard")
     return trainer
 
 
@@ -278,7 +283,8 @@ def _settings(recipe: Recipe, evaluates: bool, steps: int, folder: str) -> dict[
         "restore_callback_states_from_checkpoint": True,
         "logging_steps": training.log_every,
         "logging_nan_inf_filter": False,
-        "report_to": "none",
+        "report_to": training.report_to if steps else [],  # an evaluation alone reports nothing
+        "run_name": recipe.out,
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
         "dataloader_num_workers": training.workers,

@@ -81,6 +81,10 @@ def _require_member(recipe: Recipe, name: str) -> None:
         raise ContractError(
             f"{name}: distill.teacher={recipe.distill.teacher!r} cannot teach several adapters together; train them separately"
         )
+    if recipe.training.report_to:
+        raise ContractError(
+            f"{name}: training.report_to={recipe.training.report_to} would mix the metrics of adapters that are trained together; remove it"
+        )
     if recipe.training.fsdp:
         raise ContractError(
             f"{name}: training.fsdp=true divides the model among processes, but adapters are trained together in one process; remove it"
