@@ -409,6 +409,17 @@ def test_a_frozen_adapter_and_a_wrong_kernel_are_seen(base, monkeypatch):
     assert "the reference has" in wrong
 
 
+def test_mapped_weights_are_in_memory_before_a_step_is_measured(tmp_path):
+    stepping, size = load_script("stepping"), 2**25
+    (tmp_path / "weights").write_bytes(bytes(size))
+    mapped = torch.from_file(str(tmp_path / "weights"), size=size, dtype=torch.uint8)
+    model = torch.nn.Module()
+    model.register_buffer("weights", mapped)
+    before = stepping.reset_peak()
+    stepping.read_weights(model)
+    assert stepping.peak_bytes() - before > 0.9 * size
+
+
 def test_a_point_trains_to_a_target(base):
     script = load_script("suite_target")
     sizes = {"batch": 2, "length": 16, "rank": 4, "adapters": 1, "checkpointing": False}
