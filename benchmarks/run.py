@@ -9,6 +9,7 @@
     python benchmarks/run.py learning                      # the accuracy that each method reaches on two real models
     python benchmarks/run.py tuning                        # loss after tuning on quantised bases, and what merges keep of it
     python benchmarks/run.py strategies                    # quality, time and memory of strategies beside simpler rows, on real models
+    python benchmarks/run.py sweep                         # one sweep of four adapters against four runs
     python benchmarks/run.py prefix                        # attention time with a prefix
     python benchmarks/run.py kernels                       # each operation against eager torch and torch.compile
     python benchmarks/run.py plan                          # planned memory against that of real steps
@@ -40,6 +41,7 @@ import results_page
 import steps
 import strategies
 import suite
+import sweeps
 import tuning
 
 BENCHMARKS = {
@@ -51,6 +53,7 @@ BENCHMARKS = {
     "learning": learning,
     "tuning": tuning,
     "strategies": strategies,
+    "sweep": sweeps,
     "prefix": prefix,
     "kernels": operations,
     "overhead": overhead,
