@@ -20,6 +20,7 @@ NOT_RUN = {
     "pip install": "needs a package index",
     "vllm serve": "needs vLLM and a GPU",
     "llama-server": "needs llama.cpp",
+    "lm_eval": "needs lm-eval, and downloads its tasks",
     "torchrun": "starts processes and needs GPUs; tests/finetune/test_processes.py starts two on the CPU",
     "peftkit doctor": "compiles the native library in the user's cache; tests/cli/test_doctor.py runs it",
     "peftkit train recipe.yaml out=runs/a resume=true": "the run is finished when the command before it ends",

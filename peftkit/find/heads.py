@@ -121,7 +121,11 @@ def heads_among(modules: dict[str, nn.Module], never: set[str] | None = None) ->
     names = names or inner
     if task and loaded:
         # for other classes than those of the checkpoint, such as the head with which RT-DETR chooses its queries
-        rest = [name for name in (*inner, *_label_embeddings(modules)) if name not in names]
+        rest = [
+            name
+            for name in (*inner, *_label_embeddings(modules))
+            if not any(f"{name}.".startswith(f"{head}.") for head in names)
+        ]
         names = [*names, *(name for name in rest if not _has_loaded(modules[name]))]
         # checkpoints of language models have none
         names += [name for name in poolers(modules) if not _has_loaded(modules[name])]

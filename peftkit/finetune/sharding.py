@@ -73,6 +73,6 @@ def _restore(model: nn.Module, quantised: dict[str, tuple[type, dict[str, Any]]]
         weight = parameters[name]
         if type(weight) is nn.Parameter:
             weight.__class__ = kind
-        vars(weight).update(attributes)
         if attributes.get("CB") is not None:
-            weight.CB = weight.data
+            attributes = attributes | {"CB": weight.data}
+        vars(weight).update(attributes)

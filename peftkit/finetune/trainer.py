@@ -14,7 +14,7 @@ from transformers import (
     PrinterCallback,
     TrainingArguments,
 )
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from peftkit.checks.reach import loss_of, undisturbed
 from peftkit.errors import ContractError
@@ -52,9 +52,9 @@ class RecipeTrainer(CheckedCheckpoints):
         """Whether the model's loss is divided by the number of labels of all accumulated batches.
 
         The Trainer believes so if the model takes any keyword, but ResNet and others ignore this one. Their gradients would be too large
-        by the number of accumulated batches.
+        by the number of accumulated batches, and by that of the processes.
         """
-        batches = self.args.gradient_accumulation_steps
+        batches = self.args.gradient_accumulation_steps * process_count()
         if batches == 1 or self.train_dataset is None or not self.model_accepts_loss_kwargs:
             return True
         rows: Any = self.train_dataset

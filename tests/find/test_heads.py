@@ -9,6 +9,7 @@ import pytest
 import task_models
 import torch
 import transformers as hf
+import vision_models
 from families import family
 from methods import METHODS
 from peft import IA3Config, LoHaConfig, LoraConfig
@@ -184,6 +185,12 @@ def test_a_pooler_that_was_not_in_the_checkpoint_is_trained_too(tmp_path):
     hf.BertModel(config).save_pretrained(tmp_path)
     whole = hf.BertForSequenceClassification.from_pretrained(tmp_path)
     assert find_heads(whole).names == ["classifier"]
+
+
+def test_a_new_layer_inside_a_head_is_part_of_it(tmp_path):
+    vision_models.tiny("resnet").resnet.save_pretrained(tmp_path)
+    fresh = hf.ResNetForImageClassification.from_pretrained(tmp_path)
+    assert find_heads(fresh).names == ["classifier"]  # not classifier.1, too
 
 
 def test_modules_of_the_user_around_a_loaded_model_are_heads(tmp_path):

@@ -6,6 +6,7 @@ import finetune_cases as cases
 import pytest
 import torch
 import vision_models
+from finetune_processes import torchrun
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -16,6 +17,7 @@ from peftkit.finetune import evaluate, train
 from peftkit.finetune.blocks import Places, find_stacks
 from peftkit.finetune.images import stored_image
 from peftkit.finetune.strategies import AdapterSetting, require_strategy
+from peftkit.finetune.trainer import RecipeTrainer
 
 STEPS = {"max_steps": 8, "batch_size": 8, "lr": 1e-2, "head_lr": 1e-2, "checkpoint_every": 4}
 
@@ -147,6 +149,42 @@ def test_accumulated_batches_are_averaged(name, tmp_path, one_thread):
             (tmp_path / folder).rename(tmp_path / f"{folder} {rows}")
     # The same eight images: only the order of the sums differs.
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_losses_of_two_processes_are_averaged(tmp_path, one_thread):
+    """ResNet takes the number of labels as a keyword and does not divide its loss by it."""
+    training = {"max_steps": 1, "batch_size": 8, "log_every": 1}
+    values = recipe(tmp_path, "resnet", lora("resnet"), data={}, training=training)
+    file = cases.write_recipe(tmp_path / "r.yaml", values)
+    cases.run("train", file)
+    torchrun("train", file, "training.batch_size=4", f"out={tmp_path / 'parts'}")
+    for measure in ("loss", "grad_norm"):
+        (whole,), (parts,) = (logged(tmp_path / run, measure) for run in ("run", "parts"))
+        assert parts == pytest.approx(whole, rel=1e-4), measure
+
+
+@pytest.mark.parametrize(("count", "accepts"), [(1, True), (2, False)])
+def test_models_that_ignore_the_number_of_labels_are_found(
+    count, accepts, tmp_path, monkeypatch, one_thread
+):
+    seen = []
+    step, divides = RecipeTrainer.training_step, RecipeTrainer._model_divides_by_items
+
+    def asked(self):
+        with monkeypatch.context() as inside:
+            inside.setattr("peftkit.finetune.trainer.process_count", lambda: count)
+            return divides(self)
+
+    def watched(self, *args, **kwargs):
+        seen.append(self.model_accepts_loss_kwargs)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(RecipeTrainer, "training_step", watched)
+    monkeypatch.setattr(RecipeTrainer, "_model_divides_by_items", asked)
+    training = {"max_steps": 1, "batch_size": 4}
+    train(recipe(tmp_path, "resnet", lora("resnet"), data={}, training=training))
+    assert seen == [accepts]
 
 
 @pytest.mark.parametrize("name", vision_models.BUILDERS)
