@@ -63,6 +63,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         _GROUPED | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
     ),
     "mixtral": ("MixtralForCausalLM", _GROUPED | {"num_local_experts": 4}),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        _GROUPED | {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256},
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        _GROUPED
+        | {"num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"intermediate_size": 256, "sliding_window": 64},
+    ),
     "bert": ("BertForMaskedLM", _SIZES),
     "bert_classes": ("BertForSequenceClassification", _SIZES),
     "deberta": (
@@ -178,6 +188,10 @@ CASES = (
     *(PlannedCase(model, "full") for model in ("qwen3_moe", "bert", "t5", "vit", "gpt2")),
     PlannedCase("qwen3_moe", "lora", "bf16"),
     PlannedCase("mixtral", "houlsby", checkpointing=True),
+    PlannedCase("qwen3_moe", "lora", "nf4"),
+    PlannedCase("mixtral", "dora", "nf4", checkpointing=True),
+    PlannedCase("olmoe", "houlsby", "nf4", 2, 128),
+    PlannedCase("gpt_oss", "lora", "nf4", 2, 128, checkpointing=True),
     PlannedCase("vit", "pfeiffer"),
     PlannedCase("vit", "lora", "bf16"),
     PlannedCase("bert", "parallel"),
@@ -354,9 +368,10 @@ def real_step(case: PlannedCase, model: Any, batch: dict[str, Tensor]) -> Callab
 def _of_storage(model: nn.Module) -> list[Tensor]:
     """The tensors of quantised weights that are no parameters."""
     found: list[Any] = []
-    for p in model.parameters():
-        found.append(getattr(p, "SCB", None))
-        state = getattr(p, "quant_state", None)
+    owners: list[Any] = [*model.parameters(), *model.modules()]  # of linears, of stacks of experts
+    for owner in owners:
+        found.append(getattr(owner, "SCB", None))
+        state = getattr(owner, "quant_state", None)
         if state is not None:
             inner = state.state2
             found += [state.absmax, state.code, state.offset, inner.absmax, inner.code]

@@ -103,12 +103,7 @@ def _quantise(
     stacks = stacks if base == "nf4" else []
     layers = {name: model.get_submodule(name) for name in names}
     _require_quantisable(layers, has_values)
-    if stacks and not has_values:
-        raise ContractError(
-            f"base={base!r}: {stacks[0]} is a stack of experts, whose 4-bit storage cannot be made without values; use base='bf16' or 'int8', "
-            "or keep the stacks in 16 bits with keep=['experts']"
-        )
-    for name in stacks:
+    for name in stacks if has_values else ():
         _require_values(name, model.get_parameter(name))
     places = _all_names(model)
     dtypes = [layer.weight.dtype for layer in layers.values()]
@@ -124,7 +119,7 @@ def _quantise(
                 "model is whole, quantised or not. To continue without quantisation, load the model again"
             ) from error
     for name in stacks:
-        _pack(model, name)
+        _pack(model, name, has_values)
     if isinstance(model, PreTrainedModel):
         from peftkit.base.streaming import mark_in_place
 
@@ -168,15 +163,16 @@ def _require_values(name: str, weight: Tensor) -> None:
         )
 
 
-def _pack(model: Any, name: str) -> None:
+def _pack(model: Any, name: str, has_values: bool) -> None:
     """Store a stack of experts in 4 bits."""
     from transformers import PreTrainedModel
 
-    from peftkit.base.stacks import attach, pack, save_under_own_names
+    from peftkit.base.stacks import attach, pack, pack_nothing, save_under_own_names
 
     parent, _, own = name.rpartition(".")
     module = model.get_submodule(parent)
-    setattr(module, own, pack(getattr(module, own).detach(), name))
+    weight = getattr(module, own).detach()
+    setattr(module, own, pack(weight, name) if has_values else pack_nothing(weight))
     attach(model, name)
     if isinstance(model, PreTrainedModel):
         save_under_own_names(model)

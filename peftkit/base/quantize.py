@@ -104,6 +104,12 @@ def uninitialized(weight: Tensor, name: str, module: Any) -> Any:
         codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
         absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
         return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=absmax)
+    return _in_4_bits(module, *uninitialized_nf4(weight, weight.shape))
+
+
+def uninitialized_nf4(weight: Tensor, shape: torch.Size) -> tuple[Tensor, Any]:
+    """The tensors of ``pack_nf4`` without their values."""
+    device = weight.device
     blocks = math.ceil(weight.numel() / BLOCKSIZE)
     packed = torch.empty(math.ceil(weight.numel() / 2), 1, dtype=torch.uint8, device=device)
     outer = functional.QuantState(
@@ -114,8 +120,7 @@ def uninitialized(weight: Tensor, name: str, module: Any) -> Any:
     )
     codes = torch.empty(blocks, dtype=torch.uint8, device=device)
     offset = torch.zeros((), device=device)
-    state = _state(weight, weight.shape, BLOCKSIZE, codes, offset, outer)
-    return _in_4_bits(module, packed, state)
+    return packed, _state(weight, shape, BLOCKSIZE, codes, offset, outer)
 
 
 def pack_nf4(

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 from torch import Tensor, nn
 
-from peftkit.base.quantize import quantize_stack_nf4
+from peftkit.base.quantize import quantize_stack_nf4, uninitialized_nf4
 from peftkit.base.shards import StoredTensor
 from peftkit.errors import ContractError
 from peftkit.find.stacks import ORDER, packed_stacks
@@ -33,7 +33,19 @@ def pack(weight: Tensor, name: str) -> PackedParameter:
     Raises:
         ContractError: It has values that are not finite.
     """
-    packed, state = quantize_stack_nf4(weight, name)
+    return _with_statistics(*quantize_stack_nf4(weight, name))
+
+
+def pack_nothing(weight: Tensor) -> PackedParameter:
+    """The tensors of ``pack`` without their values, for a weight that has none."""
+    packed, state = uninitialized_nf4(weight, weight.shape)
+    with torch.device(
+        "cpu"
+    ):  # bitsandbytes writes shape and dtype into a tensor, and reads them again
+        return _with_statistics(packed, state)
+
+
+def _with_statistics(packed: Tensor, state: Any) -> PackedParameter:
     parameter = PackedParameter(packed, requires_grad=False)
     parameter.statistics = state.as_dict(packed=True)
     return parameter

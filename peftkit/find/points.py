@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peftkit.find.modules import is_linear_like, wrapped_modules
 from peftkit.find.repacking import without_repacking
+from peftkit.find.stacks import for_a_forward
 
 Kind = Literal["attention", "mlp", "end"]
 
@@ -176,7 +177,7 @@ def _calls(
         handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(after(name)))
     try:
-        with evaluating(model), torch.no_grad():
+        with for_a_forward(model), evaluating(model), torch.no_grad():
             model(**(probe_inputs(model) if example is None else example))
     finally:
         for handle in handles:

@@ -15,6 +15,9 @@ from peftkit.swap import own_class
 ORDER = "_parameter_order"
 """The attribute of a module with the names of its parameters in their order before the first was packed."""
 
+_HIDDEN = "_hidden_stacks"
+"""The attribute of a module with its class, its parametrisations and the names of its stacks while they are shown as plain parameters."""
+
 MERGE_DENSE = "Write a merged model in 16 bits instead: peftkit.merge(model, OUT, dtype='bf16')"
 
 
@@ -96,17 +99,38 @@ def as_plain_parameters(model: nn.Module) -> Iterator[None]:
     PEFT finds parametrised parameters by their full names only, and in another order than plain ones. The order decides the names of the
     factors, so an adapter would not fit the same model in 16 bits.
     """
-    hidden = []
-    for module in list(model.modules()):
-        before = type(module), module._modules.get("parametrizations")
-        stacks = replace_stacks(module, _without_memory)
-        if stacks:
-            hidden.append((module, *before, stacks))
+    hidden = [module for module in list(model.modules()) if _hide(module)]
     try:
         yield
     finally:
-        for module, cls, lists, stacks in hidden:
-            for name in stacks:
-                del module._parameters[name]
-            module._modules["parametrizations"] = lists
-            module.__class__ = cls
+        for module in hidden:
+            _show(module)
+
+
+@contextmanager
+def for_a_forward(model: nn.Module) -> Iterator[None]:
+    """Undo ``as_plain_parameters`` for a forward, which needs the weights."""
+    hidden = [module for module in list(model.modules()) if _HIDDEN in module.__dict__]
+    for module in hidden:
+        _show(module)
+    try:
+        yield
+    finally:
+        for module in hidden:
+            _hide(module)
+
+
+def _hide(module: nn.Module) -> bool:
+    before = type(module), module._modules.get("parametrizations")
+    stacks = replace_stacks(module, _without_memory)
+    if stacks:
+        module.__dict__[_HIDDEN] = *before, list(stacks)
+    return bool(stacks)
+
+
+def _show(module: nn.Module) -> None:
+    cls, lists, names = module.__dict__.pop(_HIDDEN)
+    for name in names:
+        del module._parameters[name]
+    module._modules["parametrizations"] = lists
+    module.__class__ = cls

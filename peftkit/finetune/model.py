@@ -127,7 +127,7 @@ def load_model(recipe: Recipe, task: Task, is_adapter: bool) -> nn.Module:
     place, gguf = place_of(recipe.model)
     base = "fp32" if recipe.base == "auto" and not is_adapter else recipe.base
     arguments = task.model_arguments()
-    with _quiet_loading():
+    with _quiet_loading(), _named_packages(recipe.model):
         if recipe.weights == "random":
             model = _random(place, gguf, task.auto_class, arguments)
         elif gguf is None:
@@ -216,6 +216,17 @@ def longest_input(model: Any) -> int | None:
 
 def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
+
+
+@contextlib.contextmanager
+def _named_packages(model: str) -> Iterator[None]:
+    """Turn the error about a package that a model needs, such as timm, into a ``ContractError``."""
+    try:
+        yield
+    except ImportError as error:
+        raise ContractError(
+            f"model={model!r} needs a package that is not installed: {_first_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -68,6 +68,8 @@ def test_boxes_are_where_the_objects_are_in_the_pixels(name, tmp_path):
     assert ("pixel_mask" in batch) == (name in PADDING)
     shares = task._shares(model, batch)
     size = batch["pixel_values"].shape[-2:]
+    # DETR and YOLOS have a score for "no object", too.
+    width = len(detection.CLASSES) + (name in ("detr", "yolos"))
     if name == "yolos":
         assert (shares < 1).any()
     else:
@@ -83,7 +85,7 @@ def test_boxes_are_where_the_objects_are_in_the_pixels(name, tmp_path):
         assert (box - seen).abs().max() <= 1.0
         # What the model finds there is in the image where the object was.
         outputs = {
-            "logits": torch.zeros(1, 1, 4),
+            "logits": torch.zeros(1, 1, width),
             "pred_boxes": (labels["boxes"] * share[[1, 0, 1, 0]])[None],
             "shares": share[None],
         }
@@ -184,6 +186,34 @@ def test_what_is_missing_is_named(tmp_path, one_thread, monkeypatch):
     )
     with pytest.raises(ContractError, match=r"needs the package scipy.*peftkit\[detection\]"):
         detection.task_of()
+
+
+def test_the_processor_of_another_kind_of_model_is_refused(tmp_path):
+    row = detection.rectangles(tmp_path, 1)[0] | {"objects": []}
+    for name in detection.BUILDERS:
+        model = detection.tiny(name).eval()
+        own = "deformable" if name in ("detr", "yolos") else "detr"
+        for images in (detection.processor(name), detection.processor(own)):
+            task = detection.task_of(name, images)
+            batch = batch_of(task, [row])
+            with torch.no_grad():
+                _, outputs = task.loss(model, batch)
+            if type(images) is detection.BUILDERS[name][1]:
+                task.counted(batch, outputs)
+                continue
+            with pytest.raises(ContractError, match="belongs to another kind of model"):
+                task.counted(batch, outputs)
+
+
+def test_a_missing_package_of_a_model_is_named(tmp_path, one_thread, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("TimmBackbone requires the timm library but it was not found")
+
+    monkeypatch.setattr("peftkit.base.load_base", missing)
+    rows = detection.rectangles(tmp_path / "i", 3)
+    model = detection.save(tmp_path / "m")
+    with pytest.raises(ContractError, match="needs a package that is not installed: Timm"):
+        train(cases.recipe(model, "object_detection", rows, tmp_path / "run"))
 
 
 def test_a_base_in_16_bits_is_refused(tmp_path, one_thread):

@@ -16,6 +16,7 @@ from peftkit import ContractError
 from peftkit.finetune import read_recipe, train
 from peftkit.finetune.comparison.entries import make_entries
 from peftkit.finetune.comparison.worker import run_entry
+from peftkit.finetune.distillation import prepare_distillation
 from peftkit.finetune.distillation.teacher import Teacher, require_token_types
 
 LABELLED = [{"text": c * 4, "label": "low" if c < "m" else "high"} for c in "abcdefstuvwx"]
@@ -227,6 +228,13 @@ def test_a_teacher_must_read_what_the_student_reads():
     teacher.require_inputs({"input_ids": 1, "labels": 1, "token_type_ids": 1})
     with pytest.raises(ContractError, match="takes no position_ids, which the student gets"):
         teacher.require_inputs({"input_ids": 1, "position_ids": 1})
+
+
+def test_one_process_with_several_gpus_is_refused(monkeypatch):
+    recipe = read_recipe(distilled("m", "t", "d.jsonl", "runs/x"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ContractError, match="in one process with 2 GPUs; start the run with torch"):
+        prepare_distillation(recipe, None, None, None)
 
 
 def test_pairs_of_texts_need_one_kind_of_tokenizer(bert, tmp_path):

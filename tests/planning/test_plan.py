@@ -20,6 +20,8 @@ FAST = [
     BENCHMARK.PlannedCase("llama", "dora", "nf4"),
     BENCHMARK.PlannedCase("qwen3_moe", "lora", batch_size=2),
     BENCHMARK.PlannedCase("t5", "full", batch_size=1),
+    BENCHMARK.PlannedCase("olmoe", "houlsby", "nf4", 2, 64),
+    BENCHMARK.PlannedCase("gpt_oss", "lora", "nf4", 2, 64, checkpointing=True),
 ]
 
 
@@ -76,6 +78,21 @@ def test_quantised_weights_are_as_large_as_those_of_bitsandbytes(base):
     real = load_base(AutoModelForCausalLM.from_config(config), base)
     sizes = BENCHMARK._bytes_of([*real.parameters(), *real.buffers(), *BENCHMARK._of_storage(real)])
     assert made.items["frozen weights"] == sizes
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe", "olmoe", "gpt_oss"])
+def test_stacks_of_experts_in_4_bits_are_as_large_as_real_ones(model):
+    case = BENCHMARK.PlannedCase(model, "lora", "nf4")
+    config = BENCHMARK.config_of(case)
+    made = plan(config, LoraConfig(r=16), base="nf4", device="cpu", seq_len=16)
+    real = AutoModelForCausalLM.from_config(config)
+    values = sum(p.numel() for p in real.parameters())
+    real = load_base(real, "nf4")
+    sizes = BENCHMARK._bytes_of([*real.parameters(), *real.buffers(), *BENCHMARK._of_storage(real)])
+    assert made.items["frozen weights"] == sizes < 2 * values  # of 4 bytes before
+    assert made.parameters - made.trained == values
+    on_gpu = plan(config, LoraConfig(r=16), base="nf4", device="H100", seq_len=16)
+    assert (on_gpu.parameters, on_gpu.multiplied) == (made.parameters, made.multiplied)
 
 
 def test_optimisers_by_their_state():

@@ -18,6 +18,7 @@ from peftkit.finetune.distillation.losses import (
     token_shares,
 )
 from peftkit.finetune.distillation.teacher import Teacher, load_teacher
+from peftkit.finetune.processes import process_count
 from peftkit.finetune.recipe import DistillRecipe, Recipe
 from peftkit.finetune.tasks.base import Task
 
@@ -84,6 +85,12 @@ def prepare_distillation(
     """
     if recipe.distill is None:
         return None, []
+    if torch.cuda.device_count() > 1 and process_count() == 1:
+        # The Trainer would divide each batch among the GPUs, and each of their losses by all labels.
+        raise ContractError(
+            f"distill.teacher={recipe.distill.teacher!r} in one process with {torch.cuda.device_count()} GPUs; start the run with torchrun "
+            "--nproc_per_node, or set CUDA_VISIBLE_DEVICES=0"
+        )
     teacher = load_teacher(recipe, task, train)
     found = Distillation(recipe.distill, task, teacher)
     rows = list(train.dataset.select(range(min(recipe.training.batch_size, len(train.dataset)))))

@@ -271,6 +271,7 @@ class ObjectDetection(Task):
         """The boxes that the model finds: ``Float32[rows, boxes, 6]``, with score, class, left, top, right and bottom in pixels."""
         import torch
 
+        self._require_own_processor(outputs["logits"].shape[-1])
         sizes = torch.stack([one["orig_size"] for one in inputs["labels"]]).to(outputs["logits"])
         made = SimpleNamespace(
             logits=outputs["logits"].float(), pred_boxes=outputs["pred_boxes"].float()
@@ -285,6 +286,28 @@ class ObjectDetection(Task):
             ]
         )
         return rows, torch.zeros(len(rows), device=rows.device)
+
+    def _require_own_processor(self, width: int) -> None:
+        """Raise ``ContractError`` if the processor reads scores in another way than the model writes them.
+
+        Models with a score for "no object" have one more than classes, and their processors leave the last score out.
+        """
+        import torch
+
+        classes = len(self.setting.labels)
+        wanted = torch.full((1, 2, width), -20.0)
+        wanted[0, 0, classes - 1] = 20.0
+        if width > classes:
+            wanted[0, 1, classes] = 20.0
+        made = SimpleNamespace(logits=wanted, pred_boxes=torch.full((1, 2, 4), 0.5))
+        (found,) = self.setting.tokenizer.post_process_object_detection(
+            made, threshold=0.5, target_sizes=torch.ones(1, 2)
+        )
+        if found["labels"].tolist() != [classes - 1]:
+            raise ContractError(
+                f"{type(self.setting.tokenizer).__name__} does not find the last of {classes} classes in {width} scores, so it belongs to "
+                "another kind of model; use the image processor of the model's own kind"
+            )
 
     def scores(self, rows: Any, predictions: Any, labels: Any) -> dict[str, float]:
         wanted = [_objects(row) for row in rows]
