@@ -3,8 +3,10 @@
 import contextlib
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,8 +54,15 @@ def train(
     from peftkit.finetune.processes import is_main
 
     say = (lambda line: None) if quiet or as_json else typer.echo
-    with without_known_warnings():
-        result = run(recipe, *(overrides or []), say=say)
+    with ExitStack() as stack:
+        stack.enter_context(without_known_warnings())
+        watch = None
+        if say is typer.echo and sys.stdout.isatty() and is_main():
+            from peftkit.cli.progress import TrainingDisplay
+
+            display = stack.enter_context(TrainingDisplay())
+            say, watch = display.say, display.show
+        result = run(recipe, *(overrides or []), say=say, watch=watch)
     if is_main():
         _print(result, as_json)
     raise typer.Exit(1 if result.problems else 3 if result.status == "stopped" else 0)

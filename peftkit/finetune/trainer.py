@@ -37,9 +37,13 @@ class RecipeTrainer(CheckedCheckpoints):
     distillation: Distillation | None = None
     """The teacher, set before training."""
 
+    tokens_seen: int
+    """Tokens in the batches of this process so far, padding included."""
+
     def __init__(self, *args: Any, task: Task, rates: TrainingRecipe, **kwargs: Any):
         self.task, self.rates = task, rates
         self._parts = LossParts()
+        self.tokens_seen = 0
         self.keep_checkpoints = rates.keep_checkpoints
         self.stops_early = rates.early_stopping is not None
         super().__init__(*args, **kwargs)
@@ -162,6 +166,8 @@ class RecipeTrainer(CheckedCheckpoints):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raise ``ContractError`` if the loss is not finite, instead of going on with broken weights."""
+        ids = args[1].get("input_ids")
+        self.tokens_seen += ids.numel() if isinstance(ids, torch.Tensor) else 0
         loss = super().training_step(*args, **kwargs)
         finite = bool(torch.isfinite(loss))
         if any_process(not finite):

@@ -38,6 +38,7 @@ from peftkit.finetune.together.recipe import AdaptersRecipe
 
 if TYPE_CHECKING:
     from peftkit.finetune.distillation import Distillation
+    from peftkit.finetune.progress import Progress
     from peftkit.finetune.tasks.base import Task
 
 
@@ -45,6 +46,7 @@ def train(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe | StagedRecipe | AdaptersRecipe,
     *overrides: str,
     say: Callable[[str], None] = lambda line: None,
+    watch: Callable[[Progress], None] | None = None,
 ) -> RunResult:
     """Train a model as a recipe says.
 
@@ -55,6 +57,7 @@ def train(
         recipe: A YAML file, a mapping with the same keys, or what ``peftkit.finetune.read_recipe`` returns.
         overrides: ``"training.lr=1e-4"``, as for ``read_recipe``.
         say: Is called with each line of progress.
+        watch: Is called after each step with its ``peftkit.finetune.progress.Progress``; not for a recipe with ``adapters``.
 
     Returns:
         The result. The folder has the recipe, the environment, ``metrics.jsonl``, ``report.md`` and the trained weights.
@@ -77,10 +80,10 @@ def train(
         if isinstance(recipe, StagedRecipe):
             from peftkit.finetune.stages.run import train_stages
 
-            return train_stages(recipe, say)
+            return train_stages(recipe, say, watch)
         folder = RunFolder(recipe.out)
         on_main(folder.require_run if recipe.resume else folder.require_free)
-        return SingleRun(recipe, folder, say if is_main() else _say_nothing).train()
+        return SingleRun(recipe, folder, say if is_main() else _say_nothing, watch).train()
 
 
 def _say_nothing(line: str) -> None:
@@ -102,8 +105,14 @@ def check_run(recipe: Recipe) -> Task:
 class SingleRun:
     """The steps of a run, and what they share."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, say: Callable[[str], None]):
-        self.recipe, self.folder, self.say = recipe, folder, say
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        say: Callable[[str], None],
+        watch: Callable[[Progress], None] | None = None,
+    ):
+        self.recipe, self.folder, self.say, self.watch = recipe, folder, say, watch
         self.lock = RunLock(folder.path, say)
         self.usage = Usage()
         self.distillation: Distillation | None = None
@@ -260,6 +269,7 @@ class SingleRun:
             RunStages,
             StopWithCheckpoint,
         )
+        from peftkit.finetune.progress import WatchSteps
         from peftkit.finetune.trainer import groups_of, make_trainer
 
         trainer = make_trainer(
@@ -277,6 +287,8 @@ class SingleRun:
         trainer.add_callback(FindBest(self.folder.checkpoints, trainer.stops_early))
         trainer.add_callback(stopper)
         trainer.add_callback(NewDraws(task))
+        if self.watch is not None:
+            trainer.add_callback(WatchSteps(self.watch, trainer, self.usage))
         if stages is not None:
             trainer.add_callback(RunStages(model, stages))
         return trainer, stopper

@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from peftkit.errors import ContractError
+from peftkit.finetune.progress import Progress
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.result import RunResult
 from peftkit.finetune.run_folder import RECIPE, RESULT, RunFolder, write_text, written_recipe
@@ -17,8 +18,12 @@ from peftkit.finetune.stages.report import write_stages_report
 from peftkit.finetune.tasks.base import Task
 from peftkit.finetune.training import check_run, train
 
+Watch = Callable[[Progress], None] | None
 
-def train_stages(recipe: StagedRecipe, say: Callable[[str], None]) -> RunResult:
+
+def train_stages(
+    recipe: StagedRecipe, say: Callable[[str], None], watch: Watch = None
+) -> RunResult:
     """Train all stages, or go on with the first one that is not finished.
 
     Before the first stage, the data of each stage and one step from the first model are checked, so that a fault in the last stage is
@@ -27,6 +32,7 @@ def train_stages(recipe: StagedRecipe, say: Callable[[str], None]) -> RunResult:
     Args:
         recipe: The recipe.
         say: Is called with each line of progress.
+        watch: Is called after each step of a stage.
 
     Returns:
         The result of the last stage, with the steps of all stages, in the folder of the run.
@@ -36,11 +42,11 @@ def train_stages(recipe: StagedRecipe, say: Callable[[str], None]) -> RunResult:
     """
     folder = RunFolder(recipe.out)
     with closing(RunLock(folder.path, say)) as lock:
-        return _train_stages(recipe, folder, lock, say)
+        return _train_stages(recipe, folder, lock, say, watch)
 
 
 def _train_stages(
-    recipe: StagedRecipe, folder: RunFolder, lock: RunLock, say: Callable[[str], None]
+    recipe: StagedRecipe, folder: RunFolder, lock: RunLock, say: Callable[[str], None], watch: Watch
 ) -> RunResult:
     if recipe.resume:
         folder.require_same(recipe.to_dict())
@@ -63,7 +69,8 @@ def _train_stages(
         if result is None:
             say(f"stage {index + 1} of {len(recipe.stages)}: {stage.recipe.task.name}")
             with _named(recipe, index):
-                result = _train_stage(stage, recipe.stages[index - 1] if index else None, say)
+                before = recipe.stages[index - 1] if index else None
+                result = _train_stage(stage, before, say, watch)
         results.append(result)
         total = _total(recipe, results)
         folder.write_json(RESULT, total.to_dict() | {"stages": [r.to_dict() for r in results]})
@@ -104,11 +111,13 @@ def finished_stage(stage: Stage) -> RunResult | None:
     )
 
 
-def _train_stage(stage: Stage, before: Stage | None, say: Callable[[str], None]) -> RunResult:
+def _train_stage(
+    stage: Stage, before: Stage | None, say: Callable[[str], None], watch: Watch
+) -> RunResult:
     if stage.carry == "merge" and before is not None:
         _merge(before.recipe, say)
     started = (Path(stage.recipe.out) / RECIPE).exists()
-    return train(dataclasses.replace(stage.recipe, resume=started), say=say)
+    return train(dataclasses.replace(stage.recipe, resume=started), say=say, watch=watch)
 
 
 def _merge(recipe: Recipe, say: Callable[[str], None]) -> None:
