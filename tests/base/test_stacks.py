@@ -7,7 +7,7 @@ import transformers as hf
 from base_cases import assert_same
 from safetensors.torch import load_file, save_file
 
-from peftkit import ContractError, base_report, explain, load_base
+from peftkit import BottleneckConfig, ContractError, base_report, explain, load_base, wrap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,3 +128,15 @@ def test_values_that_are_not_finite_are_named(tmp_path):
     with pytest.raises(ContractError, match=r"layers\.1\.mlp\.experts\.down_proj has 1 value"):
         load_base(model, "nf4")
     assert type(model.model.layers[0].self_attn.q_proj) is before
+
+
+@every
+def test_methods_that_run_the_model_to_find_their_places_find_them(name, tmp_path):
+    model = load_base(cases.saved(name, tmp_path), "nf4").eval()
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        expected = model(ids).logits
+        wrapped = wrap(model, BottleneckConfig(bottleneck_size=4)).eval()
+        torch.testing.assert_close(wrapped(ids).logits, expected)
+    assert any(p.requires_grad for p in wrapped.parameters())
+    assert not any("_hidden_stacks" in module.__dict__ for module in wrapped.modules())
