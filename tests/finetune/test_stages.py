@@ -68,7 +68,8 @@ def test_two_stages_leave_a_folder_each_and_one_report(model, tmp_path, one_thre
     assert "stage 2 of 2: text_classification" in printed
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
-        *("1-masked_lm", "2-text_classification", "recipe.yaml", "report.md", "result.json")
+        *("1-masked_lm", "2-text_classification", "recipe.yaml", "report.md", "result.json"),
+        ".lock",
     }
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["steps"], result["problems"]) == ("finished", 9, [])
