@@ -120,7 +120,7 @@ def heads_among(modules: dict[str, nn.Module], never: set[str] | None = None) ->
     inner = _inner_heads(modules, never) if task else []
     names = names or inner
     if task and loaded:
-        # for other classes than those of the checkpoint, such as the head with which RT-DETR chooses its queries
+        # Heads inside the backbone are new if the classes are others than the checkpoint's, such as that with which RT-DETR chooses its queries.
         rest = [
             name
             for name in (*inner, *_label_embeddings(modules))
