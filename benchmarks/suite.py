@@ -139,7 +139,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--library", action="append", help="default: all; references always run")
     add("--gpu", action="store_true", help="measure the GPU, in 16 bits; default: the CPU")
-    add("--rounds", type=int, default=3, help="runs of each point, in turn")
+    add("--rounds", type=int, default=2, help="runs of each point, in turn")
     add("--warm", type=int, default=3, help="steps before the timed ones")
     add("--steps", type=int, default=6, help="timed steps per run")
     add("--isa", choices=ISA, default="native", help="instruction sets")

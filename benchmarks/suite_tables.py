@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from points import reference_of
+from points import LIBRARIES, reference_of
 
 _SIZES = ("case", "batch", "length", "rank", "adapters", "checkpointing")
 
@@ -13,7 +13,15 @@ _SIZES = ("case", "batch", "length", "rank", "adapters", "checkpointing")
 def tables(rows: list[dict[str, Any]]) -> str:
     """All rows, those of equal sizes in one table. A column ``/ reference`` is the ratio to the method's reference."""
     groups = groupby(sorted(rows, key=_order), key=_order)
-    return "\n\n".join(_table(list(group)) for _, group in groups) or "Nothing was measured yet."
+    return (
+        "\n\n".join(_table(sorted(group, key=_place)) for _, group in groups)
+        or "Nothing was measured yet."
+    )
+
+
+def _place(row: dict[str, Any]) -> tuple[int, int]:
+    """The place of a row in its table, which is not that of its measurement."""
+    return list(LIBRARIES).index(row["method"]), LIBRARIES[row["method"]].index(row["library"])
 
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -33,7 +41,28 @@ def _table(rows: list[dict[str, Any]]) -> str:
         loss = next(row["target_loss"] for row in rows if row.get("target"))
         head.append(f"to a held-out loss of {loss:g} (s)")
     lines = [head, ["---"] * len(head), *(_cells(row, speeds, len(head)) for row in rows)]
-    return "\n".join([_heading(rows[0]), "", *(f"| {' | '.join(line)} |" for line in lines)])
+    table = "\n".join([_heading(rows[0]), "", *(f"| {' | '.join(line)} |" for line in lines)])
+    ahead = _ahead(rows)
+    return table + (f"\n\nAhead of peftkit: {'; '.join(ahead)}." if ahead else "")
+
+
+def _ahead(rows: list[dict[str, Any]]) -> list[str]:
+    """The libraries that are faster than peftkit or take less memory, each in words."""
+    own = {row["method"]: row for row in rows if row["library"] == "peftkit"}
+    found = []
+    for row in rows:
+        ours = own.get(row["method"], row)
+        if row is ours or row["status"] != "ok" or ours["status"] != "ok":
+            continue
+        time = round(row["step_seconds"] / ours["step_seconds"], 2)
+        memory = round(row["peak_bytes"] / ours["peak_bytes"], 2)
+        if min(time, memory) < 1:
+            apart = row["step_spread"][1] < ours["step_spread"][0]
+            overlap = " (the ranges overlap)" if time < 1 and not apart else ""
+            found.append(
+                f"{row['library']} in {row['method']}, with {time:.2f} x its time{overlap} and {memory:.2f} x its memory"
+            )
+    return found
 
 
 def _heading(row: dict[str, Any]) -> str:

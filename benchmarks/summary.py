@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import records
 from cases import CASES, PARTS
+from instructions import ISA
 from report import RESULTS, load, machine
 from steps import Training, best_run
 
@@ -45,19 +46,18 @@ class Step(NamedTuple):
 
 
 def table() -> str:
-    """The README's table: CPU and GPU, each against every rival, and the lines that say what was measured."""
-    cpu = cpu_measurement(CPU_CASE)
-    lines = [
-        "| | against | step time | memory that a step adds |",
-        "|---|---|---|---|",
-        *_rows("CPU", cpu_steps(cpu.result), cpu.reasons),
-        *_rows("GPU", gpu_steps(load(GPU_RESULT)), _reasons(load(GPU_RESULT))),
-        "",
-        _conditions(cpu),
-        "",
-        _processors(),
-    ]
-    return "\n".join(lines)
+    """The README's table: each CPU and a GPU, each against every rival, and the lines that say what was measured."""
+    measured = cpu_measurements(CPU_CASE)
+    lines = ["| | against | step time | memory that a step adds |", "|---|---|---|---|"]
+    known = {rival for cpu in measured for rival in cpu_steps(cpu.result)}
+    for cpu in measured:
+        name = f"CPU: {_short(cpu.result)}"
+        for rival, row in _rows(name, cpu_steps(cpu.result), cpu.reasons).items():
+            # that a rival was not measured is said if no other CPU has it either
+            if rival in cpu_steps(cpu.result) or rival not in known:
+                lines.append(row)
+    lines += _rows("GPU", gpu_steps(load(GPU_RESULT)), _reasons(load(GPU_RESULT))).values()
+    return "\n".join([*lines, "", _conditions(measured), "", _processors()])
 
 
 class Measurement(NamedTuple):
@@ -68,27 +68,29 @@ class Measurement(NamedTuple):
         reasons: Why rivals were not measured.
         file: The file in ``benchmarks/results/``.
         command: The command that measures it again.
+        is_limited: Whether instructions that the processor has were switched off.
     """
 
     result: dict[str, Any]
     reasons: dict[str, str]
     file: str
     command: str
+    is_limited: bool = False
 
 
-def cpu_measurement(case: str) -> Measurement:
-    """The suite's rows of a case if it has measured peftkit and PEFT, otherwise the result of ``training``."""
-    found = _of_suite(case, records.stored())
-    if found is not None:
-        return found
+def cpu_measurements(case: str) -> list[Measurement]:
+    """The result of ``training``, and the suite's rows of a case where it has measured peftkit and PEFT: with all instructions, with AVX2."""
     name = f"training-{case}"
-    return Measurement(load(name), {"Unsloth": _NO_CPU}, f"{name}.json", "make bench")
+    trained = Measurement(load(name), {"Unsloth": _NO_CPU}, f"{name}.json", "make bench")
+    rows = records.stored()
+    found = [_of_suite(case, [row for row in rows if row["isa"] == isa]) for isa in ISA]
+    return [trained, *filter(None, found)]
 
 
 def _of_suite(case: str, rows: list[dict[str, Any]]) -> Measurement | None:
-    """The rows of the processor that was measured last, at the case's own sizes and with all of its instructions."""
+    """The rows of the processor that was measured last, at the case's own sizes."""
     sizes = {"batch": CASES[case].batch_size, "length": CASES[case].sequence_length, "rank": 16}
-    wanted = {"suite": "methods", "case": case, "isa": "native", "adapters": 1, **sizes}
+    wanted = {"suite": "methods", "case": case, "adapters": 1, **sizes}
     devices: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         is_plain = not row["checkpointing"] and row["environment"].get("gpu") is None
@@ -102,9 +104,11 @@ def _of_suite(case: str, rows: list[dict[str, Any]]) -> Measurement | None:
     if not complete:
         return None
     found = max(complete, key=lambda rows: rows["peftkit lora"]["environment"]["date"])
-    where = found["peftkit lora"]["environment"]
+    own = found["peftkit lora"]
+    where = own["environment"]
     environment = {
         "cpu": where["device"],
+        "processor": where["processor"],
         "threads": where["threads"],
         "instructions": where["isa"],
         "products": where["products"],
@@ -117,8 +121,17 @@ def _of_suite(case: str, rows: list[dict[str, Any]]) -> Measurement | None:
     }
     reasons["full"] = reasons.pop("transformers", "the result has no such run")
     file = records.path_of(where["device"]).name
-    command = f'make bench ARGS="methods --case {case}"'
-    return Measurement({"environment": environment, "runs": measured}, reasons, file, command)
+    limit = "" if own["isa"] == "native" else f" --isa {own['isa']}"
+    command = f'make bench ARGS="methods --case {case}{limit}"'
+    result = {"environment": environment, "runs": measured}
+    return Measurement(result, reasons, file, command, own["isa"] != "native")
+
+
+def _short(result: dict[str, Any]) -> str:
+    """The processor and its instructions, for a cell."""
+    name = re.sub(r"\(\w+\)|\bProcessor\b|\(family.*", "", result["environment"]["cpu"])
+    isa = result["environment"].get("instructions", "AVX-512" if chose_onednn(result) else "")
+    return ", ".join(filter(None, [" ".join(name.split()), isa.replace("AVX512", "AVX-512")]))
 
 
 def cpu_steps(result: dict[str, Any]) -> dict[str, Step]:
@@ -141,18 +154,19 @@ def gpu_steps(result: dict[str, Any], model: str = GPU_MODEL) -> dict[str, Step]
     return found
 
 
-def _rows(device: str, steps: dict[str, Step], reasons: dict[str, str]) -> list[str]:
-    rows, own = [], steps[""]
+def _rows(device: str, steps: dict[str, Step], reasons: dict[str, str]) -> dict[str, str]:
+    """A row of the table for each rival."""
+    rows, own = {}, steps[""]
     for rival in RIVALS:
         name = "full fine-tuning" if rival == "full" else rival
         if rival not in steps:
             why = reasons.get(rival, "the result has no such run")
-            rows.append(f"| {device} | {name} | not measured: {why} | not measured |")
+            rows[rival] = f"| {device} | {name} | not measured: {why} | not measured |"
             continue
         other = steps[rival]
         time = f"{own.seconds / other.seconds:.2f} x ({_seconds(own)} : {_seconds(other)})"
         memory = f"{own.growth / other.growth:.2f} x ({_growth(own)} : {_growth(other)})"
-        rows.append(f"| {device} | {name} | {time} | {memory} |")
+        rows[rival] = f"| {device} | {name} | {time} | {memory} |"
     return rows
 
 
@@ -170,7 +184,7 @@ def _reasons(result: dict[str, Any]) -> dict[str, str]:
     return dict(re.findall(r"(\w+) was not measured: ([^.]+)\.", result.get("note", "")))
 
 
-def _conditions(cpu: Measurement) -> str:
+def _conditions(measured: list[Measurement]) -> str:
     gpu = load(GPU_RESULT)
     row = next(row for row in gpu["steps"] if row["model"] == GPU_MODEL)
     origin = re.sub(r"\w+ was not measured: [^.]+\.", "", gpu.get("note", "")).strip()
@@ -189,8 +203,11 @@ def _conditions(cpu: Measurement) -> str:
                 "LoRA of rank 16 on all linears, AdamW."
             ),
             "",
-            _wrapped(
-                f"- CPU: {_processor(cpu.result)}; {cpu_model(CPU_CASE)}. {_repeated(cpu.command, cpu.file)}",
+            *(
+                _wrapped(
+                    f"- CPU: {_processor(cpu.result)}; {cpu_model(CPU_CASE)}. {_repeated(cpu.command, cpu.file)}"
+                )
+                for cpu in measured
             ),
             _wrapped(
                 f"- GPU: {gpu['environment']['gpu']}; {gpu_model(row)}, random weights. {_repeated('make gpu', f'{GPU_RESULT}.json')} "
@@ -206,12 +223,15 @@ def _processors() -> str:
     other = load("quantised-smollm2")
     own, stock = (best_run(other["runs"][name]) for name in ("peftkit", "peft"))
     again = [own[key] / stock[key] for key in ("step_seconds", "peak_bytes")]
+    older = (
+        f"How much that is varies: on an older processor of this kind ({machine(other['environment'])}; {_link('quantised-smollm2.json')}) "
+        f"the step takes {again[0]:.2f} x PEFT's time and {again[1]:.2f} x its memory. "
+    )
     return _wrapped(
-        "On the CPU the gain in time needs oneDNN's matrix products, which peftkit uses on processors with AVX-512 that are not "
-        f"Intel's. How much it is depends on the processor: on an older one of this kind ({machine(other['environment'])}; "
-        f"{_link('quantised-smollm2.json')}) the step takes {again[0]:.2f} x PEFT's time and {again[1]:.2f} x its memory. With oneDNN off, peftkit takes {without['step_time']:.2f} x PEFT's time and {without['memory']:.2f} x its memory "
-        f"({machine(parts['environment'])}; {_link('parts-smollm2.json')}): expect about this on processors without AVX-512, "
-        "none of which was measured. `peftkit doctor` says what to expect on your machine."
+        "On the CPU the gain in time depends on the processor. With AVX-512, if it is not Intel's, peftkit multiplies matrices with oneDNN, "
+        f"faster than torch's BLAS does there. {older if chose_onednn(other) else ''}With oneDNN off, peftkit takes {without['step_time']:.2f} x "
+        f"PEFT's time and {without['memory']:.2f} x its memory ({machine(parts['environment'])}; {_link('parts-smollm2.json')}). On other "
+        "processors both multiply alike, and only what is around the products is saved. `peftkit doctor` says what to expect on your machine."
     )
 
 
@@ -243,11 +263,13 @@ def gpu_model(row: dict[str, Any]) -> str:
 
 def chose_onednn(result: dict[str, Any]) -> bool:
     """Whether peftkit multiplied with oneDNN in a CPU result: only then do its products differ in time from torch's."""
-    if "products" in result["environment"]:
-        return result["environment"]["products"] == "oneDNN"
-    return all(
-        run["chosen_seconds"] < 0.9 * run["torch_seconds"] for run in result["runs"]["floor"]
-    )
+    where = result["environment"]
+    if "products" in where:
+        return where["products"] == "oneDNN"
+    if "floor" in result["runs"]:
+        floors = result["runs"]["floor"]
+        return all(run["chosen_seconds"] < 0.9 * run["torch_seconds"] for run in floors)
+    return where["instructions"] == "AVX512" and "Intel" not in where["cpu"]
 
 
 def _processor(result: dict[str, Any]) -> str:
@@ -271,10 +293,11 @@ def expectations() -> dict[str, list[dict[str, Any]]]:
 def _cpu_trained() -> list[dict[str, Any]]:
     found = []
     for case in Training.CASES:
-        result, _, file, _ = cpu_measurement(case)
-        entry = {"model": cpu_model(case), **_machine(result), "label": _processor(result)}
-        entry |= {"onednn": chose_onednn(result), "native": True, "switched_off": False}
-        found.append(entry | _ratios(cpu_steps(result)) | {"result": file})
+        for cpu in cpu_measurements(case):
+            entry = {"model": cpu_model(case), **_machine(cpu.result)}
+            entry |= {"label": _processor(cpu.result), "onednn": chose_onednn(cpu.result)}
+            entry |= {"native": True, "switched_off": cpu.is_limited}
+            found.append(entry | _ratios(cpu_steps(cpu.result)) | {"result": cpu.file})
     return found
 
 
@@ -292,7 +315,8 @@ def _cpu_expectations() -> list[dict[str, Any]]:
 
 
 def _machine(result: dict[str, Any]) -> dict[str, Any]:
-    return {"machine": result["environment"]["cpu"], "threads": result["environment"]["threads"]}
+    where = result["environment"]
+    return {"machine": where.get("processor", where["cpu"]), "threads": where["threads"]}
 
 
 def _parts_row(parts: dict[str, Any], last: str) -> dict[str, float]:

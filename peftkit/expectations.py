@@ -49,10 +49,17 @@ def _on_cpu(
     known = bool(rows) and (machine["architecture"] or "").lower() in _X86
     if not rows:  # the products save nothing, so the memory is that of the same passes
         rows = [f for f in figures if f["native"] == native]
+    here = machine["processor"], threads
+
+    def is_measured(row: dict[str, Any]) -> bool:
+        return known and not row["switched_off"] and (row["machine"], row["threads"]) == here
+
     found = []
-    for row in rows:
-        same = (row["machine"], row["threads"]) == (machine["processor"], threads)
-        if known and same and not row["switched_off"]:
+    for model in dict.fromkeys(row["model"] for row in rows):
+        # this machine, otherwise one whose parts were not switched off
+        own = [row for row in rows if row["model"] == model]
+        row = min(own, key=lambda row: (not is_measured(row), row["switched_off"]))
+        if is_measured(row):
             found.append(_expected("CPU", row, "measured", "measured", ""))
         elif known:
             why = "this processor was not measured; another one ran the same parts of peftkit"

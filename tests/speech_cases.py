@@ -82,15 +82,20 @@ def write_wav(path: Path, values: Any, rate: int = RATE, width: int = 2, channel
     return path
 
 
-def speech(folder: Path, count: int = 32, rate: int = RATE) -> list[dict[str, str]]:
-    """Rows with recordings of one or two letters."""
+def speech(
+    folder: Path, count: int = 32, rate: int = RATE, noise: float = 0.0
+) -> list[dict[str, str]]:
+    """Rows with recordings of one or two letters, with noise of an amplitude."""
     folder.mkdir(parents=True, exist_ok=True)
+    draws = np.random.default_rng(0)
     rows = []
     for i in range(count):
         text = LETTERS[i % 4] + (LETTERS[(i // 4) % 4] if i % 3 else "")
         periods = np.arange(rate // 10) / 10
         tones = [np.sin(2 * math.pi * (1 + LETTERS.index(c)) * periods) * 0.8 for c in text]
-        file = write_wav(folder / f"{i}.wav", np.concatenate(tones), rate)
+        sound = np.concatenate(tones)
+        sound += draws.uniform(-noise, noise, sound.shape)
+        file = write_wav(folder / f"{i}.wav", sound, rate)
         rows.append({"audio": str(file), "text": text})
     return rows
 
@@ -228,24 +233,69 @@ def tiny_moonshine(vocab_size: int) -> torch.nn.Module:
         return hf.MoonshineForConditionalGeneration(config).train()
 
 
-def save_speecht5(folder: Path, **changes: Any) -> Path:
-    """Save a tiny SpeechT5 for text to speech with its processor; returns the folder."""
+def save_speech_to_text(folder: Path) -> Path:
+    """Save a tiny Speech2Text with its processor; returns the folder."""
+    folder.mkdir(parents=True)
+    pieces = character_pieces(folder)
+    vocabulary = folder / "vocab.json"
+    vocabulary.write_text(json.dumps({piece: i for i, piece in enumerate(CHARACTERS)}))
+    tokenizer = hf.Speech2TextTokenizer(str(vocabulary), str(pieces))
+    extractor = hf.Speech2TextFeatureExtractor(feature_size=8, num_mel_bins=8)
+    hf.Speech2TextProcessor(extractor, tokenizer).save_pretrained(folder)
+    tiny_speech_to_text(len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+def tiny_speech_to_text(vocab_size: int) -> torch.nn.Module:
+    """A tiny Speech2Text."""
+    settings = {
+        "vocab_size": vocab_size,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "input_feat_per_channel": 8,
+        "conv_channels": 24,
+        "max_source_positions": 100,
+        "max_target_positions": 24,
+        "init_std": 0.2,
+        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = hf.Speech2TextConfig(**settings)
+        return hf.Speech2TextForConditionalGeneration(config).train()
+
+
+CHARACTERS = ("<s>", "<pad>", "</s>", "<unk>", "▁", *LETTERS)
+"""The first four are those of SpeechT5 and Speech2Text."""
+
+
+def character_pieces(folder: Path) -> Path:
+    """The file of a sentencepiece model with ``CHARACTERS``."""
     import sentencepiece
 
-    folder.mkdir(parents=True)
-    # Its first tokens are those of SpeechT5: <s>, <pad>, </s>, <unk>.
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["abcd", "dcba"] * 4),
         model_prefix=str(folder / "spm_char"),
         model_type="char",
-        vocab_size=9,
+        vocab_size=len(CHARACTERS),
         pad_id=1,
         unk_id=3,
         bos_id=0,
         eos_id=2,
         minloglevel=2,
     )
-    tokenizer = hf.SpeechT5Tokenizer(str(folder / "spm_char.model"))
+    return folder / "spm_char.model"
+
+
+def save_speecht5(folder: Path, **changes: Any) -> Path:
+    """Save a tiny SpeechT5 for text to speech with its processor; returns the folder."""
+    folder.mkdir(parents=True)
+    tokenizer = hf.SpeechT5Tokenizer(str(character_pieces(folder)))
     extractor = hf.SpeechT5FeatureExtractor(num_mel_bins=8)
     hf.SpeechT5Processor(extractor, tokenizer).save_pretrained(folder)
     tiny_speecht5(**changes).save_pretrained(folder)

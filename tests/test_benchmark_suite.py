@@ -311,6 +311,22 @@ def test_tables_show_speeds_and_reasons(measure, points):
     assert "| lora | peftkit | refused: w gets a gradient, although it is frozen |" in text
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"seconds": [0.2, 0.2, 0.2]}, "PEFT in lora, with 0.50 x its time and 1.00 x its memory."),
+        ({"seconds": [0.11, 0.11, 0.11]}, "with 0.91 x its time (the ranges overlap) and 1.00 x"),
+        ({"peak_bytes": 2**21}, "with 1.00 x its time and 0.50 x its memory."),
+        ({"seconds": [0.05, 0.05, 0.05]}, None),
+        ({"leaking": ["w"]}, None),
+    ],
+)
+def test_the_table_says_who_is_ahead_of_peftkit(change, expected, measure, points):
+    text = load_script("suite_tables").tables(measure(points, {"peftkit lora": change}))
+    assert ("Ahead of peftkit: " in text) == (expected is not None)
+    assert (expected or "") in text
+
+
 def test_plots_have_the_measured_points(measure, commands, tmp_path):
     plots, suite = load_script("scaling_plots"), commands
     axes = {"rank": (2, 4)}

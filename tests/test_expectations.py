@@ -9,8 +9,15 @@ import peftkit.expectations as module
 from peftkit.expectations import expectations
 
 FIGURES = json.loads(Path(module.__file__).with_suffix(".json").read_text())
-TRAINED = [f for f in FIGURES["cpu"] if not f["switched_off"]]
-WITHOUT = {f["native"]: f for f in FIGURES["cpu"] if f["switched_off"]}
+WHOLE = [f for f in FIGURES["cpu"] if not f["switched_off"]]
+TRAINED = [f for f in WHOLE if f["onednn"]]
+WITHOUT = {
+    native: next(
+        f for f in [*WHOLE, *FIGURES["cpu"]] if (f["onednn"], f["native"]) == (False, native)
+    )
+    for native in (True, False)
+}
+"""Without oneDNN: of a processor that has none, and with the native passes switched off, too."""
 
 
 def gpu(name, capability, kind="cuda"):
@@ -49,15 +56,20 @@ def test_another_processor_with_onednn_is_predicted(processor, threads):
 
 @pytest.mark.parametrize("processor", ["Intel(R) Xeon(R) 6980P", TRAINED[0]["machine"], None])
 @pytest.mark.parametrize("native", [True, False])
-def test_without_onednn_the_figures_are_those_of_a_processor_with_it_off(processor, native):
+def test_without_onednn_the_figures_are_those_of_another_processor_without_it(processor, native):
     (row,) = on(processor, native=native)
     assert bases([row]) == {("predicted", "predicted")}
-    assert (row["step_time"], row["memory"]) == (
-        WITHOUT[native]["step_time"],
-        WITHOUT[native]["memory"],
-    )
-    assert "oneDNN" in row["measured_on"]
-    assert "off" in row["measured_on"]
+    figure = WITHOUT[native]
+    assert (row["step_time"], row["memory"]) == (figure["step_time"], figure["memory"])
+    assert row["measured_on"] == figure["label"]
+    assert ("off" in row["measured_on"]) == figure["switched_off"] == (not native)
+
+
+def test_a_measured_processor_without_onednn():
+    figure = WITHOUT[True]
+    (row,) = on(figure["machine"], threads=figure["threads"])
+    assert bases([row]) == {("measured", "measured")}
+    assert row["measured_on"] == figure["label"]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,10 @@ def plan(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Write the settings, with --fit the fastest, as a YAML file."),
+        typer.Option(
+            "--out",
+            help="Write the settings, with --fit the fastest, as a recipe of peftkit train.",
+        ),
     ] = None,
     html: Annotated[
         Path | None,

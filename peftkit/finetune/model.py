@@ -214,6 +214,28 @@ def longest_input(model: Any) -> int | None:
     return None
 
 
+def with_decoder_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of an encoder-decoder with those of its decoder, which it makes from the labels, for a call without these.
+
+    Args:
+        model: The model, perhaps with an adapter.
+        inputs: A batch. Of another model, or with inputs of the decoder, it is returned as it is.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    labels = inputs.get("labels")
+    if labels is None or labels.ndim != 2 or "decoder_input_ids" in inputs:
+        return inputs
+    if not getattr(base.config, "is_encoder_decoder", False):
+        return inputs
+    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        shifted = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    else:
+        shifted = labels.roll(1, dims=1)
+        shifted[:, 0] = base.config.decoder_start_token_id
+        shifted = shifted.masked_fill(shifted == -100, base.config.pad_token_id)
+    return {**inputs, "decoder_input_ids": shifted}
+
+
 def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 

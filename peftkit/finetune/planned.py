@@ -8,15 +8,9 @@ from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.setup import is_adapter
 from peftkit.finetune.trainer import RecipeTrainer
 from peftkit.planning import MemoryPlan, plan
+from peftkit.planning.optimizers import TRAINER_NAMES
 
-_OPTIMIZERS = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw_fused",
-    "adafactor": "adafactor",
-    "sgd": "sgd",
-    "adamw_8bit": "adamw_8bit",
-    "adamw_bnb_8bit": "adamw_8bit",
-}
+_OPTIMIZERS = {name: own for own, name in TRAINER_NAMES.items()} | {"adamw_bnb_8bit": "adamw_8bit"}
 """The names of optimisers in ``plan``, by their names in transformers."""
 
 

@@ -117,7 +117,9 @@ class TrainingRecipe:
         [], "Send the metrics to these as well; each needs its package"
     )
     samples: int = key(
-        3, "Samples that are generated before and after training, in generative tasks", least=0
+        3,
+        "Samples that are generated before and after training, in generative tasks; the first also at each checkpoint",
+        least=0,
     )
     sample_tokens: int = key(64, "Largest number of new tokens of these samples", least=1)
     workers: int = key(0, "Processes that prepare batches", least=0)

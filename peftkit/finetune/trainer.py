@@ -20,10 +20,12 @@ from peftkit.checks.reach import loss_of, undisturbed
 from peftkit.errors import ContractError
 from peftkit.find.statistics import hold_statistics, norms_with_statistics
 from peftkit.finetune.distillation.parts import LossParts
+from peftkit.finetune.model import with_decoder_inputs
 from peftkit.finetune.processes import any_process, process_count
 from peftkit.finetune.rates import parameter_groups
 from peftkit.finetune.recipe import Recipe, TrainingRecipe
 from peftkit.finetune.saving import CheckedCheckpoints
+from peftkit.finetune.smoothing import TaskSmoother
 from peftkit.finetune.tasks.base import Task
 from peftkit.finetune.zeros import kept_zeros
 
@@ -48,6 +50,8 @@ class RecipeTrainer(CheckedCheckpoints):
         self.stops_early = rates.early_stopping is not None
         super().__init__(*args, **kwargs)
         self.norms = norms_with_statistics(self.model)
+        if self.label_smoother is not None:
+            self.label_smoother = TaskSmoother(rates.label_smoothing, task)
         if task.has_own_loss or not self._model_divides_by_items():
             # Otherwise the Trainer expects the model to divide the loss by the labels of all accumulated batches.
             self.model_accepts_loss_kwargs = False
@@ -90,6 +94,8 @@ class RecipeTrainer(CheckedCheckpoints):
         """The task's own loss if it has one. Frozen batch norms use their statistics and keep them."""
         if model.training:
             hold_statistics(self.norms)
+        if self.label_smoother is not None:
+            inputs = with_decoder_inputs(self.model, inputs)  # smoothing takes the labels away
         if self.distillation is not None and model.training:
             return self._distilled(model, inputs, return_outputs, **kwargs)
         if not self.task.has_own_loss:

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ContractError, count
@@ -39,6 +38,7 @@ from peftkit.finetune.together.recipe import AdaptersRecipe
 if TYPE_CHECKING:
     from peftkit.finetune.distillation import Distillation
     from peftkit.finetune.progress import Progress
+    from peftkit.finetune.samples import Samples
     from peftkit.finetune.tasks.base import Task
 
 
@@ -163,7 +163,9 @@ class SingleRun:
 
         from peftkit.finetune.data import fingerprint, require_same_rows
         from peftkit.finetune.outcome import base_buffers, digests
+        from peftkit.finetune.resuming import find_checkpoint
         from peftkit.finetune.run_page import memory_text
+        from peftkit.finetune.samples import Samples, SaySamples
         from peftkit.finetune.setup import is_adapter, repeated_notes
         from peftkit.peak_memory import PeakMemory
 
@@ -179,14 +181,19 @@ class SingleRun:
         if self.distillation is not None:
             facts["teacher"] = self.distillation.teacher.digest()
         require_same_rows(facts["fingerprint"])
-        checkpoint, broken = self._checkpoint(facts)
-        notes += broken + repeated_notes(evaluation)
+        checkpoint = None
+        if recipe.resume:
+            checkpoint, broken = find_checkpoint(self.folder, facts, say)
+            notes += broken
+        notes += repeated_notes(evaluation)
         before = digests(model) | (base_buffers(model) if is_adapter(recipe) else {})
         trainer, stopper = self.make_trainer(task, model, train, evaluation, stages)
         rows = (evaluation or train).examples[: recipe.training.samples]
-        samples = self._samples(task, model, rows, "before") if task.generative else []
+        samples = Samples(task, model, rows, recipe.training.sample_tokens)
+        samples.begin(on_main(lambda: self.folder.read_json(SAMPLES)) if recipe.resume else None)
+        trainer.add_callback(SaySamples(samples, say))
         self.plan(task, trainer, train)
-        on_main(lambda: self._start(facts, samples))
+        on_main(lambda: self._start(facts, samples.found))
         # Other rows of a batch need other dropout.
         set_seed(recipe.training.seed + process_index())
         memory = PeakMemory(str(trainer.args.device))
@@ -213,50 +220,7 @@ class SingleRun:
             say(f"{stopper.status} after step {steps}; continue with resume=true")
             result = RunResult(self.folder.path, stopper.status, steps, notes=notes)
             return on_main(lambda: self._write_result(result))
-        return self._finish(task, model, trainer, before, facts, rows, samples, notes)
-
-    def _checkpoint(self, facts: dict[str, Any]) -> tuple[Path | None, list[str]]:
-        """The checkpoint from which the run goes on, and notes on others."""
-        if not self.recipe.resume:
-            return None, []
-        found, notes = on_main(lambda: self._checkpoint_here(facts))
-        if found is not None and not found.is_dir():
-            raise ContractError(
-                f"process {process_index()} (from 0) does not find {found}, which the first process resumes from; use a folder for out that "
-                "all machines share"
-            )
-        return found, notes
-
-    def _checkpoint_here(self, facts: dict[str, Any]) -> tuple[Path | None, list[str]]:
-        known = self.folder.read_json(DATA) or {}
-        if known.get("fingerprint") not in (None, facts["fingerprint"]):
-            raise ContractError(
-                f"resume=true, but the training rows are not those with which the run in {self.folder.path} was started; bring the data "
-                "back, or start a new run in another folder"
-            )
-        if known.get("teacher", facts.get("teacher")) != facts.get("teacher"):
-            raise ContractError(
-                f"resume=true, but the weights of distill.teacher are not those with which the run in {self.folder.path} was started; bring the "
-                "teacher back, or start a new run in another folder"
-            )
-        before = known.get("processes", 1)
-        if before != process_count():
-            raise ContractError(
-                f"resume=true with {count(process_count(), 'process', 'processes')}, but the run in {self.folder.path} was started with "
-                f"{before}, so its batches had another size; use the same number"
-            )
-        found, broken = self.folder.last_whole_checkpoint()
-        notes = []
-        if broken:
-            notes.append(f"ignored incomplete or damaged checkpoints: {', '.join(broken)}")
-            self.say(f"ignoring incomplete or damaged checkpoints: {', '.join(broken)}")
-        result = self.folder.read_json(RESULT) or {}
-        if result.get("status") == "finished":
-            raise ContractError(
-                f"resume=true, but the run in {self.folder.path} is finished; start a new run in another folder"
-            )
-        self.say(f"resuming from {found.name}" if found else "no whole checkpoint; starting again")
-        return found, notes
+        return self._finish(task, model, trainer, before, facts, samples, notes)
 
     def make_trainer(
         self, task: Any, model: Any, train: Any, evaluation: Any, stages: Any
@@ -301,32 +265,6 @@ class SingleRun:
         self.usage.plan, why = plan_of_run(self.recipe, task, trainer, train)
         self.say(memory_text(self.usage.plan, None) or f"memory is not planned: {why}")
 
-    def _samples(self, task: Any, model: Any, rows: list[Any], when: str) -> list[dict[str, str]]:
-        from peftkit.checks.reach import undisturbed
-        from peftkit.finetune.generation import room_for
-
-        if self.recipe.resume and when == "before":
-            written = on_main(lambda: self.folder.read_json(SAMPLES))
-            if written:
-                return written
-        found = []
-        with undisturbed(model):
-            for row in rows:
-                ids, expected = task.prompt(row)
-                if room_for(model, ids) < 1:
-                    continue
-                text = task.answer(
-                    model, ids, self.recipe.training.sample_tokens, context=task.context(row)
-                )
-                found.append(
-                    {
-                        "prompt": task.question(row, ids),
-                        "expected": expected,
-                        when: text,
-                    }
-                )
-        return found
-
     def _start(self, facts: dict[str, Any], samples: list[dict[str, str]]) -> None:
         """Write what is known before the first step."""
         from peftkit.environment import describe_environment
@@ -353,8 +291,7 @@ class SingleRun:
         trainer: Any,
         before: dict[str, str],
         facts: dict[str, Any],
-        rows: list[Any],
-        samples: list[dict[str, str]],
+        samples: Samples,
         notes: list[str],
     ) -> RunResult:
         """Check the weights, evaluate, and write weights, card and report."""
@@ -383,11 +320,7 @@ class SingleRun:
                 if name.startswith("final_")
                 and not name.endswith(("_time", "runtime", "per_second"))
             }
-        if task.generative:
-            for sample, after in zip(
-                samples, self._samples(task, model, rows, "after"), strict=True
-            ):
-                sample["after"] = after["after"]
+        samples.finish()
         result = RunResult(
             self.folder.path,
             "finished",
@@ -399,12 +332,13 @@ class SingleRun:
         )
 
         def write() -> RunResult:
-            self.folder.write_json(SAMPLES, samples)
+            self.folder.write_json(SAMPLES, samples.found)
             result.weights = save_weights(self.recipe, task, model, self.folder, metrics, facts)
+            answers = samples.found
             write_report(
-                self.recipe, model, self.folder, result, facts, history, samples, self.usage
+                self.recipe, model, self.folder, result, facts, history, answers, self.usage
             )
-            write_run_page(self.recipe, self.folder, result, history, samples, self.usage)
+            write_run_page(self.recipe, self.folder, result, history, answers, self.usage)
             self.say(f"written to {self.folder.path} ({count(len(problems), 'problem')})")
             return self._write_result(result)
 

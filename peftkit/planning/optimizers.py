@@ -13,6 +13,15 @@ from peftkit.errors import ContractError, short
 
 Optimizer = Literal["adamw", "adamw_fused", "adamw_8bit", "adafactor", "sgd"]
 
+TRAINER_NAMES: dict[str, str] = {
+    "adamw": "adamw_torch",
+    "adamw_fused": "adamw_torch_fused",
+    "adamw_8bit": "adamw_8bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
+"""The names of the optimisers in transformers' ``TrainingArguments``."""
+
 _QUANTISED_FROM = 4096
 """bitsandbytes keeps the state of a smaller tensor in float32."""
 

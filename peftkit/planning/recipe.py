@@ -1,4 +1,4 @@
-"""Methods by name, and a file with the settings of a plan."""
+"""Methods by name, and a recipe of ``peftkit train`` with the settings of a plan."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from peftkit.errors import ContractError, short
 from peftkit.planning.models import FULL
+from peftkit.planning.optimizers import TRAINER_NAMES
 from peftkit.planning.result import MemoryPlan
 
 METHODS = ("lora", "dora", FULL, "bottleneck", "prefix")
@@ -42,25 +43,36 @@ def configs_of(method: str, rank: int) -> list[Any]:
 
 
 def recipe(plan: MemoryPlan) -> dict[str, Any]:
-    """The settings of a plan whose ``settings`` have ``method``, a name of ``METHODS``, and ``rank``."""
+    """The settings of a plan as keys of a recipe of ``peftkit train``; ``task``, ``data`` and ``out`` are not among them.
+
+    Args:
+        plan: A plan whose ``settings`` have ``method``, a name of ``METHODS``, and ``rank``.
+    """
     settings = plan.settings
     name, rank = settings["method"], settings["rank"]
-    sizes: dict[str, Any] = {
-        "bottleneck": {"bottleneck_size": rank},
-        "prefix": {"num_virtual_tokens": rank},
-        FULL: {},
+    lora = {"name": "lora", "r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+    strategies: dict[str, dict[str, Any]] = {
+        "lora": lora,
+        "dora": lora | {"use_dora": True},
+        "bottleneck": {"name": name, "bottleneck_size": rank},
+        "prefix": {"name": name, "num_virtual_tokens": rank},
+        FULL: {"name": "full"},
     }
-    method = sizes.get(name, {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"})
     return {
         "model": settings["model"],
         "base": settings["base"],
-        "method": {"name": name, **method},
-        **{key: settings[key] for key in ("batch_size", "seq_len", "checkpointing", "optimizer")},
+        "strategy": strategies[name],
+        "training": {
+            "batch_size": settings["batch_size"],
+            "seq_len": settings["seq_len"],
+            "gradient_checkpointing": settings["checkpointing"],
+            "optimizer": TRAINER_NAMES[settings["optimizer"]],
+        },
     }
 
 
 def write_recipe(plan: MemoryPlan, path: str | os.PathLike[str]) -> None:
-    """Write ``recipe(plan)`` as YAML, in one step.
+    """Write ``recipe(plan)`` as YAML, in one step, with the command that completes it.
 
     Raises:
         OSError: The file cannot be written.
@@ -68,7 +80,9 @@ def write_recipe(plan: MemoryPlan, path: str | os.PathLike[str]) -> None:
     import yaml  # transformers needs it too
 
     path = Path(path)
-    text = yaml.safe_dump(recipe(plan), sort_keys=False)
+    command = f"peftkit train {path} task=sft data.train=rows.jsonl out=runs/first"
+    text = f"# From peftkit plan. The task, the rows and a folder are still to be named:\n#   {command}\n"
+    text += yaml.safe_dump(recipe(plan), sort_keys=False)
     file, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     try:
         with os.fdopen(file, "w", encoding="utf-8") as stream:

@@ -156,6 +156,7 @@ def test_a_fault_of_one_adapter_is_found_before_any_is_trained(tmp_path, one_thr
         ({"stages": [{}, {}]}, "the recipe has stages and adapters"),
         ({"strategy": "full"}, "use lora"),
         ({"adapter": "x"}, "adapter='x': there is no such key"),
+        ({"task": "causal_lm", "adapters": {n: {"task": "sft"} for n in "ab"}}, "but each of them has its own task"),
     ],
 )  # fmt: skip
 def test_recipes_that_cannot_be_trained_together_are_refused(changes, message, tmp_path):

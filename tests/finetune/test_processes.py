@@ -270,11 +270,16 @@ def test_steps_are_counted_over_all_processes(model, tmp_path, monkeypatch):
     assert total_steps(recipe, 33) == (10, 5)
 
 
-def test_the_command_is_a_module_for_launchers():
+def test_the_command_is_a_module_for_launchers(tmp_path):
+    """Folders of runs in the working folder are no packages, though one is called as a package that pandas uses if it is installed."""
+    (tmp_path / "bottleneck").mkdir()
+    (tmp_path / "typer").mkdir()
+    (tmp_path / "typer" / "__init__.py").write_text("raise SystemExit('this is no package')")
     done = subprocess.run(
         [sys.executable, "-m", "peftkit", "train", "--help"],
         capture_output=True,
         text=True,
         check=True,
+        cwd=tmp_path,
     )
     assert "Usage: peftkit train" in done.stdout

@@ -1,10 +1,12 @@
 """What is shown while a training runs."""
 
 import io
+import json
 
 import finetune_cases as cases
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 
 from peftkit.cli.progress import TrainingDisplay, facts_of
 from peftkit.finetune import train
@@ -52,6 +54,28 @@ def test_each_step_is_reported(model, tmp_path, one_thread):
     assert all(progress.loss > 0 for progress in seen[1:])
     assert seen[0].learning_rate > seen[-1].learning_rate
     assert result.status == "finished"
+
+
+def test_an_answer_is_said_at_each_checkpoint_and_changes_nothing(model, tmp_path, one_thread):
+    data = cases.write_jsonl(tmp_path / "d.jsonl", cases.chats(12))
+    found = {}
+    for samples in (0, 2):
+        training = {"max_steps": 6, "batch_size": 2, "checkpoint_every": 2, "sample_tokens": 4}
+        values = cases.recipe(
+            *(model, "sft", data, tmp_path / str(samples)),
+            strategy={"name": "lora", "r": 4, "lora_dropout": 0.1},
+            training=training | {"samples": samples},
+        )
+        lines: list[str] = []
+        train(values, say=lines.append)
+        found[samples] = [line for line in lines if " -> " in line]
+    assert found[0] == []
+    assert [line.partition(":")[0] for line in found[2]] == ["step 2", "step 4"]
+    question = json.loads((tmp_path / "2" / "samples.json").read_text())[0]["prompt"]
+    assert question.split()[-1] in found[2][0]
+    files = (next((tmp_path / str(n) / "adapter").glob("*.safetensors")) for n in (0, 2))
+    one, other = map(load_file, files)
+    assert all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
 def test_stages_are_reported_one_after_the_other(model, tmp_path, one_thread):

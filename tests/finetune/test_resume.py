@@ -69,6 +69,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, model, tmp_path, one_th
     assert "is finished" in cases.run("train", file, out, "resume=true", code=1)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_resumed_run_may_have_other_samples(samples, model, tmp_path, one_thread):
+    recipe = values(model, tmp_path, "run", samples=2, sample_tokens=4, stop_after=4)
+    assert train(recipe).status == "stopped"
+    recipe["training"] |= {"samples": samples, "stop_after": None}
+    assert train(recipe | {"resume": True}).status == "finished"
+    found = json.loads((tmp_path / "run" / "samples.json").read_text())
+    assert [sorted(sample) for sample in found] == [
+        ["after", "before", "expected", "prompt"]
+    ] * samples
+
+
 def test_a_run_that_died_resumes_from_the_last_whole_checkpoint(
     model, tmp_path, one_thread, monkeypatch
 ):

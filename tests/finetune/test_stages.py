@@ -255,7 +255,7 @@ FAULTS = {
         lambda v: [s.update(strategy={"name": "lora", "init_lora_weights": "pissa"}) for s in v["stages"]],
         "init_lora_weights='pissa' changes the weights of the base model",
     ),
-    "unused default": (lambda v: v.update(task="masked_lm"), "each stage has its own task"),
+    "unused default": (lambda v: v.update(task="masked_lm"), "but each of them has its own task"),
     "other classes": (
         lambda v: [
             s.update(strategy="full", task="text_classification", data={"train": rows})
@@ -338,3 +338,22 @@ def test_an_adapter_can_be_trained_further_by_another_run(model, tmp_path, one_t
         with pytest.raises(ContractError, match=expected):
             train(wrong | changes)
         assert not (tmp_path / "c").exists()
+
+
+def test_options_of_the_default_task_count_where_a_stage_has_the_same_one(tmp_path):
+    recipe = {
+        "model": "m",
+        "task": {"name": "masked_lm", "mask_share": 0.3, "whole_word": True},
+        "distill": {"teacher": "t"},
+        "data": {"train": "rows.jsonl"},
+        "stages": [
+            {"task": {"mask_share": 0.2}, "distill": None},
+            {"task": "text_classification"},
+        ],
+        "out": str(tmp_path),
+    }
+    first, second = (stage.recipe for stage in read_recipe(recipe).stages)
+    assert (first.task.name, first.task.options.mask_share) == ("masked_lm", 0.2)
+    assert first.task.options.whole_word
+    assert second.task.name == "text_classification"
+    assert (first.distill, second.distill.teacher) == (None, "t")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from peftkit import ContractError, sweep, train
 from peftkit.finetune.together import base
 from peftkit.finetune.together.over import read_over, variants
+from peftkit.finetune.together.running import require_together
 
 LABELLED = [{"text": c * 4, "label": "low" if c < "m" else "high"} for c in "abcdefstuvwx"] * 2
 PAIRS = [{"source": f"say {c}", "target": c * 3} for c in "abcdefgh"] * 2
@@ -173,6 +174,16 @@ def test_a_stopped_sweep_continues(models, tmp_path, one_thread):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_sweep_that_died_before_its_first_run_continues(models, tmp_path, one_thread):
+    recipe = values(models, tmp_path)
+    rows = [{"name": f"r={r}", "values": {"strategy.r": r}} for r in (2, 4)]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "sweep.json").write_text(json.dumps({"status": "running", "rows": rows}))
+    found = sweep(recipe | {"resume": True}, ["strategy.r=2,4"])
+    assert [row.status for row in found.rows] == ["finished", "finished"]
+
+
 def test_a_model_that_mixes_rows_is_refused_before_anything_is_written(
     models, tmp_path, monkeypatch, one_thread
 ):
@@ -209,6 +220,7 @@ def test_dropout_is_drawn_for_each_adapter(models, tmp_path, joint_sizes, one_th
         (["strategy.rank=4,8"], {}, "rank=4: strategy.rank=4: there is no such key"),
         (["strategy.init_lora_weights=true,pissa"], {}, "changes the weights of the base model"),
         (["strategy.bias=none,all"], {}, "which the adapters share"),
+        (["strategy.r=4,8"], {"training": {"fsdp": True}}, "divides the model among processes"),
         (["training.lr=1e-3,1e-4"], {"strategy": {"name": "full"}}, "use lora"),
     ],
 )  # fmt: skip
@@ -235,6 +247,13 @@ def test_a_task_with_its_own_trainer_is_refused(models, tmp_path):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8
     with pytest.raises(ContractError, match="task='preference' has a trainer of its own"):
         sweep(values(models, tmp_path, task="preference", rows=rows), ["strategy.r=4,8"])
+
+
+def test_metrics_are_not_sent_elsewhere(models, tmp_path):
+    recipe = variants(values(models, tmp_path), read_over(["strategy.r=4,8"]))[0].recipe
+    recipe.training.report_to.append("wandb")
+    with pytest.raises(ContractError, match=r"r=4: training\.report_to=\['wandb'\] would mix"):
+        require_together({"r=4": recipe})
 
 
 def test_names_of_runs_are_names_of_folders(models, tmp_path):

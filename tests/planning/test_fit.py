@@ -2,11 +2,14 @@
 
 import functools
 
+import finetune_cases
 import pytest
+import yaml
 from planning import cases
 
 from peftkit import ContractError, fit, plan
 from peftkit.planning import search
+from peftkit.planning.recipe import METHODS
 
 AXES = {"base": ["fp32", "bf16"], "seq_len": 64, "rank": 4, "batch_size": [1, 2, 4, 8]}
 
@@ -69,6 +72,28 @@ def test_only_what_fits_is_proposed_for_any_budget(remembered):
     assert proposed == {(b, c) for b in ("fp32", "bf16") for c in (False, True)}
 
 
+def test_real_steps_fit_into_the_budget_for_which_they_were_proposed(remembered, one_thread):
+    benchmark = cases.benchmark()
+    config = benchmark.config_of(benchmark.PlannedCase("llama", "lora"))
+    measured, proposed = {}, set()
+    for step in range(20):
+        budget = (17 + 8 * step) * 2**20
+        options = {"base": ["fp32", "int8", "nf4"], "batch_size": [1, 2, 4, 8]}
+        found = fit(config, budget, seq_len=[64, 128, 256], device="cpu", **options)
+        assert found.options
+        for option in found.options[:2]:
+            settings = option.plan.settings
+            case = benchmark.PlannedCase(
+                *("llama", "lora", settings["base"], settings["batch_size"], settings["seq_len"]),
+                *(settings["checkpointing"], settings["optimizer"]),
+            )
+            if case not in measured:
+                measured[case], _ = benchmark.measured_peak(case)
+            assert measured[case] <= budget, case
+            proposed.add(case)
+    assert len(proposed) > 10
+
+
 def test_a_card_has_its_memory_less_what_its_driver_needs():
     found = fit(cases.llama(), device="T4", seq_len=64, batch_size=1, checkpointing=False)
     assert found.budget_bytes == 16 * 10**9 - search.CONTEXT_BYTES
@@ -88,3 +113,22 @@ def test_a_card_has_its_memory_less_what_its_driver_needs():
 def test_errors(options, message):
     with pytest.raises(ContractError, match=message):
         fit(cases.llama(), **options, device="cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_are_written_as_a_recipe_that_trains(method, tmp_path, one_thread):
+    model = finetune_cases.save_model(tmp_path / "m", "llama", chat=True)
+    rows = finetune_cases.write_jsonl(tmp_path / "rows.jsonl", finetune_cases.chats(8))
+    file = tmp_path / "recipe.yaml"
+    sizes = ["--seq-len", "32", "--rank", "4", "--batch-size", "2", "--no-checkpointing"]
+    budget = ["--fit", "1GiB", "--base", "fp32", "--device", "cpu"]
+    finetune_cases.run("plan", model, "--method", method, *sizes, *budget, "--out", file)
+    settings = [f"data.train={rows}", f"out={tmp_path / 'run'}", "training.max_steps=1"]
+    finetune_cases.run("train", file, "task=sft", *settings, "training.samples=0", "--quiet")
+    trained = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert trained["strategy"]["name"] == {"dora": "lora"}.get(method, method)
+    assert trained["strategy"].get("use_dora", False) == (method == "dora")
+    written = trained["training"]
+    assert (written["batch_size"], written["seq_len"]) == (2, 32)
+    assert written["optimizer"] in ("adamw_torch_fused", "adamw_8bit")
+    assert "peftkit train" in file.read_text()

@@ -15,7 +15,7 @@ from torch import nn
 
 from peftkit.errors import ContractError, count, short
 from peftkit.finetune.data import Part
-from peftkit.finetune.model import load_model, load_processor, longest_input
+from peftkit.finetune.model import load_model, load_processor, longest_input, with_decoder_inputs
 from peftkit.finetune.recipe import DistillRecipe, Recipe
 from peftkit.finetune.tasks.base import Task
 
@@ -42,11 +42,8 @@ class Teacher:
     @torch.no_grad()
     def outputs(self, batch: dict[str, Any], **more: Any) -> Any:
         """The outputs for a batch of the student, without a graph."""
-        given = {n: v for n, v in batch.items() if n in self.inputs and n != "labels"}
-        if self.model.config.is_encoder_decoder:
-            given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(
-                labels=batch["labels"]
-            )
+        inputs = with_decoder_inputs(self.model, batch)
+        given = {n: v for n, v in inputs.items() if n in self.inputs and n != "labels"}
         if "use_cache" in self.inputs:
             given["use_cache"] = False
         return self.model(**given, **more)

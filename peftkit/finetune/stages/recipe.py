@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ContractError, short
+from peftkit.finetune.defaults import require_keys, require_used, with_defaults
 from peftkit.finetune.recipe import Choice, Recipe
-from peftkit.finetune.schema import nearest, unknown_key
+from peftkit.finetune.schema import nearest
 from peftkit.finetune.weights import ADAPTER, MODEL
 
 CARRIES = ("adapter", "merge", "weights")
@@ -18,18 +19,7 @@ MERGED = "merged"
 """The folder, inside that of a stage, with the model into which its adapter was merged."""
 
 _STAGE_KEYS = ("task", "strategy", "data", "training", "distill", "carry")
-_TOP_KEYS = (
-    "model",
-    "base",
-    "task",
-    "strategy",
-    "data",
-    "training",
-    "distill",
-    "stages",
-    "out",
-    "resume",
-)
+_TOP_KEYS = ("model", "base", *_STAGE_KEYS[:-1], "stages", "out", "resume")
 _UNMERGED = ("bottleneck", "prefix")
 
 
@@ -92,25 +82,25 @@ def build_stages(
         ContractError: A key is unknown or has a wrong value, or a stage cannot go on with what the stage before it has trained. The message
             names the stage.
     """
-    for name, value in values.items():
-        if name not in _TOP_KEYS:
-            raise ContractError(unknown_key(str(name), value, _TOP_KEYS))
+    require_keys(values, _TOP_KEYS)
     given = values["stages"]
     if not isinstance(given, (list, tuple)) or len(given) < 2:
         raise ContractError(
             f"stages={short(given)} must be a list of two or more stages; a recipe with one stage is written without stages"
         )
-    _require_used_defaults(values, given)
+    require_used(values, given, "stages")
     out, resume = values.get("out"), values.get("resume", False)
     stages: list[Stage] = []
     for number, own in enumerate(given, start=1):
         name = f"stage {number}"
         try:
-            merged = _with_defaults(values, own, f"stages.{number}")
+            merged = with_defaults(values, own, f"stages.{number}", _STAGE_KEYS)
+            merged |= {name: values[name] for name in ("model", "base", "out") if name in values}
+            carry = merged.pop("carry", None)
             task = merged.get("task")
             name += f" ({task.get('name')})" if isinstance(task, Mapping) else ""
             recipe = build(merged)
-            stages.append(_placed(recipe, own, stages, number))
+            stages.append(_placed(recipe, carry, stages, number))
         except ContractError as error:
             raise ContractError(f"{name}: {error}") from error
     first = stages[0].recipe
@@ -119,47 +109,8 @@ def build_stages(
     return StagedRecipe(first.model, first.base, stages, str(out), resume)
 
 
-def _require_used_defaults(values: Mapping[str, Any], given: Any) -> None:
-    """Raise if a default is replaced in every stage, so that it says nothing."""
-    for name in ("task", "strategy", "distill"):
-        if name in values and all(isinstance(own, Mapping) and name in own for own in given):
-            raise ContractError(
-                f"{name}={short(values[name])} is the default of the stages, but each stage has its own {name}; remove it"
-            )
-
-
-def _with_defaults(values: Mapping[str, Any], own: Any, where: str) -> dict[str, Any]:
-    """The keys of one stage with the defaults of the recipe."""
-    if not isinstance(own, Mapping):
-        raise ContractError(
-            f"{where}={short(own)} has no keys; it must have {', '.join(_STAGE_KEYS)}"
-        )
-    for name, value in own.items():
-        if name not in _STAGE_KEYS:
-            raise ContractError(unknown_key(f"{where}.{name}", value, _STAGE_KEYS, f"{where}."))
-    merged = {name: values[name] for name in ("model", "base", "out") if name in values}
-    for name in ("task", "strategy"):
-        chosen = own.get(name, values.get(name))
-        if chosen is not None:
-            merged[name] = {"name": chosen} if isinstance(chosen, str) else chosen
-    for name in ("data", "training"):
-        default, mine = values.get(name) or {}, own.get(name) or {}
-        if not isinstance(default, Mapping) or not isinstance(mine, Mapping):
-            merged[name] = mine if isinstance(default, Mapping) else default
-            continue
-        default = dict(default)
-        if name == "training" and {"epochs", "max_steps"} & mine.keys():
-            # The length of a stage replaces the default length, in whichever unit.
-            default.pop("epochs", None)
-            default.pop("max_steps", None)
-        merged[name] = default | dict(mine)
-    merged["distill"] = own.get("distill", values.get("distill"))
-    return merged
-
-
-def _placed(recipe: Recipe, own: Mapping[str, Any], before: list[Stage], number: int) -> Stage:
+def _placed(recipe: Recipe, carry: str | None, before: list[Stage], number: int) -> Stage:
     """The stage with its own folder and the weights that it starts from."""
-    carry = own.get("carry")
     if carry is not None and carry not in CARRIES:
         raise ContractError(
             f"stages.{number}.carry={short(carry)} is unknown{nearest(str(carry), CARRIES)}; use one of {', '.join(CARRIES)}"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.errors import ContractError, short
+from peftkit.finetune.defaults import require_keys, require_used, with_defaults
 from peftkit.finetune.recipe import Recipe
-from peftkit.finetune.schema import unknown_key
 
 _OWN_KEYS = ("task", "strategy", "data", "training")
 _TOP_KEYS = ("model", "base", *_OWN_KEYS, "adapters", "out", "resume")
@@ -58,15 +58,15 @@ def build_adapters(
     Raises:
         ContractError: A key is unknown or has a wrong value, or the adapters cannot share a model. The message names the adapter.
     """
-    for name, value in values.items():
-        if name not in _TOP_KEYS:
-            raise ContractError(unknown_key(str(name), value, _TOP_KEYS))
+    require_keys(values, _TOP_KEYS)
     given = values["adapters"]
     if not isinstance(given, Mapping) or len(given) < 2:
         raise ContractError(
             f"adapters={short(given)} must have two or more adapters by their names, such as adapters: {{first: {{data: ...}}, second: "
             "{data: ...}}; a recipe with one adapter is written without adapters"
         )
+    require_used(values, given.values(), "adapters")
+    shared = {name: values[name] for name in ("model", "base", "out", "resume") if name in values}
     found: dict[str, Recipe] = {}
     for name, own in given.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
@@ -74,7 +74,7 @@ def build_adapters(
                 f"adapters has the name {short(name)}, which is the name of a folder too; use letters, digits, - and _"
             )
         try:
-            recipe = build(_with_defaults(values, own, f"adapters.{name}"))
+            recipe = build(shared | with_defaults(values, own, f"adapters.{name}", _OWN_KEYS))
         except ContractError as error:
             raise ContractError(f"adapter {name}: {error}") from error
         found[name] = dataclasses.replace(recipe, out=str(Path(recipe.out) / name))
@@ -88,43 +88,3 @@ def build_adapters(
                     "the same value"
                 )
     return AdaptersRecipe(first.model, first.base, found, str(Path(first.out).parent), first.resume)
-
-
-def _with_defaults(values: Mapping[str, Any], own: Any, where: str) -> dict[str, Any]:
-    """The keys of one adapter with the defaults of the recipe."""
-    if not isinstance(own, Mapping):
-        raise ContractError(
-            f"{where}={short(own)} has no keys; it must have {', '.join(_OWN_KEYS)}"
-        )
-    for name, value in own.items():
-        if name not in _OWN_KEYS:
-            raise ContractError(unknown_key(f"{where}.{name}", value, _OWN_KEYS, f"{where}."))
-    merged = {name: values[name] for name in ("model", "base", "out", "resume") if name in values}
-    for name in _OWN_KEYS:
-        default, mine = _mapping(values.get(name)), _mapping(own.get(name))
-        if (
-            mine is None
-            or default is None
-            or not isinstance(default, dict)
-            or not isinstance(mine, dict)
-        ):
-            chosen = default if mine is None else mine
-        elif name in ("task", "strategy") and mine.get("name", default.get("name")) != default.get(
-            "name"
-        ):
-            # Options of another task or method are none of this one.
-            chosen = mine
-        else:
-            if name == "training" and {"epochs", "max_steps"} & mine.keys():
-                # The length of an adapter's training replaces the default length, in whichever unit.
-                default = {k: v for k, v in default.items() if k not in ("epochs", "max_steps")}
-            chosen = default | mine
-        if chosen is not None:
-            merged[name] = chosen
-    return merged
-
-
-def _mapping(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"name": value}
-    return dict(value) if isinstance(value, Mapping) else value
