@@ -44,9 +44,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": lambda: _rows("methods"),
     "scaling": lambda: _rows("scaling"),
     "earlier methods": lambda: _cases("methods", ("smollm2", "experts")),
-    "quantised": lambda: "\n\n".join(
-        quantised.table(load(f"quantised-{case}")) for case in quantised.CASES
-    ),
+    "quantised": lambda: "\n\n".join(map(quantised.table, quantised.stored())),
     "learning": lambda: learning.table(load("learning")),
     "learning-bases": lambda: learning.bases_table(load("learning-bases")),
     "tuning": lambda: tuning.table(load("tuning")),

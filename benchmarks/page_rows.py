@@ -27,7 +27,7 @@ def rows(results: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise SystemExit(f"{path} is not JSON ({error}); measure it again") from None
         if suite in _SUITES:
-            found += _of_runs(suite, case, result)
+            found += _of_runs(suite, result.get("case", case), result)
         elif suite == "gpu" and case != "tiny":
             found += _of_gpu(result)
     return found

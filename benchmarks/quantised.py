@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 import steps
-from report import environment, machine, save
+from report import RESULTS, environment, load, machine, save, slug
 
 HELP = "a step on quantised bases, against PEFT with bitsandbytes"
 CASES = ("smollm2", "llama-1b-cut")
@@ -40,8 +40,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure every case, save the results and print the tables."""
     for case in arguments.case or CASES:
         result = measure(case, arguments)
-        save(result, f"quantised-{case}")
+        save(result, f"quantised-{case}-{slug(result['environment']['cpu'])}")
         print(table(result), flush=True)
+
+
+def stored() -> list[dict[str, Any]]:
+    """The results of every processor, case by case."""
+    paths = [path for case in CASES for path in sorted(RESULTS.glob(f"quantised-{case}-*.json"))]
+    return [load(path.stem) for path in paths]
 
 
 def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:

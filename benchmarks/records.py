@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from report import HERE, RESULTS
+from report import HERE, RESULTS, slug
 
 _PACKAGES = (
     *("torch", "transformers", "peft", "peftkit", "bitsandbytes"),
@@ -105,7 +105,7 @@ def _output(command: list[str]) -> str:
 
 def path_of(device: str, folder: Path = RESULTS) -> Path:
     """The file of a device."""
-    return folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.jsonl"
+    return folder / f"{slug(device)}.jsonl"
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -24,6 +25,11 @@ def run_script(name: str, *arguments: str) -> dict[str, Any]:
     if result.returncode != 0:
         raise SystemExit(f"{' '.join([name, *arguments])} failed:\n{result.stderr}")
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def slug(text: str) -> str:
+    """A text as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def save(result: dict[str, Any], name: str) -> None:

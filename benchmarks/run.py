@@ -15,6 +15,7 @@
     python benchmarks/run.py plan                          # planned memory against that of real steps
     python benchmarks/run.py overhead                      # import, wrapping and Python time per layer
     python benchmarks/run.py host                          # Python time and launches of each op on a GPU, without a GPU
+    python benchmarks/run.py metamath FOLDER EXPERIMENT    # PEFT's own comparison of methods with peftkit's layers
     python benchmarks/run.py gpu                           # everything about one GPU, in at most six minutes
     python benchmarks/run.py page                          # one HTML page with every result
     python benchmarks/run.py docs                          # write the tables of the documents again, without measuring
@@ -33,6 +34,7 @@ import gpu
 import host
 import learning
 import memory_plans
+import metamath
 import operations
 import overhead
 import prefix
@@ -59,6 +61,7 @@ BENCHMARKS = {
     "overhead": overhead,
     "plan": memory_plans,
     "host": host,
+    "metamath": metamath,
     "gpu": gpu,
     "page": results_page,
     "docs": documents,

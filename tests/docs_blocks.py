@@ -16,6 +16,8 @@ DATA = "yaml", "json", "toml", "text"
 """Languages of blocks that are no code."""
 
 NOT_RUN = {
+    "git clone": "needs a network",
+    "peftkit train recipe.yaml task=sft data.train=rows.jsonl": "is about the model of the page; tests/planning/test_fit.py trains such recipes",
     "make": "the targets take minutes; test_packaging checks that they exist",
     "pip install": "needs a package index",
     "vllm serve": "needs vLLM and a GPU",

@@ -41,24 +41,35 @@ def matmul_nt(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if _use_onednn(x, w):
         return _onednn(x, w, bias)
-    return F.linear(x, w, bias)
+    return F.linear(whole_rows(x), w, bias)
 
 
 def matmul_nn(x: Tensor, w: Tensor) -> Tensor:
     """``x w`` for ``x [M, N]`` and ``w [N, K]``; otherwise as ``matmul_nt``."""
-    return _onednn(x, w.t(), None) if _use_onednn(x, w) else torch.mm(x, w)
+    return _onednn(x, w.t(), None) if _use_onednn(x, w) else torch.mm(whole_rows(x), w)
 
 
 def addmm_nt(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """``y + x wᵀ`` with one rounding of the sum; ``y`` ``[M, N]`` may be overwritten and must not be used again."""
     if _use_onednn(x, w):
         return torch.ops.mkldnn._linear_pointwise.binary(x, y, w, None, "add")
-    return y.addmm_(x, w.t())
+    return y.addmm_(whole_rows(x), w.t())
 
 
 def addmm_nn(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """``y + x w``; otherwise as ``addmm_nt``."""
-    return addmm_nt(y, x, w.t()) if _use_onednn(x, w) else y.addmm_(x, w)
+    return addmm_nt(y, x, w.t()) if _use_onednn(x, w) else y.addmm_(whole_rows(x), w)
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """The left operand ``x`` of one of torch's products, copied if the product would read what stands between its rows.
+
+    On processors with AMX, oneDNN multiplies what follows a row of bfloat16 by zero, so that a NaN there spoils the result: seen in
+    torch 2.13, if the number of columns is no multiple of 4.
+    """
+    if x.dtype is not torch.bfloat16 or not x.is_cpu or x.dim() != 2:
+        return x
+    return x.contiguous() if x.shape[1] % 4 and x.stride(0) > x.shape[1] else x
 
 
 def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

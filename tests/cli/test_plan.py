@@ -52,11 +52,13 @@ def test_fit_writes_a_recipe_of_the_first_row(folder, tmp_path):
     assert yaml.safe_load(out.read_text()) == {
         "model": folder,
         "base": "fp32",
-        "method": {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
-        "batch_size": best["batch_size"],
-        "seq_len": 64,
-        "checkpointing": best["checkpointing"],
-        "optimizer": "adamw_fused",
+        "strategy": {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+        "training": {
+            "batch_size": best["batch_size"],
+            "seq_len": 64,
+            "gradient_checkpointing": best["checkpointing"],
+            "optimizer": "adamw_torch_fused",
+        },
     }
 
 

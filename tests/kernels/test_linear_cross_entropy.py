@@ -41,12 +41,12 @@ OPTIONS = {
 
 
 def assert_no_worse_than(actual, plain, truth, dtype):
-    """Error against float64 within twice that of plain torch computing in ``dtype``, and one rounding.
+    """Error against float64 within three times that of plain torch computing in ``dtype``, and one rounding.
 
     In float64, where plain torch is the truth itself, within 1e-10 of the size of the result.
     """
     rounding = 1e-10 if dtype is torch.float64 else torch.finfo(dtype).eps
-    allowed = 2 * (plain.double() - truth).abs().max() + rounding * truth.abs().max()
+    allowed = 3 * (plain.double() - truth).abs().max() + rounding * truth.abs().max()
     assert truth.abs().max() > 10 * allowed, "inputs too small: a wrong result would pass"
     assert (actual.double() - truth).abs().max() <= allowed
 

@@ -178,8 +178,12 @@ class Bound:
         return largest
 
 
+FEW = 32
+"""Fewer numbers than this have an error that is small or large by chance."""
+
+
 def assert_no_worse_than(
-    actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result", factor: float = 2.0
+    actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result", factor: float = 3.0
 ) -> None:
     """Raise unless ``actual`` is about as near to ``truth`` as ``plain`` is.
 
@@ -188,7 +192,9 @@ def assert_no_worse_than(
         plain: The same by plain torch, in the same dtype.
         truth: The same in float64.
         name: The name of ``actual`` in the error message.
-        factor: How many times the error of ``plain`` is allowed, plus one rounding at the size of the result.
+        factor: How many times the error of ``plain`` is allowed, plus one rounding at the size of the result; twice as many times for
+            few numbers. Both errors are the largest of their tensors, and their ratio depends on the order in which a processor's
+            libraries sum: right results had up to 2.2 times the error of plain torch.
 
     Raises:
         AssertionError: The error is larger, the shapes or dtypes differ, or the numbers are too small for a wrong result
@@ -200,7 +206,8 @@ def assert_no_worse_than(
     assert actual.dtype == plain.dtype, f"{name} is {actual.dtype}, plain torch's is {plain.dtype}"
     if not actual.numel():
         return
-    error, allowed = error_and_allowed(actual, plain, truth, factor)
+    few = 2 if truth.numel() < FEW else 1
+    error, allowed = error_and_allowed(actual, plain, truth, few * factor)
     largest = float(truth.detach().double().abs().max())
     assert largest > 10 * allowed, (
         f"{name}: elements are at most {largest:.3g} in size, and an error of {allowed:.3g} is allowed; a wrong result would pass"

@@ -17,6 +17,7 @@ from torch import Tensor
 from peftkit_kernels.core import structure
 from peftkit_kernels.core.blocks import starts
 from peftkit_kernels.core.dropout import apply_dropout
+from peftkit_kernels.gemm import whole_rows
 
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**24
 """Elements that are cast at a time. On the CPU 1 MiB of float32 stays in the second-level cache: a shrink of 1024 x 2048 in
@@ -98,7 +99,7 @@ def shrink(x: Tensor, A: Tensor, p: float = 0.0, seed: int = 0) -> Tensor:
     dtype = adapter_dtype(x, A)
     A = cast(A, dtype)
     if x.dtype is dtype:
-        return F.linear(apply_dropout(x, p, seed), A)
+        return F.linear(whole_rows(apply_dropout(x, p, seed)), A)
     s = x.new_empty(x.shape[0], A.shape[0], dtype=dtype)
     for block in blocks(x):
         part = apply_dropout(x[block].to(dtype), p, seed, first_row=block.start)
@@ -134,7 +135,7 @@ def grad_s(dy: Tensor, B: Tensor, scale: float) -> Tensor:
     dtype = adapter_dtype(dy, B)
     B = cast(B, dtype)
     if dy.dtype is dtype:
-        return torch.mm(dy, B).mul_(scale)
+        return torch.mm(whole_rows(dy), B).mul_(scale)
     ds = dy.new_empty(dy.shape[0], B.shape[1], dtype=dtype)
     for block in blocks(dy):
         torch.mm(dy[block].to(dtype), B, out=ds[block])

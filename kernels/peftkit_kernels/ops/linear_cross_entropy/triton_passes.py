@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftkit_kernels.core.launch import cdiv
+from peftkit_kernels.gemm import whole_rows
 from peftkit_kernels.low_rank import LoRA, cast, passes
 from peftkit_kernels.ops.linear_cross_entropy.passes import xent_rows_triton_
 from peftkit_kernels.ops.linear_cross_entropy.reference import RowLoss
@@ -55,11 +56,11 @@ class TritonPasses:
         for tile in [slice(None)] if whole else tiles(*weight.shape):
             part, out = weight[tile].to(h.dtype).t(), z[:, tile]
             if added:
-                out.addmm_(h, part)
+                out.addmm_(whole_rows(h), part)
             elif bias is None:
-                torch.mm(h, part, out=out)
+                torch.mm(whole_rows(h), part, out=out)
             else:
-                torch.addmm(bias[tile], h, part, out=out)
+                torch.addmm(bias[tile], whole_rows(h), part, out=out)
         return memory
 
     def row_losses_(
@@ -106,9 +107,9 @@ class TritonPasses:
             dh = hidden_grad(dz, weight)
             out.copy_(dh if update is None else dh.add_(update))
         elif update is None:
-            torch.mm(dz, weight, out=out)
+            torch.mm(whole_rows(dz), weight, out=out)
         else:
-            torch.addmm(update, dz, weight, out=out)
+            torch.addmm(update, whole_rows(dz), weight, out=out)
 
     def scaled(self, dhidden: Tensor, factor: Tensor, places: Tensor | None) -> Tensor:
         """``factor · dhidden`` for a ``factor`` of ``Float32[]`` or ``Float32[M]``: one pass, rounded once."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peftkit_kernels.core.launch import target_of
 from peftkit_kernels.core.views import as_one_view
+from peftkit_kernels.gemm import whole_rows
 from peftkit_kernels.low_rank import LoRA, adapter_dtype, cast, passes
 from peftkit_kernels.low_rank.config import RANK_TILE, fuses_gemm
 from peftkit_kernels.low_rank.groups import (
@@ -163,6 +164,7 @@ class TritonPasses:
                     dx = part if dx is None else dx.add_(part)
         else:
             for dy, W in _products(dys, weights, dtype):
+                dy = whole_rows(dy)
                 dx = dy @ W if dx is None else dx.addmm_(dy, W)
         assert dx is not None, "some output has a gradient"
         return dx
@@ -221,13 +223,13 @@ def project(
         if out is None:
             return torch.nn.functional.linear(x, weight, bias)
         if bias is None:
-            return torch.mm(x, weight.t(), out=out)
-        return torch.addmm(bias, x, weight.t(), out=out)
+            return torch.mm(whole_rows(x), weight.t(), out=out)
+        return torch.addmm(bias, whole_rows(x), weight.t(), out=out)
     if fits_one_program and fuses_gemm(N, K, itemsize=x.element_size(), target=target_of(x)):
         return passes.gemm_lora(x, weight, s, B, scale, bias=bias, p=p, seed=seed)
     # the update before the product: the GEMM reads it back while its main loop runs
     update = passes.expand(s, B, scale, bias=bias, p=p, seed=seed, out=out, dtype=x.dtype)
-    return update.addmm_(x, weight.t())
+    return update.addmm_(whole_rows(x), weight.t())
 
 
 def _outside(
