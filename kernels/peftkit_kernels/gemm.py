@@ -65,11 +65,11 @@ def whole_rows(x: Tensor) -> Tensor:
     """The left operand ``x`` of one of torch's products, copied if the product would read what stands between its rows.
 
     On processors with AMX, oneDNN multiplies what follows a row of bfloat16 by zero, so that a NaN there spoils the result: seen in
-    torch 2.13, if the number of columns is no multiple of 4.
+    torch 2.13 for many numbers of columns, but for no multiple of 32.
     """
     if x.dtype is not torch.bfloat16 or not x.is_cpu or x.dim() != 2:
         return x
-    return x.contiguous() if x.shape[1] % 4 and x.stride(0) > x.shape[1] else x
+    return x.contiguous() if x.shape[1] % 32 and x.stride(0) > x.shape[1] else x
 
 
 def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

@@ -97,3 +97,19 @@ def test_vendor_is_read_where_there_is_one(monkeypatch, tmp_path):
     cpuinfo.write_text("processor\t: 0\n")
     monkeypatch.setattr(gemm.platform, "processor", lambda: "aarch64")
     assert gemm.cpu_vendor.__wrapped__() == "aarch64"
+
+
+@pytest.mark.parametrize("K", [33, 34, 64, 88])
+def test_what_stands_between_rows_of_bfloat16_has_no_effect(K):
+    """On processors with AMX, oneDNN multiplies it by zero, and zero times NaN is NaN."""
+    wide = torch.full((17, K + 5), torch.nan, dtype=torch.bfloat16)
+    wide[:, :K] = torch.randn(17, K)
+    x, w = wide[:, :K], torch.randn(29, K, dtype=torch.bfloat16)
+    rows = x.contiguous()
+    sums = torch.randn(17, 29, dtype=torch.bfloat16)
+    for padded, whole in (
+        (gemm.matmul_nt(x, w), gemm.matmul_nt(rows, w)),
+        (gemm.matmul_nn(x, w.t().contiguous()), gemm.matmul_nn(rows, w.t().contiguous())),
+        (gemm.addmm_nt(sums.clone(), x, w), gemm.addmm_nt(sums.clone(), rows, w)),
+    ):
+        torch.testing.assert_close(padded, whole)
