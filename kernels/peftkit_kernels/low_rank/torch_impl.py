@@ -111,7 +111,7 @@ def expand_(y: Tensor, s: Tensor, B: Tensor, scale: float) -> Tensor:
     """``y += scale · s Bᵀ`` in place, summed in the dtype of ``s`` and rounded once."""
     B = cast(B, s.dtype).t()
     if y.dtype is s.dtype:
-        return y.addmm_(s, B, alpha=scale)
+        return y.addmm_(whole_rows(s), B, alpha=scale)
     for block in blocks(y):
         y[block] = y[block].to(s.dtype).addmm_(s[block], B, alpha=scale)
     return y
@@ -121,9 +121,9 @@ def expand_grad_(dx: Tensor, ds: Tensor, A: Tensor, p: float = 0.0, seed: int = 
     """``dx += drop'(ds A)`` in place, summed in the dtype of ``ds`` and rounded once."""
     A = cast(A, ds.dtype)
     if dx.dtype is ds.dtype and p == 0.0:
-        return dx.addmm_(ds, A)
+        return dx.addmm_(whole_rows(ds), A)
     if dx.dtype is ds.dtype:
-        return dx.add_(apply_dropout(torch.mm(ds, A), p, seed))
+        return dx.add_(apply_dropout(torch.mm(whole_rows(ds), A), p, seed))
     for block in blocks(dx):
         update = apply_dropout(torch.mm(ds[block], A), p, seed, first_row=block.start)
         dx[block] = update.add_(dx[block])
