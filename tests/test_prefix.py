@@ -320,7 +320,7 @@ def test_checkpointing_gives_the_same_gradients(name, use_reentrant):
     truth = gradients(False, torch.float64)
     assert plain
     for n in plain:  # T5 sums the gradients of its encoder in another order
-        assert_no_worse_than(checkpointed[n], plain[n], truth[n], n)
+        assert_no_worse_than(checkpointed[n], plain[n], truth[n], n, factor=3.0)
 
 
 def test_gradients_pass_gradcheck():

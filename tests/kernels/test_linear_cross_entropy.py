@@ -6,6 +6,7 @@ import pytest
 import torch
 from cross_entropy_cases import DTYPES, IGNORE, NAMES, inputs, loss_and_grads
 
+from lab.testing import FEW
 from peftkit_kernels.low_rank import LoRA
 from peftkit_kernels.ops.linear_cross_entropy import (
     RowLoss,
@@ -41,12 +42,13 @@ OPTIONS = {
 
 
 def assert_no_worse_than(actual, plain, truth, dtype):
-    """Error against float64 within three times that of plain torch computing in ``dtype``, and one rounding.
+    """Error against float64 within twice that of plain torch computing in ``dtype``, four times for few numbers, and one rounding.
 
     In float64, where plain torch is the truth itself, within 1e-10 of the size of the result.
     """
     rounding = 1e-10 if dtype is torch.float64 else torch.finfo(dtype).eps
-    allowed = 3 * (plain.double() - truth).abs().max() + rounding * truth.abs().max()
+    factor = 4 if truth.numel() < FEW else 2
+    allowed = factor * (plain.double() - truth).abs().max() + rounding * truth.abs().max()
     assert truth.abs().max() > 10 * allowed, "inputs too small: a wrong result would pass"
     assert (actual.double() - truth).abs().max() <= allowed
 

