@@ -16,6 +16,19 @@ import transformers as hf
 
 RATE = 1000
 LETTERS = "abcd"
+_PAIR = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_target_positions": 24,
+    "init_std": 0.2,
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
+}
+"""The sizes of an encoder with a decoder."""
 
 
 def save_ctc(folder: Path, kind: str = "wav2vec2", **changes: Any) -> Path:
@@ -183,23 +196,14 @@ def tiny_whisper(vocab_size: int, **changes: Any) -> torch.nn.Module:
     ends = 35
     settings = {
         "vocab_size": vocab_size,
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
+        **_PAIR,
         "num_mel_bins": 8,
         "max_source_positions": 50,
-        "max_target_positions": 24,
         "pad_token_id": ends,
         "bos_token_id": ends,
         "eos_token_id": ends,
         "decoder_start_token_id": ends + 1,
         "begin_suppress_tokens": None,
-        "init_std": 0.2,
-        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -250,19 +254,10 @@ def tiny_speech_to_text(vocab_size: int) -> torch.nn.Module:
     """A tiny Speech2Text."""
     settings = {
         "vocab_size": vocab_size,
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
+        **_PAIR,
         "input_feat_per_channel": 8,
         "conv_channels": 24,
         "max_source_positions": 100,
-        "max_target_positions": 24,
-        "init_std": 0.2,
-        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
