@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from report import machine
 from steps import best_run
 
 _SUITES = ("training", "methods", "quantised")
@@ -54,11 +55,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _of_runs(suite: str, case: str, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a file with runs by provider: the best run of each."""
     found = result["environment"]
-    device = f"{found['cpu']}, {found['threads']} threads"
-    if found.get("instructions"):
-        device += f", {found['instructions']}"
     environment = {
-        "device": device,
+        "device": machine(found),
         "processor": found["cpu"],
         "isa": found.get("instructions"),
         "threads": found["threads"],

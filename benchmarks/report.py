@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from peftkit.errors import count
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
@@ -72,5 +74,10 @@ def environment() -> dict[str, Any]:
 
 def machine(found: dict[str, Any]) -> str:
     """The processor, threads and, if they were recorded, instructions of an ``environment``, for the heading of a table."""
-    instructions = f", {found['instructions']}" if "instructions" in found else ""
-    return f"{found['cpu']}, {found['threads']} threads{instructions}"
+    threads = count(found["threads"], "thread")
+    return ", ".join(filter(None, [found["cpu"], threads, instruction_set(found)]))
+
+
+def instruction_set(found: dict[str, Any]) -> str:
+    """The instructions of an ``environment`` as docs write them; empty if they were not recorded."""
+    return (found.get("instructions") or "").replace("AVX512", "AVX-512")

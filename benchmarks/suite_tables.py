@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from points import LIBRARIES, reference_of
+from report import machine
 
 _SIZES = ("case", "batch", "length", "rank", "adapters", "checkpointing")
 
@@ -68,9 +69,10 @@ def _ahead(rows: list[dict[str, Any]]) -> list[str]:
 def _heading(row: dict[str, Any]) -> str:
     where, again = row["environment"], ", checkpointed" if row["checkpointing"] else ""
     loaded = f", {row['adapters']} adapters" if row["adapters"] > 1 else ""
+    device = {"cpu": where["device"], "threads": where["threads"], "instructions": where["isa"]}
     return (
         f"**{row['case']}, {row['batch']} x {row['length']} tokens, rank {row['rank']}{loaded}{again}** "
-        f"({where['device']}, {where['threads']} threads, {where['isa']}, products by {where['products']}; "
+        f"({machine(device)}, products by {where['products']}; "
         f"commit {where['commit']}, {where['date']})"
     )
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import records
 from cases import CASES, PARTS
 from instructions import ISA
-from report import RESULTS, load, machine
+from report import RESULTS, instruction_set, load, machine
 from steps import Training, best_run
 
 CPU_CASE = "smollm2"
@@ -133,8 +133,8 @@ def _of_suite(case: str, rows: list[dict[str, Any]]) -> Measurement | None:
 def _short(result: dict[str, Any]) -> str:
     """The processor and its instructions, for a cell."""
     name = re.sub(r"\(\w+\)|\bProcessor\b|\(family.*", "", result["environment"]["cpu"])
-    isa = result["environment"].get("instructions", "AVX-512" if chose_onednn(result) else "")
-    return ", ".join(filter(None, [" ".join(name.split()), isa.replace("AVX512", "AVX-512")]))
+    isa = instruction_set(result["environment"]) or ("AVX-512" if chose_onednn(result) else "")
+    return ", ".join(filter(None, [" ".join(name.split()), isa]))
 
 
 def cpu_steps(result: dict[str, Any]) -> dict[str, Step]:

@@ -64,6 +64,25 @@ def _deformable(**options: Any) -> Any:
     return hf.DeformableDetrForObjectDetection(config)
 
 
+_HYBRID = {
+    "encoder_hidden_dim": 32,
+    "encode_proj_layers": [1],
+    "encoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "d_model": 32,
+    "num_queries": 8,
+    "decoder_in_channels": [32, 32],
+    "decoder_ffn_dim": 48,
+    "num_feature_levels": 2,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "num_denoising": 4,
+    "hidden_expansion": 0.5,
+    "num_labels": len(CLASSES),
+}
+"""The sizes of detectors with a hybrid encoder: RT-DETR and its successors."""
+
+
 def _rt(cls: Any, config: Any, **options: Any) -> Any:
     backbone = hf.RTDetrResNetConfig(
         embedding_size=8,
@@ -74,24 +93,10 @@ def _rt(cls: Any, config: Any, **options: Any) -> Any:
     )
     made = config(
         backbone_config=backbone,
-        encoder_hidden_dim=32,
         encoder_in_channels=[16, 24],
         feat_strides=[8, 16],
-        encode_proj_layers=[1],
-        encoder_ffn_dim=48,
-        encoder_attention_heads=4,
-        d_model=32,
-        num_queries=8,
-        decoder_in_channels=[32, 32],
-        decoder_ffn_dim=48,
-        num_feature_levels=2,
         decoder_n_points=2,
-        decoder_layers=2,
-        decoder_attention_heads=4,
-        num_denoising=4,
-        hidden_expansion=0.5,
-        num_labels=len(CLASSES),
-        **options,
+        **_HYBRID | options,
     )
     return cls(made)
 
@@ -103,6 +108,81 @@ def _rt_detr(**options: Any) -> Any:
 
 def _rt_detr_v2(**options: Any) -> Any:
     return _rt(hf.RTDetrV2ForObjectDetection, hf.RTDetrV2Config, decoder_n_levels=2, **options)
+
+
+def _distributed(cls: Any, config: Any, **options: Any) -> Any:
+    """A detector that predicts a distribution for each side of a box."""
+    backbone = hf.HGNetV2Config(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 24, 32],
+        depths=[1] * 4,
+        stem_channels=[3, 8, 8],
+        stage_in_channels=[8, 8, 16, 24],
+        stage_mid_channels=[8] * 4,
+        stage_out_channels=[8, 16, 24, 32],
+        stage_num_blocks=[1] * 4,
+        stage_downsample=[False, True, True, True],
+        stage_light_block=[False, False, True, True],
+        stage_kernel_size=[3] * 4,
+        stage_numb_of_layers=[1] * 4,
+        out_features=["stage3", "stage4"],
+    )
+    made = config(
+        backbone_config=backbone,
+        encoder_in_channels=[24, 32],
+        feat_strides=[16, 32],
+        decoder_n_points=[2, 2],
+        max_num_bins=8,
+        **_HYBRID | options,
+    )
+    return cls(made)
+
+
+def _d_fine(**options: Any) -> Any:
+    return _distributed(hf.DFineForObjectDetection, hf.DFineConfig, **options)
+
+
+def _deimv2(**options: Any) -> Any:
+    return _distributed(hf.Deimv2ForObjectDetection, hf.Deimv2Config, **options)
+
+
+def _in_groups(cls: Any, config: Any, backbone: Any, **options: Any) -> Any:
+    """A detector on a plain vision transformer, which trains several groups of queries and uses one."""
+    vision = backbone(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        num_windows=4,
+        window_block_indices=[0],
+        out_indices=[1, 2],
+        mlp_ratio=2,
+    )
+    sizes = {
+        "d_model": 32,
+        "decoder_ffn_dim": 48,
+        "decoder_n_points": 2,
+        "decoder_layers": 2,
+        "decoder_self_attention_heads": 4,
+        "decoder_cross_attention_heads": 4,
+        "num_queries": 8,
+        "group_detr": 2,
+        "c2f_num_blocks": 1,
+        "num_labels": len(CLASSES),
+        "dropout": 0.0,
+    }
+    return cls(config(backbone_config=vision, **sizes | options))
+
+
+def _lw_detr(**options: Any) -> Any:
+    kinds = hf.LwDetrForObjectDetection, hf.LwDetrConfig, hf.LwDetrViTConfig
+    return _in_groups(*kinds, projector_scale_factors=[1.0], **options)
+
+
+def _rf_detr(**options: Any) -> Any:
+    kinds = hf.RfDetrForObjectDetection, hf.RfDetrConfig, hf.RfDetrDinov2Config
+    return _in_groups(*kinds, **options)
 
 
 def _dab_detr(**options: Any) -> Any:
@@ -135,7 +215,13 @@ BUILDERS = {
     "deformable": (_deformable, hf.DeformableDetrImageProcessorPil),
     "rt_detr": (_rt_detr, hf.RTDetrImageProcessorPil),
     "yolos": (_yolos, hf.YolosImageProcessorPil),
+    "d_fine": (_d_fine, hf.RTDetrImageProcessorPil),
+    "deimv2": (_deimv2, hf.RTDetrImageProcessorPil),
+    "lw_detr": (_lw_detr, hf.DeformableDetrImageProcessorPil),
+    "rf_detr": (_rf_detr, hf.DeformableDetrImageProcessorPil),
 }
+PADDING = ("detr", "conditional", "deformable", "yolos")
+"""Models for images of any size, whose processors pad a batch."""
 TIED = {
     "deformable": _deformable,
     "deformable refining": lambda: _deformable(with_box_refine=True),
@@ -153,12 +239,16 @@ def tiny(name: str = "detr", **options: Any) -> Any:
         return BUILDERS[name][0](**options).train()
 
 
+def size_of(name: str) -> dict[str, int]:
+    """The size of what a tiny detector takes; the first DETRs and YOLOS take any, the others a fixed one."""
+    if name in PADDING:
+        return {"shortest_edge": SHORTEST, "longest_edge": 2 * SHORTEST}
+    return {"height": 64, "width": 64}
+
+
 def processor(name: str = "detr", **options: Any) -> Any:
-    """The image processor of a tiny detector; that of RT-DETR has a fixed size, the others pad."""
-    size = {"shortest_edge": SHORTEST, "longest_edge": 2 * SHORTEST}
-    if name == "rt_detr":
-        size = {"height": 64, "width": 64}
-    return BUILDERS[name][1](size=size, **options)
+    """The image processor of a tiny detector."""
+    return BUILDERS[name][1](**{"size": size_of(name), **options})
 
 
 def save(folder: Path, name: str = "detr", **options: Any) -> Path:

@@ -173,7 +173,8 @@ def _raise_out_of_reach(model: nn.Module, heads: Heads) -> None:
     reasons = [f"{name}: {reason}" for name, reason in heads.out_of_reach.items()]
     raise ContractError(
         f"PEFT cannot train these parts of the head of {type(model).__name__}, which may have random initial weights:\n"
-        f"{listing(reasons)}\nPass modules_to_save={heads.names} to train only the other parts and keep these unchanged."
+        f"{listing(reasons)}\nPass modules_to_save={heads.names} to train only the other parts and keep these unchanged, or "
+        "tune the model without an adapter (strategy=full or strategy=partial of peftkit train)."
     )
 
 

@@ -257,6 +257,8 @@ def _quiet_loading() -> Iterator[None]:
     loggers = [
         logging.getLogger("transformers.modeling_utils"),
         logging.getLogger("transformers.utils.loading_report"),
+        # Names every layer as not sharded as soon as the level of the first one is set, however many processes there are.
+        logging.getLogger("transformers.distributed.tensor_parallel"),
     ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -81,7 +81,8 @@ def write_recipe(plan: MemoryPlan, path: str | os.PathLike[str]) -> None:
 
     path = Path(path)
     command = f"peftkit train {path} task=sft data.train=rows.jsonl out=runs/first"
-    text = f"# From peftkit plan. The task, the rows and a folder are still to be named:\n#   {command}\n"
+    text = f"# From peftkit plan. The task, the rows and a folder are still to be named. For chats and instructions:\n#   {command}\n"
+    text += "# Without task=..., peftkit train names all tasks.\n"
     text += yaml.safe_dump(recipe(plan), sort_keys=False)
     file, name = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     try:

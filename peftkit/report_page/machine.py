@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timezone
 
 from peftkit.environment import describe_environment
+from peftkit.errors import count
 from peftkit.machine import describe_machine
 
 
@@ -15,7 +16,7 @@ def machine_facts() -> dict[str, str]:
         "device": found["device"],
         "processor": found["cpu"],
         "instruction sets": machine["instructions"],
-        "cores and threads": f"{found['cores']} cores, {found['torch_threads']} threads",
+        "cores and threads": f"{count(found['cores'], 'core')}, {count(found['torch_threads'], 'thread')}",
         "memory": _size(machine["memory_bytes"]),
         "memory limit": _size(machine["memory_limit_bytes"]),
         "GPU memory": _size(next((gpu["memory_bytes"] for gpu in machine["gpus"]), None)),
