@@ -44,9 +44,14 @@ def one_thread():
 
 @pytest.fixture
 def joint_sizes(monkeypatch):
-    """The number of trainings in each pass that ``peftkit.finetune.together`` computes in training mode, in order."""
+    """The number of trainings in each pass that ``peftkit.finetune.together`` computes in training mode, in order.
+
+    With this fixture passes are joint on a CPU too.
+    """
+    from peftkit.finetune.together import member
     from peftkit.finetune.together.passes import JointPasses
 
+    monkeypatch.setattr(member, "JOINT_DEVICES", ("cpu",))
     found = []
     compute = JointPasses._all
 

@@ -1,4 +1,4 @@
-"""``peftkit sweep``: adapters with different options, trained in one pass over the rows."""
+"""``peftkit sweep``: adapters with different options, trained on one frozen model."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the result.")] = False,
 ) -> None:
-    """Train LoRA adapters with different options in one pass, on one frozen model.
+    """Train LoRA adapters with different options on one frozen model.
 
     Exits with status 0 if all runs are finished or dropped, 1 if a run has a fault, and 3 if they were stopped with checkpoints.
     """

@@ -8,6 +8,7 @@ from peftkit.errors import ContractError
 from peftkit.finetune.packing import collate_packs, pack, require_no_leaks
 from peftkit.finetune.tasks.base import IGNORED, Task, marked, pad, pad_tokens
 from peftkit.finetune.tasks.scores import token_accuracy
+from peftkit.fuse.int8_mode import outliers_in_8_bits
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,7 @@ def require_blind_to_last(model: Any, batch: dict[str, Any], other_id: int) -> N
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), outliers_in_8_bits(model):
             first, second = (
                 model(**{**batch, "input_ids": ids}).logits[0, :-1]
                 for ids in (batch["input_ids"], other)

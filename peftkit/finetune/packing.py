@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from peftkit.checks.reach import undisturbed
 from peftkit.errors import ContractError
 from peftkit.finetune.tasks.base import IGNORED, pad
+from peftkit.fuse.int8_mode import outliers_in_8_bits
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,7 @@ def require_no_leaks(model: Any, length: int = 12) -> None:
     size = int(base.config.get_text_config().vocab_size)
     draw = torch.Generator().manual_seed(0)
     first, other, second = (torch.randint(0, size, (1, length), generator=draw) for _ in range(3))
-    with undisturbed(model):
+    with undisturbed(model), outliers_in_8_bits(model):
         # As in training, where other kernels may run than in evaluation. With one seed dropout is the same in both passes.
         model.train()
         logits = []

@@ -233,10 +233,9 @@ def weight_reason(base: nn.Module, name: str = "weight") -> Reason | None:
     """Why the frozen weight of a base layer cannot be read: it is computed in each forward, or trained."""
     if base._parameters.get(name) is None:
         return _COMPUTED
-    if any(
-        parameter is not None and parameter.requires_grad for parameter in base._parameters.values()
-    ):
-        return Reason("its base layer is trained")
+    for parameter in base._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return Reason("its base layer is trained")
     return None
 
 

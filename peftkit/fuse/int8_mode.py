@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -46,6 +48,26 @@ def int8_mode_of(base: Any) -> Int8Mode | None:
 def forget_int8_mode(module: nn.Module) -> None:
     """Remove the choice from a module."""
     module.__dict__.pop(_ATTRIBUTE, None)
+
+
+@contextmanager
+def outliers_in_8_bits(model: nn.Module) -> Iterator[None]:
+    """Quantise outliers as well within this context, so that each row of a batch is computed by itself.
+
+    bitsandbytes multiplies a column of the input in 16 bits if *any* row reaches the threshold in it. So the other rows of a batch change
+    what is computed of a row, a little, in any model. A check that no row has an effect on another one would take this for a fault.
+
+    Source: Dettmers et al., 2022, arXiv:2208.07339, section 3.2.
+    """
+    states: list[Any] = [module.state for module in model.modules() if _is_8_bit(module)]
+    thresholds = [state.threshold for state in states]
+    for state in states:
+        state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for state, threshold in zip(states, thresholds, strict=True):
+            state.threshold = threshold
 
 
 def _is_8_bit(module: nn.Module) -> bool:

@@ -9,7 +9,8 @@ import torch
 import transformers as hf
 
 import peftkit.finetune
-from peftkit import BottleneckConfig, ContractError, LoraConfig, PrefixConfig, wrap
+from peftkit import BottleneckConfig, ContractError, LoraConfig, PrefixConfig, load_base, wrap
+from peftkit.finetune.generative import require_causal
 from peftkit.finetune.packing import collate_packs, pack, require_no_leaks
 from peftkit.finetune.tasks.base import BadRow, Setting
 from peftkit.finetune.tasks.causal_lm import CausalLm
@@ -220,3 +221,48 @@ def test_causal_lm_runs_on_a_folder_of_texts(tmp_path, one_thread):
     assert facts["train"]["truncated"] == 0
     assert "loss" in json.loads(cases.run("eval", tmp_path / "run", "--json"))
     assert "loss: " in cases.run("eval", tmp_path / "run", "--data", folder / "b.txt")
+
+
+def save_with_outliers(folder):
+    """The tiny Llama with inputs of its linears beyond bitsandbytes' threshold for outliers, as those of real models are."""
+    model = models.tiny("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter.mul_(2.5)
+    model.save_pretrained(folder)
+    cases.letter_tokenizer(True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("int8_mode", [None, "compute", "weight-only"])
+def test_outliers_of_an_int8_base_are_not_taken_for_attention(
+    int8_mode, packing, tmp_path, one_thread
+):
+    pytest.importorskip("bitsandbytes")
+    folder = save_with_outliers(tmp_path / "m")
+    model = wrap(
+        load_base(folder, base="int8"), LoraConfig(target_modules="all-linear"), int8_mode=int8_mode
+    )
+    ids = torch.arange(8)[None]
+    other = ids.clone()
+    other[0, -1] = 0
+    with torch.no_grad():
+        rows = [model.eval()(input_ids=i).logits[0, :-1] for i in (ids, other)]
+    # Whatever the tokens attend to, the last one decides which columns are in 16 bits.
+    assert torch.equal(*rows) == (int8_mode == "weight-only")
+    (require_no_leaks if packing else require_causal)(model)
+    with torch.no_grad():
+        again = model.eval()(input_ids=ids).logits[0, :-1]
+    assert torch.equal(again, rows[0])
+
+
+def test_an_int8_base_with_outliers_is_trained(tmp_path, one_thread):
+    pytest.importorskip("bitsandbytes")
+    model = save_with_outliers(tmp_path / "m")
+    task = {"name": "sft", "packing": True}
+    found = peftkit.finetune.train(
+        cases.recipe(model, task, cases.chats(8), tmp_path / "run", base="int8")
+    )
+    assert (found.status, found.problems) == ("finished", [])

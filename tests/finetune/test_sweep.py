@@ -10,7 +10,7 @@ from joint_cases import LR, assert_same_run
 from safetensors.torch import load_file
 
 from peftkit import ContractError, sweep, train
-from peftkit.finetune.together import base
+from peftkit.finetune.together import base, passes
 from peftkit.finetune.together.over import read_over, variants
 from peftkit.finetune.together.running import require_together
 
@@ -184,8 +184,9 @@ def test_a_sweep_that_died_before_its_first_run_continues(models, tmp_path, one_
     assert [row.status for row in found.rows] == ["finished", "finished"]
 
 
+@pytest.mark.parametrize("stored", ["auto", "bf16"])
 def test_a_model_that_mixes_rows_is_refused_before_anything_is_written(
-    models, tmp_path, monkeypatch, one_thread
+    stored, models, tmp_path, monkeypatch, joint_sizes, one_thread
 ):
     load = base.load_base_model
 
@@ -196,8 +197,51 @@ def test_a_model_that_mixes_rows_is_refused_before_anything_is_written(
 
     monkeypatch.setattr(base, "load_base_model", mixing)
     with pytest.raises(ContractError, match="its rows are not independent of each other"):
-        sweep(values(models, tmp_path), ["strategy.r=2,4"])
+        sweep(values(models, tmp_path, base=stored), ["strategy.r=2,4"])
     assert not (tmp_path / "out").exists()
+
+
+def test_rounding_that_a_model_enlarges_is_not_taken_for_mixed_rows(
+    models, tmp_path, monkeypatch, joint_sizes, one_thread
+):
+    load = base.load_base_model
+
+    def enlarge(module, inputs, out):
+        # Each row by itself, but the last digits decide about the second one, as behind thirty layers in 16 bits.
+        return out + 0.02 * torch.sin(1e7 * out.double()).to(out).detach()
+
+    def enlarging(*arguments):
+        model = load(*arguments)
+        model.model.layers[0].register_forward_hook(enlarge)
+        return model
+
+    monkeypatch.setattr(base, "load_base_model", enlarging)
+    found = sweep(values(models, tmp_path, data={}), ["strategy.r=2,4,8"])
+    assert set(joint_sizes) == {3}
+    assert [row.status for row in found.rows] == ["finished"] * 3
+
+
+@pytest.mark.parametrize("keep_best", [None, 1])
+def test_on_a_cpu_the_runs_take_turns_and_end_as_alone_to_the_bit(
+    keep_best, models, tmp_path, monkeypatch, one_thread
+):
+    def refused(*arguments):
+        raise AssertionError("a joint pass on a CPU")
+
+    monkeypatch.setattr(passes.JointPasses, "_all", refused)
+    recipe = values(models, tmp_path, strategy={"name": "lora", "r": 4, "lora_dropout": 0.3})
+    found = sweep(recipe, {"training.lr": [LR, 3e-3]}, keep_best=keep_best, after=0.4)
+    best = found.rows[0]
+    assert [row.steps for row in found.rows] == [5, 5 if keep_best is None else 2]
+    alone = train(
+        recipe | {"out": str(tmp_path / "alone")}, f"training.lr={best.values['training.lr']}"
+    )
+    ours, theirs = (
+        load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (best.folder, alone.folder)
+    )
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert best.metrics == {k: v for k, v in alone.metrics.items() if k in best.metrics}
 
 
 def test_dropout_is_drawn_for_each_adapter(models, tmp_path, joint_sizes, one_thread):

@@ -1,4 +1,8 @@
-"""One of several runs that are trained together: an ordinary run that shares its model, and perhaps its rows, with the others."""
+"""One of several runs that are trained together: an ordinary run that shares its model, and perhaps its rows, with the others.
+
+On a GPU their steps are computed jointly. On a CPU, which a step of one run keeps busy, the runs take turns: each goes on to its end, or to the
+next point at which all have to meet.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from peftkit.finetune.setup import adapt_model, first_rows, make_task, own_loss
 from peftkit.finetune.together.agreement import require_agreement
 from peftkit.finetune.together.base import SharedBase
 from peftkit.finetune.together.conductor import Conductor, joined
-from peftkit.finetune.together.passes import JointPasses
+from peftkit.finetune.together.passes import JOINT_DEVICES, JointPasses
 from peftkit.finetune.together.places import Places, Route
 from peftkit.finetune.training import SingleRun
 
@@ -32,6 +36,7 @@ class Shared:
         conductor: Gives the turn to one run after the other.
         passes: Computes batches of several runs at once.
         base: The frozen model.
+        is_joint: Whether steps are computed jointly; known once the model is loaded.
         stoppers: The callbacks that stop the runs.
         on_ready: Is called once everything is checked, before anything is written.
     """
@@ -44,6 +49,7 @@ class Shared:
         self.stoppers: list[Any] = []
         self.data: tuple[Any, Any, Any] | None = None
         self.base = SharedBase()
+        self.is_joint = False
         self.on_ready: Callable[[], None] = lambda: None
 
     def stop(self) -> None:
@@ -87,17 +93,23 @@ class Member(SingleRun):
         return make_task(self.recipe, first.setting.labels), train, evaluation
 
     def load_model(self, task: Any, train: Any) -> tuple[Any, Any, list[str]]:
-        """Put the adapter on the model of the first run, and compare a joint step with one of this adapter alone."""
+        """Put the adapter on the model of the first run, and compare a joint step, if there will be any, with one of this adapter alone."""
         shared = self.shared
         base = shared.base.load(self.recipe, task, train)
         model, stages, notes = adapt_model(self.recipe, task, train, base, self.say)
         shared.places.keep(self.number, model)
-        shared.passes.share(model)
-        shared.conductor.meet(None, lambda given: given)
-        batch = task.first_batch(first_rows(self.recipe, train))
-        require_agreement(model, batch, own_loss(task), self.number, shared.passes)
+        shared.is_joint = next(model.parameters()).device.type in JOINT_DEVICES
+        if shared.is_joint:
+            shared.passes.share(model)
+            shared.conductor.meet(None, lambda given: given)
+            batch = task.first_batch(first_rows(self.recipe, train))
+            require_agreement(model, batch, own_loss(task), self.number, shared.passes)
+            notes.append("trained together with other adapters; time and memory are those of all")
+        else:
+            notes.append(
+                "trained by turns with other adapters on one frozen model; memory is that of all"
+            )
         shared.conductor.meet(None, self._ready)
-        notes.append("trained together with other adapters; time and memory are those of all")
         return model, stages, notes
 
     def _ready(self, given: list[Any]) -> list[Any]:
@@ -109,11 +121,12 @@ class Member(SingleRun):
     def make_trainer(
         self, task: Any, model: Any, train: Any, evaluation: Any, stages: Any
     ) -> tuple[Any, Any]:
-        """The trainer of an ordinary run, whose steps and evaluations are computed together with those of others."""
+        """The trainer of an ordinary run, whose steps and evaluations may be computed together with those of others."""
         trainer, stopper = super().make_trainer(task, model, train, evaluation, stages)
-        trainer.accelerator.backward = self.shared.passes.backward
-        for name in ("training_step", "evaluate"):
-            setattr(trainer, name, _joined(getattr(trainer, name)))
+        if self.shared.is_joint:
+            trainer.accelerator.backward = self.shared.passes.backward
+            for name in ("training_step", "evaluate"):
+                setattr(trainer, name, _joined(getattr(trainer, name)))
         self.shared.stoppers.append(stopper)
         for callback in self.extra(trainer, stopper):
             trainer.add_callback(callback)

@@ -27,6 +27,10 @@ from peftkit.finetune.together.places import Places
 from peftkit.finetune.together.rows import Call, batch_rows, divided, stacked
 from peftkit_kernels.core.checks import autocast_dtype
 
+JOINT_DEVICES = ("cuda", "xpu")
+"""Kinds of devices on which steps are computed jointly: a small batch leaves most of such a device idle. On a CPU the products of a step
+keep every core busy, and joint steps take as long as those one after the other or longer (``benchmarks/run.py sweep``)."""
+
 
 class JointPasses:
     """Lets the shared parts of a model compute for all trainings that call them.

@@ -37,7 +37,7 @@ def write_sweep_report(found: Sweep, recipe: Recipe) -> None:
     lines = [
         f"# {found.folder.name}",
         "",
-        f"`{recipe.model}` on the task {recipe.task.name}: {described(recipe.data.train)}, {len(found.rows)} adapters trained in one pass, "
+        f"`{recipe.model}` on the task {recipe.task.name}: {described(recipe.data.train)}, {len(found.rows)} adapters trained on one frozen model, "
         f"batches of {recipe.training.batch_size} x {recipe.training.gradient_accumulation} rows each, seed {recipe.training.seed}. "
         f"{metric}: {order}.",
         "",

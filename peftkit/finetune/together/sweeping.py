@@ -1,4 +1,4 @@
-"""``sweep``: adapters with different options, trained in one pass over the rows, and a table of them."""
+"""``sweep``: adapters with different options, trained on one frozen model, and a table of them."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def sweep(
     after: float = 0.3,
     say: Callable[[str], None] = lambda line: None,
 ) -> Sweep:
-    """Train LoRA adapters with different options in one pass over the rows, on one frozen model.
+    """Train LoRA adapters with different options on one frozen model.
 
-    Every step computes the same rows for all adapters in one batch. Each adapter has its own loss, gradient norm, optimiser, schedule,
+    On a GPU every step computes the same rows for all adapters in one batch; on a CPU the runs take turns. Each adapter has its own loss, gradient norm, optimiser, schedule,
     evaluation and checkpoints, as in a run of its own, and ends with the weights of that run up to rounding. Dropout draws other numbers.
 
     Args:
