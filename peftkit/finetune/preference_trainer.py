@@ -61,6 +61,7 @@ class PreferenceTrainer(RecipeTrainer, DPOTrainer, _NamedEvaluation):
             # Without any reference TRL would add a copy of the adapter, which would be saved with it.
             given = torch.nn.Module()
             given.config = model.config
+        trained = {p: p.data for p in model.parameters() if p.requires_grad}
         try:
             super().__init__(
                 model,
@@ -73,6 +74,9 @@ class PreferenceTrainer(RecipeTrainer, DPOTrainer, _NamedEvaluation):
             raise ContractError(
                 f"TRL's DPOTrainer refuses this model: {' '.join(str(error).split())}"
             ) from error
+        # TRL rounds an adapter on a quantised base to bfloat16, but PEFT loads a checkpoint of it in float32, as all other tasks train it.
+        for parameter, values in trained.items():
+            parameter.data = values
         if reference is None:
             self.ref_model = None
 

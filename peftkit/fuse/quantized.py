@@ -79,6 +79,13 @@ class FusedLinear8bitLt(FusedLoRA):
     if the user has chosen the products.
     """
 
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``FusedLoRA.forward``; the base layer can be multiplied again afterwards."""
+        y = super().forward(x, *args, **kwargs)
+        if self.lora_magnitude_vector:
+            _keep_factors(self.base_layer)
+        return y
+
     def peftkit_plan(self: Any, x: Tensor) -> LinearParts | Reason:
         """As ``FusedLoRA.peftkit_plan``."""
         parts = super().peftkit_plan(x)
@@ -92,6 +99,17 @@ class FusedLinear8bitLt(FusedLoRA):
 
     def _weight(self, base: Any, x: Tensor) -> Int8Weight | Reason:
         return _eight_bit(base, x)
+
+
+def _keep_factors(base: Any) -> None:
+    """Give an 8-bit weight its row factors again if PEFT's DoRA has replaced it.
+
+    On a CPU PEFT decodes the weight and puts a new one with the same codes in its place, which bitsandbytes takes for one that was just
+    quantised: its next forward would fetch the factors from it, where they are no more.
+    """
+    weight, state = base.weight, base.state
+    if weight.CB is not None and weight.SCB is None:
+        weight.SCB = state.SCB
 
 
 def plan_frozen(base: Any, x: Tensor) -> LinearParts | Reason:

@@ -1,7 +1,9 @@
 """DPO: its loss is the formula's, that of plain PEFT and exact after a resume; faulty rows and adapters without a reference are named."""
 
+import contextlib
 import copy
 import json
+from types import SimpleNamespace
 
 import finetune_cases as cases
 import models
@@ -14,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from peftkit import ContractError, accelerate
 from peftkit.finetune import evaluate, read_recipe, train
 from peftkit.finetune.tasks.base import Setting
-from peftkit.finetune.tasks.preference import Preference
+from peftkit.finetune.tasks.preference import Preference, _require_reference
 from peftkit.finetune.trainer import make_trainer
 
 # TRL reads this name, which transformers 5.23 renamed.
@@ -217,8 +219,33 @@ def test_the_losses_of_a_run_are_those_of_plain_peft(model, tmp_path, one_thread
     assert fused[-1] < 0.6, "weights that hardly move would hide a wrong gradient"
 
 
+@pytest.mark.parametrize(("change", "accepted"), [(1e-4, True), (2e-3, False)])
+def test_rounding_is_not_taken_for_an_effect_of_a_new_adapter(change, accepted):
+    class Model(torch.nn.Linear):
+        """A model whose logits are others with its adapter, as those of a quantised base with thirty layers."""
+
+        config = models.tiny("llama").config
+        factor = 1 + change
+
+        def forward(self, input_ids, attention_mask):
+            return SimpleNamespace(logits=self.factor * torch.ones(*input_ids.shape, 4))
+
+        @contextlib.contextmanager
+        def disable_adapter(self):
+            self.factor = 1
+            yield
+
+    if accepted:
+        _require_reference(Model(1, 1))
+        return
+    with pytest.raises(ContractError, match=r"the new adapter changes the logits by 0.002 before"):
+        _require_reference(Model(1, 1))
+
+
 STRATEGIES = {
     "lora": {"name": "lora", "r": 4},
+    "lora on nf4": {"name": "lora", "r": 4},
+    "dora on int8": {"name": "lora", "r": 4, "use_dora": True},
     "gated prefix": {"name": "prefix", "gate": True},
     "full": "full",
 }
@@ -233,6 +260,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, model, tmp_path, one_th
         data,
         tmp_path / "whole",
         strategy=STRATEGIES[name],
+        base=name.partition(" on ")[2] or "auto",
         data={"eval": 0.25},
         training={"max_steps": 6, "checkpoint_every": 3, "samples": 1, "gradient_accumulation": 2},
     )

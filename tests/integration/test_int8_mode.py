@@ -89,6 +89,19 @@ def test_dora_decodes_the_weight(saved):  # noqa: F811
     pairs.assert_equal(step(fused), expected)
 
 
+def test_dora_is_evaluated_more_than_once(saved):  # noqa: F811
+    # Stock PEFT 0.21 cannot on a CPU: the second forward finds no row factors.
+    _, fused = pair(saved, 8, use_dora=True)
+    ids = torch.arange(12)[None]
+    trained = step(fused)
+    fused.eval()
+    with torch.no_grad():
+        first, second = (fused(input_ids=ids).logits for _ in range(2))
+    assert torch.equal(first, second)
+    fused.train()
+    pairs.assert_equal(step(fused), trained)
+
+
 def test_under_autocast(saved):  # noqa: F811
     _, fused = pair(saved, 8)
     accelerate(fused, int8_mode="compute", strict=True)

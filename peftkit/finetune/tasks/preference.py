@@ -168,8 +168,10 @@ def _require_reference(model: Any, length: int = 8) -> None:
     finally:
         model.train(was_training)
     difference = (with_adapter - without).abs().max().item()
-    # An adapter that adds zeros may still change the order of sums.
-    if not difference <= 64 * torch.finfo(without.dtype).eps * without.abs().max().item():
+    # An adapter that adds zeros may still change the order of sums, and the weights of a quantised base are then decoded by other code. An
+    # adapter with an effect changes the first digits.
+    eps = torch.finfo(without.dtype).eps
+    if not difference <= max(64 * eps, eps**0.5) * without.abs().max().item():
         raise ContractError(
             f"the new adapter changes the logits by {difference:.3g} before training, but the reference of task=preference is the model "
             "with the adapter disabled; use an adapter that starts without effect, such as strategy lora with init_lora_weights=true, "
