@@ -48,10 +48,11 @@ def joint_sizes(monkeypatch):
 
     With this fixture passes are joint on a CPU too.
     """
-    from peftkit.finetune.together import member
+    from peftkit.finetune.together import passes
     from peftkit.finetune.together.passes import JointPasses
 
-    monkeypatch.setattr(member, "JOINT_DEVICES", ("cpu",))
+    monkeypatch.setattr(passes, "JOINT_DEVICES", ("cpu",))
+    monkeypatch.setattr(passes, "JOINT_TOKENS", 10**6)
     found = []
     compute = JointPasses._all
 

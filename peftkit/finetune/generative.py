@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from peftkit.errors import ContractError
+from peftkit.finetune.logits import change
 from peftkit.finetune.packing import collate_packs, pack, require_no_leaks
 from peftkit.finetune.tasks.base import IGNORED, Task, marked, pad, pad_tokens
 from peftkit.finetune.tasks.scores import token_accuracy
@@ -92,9 +93,8 @@ def require_blind_to_last(model: Any, batch: dict[str, Any], other_id: int) -> N
             )
     finally:
         model.train(was_training)
-    difference = (first - second).abs().max().item()
-    # Masked positions add exact zeros; only the order of sums may differ.
-    if not difference <= 64 * torch.finfo(first.dtype).eps * first.abs().max().item():
+    difference = change(first, second)
+    if difference:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         raise ContractError(
             f"{type(base).__name__} attends to the tokens that it should predict (they change its logits by {difference:.3g}), so the "

@@ -1,5 +1,8 @@
 """Joint batches: rows are put together and divided again, each with its own adapter, or there is an error."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from peftkit import ContractError
 from peftkit.finetune.together.conductor import FORWARD, Conductor
+from peftkit.finetune.together.passes import pays
 from peftkit.finetune.together.places import Route, Routed
 from peftkit.finetune.together.rows import batch_rows, divided, stacked
 from peftkit_kernels.low_rank import LoRA
@@ -88,6 +92,14 @@ def test_outputs_without_the_rows_of_the_batch_are_refused(output):
         divided((output,), [2, 2], [None, None], "Model")
 
 
+@pytest.mark.parametrize(
+    ("device", "tokens", "expected"),
+    [("cpu", 8, False), ("cuda", 1024, True), ("cuda", 1025, False), ("cuda", None, False)],
+)
+def test_joint_steps_are_for_few_tokens_on_a_gpu(device, tokens, expected):
+    assert pays(device, tokens) == expected
+
+
 def test_one_training_runs_at_a_time_and_equal_requests_are_answered_together():
     conductor = Conductor(lambda number: log.append(f"turn {number}"))
     log, groups = [], []
@@ -104,6 +116,36 @@ def test_one_training_runs_at_a_time_and_equal_requests_are_answered_together():
     assert [strand.result[1] for strand in strands] == [[3, 1, 0], [3, 1], [3]]
     assert groups == [[0, 1, 2], [0, 1], [0], [0, 1, 2]]
     assert {strand.result[0] for strand in strands} == {3}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_a_training_that_waits_has_no_workers():
+    def threads():
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    def compute():
+        torch.mm(torch.ones(512, 512), torch.ones(512, 512))
+        return threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compute()
+        conductor = Conductor(lambda number: None)
+
+        def work():
+            first = compute()
+            conductor.meet(None, lambda given: given)
+            return first, compute()
+
+        strands = conductor.run([work] * 3)
+        counts = [strand.result for strand in strands]
+        assert compute() <= counts[0][0]
+    finally:
+        torch.set_num_threads(before)
+    # Of all that wait none has workers beside the one that computes.
+    assert len({first for first, _ in counts}) == 1
+    assert counts[-1][1] <= counts[0][0]
 
 
 def test_a_fault_of_the_program_ends_all_trainings():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftkit.errors import ContractError, short
 from peftkit.finetune.generative import require_causal
+from peftkit.finetune.logits import change
 from peftkit.finetune.schema import key
 from peftkit.finetune.tasks.base import (
     IGNORED,
@@ -167,11 +168,8 @@ def _require_reference(model: Any, length: int = 8) -> None:
                 without = model(**inputs).logits
     finally:
         model.train(was_training)
-    difference = (with_adapter - without).abs().max().item()
-    # An adapter that adds zeros may still change the order of sums, and the weights of a quantised base are then decoded by other code. An
-    # adapter with an effect changes the first digits.
-    eps = torch.finfo(without.dtype).eps
-    if not difference <= max(64 * eps, eps**0.5) * without.abs().max().item():
+    difference = change(without, with_adapter)
+    if difference:
         raise ContractError(
             f"the new adapter changes the logits by {difference:.3g} before training, but the reference of task=preference is the model "
             "with the adapter disabled; use an adapter that starts without effect, such as strategy lora with init_lora_weights=true, "

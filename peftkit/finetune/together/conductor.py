@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peftkit.errors import ContractError
+from peftkit.finetune.together.workers import release_workers
 
 _local = threading.local()
 
@@ -79,6 +80,7 @@ class Conductor:
             threading.Thread(target=self._run, args=(strand,), daemon=True).start()
         before = _accelerate_state().copy()
         turns = list(self.strands)
+        release_workers()
         try:
             while not all(strand.done for strand in self.strands):
                 for strand in turns:
@@ -110,6 +112,8 @@ class Conductor:
         if strand is None:
             return act([payload])[0]
         strand._request = (kind, key, payload, act)
+        if kind == MEETING:
+            release_workers()  # others may compute for a long time
         self._stop(strand)
         if strand._group is not None:
             self._answer(strand)
@@ -171,6 +175,7 @@ class Conductor:
             pass
         except BaseException as error:
             strand.error = error
+        release_workers()
         strand.done = True
         self._back.release()
 

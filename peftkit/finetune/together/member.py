@@ -1,7 +1,7 @@
 """One of several runs that are trained together: an ordinary run that shares its model, and perhaps its rows, with the others.
 
-On a GPU their steps are computed jointly. On a CPU, which a step of one run keeps busy, the runs take turns: each goes on to its end, or to the
-next point at which all have to meet.
+On a GPU steps with few tokens are computed jointly. Otherwise a step of one run keeps the device busy, and the runs take turns: each goes on to its
+end, or to the next point at which all have to meet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peftkit.finetune.setup import adapt_model, first_rows, make_task, own_loss
 from peftkit.finetune.together.agreement import require_agreement
 from peftkit.finetune.together.base import SharedBase
 from peftkit.finetune.together.conductor import Conductor, joined
-from peftkit.finetune.together.passes import JOINT_DEVICES, JointPasses
+from peftkit.finetune.together.passes import JointPasses, pays
 from peftkit.finetune.together.places import Places, Route
 from peftkit.finetune.training import SingleRun
 
@@ -36,7 +36,7 @@ class Shared:
         conductor: Gives the turn to one run after the other.
         passes: Computes batches of several runs at once.
         base: The frozen model.
-        is_joint: Whether steps are computed jointly; known once the model is loaded.
+        is_joint: Whether steps are computed jointly; known once all adapters are on the model.
         stoppers: The callbacks that stop the runs.
         on_ready: Is called once everything is checked, before anything is written.
     """
@@ -98,7 +98,11 @@ class Member(SingleRun):
         base = shared.base.load(self.recipe, task, train)
         model, stages, notes = adapt_model(self.recipe, task, train, base, self.say)
         shared.places.keep(self.number, model)
-        shared.is_joint = next(model.parameters()).device.type in JOINT_DEVICES
+        tokens = self.recipe.training.batch_size * task.setting.seq_len
+        pays_here = pays(
+            next(model.parameters()).device.type, tokens if task.processor == "tokenizer" else None
+        )
+        shared.conductor.meet(pays_here, self._choose)
         if shared.is_joint:
             shared.passes.share(model)
             shared.conductor.meet(None, lambda given: given)
@@ -111,6 +115,10 @@ class Member(SingleRun):
             )
         shared.conductor.meet(None, self._ready)
         return model, stages, notes
+
+    def _choose(self, given: list[bool]) -> list[bool]:
+        self.shared.is_joint = all(given)
+        return given
 
     def _ready(self, given: list[Any]) -> list[Any]:
         # From here on the fault of one run does not end the others.

@@ -31,6 +31,21 @@ JOINT_DEVICES = ("cuda", "xpu")
 """Kinds of devices on which steps are computed jointly: a small batch leaves most of such a device idle. On a CPU the products of a step
 keep every core busy, and joint steps take as long as those one after the other or longer (``benchmarks/run.py sweep``)."""
 
+JOINT_TOKENS = 1024
+"""Tokens in a batch of one training up to which steps are computed jointly. Predicted, not measured: an H100 does about 220 operations in
+bfloat16 while it reads a byte, so the frozen products of some hundred tokens keep it busy. With more tokens there is little to gain, and the
+activations of all trainings would have to be in memory at once."""
+
+
+def pays(device: str, tokens: int | None) -> bool:
+    """Whether joint steps are worth while.
+
+    Args:
+        device: The kind of the model's device.
+        tokens: The largest number of tokens in a batch of one training; ``None`` if its rows are images or recordings, which are long.
+    """
+    return device in JOINT_DEVICES and tokens is not None and tokens <= JOINT_TOKENS
+
 
 class JointPasses:
     """Lets the shared parts of a model compute for all trainings that call them.

@@ -83,8 +83,9 @@ def sweep(
 ) -> Sweep:
     """Train LoRA adapters with different options on one frozen model.
 
-    On a GPU every step computes the same rows for all adapters in one batch; on a CPU the runs take turns. Each adapter has its own loss, gradient norm, optimiser, schedule,
-    evaluation and checkpoints, as in a run of its own, and ends with the weights of that run up to rounding. Dropout draws other numbers.
+    On a GPU a step with at most 1024 tokens computes the same rows for all adapters in one batch; otherwise the runs take turns. Each adapter
+    has its own loss, gradient norm, optimiser, schedule, evaluation and checkpoints, as in a run of its own, and ends with the weights of that
+    run: to the bit by turns, up to rounding with joint steps, in which dropout draws other numbers.
 
     Args:
         recipe: As for ``train``, with strategy ``lora``; ``out`` becomes the folder of the sweep.
