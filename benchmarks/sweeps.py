@@ -1,6 +1,7 @@
-"""The time of a sweep of four adapters in one pass against that of four runs one after the other, on SmolLM2.
+"""The time of a sweep of four adapters on one frozen model against that of four runs one after the other, on SmolLM2.
 
     python benchmarks/run.py sweep
+    python benchmarks/run.py sweep --keep-best 1                         # the losers are dropped after 30 % of the steps
     python benchmarks/run.py sweep --model DIR --steps 3 --length 32 --rounds 1      # a smoke run
     python benchmarks/sweeps.py --model DIR --adapter 0                  # one run alone; without --adapter the sweep; prints a JSON document
 
@@ -40,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=BATCH, help="rows of each adapter in a step")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a row")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--keep-best", type=int, help="as for peftkit sweep; default: all")
     parser.add_argument("--base", choices=("fp32", "bf16", "nf4", "int8"), default="fp32")
 
 
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         "batch": arguments.batch,
         "length": arguments.length,
         "base": arguments.base,
+        "keep_best": arguments.keep_best,
         "rounds": [],
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -60,18 +63,19 @@ def run(arguments: argparse.Namespace) -> None:
 
             model = model_folder("records", Path(folder))
         options = ["--model", str(model), "--base", arguments.base]
+        sweep_options = ["--keep-best", str(arguments.keep_best)] if arguments.keep_best else []
         for name in ("steps", "batch", "length"):
             options += [f"--{name}", str(getattr(arguments, name))]
         guard = Guard()
         for number in range(arguments.rounds):
             print(f"sweep: round {number + 1}", file=sys.stderr, flush=True)
             found = {
-                "sweep": guard.run(lambda: _timed(options)),
+                "sweep": guard.run(lambda: _timed([*options, *sweep_options])),
                 "runs": guard.run(lambda: _in_turn(options)),
             }
             found["disturbed"] = guard.disturbed(found["sweep"]) or guard.disturbed(found["runs"])
             result["rounds"].append(found)
-            save(result, "sweep")
+            save(result, "sweep" if arguments.keep_best is None else "sweep-halving")
     print(table(result))
 
 
@@ -102,13 +106,15 @@ def table(result: dict[str, Any]) -> str:
         for kind in ("sweep", "runs")
     }
     worst = max(
-        abs(one["sweep"]["losses"][name] / loss - 1)
+        abs(loss / one["runs"]["losses"][name] - 1)
         for one in rounds
-        for name, loss in one["runs"]["losses"].items()
+        for name, loss in one["sweep"]["losses"].items()
     )
+    kept = result.get("keep_best")
     lines = [
-        f"**sweep** ({machine(result['environment'])}): {len(rounds[0]['sweep']['losses'])} adapters, {result['steps']} steps, "
-        f"{result['batch']} x {result['length']} tokens each, base {result['base']}",
+        f"**sweep** ({machine(result['environment'])}): {len(rounds[0]['runs']['losses'])} adapters, {result['steps']} steps, "
+        f"{result['batch']} x {result['length']} tokens each, base {result['base']}"
+        + (f", {kept} kept after 30 % of the steps" if kept else ""),
         "",
         "| | whole (s) | training (s) |",
         "|---|---|---|",
@@ -169,12 +175,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     with _Training() as training:
         if arguments.adapter is None:
-            rows_of_all = peftkit.sweep(recipe, OVER).rows
-            losses = {row.name: row.metrics["eval_loss"] for row in rows_of_all}
+            rows_of_all = peftkit.sweep(recipe, OVER, keep_best=arguments.keep_best).rows
+            ended = [row for row in rows_of_all if row.status == "finished"]
+            losses = {row.name: row.metrics["eval_loss"] for row in ended}
         else:
             variant = variants(recipe, read_over(OVER))[arguments.adapter]
             losses = {variant.name: peftkit.train(variant.recipe).metrics["eval_loss"]}
-    return {"training": training.last - training.first, "losses": losses}
+    return {"training": training.seconds, "losses": losses}
 
 
 def _texts(folder: Path) -> tuple[Path, Path]:
@@ -190,19 +197,23 @@ def _texts(folder: Path) -> tuple[Path, Path]:
 
 
 class _Training:
-    """Measures the time from the first step of a training in it to the end of the last."""
+    """Measures the time in which at least one training runs."""
 
     def __enter__(self) -> _Training:
         from transformers import Trainer
 
-        self.first, self.last, self._train = 0.0, 0.0, Trainer.train
+        self.seconds, self._running, self._train = 0.0, 0, Trainer.train
 
         def train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-            self.first = self.first or time.perf_counter()
+            if not self._running:
+                self._begin = time.perf_counter()
+            self._running += 1
             try:
                 return self._train(trainer, *args, **kwargs)
             finally:
-                self.last = time.perf_counter()
+                self._running -= 1
+                if not self._running:
+                    self.seconds += time.perf_counter() - self._begin
 
         Trainer.train = train
         return self

@@ -305,7 +305,7 @@ def test_rows_of_a_file_that_was_cut_off_name_the_line(suite, tmp_path):
 def test_tables_show_speeds_and_reasons(measure, points):
     tables = load_script("suite_tables").tables
     text = tables(measure(points, {"peftkit lora": {"seconds": [0.05, 0.05, 0.05]}}))
-    assert "Chip (family 1, model 2), 1 threads, AVX2, products by MKL; commit abc1234" in text
+    assert "Chip (family 1, model 2), 1 thread, AVX2, products by MKL; commit abc1234" in text
     assert "| lora | peftkit | 0.05 | 0.05..0.05 | 0.50 | 640 | 1 | 0 | 8 |" in text
     text = tables(measure(points, {"peftkit lora": {"leaking": ["w"]}}))
     assert "| lora | peftkit | refused: w gets a gradient, although it is frozen |" in text

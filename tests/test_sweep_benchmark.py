@@ -29,6 +29,14 @@ def test_the_ratio_is_that_of_the_whole_processes(sweeps):
     assert "takes 0.40 of the time of the runs (0.50 in training), within the bar of 0.5" in table
 
 
+def test_only_adapters_that_were_kept_are_compared(sweeps):
+    found = result() | {"keep_best": 1}
+    found["rounds"][0]["runs"]["losses"]["r=16"] = 3.0
+    table = sweeps.table(found)
+    assert "2 adapters, 3 steps, 2 x 8 tokens each, base fp32, 1 kept after 30 %" in table
+    assert "takes 0.40 of the time of the runs" in table
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
