@@ -9,7 +9,8 @@ import typer
 
 def check(
     adapter: Annotated[
-        Path | None, typer.Argument(help="Folder of an adapter.", show_default=False)
+        Path | None,
+        typer.Argument(help="Folder of an adapter, or of a finished run.", show_default=False),
     ] = None,
     base: Annotated[
         str | None,
@@ -62,9 +63,10 @@ def check(
 def _adapter(
     adapter: Any, target: Any, base: str | None, max_rank: int | None, as_json: bool
 ) -> int:
+    from peftkit.finetune.using import weights_of
     from peftkit.serving import serving_report
 
-    found = serving_report(adapter, target, base=base, max_rank=max_rank)
+    found = serving_report(Path(weights_of(adapter)), target, base=base, max_rank=max_rank)
     if as_json:
         typer.echo(json.dumps({**found.to_dict(), "base": base}, indent=1))
     else:

@@ -7,7 +7,10 @@ import typer
 
 
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter.", show_default=False)],
+    adapter: Annotated[
+        Path,
+        typer.Argument(help="Folder of a LoRA adapter, or of a finished run.", show_default=False),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     experts: Annotated[
         str | None,
@@ -34,7 +37,8 @@ def convert(
     ] = None,
 ) -> None:
     """Write an adapter that computes the same with keys, layout of experts, ranks and scales that more servers read."""
+    from peftkit.finetune.using import weights_of
     from peftkit.serving import convert_adapter
 
-    convert_adapter(adapter, out, experts=experts, uniform=uniform, base=base)  # type: ignore[arg-type]
+    convert_adapter(Path(weights_of(adapter)), out, experts=experts, uniform=uniform, base=base)  # type: ignore[arg-type]
     typer.echo(f"written to {out}")

@@ -11,7 +11,7 @@ def export(
     model: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a model, or of an adapter that is merged into its base model.",
+            help="Folder of a model, of an adapter that is merged into its base model, or of a finished run.",
             show_default=False,
         ),
     ],
@@ -59,7 +59,9 @@ def export(
 ) -> None:
     """Write a GGUF file, read it back, and compare its logits with the model's. No file is left if they differ too much."""
     from peftkit.export import export_adapter_gguf, export_gguf
+    from peftkit.finetune.using import weights_of
 
+    model = Path(weights_of(model))
     if adapter_only:
         export_adapter_gguf(model, out, base=base, dtype=dtype or "f32")  # type: ignore[arg-type]
         typer.echo(json.dumps({"path": str(out)}) if as_json else f"written to {out}")

@@ -12,7 +12,7 @@ def merge(
         list[str],
         typer.Argument(
             metavar="ADAPTER [BASE] OUT",
-            help="Folder of the adapter; folder or hub id of the base model (default: the one named in the adapter's config); "
+            help="Folder of the adapter, or of a finished run; folder or hub id of the base model (default: the one named in the adapter's config); "
             "new folder for the merged model.",
             show_default=False,
         ),
@@ -86,12 +86,17 @@ def merge(
         raise typer.BadParameter("give either --min-recovery or --any-recovery")
     import transformers
 
+    from peftkit.finetune.using import weights_of
     from peftkit.merging import merge as write_merged
     from peftkit.merging.loading import load_for_merging, tokenizer_folder
     from peftkit.merging.mapped import files_of
 
     transformers.utils.logging.disable_progress_bar()
-    adapter, out, base = Path(paths[0]), paths[-1], paths[1] if len(paths) == 3 else None
+    adapter, out, base = (
+        Path(weights_of(paths[0])),
+        paths[-1],
+        paths[1] if len(paths) == 3 else None,
+    )
     model = load_for_merging(adapter, base, quantize)
     folder = tokenizer_folder(adapter, model)
     texts = None if probe is None else _lines(probe)

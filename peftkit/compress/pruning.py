@@ -9,8 +9,7 @@ from typing import Any
 from peftkit.compress.report import REPORT, PruneReport
 from peftkit.errors import ContractError, short
 from peftkit.finetune.run_folder import RECIPE
-from peftkit.finetune.using import evaluate_weights, open_run
-from peftkit.finetune.weights import ADAPTER, MODEL
+from peftkit.finetune.using import evaluate_weights, open_run, weights_of
 from peftkit.merging.files import new_folder, parse_size, require_absent, write_json
 
 
@@ -106,11 +105,9 @@ def _places(source: str | os.PathLike[str], lowers_ranks: bool) -> tuple[str, Pa
     Raises:
         ContractError: The source has weights of the other kind.
     """
-    place = Path(source)
-    run = None
-    if (place / RECIPE).is_file():
-        run = open_run(place)[1].path
-        place = next(p for p in (run / ADAPTER, run / MODEL, run) if p.is_dir())
+    weights = weights_of(source)
+    place = Path(weights)
+    run = open_run(source)[1].path if (Path(source) / RECIPE).is_file() else None
     is_adapter = (place / "adapter_config.json").is_file()
     if is_adapter and not lowers_ranks:
         raise ContractError(
@@ -121,7 +118,7 @@ def _places(source: str | os.PathLike[str], lowers_ranks: bool) -> tuple[str, Pa
         raise ContractError(
             f"{place} is a model, which has no ranks; prune its weights with sparsity or pattern"
         )
-    return (os.fspath(source) if run is None else str(place)), run
+    return weights, run
 
 
 def _copy_card(source: Path, folder: Path, setting: str) -> None:

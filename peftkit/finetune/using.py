@@ -207,6 +207,18 @@ def open_run(run: str | os.PathLike[str]) -> tuple[Recipe, RunFolder]:
     return recipe, folder
 
 
+def weights_of(source: str | os.PathLike[str]) -> str:
+    """The folder of the weights of a finished run, or ``source`` as it is if it is no folder of a run.
+
+    Raises:
+        ContractError: The run is not finished, or has several adapters.
+    """
+    if not (Path(source) / RECIPE).is_file():
+        return os.fspath(source)
+    run = open_run(source)[1].path
+    return str(next(p for p in (run / ADAPTER, run / MODEL, run) if p.is_dir()))
+
+
 def load_run(recipe: Recipe, folder: RunFolder, weights: Path | None = None) -> tuple[Task, Any]:
     """Load the task and the trained model of a run, in evaluation mode; ``weights`` as for ``evaluate_weights``."""
     labels = (folder.read_json(DATA) or {}).get("labels") or []
