@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import learning
+import memory_plans
 import operations
 import overhead
 import prefix
@@ -52,6 +53,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": lambda: overhead.table(load("overhead")),
     "kernels": _kernels,
     "prefix": lambda: prefix.table(load("prefix")),
+    "plan": lambda: memory_plans.table(load("plan")),
 }
 """The text between the marks of docs/benchmarks.md, by mark. A mark that is the name of a benchmark has its table."""
 
