@@ -2,6 +2,7 @@
 
     python benchmarks/run.py sweep
     python benchmarks/run.py sweep --keep-best 1                         # the losers are dropped after 30 % of the steps
+    python benchmarks/run.py sweep --joint                               # steps of all adapters in one batch, on a CPU too
     python benchmarks/run.py sweep --model DIR --steps 3 --length 32 --rounds 1      # a smoke run
     python benchmarks/sweeps.py --model DIR --adapter 0                  # one run alone; without --adapter the sweep; prints a JSON document
 
@@ -41,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=BATCH, help="rows of each adapter in a step")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a row")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--joint", action="store_true", help="joint steps, on a CPU too")
     parser.add_argument("--keep-best", type=int, help="as for peftkit sweep; default: all")
     parser.add_argument("--base", choices=("fp32", "bf16", "nf4", "int8"), default="fp32")
 
@@ -54,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         "length": arguments.length,
         "base": arguments.base,
         "keep_best": arguments.keep_best,
+        "joint": arguments.joint,
         "rounds": [],
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -64,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
             model = model_folder("records", Path(folder))
         options = ["--model", str(model), "--base", arguments.base]
         sweep_options = ["--keep-best", str(arguments.keep_best)] if arguments.keep_best else []
+        sweep_options += ["--joint"] * arguments.joint
         for name in ("steps", "batch", "length"):
             options += [f"--{name}", str(getattr(arguments, name))]
         guard = Guard()
@@ -75,7 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
             }
             found["disturbed"] = guard.disturbed(found["sweep"]) or guard.disturbed(found["runs"])
             result["rounds"].append(found)
-            save(result, "sweep" if arguments.keep_best is None else "sweep-halving")
+            kind = "-halving" * bool(arguments.keep_best) + "-joint" * arguments.joint
+            save(result, f"sweep{kind}")
     print(table(result))
 
 
@@ -114,7 +119,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"**sweep** ({machine(result['environment'])}): {len(rounds[0]['runs']['losses'])} adapters, {result['steps']} steps, "
         f"{result['batch']} x {result['length']} tokens each, base {result['base']}"
-        + (f", {kept} kept after 30 % of the steps" if kept else ""),
+        + (f", {kept} kept after 30 % of the steps" if kept else "")
+        + (", joint steps" if result.get("joint") else ""),
         "",
         "| | whole (s) | training (s) |",
         "|---|---|---|",
@@ -173,6 +179,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import peftkit
     from peftkit.finetune.together.over import read_over, variants
 
+    if arguments.joint:
+        from peftkit.finetune.together import passes
+
+        passes.JOINT_DEVICES, passes.JOINT_TOKENS = ("cpu", *passes.JOINT_DEVICES), sys.maxsize
     with _Training() as training:
         if arguments.adapter is None:
             rows_of_all = peftkit.sweep(recipe, OVER, keep_best=arguments.keep_best).rows

@@ -17,13 +17,7 @@ _ENCODER = {
 }
 _SEQ2SEQ = {
     "vocab_size": models.VOCAB_SIZE,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
+    **models.SEQ2SEQ_SIZES,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -8,6 +8,16 @@ import transformers as hf
 from torch import nn
 
 VOCAB_SIZE = 96
+SEQ2SEQ_SIZES = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+}
+"""The sizes of a tiny encoder with a decoder, as most configs name them."""
 HIDDEN_SIZE = 32
 BATCH_SIZE = 2
 SEQUENCE_LENGTH = 12

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import finetune_cases
+import models
 import numpy as np
 import task_models
 import torch
@@ -17,13 +18,7 @@ import transformers as hf
 RATE = 1000
 LETTERS = "abcd"
 _PAIR = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
+    **models.SEQ2SEQ_SIZES,
     "max_target_positions": 24,
     "init_std": 0.2,
     **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0),

@@ -1,1 +1,1 @@
-"""Train several adapters at once over one frozen model: on a GPU a step computes the rows of all of them in one batch."""
+"""Train several adapters at once over one frozen model: by turns, or on a GPU, with few tokens, the rows of all in one batch."""

@@ -29,7 +29,7 @@ from peftkit_kernels.core.checks import autocast_dtype
 
 JOINT_DEVICES = ("cuda", "xpu")
 """Kinds of devices on which steps are computed jointly: a small batch leaves most of such a device idle. On a CPU the products of a step
-keep every core busy, and joint steps take as long as those one after the other or longer (``benchmarks/run.py sweep``)."""
+keep every core busy, and joint steps take as long as those one after the other or longer (``benchmarks/run.py sweep --joint``)."""
 
 JOINT_TOKENS = 1024
 """Tokens in a batch of one training up to which steps are computed jointly. Predicted, not measured: an H100 does about 220 operations in
