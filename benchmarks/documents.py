@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import host
 import learning
 import memory_plans
 import operations
@@ -53,6 +54,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": lambda: overhead.table(load("overhead")),
     "kernels": _kernels,
     "prefix": lambda: prefix.table(load("prefix")),
+    "host": lambda: host.table(load("host")),
     "plan": lambda: memory_plans.table(load("plan")),
 }
 """The text between the marks of docs/benchmarks.md, by mark. A mark that is the name of a benchmark has its table."""
