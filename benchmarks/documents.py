@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import host
 import learning
@@ -25,6 +26,7 @@ import strategies
 import suite_tables
 import summary
 import tuning
+from points import AXES, BASE
 from report import HERE, load, machine
 
 ROOT = HERE.parent
@@ -43,8 +45,8 @@ def _kernels() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "training": lambda: _cases("training", steps.Training.CASES),
     "parts": lambda: steps.parts_table(load("parts-smollm2")),
-    "methods": lambda: _rows("methods"),
-    "scaling": lambda: _rows("scaling"),
+    "methods": lambda: suite_tables.tables(_rows("methods")),
+    "scaling": lambda: suite_tables.along_axes(_rows("scaling"), AXES, BASE),
     "earlier methods": lambda: _cases("methods", ("smollm2", "experts")),
     "quantised": lambda: "\n\n".join(map(quantised.table, quantised.stored())),
     "learning": lambda: learning.table(load("learning")),
@@ -96,8 +98,8 @@ def between(page: str, mark: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
-def _rows(name: str) -> str:
-    return suite_tables.tables([row for row in records.stored() if row["suite"] == name])
+def _rows(suite: str) -> list[dict[str, Any]]:
+    return [row for row in records.stored() if row["suite"] == suite]
 
 
 def _cases(benchmark: str, cases: Iterable[str]) -> str:

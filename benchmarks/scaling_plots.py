@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from points import Point
+from suite_tables import sizes_of
 
 _MEASURES = {"step_seconds": "step (s)", "peak_bytes": "memory that a step adds (MiB)"}
 
@@ -40,7 +41,7 @@ def series(
     rows: list[dict[str, Any]], axis: str, values: tuple[Any, ...], base: Point, measure: str
 ) -> dict[str, list[tuple[Any, float]]]:
     """The measured points on an axis by library: pairs of the axis' value and the measure, memory in MiB."""
-    found = {(row["library"], _sizes(row)): row for row in rows if row["status"] == "ok"}
+    found = {(row["library"], sizes_of(row)): row for row in rows if row["status"] == "ok"}
     lines: dict[str, list[tuple[Any, float]]] = {}
     for library in ("PEFT", "peftkit"):
         lines[library] = []
@@ -50,8 +51,3 @@ def series(
                 scale = 2**20 if measure == "peak_bytes" else 1
                 lines[library].append((value, row[measure] / scale))
     return lines
-
-
-def _sizes(row: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("case", "batch", "length", "rank", "adapters", "checkpointing")
-    return tuple(row[name] for name in names)

@@ -72,7 +72,8 @@ class Methods:
             points = of_methods(SMOKE_BASE, chosen, libraries)
         else:
             points = of_methods(_base(arguments), arguments.methods or list(LIBRARIES), libraries)
-        _report(Suite(cls.SUITE, arguments).measure(points), arguments)
+        rows = Suite(cls.SUITE, arguments).measure(points)
+        _report(rows, arguments, suite_tables.tables(rows))
 
 
 class Scaling:
@@ -102,7 +103,7 @@ class Scaling:
         if arguments.library:
             points = [p for p in points if p.library in ("PEFT", *arguments.library)]
         rows = Suite(cls.SUITE, arguments).measure(points)
-        _report(rows, arguments)
+        _report(rows, arguments, suite_tables.along_axes(rows, chosen, base))
         if arguments.plot:
             import scaling_plots
 
@@ -163,8 +164,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, help="the file of the rows; default: by the device")
 
 
-def _report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    print("\n".join(map(json.dumps, rows)) if arguments.json else suite_tables.tables(rows))
+def _report(rows: list[dict[str, Any]], arguments: argparse.Namespace, tables: str) -> None:
+    print("\n".join(map(json.dumps, rows)) if arguments.json else tables)
     if arguments.html is not None:
         import results_page
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from points import LIBRARIES, reference_of
+from points import AXES, LIBRARIES, Point, reference_of
 from report import machine
 
 _SIZES = ("case", "batch", "length", "rank", "adapters", "checkpointing")
+"""The fields of a row that ``Point.sizes`` has, in its order."""
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -20,13 +23,62 @@ def tables(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def along_axes(rows: list[dict[str, Any]], axes: dict[str, tuple[Any, ...]], base: Point) -> str:
+    """The rows of ``scaling``, those of each axis in one table with a line for each value."""
+    groups = [list(group) for _, group in groupby(sorted(rows, key=_machine), key=_machine)]
+    found = [_along(group, axis, base, axes[axis]) for group in groups for axis in axes]
+    return "\n\n".join(filter(None, found)) or "Nothing was measured yet."
+
+
+def _along(rows: list[dict[str, Any]], axis: str, base: Point, values: tuple[Any, ...]) -> str:
+    by_point = {(row["library"], sizes_of(row)): row for row in rows}
+    lines, reasons, measured = [], [], []
+    for value in values:
+        sizes = replace(base, **{axis: value}).sizes
+        pair = [by_point[name, sizes] for name in ("PEFT", "peftkit") if (name, sizes) in by_point]
+        if len(pair) < 2:
+            continue
+        step = _compared(pair, "step_seconds", lambda seconds: f"{seconds:.3g}")
+        memory = _compared(pair, "peak_bytes", lambda size: f"{size / 2**20:.0f}")
+        lines.append([str(value), *step, *memory])
+        measured += pair
+        reasons += [
+            f"{value} in {row['library']} was {row['status']}: {row['reason']}"
+            for row in pair
+            if row["status"] != "ok"
+        ]
+    if not lines:
+        return ""
+    others = ", ".join(f"{name} {getattr(base, name)}" for name in AXES if name != axis)
+    head = [axis, "PEFT (s)", "peftkit (s)", "/ PEFT", "PEFT (MiB)", "peftkit (MiB)", "/ PEFT"]
+    table = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+    text = "\n".join([f"**{axis}**; {others} {_place_of(measured[-1])}", "", *table])
+    return text + (f"\n\n{'; '.join(reasons)}." if reasons else "")
+
+
+def _compared(pair: list[dict[str, Any]], measure: str, shown: Callable[[float], str]) -> list[str]:
+    """A measure of PEFT's row and of ours, and its ratio; a refused row has none."""
+    cells = [shown(row[measure]) if row["status"] == "ok" else row["status"] for row in pair]
+    both = all(row["status"] == "ok" for row in pair)
+    return [*cells, f"{pair[1][measure] / pair[0][measure]:.2f}" if both else ""]
+
+
+def sizes_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What ``Point.sizes`` is of the point of a row."""
+    return tuple(row[name] for name in _SIZES)
+
+
 def _place(row: dict[str, Any]) -> tuple[int, int]:
     """The place of a row in its table, which is not that of its measurement."""
     return list(LIBRARIES).index(row["method"]), LIBRARIES[row["method"]].index(row["library"])
 
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
-    return (row["environment"]["device"], row["isa"], *(row[name] for name in _SIZES))
+    return (*_machine(row), *sizes_of(row))
+
+
+def _machine(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["environment"]["device"], row["isa"]
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -67,14 +119,16 @@ def _ahead(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _heading(row: dict[str, Any]) -> str:
-    where, again = row["environment"], ", checkpointed" if row["checkpointing"] else ""
+    again = ", checkpointed" if row["checkpointing"] else ""
     loaded = f", {row['adapters']} adapters" if row["adapters"] > 1 else ""
+    return f"**{row['case']}, {row['batch']} x {row['length']} tokens, rank {row['rank']}{loaded}{again}** {_place_of(row)}"
+
+
+def _place_of(row: dict[str, Any]) -> str:
+    """Where and when a row was measured."""
+    where = row["environment"]
     device = {"cpu": where["device"], "threads": where["threads"], "instructions": where["isa"]}
-    return (
-        f"**{row['case']}, {row['batch']} x {row['length']} tokens, rank {row['rank']}{loaded}{again}** "
-        f"({machine(device)}, products by {where['products']}; "
-        f"commit {where['commit']}, {where['date']})"
-    )
+    return f"({machine(device)}, products by {where['products']}; commit {where['commit']}, {where['date']})"
 
 
 def _cells(row: dict[str, Any], speeds: dict[tuple[str, str], float], count: int) -> list[str]:

@@ -23,7 +23,8 @@ def torchrun(*arguments: Any, code: int = 0, **wanted: Any) -> str:
         arguments: Arguments of the command ``peftkit``.
         code: The exit status of torchrun.
         wanted: ``error=N`` or ``kill=N``: the second process fails, or is killed, in step N. ``counts=FILE``: the first process writes
-            how often the fused loss ran, and PEFT's own forward of a linear in training.
+            how often the fused loss ran, and PEFT's own forward of a linear in training. ``plain_views=True``: views of images are the
+            images themselves.
     """
     done = subprocess.run(
         [
@@ -46,6 +47,7 @@ def _plant(wanted: dict[str, Any]) -> dict[str, int]:
     import peftkit.fuse.linear as linear
     import peftkit.fuse.loss.lazy as lazy
     from peftkit.errors import ContractError
+    from peftkit.finetune.tasks.contrastive_images import ContrastiveImages
     from peftkit.finetune.trainer import RecipeTrainer
 
     counts = {"loss": 0, "stock": 0}
@@ -72,6 +74,8 @@ def _plant(wanted: dict[str, Any]) -> dict[str, int]:
         counts["stock"] += layer.training
         return fallback(layer, reason)
 
+    if "plain_views" in wanted:
+        ContrastiveImages._view = lambda self, image, draws: image  # type: ignore[method-assign]
     RecipeTrainer.training_step = faulty  # type: ignore[method-assign]
     lazy.linear_cross_entropy = counted_loss
     linear.require_merged = counted_fallback

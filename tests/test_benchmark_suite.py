@@ -327,6 +327,20 @@ def test_the_table_says_who_is_ahead_of_peftkit(change, expected, measure, point
     assert (expected or "") in text
 
 
+def test_the_tables_of_scaling_have_a_line_for_each_value(measure, commands):
+    axes = {"rank": (2, 4), "length": (16,)}
+    points = [point for _, point in commands.of_axes(commands.SMOKE_BASE, axes)]
+    changes = {"peftkit lora": {"seconds": [0.05, 0.05, 0.05]}}
+    write = load_script("suite_tables").along_axes
+    text = write(measure(points, changes), axes, commands.SMOKE_BASE)
+    assert text.count("| 2 | 0.1 | 0.05 | 0.50 | 1 | 1 | 1.00 |") == 1
+    assert text.count("**rank**; length 16, batch 2, adapters 1, case tiny (Chip") == 1
+    assert "| 16 | 0.1 | 0.05 | 0.50 |" in text
+    text = write(measure(points, {"peftkit lora": {"leaking": ["w"]}}), axes, commands.SMOKE_BASE)
+    assert "| 4 | 0.1 | refused |  | 1 | refused |  |" in text
+    assert "4 in peftkit was refused: w gets a gradient, although it is frozen" in text
+
+
 def test_plots_have_the_measured_points(measure, commands, tmp_path):
     plots, suite = load_script("scaling_plots"), commands
     axes = {"rank": (2, 4)}

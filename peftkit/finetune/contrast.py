@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftkit.errors import ContractError
+from peftkit.finetune.processes import process_count, process_index, tensors_of_all
 
 if TYPE_CHECKING:
     import torch
@@ -46,49 +47,105 @@ def in_chunks(
     return torch.cat(found)
 
 
+class _Pairs(NamedTuple):
+    """The rows and partners of a batch in all processes, those of this process first.
+
+    Attributes:
+        vectors: ``Float32[2 · all rows, width]`` of length one, all rows before all partners. Those of other processes have no gradient,
+            and that of the others is multiplied by the number of processes, over which the gradients of weights are averaged.
+        repeats: ``Bool[all rows]``: rows that fill up the last batch of an evaluation and were in it before, or ``None``.
+        own: The number of rows of this process.
+    """
+
+    vectors: torch.Tensor
+    repeats: torch.Tensor | None
+    own: int
+
+
 def batch_loss(vectors: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a classifier that finds the partner of each row among the partners of all rows.
+    """The loss of a classifier that finds the partner of each row among the partners of all rows, in all processes of a run.
 
     Args:
-        vectors: ``Float32[2 · rows, width]``, all rows before all partners.
+        vectors: ``Float32[2 · rows, width]``, all rows of this process before all partners.
         temperature: Cosines are divided by this number.
 
     Returns:
-        The loss and the scores, ``Float32[rows, rows]``. A batch of one row has the loss 0, because it has no negatives.
+        The loss, the same in all processes, and the scores, ``Float32[rows, all rows]``. A batch of one row has the loss 0, because it has
+        no negatives.
     """
-    import torch
-
-    rows, partners = torch.nn.functional.normalize(vectors, dim=-1).chunk(2)
+    pairs = _of_all(vectors)
+    rows, partners = pairs.vectors.chunk(2)
     scores = rows @ partners.T / temperature
-    if len(scores) == 1:
-        return scores.sum() * 0.0, scores
-    wanted = torch.arange(len(scores), device=scores.device)
-    return torch.nn.functional.cross_entropy(scores, wanted), scores
+    if pairs.repeats is not None:
+        scores = scores.masked_fill(pairs.repeats, -1e9)
+    return _found(scores, 0, pairs.repeats), scores[: pairs.own]
 
 
 def two_sided_loss(vectors: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a classifier that finds the other view of each view among all other views of the batch (NT-Xent).
 
     Args:
-        vectors: ``Float32[2 · rows, width]``, the first view of each row before the second views.
+        vectors: ``Float32[2 · rows, width]``, the first view of each row of this process before the second views.
         temperature: Cosines are divided by this number.
 
     Returns:
-        The loss, and the scores of the first views against the second, ``Float32[rows, rows]``.
+        The loss, the same in all processes of a run, and the scores of the first views against the second, ``Float32[rows, all rows]``.
 
     Source: Chen et al., 2020, arXiv:2002.05709, section 2.1.
     """
     import torch
 
+    pairs = _of_all(vectors)
+    rows = len(pairs.vectors) // 2
+    scores = pairs.vectors @ pairs.vectors.T / temperature
+    hidden = torch.eye(2 * rows, dtype=torch.bool, device=scores.device)
+    repeats = pairs.repeats
+    if repeats is not None:
+        repeats = torch.cat([repeats, repeats])
+        hidden = hidden | repeats
+    loss = _found(scores.masked_fill(hidden, -1e9), rows, repeats)
+    return loss, scores[: pairs.own, rows:]
+
+
+def _found(scores: torch.Tensor, shift: int, repeats: torch.Tensor | None) -> torch.Tensor:
+    """The loss of a classifier that chooses column ``row + shift`` in each row that is no repetition; 0 if there is one pair alone."""
+    import torch
+
+    wanted = torch.arange(len(scores), device=scores.device).roll(shift)
+    if repeats is not None:
+        scores, wanted = scores[~repeats], wanted[~repeats]
+    if len(scores) == (2 if shift else 1):
+        return scores.sum() * 0.0
+    return torch.nn.functional.cross_entropy(scores, wanted)
+
+
+def _of_all(vectors: torch.Tensor) -> _Pairs:
+    import torch
+
     unit = torch.nn.functional.normalize(vectors, dim=-1)
-    scores = unit @ unit.T / temperature
-    rows = len(vectors) // 2
-    own = scores[:rows, rows:]
-    if rows == 1:
-        return scores.sum() * 0.0, own
-    scores = scores.masked_fill(torch.eye(2 * rows, dtype=torch.bool, device=scores.device), -1e9)
-    wanted = torch.arange(2 * rows, device=scores.device).roll(rows)
-    return torch.nn.functional.cross_entropy(scores, wanted), own
+    own, processes = len(unit) // 2, process_count()
+    if processes == 1:
+        return _Pairs(unit, None, own)
+    parts = tensors_of_all(unit)
+    parts[process_index()] = unit.detach() + processes * (unit - unit.detach())
+    order = sorted(range(processes), key=lambda process: process != process_index())
+    sides = [torch.cat([parts[p].chunk(2)[side] for p in order]) for side in (0, 1)]
+    numbers = torch.tensor([p * own + row for p in order for row in range(own)])
+    rows = _rows_in_last_batch()
+    repeats = None if rows is None else (numbers >= rows).to(unit.device)
+    return _Pairs(torch.cat(sides), repeats, own)
+
+
+def _rows_in_last_batch() -> int | None:
+    """How many rows the last batch of an evaluation has in all processes before it is filled up; ``None`` in any other batch."""
+    import torch
+    from accelerate.state import GradientState
+
+    state = GradientState()
+    # The Trainer draws the batches of a training step ahead.
+    if torch.is_grad_enabled() or not state.end_of_dataloader or state.remainder <= 0:
+        return None
+    return state.remainder
 
 
 def unused_pooler(model: Any) -> list[str]:

@@ -8,6 +8,7 @@ from peftkit.errors import ContractError
 from peftkit.finetune.processes import process_count
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.stages.recipe import StagedRecipe
+from peftkit.finetune.tasks import require_task
 
 _LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
@@ -21,34 +22,28 @@ def require_parallel(recipe: Recipe | StagedRecipe) -> None:
     _require_sharding(recipe)
     if process_count() == 1:
         return
-    from peftkit.finetune.tasks import require_task
-
     for variable, name in _LAUNCHERS.items():
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise ContractError(
                 f"{variable}={os.environ[variable]!r}, but peftkit train does not work with accelerate's {name}; start it with torchrun, "
                 "and use training.fsdp=true and base=nf4 if the model does not fit in one GPU"
             )
-    if isinstance(recipe, StagedRecipe):
-        raise ContractError(
-            f"a recipe with stages runs in one process, but there are {process_count()}; start it without torchrun"
-        )
-    if recipe.task.name == "preference":
-        raise ContractError(
-            f"task=preference runs in one process, but there are {process_count()}; start it without torchrun"
-        )
-    task = require_task(recipe.task.name)
-    if task.has_own_loss:
-        raise ContractError(
-            f"task={recipe.task.name} {task.needs_whole_batches}, but each of the {process_count()} processes has only its own rows, so the loss would not be that of the whole batch; start it without torchrun"
-        )
+    for part in _parts(recipe):
+        reason = require_task(part.task.name).needs_whole_batches
+        if reason is not None:
+            raise ContractError(
+                f"task={part.task.name} {reason}, but each of the {process_count()} processes has only its own rows, so the loss would not be that of the whole batch; start it without torchrun"
+            )
+
+
+def _parts(recipe: Recipe | StagedRecipe) -> list[Recipe]:
+    return [one.recipe for one in recipe.stages] if isinstance(recipe, StagedRecipe) else [recipe]
 
 
 def _require_sharding(recipe: Recipe | StagedRecipe) -> None:
     from peftkit.finetune.setup import is_adapter
 
-    parts = recipe.stages if isinstance(recipe, StagedRecipe) else [recipe]
-    recipes = [part if isinstance(part, Recipe) else part.recipe for part in parts]
+    recipes = _parts(recipe)
     if not any(part.training.fsdp for part in recipes):
         return
     if process_count() == 1:

@@ -7,9 +7,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftkit.errors import ContractError
+
+if TYPE_CHECKING:
+    import torch
 
 Value = TypeVar("Value")
 
@@ -22,6 +25,9 @@ _GRACE_SECONDS = 3.0
 _PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 _runs = itertools.count()
+
+_connected = False
+"""Whether a run of this process is inside ``together``."""
 
 
 def process_count() -> int:
@@ -43,16 +49,20 @@ def is_main() -> bool:
 def together() -> Iterator[None]:
     """Connect the processes of a run. If one fails, all end with a status other than 0, and only the first to fail raises its error.
 
+    A part of a run, such as a stage, is already connected.
+
     Raises:
         ContractError: Another process was ended from outside.
         SystemExit: Another process has failed and reports its error.
     """
-    if process_count() == 1:
+    global _connected
+    if process_count() == 1 or _connected:
         yield
         return
     import torch
 
     _connect()
+    _connected = True
     key = f"peftkit/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
     watch = _Watch(key)
     watch.start()
@@ -68,6 +78,8 @@ def together() -> Iterator[None]:
                 "another process of the run was ended from outside, for example for lack of memory; continue with resume=true"
             ) from error
         raise
+    finally:
+        _connected = False
     watch.end()
 
 
@@ -103,6 +115,29 @@ def from_all(value: Value) -> list[Value]:
     found: list[Any] = [None] * process_count()
     torch.distributed.all_gather_object(found, value)
     return found
+
+
+def tensors_of_all(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all processes, which have equal shapes, in the order of the processes and without gradients."""
+    own = tensor.detach().contiguous()
+    if process_count() == 1:
+        return [own]
+    import torch
+
+    found = [torch.empty_like(own) for _ in range(process_count())]
+    torch.distributed.all_gather(found, own)
+    return found
+
+
+def weight_of(items: torch.Tensor) -> torch.Tensor:
+    """What a mean over the items of this process is multiplied by, so that the mean over the processes is that of all items.
+
+    Args:
+        items: How many there are in this process, one number.
+    """
+    import torch
+
+    return items / torch.cat(tensors_of_all(items.reshape(1).float())).mean()
 
 
 def _connect() -> None:

@@ -77,13 +77,14 @@ def train(
 
             return train_adapters(recipe, say)
         require_parallel(recipe)
+        say = say if is_main() else _say_nothing
         if isinstance(recipe, StagedRecipe):
             from peftkit.finetune.stages.run import train_stages
 
             return train_stages(recipe, say, watch)
         folder = RunFolder(recipe.out)
         on_main(folder.require_run if recipe.resume else folder.require_free)
-        return SingleRun(recipe, folder, say if is_main() else _say_nothing, watch).train()
+        return SingleRun(recipe, folder, say, watch).train()
 
 
 def _say_nothing(line: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from peftkit.errors import ContractError
+from peftkit.finetune.processes import on_main
 from peftkit.finetune.progress import Progress
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.result import RunResult
@@ -49,23 +51,14 @@ def _train_stages(
     recipe: StagedRecipe, folder: RunFolder, lock: RunLock, say: Callable[[str], None], watch: Watch
 ) -> RunResult:
     if recipe.resume:
-        folder.require_same(recipe.to_dict())
-        lock.take()
-        if (folder.read_json(RESULT) or {}).get("status") == "finished":
-            raise ContractError(
-                f"resume=true, but the run in {folder.path} is finished; start a new run in another folder"
-            )
+        on_main(lambda: folder.require_same(recipe.to_dict()))
     else:
-        folder.require_free()
+        on_main(folder.require_free)
         _check(recipe)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    lock.take()
-    if not recipe.resume:
-        folder.require_free()  # another run may have started during the checks
-    write_text(folder.path / RECIPE, written_recipe(recipe))
+    on_main(lambda: _begin(recipe, folder, lock))
     results: list[RunResult] = []
     for index, stage in enumerate(recipe.stages):
-        result = finished_stage(stage)
+        result = on_main(partial(finished_stage, stage))
         if result is None:
             say(f"stage {index + 1} of {len(recipe.stages)}: {stage.recipe.task.name}")
             with _named(recipe, index):
@@ -73,12 +66,32 @@ def _train_stages(
                 result = _train_stage(stage, before, say, watch)
         results.append(result)
         total = _total(recipe, results)
-        folder.write_json(RESULT, total.to_dict() | {"stages": [r.to_dict() for r in results]})
-        write_stages_report(recipe, results, total)
+        on_main(partial(_write, recipe, folder, results, total))
         if result.status != "finished" or result.problems:
             return total
     say(f"written to {folder.path}")
     return total
+
+
+def _begin(recipe: StagedRecipe, folder: RunFolder, lock: RunLock) -> None:
+    """Lock the folder and write the recipe, unless another run has started or ended there."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock.take()
+    if not recipe.resume:
+        folder.require_free()  # another run may have started during the checks
+    elif (folder.read_json(RESULT) or {}).get("status") == "finished":
+        raise ContractError(
+            f"resume=true, but the run in {folder.path} is finished; start a new run in another folder"
+        )
+    write_text(folder.path / RECIPE, written_recipe(recipe))
+
+
+def _write(
+    recipe: StagedRecipe, folder: RunFolder, results: list[RunResult], total: RunResult
+) -> None:
+    """Write the result and the report of the stages so far."""
+    folder.write_json(RESULT, total.to_dict() | {"stages": [r.to_dict() for r in results]})
+    write_stages_report(recipe, results, total)
 
 
 def _check(recipe: StagedRecipe) -> None:
@@ -115,8 +128,8 @@ def _train_stage(
     stage: Stage, before: Stage | None, say: Callable[[str], None], watch: Watch
 ) -> RunResult:
     if stage.carry == "merge" and before is not None:
-        _merge(before.recipe, say)
-    started = (Path(stage.recipe.out) / RECIPE).exists()
+        on_main(partial(_merge, before.recipe, say))
+    started = on_main((Path(stage.recipe.out) / RECIPE).exists)
     return train(dataclasses.replace(stage.recipe, resume=started), say=say, watch=watch)
 
 

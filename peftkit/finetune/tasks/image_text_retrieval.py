@@ -39,6 +39,7 @@ class ImageTextRetrieval(Task):
     )
     best_metric = "mean_recall"
     has_own_loss = True
+    needs_whole_batches = "compares the rows of a batch with each other inside the model"
     smooths_labels = False
     seq_len = 77
     processor = "image and text"

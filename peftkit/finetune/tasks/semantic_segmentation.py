@@ -10,6 +10,7 @@ import numpy as np
 
 from peftkit.errors import ContractError, short
 from peftkit.finetune.images import open_image, require_pillow, shown, size_of, stored_image
+from peftkit.finetune.processes import weight_of
 from peftkit.finetune.schema import key
 from peftkit.finetune.tasks.base import BadRow, Encoded, Setting, Task
 
@@ -48,7 +49,6 @@ class SemanticSegmentation(Task):
     processor = "image"
     example_model = "nvidia/mit-b0"
     has_own_loss = True
-    needs_whole_batches = "divides its loss by the number of labelled pixels in a batch"
     has_own_counts = True
     smooths_labels = False
 
@@ -133,7 +133,9 @@ class SemanticSegmentation(Task):
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
         out = model(**inputs)
-        return out.loss, {"loss": out.loss, "logits": out.logits}
+        pixels = (inputs["labels"] != self._model_ignores).sum()
+        loss = out.loss * weight_of(pixels)
+        return loss, {"loss": loss, "logits": out.logits}
 
     def counted(self, inputs: dict[str, Any], outputs: Any) -> tuple[Any, Any]:
         """For each row and class the pixels that are right, found and wanted: ``Int64[rows, classes, 3]``."""
