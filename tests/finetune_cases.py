@@ -114,13 +114,14 @@ def pairs(count: int = 32) -> list[dict[str, Any]]:
 
 
 def recipe(model: Path, task: Any, train: Any, out: Path, **changes: Any) -> dict[str, Any]:
-    """A recipe with few steps. ``changes`` replace whole keys, except those of ``training`` and ``data``."""
+    """A recipe with few steps and one short sample. ``changes`` replace whole keys, except those of ``training`` and ``data``."""
+    training = {"max_steps": 4, "batch_size": 4, "log_every": 1, "lr": 1e-2}
     values: dict[str, Any] = {
         "model": str(model),
         "task": task,
         "strategy": {"name": "lora", "r": 4},
         "data": {"train": str(train) if isinstance(train, Path) else train},
-        "training": {"max_steps": 4, "batch_size": 4, "log_every": 1, "lr": 1e-2},
+        "training": training | {"samples": 1, "sample_tokens": 8},
         "out": str(out),
     }
     for name in ("data", "training"):

@@ -7,6 +7,7 @@ import families
 import models
 import oracles
 import pytest
+import speech_cases
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -282,3 +283,9 @@ def test_a_model_without_attention_is_refused_by_name():
     inputs = {"pixel_values": torch.zeros(1, 3, 32, 32)}
     with pytest.raises(ValueError, match="no layer of ResNetModel calls an attention"):
         add_bottlenecks(model, BottleneckConfig(), example=inputs)
+
+
+def test_the_places_in_a_model_whose_decoder_reads_spectrograms():
+    names = add_bottlenecks(speech_cases.tiny_speecht5(), BottleneckConfig())
+    assert any("decoder" in name for name in names)
+    assert any("encoder" in name for name in names)

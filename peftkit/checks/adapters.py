@@ -74,6 +74,13 @@ def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: modules[name] for name in modules if isinstance(modules[name], BaseTunerLayer)}
 
 
+def trained_copies(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of which PEFT trains a copy (``modules_to_save``) by name."""
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    return {n: m for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+
+
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the adapters that a forward uses, as the PEFT or transformers model reports them."""
     active: Any = model.active_adapters

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.checks.adapters import AdapterTensor, tuner_layers
+from peftkit.checks.adapters import AdapterTensor, trained_copies, tuner_layers
 from peftkit.find.modules import is_quantised
 
 _LAYER_DROP = (
@@ -73,7 +73,7 @@ def first_non_finite_module(model: nn.Module, forward: Callable[[], Any]) -> str
 
 @dataclass
 class _Seen:
-    """Observations of one tuner layer in one forward and backward."""
+    """Observations of one tuner layer, or of one copy for ``modules_to_save``, in one forward and backward."""
 
     called: bool = False
     positions: int | None = None
@@ -83,6 +83,8 @@ class _Seen:
     """Norm of the gradient at the layer's output."""
     noise: float = 0.0
     """A gradient smaller than this fraction of other layers' gradients may consist of rounding errors: ``2 N eps``."""
+    cancels: bool = True
+    """Whether the gradients of all rows of the output add up to zero, up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def why_no_gradient(
     """
     seen: dict[str, _Seen] = {}
     handles = []
-    layers = tuner_layers(model)
+    layers = tuner_layers(model) | trained_copies(model)
     for name, layer in layers.items():
         seen[name] = _Seen()
         # This hook runs before all others, so that the gradient includes changes that other hooks make to the output.
@@ -180,7 +182,11 @@ def _record(seen: _Seen) -> Callable[..., None]:
         def arrive(gradient: Tensor) -> None:
             seen.reached = True
             seen.incoming += gradient.float().norm().item()
-            seen.noise = 2 * gradient.shape[-1] * torch.finfo(gradient.dtype).eps
+            eps = torch.finfo(gradient.dtype).eps
+            seen.noise = 2 * gradient.shape[-1] * eps
+            rows = gradient.float().reshape(-1, gradient.shape[-1])
+            allowed = len(rows) * eps * rows.abs().sum(0)
+            seen.cancels &= bool((rows.sum(0).abs() <= allowed).all())
 
         for tensor in _tensors(output):
             if tensor.requires_grad:
@@ -213,6 +219,8 @@ def _excuse(
         return "the adapter's dropout is 1"
     if what.input_is_zero:
         return "the layer's input is zero"
+    if t.role.endswith("bias") and what.incoming > 0 and what.cancels:
+        return "the gradients at its layer's output cancel, as those of a softmax over positions do"
     beside = surroundings.beside(t.layer)
     negligible = what.incoming <= what.noise * max(other.incoming for other in beside)
     if what.reached and negligible and any(other.positions == 1 for other in beside):

@@ -130,8 +130,11 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
             f"{type(model).__name__} needs {unknown[0]}, which cannot be made automatically; pass inputs as example"
         )
     inputs = {name: makers[name]() for name in wanted}
-    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+    arguments = inspect.signature(model.forward).parameters
+    if "decoder_input_ids" in arguments:
         inputs["decoder_input_ids"] = ids
+    elif "decoder_input_values" in arguments:  # spectrograms, as in SpeechT5
+        inputs["decoder_input_values"] = torch.zeros(1, PROBE_TOKENS, config.num_mel_bins)
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     device, dtype = parameters[0].device, getattr(model, "dtype", parameters[0].dtype)
     return {

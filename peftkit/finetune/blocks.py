@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from peftkit.find.heads import find_heads
 from peftkit.find.modules import base_modules
@@ -42,6 +43,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     for name, module in modules.items():
         inside = any(name.startswith(f"{stack.name}.") for stack in stacks)
         if not isinstance(module, nn.ModuleList) or inside or len(module) == 0:
+            continue
+        if isinstance(module, ParametrizationList):  # of a weight norm, as in Wav2Vec2
             continue
         if len({type(block) for block in module}) == 1:
             size = sum(p.numel() for p in module.parameters())

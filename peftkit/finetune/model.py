@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from peftkit.errors import ContractError
 from peftkit.find.repacking import forbid_repacking
@@ -140,11 +142,24 @@ def load_model(recipe: Recipe, task: Task, is_adapter: bool) -> nn.Module:
         else:
             model = _load_gguf(place, gguf, base, task.auto_class, arguments)
     forbid_repacking(model)
+    _take_wider_inputs(model)
     pad_id = getattr(task.setting.tokenizer, "pad_token_id", None)
     if pad_id is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_id
     task.fit_model(model)
     return model
+
+
+def _take_wider_inputs(model: nn.Module) -> None:
+    """Let convolutions in 16 bits take images and recordings in float32, as autocast does. Some models cast them, such as ViT, but not all."""
+    for module in model.modules():
+        if isinstance(module, _ConvNd) and module.weight.dtype in (torch.bfloat16, torch.float16):
+            module.register_forward_pre_hook(_cast_input)
+
+
+def _cast_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, *others = args
+    return x.to(module.weight.dtype) if x.dtype is torch.float32 else x, *others
 
 
 def _random(place: str, gguf: str | None, auto_class: str, arguments: dict[str, Any]) -> Any:

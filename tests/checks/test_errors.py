@@ -11,6 +11,7 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.lora import Linear
+from task_models import BUILDERS
 
 from peftkit import ContractError, check, wrap
 
@@ -387,3 +388,31 @@ def test_tokens_that_are_not_in_the_batch_are_noted():
     notes = check(get_peft_model(models.tiny("llama"), config), models.batch("llama")).notes
     assert len(notes) == 1
     assert "none of its tokens occurs in the batch" in notes[0]
+
+
+def test_a_bias_whose_gradients_cancel_is_noted():
+    """As that of a softmax over positions, of which each has the same bias."""
+    model = BUILDERS["bert answers"][0]()
+    model = get_peft_model(model, LoraConfig(task_type="QUESTION_ANS", target_modules=["query"]))
+    ids = torch.tensor([[5, 6], [7, 8]])
+    batch = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([1, 1])}
+    model.base_model.model.qa_outputs.register_forward_hook(_cancel)
+    (note,) = check(model, {"input_ids": ids, **batch}).notes
+    assert "qa_outputs.modules_to_save.default.bias" in note
+    assert "cancel" in note
+
+
+def _cancel(module, args, output):
+    """The gradients of two positions add up to zero but for rounding; now they do so exactly."""
+    output.register_hook(lambda gradient: gradient - gradient.flip(1))
+
+
+def test_a_bias_whose_gradients_do_not_cancel():
+    model = get_peft_model(
+        BUILDERS["bert sequence"][0](), LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    )
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    head.bias.register_hook(torch.zeros_like)
+    ids = torch.tensor([[5, 6], [7, 8]])
+    with _raises("classifier.modules_to_save.default.bias: its gradient is exactly zero, but"):
+        check(model, {"input_ids": ids, "labels": torch.tensor([0, 1])})

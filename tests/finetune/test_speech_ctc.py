@@ -8,10 +8,13 @@ import numpy as np
 import pairs
 import pytest
 import speech_cases
+import torch
 import transformers as hf
 
-from peftkit import ContractError, accelerate
+from peftkit import ContractError, LoraConfig, accelerate, load_base, wrap
 from peftkit.finetune import evaluate, train
+from peftkit.finetune.blocks import find_stacks
+from peftkit.finetune.first_step import check_first_step
 from peftkit.finetune.tasks.base import Setting
 from peftkit.finetune.tasks.scores import edit_distance, error_rate
 from peftkit.finetune.tasks.speech_ctc import SpeechCtc, frames_of
@@ -160,3 +163,54 @@ def test_loss_and_gradients_are_those_of_plain_peft(kind, task, tmp_path, one_th
         exact = batch | {"input_values": batch["input_values"].double()}
         runs.append((pairs.step(fused, batch), pairs.step(plain, batch), pairs.step(truth, exact)))
     pairs.assert_near_enough(runs)
+
+
+PARTIAL = {"name": "partial", "last_blocks": 1}
+VALUES = {"name": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize("strategy", [PARTIAL, "gradual"], ids=["partial", "gradual"])
+def test_the_weight_norm_of_the_convolution_is_no_stack_of_blocks(strategy, tmp_path, one_thread):
+    model = speech_cases.save_ctc(tmp_path / "m")
+    names = [stack.name for stack in find_stacks(speech_cases.tiny_ctc())]
+    assert names == ["wav2vec2.feature_extractor.conv_layers", "wav2vec2.encoder.layers"]
+    rows = cases.write_jsonl(tmp_path / "d.jsonl", speech_cases.speech(tmp_path / "s"))
+    found = train(cases.recipe(model, "speech_ctc", rows, tmp_path / "run", strategy=strategy))
+    assert (found.status, found.problems) == ("finished", [])
+
+
+@pytest.mark.parametrize("strategy", [VALUES, "bottleneck", "prefix"], ids=str)
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_an_output_of_a_quantised_layer_may_be_changed_in_place(
+    base, strategy, tmp_path, one_thread
+):
+    """Wav2Vec2 sets the padding to zero in the output of its projection, which bitsandbytes makes a view."""
+    folder = speech_cases.save_ctc(tmp_path / "m")
+    rows = cases.write_jsonl(tmp_path / "d.jsonl", speech_cases.speech(tmp_path / "s"))
+    options = {"strategy": strategy, "base": base, "data": {"eval": 0.25}}
+    found = train(cases.recipe(folder, "speech_ctc", rows, tmp_path / "run", **options))
+    assert (found.status, found.problems) == ("finished", [])
+    assert evaluate(tmp_path / "run")["loss"] == found.metrics["eval_loss"]
+
+
+def test_gradients_after_a_change_in_place_are_those_of_a_copy(task, tmp_path, one_thread):
+    folder = speech_cases.save_ctc(tmp_path / "m")
+    one = task()
+    rows = [one.encode(row)[0].features for row in speech_cases.speech(tmp_path / "s", 4)]
+    batch = one.collate(rows)
+    found = []
+    for copied in (True, False):
+        torch.manual_seed(0)
+        model = wrap(
+            load_base(folder, "nf4", auto_class="AutoModelForCTC"),
+            LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+        )
+        if copied:
+            layer = model.get_submodule("base_model.model.wav2vec2.feature_projection.projection")
+            layer.register_forward_hook(lambda module, args, output: output.clone())
+        check_first_step(model.train(), batch, True, None)
+        loss = model(**batch).loss
+        loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert any(grad.any() for grad in found[0])
+    assert all(torch.equal(*grads) for grads in zip(*found, strict=True))

@@ -185,7 +185,12 @@ def _wrapped(model: nn.Module, configs: list[Any], setting: AdapterSetting) -> P
     except ContractError:
         raise
     except (TypeError, ValueError) as error:
-        fields = [changed(config) for config in configs]
+        names = [
+            f"{config.peft_type.lower().removeprefix('peftkit_')} {changed(config) or ''}".strip()
+            for config in configs
+        ]
+        reason = " ".join(str(error).split())
+        way_out = "; name them in strategy.target_modules" if "target_modules" in reason else ""
         raise ContractError(
-            f"strategy {short(fields)} does not fit {type(model).__name__}: {' '.join(str(error).split())}"
+            f"strategy {' and '.join(names)} does not fit {type(model).__name__}: {reason}{way_out}"
         ) from error
