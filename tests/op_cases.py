@@ -243,6 +243,8 @@ _BUILDERS = {
 }
 NAMES = tuple(_BUILDERS)
 LORA_NAMES = NAMES[:7]
+LARGE_NAMES = ("lora_qkv", "lora_swiglu_mlp", "dora_linear")
+"""Ops whose graphs take torch's compiler longest."""
 LINEAR_NAMES = (*NAMES[:2], *NAMES[3:7], "dora_linear", "dora_scale", "grouped_lora")
 """Ops whose input gradient does not depend on their input."""
 

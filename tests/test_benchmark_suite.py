@@ -285,6 +285,7 @@ def test_a_case_is_written_for_older_transformers_too(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.slow
 def test_the_case_with_real_weights_is_written_with_its_tokenizer(tmp_path):
     folder = load_script("suite_bases").base_folder("smollm2", tmp_path)
     assert {"model.safetensors", "tokenizer.json", "config.json"} <= {

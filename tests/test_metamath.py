@@ -4,6 +4,7 @@ import json
 
 import pytest
 from benchmark_scripts import load_script
+from markers import slow_if
 
 UTILS = """
 import torch, transformers
@@ -73,7 +74,10 @@ def measure(folder, experiment, library, out):
     return json.loads((out / "found.json").read_text())
 
 
-@pytest.mark.parametrize("experiment", ["experiments/lora/small", "experiments/full/all"])
+@pytest.mark.parametrize(
+    "experiment",
+    slow_if("experiments/full/all".__eq__, ["experiments/lora/small", "experiments/full/all"]),
+)
 def test_both_libraries_run_the_same_experiment(experiment, folder, tmp_path):
     before = sorted(folder.rglob("*"))
     own, stock = (

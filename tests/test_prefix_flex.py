@@ -215,6 +215,7 @@ def seeing(queries: int, length: int, back: int, ahead: int):
 
 
 @torch.no_grad
+@pytest.mark.slow
 def test_the_kernel_reads_the_widened_blocks(one_thread):
     """Blocks that are skipped, whole and partial, in a window; the prefix is longer than half a block."""
     torch.compiler.reset()

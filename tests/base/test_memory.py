@@ -4,6 +4,7 @@ import sys
 
 import base_memory
 import pytest
+from markers import slow_if
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -17,7 +18,7 @@ def assert_within_bounds(found, largest):
     assert found["resident"] <= 1.05 * found["stored"] + SLACK
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8", "fp8", "bf16"])
+@pytest.mark.parametrize("base", slow_if("nf4".__ne__, ["nf4", "int8", "fp8", "bf16"]))
 def test_loading_needs_the_loaded_model_and_the_largest_tensor(tmp_path, base):
     sizes = base_memory.SIZES_3B | {"vocab_size": 1000, "num_hidden_layers": 1}
     largest = base_memory.write_checkpoint(tmp_path, sizes)

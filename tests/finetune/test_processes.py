@@ -14,6 +14,7 @@ import segmentation_cases
 import torch
 import unlabelled_cases
 from finetune_processes import torchrun
+from markers import slow_if
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -156,6 +157,7 @@ def assert_same_divided(file, tmp_path, *overrides):
     return json.loads(counts.read_text())
 
 
+@pytest.mark.slow
 def test_a_divided_base_trains_to_the_same_bits(model, tmp_path):
     file = write_recipe(model, tmp_path, base="nf4")
     ran = assert_same_divided(file, tmp_path, "training.gradient_checkpointing=true")
@@ -236,7 +238,7 @@ WHOLE_BATCHES = {
 """Tasks whose loss of a batch is not the mean over its rows, with a model, rows and the recipe. 7 rows are for the evaluation."""
 
 
-@pytest.mark.parametrize("name", WHOLE_BATCHES)
+@pytest.mark.parametrize("name", slow_if("embeddings".__ne__, WHOLE_BATCHES))
 def test_the_loss_of_a_batch_is_that_of_all_processes(name, tmp_path, one_thread, monkeypatch):
     save, rows, changes = WHOLE_BATCHES[name]
     model = save(tmp_path / "m")

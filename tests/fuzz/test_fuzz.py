@@ -4,6 +4,7 @@ import pytest
 from fuzz.corners import CORNERS
 from fuzz.session import case_at
 from fuzz.worker import verdict
+from markers import slow_if
 
 SEED = 11
 CASES = len(CORNERS) + 100
@@ -11,7 +12,7 @@ SHARDS = 12
 """The tests share the cases evenly, so that several processes can run them."""
 
 
-@pytest.mark.parametrize("shard", range(SHARDS))
+@pytest.mark.parametrize("shard", slow_if(lambda shard: shard >= SHARDS // 2, range(SHARDS)))
 def test_no_case_finds_a_fault(shard, one_thread):
     failures, silent = [], 0
     numbers = range(shard, CASES, SHARDS)

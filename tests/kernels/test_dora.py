@@ -13,6 +13,7 @@ from lora_cases import (
     gradients,
     subsets,
 )
+from markers import slow_if
 
 from lab.testing import Bound, Made, kept_for_backward
 from peftkit_kernels.low_rank import LoRA
@@ -283,7 +284,7 @@ def test_modes_repetition_and_refusals(storage):
         y.sum().backward()
 
 
-@every_storage
+@pytest.mark.parametrize("storage", slow_if("dense".__ne__, STORAGES))
 def test_compiled_without_graph_break(storage):
     weight, leaves, numbers = make(storage, dtype=torch.float64)
 

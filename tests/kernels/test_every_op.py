@@ -4,6 +4,7 @@ import op_cases
 import op_promises
 import pytest
 import torch
+from markers import slow_if
 from torch.autograd import forward_ad
 
 from peftkit_kernels.ops.attention import attention
@@ -130,7 +131,7 @@ def test_a_bad_row_spoils_itself_only(name, bad):
 
 # torch's compiler makes an instance of an autograd function, which warns
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@every_op
+@pytest.mark.parametrize("name", slow_if(op_cases.LARGE_NAMES.__contains__, op_cases.NAMES))
 @pytest.mark.parametrize("factors", [None, torch.float32], ids=["float64", "bfloat16_base"])
 def test_compiled_without_graph_break(name, factors):
     dtype = torch.float64 if factors is None else torch.bfloat16

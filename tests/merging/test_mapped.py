@@ -191,6 +191,7 @@ print(_status("VmHWM") - start, anonymous.peak - anonymous.start)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_the_peak_is_a_few_copies_of_the_largest_tensor(tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 128, "vocab_size": 2000}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}

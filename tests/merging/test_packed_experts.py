@@ -196,6 +196,7 @@ def mixture(folder, layers, hidden=256, width=512, experts=8):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_the_peak_does_not_grow_with_the_model(tmp_path):
     for layers in ("2 layers", "2 layers again", "8 layers"):
         block = mixture(tmp_path / layers, int(layers[0]))

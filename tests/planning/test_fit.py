@@ -72,6 +72,7 @@ def test_only_what_fits_is_proposed_for_any_budget(remembered):
     assert proposed == {(b, c) for b in ("fp32", "bf16") for c in (False, True)}
 
 
+@pytest.mark.slow
 def test_real_steps_fit_into_the_budget_for_which_they_were_proposed(remembered, one_thread):
     benchmark = cases.benchmark()
     config = benchmark.config_of(benchmark.PlannedCase("llama", "lora"))

@@ -4,6 +4,7 @@ import op_cases
 import op_promises
 import pytest
 import torch
+from markers import slow_if
 
 from peftkit_kernels.core.plan import Plans
 from peftkit_kernels.low_rank import LoRA
@@ -132,7 +133,7 @@ def test_a_bad_row_spoils_itself_only(name, bad):
     assert torch.equal(actual["output0"].isfinite().all(1), torch.arange(9) != 2)
 
 
-@every_op
+@pytest.mark.parametrize("name", slow_if(op_cases.LARGE_NAMES.__contains__, NAMES))
 @pytest.mark.parametrize("factors", [None, torch.float32], ids=["float32", "bfloat16_base"])
 def test_compiled_without_graph_break(name, factors):
     dtype = torch.float32 if factors is None else torch.bfloat16

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 from compiler import machine_code
+from markers import slow_if
 
 from lab.aot import ARCHS
 from lab.inventory import OPS
@@ -29,6 +30,17 @@ DECODING_OPS = {"nf4", "quantized_linear"}
 """The instructions of these are counted on both targets."""
 
 
+SLOW_OPS = {
+    "lora_swiglu_mlp",
+    "int8_compute_linear",
+    "grouped_lora",
+    "lora_qkv",
+    "linear_cross_entropy",
+    "bottleneck",
+}
+"""Ops with many kernels, or with those of ``lora_linear``; ``make slow`` compiles them."""
+
+
 def problems(rows):
     return [
         f"{row['arch']} {row['kernel']} {row['config']}: {problem}"
@@ -49,7 +61,7 @@ def quick_rows(op):
     return machine_code(SCRIPT.format(targets=targets, op=op))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", slow_if(SLOW_OPS.__contains__, OPS))
 def test_quick_set(op):
     """bfloat16 at rank 16 for H100, with bfloat16 and float32 factors. ``test_every_target`` has the other ranks and targets.
 
@@ -85,6 +97,7 @@ print(json.dumps([report.row() for report in aot.inspect_launches(found, "cuda:9
 """
 
 
+@pytest.mark.slow
 def test_rows_of_8_ranks_are_read_as_fast_as_those_of_16():
     """PEFT's default: 8 elements are the 128 bits of an access, which a kernel has to tell the compiler (``tiles.assume_multiple_of``)."""
     rows = machine_code(RANK_8)
