@@ -51,8 +51,8 @@ class _Pairs(NamedTuple):
     """The rows and partners of a batch in all processes, those of this process first.
 
     Attributes:
-        vectors: ``Float32[2 · all rows, width]`` of length one, all rows before all partners. Those of other processes have no gradient,
-            and that of the others is multiplied by the number of processes, over which the gradients of weights are averaged.
+        vectors: ``Float32[2 · all rows, width]`` of length one, all rows before all partners. Those of other processes have no gradient;
+            that of its own is multiplied by the number of processes, over which the gradients of weights are averaged.
         repeats: ``Bool[all rows]``: rows that fill up the last batch of an evaluation and were in it before, or ``None``.
         own: The number of rows of this process.
     """
