@@ -7,6 +7,7 @@ import models
 import pairs
 import pytest
 import torch
+from markers import slow_if
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -89,7 +90,7 @@ def test_checkpointing_changes_no_bit(name, reentrant, lora_dropout, monkeypatch
     assert fused[1] > 1.5 * fused[0] > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "vit"])
+@pytest.mark.parametrize("name", slow_if("llama".__ne__, ["llama", "bert", "vit"]))
 def test_compiled_whole_like_stock(name):
     """No graph break is added: stock PEFT compiles into one graph, and so does the fused model."""
     plain, fused = pairs.pair(name)

@@ -110,6 +110,7 @@ def test_run_leaves_report_adapter_and_data(tiny_demo, tmp_path, capfd):
     assert not list(out.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_comparison_measures_each_method_on_the_same_batches(tiny_demo, tiny_base, tmp_path):
     folder = open_folder(tmp_path / "out", tiny_demo, resume=False)
     shutil.copytree(tiny_base, folder.base)

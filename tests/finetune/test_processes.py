@@ -261,6 +261,7 @@ def test_the_loss_of_a_batch_is_that_of_all_processes(name, tmp_path, one_thread
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_stages_and_preferences_train_in_two_processes(model, tmp_path, one_thread):
     rows = [
         {"prompt": "say a", "chosen": c * 3, "rejected": c.upper()}

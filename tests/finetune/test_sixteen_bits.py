@@ -8,6 +8,7 @@ import retrieval_cases
 import segmentation_cases
 import speech_cases
 import vision_models
+from markers import slow_if
 
 from peftkit.finetune import evaluate, train
 
@@ -56,7 +57,7 @@ NEW_HEADS = ("image_classification", "audio_classification")
 """Random numbers in 16 bits are others than those in 32."""
 
 
-@pytest.mark.parametrize("strategy", ["lora", "full"])
+@pytest.mark.parametrize("strategy", slow_if("full".__eq__, ["lora", "full"]))
 @pytest.mark.parametrize("task", MODELS)
 def test_a_base_in_bfloat16_is_near_one_in_float32(task, strategy, tmp_path, one_thread):
     save, write = MODELS[task]

@@ -12,7 +12,7 @@ SHARDS = 12
 """The tests share the cases evenly, so that several processes can run them."""
 
 
-@pytest.mark.parametrize("shard", slow_if(lambda shard: shard >= SHARDS // 2, range(SHARDS)))
+@pytest.mark.parametrize("shard", slow_if(lambda shard: shard >= SHARDS // 4, range(SHARDS)))
 def test_no_case_finds_a_fault(shard, one_thread):
     failures, silent = [], 0
     numbers = range(shard, CASES, SHARDS)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lora_cases import LAYOUTS, MIXED, Projection, Shape, draw, gradients, subsets
+from markers import slow_if
 from triton_cases import (
     DTYPES,
     INT32_LIMIT,
@@ -330,7 +331,7 @@ def test_float64_weights_are_refused_by_name():
         dora_norm(normal(29, 33).double(), lora, backend="triton")
 
 
-@pytest.mark.parametrize("storage", ["dense", "nf4_nested"])
+@pytest.mark.parametrize("storage", slow_if("dense".__ne__, ["dense", "nf4_nested"]))
 def test_opcheck(storage):
     weight, leaves, numbers = make(
         storage, x=(3, 33), dtype=torch.bfloat16, factors=torch.float32, p=0.1

@@ -37,6 +37,7 @@ SLOW_OPS = {
     "lora_qkv",
     "linear_cross_entropy",
     "bottleneck",
+    "frozen_norm",
 }
 """Ops with many kernels, or with those of ``lora_linear``; ``make slow`` compiles them."""
 
