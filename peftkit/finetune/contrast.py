@@ -6,7 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftkit.errors import ContractError
-from peftkit.finetune.processes import process_count, process_index, tensors_of_all
+from peftkit.finetune.processes import (
+    process_count,
+    process_index,
+    rows_in_last_batch,
+    tensors_of_all,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -131,21 +136,9 @@ def _of_all(vectors: torch.Tensor) -> _Pairs:
     order = sorted(range(processes), key=lambda process: process != process_index())
     sides = [torch.cat([parts[p].chunk(2)[side] for p in order]) for side in (0, 1)]
     numbers = torch.tensor([p * own + row for p in order for row in range(own)])
-    rows = _rows_in_last_batch()
+    rows = rows_in_last_batch()
     repeats = None if rows is None else (numbers >= rows).to(unit.device)
     return _Pairs(torch.cat(sides), repeats, own)
-
-
-def _rows_in_last_batch() -> int | None:
-    """How many rows the last batch of an evaluation has in all processes before it is filled up; ``None`` in any other batch."""
-    import torch
-    from accelerate.state import GradientState
-
-    state = GradientState()
-    # The Trainer draws the batches of a training step ahead.
-    if torch.is_grad_enabled() or not state.end_of_dataloader or state.remainder <= 0:
-        return None
-    return state.remainder
 
 
 def unused_pooler(model: Any) -> list[str]:

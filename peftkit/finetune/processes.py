@@ -129,6 +129,27 @@ def tensors_of_all(tensor: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
+def rows_in_last_batch() -> int | None:
+    """How many rows the last batch of an evaluation has in all processes before it is filled up; ``None`` in any other batch."""
+    import torch
+    from accelerate.state import GradientState
+
+    state = GradientState()
+    # The Trainer draws the batches of a training step ahead.
+    if torch.is_grad_enabled() or not state.end_of_dataloader or state.remainder <= 0:
+        return None
+    return state.remainder
+
+
+def mean_of_all(mean: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    """The mean over the items of all processes, without gradients, from that of this process and how many items it has."""
+    import torch
+
+    pairs = torch.stack(tensors_of_all(torch.stack([mean.float(), items.float()])))
+    known = pairs[pairs[:, 1] > 0]
+    return (known[:, 0] * known[:, 1]).sum() / known[:, 1].sum()
+
+
 def weight_of(items: torch.Tensor) -> torch.Tensor:
     """What a mean over the items of this process is multiplied by, so that the mean over the processes is that of all items.
 

@@ -215,18 +215,18 @@ WHOLE_BATCHES = {
         partial(cases.save_model, name="bert"),
         lambda folder: [
             {"anchor": chr(97 + i % 26) + "x" * (i // 26), "positive": f"{i} {chr(97 + i % 26)}"}
-            for i in range(38)
+            for i in range(35)
         ],
         {"task": {"name": "embeddings", "chunk": 1}},
     ),
     "contrastive_images": (
         unlabelled_cases.vit_with_pooler,
-        lambda folder: segmentation_cases.halves(folder / "images", 38),
+        lambda folder: segmentation_cases.halves(folder / "images", 35),
         {"task": "contrastive_images", "strategy": "full"},
     ),
     "segmentation": (
         segformer_without_dropout,
-        lambda folder: partly_labelled(segmentation_cases.halves(folder / "images", 38)),
+        lambda folder: partly_labelled(segmentation_cases.halves(folder / "images", 35)),
         # The batch norm of the head, if it is trained, normalises the rows of its process. Without the head gradients are small.
         {
             "task": "semantic_segmentation",
