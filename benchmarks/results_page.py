@@ -182,12 +182,15 @@ def _comparison(found: list[dict[str, Any]]) -> str:
 
 
 def scalings(found: list[dict[str, Any]]) -> dict[str, Lines]:
-    """Time by length for everything that was measured at several lengths, by device and case."""
+    """Time by length for everything that was measured at several lengths with the other sizes equal, by these sizes and the device."""
     series: dict[str, dict[str, dict[int, float]]] = {}
     for row in found:
         length, seconds = row.get("length"), measured(row, "step_seconds")
         if row["status"] == "ok" and row["suite"] == "scaling" and length and seconds is not None:
-            place = f"{row['case']}, batch {row.get('batch')}, on {device_of(row)}"
+            sizes = [
+                f"{name} {row[name]}" for name in ("batch", "rank", "adapters") if row.get(name)
+            ]
+            place = f"{', '.join([row['case'], *sizes])}, on {device_of(row)}"
             series.setdefault(place, {}).setdefault(label_of(row), {})[length] = seconds
     charts = {}
     for place, lines in series.items():

@@ -130,6 +130,16 @@ def test_time_by_length_is_a_curve(scripts, folder):
     ]
 
 
+def test_a_row_of_another_rank_is_no_point_of_the_curve(scripts, folder):
+    page, read = scripts
+    found = read(folder)
+    (chart,) = page.scalings(found).values()
+    other = [{**r, "rank": 512, "step_seconds": 9.0} for r in found if r["suite"] == "scaling"][-1:]
+    assert other
+    (same,) = page.scalings([*found, *other]).values()
+    assert [line.y for line in same.lines] == [line.y for line in chart.lines]
+
+
 def test_committed_results_are_read(scripts):
     page, read = scripts
     found = read(page.RESULTS)
