@@ -119,11 +119,9 @@ def from_all(value: Value) -> list[Value]:
 
 def tensors_of_all(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors of all processes, which have equal shapes, in the order of the processes and without gradients."""
-    own = tensor.detach().contiguous()
-    if process_count() == 1:
-        return [own]
     import torch
 
+    own = tensor.detach().contiguous()
     found = [torch.empty_like(own) for _ in range(process_count())]
     torch.distributed.all_gather(found, own)
     return found
@@ -131,6 +129,8 @@ def tensors_of_all(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def rows_in_last_batch() -> int | None:
     """How many rows the last batch of an evaluation has in all processes before it is filled up; ``None`` in any other batch."""
+    if process_count() == 1:
+        return None
     import torch
     from accelerate.state import GradientState
 
@@ -142,23 +142,19 @@ def rows_in_last_batch() -> int | None:
 
 
 def mean_of_all(mean: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-    """The mean over the items of all processes, without gradients, from that of this process and how many items it has."""
-    import torch
+    """The mean over the items of all processes, from that of this process and how many items it has; the same in all processes.
 
-    pairs = torch.stack(tensors_of_all(torch.stack([mean.float(), items.float()])))
-    known = pairs[pairs[:, 1] > 0]
-    return (known[:, 0] * known[:, 1]).sum() / known[:, 1].sum()
-
-
-def weight_of(items: torch.Tensor) -> torch.Tensor:
-    """What a mean over the items of this process is multiplied by, so that the mean over the processes is that of all items.
-
-    Args:
-        items: How many there are in this process, one number.
+    Its gradient is that of the part of this process, times the number of processes, over which the gradients of weights are averaged.
     """
     import torch
 
-    return items / torch.cat(tensors_of_all(items.reshape(1).float())).mean()
+    if process_count() == 1:
+        return mean
+    own = torch.stack([mean.detach().float(), items.float()])
+    means, counts = torch.stack(tensors_of_all(own)).T
+    total = (means * counts)[counts > 0].sum() / counts.sum()
+    part = mean * (items / counts.mean())
+    return total + (part - part.detach())
 
 
 def _connect() -> None:

@@ -10,13 +10,7 @@ import numpy as np
 
 from peftkit.errors import ContractError, short
 from peftkit.finetune.images import open_image, require_pillow, shown, size_of, stored_image
-from peftkit.finetune.processes import (
-    mean_of_all,
-    process_count,
-    process_index,
-    rows_in_last_batch,
-    weight_of,
-)
+from peftkit.finetune.processes import mean_of_all, process_index, rows_in_last_batch
 from peftkit.finetune.schema import key
 from peftkit.finetune.tasks.base import BadRow, Encoded, Setting, Task
 
@@ -138,19 +132,14 @@ class SemanticSegmentation(Task):
             )
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-        import torch
-
         out = model(**inputs)
-        if process_count() == 1:
-            return out.loss, {"loss": out.loss, "logits": out.logits}
         mean, labels = out.loss, inputs["labels"]
         rows = rows_in_last_batch()
         if rows is not None:
             own = min(max(0, rows - process_index() * len(labels)), len(labels))
             labels = labels[:own]
             mean = model(**{n: t[:own] for n, t in inputs.items()}).loss if own else mean * 0.0
-        pixels = (labels != self._model_ignores).sum()
-        loss = mean * weight_of(pixels) if torch.is_grad_enabled() else mean_of_all(mean, pixels)
+        loss = mean_of_all(mean, (labels != self._model_ignores).sum())
         return loss, {"loss": loss, "logits": out.logits}
 
     def counted(self, inputs: dict[str, Any], outputs: Any) -> tuple[Any, Any]:
