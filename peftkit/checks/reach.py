@@ -35,7 +35,7 @@ def measure(
     Raises:
         ContractError: The loss or a gradient is not finite, or a trainable tensor gets no gradient.
     """
-    batch = _on_device(batch, _device(model))
+    batch = on_device_of(model, batch)
     with undisturbed(model):
         loss = loss_of(model, batch)
         if not bool(loss.isfinite()):
@@ -201,8 +201,10 @@ def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(p.device for p in model.parameters() if not p.is_meta)
+def on_device_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch whose tensors are on the device of a model."""
+    device = next(p.device for p in model.parameters() if not p.is_meta)
+    return {name: _on_device(value, device) for name, value in batch.items()}
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

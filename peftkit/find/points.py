@@ -91,7 +91,7 @@ def find_points(model: nn.Module, example: Mapping[str, Any] | None = None) -> l
 
 
 def probe_inputs(model: Any) -> dict[str, Tensor]:
-    """Make small inputs for a transformers model: 8 tokens, one image or a fifth of a second of sound.
+    """Make small inputs for a transformers model: 8 tokens, 8 rows of a spectrogram, one image or a fifth of a second of sound.
 
     Returns:
         The inputs by name, with a batch size of 1.

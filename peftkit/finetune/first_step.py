@@ -10,7 +10,7 @@ from torch import nn
 
 from peftkit.checks import check
 from peftkit.checks.reach import loss_of as model_loss
-from peftkit.checks.reach import undisturbed
+from peftkit.checks.reach import on_device_of, undisturbed
 from peftkit.errors import ContractError, count, listing
 from peftkit.find.modules import is_quantised
 
@@ -40,7 +40,7 @@ def check_first_step(
     except RuntimeError as error:
         if _CHANGED_IN_PLACE not in str(error):
             raise
-        changed = _changed_in_place(model, _on_device(model, batch), loss_of or model_loss)
+        changed = _changed_in_place(model, on_device_of(model, batch), loss_of or model_loss)
         if not changed:
             raise
         for module in changed:
@@ -74,11 +74,6 @@ def _without_view(module: nn.Module, args: Any, output: torch.Tensor) -> torch.T
     return torch.ops.aten._unsafe_view(output, output.shape)
 
 
-def _on_device(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-
-
 def _check(
     model: nn.Module, batch: Mapping[str, Any], is_adapter: bool, loss_of: Loss | None
 ) -> list[str]:
@@ -86,7 +81,7 @@ def _check(
         found = check(model, batch)
         return [f"loss before training {found.loss:.4g}", *found.notes]
     notes = list(check(model).notes) if is_adapter else []
-    inputs = _on_device(model, batch)
+    inputs = on_device_of(model, batch)
     with undisturbed(model):
         loss = model_loss(model, inputs) if loss_of is None else loss_of(model, inputs)
         if not bool(torch.isfinite(loss)):

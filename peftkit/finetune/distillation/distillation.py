@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkit.checks.reach import undisturbed
+from peftkit.checks.reach import on_device_of, undisturbed
 from peftkit.errors import ContractError
 from peftkit.finetune.data import Part
 from peftkit.finetune.distillation.losses import (
@@ -94,10 +94,7 @@ def prepare_distillation(
     teacher = load_teacher(recipe, task, train)
     found = Distillation(recipe.distill, task, teacher)
     rows = list(train.dataset.select(range(min(recipe.training.batch_size, len(train.dataset)))))
-    device = next(p.device for p in model.parameters() if not p.is_meta)
-    batch = {
-        n: v.to(device) if isinstance(v, Tensor) else v for n, v in task.first_batch(rows).items()
-    }
+    batch = on_device_of(model, task.first_batch(rows))
     with undisturbed(model):
         distance, number = found.loss(model(**batch, **found.more_inputs), batch)
     value = (distance / number).item()
