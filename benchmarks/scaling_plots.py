@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from points import Point
-from suite_tables import sizes_of
+from suite_tables import by_value
 
 _MEASURES = {"step_seconds": "step (s)", "peak_bytes": "memory that a step adds (MiB)"}
 
@@ -41,13 +40,10 @@ def series(
     rows: list[dict[str, Any]], axis: str, values: tuple[Any, ...], base: Point, measure: str
 ) -> dict[str, list[tuple[Any, float]]]:
     """The measured points on an axis by library: pairs of the axis' value and the measure, memory in MiB."""
-    found = {(row["library"], sizes_of(row)): row for row in rows if row["status"] == "ok"}
-    lines: dict[str, list[tuple[Any, float]]] = {}
-    for library in ("PEFT", "peftkit"):
-        lines[library] = []
-        for value in values:
-            row = found.get((library, replace(base, **{axis: value}).sizes))
-            if row is not None:
-                scale = 2**20 if measure == "peak_bytes" else 1
-                lines[library].append((value, row[measure] / scale))
+    lines: dict[str, list[tuple[Any, float]]] = {"PEFT": [], "peftkit": []}
+    scale = 2**20 if measure == "peak_bytes" else 1
+    measured = [row for row in rows if row["status"] == "ok"]
+    for value, pair in by_value(measured, axis, values, base):
+        for library, row in pair.items():
+            lines[library].append((value, row[measure] / scale))
     return lines

@@ -31,11 +31,9 @@ def along_axes(rows: list[dict[str, Any]], axes: dict[str, tuple[Any, ...]], bas
 
 
 def _along(rows: list[dict[str, Any]], axis: str, base: Point, values: tuple[Any, ...]) -> str:
-    by_point = {(row["library"], sizes_of(row)): row for row in rows}
     lines, reasons, measured = [], [], []
-    for value in values:
-        sizes = replace(base, **{axis: value}).sizes
-        pair = [by_point[name, sizes] for name in ("PEFT", "peftkit") if (name, sizes) in by_point]
+    for value, found in by_value(rows, axis, values, base):
+        pair = list(found.values())
         if len(pair) < 2:
             continue
         step = _compared(pair, "step_seconds", lambda seconds: f"{seconds:.3g}")
@@ -56,6 +54,18 @@ def _along(rows: list[dict[str, Any]], axis: str, base: Point, values: tuple[Any
     return text + (f"\n\n{'; '.join(reasons)}." if reasons else "")
 
 
+def by_value(
+    rows: list[dict[str, Any]], axis: str, values: tuple[Any, ...], base: Point
+) -> list[tuple[Any, dict[str, dict[str, Any]]]]:
+    """For each value of an axis the rows there by library, PEFT's before ours; a row that is missing is left out."""
+    found = {(row["library"], _sizes_of(row)): row for row in rows}
+    points = [(value, replace(base, **{axis: value}).sizes) for value in values]
+    return [
+        (value, {name: found[name, at] for name in ("PEFT", "peftkit") if (name, at) in found})
+        for value, at in points
+    ]
+
+
 def _compared(pair: list[dict[str, Any]], measure: str, shown: Callable[[float], str]) -> list[str]:
     """A measure of PEFT's row and of ours, and its ratio; a refused row has none."""
     cells = [shown(row[measure]) if row["status"] == "ok" else row["status"] for row in pair]
@@ -63,7 +73,7 @@ def _compared(pair: list[dict[str, Any]], measure: str, shown: Callable[[float],
     return [*cells, f"{pair[1][measure] / pair[0][measure]:.2f}" if both else ""]
 
 
-def sizes_of(row: dict[str, Any]) -> tuple[Any, ...]:
+def _sizes_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What ``Point.sizes`` is of the point of a row."""
     return tuple(row[name] for name in _SIZES)
 
@@ -74,7 +84,7 @@ def _place(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
-    return (*_machine(row), *sizes_of(row))
+    return (*_machine(row), *_sizes_of(row))
 
 
 def _machine(row: dict[str, Any]) -> tuple[Any, ...]:
