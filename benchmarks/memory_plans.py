@@ -104,8 +104,28 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
     ),
     "vit": ("ViTForImageClassification", _SIZES | {"image_size": 128, "patch_size": 8}),
+    "resnet": (
+        "ResNetForImageClassification",
+        {"embedding_size": 32, "hidden_sizes": [64, 128, 256], "depths": [2, 2, 2]},
+    ),
+    "convnext": (
+        "ConvNextForImageClassification",
+        {"hidden_sizes": [32, 64, 128, 256], "depths": [2, 2, 3, 2]},
+    ),
+    "efficientnet": (
+        "EfficientNetForImageClassification",
+        {"image_size": 112, "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
+    ),
+    # A real step would drop layers at random.
+    "wav2vec2": (
+        "Wav2Vec2ForSequenceClassification",
+        _SIZES | {"conv_dim": [64] * 7, "layerdrop": 0.0},
+    ),
 }
 """A class of transformers and the values of its config."""
+
+_NO_SIZE = 224
+"""Pixels of a side of an image for a config that says none, as ``plan`` assumes."""
 
 
 def _lora(**changes: Any) -> Callable[[], list[Any]]:
@@ -194,6 +214,10 @@ CASES = (
     PlannedCase("gpt_oss", "lora", "nf4", 2, 128, checkpointing=True),
     PlannedCase("vit", "pfeiffer"),
     PlannedCase("vit", "lora", "bf16"),
+    *(PlannedCase(model, "full") for model in ("resnet", "convnext", "efficientnet")),
+    PlannedCase("resnet", "full", "bf16", 12),
+    PlannedCase("convnext", "lora", "bf16", 8),
+    *(PlannedCase("wav2vec2", method, "fp32", 4, 4000) for method in ("full", "lora")),
     PlannedCase("bert", "parallel"),
     PlannedCase("t5", "gated prefix"),
 )
@@ -333,9 +357,12 @@ def real_batch(case: PlannedCase, model: Any) -> dict[str, Tensor]:
         labels = torch.randint(0, config.num_labels, shape[:1])
     else:
         labels = torch.randint(3, config.vocab_size, shape)
-    if case.model == "vit":
-        sizes = (case.batch_size, 3, config.image_size, config.image_size)
+    if name.endswith("ForImageClassification"):
+        side = getattr(config, "image_size", _NO_SIZE)
+        sizes = (case.batch_size, 3, side, side)
         return {"pixel_values": torch.randn(sizes).to(dtype), "labels": labels}
+    if case.model == "wav2vec2":
+        return {"input_values": torch.randn(shape).to(dtype), "labels": labels}
     if case.model == "whisper":
         sizes = (case.batch_size, config.num_mel_bins, 2 * config.max_source_positions)
         return {"input_features": torch.randn(sizes).to(dtype), "labels": labels}

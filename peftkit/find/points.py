@@ -143,6 +143,11 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
     }
 
 
+def has_image_size(config: Any) -> bool:
+    """Whether the config of a model, or of its part for images, says how large images are."""
+    return hasattr(getattr(config, "vision_config", config), "image_size")
+
+
 def _size(config: Any) -> tuple[int, int]:
     size = getattr(config, "image_size", _ANY_IMAGE)
     return (size, size) if isinstance(size, int) else tuple(size)

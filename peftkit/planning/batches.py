@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from peftkit.errors import ContractError
-from peftkit.find.points import probe_inputs
+from peftkit.find.points import has_image_size, probe_inputs
+
+_IMAGE = 224
+"""Pixels of a side of an image if the config does not say: that to which nearly all image processors scale."""
 
 
 def batch_of(model: Any, batch_size: int, seq_len: int) -> dict[str, Any]:
@@ -20,7 +23,7 @@ def batch_of(model: Any, batch_size: int, seq_len: int) -> dict[str, Any]:
         model: A transformers model.
         batch_size: Rows.
         seq_len: Tokens of a text (also of the target text of a sequence-to-sequence model), or samples of a sound. Images and
-            spectrograms have the size that the config says.
+            spectrograms have the size that the config says, or images 224 x 224 pixels if it says none.
 
     Raises:
         ContractError: Inputs for the model cannot be made, or the model computes no loss from labels.
@@ -32,6 +35,8 @@ def batch_of(model: Any, batch_size: int, seq_len: int) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {}
     for name, tensor in probe.items():
+        if name == "pixel_values" and not has_image_size(model.config):
+            tensor = tensor.new_zeros(*tensor.shape[:2], _IMAGE, _IMAGE)
         is_sequence = name in ("input_ids", "input_values")
         shape = (batch_size, seq_len) if is_sequence else (batch_size, *tensor.shape[1:])
         inputs[name] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)

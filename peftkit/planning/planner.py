@@ -58,7 +58,7 @@ def plan(
             that was passed). Without configs, the adapters of a ``PeftModel``, and for others ``wrap``'s default.
         base: How the base model is stored, as for ``load_base``.
         batch_size: Rows of a batch.
-        seq_len: Tokens of each row; samples for sound. Images have the size that the config says.
+        seq_len: Tokens of each row; samples for sound. Images have the size that the config says, or 224 x 224 pixels if it says none.
         optimizer: ``"adamw"`` (torch's default: a loop on the CPU, lists of tensors on a GPU), ``"adamw_fused"`` (Trainer's default),
             ``"adamw_8bit"`` (by the formula of bitsandbytes), ``"adafactor"``, ``"sgd"``.
         checkpointing: Whether activations inside each layer are computed again in the backward.
@@ -107,11 +107,11 @@ def plan(
     ends = period + 1
     first = 2 * ends + (count - 2 * ends) % period if period else 0
     if not period or first + _WHOLE * period > count:
-        recorded = run(source)
-        found = list(sections(recorded.before, recorded.events).values())
-        overhead = _overhead(recorded, kind, largest(found).size)
-        return _result(found, _facts(recorded), overhead, settings, basis)
+        return _of_whole(run(source), kind, settings, basis)
     few, more = (run(layers.shortened(source, n)) for n in (first, first + period))
+    if len(few.events) == len(more.events):
+        # the config counts something else, as EfficientNet's does
+        return _of_whole(run(source), kind, settings, basis)
     parts = [
         sections(r.before, r.events, ends, n) for r, n in ((few, first), (more, first + period))
     ]
@@ -121,6 +121,13 @@ def plan(
     return _result(
         extended(*parts, times, count - first - period), facts, overhead, settings, basis
     )
+
+
+def _of_whole(recorded: Recorded, kind: str, settings: dict[str, Any], basis: str) -> MemoryPlan:
+    """The plan of a model that was run with all of its layers."""
+    found = list(sections(recorded.before, recorded.events).values())
+    overhead = _overhead(recorded, kind, largest(found).size)
+    return _result(found, _facts(recorded), overhead, settings, basis)
 
 
 def _facts(recorded: Recorded) -> list[int]:

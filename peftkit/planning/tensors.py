@@ -76,6 +76,23 @@ def sizes_of(value: Any) -> Any:
     return Sizes(tuple(value.shape), value.stride(), value.dtype, storage, value.storage_offset())
 
 
+def described(value: Any) -> Any:
+    """What the sizes of an operation's result depend on: its arguments without the values of tensors."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(map(described, value))
+    if isinstance(value, dict):
+        return tuple((name, described(item)) for name, item in value.items())
+    return type(value), value
+
+
+def of_layout(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Sizes:
+    """A tensor that fills its storage."""
+    last = sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    return Sizes(shape, stride, dtype, (last + 1) * dtype.itemsize, 0)
+
+
 def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Sizes:
     stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return Sizes(shape, stride, dtype, math.prod(shape) * dtype.itemsize, 0)

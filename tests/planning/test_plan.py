@@ -22,6 +22,9 @@ FAST = [
     BENCHMARK.PlannedCase("t5", "full", batch_size=1),
     BENCHMARK.PlannedCase("olmoe", "houlsby", "nf4", 2, 64),
     BENCHMARK.PlannedCase("gpt_oss", "lora", "nf4", 2, 64, checkpointing=True),
+    BENCHMARK.PlannedCase("resnet", "full", batch_size=9),
+    BENCHMARK.PlannedCase("convnext", "full", "bf16", batch_size=2),
+    BENCHMARK.PlannedCase("efficientnet", "full", batch_size=2),
 ]
 
 
@@ -51,6 +54,26 @@ def test_few_layers_tell_the_plan_of_many(config, configs, options):
     for name in ("peak_bytes", "items", "phase", "module", "peaks", "loaded_bytes", "trained"):
         assert getattr(short, name) == getattr(whole, name), name
     assert (short.parameters, short.allocated_bytes) == (whole.parameters, whole.allocated_bytes)
+
+
+def test_no_layer_is_dropped_at_random():
+    def peak(dropped):
+        config = BENCHMARK.config_of(BENCHMARK.PlannedCase("wav2vec2", "full"))
+        config.layerdrop = dropped
+        return plan(config, "full", device="cpu", batch_size=2, seq_len=4000).peak_bytes
+
+    assert {peak(0.9) for _ in range(3)} == {peak(0.0)}
+
+
+def test_an_image_has_a_usual_size_if_the_config_says_none():
+    config = BENCHMARK.config_of(BENCHMARK.PlannedCase("resnet", "full"))
+    images = torch.zeros(2, 3, 224, 224)
+    batch = {"pixel_values": images, "labels": torch.zeros(2, dtype=torch.long)}
+    made, given = (
+        plan(config, "full", device="cpu", **options)
+        for options in ({"batch_size": 2}, {"batch": batch})
+    )
+    assert made.peak_bytes == given.peak_bytes > 2 * images.nbytes
 
 
 def test_items_are_those_of_arithmetic():
