@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from peftkit.finetune.checkpoints import checkpoint_of, require_best
+from peftkit.finetune.divided import train_only
 from peftkit.finetune.processes import any_process, is_main, on_main
 from peftkit.finetune.run_folder import METRICS, RunFolder, write_text
 from peftkit.finetune.strategies.staged import trained_at
@@ -68,11 +69,7 @@ class RunStages(TrainerCallback):
         self.model, self.stages = model, stages
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trained = trained_at(self.stages, state.global_step)
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad != (name in trained):
-                parameter.requires_grad_(name in trained)
-                parameter.grad = None
+        train_only(self.model, trained_at(self.stages, state.global_step))
 
 
 class FindBest(TrainerCallback):

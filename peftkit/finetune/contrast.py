@@ -112,6 +112,25 @@ def two_sided_loss(vectors: torch.Tensor, temperature: float) -> tuple[torch.Ten
     return loss, scores[: pairs.own, rows:]
 
 
+def pairs_of_all(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows and the partners of a batch in all processes, for a loss that is the same in all of them.
+
+    Args:
+        vectors: ``Float32[2 · rows, width]``, all rows of this process before all partners.
+
+    Returns:
+        Two times ``Float32[all rows, width]``, of length one, with the gradients of ``_Pairs.vectors``; without the rows that fill up the
+        last batch of an evaluation.
+    """
+    pairs = _of_all(vectors)
+    rows, partners = pairs.vectors.chunk(2)
+    return (
+        (rows, partners)
+        if pairs.repeats is None
+        else (rows[~pairs.repeats], partners[~pairs.repeats])
+    )
+
+
 def _found(scores: torch.Tensor, shift: int, repeats: torch.Tensor | None) -> torch.Tensor:
     """The loss of a classifier that chooses column ``row + shift`` in each row that is no repetition; 0 if there is one pair alone."""
     import torch

@@ -13,6 +13,7 @@ from peftkit.checks.reach import loss_of as model_loss
 from peftkit.checks.reach import on_device_of, undisturbed
 from peftkit.errors import ContractError, count, listing
 from peftkit.find.modules import is_quantised
+from peftkit.finetune.divided import train_only, whole
 
 Loss = Callable[[nn.Module, Any], Any]
 
@@ -95,7 +96,7 @@ def _check(
         broken = [
             n
             for n, p in trained.items()
-            if p.grad is not None and not bool(p.grad.isfinite().all())
+            if p.grad is not None and not bool(whole(p.grad).isfinite().all())
         ]
     if broken:
         raise ContractError(
@@ -107,9 +108,8 @@ def _check(
             f"{count(len(missing), 'trained tensor gets', 'trained tensors get')} no gradient from the first batch:\n{listing(missing)}\n"
             "Choose other modules in the strategy."
         )
-    for name in missing:
-        trained[name].requires_grad_(False)
     if missing:
+        train_only(model, trained.keys() - set(missing))
         notes.append(
             f"frozen, because the loss does not depend on them: {', '.join(missing[:4])}"
             + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftkit.checks.adapters import adapter_tensors
 from peftkit.errors import count
+from peftkit.finetune.divided import whole
 from peftkit.finetune.zeros import kept_zeros
 
 _DECIDING = ("lora_B", "lora_embedding_B", ".up.weight", ".gate")
@@ -40,7 +41,7 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 
 def _digest(tensor: Tensor) -> str:
-    values = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+    values = whole(tensor.detach()).contiguous().view(-1).view(torch.uint8).cpu().numpy()
     return hashlib.blake2b(values.data, digest_size=16).hexdigest()
 
 
@@ -61,7 +62,7 @@ def judge(
     buffers = {name: digest for name, digest in before.items() if name not in parameters}
     before = {name: digest for name, digest in before.items() if name in parameters}
     same = [name for name, digest in before.items() if _digest(parameters[name]) == digest]
-    broken = [name for name in before if not bool(parameters[name].isfinite().all())]
+    broken = [name for name in before if not bool(whole(parameters[name]).isfinite().all())]
     problems, notes = [], []
     changed = len(before) - len(same)
     if broken:

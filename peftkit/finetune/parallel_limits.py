@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 
 from peftkit.errors import ContractError
+from peftkit.finetune.divided import OPTIMIZERS
 from peftkit.finetune.processes import process_count
 from peftkit.finetune.recipe import Recipe
 from peftkit.finetune.stages.recipe import StagedRecipe
 from peftkit.finetune.tasks import require_task
+from peftkit.finetune.tasks.base import Task
 
 _LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
@@ -48,12 +50,28 @@ def _require_sharding(recipe: Recipe | StagedRecipe) -> None:
         return
     if process_count() == 1:
         raise ContractError(
-            "training.fsdp=true divides the frozen weights among processes, but there is one process; start the run with torchrun, or "
+            "training.fsdp=true divides weights among processes, but there is one process; start the run with torchrun, or "
             "leave training.fsdp out"
         )
     for part in recipes:
         if not is_adapter(part):
-            raise ContractError(
-                f"training.fsdp=true divides frozen weights, but strategy={part.strategy.name} trains the model's own; use an adapter "
-                "such as lora, or leave training.fsdp out"
-            )
+            _require_divisible(part)
+
+
+def _require_divisible(recipe: Recipe) -> None:
+    """Raise unless the trained weights of a recipe can be divided."""
+    optimizer, strategy = recipe.training.optimizer, recipe.strategy.name
+    if optimizer not in OPTIMIZERS:
+        raise ContractError(
+            f"training.fsdp=true divides the weights that strategy={strategy} trains, and training.optimizer={optimizer!r} does not step on parts "
+            f"of them; use one of {', '.join(OPTIMIZERS)}, or leave training.fsdp out"
+        )
+    if require_task(recipe.task.name).trainer is not Task.trainer:
+        raise ContractError(
+            f"training.fsdp=true with strategy={strategy}: task={recipe.task.name} has a trainer of its own, which needs whole weights; use an "
+            "adapter such as lora, or leave training.fsdp out"
+        )
+    if getattr(recipe.strategy.options, "keep_zeros", False):
+        raise ContractError(
+            "training.fsdp=true with strategy.keep_zeros=true, which compares whole weights; leave one of them out"
+        )

@@ -94,7 +94,8 @@ class TrainingRecipe:
         False, "Compute activations a second time instead of keeping them"
     )
     fsdp: bool = key(
-        False, "Divide the frozen weights among the processes of torchrun, for adapters"
+        False,
+        "Divide the weights among the processes of torchrun; of an adapter's model the frozen ones",
     )
     checkpoint_every: int | Literal["epoch"] = key(
         "epoch",

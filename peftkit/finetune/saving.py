@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from peftkit.errors import ContractError, count, listing
 from peftkit.find.modules import storage_of
@@ -31,11 +33,25 @@ from peftkit.finetune.checkpoints import (
     require_digests,
     write_digests,
 )
+from peftkit.finetune.divided import (
+    is_divided,
+    load_optimizer,
+    load_weights,
+    whole_optimizer,
+    whole_weights,
+)
 from peftkit.finetune.outcome import digests
 from peftkit.finetune.processes import from_all, on_main
 
 _TORCH_WRITES = ("inline_container", "PytorchStreamWriter", "file write failed")
 """Parts of the messages of torch's RuntimeError when a file cannot be written."""
+
+
+class _Whole(NamedTuple):
+    """What a checkpoint has of a model of which this process has a part: the states of the model and of the optimiser."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
 
 
 class CheckedCheckpoints(Trainer):
@@ -48,6 +64,8 @@ class CheckedCheckpoints(Trainer):
 
     keep_checkpoints: int
     stops_early: bool
+    _whole: _Whole | None = None
+    """While a checkpoint is saved: the weights, if this process has only parts of them."""
 
     @property
     def has_no_best(self) -> bool:
@@ -68,7 +86,10 @@ class CheckedCheckpoints(Trainer):
             if isinstance(self.model, FSDPModule):
                 # Only the process that writes would free its whole weights, and the others not gather them again.
                 self.model.reshard()
+            if is_divided(self.model):
+                self._whole = _Whole(whole_weights(self.model), whole_optimizer(self.optimizer))
             super()._save_checkpoint(model, trial)
+            self._whole = None
             from_all(None)  # waits for the files of all processes
             on_main(lambda: self._complete(checkpoint))
 
@@ -86,6 +107,8 @@ class CheckedCheckpoints(Trainer):
         transformers saves some models under other names, such as ViT under those of older versions, but the Trainer reads checkpoints
         without renaming. It would leave weights as they were before training, with a warning only.
         """
+        if self._whole is not None:
+            state_dict = self._whole.weights
         if not isinstance(self.model, PreTrainedModel):
             super()._save(output_dir, state_dict)
             return
@@ -96,8 +119,29 @@ class CheckedCheckpoints(Trainer):
         finally:
             del own["save_pretrained"]
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the states of optimiser and scheduler."""
+        if self._whole is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            torch.save(self._whole.optimizer, Path(output_dir) / OPTIMIZER_NAME)
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the states of optimiser and scheduler."""
+        if checkpoint is None or not is_divided(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint and compare the tensors in memory with those that were saved."""
+        if is_divided(self.model):
+            self._issue_warnings_after_load(load_weights(self.model, Path(resume_from_checkpoint)))
+            return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         require_digests(Path(resume_from_checkpoint), digests(self.model))
 

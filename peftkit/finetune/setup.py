@@ -14,7 +14,7 @@ from peftkit.finetune.first_step import check_first_step
 from peftkit.finetune.model import load_model, load_processor, longest_input
 from peftkit.finetune.processes import process_count
 from peftkit.finetune.recipe import Recipe
-from peftkit.finetune.sharding import shard_base
+from peftkit.finetune.sharding import shard
 from peftkit.finetune.start import start_from_adapter
 from peftkit.finetune.strategies import AdapterSetting, require_strategy
 from peftkit.finetune.tasks import require_task
@@ -172,7 +172,7 @@ def adapt_model(
     if recipe.adapter is not None:
         carried = start_from_adapter(model, recipe.adapter, task.setting.labels)
     if recipe.training.fsdp:
-        carried.append(shard_base(model))
+        carried.append(shard(model, strategy.is_adapter))
     task.check_model(model, rows)
     if process_count() > 1:
         # All processes have loaded the same frozen weights: DistributedDataParallel need not send them, and cannot if they are float8 or divided.

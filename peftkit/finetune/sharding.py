@@ -1,7 +1,9 @@
-"""Divide the frozen weights of a base model among the processes of a run with torch's FSDP2. Adapters stay whole in each of them.
+"""Divide the weights of a model among the processes of a run with torch's FSDP2.
 
-The adapter's gradients are averaged by ``DistributedDataParallel`` as without sharding, so optimiser, checkpoints and files are those
-of a run in which each process has the whole model.
+Of a model with adapters only the frozen weights are divided, and the adapter stays whole in each process: ``DistributedDataParallel``
+averages its gradients as without sharding, so optimiser, checkpoints and files are those of a run in which each process has the whole
+model. Of a model whose own weights are trained all are divided, with their gradients and the state of the optimiser
+(``peftkit.finetune.divided``).
 """
 
 from __future__ import annotations
@@ -11,27 +13,29 @@ from typing import Any
 from torch import nn
 
 from peftkit.errors import ContractError
+from peftkit.find.statistics import norms_with_statistics
 from peftkit.finetune.blocks import find_stacks
 from peftkit.finetune.processes import process_count
 
 
-def shard_base(model: Any) -> str:
-    """Divide the frozen parameters of a model with adapters; a block has all of its weights only while it is computed.
+def shard(model: Any, is_adapter: bool) -> str:
+    """Divide the parameters of a model, or the frozen ones if an adapter is trained; a block is whole only while it is computed.
 
     Args:
-        model: A model with adapters, on the CPU or on the device of this process. All processes of the run must call this.
+        model: A model on the CPU or on the device of this process. All processes of the run must call this.
+        is_adapter: Whether an adapter is trained.
 
     Returns:
         A sentence with the bytes that this process keeps.
 
     Raises:
-        ContractError: The model has no stack of blocks.
+        ContractError: The model has no stack of blocks, or trained statistics that FSDP2 would not share.
     """
     from accelerate import PartialState
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    base = model.get_base_model()
+    base = model.get_base_model() if is_adapter else model
     blocks = [
         block for stack in find_stacks(model) for block in base.get_submodule(stack.name).children()
     ]
@@ -39,19 +43,29 @@ def shard_base(model: Any) -> str:
         raise ContractError(
             f"training.fsdp=true needs a model with a list of blocks, but {type(base).__name__} has none; leave training.fsdp out"
         )
+    if not is_adapter and norms_with_statistics(model):
+        raise ContractError(
+            f"training.fsdp=true does not share the statistics of the batch norms of {type(base).__name__} among processes; leave training.fsdp "
+            "out, or train an adapter"
+        )
     device = PartialState().device
     mesh = init_device_mesh(device.type, (process_count(),))
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    whole = sum(p.nbytes for p in frozen.values())
+    kind = "frozen weights" if is_adapter else "weights"
+    divided = {n: p for n, p in model.named_parameters() if not (is_adapter and p.requires_grad)}
+    whole = sum(p.nbytes for p in divided.values())
     quantised = {
-        name: (type(p), dict(vars(p))) for name, p in frozen.items() if type(p) is not nn.Parameter
+        name: (type(p), dict(vars(p))) for name, p in divided.items() if type(p) is not nn.Parameter
     }
-    trained = {p for p in model.parameters() if p.requires_grad}
-    for parameter in trained:
+    adapter = {p for p in model.parameters() if p.requires_grad} if is_adapter else set()
+    for parameter in adapter:
         parameter.data = parameter.data.to(device)
     groups = (*blocks, model)
+    # The optimiser must not be given the whole weights that an evaluation has left.
+    reshard = None if is_adapter else True
     for group in groups:
-        fully_shard(group, mesh=mesh, ignored_params=trained)
+        fully_shard(group, mesh=mesh, ignored_params=adapter, reshard_after_forward=reshard)
+        if device.type == "cpu":
+            group.set_force_sum_reduction_for_comms(True)  # gloo computes no mean
     for group in groups:
         # Makes the objects of the whole weights. FSDP2 frees their memory between forwards, but keeps the objects.
         group.unshard()
@@ -60,10 +74,11 @@ def shard_base(model: Any) -> str:
         group.reshard()
     _restore(model, quantised)
     # PEFT calls the forward of the base model directly, so FSDP2's hooks must be those of the whole model.
-    register_fsdp_forward_method(model, "generate")
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")
     parts = dict(model.named_parameters())
-    kept = sum(parts[name].to_local().nbytes for name in frozen)
-    return f"{kept:,} of {whole:,} bytes of frozen weights in each process"
+    kept = sum(parts[name].to_local().nbytes for name in divided)
+    return f"{kept:,} of {whole:,} bytes of {kind} in each process"
 
 
 def _restore(model: nn.Module, quantised: dict[str, tuple[type, dict[str, Any]]]) -> None:

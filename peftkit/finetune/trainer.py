@@ -20,6 +20,7 @@ from peftkit.checks.reach import loss_of, undisturbed
 from peftkit.errors import ContractError
 from peftkit.find.statistics import hold_statistics, norms_with_statistics
 from peftkit.finetune.distillation.parts import LossParts
+from peftkit.finetune.divided import WithoutWrapping, is_divided, require_parts
 from peftkit.finetune.model import with_decoder_inputs
 from peftkit.finetune.processes import any_process, process_count
 from peftkit.finetune.rates import parameter_groups
@@ -49,6 +50,8 @@ class RecipeTrainer(CheckedCheckpoints):
         self.keep_checkpoints = rates.keep_checkpoints
         self.stops_early = rates.early_stopping is not None
         super().__init__(*args, **kwargs)
+        if is_divided(self.model):
+            self.accelerator.__class__ = WithoutWrapping
         self.norms = norms_with_statistics(self.model)
         if self.label_smoother is not None:
             self.label_smoother = TaskSmoother(rates.label_smoothing, task)
@@ -80,6 +83,7 @@ class RecipeTrainer(CheckedCheckpoints):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimiser that the recipe names, with our parameter groups."""
         if self.optimizer is None:
+            require_parts(self.model)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options.pop("lr", None)
             self.optimizer = cls(groups_of(self.model, self.rates), **options)

@@ -296,6 +296,7 @@ class SingleRun:
         notes: list[str],
     ) -> RunResult:
         """Check the weights, evaluate, and write weights, card and report."""
+        from peftkit.finetune.divided import is_divided, whole_weights
         from peftkit.finetune.outcome import digests, judge
         from peftkit.finetune.report import write_report, write_run_page
         from peftkit.finetune.setup import is_adapter
@@ -332,9 +333,13 @@ class SingleRun:
             trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
 
+        state = whole_weights(model) if is_divided(model) else None
+
         def write() -> RunResult:
             self.folder.write_json(SAMPLES, samples.found)
-            result.weights = save_weights(self.recipe, task, model, self.folder, metrics, facts)
+            result.weights = save_weights(
+                self.recipe, task, model, self.folder, metrics, facts, state
+            )
             answers = samples.found
             write_report(
                 self.recipe, model, self.folder, result, facts, history, answers, self.usage

@@ -21,8 +21,18 @@ def save_weights(
     folder: RunFolder,
     metrics: dict[str, float],
     facts: dict[str, Any],
+    state: dict[str, Any] | None = None,
 ) -> Path:
     """Write ``adapter`` or ``model`` in the folder of the run.
+
+    Args:
+        recipe: The recipe.
+        task: The task, which has the tokenizer or the processor.
+        model: The trained model.
+        folder: The folder of the run.
+        metrics: For the model card.
+        facts: What ``data.json`` says.
+        state: The weights, if the model has only parts of them.
 
     Returns:
         The folder with the weights.
@@ -32,7 +42,7 @@ def save_weights(
     name = ADAPTER if is_adapter(recipe) else MODEL
     target, partial = folder.path / name, folder.path / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
+    model.save_pretrained(str(partial), state_dict=state)
     (task.setting.processor or task.setting.tokenizer).save_pretrained(str(partial))
     write_text(partial / "README.md", model_card(recipe, name, target, metrics, facts))
     shutil.rmtree(target, ignore_errors=True)

@@ -10,6 +10,7 @@ import distill_cases
 import finetune_cases as cases
 import numpy as np
 import pytest
+import retrieval_cases
 import segmentation_cases
 import torch
 import unlabelled_cases
@@ -17,6 +18,7 @@ from finetune_processes import torchrun
 from markers import slow_if
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from peftkit.errors import ContractError
 from peftkit.finetune import read_recipe
@@ -114,7 +116,7 @@ def run_three(file, tmp_path, *arguments, **wanted):
         cases.run("train", file, *split, half[1], f"out={tmp_path / f'split-{rows}'}")
     parts = tmp_path / "parts"
     printed = torchrun(
-        "train", file, half[0], "training.eval_batch_size=2", f"out={parts}", **wanted
+        "train", file, half[0], "training.eval_batch_size=2", f"out={parts}", *arguments, **wanted
     )
     assert_trained_alike(tmp_path / "whole", [tmp_path / "split-1", tmp_path / "split-2"], parts)
     return printed
@@ -171,7 +173,64 @@ def test_every_divided_base_trains_to_the_same_bits(name, model, tmp_path):
     assert_same_divided(write_recipe(model, tmp_path, **DIVIDED[name]), tmp_path)
 
 
-def test_only_frozen_weights_are_divided(model, tmp_path, monkeypatch):
+TRAINED = {
+    "full": {"strategy": "full"},
+    "tied": {"strategy": "full"},
+    "partial": {"strategy": {"name": "partial", "last_blocks": 1}},
+    "gradual": {"strategy": {"name": "gradual", "stage_steps": 2}},
+}
+"""Recipes whose trained weights are divided."""
+
+
+@pytest.mark.parametrize("name", slow_if("tied".__ne__, TRAINED))
+def test_trained_weights_can_be_divided(name, model, tmp_path, one_thread):
+    if name == "tied":
+        model = cases.save_model(tmp_path / "tied", "llama", chat=True)
+        tied = AutoModelForCausalLM.from_pretrained(model, tie_word_embeddings=True)
+        tied.save_pretrained(model)
+    file = write_recipe(model, tmp_path, **TRAINED[name])
+    printed = run_three(file, tmp_path, "training.fsdp=true")
+    sizes = re.findall(r"([\d,]+) of ([\d,]+) bytes of weights in each process", printed)
+    kept, whole = (int(size.replace(",", "")) for size in sizes[0])
+    assert 0.5 <= kept / whole < 0.55
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_divided_training_resumes_to_the_same_bits(model, tmp_path):
+    training = {
+        "optimizer": "adamw_torch",
+        "lr": 1e-3,
+        "batch_size": 1,
+        "gradient_accumulation": 2,
+        "best_metric": "loss",
+    }
+    file = write_recipe(model, tmp_path, strategy="full", training=training)
+    torchrun("train", file)
+    divided = "training.fsdp=true", f"out={tmp_path / 'divided'}"
+    torchrun("train", file, *divided)
+    again = "training.fsdp=true", f"out={tmp_path / 'again'}"
+    printed = torchrun("train", file, *again, code=1, kill=5)
+    assert "finished: " not in printed
+    assert "resuming from checkpoint-3" in torchrun("train", file, *again, "resume=true")
+    runs = [tmp_path / run for run in ("whole", "divided", "again")]
+    assert largest(weights(runs[1]), weights(runs[2])) == 0
+    # The norm of the gradients is added up in another order.
+    for first, second in zip(*(weights(run).values() for run in runs[:2]), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses(runs[0]), losses(runs[1]), rtol=1e-5, atol=0)
+    states = [
+        torch.load(run / "checkpoints" / "checkpoint-6" / "optimizer.pt")["state"] for run in runs
+    ]
+    assert states[0].keys() == states[1].keys()
+    for number, state in states[0].items():
+        shapes = {name: value.shape for name, value in state.items()}
+        assert shapes == {name: value.shape for name, value in states[1][number].items()}
+        for name in state:
+            assert torch.equal(states[1][number][name], states[2][number][name])
+
+
+def test_what_cannot_be_divided_into_parts_is_refused(model, tmp_path, monkeypatch):
     divided = {"training": {"fsdp": True}}
     recipe = read_recipe(write_recipe(model, tmp_path, **divided))
     with pytest.raises(
@@ -180,9 +239,14 @@ def test_only_frozen_weights_are_divided(model, tmp_path, monkeypatch):
         require_parallel(recipe)
     as_process(monkeypatch, 2)
     require_parallel(recipe)
-    whole = read_recipe(write_recipe(model, tmp_path, strategy="full", **divided))
-    with pytest.raises(ContractError, match="strategy=full trains the model's own; use an adapter"):
-        require_parallel(whole)
+    for changes, message in (
+        ({"training": {"fsdp": True, "optimizer": "adafactor"}}, "does not step on parts of them"),
+        ({"task": "preference"}, "has a trainer of its own, which needs whole weights"),
+        ({"strategy": {"name": "full", "keep_zeros": True}}, "keep_zeros=true, which compares"),
+    ):
+        values = {"strategy": "full", **divided, **changes}
+        with pytest.raises(ContractError, match=message):
+            require_parallel(read_recipe(write_recipe(model, tmp_path, **values)))
 
 
 def test_an_error_in_one_process_ends_all_with_one_message(model, tmp_path):
@@ -223,6 +287,16 @@ WHOLE_BATCHES = {
         unlabelled_cases.vit_with_pooler,
         lambda folder: segmentation_cases.halves(folder / "images", 35),
         {"task": "contrastive_images", "strategy": "full"},
+    ),
+    "CLIP": (
+        partial(retrieval_cases.save, name="clip"),
+        lambda folder: retrieval_cases.pairs(folder / "images", 35),
+        {"task": "image_text_retrieval", "strategy": "full"},
+    ),
+    "SigLIP": (
+        partial(retrieval_cases.save, name="siglip"),
+        lambda folder: retrieval_cases.pairs(folder / "images", 35),
+        {"task": "image_text_retrieval"},
     ),
     "segmentation": (
         segformer_without_dropout,
@@ -349,12 +423,12 @@ def as_process(monkeypatch, count):
 
 def test_what_cannot_be_divided_is_refused(model, tmp_path, monkeypatch):
     recipe = read_recipe(write_recipe(model, tmp_path))
-    pairs = read_recipe(write_recipe(model, tmp_path, task="image_text_retrieval"))
-    require_parallel(pairs)
+    objects = read_recipe(write_recipe(model, tmp_path, task="object_detection"))
+    require_parallel(objects)
     as_process(monkeypatch, 4)
     require_parallel(recipe)
     with pytest.raises(ContractError, match="each of the 4 processes has only its own rows"):
-        require_parallel(pairs)
+        require_parallel(objects)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(
         ContractError, match="does not work with accelerate's FSDP; start it with torchrun"

@@ -7,8 +7,9 @@ import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftkit.errors import ContractError
-from peftkit.finetune.contrast import require_batch
+from peftkit.finetune.contrast import pairs_of_all, require_batch
 from peftkit.finetune.images import open_image, require_pillow, shown, stored_image
+from peftkit.finetune.processes import process_count
 from peftkit.finetune.reached import modules_outside_loss
 from peftkit.finetune.retrieval import recalls
 from peftkit.finetune.tasks.base import Encoded, Setting, Task, pad, text_of
@@ -39,7 +40,6 @@ class ImageTextRetrieval(Task):
     )
     best_metric = "mean_recall"
     has_own_loss = True
-    needs_whole_batches = "compares the rows of a batch with each other inside the model"
     smooths_labels = False
     seq_len = 77
     processor = "image and text"
@@ -88,7 +88,8 @@ class ImageTextRetrieval(Task):
     def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
         out = model(**_arguments(inputs))
         vectors = {name: out[name].float() for name in ("image_embeds", "text_embeds")}
-        return out.loss, {"loss": out.loss, **vectors}
+        loss = out.loss if process_count() == 1 else _loss_of_all(model, out)
+        return loss, {"loss": loss, **vectors}
 
     def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
         images, texts = predictions
@@ -99,6 +100,54 @@ class ImageTextRetrieval(Task):
 def _arguments(batch: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the model's forward: everything but the numbers that only the metrics need."""
     return {n: t for n, t in batch.items() if n != "labels"} | {"return_loss": True}
+
+
+def _loss_of_all(model: Any, out: Any) -> torch.Tensor:
+    """The model's loss of the rows of all processes, from its output for those of this process.
+
+    Raises:
+        ContractError: The model computes its scores or its loss in another way than CLIP and SigLIP.
+    """
+    import torch
+
+    own: dict[str, Any] = {name.rsplit(".", 1)[-1]: p for name, p in model.named_parameters()}
+    scale, bias = own.get("logit_scale"), own.get("logit_bias", 0.0)
+
+    def scores(texts: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        return texts @ images.T * scale.exp() + bias
+
+    vectors = out["text_embeds"].float(), out["image_embeds"].float()
+    compute = _siglip_loss if "logit_bias" in own else _clip_loss
+    with torch.no_grad():
+        given = out["logits_per_text"].float()
+        known = (
+            scale is not None
+            and bool((scores(*vectors) - given).abs().max() <= 0.02 * given.abs().max())
+            and bool((compute(given) - out.loss).abs() <= 0.02 * out.loss.abs() + 1e-3)
+        )
+    if not known:
+        raise ContractError(
+            f"task=image_text_retrieval: the loss of {type(model).__name__} is neither CLIP's nor SigLIP's, so it cannot be computed for "
+            f"the rows of {process_count()} processes; start the run without torchrun"
+        )
+    return compute(scores(*pairs_of_all(torch.cat(vectors))))
+
+
+def _clip_loss(scores: torch.Tensor) -> torch.Tensor:
+    """Mean of the losses of two classifiers, one that finds the image of each text and one that finds its text."""
+    import torch
+
+    wanted = torch.arange(len(scores), device=scores.device)
+    losses = [torch.nn.functional.cross_entropy(one, wanted) for one in (scores, scores.T)]
+    return torch.stack(losses).mean()
+
+
+def _siglip_loss(scores: torch.Tensor) -> torch.Tensor:
+    """The log loss of deciding for each text and image whether they belong together, added up over images."""
+    import torch
+
+    signs = 2 * torch.eye(len(scores), device=scores.device) - 1
+    return -torch.nn.functional.logsigmoid(signs * scores).sum(1).mean()
 
 
 def _number(value: str) -> int:

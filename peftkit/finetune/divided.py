@@ -1,0 +1,138 @@
+"""Trained weights that FSDP2 has divided among processes: whole values for files and digests, and a Trainer that knows about them.
+
+The files of a checkpoint are those of a run with the whole model in each process: the parts are gathered before they are written, and
+each process takes its part of what it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+OPTIMIZERS = "adamw_torch", "adamw_torch_fused", "sgd"
+"""Values of ``training.optimizer`` whose steps are the same on parts of a weight as on the whole."""
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether trained weights of the model are divided among processes, not frozen ones alone."""
+    return any(p.requires_grad and isinstance(p, DTensor) for p in model.parameters())
+
+
+def require_parts(model: nn.Module) -> None:
+    """Raise unless all trained weights of a divided model are parts now: an optimiser of whole ones, which come and go, trains nothing."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parts = sum(isinstance(p, DTensor) for p in trained)
+    if parts not in (0, len(trained)):
+        raise RuntimeError(f"{len(trained) - parts} of {len(trained)} trained weights are whole")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor of which a process has a part; other tensors as they are. All processes must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model on the CPU, with whole tensors; tied weights are one tensor. All processes must call this."""
+    made: dict[int, Tensor] = {}
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            made[id(tensor)] = whole(tensor.detach()).cpu()
+        found[name] = made[id(tensor)]
+    return found
+
+
+def whole_optimizer(optimizer: Any) -> dict[str, Any]:
+    """The state of an optimiser on the CPU, with whole tensors. All processes must call this."""
+    return _mapped(optimizer.state_dict(), lambda tensor, _: whole(tensor).cpu(), optimizer)
+
+
+def load_weights(model: nn.Module, folder: Path) -> Any:
+    """Load the safetensors files of a folder; each process keeps its part.
+
+    Returns:
+        What ``load_state_dict`` returns: the names that are missing or left over.
+    """
+    state = model.state_dict(keep_vars=True)
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                found[name] = part_of(tensors.get_tensor(name), state.get(name))
+    return model.load_state_dict(found, strict=False)
+
+
+def load_optimizer(optimizer: Any, file: Path) -> None:
+    """Load what ``whole_optimizer`` returned; each process keeps its part."""
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(_mapped(saved, part_of, optimizer))
+
+
+def part_of(tensor: Tensor, parameter: Tensor | None) -> Tensor:
+    """The part of a whole tensor that belongs to this process's part of a parameter; ``tensor`` itself if that is not divided."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # All processes have read the same file.
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def _mapped(
+    state: dict[str, Any], change: Callable[[Tensor, Tensor], Tensor], optimizer: Any
+) -> dict[str, Any]:
+    """An optimiser's state in which ``change`` of each tensor and its parameter replaces the tensor."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    changed = {
+        number: {
+            name: change(value, parameters[number]) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": changed}
+
+
+def train_only(model: nn.Module, names: set[str]) -> None:
+    """Train exactly the parameters with these names. FSDP2 has two objects of each weight: a part, and the whole between forwards."""
+    _set_trained(dict(model.named_parameters()), names)
+    for prefix, group in _groups(model):
+        group.unshard()
+        _set_trained({f"{prefix}{name}": p for name, p in group.named_parameters()}, names)
+        group.reshard()
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            yield (f"{name}." if name else ""), module
+
+
+def _set_trained(parameters: dict[str, Any], names: set[str]) -> None:
+    for name, parameter in parameters.items():
+        if parameter.requires_grad != (name in names):
+            parameter.requires_grad_(name in names)
+            parameter.grad = None
+
+
+class WithoutWrapping(Accelerator):
+    """An Accelerator for a model whose gradients FSDP2 adds up: it wraps it in nothing more, and its norm is that of all parts."""
+
+    def prepare_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prepare the model without ``DistributedDataParallel``."""
+        return super().prepare_model(model, evaluation_mode=True, device_placement=False)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        """Scale the gradients so that their norm over all processes is at most ``max_norm``; returns the norm before that."""
+        parameters = [p for p in parameters if p.grad is not None]
+        norm = whole(get_total_norm([p.grad for p in parameters], norm_type))
+        clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
