@@ -27,12 +27,24 @@ def is_divided(model: nn.Module) -> bool:
     return any(p.requires_grad and isinstance(p, DTensor) for p in model.parameters())
 
 
-def require_parts(model: nn.Module) -> None:
-    """Raise unless all trained weights of a divided model are parts now: an optimiser of whole ones, which come and go, trains nothing."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    parts = sum(isinstance(p, DTensor) for p in trained)
-    if parts not in (0, len(trained)):
-        raise RuntimeError(f"{len(trained) - parts} of {len(trained)} trained weights are whole")
+def groups_of_parts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of parameters for an optimiser, in which no group has both parts of weights and the single numbers that are not divided.
+
+    Raises:
+        RuntimeError: Another weight is whole. Whole weights come and go, so an optimiser of them would train nothing.
+    """
+    every = [p for group in groups for p in group["params"]]
+    whole = [p for p in every if not isinstance(p, DTensor)]
+    if len(whole) == len(every):
+        return groups
+    if any(p.dim() for p in whole):
+        raise RuntimeError(f"{len(whole)} of {len(every)} trained weights are whole")
+    found = []
+    for group in groups:
+        for numbers in (False, True):
+            own = [p for p in group["params"] if (p.dim() == 0) is numbers]
+            found += [{**group, "params": own}] if own else []
+    return found
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -132,7 +144,11 @@ class WithoutWrapping(Accelerator):
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
         """Scale the gradients so that their norm over all processes is at most ``max_norm``; returns the norm before that."""
-        parameters = [p for p in parameters if p.grad is not None]
-        norm = whole(get_total_norm([p.grad for p in parameters], norm_type))
-        clip_grads_with_norm_(parameters, max_norm, norm)
+        trained = [p for p in parameters if p.grad is not None]
+        kinds = [[p for p in trained if isinstance(p, DTensor) is parts] for parts in (True, False)]
+        kinds = [kind for kind in kinds if kind]
+        norms = [whole(get_total_norm([p.grad for p in kind], norm_type)) for kind in kinds]
+        norm = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+        for kind in kinds:
+            clip_grads_with_norm_(kind, max_norm, norm)
         return norm

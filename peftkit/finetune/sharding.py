@@ -48,31 +48,40 @@ def shard(model: Any, is_adapter: bool) -> str:
             f"training.fsdp=true does not share the statistics of the batch norms of {type(base).__name__} among processes; leave training.fsdp "
             "out, or train an adapter"
         )
+    for name in ("encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(base.config, name, 0.0):
+            raise ContractError(
+                f"training.fsdp=true needs every layer in all processes at once, but {name}={getattr(base.config, name)} drops layers at random; "
+                "set it to 0 in the model's config.json, or leave training.fsdp out"
+            )
     device = PartialState().device
     mesh = init_device_mesh(device.type, (process_count(),))
     kind = "frozen weights" if is_adapter else "weights"
-    divided = {n: p for n, p in model.named_parameters() if not (is_adapter and p.requires_grad)}
+    # FSDP2 cannot divide a single number, such as CLIP's temperature.
+    left = {p for p in model.parameters() if p.dim() == 0 or (is_adapter and p.requires_grad)}
+    divided = {n: p for n, p in model.named_parameters() if p not in left}
     whole = sum(p.nbytes for p in divided.values())
-    quantised = {
-        name: (type(p), dict(vars(p))) for name, p in divided.items() if type(p) is not nn.Parameter
-    }
-    adapter = {p for p in model.parameters() if p.requires_grad} if is_adapter else set()
-    for parameter in adapter:
+    own = {name: (type(p), dict(vars(p))) for name, p in divided.items()}
+    for parameter in left:
         parameter.data = parameter.data.to(device)
+        if not is_adapter:
+            is_trained = parameter.requires_grad  # now; a later stage may train it
+            parameter.requires_grad_(True).register_post_accumulate_grad_hook(_average)
+            parameter.requires_grad_(is_trained)
     groups = (*blocks, model)
     # The optimiser must not be given the whole weights that an evaluation has left.
     reshard = None if is_adapter else True
     for group in groups:
-        fully_shard(group, mesh=mesh, ignored_params=adapter, reshard_after_forward=reshard)
+        fully_shard(group, mesh=mesh, ignored_params=left, reshard_after_forward=reshard)
         if device.type == "cpu":
             group.set_force_sum_reduction_for_comms(True)  # gloo computes no mean
     for group in groups:
         # Makes the objects of the whole weights. FSDP2 frees their memory between forwards, but keeps the objects.
         group.unshard()
-    _restore(model, quantised)
+    _restore(model, own)
     for group in groups:
         group.reshard()
-    _restore(model, quantised)
+    _restore(model, own)
     # PEFT calls the forward of the base model directly, so FSDP2's hooks must be those of the whole model.
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")
@@ -81,10 +90,21 @@ def shard(model: Any, is_adapter: bool) -> str:
     return f"{kept:,} of {whole:,} bytes of {kind} in each process"
 
 
-def _restore(model: nn.Module, quantised: dict[str, tuple[type, dict[str, Any]]]) -> None:
-    """Give bitsandbytes' weights their attributes again, which FSDP2 drops, and whole ones their class."""
+def _average(parameter: Any) -> None:
+    """Make the gradient of a number that is whole in each process the mean over all, as FSDP2 does for the parts of other weights."""
+    from torch import distributed
+
+    distributed.all_reduce(parameter.grad)
+    parameter.grad /= process_count()
+
+
+def _restore(model: nn.Module, own: dict[str, tuple[type, dict[str, Any]]]) -> None:
+    """Give weights their attributes again, which FSDP2 drops, and whole ones of bitsandbytes their class.
+
+    transformers marks weights that it has loaded.
+    """
     parameters: dict[str, Any] = dict(model.named_parameters())
-    for name, (kind, attributes) in quantised.items():
+    for name, (kind, attributes) in own.items():
         weight = parameters[name]
         if type(weight) is nn.Parameter:
             weight.__class__ = kind

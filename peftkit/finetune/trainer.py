@@ -20,7 +20,7 @@ from peftkit.checks.reach import loss_of, undisturbed
 from peftkit.errors import ContractError
 from peftkit.find.statistics import hold_statistics, norms_with_statistics
 from peftkit.finetune.distillation.parts import LossParts
-from peftkit.finetune.divided import WithoutWrapping, is_divided, require_parts
+from peftkit.finetune.divided import WithoutWrapping, groups_of_parts, is_divided
 from peftkit.finetune.model import with_decoder_inputs
 from peftkit.finetune.processes import any_process, process_count
 from peftkit.finetune.rates import parameter_groups
@@ -83,10 +83,9 @@ class RecipeTrainer(CheckedCheckpoints):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimiser that the recipe names, with our parameter groups."""
         if self.optimizer is None:
-            require_parts(self.model)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options.pop("lr", None)
-            self.optimizer = cls(groups_of(self.model, self.rates), **options)
+            self.optimizer = cls(groups_of_parts(groups_of(self.model, self.rates)), **options)
             zeros = kept_zeros(self.model)
             if zeros is not None:
                 zeros.hold(self.optimizer)

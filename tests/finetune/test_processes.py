@@ -335,6 +335,38 @@ def test_the_loss_of_a_batch_is_that_of_all_processes(name, tmp_path, one_thread
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+OTHERS = {
+    # it writes no text
+    "classes": (
+        partial(cases.save_model, name="bert"),
+        lambda folder: [{"text": "ab" * (1 + i % 5), "label": i % 3} for i in range(35)],
+        {"task": "text_classification"},
+    ),
+    # its temperature is a single number
+    "CLIP": WHOLE_BATCHES["CLIP"],
+    # the last batch of its evaluation is not full
+    "segmentation": WHOLE_BATCHES["segmentation"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_kinds_can_be_divided(name, tmp_path):
+    save, rows, changes = OTHERS[name]
+    model = save(tmp_path / "m")
+    training = changes.get("training", {}) | {"batch_size": 2, "eval_batch_size": 2}
+    changes = changes | {"rows": rows(tmp_path), "training": training}
+    file = write_recipe(model, tmp_path, **changes)
+    torchrun("train", file)
+    torchrun("train", file, "training.fsdp=true", f"out={tmp_path / 'parts'}")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert largest(whole, parts) < 1e-6
+    torch.testing.assert_close(
+        losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-5, atol=0
+    )
+
+
 @pytest.mark.slow
 def test_stages_and_preferences_train_in_two_processes(model, tmp_path, one_thread):
     rows = [

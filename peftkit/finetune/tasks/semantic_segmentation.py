@@ -10,7 +10,12 @@ import numpy as np
 
 from peftkit.errors import ContractError, short
 from peftkit.finetune.images import open_image, require_pillow, shown, size_of, stored_image
-from peftkit.finetune.processes import mean_of_all, process_index, rows_in_last_batch
+from peftkit.finetune.processes import (
+    mean_of_all,
+    process_count,
+    process_index,
+    rows_in_last_batch,
+)
 from peftkit.finetune.schema import key
 from peftkit.finetune.tasks.base import BadRow, Encoded, Setting, Task
 
@@ -132,14 +137,16 @@ class SemanticSegmentation(Task):
             )
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-        out = model(**inputs)
-        mean, labels = out.loss, inputs["labels"]
-        rows = rows_in_last_batch()
+        labels, rows = inputs["labels"], rows_in_last_batch()
         if rows is not None:
-            own = min(max(0, rows - process_index() * len(labels)), len(labels))
-            labels = labels[:own]
-            mean = model(**{n: t[:own] for n, t in inputs.items()}).loss if own else mean * 0.0
-        loss = mean_of_all(mean, (labels != self._model_ignores).sum())
+            own = max(0, rows - process_index() * len(labels))
+            labels = labels.clone()
+            labels[own:] = self._model_ignores
+        out = model(**{**inputs, "labels": labels})
+        items = (labels != self._model_ignores).sum()
+        # The mean over no pixel is NaN, but others of the batch may be in another process.
+        nothing = process_count() > 1 and not bool(items)
+        loss = mean_of_all(out.logits.sum() * 0.0 if nothing else out.loss, items)
         return loss, {"loss": loss, "logits": out.logits}
 
     def counted(self, inputs: dict[str, Any], outputs: Any) -> tuple[Any, Any]:
