@@ -121,11 +121,33 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Wav2Vec2ForSequenceClassification",
         _SIZES | {"conv_dim": [64] * 7, "layerdrop": 0.0},
     ),
+    "wav2vec2_ctc": ("Wav2Vec2ForCTC", _SIZES | {"conv_dim": [64] * 7, "layerdrop": 0.0}),
+    "segformer": (
+        "SegformerForSemanticSegmentation",
+        {
+            "hidden_sizes": [32, 64, 128, 160],
+            "decoder_hidden_size": 64,
+            "drop_path_rate": 0.0,
+            "image_size": 112,
+        },
+    ),
+    "clip": (
+        "CLIPModel",
+        {
+            "text_config": _SIZES,
+            "vision_config": _SIZES | {"image_size": 128, "patch_size": 8},
+            "projection_dim": 64,
+        },
+    ),
+    "bert_answers": ("BertForQuestionAnswering", _SIZES),
 }
 """A class of transformers and the values of its config."""
 
-_CONVOLUTIONS = "resnet", "convnext", "efficientnet", "wav2vec2"
-"""Models that are convolutions in whole or in part."""
+_AS_PLANNED = "wav2vec2_ctc", "segformer", "clip", "bert_answers"
+"""Models whose batch is that of the plan."""
+
+_WITHOUT_TOKENS = "resnet", "convnext", "efficientnet", "wav2vec2", "wav2vec2_ctc", "segformer"
+"""Models with convolutions, for which the usual batch of tokens is none."""
 
 _NO_SIZE = 224
 """Pixels of a side of an image for a config that says none, as ``plan`` assumes."""
@@ -207,7 +229,7 @@ CASES = (
     PlannedCase("llama", "full", optimizer="adamw_fused", batch_size=1, seq_len=64),
     PlannedCase("llama", "lora", batch_size=1, seq_len=1024),
     PlannedCase("llama", "lora", batch_size=16, seq_len=32),
-    *(PlannedCase(model, "lora") for model in MODELS if model not in ("llama", *_CONVOLUTIONS)),
+    *(PlannedCase(model, "lora") for model in MODELS if model not in ("llama", *_WITHOUT_TOKENS)),
     *(PlannedCase(model, "full") for model in ("qwen3_moe", "bert", "t5", "vit", "gpt2")),
     PlannedCase("qwen3_moe", "lora", "bf16"),
     PlannedCase("mixtral", "houlsby", checkpointing=True),
@@ -221,6 +243,9 @@ CASES = (
     PlannedCase("resnet", "full", "bf16", 12),
     PlannedCase("convnext", "lora", "bf16", 8),
     *(PlannedCase("wav2vec2", method, "fp32", 4, 4000) for method in ("full", "lora")),
+    PlannedCase("wav2vec2_ctc", "full", "fp32", 4, 4000),
+    *(PlannedCase("segformer", method) for method in ("full", "lora")),
+    PlannedCase("clip", "full"),
     PlannedCase("bert", "parallel"),
     PlannedCase("t5", "gated prefix"),
 )
@@ -326,7 +351,10 @@ def measured_peak(case: PlannedCase) -> tuple[int, int]:
         step = real_step(case, model, batch)
         gc.collect()
         loaded = _bytes_of(
-            [*model.parameters(), *model.buffers(), *_of_storage(model), *batch.values()]
+            [
+                *(*model.parameters(), *model.buffers(), *_of_storage(model)),
+                *(value for value in batch.values() if isinstance(value, Tensor)),
+            ]
         )
         most = allocated_peak(lambda: (step(), step()))
     return loaded + most, loaded
@@ -353,6 +381,11 @@ def real_model(case: PlannedCase) -> nn.Module:
 
 def real_batch(case: PlannedCase, model: Any) -> dict[str, Tensor]:
     """Random inputs and labels of the case's sizes."""
+    if case.model in _AS_PLANNED:
+        from peftkit.planning.batches import batch_of
+
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return batch_of(base, case.batch_size, case.seq_len)
     config, shape = model.config, (case.batch_size, case.seq_len)
     dtype = config.dtype
     name = MODELS[case.model][0]

@@ -112,11 +112,10 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
         ids[:, -1] = (
             eos  # BART's classification heads read the output at the last end-of-sequence token
         )
-    image = getattr(config, "vision_config", config)
     makers: dict[str, Callable[[], Tensor]] = {
         "input_ids": lambda: ids,
-        "pixel_values": lambda: torch.zeros(1, getattr(image, "num_channels", 3), *_size(image)),
-        "input_values": lambda: torch.linspace(-1, 1, _PROBE_SAMPLES)[None],
+        "pixel_values": lambda: _image(config),
+        "input_values": lambda: _sound(config),
         "input_features": lambda: torch.zeros(
             1, config.num_mel_bins, 2 * config.max_source_positions
         ),
@@ -143,14 +142,29 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
     }
 
 
+def _sound(config: Any) -> Tensor:
+    """Samples, or the spectrogram of a size that the config says, as for AST."""
+    if hasattr(config, "frequency_stride"):
+        return torch.zeros(1, config.max_length, config.num_mel_bins)
+    return torch.linspace(-1, 1, _PROBE_SAMPLES)[None]
+
+
 def has_image_size(config: Any) -> bool:
     """Whether the config of a model, or of its part for images, says how large images are."""
-    return hasattr(getattr(config, "vision_config", config), "image_size")
+    return hasattr(_of_images(config), "image_size")
 
 
-def _size(config: Any) -> tuple[int, int]:
-    size = getattr(config, "image_size", _ANY_IMAGE)
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _of_images(config: Any) -> Any:
+    """The config of the part for images, or of the whole model."""
+    parts = (getattr(config, name, None) for name in ("vision_config", "encoder"))
+    return next((part for part in parts if hasattr(part, "model_type")), config)
+
+
+def _image(config: Any) -> Tensor:
+    own = _of_images(config)
+    size = getattr(own, "image_size", _ANY_IMAGE)
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    return torch.zeros(1, getattr(own, "num_channels", 3), *sides)
 
 
 def _calls(

@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from peftkit.finetune.processes import is_main
+
 OPTIMIZERS = "adamw_torch", "adamw_torch_fused", "sgd"
 """Values of ``training.optimizer`` whose steps are the same on parts of a weight as on the whole."""
 
@@ -37,12 +39,12 @@ def groups_of_parts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     whole = [p for p in every if not isinstance(p, DTensor)]
     if len(whole) == len(every):
         return groups
-    if any(p.dim() for p in whole):
+    if any(p.numel() > 1 for p in whole):
         raise RuntimeError(f"{len(whole)} of {len(every)} trained weights are whole")
     found = []
     for group in groups:
         for numbers in (False, True):
-            own = [p for p in group["params"] if (p.dim() == 0) is numbers]
+            own = [p for p in group["params"] if isinstance(p, DTensor) is not numbers]
             found += [{**group, "params": own}] if own else []
     return found
 
@@ -53,19 +55,29 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model on the CPU, with whole tensors; tied weights are one tensor. All processes must call this."""
+    """The state of a model on the CPU, with whole tensors; tied weights are one tensor. All processes must call this.
+
+    Returns:
+        The state in the process that writes files, nothing in the others.
+    """
     made: dict[int, Tensor] = {}
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in made:
-            made[id(tensor)] = whole(tensor.detach()).cpu()
+            made[id(tensor)] = _kept(tensor.detach())
         found[name] = made[id(tensor)]
-    return found
+    return found if is_main() else {}
 
 
 def whole_optimizer(optimizer: Any) -> dict[str, Any]:
-    """The state of an optimiser on the CPU, with whole tensors. All processes must call this."""
-    return _mapped(optimizer.state_dict(), lambda tensor, _: whole(tensor).cpu(), optimizer)
+    """The state of an optimiser on the CPU, with whole tensors in the process that writes files. All processes must call this."""
+    return _mapped(optimizer.state_dict(), lambda tensor, _: _kept(tensor), optimizer)
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """The whole tensor on the CPU if this process writes files; otherwise none of it stays in memory."""
+    found = whole(tensor)
+    return found.cpu() if is_main() else found.new_empty(0)
 
 
 def load_weights(model: nn.Module, folder: Path) -> Any:
@@ -115,7 +127,10 @@ def _mapped(
 
 def train_only(model: nn.Module, names: set[str]) -> None:
     """Train exactly the parameters with these names. FSDP2 has two objects of each weight: a part, and the whole between forwards."""
-    _set_trained(dict(model.named_parameters()), names)
+    parameters = dict(model.named_parameters())
+    if all(p.requires_grad == (name in names) for name, p in parameters.items()):
+        return
+    _set_trained(parameters, names)
     for prefix, group in _groups(model):
         group.unshard()
         _set_trained({f"{prefix}{name}": p for name, p in group.named_parameters()}, names)

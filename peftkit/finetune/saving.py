@@ -86,12 +86,20 @@ class CheckedCheckpoints(Trainer):
             if isinstance(self.model, FSDPModule):
                 # Only the process that writes would free its whole weights, and the others not gather them again.
                 self.model.reshard()
-            if is_divided(self.model):
-                self._whole = _Whole(whole_weights(self.model), whole_optimizer(self.optimizer))
-            super()._save_checkpoint(model, trial)
-            self._whole = None
+            with self._gathered():
+                super()._save_checkpoint(model, trial)
             from_all(None)  # waits for the files of all processes
             on_main(lambda: self._complete(checkpoint))
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """A context in which the process that writes has the whole weights of a model that is divided."""
+        if is_divided(self.model):
+            self._whole = _Whole(whole_weights(self.model), whole_optimizer(self.optimizer))
+        try:
+            yield
+        finally:
+            self._whole = None
 
     def _complete(self, checkpoint: Path) -> None:
         if isinstance(self.model, PeftModel):

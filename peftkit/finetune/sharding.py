@@ -57,8 +57,8 @@ def shard(model: Any, is_adapter: bool) -> str:
     device = PartialState().device
     mesh = init_device_mesh(device.type, (process_count(),))
     kind = "frozen weights" if is_adapter else "weights"
-    # FSDP2 cannot divide a single number, such as CLIP's temperature.
-    left = {p for p in model.parameters() if p.dim() == 0 or (is_adapter and p.requires_grad)}
+    # A single number, such as CLIP's temperature, cannot be divided.
+    left = {p for p in model.parameters() if p.numel() == 1 or (is_adapter and p.requires_grad)}
     divided = {n: p for n, p in model.named_parameters() if p not in left}
     whole = sum(p.nbytes for p in divided.values())
     own = {name: (type(p), dict(vars(p))) for name, p in divided.items()}

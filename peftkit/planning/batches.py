@@ -37,7 +37,7 @@ def batch_of(model: Any, batch_size: int, seq_len: int) -> dict[str, Any]:
     for name, tensor in probe.items():
         if name == "pixel_values" and not has_image_size(model.config):
             tensor = tensor.new_zeros(*tensor.shape[:2], _IMAGE, _IMAGE)
-        is_sequence = name in ("input_ids", "input_values")
+        is_sequence = name == "input_ids" or (name == "input_values" and tensor.dim() == 2)
         shape = (batch_size, seq_len) if is_sequence else (batch_size, *tensor.shape[1:])
         inputs[name] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
         if name == "input_ids":
@@ -54,16 +54,29 @@ def _labels(
     name = type(model).__name__
     if "return_loss" in parameters:  # contrastive models
         return {"return_loss": True}
+    device = next(iter(inputs.values())).device
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long, device=device)
+
+    if {"start_positions", "end_positions"} <= parameters.keys():  # answers in a text
+        return {"start_positions": zeros(batch_size), "end_positions": zeros(batch_size)}
     if "labels" not in parameters:
         raise ContractError(
             f"{name} computes no loss from labels, so it has no training step; pass a class with a head, such as "
             "AutoModelForCausalLM, as auto_class"
         )
-    device = next(iter(inputs.values())).device
+    if name.endswith("ForSemanticSegmentation"):
+        return {"labels": zeros(batch_size, *inputs["pixel_values"].shape[2:])}
     if re.search(r"For\w*Classification$", name) and not name.endswith("TokenClassification"):
-        return {"labels": torch.zeros(batch_size, dtype=torch.long, device=device)}
+        return {"labels": zeros(batch_size)}
+    if "decoder_input_values" in inputs:  # a spectrogram, of which steps are predicted together
+        frames = -(-seq_len // model.config.reduction_factor) * model.config.reduction_factor
+        spectrogram = inputs.pop("decoder_input_values")  # made from the labels
+        labels = spectrogram.new_zeros(batch_size, frames, spectrogram.shape[2])
+        return {"labels": labels, "attention_mask": torch.ones_like(inputs["input_ids"])}
     if "input_ids" not in inputs and "input_features" not in inputs:
         seq_len = min(seq_len, 64)  # speech: characters of a short text
     elif "input_features" in inputs:
         seq_len = min(seq_len, getattr(model.config, "max_target_positions", seq_len))
-    return {"labels": torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)}
+    return {"labels": zeros(batch_size, seq_len)}

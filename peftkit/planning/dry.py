@@ -6,7 +6,8 @@ get storages of the right sizes, at addresses that no data is behind. Views and 
 So a storage lives exactly as long as in a real run.
 
 Small tensors of whole numbers, such as token ids and masks, and single numbers are computed, so that decisions that depend on
-them are those of a real run. ``rules.ASSUMED`` has the operations whose result decides something and cannot be computed.
+them are those of a real run. ``rules.ASSUMED`` has the operations whose result decides something and cannot be computed. Convolutions
+and others on the CPU are tried out (``trials``), because only a run tells how their results are laid out and what they take besides.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from peftkit.planning.convolutions import try_out
 from peftkit.planning.rules import ASSUMED, MOST_INTEGERS, SIZES, tensors_in
 from peftkit.planning.tensors import (
     Sizes,
@@ -34,6 +34,7 @@ from peftkit.planning.tensors import (
     make,
     sizes_of,
 )
+from peftkit.planning.trials import try_out
 from peftkit_kernels import native
 from peftkit_kernels.core import workspace
 
@@ -42,7 +43,6 @@ aten = torch.ops.aten
 _MOST_FLOATS = 2**8
 """Elements of the largest tensor of floating-point numbers that is computed. Enough for tables of codes and counters of steps."""
 
-_RUN = (aten._unsafe_view.default, aten.resize_.default, aten.set_.source_Storage_storage_offset)
 _WRITTEN_OVER = (aten.add.Tensor, aten.scatter_add.default, aten.index_put.default)
 _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 _META = torch.device("meta")
@@ -91,11 +91,14 @@ class DryRun(TorchDispatchMode):
         # a view is of known memory, or of a tensor from outside; lift_fresh gives constants to a mode
         is_new = func is aten.lift_fresh.default or not func.is_view
         self._watch(out if is_new else None, self.times_run)
-        trial = try_out(func, args)
+        trial = try_out(func, args, kwargs)
         if trial is not None:
-            # in use for a moment only
-            self._watch(make(contiguous((trial.temporary,), torch.uint8), False), self.times_run)
+            self.watch_temporary(trial.temporary)
         return out
+
+    def watch_temporary(self, size: int) -> None:
+        """Memory that is in use for a moment only, in bytes."""
+        self._watch(make(contiguous((size,), torch.uint8), False), self.times_run)
 
     def _result(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if _uses_no_values(func):
@@ -134,7 +137,7 @@ class DryRun(TorchDispatchMode):
         rule = SIZES.get(str(func))
         if rule is not None:
             return rule(*args, **kwargs)
-        trial = try_out(func, args)
+        trial = try_out(func, args, kwargs)
         if trial is not None:
             return trial.results[0] if len(trial.results) == 1 else tuple(trial.results)
         key = func, described((args, kwargs))
@@ -179,7 +182,9 @@ def _is_written_over(t: Tensor, caller: FrameType) -> bool:
 @functools.cache
 def _uses_no_values(func: Any) -> bool:
     # torch declares _unsafe_view as a new tensor, but it has the memory of its input
-    return func.is_view or func in _RUN or func.namespace == "profiler"
+    is_view = func.is_view or func is aten._unsafe_view.default
+    changes_sizes = torch.Tag.inplace_view in func.tags  # of its argument, as t_ and resize_ do
+    return is_view or changes_sizes or func.namespace == "profiler"
 
 
 @functools.cache

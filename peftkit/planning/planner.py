@@ -82,13 +82,24 @@ def plan(
     kind, card = device_of(device)
 
     def run(source: Any) -> Recorded:
-        return record(
-            lambda: adapted(build(source, base, require_keep(keep), auto_class), configs, options),
-            lambda made: batch or batch_of(_plain(made), batch_size, seq_len),
-            optimizer,
-            checkpointing,
-            card if kind == "cuda" else None,
-        )
+        try:
+            return record(
+                lambda: adapted(
+                    build(source, base, require_keep(keep), auto_class), configs, options
+                ),
+                lambda made: batch or batch_of(_plain(made), batch_size, seq_len),
+                optimizer,
+                checkpointing,
+                card if kind == "cuda" else None,
+            )
+        except ContractError:
+            raise
+        except Exception as error:
+            if batch is not None:
+                raise
+            raise ContractError(
+                f"{_name_of(model)}: no training step runs on inputs made from its config ({type(error).__name__}: {short(str(error))}); pass another seq_len, or batch="
+            ) from error
 
     source = model if isinstance(model, nn.Module) else config_of(model)
     settings = {

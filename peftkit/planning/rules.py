@@ -79,6 +79,20 @@ def _index(mode: Any, func: Any, t: Tensor, places: Any) -> Any:
     return mode.without_values(func, (t, found), {})
 
 
+def _unique(mode: Any, func: Any, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A single value, without the places of others."""
+    values, others = contiguous((1,), t.dtype), contiguous((0,), torch.int64)
+    return tuple(make(sizes, t.is_meta) for sizes in (values, others, others))
+
+
+def _selected(mode: Any, func: Any, t: Tensor, mask: Tensor) -> Tensor:
+    """``t`` where the mask is true: everywhere. On the CPU torch counts in two tensors of whole numbers."""
+    size = math.prod(torch.broadcast_shapes(t.shape, mask.shape))
+    if not t.is_meta:
+        mode.watch_temporary(2 * 8 * size)
+    return make(contiguous((size,), t.dtype), t.is_meta)
+
+
 def _count(mode: Any, func: Any, t: Tensor, weights: Any = None, minlength: int = 0) -> Tensor:
     """How often each number occurs: all numbers below ``minlength`` occur equally often."""
     return make(contiguous((minlength,), torch.int64), t.is_meta)
@@ -107,9 +121,25 @@ def _of_mixed_product(t: Tensor, codes: Tensor, weight: Tensor, *_: Any) -> tupl
     return contiguous((*codes.shape[:-1], weight.shape[0]), t.dtype), None
 
 
+def _of_ctc(probabilities: Tensor, targets: Tensor, *lengths: Any) -> tuple[Any, ...]:
+    """The losses of the rows, and the probabilities of all beginnings of their targets."""
+    steps, rows = probabilities.shape[:2]
+    longest = int(torch.as_tensor(lengths[1]).max())
+    shape = (rows, steps, 2 * longest + 1)
+    return contiguous((rows,), probabilities.dtype), contiguous(shape, probabilities.dtype)
+
+
+def _of_ctc_backward(grad: Tensor, probabilities: Tensor, *_: Any) -> Sizes:
+    return contiguous(tuple(probabilities.shape), probabilities.dtype)
+
+
 SIZES: dict[str, Callable[..., Any]] = {
     "mkldnn._linear_pointwise.binary": lambda x, y, *_: contiguous(y.shape, y.dtype),
     "aten._grouped_mm.default": _of_grouped_product,
+    "aten._ctc_loss.default": _of_ctc,
+    "aten._ctc_loss.Tensor": _of_ctc,
+    "aten._ctc_loss_backward.default": _of_ctc_backward,
+    "aten._ctc_loss_backward.Tensor": _of_ctc_backward,
     "bitsandbytes.int8_vectorwise_quant.default": _of_quantised_rows,
     "bitsandbytes.int8_mixed_scaled_mm.default": _of_mixed_product,
 }
@@ -133,5 +163,8 @@ ASSUMED: dict[Any, Callable[..., Any]] = {
     aten.bincount.default: _count,
     aten.nonzero.default: _nonzero,
     aten.index.Tensor: _index,
+    aten.masked_select.default: _selected,
+    aten.unique_consecutive.default: _unique,
+    aten._unique2.default: _unique,
 }
 """Operations whose result decides something or has a size that depends on values: functions of the mode, the operation and its arguments."""

@@ -154,7 +154,7 @@ def _multiplied(model: Any, stacks: Mapping[int, PackedStack]) -> int:
     total = _count([head.weight], stacks) if tied else 0
     for name, p in model.named_parameters():
         size = _count([p], stacks)
-        if size > max(p.shape) and id(p) not in embeddings:
+        if size > max(p.shape, default=1) and id(p) not in embeddings:
             total += round(size * share) if ".experts." in name else size
     return total
 

@@ -342,8 +342,12 @@ OTHERS = {
         lambda folder: [{"text": "ab" * (1 + i % 5), "label": i % 3} for i in range(35)],
         {"task": "text_classification"},
     ),
-    # its temperature is a single number
+    # their temperatures are single numbers
     "CLIP": WHOLE_BATCHES["CLIP"],
+    "SigLIP": (
+        *WHOLE_BATCHES["SigLIP"][:2],
+        {"task": "image_text_retrieval", "strategy": "full"},
+    ),
     # the last batch of its evaluation is not full
     "segmentation": WHOLE_BATCHES["segmentation"],
 }

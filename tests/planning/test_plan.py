@@ -25,6 +25,10 @@ FAST = [
     BENCHMARK.PlannedCase("resnet", "full", batch_size=9),
     BENCHMARK.PlannedCase("convnext", "full", "bf16", batch_size=2),
     BENCHMARK.PlannedCase("efficientnet", "full", batch_size=2),
+    BENCHMARK.PlannedCase("wav2vec2_ctc", "lora", batch_size=2, seq_len=4000),
+    BENCHMARK.PlannedCase("segformer", "full", batch_size=2),
+    BENCHMARK.PlannedCase("clip", "full", batch_size=2, seq_len=32),
+    BENCHMARK.PlannedCase("bert_answers", "lora", batch_size=2, seq_len=32),
 ]
 
 
@@ -74,6 +78,13 @@ def test_an_image_has_a_usual_size_if_the_config_says_none():
         for options in ({"batch_size": 2}, {"batch": batch})
     )
     assert made.peak_bytes == given.peak_bytes > 2 * images.nbytes
+
+
+def test_models_that_need_other_inputs_are_refused_with_a_way_out():
+    config = BENCHMARK.config_of(BENCHMARK.PlannedCase("bert", "full"))
+    config.architectures = ["BertForMultipleChoice"]
+    with pytest.raises(ContractError, match="no training step runs on inputs made .* batch="):
+        plan(config, "full", device="cpu", auto_class="AutoModelForMultipleChoice")
 
 
 def test_items_are_those_of_arithmetic():
