@@ -50,8 +50,11 @@ _OF_STRIDED = frozenset(
 )
 """Such operations that take no further memory if their tensors are contiguous."""
 
+_COUNTS = {aten.native_group_norm.default: 3, aten.native_group_norm_backward.default: 5}
+"""Which argument is the number of rows."""
+
 _LEAST_ROWS = 4
-"""Rows with which a convolution runs at least. With one row oneDNN divides the work among threads in another way."""
+"""Rows with which an operation runs at least. With one row oneDNN divides the work among threads in another way."""
 _MOST_BYTES = 2**26
 """With more rows it runs only if their tensors are not larger."""
 
@@ -123,6 +126,8 @@ def _run(func: Any, args: Sequence[Any], batched: Sequence[int], rows: int) -> T
     """Run an operation on zeros."""
     all_rows = args[0].shape[0]
     real = [_zeros(a, rows if i in batched else None) for i, a in enumerate(args)]
+    if func in _COUNTS:
+        real[_COUNTS[func]] = rows
     if "upsample" in func.__name__:  # the backward has the sizes of the input as a list
         real = [
             [rows, *a[1:]] if isinstance(a, list) and len(a) == 4 and a[0] == all_rows else a

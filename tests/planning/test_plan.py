@@ -83,7 +83,7 @@ def test_an_image_has_a_usual_size_if_the_config_says_none():
 def test_models_that_need_other_inputs_are_refused_with_a_way_out():
     config = BENCHMARK.config_of(BENCHMARK.PlannedCase("bert", "full"))
     config.architectures = ["BertForMultipleChoice"]
-    with pytest.raises(ContractError, match="no training step runs on inputs made .* batch="):
+    with pytest.raises(ContractError, match=r"no training step runs on inputs made .* batch="):
         plan(config, "full", device="cpu", auto_class="AutoModelForMultipleChoice")
 
 
