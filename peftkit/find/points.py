@@ -151,7 +151,7 @@ def _sound(config: Any) -> Tensor:
 
 def has_image_size(config: Any) -> bool:
     """Whether the config of a model, or of its part for images, says how large images are."""
-    return hasattr(_of_images(config), "image_size")
+    return getattr(_of_images(config), "image_size", None) is not None
 
 
 def _of_images(config: Any) -> Any:
@@ -162,7 +162,7 @@ def _of_images(config: Any) -> Any:
 
 def _image(config: Any) -> Tensor:
     own = _of_images(config)
-    size = getattr(own, "image_size", _ANY_IMAGE)
+    size = getattr(own, "image_size", None) or _ANY_IMAGE
     sides = (size, size) if isinstance(size, int) else tuple(size)
     return torch.zeros(1, getattr(own, "num_channels", 3), *sides)
 
