@@ -16,6 +16,7 @@ from peftkit.planning.planner import device_of, plan
 from peftkit.planning.recipe import configs_of
 from peftkit.planning.result import MemoryPlan, size_text
 from peftkit.planning.roofline import speed_of, step_seconds
+from peftkit.planning.step import NoCheckpointing
 
 CONTEXT_BYTES = 600 * 2**20
 """What the driver and its libraries need on a GPU besides torch's memory."""
@@ -32,6 +33,7 @@ _UNITS = {
 }
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _LENGTHS = (1024, 2048, 4096)
+_SAMPLES = (80_000, 160_000, 240_000)
 _QUANTISED = ("int8", "nf4")
 
 
@@ -121,9 +123,9 @@ def fit(
         method: ``"lora"``, ``"dora"``, ``"full"``, ``"bottleneck"`` or ``"prefix"``.
         base: Kinds of base. Default: in 16 bits (32 on the CPU), ``"int8"`` and ``"nf4"``; unquantised for full fine-tuning.
         batch_size: Default: powers of two up to 64.
-        seq_len: Default: 1024, 2048 and 4096, as far as the model has so many positions.
+        seq_len: Default: 1024, 2048 and 4096, as far as the model has so many positions; 5, 10 and 15 seconds of sound at 16 kHz.
         rank: Rank, size of a bottleneck, or number of virtual tokens. Default: 16.
-        checkpointing: Default: both.
+        checkpointing: Default: both, or ``False`` if the model does not support it.
         optimizer: Default: ``"adamw_fused"``; for full fine-tuning also ``"adamw_8bit"``.
         device: As for ``plan``.
         keep: As for ``load_base``.
@@ -155,9 +157,14 @@ def fit(
         for length in lengths:
             options = settings | fixed | {"seq_len": length}
             planned = functools.partial(_planned, model, method, r, options)
-            best, least, line = largest_batch(
-                planned, sizes, budget_bytes, line and line.at_length(length)
-            )
+            try:
+                best, least, line = largest_batch(
+                    planned, sizes, budget_bytes, line and line.at_length(length)
+                )
+            except NoCheckpointing:
+                if checkpointing is not None:
+                    raise
+                break
             if best is not None:
                 found.append(best)
             if least is not None and (
@@ -217,6 +224,10 @@ def _several(value: Any, default: Iterable[Any]) -> list[Any]:
 
 def _lengths(config: Any) -> list[int]:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if hasattr(config, "num_feat_extract_layers"):  # Wav2Vec2 and its relatives
+        return list(_SAMPLES)
+    if not hasattr(text, "vocab_size"):
+        return list(_LENGTHS[:1])  # images have no length
     most = getattr(text, "max_position_embeddings", None) or _LENGTHS[-1]
     return [length for length in _LENGTHS if length <= most] or [most]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
+from peftkit.errors import ContractError
 from peftkit.find.stacks import PackedStack, packed_stacks
 from peftkit.planning.cards import Card
 from peftkit.planning.dry import DryRun
@@ -24,6 +25,10 @@ from peftkit_kernels.core.launch import Target, counting
 
 STEPS = 2
 """The first step makes the optimiser's state and what torch and peftkit keep; the second is like all that follow."""
+
+
+class NoCheckpointing(ContractError):
+    """The model cannot compute activations again."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,10 @@ def _step(model: Any, stepper: Any, batch: Mapping[str, Any], ledger: Ledger) ->
 
 def _checkpoint(model: Any) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not getattr(base, "supports_gradient_checkpointing", True):
+        raise NoCheckpointing(
+            f"checkpointing=True: {type(base).__name__} does not support gradient checkpointing; use checkpointing=False"
+        )
     base.gradient_checkpointing_enable({"use_reentrant": False})
 
 

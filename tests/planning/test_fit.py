@@ -11,6 +11,7 @@ from peftkit import ContractError, fit, plan
 from peftkit.planning import search
 from peftkit.planning.recipe import METHODS
 
+BENCHMARK = cases.benchmark()
 AXES = {"base": ["fp32", "bf16"], "seq_len": 64, "rank": 4, "batch_size": [1, 2, 4, 8]}
 
 
@@ -133,3 +134,14 @@ def test_settings_are_written_as_a_recipe_that_trains(method, tmp_path, one_thre
     assert (written["batch_size"], written["seq_len"]) == (2, 32)
     assert written["optimizer"] in ("adamw_torch_fused", "adamw_8bit")
     assert "peftkit train" in file.read_text()
+
+
+def test_models_without_checkpointing_and_without_text():
+    images = BENCHMARK.config_of(BENCHMARK.PlannedCase("convnext", "full"))
+    found = fit(images, "300MiB", device="cpu", method="full", optimizer="sgd")
+    assert {option.plan.settings["checkpointing"] for option in found.options} == {False}
+    with pytest.raises(ContractError, match="does not support gradient checkpointing; use"):
+        fit(images, "300MiB", device="cpu", method="full", checkpointing=True)
+    sound = BENCHMARK.config_of(BENCHMARK.PlannedCase("wav2vec2", "full"))
+    found = fit(sound, "2GiB", device="cpu", base="fp32", batch_size=1, checkpointing=True)
+    assert {option.plan.settings["seq_len"] for option in found.options} == {80000, 160000, 240000}
