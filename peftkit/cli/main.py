@@ -3,6 +3,7 @@
 Each command imports what it needs when it runs, so that ``peftkit --help`` is fast.
 """
 
+import logging
 from typing import Annotated
 
 import typer
@@ -57,3 +58,5 @@ def main(
     ] = False,
 ) -> None:
     """Fine-tune pretrained Hugging Face models on one machine."""
+    # bitsandbytes asks for a kernel of its own when it is imported, which no layer here calls
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

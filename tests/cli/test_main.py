@@ -1,5 +1,6 @@
 """The command line: what it prints, and how errors reach the user."""
 
+import logging
 import subprocess
 import sys
 
@@ -30,6 +31,16 @@ def doctor_raises(monkeypatch):
 def test_version():
     result = run("--version")
     assert (result.exit_code, result.output) == (0, f"peftkit {peftkit.__version__}\n")
+
+
+def test_bitsandbytes_asks_for_no_kernel_that_is_not_used():
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = logger.level
+    try:
+        assert run("plan", "--help").exit_code == 0
+        assert not logger.isEnabledFor(logging.WARNING)
+    finally:
+        logger.setLevel(before)
 
 
 def test_help_names_the_commands_and_loads_nothing_heavy():
