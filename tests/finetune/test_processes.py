@@ -7,6 +7,7 @@ import sys
 from functools import partial
 
 import distill_cases
+import divided_numbers
 import finetune_cases as cases
 import numpy as np
 import pytest
@@ -333,6 +334,21 @@ def test_the_loss_of_a_batch_is_that_of_all_processes(name, tmp_path, one_thread
         json.loads((run / "result.json").read_text())["metrics"] for run in (whole, parts)
     )
     assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_single_number_is_trained_by_the_gradients_of_all_processes(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    subprocess.run([sys.executable, *launcher, divided_numbers.__file__, tmp_path], check=True)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    whole = divided_numbers.model()
+    loss = sum(whole(row[None]) for row in divided_numbers.rows()) / 2
+    norm = divided_numbers.step(whole, loss, torch.nn.utils.clip_grad_norm_)
+    assert norm > 0.5
+    torch.testing.assert_close(first["norm"], norm)
+    torch.testing.assert_close(first["factor"], whole.factor.grad)
+    assert torch.equal(first["own"], second["own"])
+    torch.testing.assert_close(first["weights"], dict(whole.state_dict()))
+    assert second["weights"] == {}
 
 
 OTHERS = {
