@@ -80,6 +80,50 @@ def test_an_image_has_a_usual_size_if_the_config_says_none():
     assert made.peak_bytes == given.peak_bytes > 2 * images.nbytes
 
 
+_WIDTHS = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
+_PAIR = {
+    f"{part}_{name}": value
+    for part in ("encoder", "decoder")
+    for name, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 96))
+}
+OTHERS = {
+    # its weights are transposed in place when they are made
+    "rwkv": (
+        "RwkvForCausalLM",
+        {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256, "attention_hidden_size": 64},
+    ),
+    # its sound is a spectrogram
+    "ast": (
+        "ASTForAudioClassification",
+        _WIDTHS | {"max_length": 64, "num_mel_bins": 32, "patch_size": 8},
+    ),
+    # it looks for the end of each text
+    "bart": (
+        "BartForSequenceClassification",
+        _PAIR | {"d_model": 64, "vocab_size": 256, "pad_token_id": 0, "eos_token_id": 2},
+    ),
+    # its labels are spectrograms; layers are dropped at random in a real step
+    "speecht5": (
+        "SpeechT5ForTextToSpeech",
+        _PAIR
+        | {"hidden_size": 64, "vocab_size": 60, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_kinds(name, monkeypatch):
+    monkeypatch.setitem(BENCHMARK.MODELS, name, OTHERS[name])
+    monkeypatch.setattr(BENCHMARK, "_AS_PLANNED", tuple(OTHERS))
+    (row,) = BENCHMARK.rows([BENCHMARK.PlannedCase(name, "full", batch_size=2, seq_len=32)])
+    assert BENCHMARK.error_of(row) <= BENCHMARK.MEDIAN_BOUND
+
+
 def test_models_that_need_other_inputs_are_refused_with_a_way_out():
     config = BENCHMARK.config_of(BENCHMARK.PlannedCase("bert", "full"))
     config.architectures = ["BertForMultipleChoice"]
