@@ -6,7 +6,7 @@ each process takes its part of what it reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,20 @@ def groups_of_parts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         RuntimeError: Another weight is whole. Whole weights come and go, so an optimiser of them would train nothing.
     """
     every = [p for group in groups for p in group["params"]]
-    whole = [p for p in every if not isinstance(p, DTensor)]
-    if len(whole) == len(every):
-        return groups
-    if any(p.numel() > 1 for p in whole):
-        raise RuntimeError(f"{len(whole)} of {len(every)} trained weights are whole")
-    found = []
-    for group in groups:
-        for numbers in (False, True):
-            own = [p for p in group["params"] if isinstance(p, DTensor) is not numbers]
-            found += [{**group, "params": own}] if own else []
-    return found
+    undivided = [p for p in every if not isinstance(p, DTensor)]
+    if len(undivided) < len(every) and any(p.numel() > 1 for p in undivided):
+        raise RuntimeError(f"{len(undivided)} of {len(every)} trained weights are whole")
+    return [
+        {**group, "params": own} for group in groups for own in _parts_and_others(group["params"])
+    ]
+
+
+def _parts_and_others(parameters: Iterable[Any]) -> list[list[Any]]:
+    """The parameters of which a process has a part, and the others; torch's lists of tensors take one kind. Neither is empty."""
+    kinds: dict[bool, list[Any]] = {True: [], False: []}
+    for parameter in parameters:
+        kinds[isinstance(parameter, DTensor)].append(parameter)
+    return [kind for kind in kinds.values() if kind]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -159,9 +162,7 @@ class WithoutWrapping(Accelerator):
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
         """Scale the gradients so that their norm over all processes is at most ``max_norm``; returns the norm before that."""
-        trained = [p for p in parameters if p.grad is not None]
-        kinds = [[p for p in trained if isinstance(p, DTensor) is parts] for parts in (True, False)]
-        kinds = [kind for kind in kinds if kind]
+        kinds = _parts_and_others(p for p in parameters if p.grad is not None)
         norms = [whole(get_total_norm([p.grad for p in kind], norm_type)) for kind in kinds]
         norm = torch.linalg.vector_norm(torch.stack(norms), norm_type)
         for kind in kinds:
