@@ -13,7 +13,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +133,7 @@ def tune(name: str, folder: Path, steps: int) -> dict[str, Any]:
 
     Returns:
         ``before`` and ``after``: the loss on the held-out text; ``losses``: of each step; ``training_loss``: the mean of the last ones;
-        ``step_seconds``: median; ``merges``: ``dtype``, ``rounding``, ``loss`` and the certificate's ``recovery`` of each merge.
+        ``merges``: ``dtype``, ``rounding``, ``loss`` and the certificate's ``recovery`` of each merge. Nothing is timed.
     """
     from transformers import AutoTokenizer
 
@@ -148,15 +147,12 @@ def tune(name: str, folder: Path, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = wrap(load_base(folder, base, dtype=torch.float32), **options)
     before = held_out_loss(model, held_out)
-    began = time.perf_counter()
-    losses, seconds = train(model, blocks, steps)
+    losses = train(model, blocks, steps)
     result = {
         "before": before,
         "after": held_out_loss(model, held_out),
         "losses": losses,
         "training_loss": statistics.mean(losses[-LAST:]),
-        "step_seconds": statistics.median(seconds),
-        "training_seconds": time.perf_counter() - began,
     }
     with tempfile.TemporaryDirectory() as out:
         result["merges"] = [
@@ -166,15 +162,14 @@ def tune(name: str, folder: Path, steps: int) -> dict[str, Any]:
     return result
 
 
-def train(model: Any, blocks: Tensor, steps: int) -> tuple[list[float], list[float]]:
-    """AdamW with a rate that falls linearly. Returns the loss and the seconds of each step."""
+def train(model: Any, blocks: Tensor, steps: int) -> list[float]:
+    """AdamW with a rate that falls linearly. Returns the loss of each step."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    losses, seconds = [], []
+    losses = []
     for step in range(steps):
-        began = time.perf_counter()
         rows = [(step * BATCH + i) % len(blocks) for i in range(BATCH)]
         loss = model(input_ids=blocks[rows], labels=blocks[rows]).loss
         loss.backward()
@@ -182,8 +177,7 @@ def train(model: Any, blocks: Tensor, steps: int) -> tuple[list[float], list[flo
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        seconds.append(time.perf_counter() - began)
-    return losses, seconds
+    return losses
 
 
 def held_out_loss(model: Any, held_out: Tensor, blocks: int = 48) -> float:

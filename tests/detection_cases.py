@@ -267,7 +267,9 @@ def task_of(name: str = "detr", images: Any = None, **options: Any) -> Any:
     return ObjectDetection(setting)
 
 
-def rectangles(folder: Path, count: int = 6) -> list[dict[str, Any]]:
+def rectangles(
+    folder: Path, count: int = 6, sizes: Any = ((48, 48), (48, 72), (80, 48))
+) -> list[dict[str, Any]]:
     """Images of different sizes with one rectangle in one of three colours, or with two; the last one is empty.
 
     The boxes are left, top, width and height in pixels.
@@ -276,7 +278,7 @@ def rectangles(folder: Path, count: int = 6) -> list[dict[str, Any]]:
     draw = np.random.default_rng(0)
     rows = []
     for number in range(count):
-        width, height = ((48, 48), (48, 72), (80, 48))[number % 3]
+        width, height = sizes[number % len(sizes)]
         pixels = np.full((height, width, 3), 30, dtype=np.uint8)
         objects = []
         for one in range(1 + (number % 4 == 1) if number < count - 1 else 0):

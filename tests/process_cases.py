@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 
+import detection_cases
 import finetune_cases as cases
 import numpy as np
 import retrieval_cases
@@ -107,6 +108,15 @@ def partly_labelled(rows):
     return rows
 
 
+def detector(name, **options):
+    """Images of one size, because convolutions see the padding of a batch. The last batch of the evaluation has one row."""
+    return (
+        lambda folder: detection_cases.save(folder, name, **options),
+        lambda folder: detection_cases.rectangles(folder / "images", 25, [(48, 48)]),
+        {"task": "object_detection"},
+    )
+
+
 WHOLE_BATCHES = {
     "embeddings": (
         partial(cases.save_model, name="bert"),
@@ -141,5 +151,11 @@ WHOLE_BATCHES = {
             "training": {"lr": 100.0},
         },
     ),
+    "DETR": detector("detr", auxiliary_loss=True),
+    "YOLOS": detector("yolos"),
+    "Deformable DETR": detector("deformable"),
+    # denoising draws noise
+    "RT-DETR": detector("rt_detr", num_denoising=0),
+    "LW-DETR": detector("lw_detr"),
 }
 """Tasks whose loss of a batch is not the mean over its rows, with a model, rows and the recipe. 7 rows are for the evaluation."""

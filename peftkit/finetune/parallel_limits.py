@@ -30,12 +30,6 @@ def require_parallel(recipe: Recipe | StagedRecipe) -> None:
                 f"{variable}={os.environ[variable]!r}, but peftkit train does not work with accelerate's {name}; start it with torchrun, "
                 "and use training.fsdp=true and base=nf4 if the model does not fit in one GPU"
             )
-    for part in _parts(recipe):
-        reason = require_task(part.task.name).needs_whole_batches
-        if reason is not None:
-            raise ContractError(
-                f"task={part.task.name} {reason}, but each of the {process_count()} processes has only its own rows, so the loss would not be that of the whole batch; start it without torchrun"
-            )
 
 
 def _parts(recipe: Recipe | StagedRecipe) -> list[Recipe]:

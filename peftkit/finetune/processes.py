@@ -141,10 +141,23 @@ def rows_in_last_batch() -> int | None:
     return state.remainder
 
 
-def mean_of_all(mean: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+def own_rows_in_last_batch(rows: int) -> int | None:
+    """How many of the ``rows`` of this process do not only fill up the last batch of an evaluation; ``None`` in any other batch."""
+    found = rows_in_last_batch()
+    return None if found is None else min(rows, max(0, found - process_index() * rows))
+
+
+def mean_of_all(
+    mean: torch.Tensor, items: torch.Tensor, divisor: torch.Tensor | None = None
+) -> torch.Tensor:
     """The mean over the items of all processes, from that of this process and how many items it has; the same in all processes.
 
     Its gradient is that of the part of this process, times the number of processes, over which the gradients of weights are averaged.
+
+    Args:
+        mean: The mean of this process. It does not count if there are no items.
+        items: What its sum was divided by.
+        divisor: What the sum of all is divided by. Default: the items of all.
     """
     import torch
 
@@ -152,8 +165,9 @@ def mean_of_all(mean: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         return mean
     own = torch.stack([mean.detach().float(), items.float()])
     means, counts = torch.stack(tensors_of_all(own)).T
-    total = (means * counts)[counts > 0].sum() / counts.sum()
-    part = mean * (items / counts.mean())
+    whole = counts.sum() if divisor is None else divisor
+    total = (means * counts)[counts > 0].sum() / whole
+    part = mean * (items / (whole / process_count()))
     return total + (part - part.detach())
 
 

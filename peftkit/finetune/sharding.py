@@ -8,6 +8,7 @@ model. Of a model whose own weights are trained all are divided, with their grad
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -36,8 +37,13 @@ def shard(model: Any, is_adapter: bool) -> str:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     base = model.get_base_model() if is_adapter else model
+    uses = _uses(base)
+    # FSDP2 would make two weights of one that is in a block and outside it, as in detectors that share their heads.
     blocks = [
-        block for stack in find_stacks(model) for block in base.get_submodule(stack.name).children()
+        block
+        for stack in find_stacks(model)
+        for block in base.get_submodule(stack.name).children()
+        if all(uses[p] == times for p, times in _uses(block).items())
     ]
     if not blocks:
         raise ContractError(
@@ -88,6 +94,11 @@ def shard(model: Any, is_adapter: bool) -> str:
     parts = dict(model.named_parameters())
     kept = sum(parts[name].to_local().nbytes for name in divided)
     return f"{kept:,} of {whole:,} bytes of {kind} in each process"
+
+
+def _uses(module: nn.Module) -> Counter[nn.Parameter]:
+    """In how many places each parameter is."""
+    return Counter(p for _, p in module.named_parameters(remove_duplicate=False))
 
 
 def _average(parameter: Any) -> None:

@@ -15,6 +15,7 @@ from markers import slow_if
 from process_cases import (
     WHOLE_BATCHES,
     as_process,
+    detector,
     files,
     largest,
     losses,
@@ -168,6 +169,10 @@ OTHERS = {
     ),
     # the last batch of its evaluation is not full
     "segmentation": WHOLE_BATCHES["segmentation"],
+    # the norm after its blocks needs their last one in its backward
+    "DETR": WHOLE_BATCHES["DETR"],
+    # its heads are shared with the decoder
+    "D-FINE": detector("d_fine", num_denoising=0),
 }
 
 

@@ -102,6 +102,25 @@ def test_an_input_of_the_norm_changed_in_place_is_not_made_from():
     assert torch.allclose(dA, expected.T @ values, rtol=1e-5)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_activation_whose_norm_has_no_memory_is_kept(norm):
+    """FSDP frees the weights of a block after its forward; what follows the block still reads its last norm's output."""
+    grads = []
+    for frees in (False, True):
+        x, norm_weight, weight, lora = inputs()
+        normed = NORMS[norm](x, norm_weight)
+        values = norm_weight.clone()
+        if frees:
+            norm_weight.untyped_storage().resize_(0)
+        y = OPS["lora_linear"](normed, weight, lora)
+        found = list(torch.autograd.grad(y.sum(), (normed, lora.A, lora.B), retain_graph=True))
+        if frees:
+            norm_weight.untyped_storage().resize_(values.nbytes)
+            norm_weight.data.copy_(values)
+        grads.append([*found, *torch.autograd.grad(y.sum(), x)])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_an_activation_can_be_saved(tmp_path):
     x, norm_weight, weight, lora = inputs()
     normed = NORMS["rms"](x, norm_weight)

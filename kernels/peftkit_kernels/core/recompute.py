@@ -53,7 +53,14 @@ def saved_for(x: Tensor, needed: bool) -> tuple[Function | None, tuple[Tensor | 
         recipe.inputs[0]._version,
     ):
         return None, (x,)
+    if any(t is not None and _is_freed(t) for t in recipe.inputs[1:]):
+        return None, (x,)
     return recipe.function, recipe.inputs
+
+
+def _is_freed(t: Tensor) -> bool:
+    """Whether a weight has no memory. FSDP frees the weights of a block after its forward, and they return later than ``x`` is needed."""
+    return not t.untyped_storage().nbytes() and t.numel() > 0
 
 
 def restore(function: Function | None, tensors: Sequence[Tensor | None]) -> Tensor | None:

@@ -91,7 +91,6 @@ class Task:
         answers_audio: Whether ``peftkit generate`` takes recordings instead of prompts.
         label_names: Names of the labels in a batch.
         has_own_loss: Whether ``loss`` computes the loss instead of the model.
-        needs_whole_batches: Why several processes cannot compute the task's own loss of a batch together, or ``None`` if they can.
         has_own_counts: Whether ``counted`` makes of each batch of an evaluation what the metrics need.
         writes_in_evaluation: Whether the metrics compare what ``written`` writes for each batch of an evaluation.
         smooths_labels: Whether ``training.label_smoothing`` has an effect. It has none on a loss of the task's own.
@@ -119,7 +118,6 @@ class Task:
     answers_audio: ClassVar[bool] = False
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     has_own_loss: ClassVar[bool] = False
-    needs_whole_batches: ClassVar[str | None] = None
     has_own_counts: ClassVar[bool] = False
     writes_in_evaluation: ClassVar[bool] = False
     smooths_labels: ClassVar[bool] = True

@@ -16,6 +16,11 @@ from peftkit.errors import ContractError, count
 from peftkit.finetune.average_precision import mean_average_precision, require_pycocotools
 from peftkit.finetune.boxes import BoxFormat, corners_of, entries_of
 from peftkit.finetune.coco import CocoObjects
+from peftkit.finetune.detection_loss import (
+    counting_own_objects,
+    loss_of_all,
+    require_known_loss,
+)
 from peftkit.finetune.images import (
     open_image,
     require_pillow,
@@ -24,6 +29,7 @@ from peftkit.finetune.images import (
     size_of,
     stored_image,
 )
+from peftkit.finetune.processes import own_rows_in_last_batch, process_count
 from peftkit.finetune.schema import key
 from peftkit.finetune.tasks.base import BadRow, Encoded, Setting, Task, label_name
 
@@ -57,7 +63,6 @@ class ObjectDetection(Task):
     processor = "image"
     example_model = "hustvl/yolos-small"
     has_own_loss = True
-    needs_whole_batches = "divides its loss by the number of objects in a batch"
     has_own_counts = True
     smooths_labels = False
 
@@ -208,9 +213,9 @@ class ObjectDetection(Task):
                 f"{type(model).__name__} has weights in {', '.join(sorted(map(str, half)))}, in which boxes are too coarse; set base=fp32, and "
                 "training.precision=bf16 to multiply in 16 bits"
             )
+        require_known_loss(_base_of(model))
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-        import torch
 
         device = inputs["pixel_values"].device
         shares = self._shares(model, inputs)
@@ -226,19 +231,20 @@ class ObjectDetection(Task):
             for name in ("pixel_values", "pixel_mask")
             if name in inputs and name in _parameters(model)
         }
-        try:
-            out = model(**pixels, labels=labels)
-        except ValueError as error:
-            with torch.no_grad():
-                boxes = model(**pixels).pred_boxes
-            if bool(boxes.isfinite().all()):
-                raise
-            raise ContractError(
-                "the model's boxes are not finite, so training stopped; use a smaller training.lr, more training.warmup, or "
-                "training.precision=fp32"
-            ) from error
-        return out.loss, {
-            "loss": out.loss,
+        out = _outputs(model, pixels, labels)
+        loss = out.loss
+        if process_count() > 1:
+            counted, rows = out, own_rows_in_last_batch(len(labels))
+            if rows is not None:
+                # Each process makes another forward, because parts of the model may be in other processes.
+                labels = labels[: max(1, rows)]
+                first = {name: tensor[: len(labels)] for name, tensor in pixels.items()}
+                counted = _outputs(model, first, labels)
+            objects = sum(len(one["class_labels"]) for one in labels)
+            rows = len(labels) if rows is None else rows
+            loss = loss_of_all(_base_of(model), counted, objects, rows)
+        return loss, {
+            "loss": loss,
             "logits": out.logits,
             "pred_boxes": out.pred_boxes,
             "shares": shares,
@@ -258,14 +264,14 @@ class ObjectDetection(Task):
         mask = inputs.get("pixel_mask")
         if mask is None:
             return ones
+        if self._follows_mask is None:
+            # In all processes with the first batch, whatever its padding, because parts of the model may be in other processes.
+            self._follows_mask = _follows_mask(model, pixels)
+        if self._follows_mask:
+            return ones
         filled = mask.bool()
         sides = torch.stack([filled.any(2).sum(1), filled.any(1).sum(1)], 1)
-        shares = sides / torch.tensor(pixels.shape[-2:], device=pixels.device)
-        if bool((shares == 1).all()):
-            return ones
-        if self._follows_mask is None:
-            self._follows_mask = _follows_mask(model, pixels, mask)
-        return ones if self._follows_mask else shares
+        return sides / torch.tensor(pixels.shape[-2:], device=pixels.device)
 
     def counted(self, inputs: dict[str, Any], outputs: Any) -> tuple[Any, Any]:
         """The boxes that the model finds: ``Float32[rows, boxes, 6]``, with score, class, left, top, right and bottom in pixels."""
@@ -330,15 +336,36 @@ def _objects(row: Any) -> list[list[float]]:
     return json.loads(row["objects"])
 
 
-def _parameters(model: Any) -> set[str]:
-    """The names of what a model takes, without its adapters and the wrapper of several processes."""
+def _outputs(model: Any, pixels: dict[str, Any], labels: list[dict[str, Any]]) -> Any:
+    """What the model makes of a batch, with the loss of its rows."""
+    import torch
+
+    try:
+        with counting_own_objects():
+            return model(**pixels, labels=labels)
+    except ValueError as error:
+        with torch.no_grad():
+            boxes = model(**pixels).pred_boxes
+        if bool(boxes.isfinite().all()):
+            raise
+        raise ContractError(
+            "the model's boxes are not finite, so training stopped; use a smaller training.lr, more training.warmup, or "
+            "training.precision=fp32"
+        ) from error
+
+
+def _base_of(model: Any) -> Any:
+    """A model without its adapters and the wrapper of several processes."""
     model = getattr(model, "module", model)
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return set(inspect.signature(model.forward).parameters)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _follows_mask(model: Any, pixels: Any, mask: Any) -> bool:
+def _parameters(model: Any) -> set[str]:
+    """The names of what a model takes."""
+    return set(inspect.signature(_base_of(model).forward).parameters)
+
+
+def _follows_mask(model: Any, pixels: Any) -> bool:
     """Whether what the model computes depends on which pixels are padding.
 
     All outputs are compared, in full precision: a new head may place every box in the same place.
@@ -353,8 +380,12 @@ def _follows_mask(model: Any, pixels: Any, mask: Any) -> bool:
     whole = torch.autocast(pixels.device.type, enabled=False)
     with undisturbed(model), torch.no_grad(), whole:
         model.eval()
+        height, width = pixels.shape[-2:]
+        whole_mask = pixels.new_ones(len(pixels), height, width, dtype=torch.long)
+        half_mask = whole_mask.clone()
+        half_mask[:, (height + 1) // 2 :, (width + 1) // 2 :] = 0
         known, unknown = (
-            model(pixel_values=pixels, pixel_mask=one) for one in (mask, torch.ones_like(mask))
+            model(pixel_values=pixels, pixel_mask=one) for one in (half_mask, whole_mask)
         )
     return any(
         isinstance(tensor, torch.Tensor) and not torch.equal(tensor, unknown[name])

@@ -10,12 +10,7 @@ import numpy as np
 
 from peftkit.errors import ContractError, short
 from peftkit.finetune.images import open_image, require_pillow, shown, size_of, stored_image
-from peftkit.finetune.processes import (
-    mean_of_all,
-    process_count,
-    process_index,
-    rows_in_last_batch,
-)
+from peftkit.finetune.processes import mean_of_all, own_rows_in_last_batch, process_count
 from peftkit.finetune.schema import key
 from peftkit.finetune.tasks.base import BadRow, Encoded, Setting, Task
 
@@ -137,9 +132,9 @@ class SemanticSegmentation(Task):
             )
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-        labels, rows = inputs["labels"], rows_in_last_batch()
-        if rows is not None:
-            own = max(0, rows - process_index() * len(labels))
+        labels = inputs["labels"]
+        own = own_rows_in_last_batch(len(labels))
+        if own is not None:
             labels = labels.clone()
             labels[own:] = self._model_ignores
         out = model(**{**inputs, "labels": labels})
