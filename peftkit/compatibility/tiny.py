@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
 
+from peftkit.compatibility.batches import training_batch
 from peftkit.compatibility.cells import Case
 
 _SMALL = {
@@ -27,8 +29,13 @@ _SMALL = {
     r"max_position_embeddings|n_positions|max_target_positions": 64,
     r"max_source_positions|image_size|projection_dim|num_conv_pos_embeddings": 16,
     r"patch_size|sliding_window|num_mel_bins": 8,
+    r"(attn|expert)_layer_period": 2,
+    r"(attn|expert)_layer_offset": 1,
 }
 _RANDOM = re.compile(r".*(dropout|drop_?(path|connect|rate)|layer_?drop|_pdrop|stochastic_depth).*")
+_STAGES = ("depths", "num_block_repeats", "num_stages")
+_WHOLE_IMAGE = ("window_size", "attention_ratio")
+"""Settings of models whose tables of positions need the size of their images: Swin, LeViT."""
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _HEADS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -51,8 +58,18 @@ def family_case(name_or_config: str) -> Case:
         name_or_config: The argument of ``tiny_model``.
 
     Raises:
-        ValueError: The architecture is unknown, or a tiny model of it cannot be built.
+        ValueError: The architecture is unknown, a tiny model of it cannot be built, or it computes no loss, so that every cell would fail
+            because of the model alone.
     """
+    model: Any = tiny_model(name_or_config)
+    try:
+        with torch.no_grad():
+            model.train()(**training_batch(model))
+    except Exception as error:  # an unknown architecture can fail in any way with small sizes
+        raise ValueError(
+            f"a tiny {type(model).__name__} without adapters cannot compute a loss ({shorten(f'{type(error).__name__}: {error}', 300)}), so it "
+            "says nothing about adapters; pass a folder whose config.json has small sizes that fit together"
+        ) from error
     return Case(name_or_config, lambda: tiny_model(name_or_config))
 
 
@@ -87,6 +104,10 @@ def tiny_model(name_or_config: str) -> nn.Module:
 
 def shrink(config: Any) -> None:
     """Reduce every size in a config and switch off all randomness, in place. Nested configs are changed in the same way."""
+    if any(hasattr(config, name) for name in _STAGES):
+        _shrink_stages(config)
+        without_randomness(config)
+        return
     layers = getattr(config, "num_hidden_layers", 0)
     grouped = getattr(config, "num_key_value_heads", None) != getattr(
         config, "num_attention_heads", None
@@ -99,18 +120,40 @@ def shrink(config: Any) -> None:
             if name == "num_key_value_heads" and not grouped:
                 small = 4
             setattr(config, name, min(value, small))
-        elif isinstance(value, (list, tuple)) and len(value) == layers > 2:
-            # keep the first two layers and one of each kind
-            first = {item: index for index, item in reversed(list(enumerate(value)))}
-            kept = sorted({0, 1, *first.values()})[: max(2, len(first))]
-            setattr(config, name, [value[index] for index in kept])
-            config.num_hidden_layers = len(kept)
+    _shorten(config, layers)
     without_randomness(config)
     for index, name in enumerate(_TOKENS):
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, index)
     if getattr(config, "decoder_start_token_id", None) is not None:
         config.decoder_start_token_id = 1
+
+
+def _shorten(config: Any, layers: int) -> None:
+    """Keep one layer of each kind, and two at least, in all lists that have an item for each of ``layers`` layers."""
+    lists = {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, (list, tuple)) and len(value) == layers > 2
+    }
+    if not lists:
+        return
+    kinds = [repr(kind) for kind in zip(*lists.values(), strict=True)]
+    first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
+    kept = sorted({0, *first.values()})
+    kept = kept if len(kept) > 1 else [0, 1]
+    for name, value in lists.items():
+        setattr(config, name, [value[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+
+
+def _shrink_stages(config: Any) -> None:
+    """Reduce the blocks and the images of a model with stages. Its widths depend on each other in ways that differ between models."""
+    if isinstance(getattr(config, "depths", None), (list, tuple)):
+        config.depths = [min(depth, 2) for depth in config.depths]
+    size = getattr(config, "image_size", None)
+    if isinstance(size, int) and not any(hasattr(config, name) for name in _WHOLE_IMAGE):
+        config.image_size = min(size, 64)
 
 
 def without_randomness(config: Any) -> None:
@@ -120,7 +163,7 @@ def without_randomness(config: Any) -> None:
             without_randomness(value)
         elif _RANDOM.fullmatch(name) and isinstance(value, float):
             setattr(config, name, 0.0)
-    if hasattr(config, "apply_spec_augment"):
+    if hasattr(config, "mask_time_prob"):  # some models that mask have no such switch by default
         config.apply_spec_augment = False
 
 

@@ -12,7 +12,15 @@ from compatibility.cases import CASES
 from torch import nn
 
 from peftkit.bottleneck.module import Bottleneck
-from peftkit.compatibility import CELLS, METHODS, Case, Outcome, run_cells, tiny_model
+from peftkit.compatibility import (
+    CELLS,
+    METHODS,
+    Case,
+    Outcome,
+    family_case,
+    run_cells,
+    tiny_model,
+)
 from peftkit.compatibility import cells as cells_module
 from peftkit.compatibility.batches import training_batch
 
@@ -143,6 +151,18 @@ def test_tiny_models_of_any_type_are_small_and_the_same_each_time(kind):
         torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
     )
     assert torch.isfinite(model(**training_batch(model)).loss)
+
+
+# stages, a table of positions, layers of two kinds in a list, and by period
+@pytest.mark.parametrize("kind", ["convnext", "swin", "qwen3_next", "jamba"])
+def test_a_family_has_a_model_that_computes_a_loss(kind):
+    model = family_case(kind).build()
+    assert torch.isfinite(model(**training_batch(model)).loss)
+
+
+def test_a_model_that_fails_without_adapters_is_no_family():
+    with pytest.raises(ValueError, match="BambaForCausalLM without adapters cannot compute a loss"):
+        family_case("bamba")
 
 
 def test_a_config_file_names_its_class_and_keeps_sizes_that_are_small(tmp_path):
