@@ -24,7 +24,8 @@ _SMALL = {
     r"intermediate_size|ffn_dim|d_ff|n_inner|hidden_dim|(encoder|decoder)_ffn_dim": 48,
     r"moe_intermediate_size|(shared_)?(expert|experts)_intermediate_size": 24,
     r"num_(local_)?experts|n_routed_experts": 4,
-    r"num_experts_per_tok": 2,
+    r"num_experts_per_tok|n_group": 2,
+    r"topk_group": 1,
     r"vocab_size": 96,
     r"max_position_embeddings|n_positions|max_target_positions": 64,
     r"max_source_positions|image_size|projection_dim|num_conv_pos_embeddings": 16,
@@ -109,9 +110,7 @@ def shrink(config: Any) -> None:
         without_randomness(config)
         return
     layers = getattr(config, "num_hidden_layers", 0)
-    grouped = getattr(config, "num_key_value_heads", None) != getattr(
-        config, "num_attention_heads", None
-    )
+    grouped = _value(config, "num_key_value_heads") != _value(config, "num_attention_heads")
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             shrink(value)
@@ -127,6 +126,14 @@ def shrink(config: Any) -> None:
             setattr(config, name, index)
     if getattr(config, "decoder_start_token_id", None) is not None:
         config.decoder_start_token_id = 1
+
+
+def _value(config: Any, name: str) -> Any:
+    """An attribute of a config; ``None`` if there is none, or another one in each layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
 def _shorten(config: Any, layers: int) -> None:

@@ -33,6 +33,9 @@ HEAD = "output head; list it in modules_to_save to train it"
 ATTENTION = "nn.MultiheadAttention uses this weight directly, so an adapter layer would never run"
 GROUPED = "a block-diagonal linear layer: one low-rank pair for all of its groups does not fit"
 MAMBA = "Mamba's fused scan uses this weight directly; PEFT refuses to adapt it"
+INDEXER = (
+    "it chooses the keys of sparse attention without a gradient, so an adapter would learn nothing"
+)
 CONVOLUTION = "a convolution, not a linear layer; name it in target_modules to adapt it"
 REWRITTEN = (
     "PEFT reads the name of this module as that of experts; LoRA without dropout and without DoRA can adapt its weight through "
@@ -93,6 +96,8 @@ def all_linear(model: nn.Module, config: Any = None) -> Selection:
             left_out[name] = HEAD
         elif isinstance(modules.get(parent), nn.MultiheadAttention):
             left_out[name] = ATTENTION
+        elif any(type(modules[above]).__name__.endswith("Indexer") for above in ancestors(name)):
+            left_out[name] = INDEXER
         elif getattr(module, "n_groups", 1) > 1:
             left_out[name] = GROUPED
         elif mamba and leaf == "out_proj":

@@ -171,10 +171,9 @@ def head_sizes(module: Any) -> tuple[int, int, int, int]:
     Raises:
         ValueError: The module has none of the attributes with these sizes.
     """
-    config = module.__dict__.get("config")
     sizes = [getattr(module, name, None) for name in ("qk_head_dim", *_HEAD_SIZE_NAMES)]
     size = next((size for size in sizes if isinstance(size, int)), None)
-    heads = getattr(config, "num_attention_heads", None)
+    heads = _setting(module, "num_attention_heads")
     if size is None or not isinstance(heads, int):
         raise ValueError(
             f"the head size of {type(module).__name__} is unknown, because it has no attribute {', '.join(_HEAD_SIZE_NAMES)}, "
@@ -191,7 +190,16 @@ def head_sizes(module: Any) -> tuple[int, int, int, int]:
         if projection is not None:
             projection = getattr(projection, "base_layer", projection)
             return projection.out_features // size, own_heads, size, size
-    return getattr(config, "num_key_value_heads", None) or own_heads, own_heads, size, size
+    return _setting(module, "num_key_value_heads") or own_heads, own_heads, size, size
+
+
+def _setting(module: Any, name: str) -> Any:
+    """A value of the config of an attention module, or ``None``. In some models it differs between the layers."""
+    config = module.__dict__.get("config")
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return getattr(config.per_layer_config[module.layer_idx], name, None)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def fill_from_tokens(model: Any, prefixes: Mapping[str, Prefix], token_ids: Iterable[int]) -> None:

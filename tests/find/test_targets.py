@@ -9,11 +9,14 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peftkit import load_adapter
+from peftkit import check, load_adapter, wrap
+from peftkit.compatibility.batches import training_batch
+from peftkit.compatibility.tiny import tiny_model
 from peftkit.find.targets import (
     ATTENTION,
     CONVOLUTION,
     HEAD,
+    INDEXER,
     MAMBA,
     REWRITTEN,
     ROUTER,
@@ -369,3 +372,15 @@ def test_a_config_with_its_own_targets_is_not_changed():
         before = config.to_dict()
         assert fill_targets(model, config) is None
         assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+def test_what_chooses_the_keys_of_sparse_attention_is_left_out(kind):
+    """It has no gradient, so an adapter on it would end every first step with an error."""
+    model = tiny_model(kind)
+    selection = all_linear(model)
+    left_out = {name for name, reason in selection.left_out.items() if reason == INDEXER}
+    assert left_out
+    assert all(".indexer." in name for name in left_out)
+    assert not any(".indexer." in name for name in selection.modules)
+    check(wrap(model), training_batch(model))
