@@ -26,6 +26,7 @@ from peftkit.fuse.norm import fuse_norms
 from peftkit.fuse.packed_experts import fuse_packed_experts
 from peftkit.fuse.plan import Fused, NotReached, forget_declined
 from peftkit.fuse.siblings import group_siblings
+from peftkit.fuse.uneven_rows import DecodesAsStored, decode_as_stored
 from peftkit.inits.wrapped import take_init
 from peftkit.report import layer_reports
 from peftkit.rollback import restoring, writes_base_weights
@@ -141,6 +142,7 @@ def fuse_model(
     warn_if_newer_than_tested()
     set_int8_mode(model, int8_mode)
     tie_copies(model)
+    decode_as_stored(model)
     _fuse(model)
     set_merge_into(model, merge_into)
     forbid_repacking(model)
@@ -168,7 +170,7 @@ def restore(model: Model) -> Model:
         owner.__dict__.pop(method, None)
     for module in model.modules():
         for mixin in swapped_in(module):
-            if issubclass(mixin, (Fused, ShowsSizes)):
+            if issubclass(mixin, (Fused, ShowsSizes)) or mixin is DecodesAsStored:
                 swap_out(module, mixin)
         forget_declined(module)
         forget_int8_mode(module)

@@ -17,6 +17,7 @@ from peftkit.base.kinds import Base, require_base, require_bitsandbytes
 from peftkit.base.memory import give_back
 from peftkit.base.summary import base_report
 from peftkit.errors import ContractError, short
+from peftkit.fuse.uneven_rows import LoadedToDecode, decode_as_stored
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def load_base(
             f"model_or_path={short(model_or_path)} is of type {type(model_or_path).__name__}; pass a folder, the id of a model on the "
             "Hub, or a model"
         )
+    decode_as_stored(model, LoadedToDecode)
     give_back()
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", base_report(model))

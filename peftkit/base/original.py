@@ -19,19 +19,27 @@ class OriginalWeights:
         path: The folder or the id on the Hub.
     """
 
-    def __init__(self, path: str | Path, argument: str, prefix: str = ""):
+    def __init__(
+        self,
+        path: str | Path,
+        argument: str,
+        prefix: str = "",
+        transposed: frozenset[str] = frozenset(),
+    ):
         """Find the files and read their headers.
 
         Args:
             path: A folder, or the id of a repository on the Hub.
             argument: The name of the argument that has the path, for messages.
             prefix: ``base_model_prefix`` of the model. Checkpoints of models without their head have names without it, and the reverse.
+            transposed: Names of weights that the checkpoint has as ``[K, N]`` and the model as ``[N, K]``.
 
         Raises:
             ContractError: There are no safetensors files, or they cannot be read.
         """
         self.path = os.fspath(path)
         self._argument, self._prefix = argument, f"{prefix}." if prefix else ""
+        self._transposed = transposed
         try:
             self._tensors = open_checkpoint(self.path, {})
         except ContractError as error:
@@ -46,7 +54,8 @@ class OriginalWeights:
             ContractError: There is no such weight, its shape differs, or it is quantised, not finite or unreadable.
         """
         self.require(name, shape)
-        return self._find(name).read()
+        weight = self._find(name).read()
+        return weight.T if name in self._transposed else weight
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise unless there is a weight of this name and shape, without reading it.
@@ -55,11 +64,12 @@ class OriginalWeights:
             ContractError: As for ``__call__``.
         """
         found = self._find(name)
+        shape = tuple(shape)[::-1] if name in self._transposed else tuple(shape)
         if found is None:
             raise ContractError(
                 f"{self._argument}={self.path!r} has no tensor {name}; pass the original of the base model"
             )
-        if found.shape != tuple(shape) or not found.is_floating_point() or found.dtype.itemsize < 2:
+        if found.shape != shape or not found.is_floating_point() or found.dtype.itemsize < 2:
             raise ContractError(
                 f"{self._argument}={self.path!r}: {name} is {found.dtype} of shape {list(found.shape)}, but the model's is "
                 f"{list(shape)}; pass the original of the base model, not a quantised one"

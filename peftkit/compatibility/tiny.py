@@ -124,8 +124,8 @@ def shrink(config: Any) -> None:
     for index, name in enumerate(_TOKENS):
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, index)
-    if getattr(config, "decoder_start_token_id", None) is not None:
-        config.decoder_start_token_id = 1
+    if getattr(config, "is_encoder_decoder", False):
+        config.decoder_start_token_id = 1  # configs no longer have it by default
 
 
 def _value(config: Any, name: str) -> Any:

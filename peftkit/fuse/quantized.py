@@ -23,6 +23,7 @@ from peftkit.fuse.storage import (
     nf4_repacked,
     nf4_weight,
 )
+from peftkit.fuse.uneven_rows import require_even
 from peftkit_kernels.core.checks import autocast_dtype, is_autocast_enabled, without_autocast
 from peftkit_kernels.core.dispatch import is_transformed
 from peftkit_kernels.storage.int8 import Int8ComputeWeight, Int8Weight
@@ -43,6 +44,15 @@ class FusedLinear4bit(FusedLoRA):
         """``"torch"`` or ``"triton"``, depending on the dtype in which the base layer computes."""
         with without_autocast(x):
             return backend_of(self._compute_input(x), parts)
+
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        """PEFT's merge, if bitsandbytes decodes the weight as it is stored.
+
+        Raises:
+            ContractError: It does not.
+        """
+        require_even(self.get_base_layer())
+        super().merge(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] - of PEFT's layer
 
     def _activation_dtype(self: Any) -> torch.dtype:
         return self.base_layer.compute_dtype or super()._activation_dtype()

@@ -27,11 +27,6 @@ def nf4_obstacle(base: Any) -> Reason | None:
         return Reason(f"its base weight was quantised in the transposed shape {tuple(state.shape)}")
     if state.blocksize not in BLOCKSIZES:
         return Reason(f"its base weight is stored in blocks of {state.blocksize}")
-    if base.weight.device.type == "cpu" and base.in_features % state.blocksize:
-        return Reason(
-            f"its {base.in_features} columns are no multiple of the block size {state.blocksize}, and on the CPU bitsandbytes does "
-            "not decode such a weight as it was quantised"
-        )
     return None
 
 

@@ -31,7 +31,7 @@ from peftkit.merging.layers import Call, LayerMerger
 from peftkit.merging.mapped import files_of
 from peftkit.merging.probe import Batch, Probe, make_batch, outputs_of
 from peftkit.merging.rounding import ROUNDINGS, Rounding
-from peftkit.merging.state import StateWriter, stored_bytes
+from peftkit.merging.state import StateWriter, stored_bytes, transposed_weights
 from peftkit.merging.units import require_mergeable, units_of
 
 Dtype = Literal["bf16", "fp16", "fp32", "base"]
@@ -144,7 +144,9 @@ class _Job:
         self.original = None
         if base_weights is not None:
             prefix = getattr(self.base, "base_model_prefix", "")
-            self.original = OriginalWeights(base_weights, "base_weights", prefix)
+            self.original = OriginalWeights(
+                base_weights, "base_weights", prefix, transposed_weights(self.base)
+            )
         self.rounding: Rounding = rounding  # pyright: ignore[reportAttributeAccessIssue]
         self.quantized = bool(kinds) and self.dtype is None
         self.rounds = rounding == "outputs" and (self.quantized or self._stores_16_bit())

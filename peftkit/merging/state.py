@@ -47,6 +47,7 @@ class StateWriter:
         self._kept_names = _float32_names(base, dtype)
         self._ignored = set(getattr(base, "_keys_to_ignore_on_save", None) or [])
         self._converted = _with_conversions(base)
+        self._transposed = transposed_weights(base) if dtype is not None else frozenset()
         self._done: set[str] = set()
         self.untied: list[tuple[str, str]] = []
 
@@ -70,7 +71,10 @@ class StateWriter:
 
     def write_layer(self, name: str, entries: dict[str, Tensor]) -> None:
         """Write the tensors of one merged layer. The names of ``entries`` are within the layer."""
-        self._write({f"{name}.{key}" if name else key: value for key, value in entries.items()})
+        named = {f"{name}.{key}" if name else key: value for key, value in entries.items()}
+        for weight in self._transposed & named.keys():
+            named[weight] = named[weight].T.contiguous()
+        self._write(named)
 
     def write_rest(self, original: OriginalWeights | None) -> None:
         """Write the tensors of all layers without adapters.
@@ -175,6 +179,19 @@ def base_tensors(base: nn.Module) -> dict[str, Tensor]:
                 if tensor is not None:
                     found[f"{prefix}.{key}" if prefix else key] = tensor
     return found
+
+
+def transposed_weights(base: nn.Module) -> frozenset[str]:
+    """The names of the weights that checkpoints without quantisation have as ``[K, N]``: of 4- and 8-bit layers in place of ``Conv1D``."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = ((name, base_module(module)) for name, module in walk(base))
+    return frozenset(
+        f"{name}.weight"
+        for name, module in found
+        if storage_of(module) is not None
+        and issubclass(getattr(module, "source_cls", object), Conv1D)
+    )
 
 
 def stored_bytes(base: nn.Module, dtype: torch.dtype | None) -> int:

@@ -153,8 +153,8 @@ def test_tiny_models_of_any_type_are_small_and_the_same_each_time(kind):
     assert torch.isfinite(model(**training_batch(model)).loss)
 
 
-# stages, a table of positions, layers of two kinds in a list, and by period
-@pytest.mark.parametrize("kind", ["convnext", "swin", "qwen3_next", "jamba"])
+# stages, a table of positions, layers of two kinds in a list, and by period, a start token that the config lacks
+@pytest.mark.parametrize("kind", ["convnext", "swin", "qwen3_next", "jamba", "t5"])
 def test_a_family_has_a_model_that_computes_a_loss(kind):
     model = family_case(kind).build()
     assert torch.isfinite(model(**training_batch(model)).loss)

@@ -210,10 +210,6 @@ REASONS = {
         "nf4",
         lambda layer: layer.weight.quant_state.code.mul_(0.5),
     ),
-    "no multiple of the block size 256": lambda: (
-        "nf4",
-        lambda layer: setattr(layer.weight.quant_state, "blocksize", 256),
-    ),
     "not quantised yet": lambda: (
         (filled(bnb.nn.Linear4bit(K, N, quant_type="nf4")), 4),
         lambda layer: None,

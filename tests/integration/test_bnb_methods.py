@@ -12,6 +12,8 @@ from integration.support import adapter_tensors, largest_difference, trainer
 from lab.testing import assert_no_worse_than
 from peftkit import load_adapter
 from peftkit.find.points import find_points
+from peftkit.fuse.storage import nf4_weight
+from peftkit_kernels.storage.nf4.reference import dequantize_nf4_reference
 
 every = pytest.mark.parametrize("method", [name for name in methods.METHODS if name != "LoRA"])
 
@@ -38,7 +40,7 @@ def decoded(quantized_model):
     base = models.tiny("llama")
     for name, module in quantized_model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            weight = dequantize_nf4_reference(nf4_weight(module), torch.float32)
             base.get_submodule(name).weight.data.copy_(weight)
     return base
 
