@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from peftkit.errors import ContractError, listing
+from peftkit.find.direct import weights_used_directly
 from peftkit.find.experts import PACKED as PACKED
 from peftkit.find.experts import ROUTER as ROUTER
 from peftkit.find.experts import STACKED, experts_and_routers, names_peft_rewrites
@@ -30,9 +31,9 @@ from peftkit.find.modules import is_own_adapter as is_own_adapter
 from peftkit.find.modules import wrapped_modules as wrapped_modules
 
 HEAD = "output head; list it in modules_to_save to train it"
-ATTENTION = "nn.MultiheadAttention uses this weight directly, so an adapter layer would never run"
+ATTENTION = "the attention uses this weight directly, so an adapter layer would never run"
 GROUPED = "a block-diagonal linear layer: one low-rank pair for all of its groups does not fit"
-MAMBA = "Mamba's fused scan uses this weight directly; PEFT refuses to adapt it"
+MAMBA = "Mamba's scan uses this weight directly, so an adapter layer would never run"
 INDEXER = (
     "it chooses the keys of sparse attention without a gradient, so an adapter would learn nothing"
 )
@@ -96,6 +97,8 @@ def all_linear(model: nn.Module, config: Any = None) -> Selection:
             left_out[name] = HEAD
         elif isinstance(modules.get(parent), nn.MultiheadAttention):
             left_out[name] = ATTENTION
+        elif leaf in weights_used_directly(modules[parent]):
+            left_out[name] = MAMBA if hasattr(modules[parent], "A_log") else ATTENTION
         elif any(type(modules[above]).__name__.endswith("Indexer") for above in ancestors(name)):
             left_out[name] = INDEXER
         elif getattr(module, "n_groups", 1) > 1:

@@ -228,9 +228,9 @@ TRUTH = {
     ),
     "mamba": (
         _mamba,
-        _expand("backbone.layers.[0-1].mixer.{in_proj,x_proj,dt_proj}"),
+        _expand("backbone.layers.[0-1].mixer.in_proj"),
         _LM_HEAD
-        | dict.fromkeys(_expand("backbone.layers.[0-1].mixer.out_proj"), MAMBA)
+        | dict.fromkeys(_expand("backbone.layers.[0-1].mixer.{x_proj,dt_proj,out_proj}"), MAMBA)
         | dict.fromkeys(_expand("backbone.layers.[0-1].mixer.conv1d"), CONVOLUTION),
     ),
 }
@@ -372,6 +372,21 @@ def test_a_config_with_its_own_targets_is_not_changed():
         before = config.to_dict()
         assert fill_targets(model, config) is None
         assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "leaves"),
+    [
+        ("wavlm", ATTENTION, {"q_proj", "k_proj", "v_proj", "out_proj"}),
+        ("falcon_mamba", MAMBA, {"x_proj", "dt_proj", "out_proj"}),
+        ("jamba", MAMBA, {"dt_proj"}),
+    ],
+)
+def test_weights_that_a_model_uses_without_the_layer_are_left_out(kind, reason, leaves):
+    model = tiny_model(kind)
+    left_out = all_linear(model).left_out
+    assert {n.rpartition(".")[2] for n, why in left_out.items() if why == reason} == leaves
+    check(wrap(model), training_batch(model))
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
