@@ -7,7 +7,11 @@ unchanged.
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
+import textwrap
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import nn
@@ -76,3 +80,51 @@ def dispatches(module: nn.Module) -> bool:
     forward = inspect.unwrap(type(module).forward)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     return "ALL_ATTENTION_FUNCTIONS" in names and "config" in module.__dict__
+
+
+def depends_on_name(module: nn.Module) -> bool:
+    """Whether the module's code does more with the name of the attention function than to look the function up.
+
+    Sparse attention (DeepSeek-V3.2, GLM-5) adds the mask of the chosen keys for the names ``eager`` and ``sdpa`` alone, so under another
+    name it would attend to all keys. True if the code cannot be read.
+    """
+    own = [
+        cls
+        for cls in type(module).__mro__
+        if issubclass(cls, nn.Module)
+        and cls is not nn.Module
+        and not cls.__module__.startswith("peftkit.")
+        and "_peftkit_swap" not in vars(cls)
+    ]
+    return any(map(_compares_name, own))
+
+
+@functools.cache
+def _compares_name(cls: type) -> bool:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    return any(not _is_harmless(node, parent) for node, parent in _names_read(tree))
+
+
+def _names_read(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
+    """Where code reads the name, and the expression around it."""
+    for parent in ast.walk(tree):
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, ast.Attribute) and node.attr == "_attn_implementation":
+                yield node, parent
+
+
+def _is_harmless(node: ast.AST, parent: ast.AST) -> bool:
+    """Whether the name is looked up, or compared with ``eager``, for which no fused function stands."""
+    if isinstance(parent, ast.Call):
+        return isinstance(parent.func, ast.Attribute) and parent.func.attr == "get_interface"
+    if isinstance(parent, ast.Subscript):
+        return parent.slice is node
+    if isinstance(parent, ast.Compare):
+        return all(isinstance(op, (ast.Eq, ast.NotEq)) for op in parent.ops) and all(
+            isinstance(other, ast.Constant) and other.value == "eager"
+            for other in parent.comparators
+        )
+    return False

@@ -1,6 +1,7 @@
 """KV prefixes on plain models: against caches filled with the prefix, against sums written out in float64, and in every mode."""
 
 import math
+from types import SimpleNamespace
 
 import families
 import models
@@ -17,7 +18,7 @@ from peftkit.compatibility.rounding import same_up_to_rounding
 from peftkit.find.points import probe_inputs
 from peftkit.prefix import Prefix, PrefixConfig, PrefixSite, add_prefixes, remove_prefixes
 from peftkit.prefix.attention import prefix_attention
-from peftkit.prefix.inject import attach
+from peftkit.prefix.inject import attach, head_sizes
 
 REFUSING = ("gptj", "bloom", "falcon", "deberta_v2")
 DISPATCHING = tuple(name for name in families.NAMES if name not in REFUSING)
@@ -379,6 +380,27 @@ def test_text_gives_the_keys_and_values_of_the_base_model():
 def test_choice_of_attentions_and_layers(fields, expected):
     model = families.family("t5")
     assert set(add_prefixes(model, PrefixConfig(num_virtual_tokens=2, **fields))) == expected
+
+
+class _PerLayer:
+    """A config that refuses to say one number for all layers, as those of transformers do whose layers differ."""
+
+    per_layer_config = (
+        SimpleNamespace(num_attention_heads=4),
+        SimpleNamespace(num_attention_heads=8),
+    )
+
+    @property
+    def num_attention_heads(self):
+        raise RuntimeError("a per-layer attribute")
+
+
+def test_layers_may_have_other_numbers_of_heads():
+    for layer, heads in ((0, 4), (1, 8)):
+        module = nn.Module()
+        module.config, module.layer_idx, module.head_dim = _PerLayer(), layer, 16
+        module.k_proj = nn.Linear(32, 32)
+        assert head_sizes(module) == (2, heads, 16, 16)
 
 
 def test_other_attention_functions_are_refused_without_a_gate():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from peftkit.attention_dispatch import NATIVE, OwnAttention
+from peftkit.attention_dispatch import NATIVE, OwnAttention, depends_on_name
 from peftkit.find.modules import is_quantised
 from peftkit.fp8 import Float8Linear
 from peftkit.fuse.plan import Fused, Reason, decline, forget_declined
@@ -241,6 +241,8 @@ def _module_reason(module: Any, device: torch.device) -> str | None:
     name = module.__dict__["config"]._attn_implementation
     if name != "sdpa":
         return f"the model's attention is {name}; only sdpa is replaced"
+    if depends_on_name(module):
+        return "its code compares the name of the attention function, and would compute something else for another name"
     if device.type != "cpu":
         return None
     sizes = (getattr(module, name, None) for name in _HEAD_SIZE_NAMES)

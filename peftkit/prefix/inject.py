@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkit.attention_dispatch import dispatches
+from peftkit.attention_dispatch import depends_on_name, dispatches
 from peftkit.find.points import evaluating
 from peftkit.find.targets import base_modules, is_cross_attention
 from peftkit.injection import device_and_dtype, refuse_peft_fields
@@ -91,7 +91,7 @@ def fill_attentions(model: nn.Module, config: PrefixConfig) -> None:
     modules = dict(base_modules(model))
     if config.target_modules is not None:
         return
-    found = {name: module for name, module in modules.items() if dispatches(module)}
+    found = {name: module for name, module in modules.items() if _can_have_prefix(module)}
     if not found:
         raise ValueError(_refusal(modules))
     one_stack = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -111,10 +111,14 @@ def require_dispatch(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raise if a module cannot have a prefix.
 
     Raises:
-        ValueError: The module's forward does not use transformers' ``AttentionInterface``.
+        ValueError: The module's forward does not use transformers' ``AttentionInterface``, or depends on the name in it.
     """
-    if not dispatches(module):
+    if not _can_have_prefix(module):
         raise ValueError(f"{name}: {_refusal(dict(base_modules(model)), module)}")
+
+
+def _can_have_prefix(module: nn.Module) -> bool:
+    return dispatches(module) and not depends_on_name(module)
 
 
 def _refusal(modules: dict[str, nn.Module], module: nn.Module | None = None) -> str:
@@ -125,6 +129,9 @@ def _refusal(modules: dict[str, nn.Module], module: nn.Module | None = None) -> 
         if kind
         else "it has no attention"
     )
+    sparse = [type(m).__name__ for m in modules.values() if dispatches(m) and depends_on_name(m)]
+    if sparse and (module is None or kind in sparse):
+        why = f"its {sparse[0]} computes something else for other attention functions than those of transformers"
     return (
         f"{type(modules['']).__name__} cannot have a KV prefix: {why}; use BottleneckConfig or LoraConfig on this "
         "architecture"

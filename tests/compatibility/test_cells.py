@@ -160,12 +160,6 @@ def test_a_family_has_a_model_that_computes_a_loss(kind):
     assert torch.isfinite(model(**training_batch(model)).loss)
 
 
-def test_layers_may_have_other_numbers_of_heads():
-    """The config of such a model refuses to say one number for all of them."""
-    found = run_cells(family_case("dots3_note_text"), "prefix", ["train", "generate"])
-    assert {outcome.verdict for outcome in found.values()} == {"yes"}
-
-
 def test_a_model_that_fails_without_adapters_is_no_family():
     with pytest.raises(ValueError, match="BambaForCausalLM without adapters cannot compute a loss"):
         family_case("bamba")
