@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -87,15 +87,16 @@ def load_adapter(
                 )
             else:
                 loaded = _inject(model, config, adapter_name)
-                _compare(loaded, checkpoint, adapter_name)
+                has_own_names = _compare(loaded, checkpoint, adapter_name)
                 if residual is not None:
                     restore_base(loaded, adapter_name, residual)
-                loaded.load_adapter(
-                    str(checkpoint.folder),
-                    adapter_name,
-                    is_trainable=is_trainable,
-                    key_mapping=checkpoint.key_mapping,
-                )
+                with _without_renaming() if has_own_names else nullcontext():
+                    loaded.load_adapter(
+                        str(checkpoint.folder),
+                        adapter_name,
+                        is_trainable=is_trainable,
+                        key_mapping=checkpoint.key_mapping,
+                    )
                 if is_trainable and loaded is model:
                     loaded.set_requires_grad(adapter_name)
         if accelerate:
@@ -277,23 +278,33 @@ def _inject(
         return kind(model, config, adapter_name, low_cpu_mem_usage=empty)
 
 
-def _compare(model: PeftModel, checkpoint: _Checkpoint, adapter_name: str) -> None:
-    """Raise ``ContractError`` unless the checkpoint has exactly the tensors that the adapter has in the model."""
+def _compare(model: PeftModel, checkpoint: _Checkpoint, adapter_name: str) -> bool:
+    """Compare the tensors of the checkpoint with those that the adapter has in the model.
+
+    Returns:
+        Whether they have the model's own names. PEFT renames the keys of checkpoints from before transformers 5, which have separate
+        weights for each expert, and some rules also change names that need no change (``shared_experts`` of Laguna).
+
+    Raises:
+        ContractError: They are not exactly these.
+    """
     from peft import get_peft_model_state_dict
     from peft.utils.transformers_weight_conversion import (
         convert_peft_adapter_state_dict_for_transformers,
     )
 
-    # PEFT converts checkpoints from before transformers 5, which have separate weights for each expert.
-    found = convert_peft_adapter_state_dict_for_transformers(
-        model=model,
-        peft_config=checkpoint.config,
-        adapter_state_dict=dict(checkpoint.tensors),
-        adapter_name=adapter_name,
-    )
     wanted = get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=False
     )
+    found = dict(checkpoint.tensors)
+    has_own_names = found.keys() == wanted.keys()
+    if not has_own_names:
+        found = convert_peft_adapter_state_dict_for_transformers(
+            model=model,
+            peft_config=checkpoint.config,
+            adapter_state_dict=found,
+            adapter_name=adapter_name,
+        )
     known = wanted
     if found.keys() - wanted.keys() and hasattr(model, "get_input_embeddings"):
         # PEFT saves whole embeddings with an adapter that targets or resizes them.
@@ -309,6 +320,25 @@ def _compare(model: PeftModel, checkpoint: _Checkpoint, adapter_name: str) -> No
             + f"\nIt was trained on {trained_on!r}: load that model, or an adapter made for this one; if only the config is wrong "
             f"(target_modules, r, modules_to_save), correct {CONFIG_FILE}."
         )
+    return has_own_names
+
+
+@contextmanager
+def _without_renaming() -> Iterator[None]:
+    """PEFT loads keys as they are."""
+    from peft.utils import transformers_weight_conversion
+
+    module: Any = transformers_weight_conversion
+    before = module.convert_peft_adapter_state_dict_for_transformers
+
+    def same(*, adapter_state_dict: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
+        return adapter_state_dict
+
+    module.convert_peft_adapter_state_dict_for_transformers = same
+    try:
+        yield
+    finally:
+        module.convert_peft_adapter_state_dict_for_transformers = before
 
 
 def _problems(

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from unchanged import differences, everything
 
 from peftkit import ContractError, check, load_adapter, wrap
+from peftkit.compatibility.tiny import tiny_model
 
 _QV = {"target_modules": ["q_proj", "v_proj"]}
 _V = "base_model.model.model.layers.1.self_attn.v_proj"
@@ -346,3 +347,18 @@ def test_other_methods_pass_and_load(method, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = load_adapter(models.tiny("llama"), tmp_path, accelerate=False)
     assert torch.equal(loaded(**batch).loss, model.eval()(**batch).loss)
+
+
+def test_names_that_need_no_change_are_not_renamed(tmp_path):
+    """PEFT's rules for older checkpoints turn ``shared_experts`` of Laguna into a name that the model does not have."""
+    model = wrap(tiny_model("laguna"), LoraConfig(r=4))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path)
+    again = load_adapter(tiny_model("laguna"), tmp_path)
+    saved, loaded = (dict(one.named_parameters()) for one in (model, again))
+    names = [name for name in saved if ".lora_" in name]
+    assert any("shared_experts" in name for name in names)
+    for name in names:
+        assert torch.equal(saved[name], loaded[name]), name

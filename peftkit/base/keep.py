@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from peftkit.errors import ContractError, listing, short
+from peftkit.find.direct import weights_used_directly
 from peftkit.find.experts import ROUTER, experts_and_routers
 from peftkit.find.heads import find_heads, output_embeddings, poolers
 from peftkit.find.modules import ancestors, base_modules, suffixes
@@ -26,6 +27,7 @@ TASK_HEAD = "task head, which is trained in full"
 TIED = "its weight is tied to another module"
 BY_TRANSFORMERS = "transformers keeps it for this architecture"
 BY_KEEP = "named in keep"
+DIRECT = "the model uses its weight without calling the layer, so it must stay a matrix of numbers"
 SUBCLASS = "a subclass of nn.Linear, which bitsandbytes' layers cannot replace"
 
 
@@ -141,6 +143,8 @@ def kept_modules(
             kept[name] = TASK_HEAD
         elif f"{name}.weight" in tied:
             kept[name] = TIED
+        elif name.rpartition(".")[2] in weights_used_directly(modules[name.rpartition(".")[0]]):
+            kept[name] = DIRECT
         elif not may_be_quantised(module):
             kept[name] = SUBCLASS
         elif not _converted(name, skipped):

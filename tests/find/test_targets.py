@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peftkit import check, load_adapter, wrap
+from peftkit import check, load_adapter, load_base, wrap
 from peftkit.compatibility.batches import training_batch
 from peftkit.compatibility.tiny import tiny_model
 from peftkit.find.targets import (
@@ -387,6 +387,8 @@ def test_weights_that_a_model_uses_without_the_layer_are_left_out(kind, reason, 
     left_out = all_linear(model).left_out
     assert {n.rpartition(".")[2] for n, why in left_out.items() if why == reason} == leaves
     check(wrap(model), training_batch(model))
+    quantised = load_base(tiny_model(kind), "nf4")
+    check(wrap(quantised), training_batch(quantised))
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
