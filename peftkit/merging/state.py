@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import Any
 
@@ -46,7 +45,9 @@ class StateWriter:
         self._first: dict[str, tuple[str, Tensor]] = {}
         self._kept_names = _float32_names(base, dtype)
         self._ignored = set(getattr(base, "_keys_to_ignore_on_save", None) or [])
-        self._converted = _with_conversions(base)
+        self._converted = _with_conversions(base, self._tensors)
+        self._joined = _joined_names(self._converted)
+        self._waiting: dict[tuple[int, str, str], dict[str, Tensor]] = {}
         self._transposed = transposed_weights(base) if dtype is not None else frozenset()
         self._done: set[str] = set()
         self.untied: list[tuple[str, str]] = []
@@ -88,6 +89,9 @@ class StateWriter:
         for name, module in walk(self._base):
             if not is_unit(module):
                 self.write_layer(name, self.entries_of(name, module, original))
+        for parts in self._waiting.values():
+            self._add(parts)  # of a model that lacks the others
+        self._waiting.clear()
 
     def entries_of(
         self, name: str, module: nn.Module, original: OriginalWeights | None
@@ -124,13 +128,33 @@ class StateWriter:
             if name in self._tied and self._is_tied(name, tensor):
                 continue
             kept[name] = tensor
-        if self._converted is not None and kept:
+        self._add(self._complete(kept))
+        self._files.release()
+
+    def _complete(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that can be written: of those that are one tensor in the checkpoint, such as q, k and v, all or none."""
+        ready = {}
+        for name, tensor in tensors.items():
+            for number, patterns in enumerate(self._joined):
+                found = next(filter(None, (re.search(p, name) for p in patterns)), None)
+                if found is not None:
+                    group = (number, name[: found.start()], name[found.end() :])
+                    parts = self._waiting.setdefault(group, {})
+                    parts[name] = tensor
+                    if len(parts) == len(patterns):
+                        ready |= self._waiting.pop(group)
+                    break
+            else:
+                ready[name] = tensor
+        return ready
+
+    def _add(self, tensors: dict[str, Tensor]) -> None:
+        if self._converted is not None and tensors:
             from transformers.core_model_loading import revert_weight_conversion
 
-            kept = revert_weight_conversion(self._converted, kept)
-        for name, tensor in kept.items():
+            tensors = revert_weight_conversion(self._converted, tensors)  # pyright: ignore[reportArgumentType]
+        for name, tensor in tensors.items():
             self._writer.add(name, tensor)
-        self._files.release()
 
     def _is_tied(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor of the same tie was written already and has the same values."""
@@ -149,6 +173,17 @@ class StateWriter:
         return [
             name for name in self._tensors if name not in self._done and name not in self._ignored
         ]
+
+
+def _joined_names(model: _Converted | None) -> list[list[str]]:
+    """The patterns of names that are one tensor in a checkpoint of the model and several in the model, one list for each such tensor."""
+    if model is None:
+        return []
+    from transformers.core_model_loading import WeightConverter
+
+    splits = [c for c in model._weight_conversions if isinstance(c, WeightConverter)]
+    reversed_splits = [c.reverse_transform() for c in splits if len(c.target_patterns) > 1]
+    return [list(c.source_patterns) for c in reversed_splits if len(c.target_patterns) == 1]
 
 
 def require_in_range(name: str, value: Tensor, stored: Tensor) -> None:
@@ -238,17 +273,34 @@ def _float32_names(base: Any, dtype: torch.dtype | None) -> re.Pattern[str] | No
     return re.compile("|".join(rf"(^|\.){name}($|\.)" for name in sorted(names)))
 
 
-def _with_conversions(base: Any) -> Any:
+class _Converted:
+    """The model as transformers' conversions read it: with its parameters by the names that they have without adapters."""
+
+    def __init__(self, base: Any, conversions: list[Any], tensors: dict[str, Tensor]):
+        self._base, self._weight_conversions, self._tensors = base, conversions, tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        """A parameter of the base model, as ``nn.Module.get_parameter`` has it."""
+        if name not in self._tensors:
+            raise AttributeError(f"{type(self._base).__name__} has no parameter {name}")
+        return self._tensors[name]
+
+
+def _with_conversions(base: Any, tensors: dict[str, Tensor]) -> _Converted | None:
     """The model with the conversions to the names and layouts of its checkpoints, or ``None`` if these are those of the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    conversions = getattr(base, "_weight_conversions", None)
     if any(packed_stacks(module) for module in base.modules()):
         from peftkit.base.stacks import dense_conversions
 
-        shown = copy.copy(base)
-        shown._weight_conversions = dense_conversions(base)
-        return shown if shown._weight_conversions else None
-    conversions = getattr(base, "_weight_conversions", None)
-    if conversions is None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        conversions = get_model_conversion_mapping(base, add_legacy=False)
-    return base if conversions else None
+        conversions = dense_conversions(base)
+    elif conversions is None:
+        known = get_model_conversion_mapping(base, add_legacy=False)
+        # a model that was not loaded has the prefix of its class
+        conversions = [step for step in known if not isinstance(step, PrefixChange)]
+    return _Converted(base, conversions, tensors) if conversions else None
