@@ -46,6 +46,8 @@ class StateWriter:
         self._kept_names = _float32_names(base, dtype)
         self._ignored = set(getattr(base, "_keys_to_ignore_on_save", None) or [])
         self._converted = _with_conversions(base, self._tensors)
+        if dtype is None:
+            _require_own_layout(self._converted, base)
         self._joined = _joined_names(self._converted)
         self._waiting: dict[tuple[int, str, str], dict[str, Tensor]] = {}
         self._transposed = transposed_weights(base) if dtype is not None else frozenset()
@@ -184,6 +186,24 @@ def _joined_names(model: _Converted | None) -> list[list[str]]:
     splits = [c for c in model._weight_conversions if isinstance(c, WeightConverter)]
     reversed_splits = [c.reverse_transform() for c in splits if len(c.target_patterns) > 1]
     return [list(c.source_patterns) for c in reversed_splits if len(c.target_patterns) == 1]
+
+
+def _require_own_layout(model: _Converted | None, base: nn.Module) -> None:
+    """Raise ``ContractError`` if the checkpoints of a model join or reorder weights that are stored in codes."""
+    if model is None:
+        return
+    from transformers.core_model_loading import WeightConverter
+
+    steps = [c for c in model._weight_conversions if isinstance(c, WeightConverter)]
+    patterns = [p for step in steps for p in step.reverse_transform().source_patterns]
+    for name, module in walk(base):
+        weight = f"{name}.weight"
+        is_quantised = storage_of(base_module(module)) is not None
+        if is_quantised and any(re.search(pattern, weight) for pattern in patterns):
+            raise ContractError(
+                f"dtype='base': checkpoints of {type(base).__name__} join or reorder weights such as {weight}, which cannot be done with quantised "
+                "ones; use dtype='bf16'"
+            )
 
 
 def require_in_range(name: str, value: Tensor, stored: Tensor) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peftkit import LoraConfig, merge, wrap
+from peftkit import ContractError, LoraConfig, load_base, merge, wrap
 from peftkit.compatibility.batches import training_batch
 from peftkit.compatibility.tiny import tiny_model
 
@@ -47,3 +47,12 @@ def test_conversions_that_compare_shapes_see_the_model_without_adapters(tmp_path
         torch.testing.assert_close(
             merged.eval()(**batch).logits, model.eval()(**batch).logits, rtol=1e-4, atol=1e-4
         )
+
+
+def test_codes_of_quantised_weights_are_not_joined(tmp_path):
+    model = wrap(load_base(tiny_model("gte"), "nf4"), LoraConfig(r=4))
+    with pytest.raises(
+        ContractError, match=r"dtype='base'.* join or reorder weights .*dtype='bf16'"
+    ):
+        merge(model, tmp_path / "merged", "base", certificate=False, rounding="nearest")
+    assert not (tmp_path / "merged").exists()
