@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from process_cases import as_process
 from safetensors.torch import load_file
 
 from peftkit import ContractError, load_base
@@ -318,3 +319,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, strategy, tmp_path, one
         for name in ("whole", "parts")
     )
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_a_loss_that_several_processes_cannot_share_is_refused(monkeypatch):
+    task, model = detection.task_of(), detection.tiny()
+
+    def other_loss(*args, **kwargs):
+        raise AssertionError
+
+    model.loss_function = other_loss
+    task.check_model(model, [])
+    as_process(monkeypatch, 2)
+    with pytest.raises(
+        ContractError, match="the loss of DetrForObjectDetection, other_loss, divides"
+    ):
+        task.check_model(model, [])
+    task.check_model(detection.tiny(), [])
