@@ -44,7 +44,6 @@ REWRITTEN = (
 )
 NARROWED = "left out by exclude_modules, modules_to_save or layers_to_transform"
 
-_MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _CROSS = re.compile(r"cross|encoder_attn|EncDec|encdec", re.IGNORECASE)
 
 
@@ -84,7 +83,6 @@ def all_linear(model: nn.Module, config: Any = None) -> Selection:
     outputs = output_embeddings(modules)
     task = heads_among(modules, outputs)
     heads = {*task.names, *task.out_of_reach, *outputs, *outside_backbone(modules)}
-    mamba = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES
 
     chosen = []
     for name, module in modules.items():
@@ -103,8 +101,6 @@ def all_linear(model: nn.Module, config: Any = None) -> Selection:
             left_out[name] = INDEXER
         elif getattr(module, "n_groups", 1) > 1:
             left_out[name] = GROUPED
-        elif mamba and leaf == "out_proj":
-            left_out[name] = MAMBA
         elif not admits(name):
             left_out[name] = NARROWED
         else:
