@@ -1,7 +1,8 @@
 """4-bit linears on the CPU whose rows are no whole blocks: bitsandbytes decodes these as if each row began a block.
 
-The stored codes and maxima are right, and so are bitsandbytes' results on a GPU. On the CPU its result has an error of a quarter and more
-(bitsandbytes 0.50.2, weights of 96 or 32 columns), so an adapter would be trained on another base than the one that is stored.
+The stored codes and maxima are right. bitsandbytes' result on the CPU has an error of a quarter and more (bitsandbytes 0.50.2, weights of
+96 or 32 columns; ``tests/fuse/test_uneven_rows.py`` compares with the definition), so an adapter would be trained on another base than the
+one that is stored. Its kernels for GPUs decode a flat sequence of blocks, so they are predicted to be right; this was not run on a GPU.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def require_even(linear: Any) -> None:
 def _say(columns: Any) -> None:
     logger.warning(
         "4-bit weights with rows of %d, which are no whole blocks of 64: bitsandbytes decodes them wrongly on the CPU. peftkit decodes them as "
-        "they are stored, so outputs differ from those of plain PEFT on the CPU, but not on a GPU.",
+        "they are stored, so outputs differ from those of plain PEFT on the CPU.",
         columns,
     )
 
