@@ -181,21 +181,15 @@ def _joined_names(model: _Converted | None) -> list[list[str]]:
     """The patterns of names that are one tensor in a checkpoint of the model and several in the model, one list for each such tensor."""
     if model is None:
         return []
-    from transformers.core_model_loading import WeightConverter
-
-    splits = [c for c in model._weight_conversions if isinstance(c, WeightConverter)]
-    reversed_splits = [c.reverse_transform() for c in splits if len(c.target_patterns) > 1]
-    return [list(c.source_patterns) for c in reversed_splits if len(c.target_patterns) == 1]
+    joins = [step for step in model.writers() if len(step.target_patterns) == 1]
+    return [list(step.source_patterns) for step in joins if len(step.source_patterns) > 1]
 
 
 def _require_own_layout(model: _Converted | None, base: nn.Module) -> None:
     """Raise ``ContractError`` if the checkpoints of a model join or reorder weights that are stored in codes."""
     if model is None:
         return
-    from transformers.core_model_loading import WeightConverter
-
-    steps = [c for c in model._weight_conversions if isinstance(c, WeightConverter)]
-    patterns = [p for step in steps for p in step.reverse_transform().source_patterns]
+    patterns = [pattern for step in model.writers() for pattern in step.source_patterns]
     for name, module in walk(base):
         weight = f"{name}.weight"
         is_quantised = storage_of(base_module(module)) is not None
@@ -301,6 +295,13 @@ class _Converted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
+
+    def writers(self) -> list[Any]:
+        """The conversions that change tensors, not names alone, in the direction in which a checkpoint is written."""
+        from transformers.core_model_loading import WeightConverter
+
+        steps = [step for step in self._weight_conversions if isinstance(step, WeightConverter)]
+        return [step.reverse_transform() for step in steps]
 
     def get_parameter(self, name: str) -> Tensor:
         """A parameter of the base model, as ``nn.Module.get_parameter`` has it."""
