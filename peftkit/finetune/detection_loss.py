@@ -44,11 +44,14 @@ def require_known_loss(model: Any) -> None:
 
 @contextmanager
 def counting_own_objects() -> Iterator[None]:
-    """Transformers' ``ImageLoss`` counts the objects of this process.
+    """Transformers' ``ImageLoss`` counts the objects of this process; one process alone does so anyway.
 
     Otherwise it divides the mean number of all processes by their number, so the terms of boxes are too large by that number
     (transformers 5.10 to 5.23: ``reduce`` of accelerate takes the mean).
     """
+    if process_count() == 1:
+        yield
+        return
     from transformers.loss import loss_for_object_detection
 
     module: Any = loss_for_object_detection

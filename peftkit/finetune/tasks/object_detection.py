@@ -216,7 +216,6 @@ class ObjectDetection(Task):
         require_known_loss(_base_of(model))
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-
         device = inputs["pixel_values"].device
         shares = self._shares(model, inputs)
         labels = [
