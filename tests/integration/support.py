@@ -206,6 +206,13 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+def two_processes(script: Path, folder: Path) -> list[Any]:
+    """What a script has written to ``folder`` in two processes started by torchrun, each to a file named after its rank."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    run_python(*launcher, script, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
 def run_python(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a fresh interpreter with one thread and no network, from the project's root.
 

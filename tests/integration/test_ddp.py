@@ -9,10 +9,10 @@ from integration.support import (
     LOSS_TOLERANCE,
     ROOT,
     largest_difference,
-    run_python,
     times,
     tiny_peft,
     trainer,
+    two_processes,
 )
 
 CHILD = ROOT / "tests" / "integration" / "children" / "distributed.py"
@@ -22,9 +22,7 @@ CHILD = ROOT / "tests" / "integration" / "children" / "distributed.py"
 def ranks(tmp_path_factory):
     """What the two processes found, and the folder they wrote to."""
     folder = tmp_path_factory.mktemp("ddp")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    run_python(*launcher, CHILD, folder)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)], folder
+    return two_processes(CHILD, folder), folder
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

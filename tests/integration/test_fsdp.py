@@ -3,7 +3,7 @@
 import pytest
 import torch
 from integration.children import sharded
-from integration.support import ROOT, run_python
+from integration.support import ROOT, two_processes
 
 CHILD = ROOT / "tests" / "integration" / "children" / "sharded.py"
 
@@ -11,10 +11,7 @@ CHILD = ROOT / "tests" / "integration" / "children" / "sharded.py"
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What the two processes found."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    run_python(*launcher, CHILD, folder)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return two_processes(CHILD, tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.mark.parametrize("name", sharded.CASES)
