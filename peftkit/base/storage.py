@@ -181,6 +181,13 @@ def quantize_int8(weight: Tensor) -> Int8Storage:
     return Int8Storage(codes, row_absmax)
 
 
+def replaces_conv1d(linear: Any) -> bool:
+    """Whether a layer of bitsandbytes stands for transformers' ``Conv1D``, which checkpoints have transposed: ``[K, N]``."""
+    from transformers.pytorch_utils import Conv1D
+
+    return issubclass(getattr(linear, "source_cls", object), Conv1D)
+
+
 def storage_of(linear: Any) -> Storage | None:
     """The storage of a linear's weight, or ``None`` if the linear is not one of bitsandbytes.
 

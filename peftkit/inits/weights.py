@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkit.base.storage import Int8Storage, NF4Storage, Storage, storage_of
+from peftkit.base.storage import Int8Storage, NF4Storage, Storage, replaces_conv1d, storage_of
 
 _DENSE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -41,7 +41,7 @@ class BaseWeight:
             raise ValueError("its base weight is on the device meta")
         self._dense = quantised is None
         self._conv = isinstance(base, Conv1D)
-        self.transposed = self._conv or issubclass(getattr(base, "source_cls", object), Conv1D)
+        self.transposed = self._conv or replaces_conv1d(base)
         self.storage = quantised.name if quantised else str(base.weight.dtype)[len("torch.") :]
         shape = tuple(base.weight.T.shape if self._conv else base.weight.shape)
         self.shape = shape if quantised is None else (base.out_features, base.in_features)

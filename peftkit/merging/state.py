@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkit.base.original import OriginalWeights
-from peftkit.base.storage import storage_of
+from peftkit.base.storage import replaces_conv1d, storage_of
 from peftkit.errors import ContractError
 from peftkit.find.stacks import packed_stacks
 from peftkit.merging.files import ShardWriter
@@ -232,14 +232,11 @@ def base_tensors(base: nn.Module) -> dict[str, Tensor]:
 
 def transposed_weights(base: nn.Module) -> frozenset[str]:
     """The names of the weights that checkpoints without quantisation have as ``[K, N]``: of 4- and 8-bit layers in place of ``Conv1D``."""
-    from transformers.pytorch_utils import Conv1D
-
     found = ((name, base_module(module)) for name, module in walk(base))
     return frozenset(
         f"{name}.weight"
         for name, module in found
-        if storage_of(module) is not None
-        and issubclass(getattr(module, "source_cls", object), Conv1D)
+        if storage_of(module) is not None and replaces_conv1d(module)
     )
 
 
